@@ -1,0 +1,39 @@
+# Each target sets itself up: nothing is needed but Python 3.11 and the package registry.
+
+PYTHON ?= python3.11
+BIN := .venv/bin
+INSTALLED := .venv/.installed
+
+# A test process uses one thread, and there are two of them.
+TEST_ENV := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
+
+.PHONY: demo test test-full check schemas help
+
+help:
+	@echo "make demo       plan and train a small model under a budget, and print the report"
+	@echo "make test       format, types, import rules, tests"
+	@echo "make test-full  the slow and large tests, one process each; picks up where it stopped"
+	@echo "make schemas    write schemas/*.json anew"
+
+$(INSTALLED): pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev,hf]"
+	touch $@
+
+demo: $(INSTALLED)
+	$(BIN)/memplan demo
+
+check: $(INSTALLED)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+test: check
+	$(TEST_ENV) $(BIN)/python -m pytest -n 2 -m "not gpu and not full"
+
+test-full: $(INSTALLED)
+	$(TEST_ENV) $(BIN)/python tests/full.py
+
+schemas: $(INSTALLED)
+	$(BIN)/python tests/schemas.py

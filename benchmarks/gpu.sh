@@ -1,0 +1,50 @@
+#!/usr/bin/env bash
+# The one entry for a CUDA machine without network: GPU tests, the demo, and whole against memplan against FSDP2's CPU
+# offload on one 8B-shaped model. At most 8 minutes; writes one JSON file and prints its path.
+# Unproven until a results file of it stands in benchmarks/results/.
+set -u
+cd "$(dirname "$0")/.."
+python=${PYTHON:-python3}
+out=${OUT:-benchmarks/results}
+mkdir -p "$out"
+export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1 TOKENIZERS_PARALLELISM=false
+export MEMPLAN_CACHE=${MEMPLAN_CACHE:-$(mktemp -d)}
+work=$(mktemp -d)
+timeout 110 "$python" -m pytest -q -m gpu -p no:cacheprovider tests >"$work/tests" 2>&1
+echo $? >"$work/tests.rc"
+tail -n 25 "$work/tests"
+timeout 90 "$python" -m memplan demo --json >"$work/demo" 2>"$work/demo.err"
+echo $? >"$work/demo.rc"
+tail -n 3 "$work/demo.err"
+timeout 270 "$python" benchmarks/versus.py --steps 5 --seconds 60 --tokens 2048 >"$work/versus" 2>&1
+echo $? >"$work/versus.rc"
+cat "$work/versus"
+"$python" - "$work" "$out" <<'PY'
+import datetime, json, pathlib, platform, subprocess, sys
+import torch
+
+work, out = map(pathlib.Path, sys.argv[1:])
+
+def last(name):
+    lines = [line for line in (work / name).read_text().splitlines() if line.startswith("{")]
+    return json.loads(lines[-1]) if lines else None
+
+gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
+result = {
+    "date": datetime.date.today().isoformat(),
+    "commit": commit,
+    "gpu": gpu,
+    "python": platform.python_version(),
+    "torch": torch.__version__,
+    "exit_codes": {part: int((work / f"{part}.rc").read_text()) for part in ("tests", "demo", "versus")},
+    "tests": (work / "tests").read_text().strip().splitlines()[-1:],
+    "demo": last("demo"),
+    "versus": last("versus"),
+}
+name = (gpu or "no-gpu").lower().replace(" ", "-")
+path = out / f"{result['date']}-{name}.json"
+path.write_text(json.dumps(result, indent=1, sort_keys=True) + "\n")
+print(path)
+sys.exit(0 if gpu and not any(result["exit_codes"].values()) else 1)
+PY

@@ -1,0 +1,91 @@
+"""memplan plans where the frozen blocks of a model live while an adapter is trained, and streams them.
+
+    plan = memplan.plan(config, batch, vram="6GiB")     # before any weight is loaded
+    with memplan.attach(model, plan):                   # then train as ever
+        ...
+    memplan.report(plan)
+
+Only what ``__all__`` names is public. Importing this loads neither torch nor networkx: names come when asked for.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+from memplan.errors import (
+    CheckpointError,
+    DoesNotFitError,
+    HardwareError,
+    InputError,
+    MemplanError,
+    ModelError,
+    MovedWeightsError,
+    PlanCheckError,
+    PlanError,
+    PlanFormatError,
+    PlanMismatchError,
+    RunError,
+    SizeError,
+    StrayReadError,
+    TransferError,
+)
+
+if TYPE_CHECKING:
+    from memplan.api import attach, materialise, placing, plan, report, wrap
+    from memplan.program.record import RunRecord
+    from memplan.program.schema import Plan
+    from memplan.run.attach import Handle
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "CheckpointError",
+    "DoesNotFitError",
+    "Handle",
+    "HardwareError",
+    "InputError",
+    "MemplanError",
+    "ModelError",
+    "MovedWeightsError",
+    "Plan",
+    "PlanCheckError",
+    "PlanError",
+    "PlanFormatError",
+    "PlanMismatchError",
+    "RunError",
+    "RunRecord",
+    "SizeError",
+    "StrayReadError",
+    "TransferError",
+    "__version__",
+    "attach",
+    "materialise",
+    "placing",
+    "plan",
+    "report",
+    "wrap",
+]
+
+_HOMES = {
+    "Handle": "memplan.run.attach",
+    "Plan": "memplan.program.schema",
+    "RunRecord": "memplan.program.record",
+    "attach": "memplan.api",
+    "materialise": "memplan.api",
+    "placing": "memplan.api",
+    "plan": "memplan.api",
+    "report": "memplan.api",
+    "wrap": "memplan.api",
+}
+
+# Not for the type checker: it would take any misspelt name for an object.
+if not TYPE_CHECKING:
+
+    def __getattr__(name: str) -> object:
+        if name not in _HOMES:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        return getattr(import_module(_HOMES[name]), name)
+
+    def __dir__() -> list[str]:
+        return sorted({*globals(), *__all__})

@@ -1,0 +1,145 @@
+"""The whole way on one screen: model + batch -> LayerGraph -> CostTable -> Plan -> run -> report."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TextIO
+
+from memplan import hardware as hardware_profiles
+from memplan.checkpoint import has_checkpoint
+from memplan.errors import InputError, PlanMismatchError
+from memplan.program.record import RunRecord
+from memplan.program.schema import STAGING_BYTES, Budgets, Plan, Tier, Workload
+from memplan.units import parse_size
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from memplan.hardware import HardwareProfile
+    from memplan.run.attach import Handle
+
+_TIERS: tuple[Tier, ...] = ("device", "host", "disk")
+
+
+def plan(
+    model: Any,
+    batch: Any,
+    *,
+    vram: int | str = "auto",
+    ram: int | str | None = None,
+    disk: int | str | None = None,
+    adapter: Any = None,
+    dtype: Any = None,
+    attention: str | None = None,
+    accumulation: int = 1,
+    optimizer: str = "adamw",
+    hardware: str | Path | HardwareProfile = "auto",
+    pins: Mapping[str, str] | None = None,
+    loss: Callable[[Any], Any] | None = None,
+) -> Plan:
+    """Say where each frozen block lives and when it moves, before any weight is loaded.
+
+    ``model``: an ``nn.Module`` on any device (``meta`` included), a transformers configuration, or a directory with
+    ``config.json``. ``batch``: a mapping of tensors (one micro-batch) or a (batch, sequence) shape.
+    ``vram``, ``ram``, ``disk``: bytes, or text such as ``"6GiB"``. ``vram="auto"``: what is free less a reserve;
+    ``ram=None``: what is available less a reserve; ``disk=None``: no disk beyond the checkpoint's own files.
+    ``adapter``: a PEFT configuration or ``{"rank": 16, "targets": "all-linear"}``, where the model has none yet.
+    ``dtype``, ``attention``: for a model built here from its configuration. ``accumulation``: passes of a step.
+    ``hardware``: ``"auto"`` (measured once, then cached), a shipped profile's name, or a profile's file.
+    ``pins``: tier by block name. ``loss``: from the model's output to a scalar, where the output holds none.
+
+    Raises DoesNotFitError (with the least vram that would), InputError and its children. The model is unchanged.
+    """
+    from memplan.analyze.adapters import describe, prepare
+    from memplan.analyze.trace import analyze
+    from memplan.cost.build import cost_table
+    from memplan.place.solve import place
+
+    if not isinstance(accumulation, int) or accumulation < 1:
+        raise InputError(f"accumulation was given as {accumulation!r}: give a whole number of passes, at least 1")
+    profile = _profile(hardware)
+    budgets_given = {
+        "vram": None if vram == "auto" else parse_size(vram, "vram"),
+        "ram": None if ram is None or ram == "auto" else parse_size(ram, "ram"),
+        "disk": None if disk is None else parse_size(disk, "disk"),
+    }
+    prepared = prepare(model, adapter=adapter, dtype=dtype, attention=attention)
+    graph = analyze(prepared.model, batch, accumulation=accumulation, optimizer=optimizer, name=prepared.name, loss=loss)
+    table = cost_table(graph, profile)
+    vram_bytes, ram_bytes, disk_bytes = budgets_given["vram"], budgets_given["ram"], budgets_given["disk"]
+    if disk_bytes is None and not has_checkpoint(prepared.folder):
+        disk_bytes = 0
+    budgets = Budgets(
+        vram_bytes=hardware_profiles.auto_vram_bytes(profile) if vram_bytes is None else vram_bytes,
+        ram_bytes=hardware_profiles.auto_ram_bytes(profile) if ram_bytes is None else ram_bytes,
+        disk_bytes=disk_bytes,
+    )
+    workload = Workload(
+        batch=prepared.shapes(batch),
+        tokens=graph.tokens,
+        accumulation=accumulation,
+        optimizer=optimizer,
+        adapter=describe(prepared.model),
+    )
+    return place(
+        table,
+        budgets,
+        model=graph.model,
+        fingerprint=graph.fingerprint,
+        workload=workload,
+        hardware=profile.name,
+        pins=_pins(pins, {block.name: block.id for block in graph.blocks}),
+        staging_bytes=STAGING_BYTES,
+        notes=graph.notes,
+    )
+
+
+def attach(model: nn.Module, plan: Plan, **options: Any) -> Handle:
+    """Put every block of ``model`` in its home and stream it as ``plan`` says; see :func:`memplan.run.attach.attach`."""
+    from memplan.run.attach import attach
+
+    return attach(model, plan, **options)
+
+
+def materialise(model: nn.Module) -> AbstractContextManager[nn.Module]:
+    """A context in which all weights are readable; see :func:`memplan.run.attach.materialise`."""
+    from memplan.run.attach import materialise
+
+    return materialise(model)
+
+
+def report(plan: Plan, record: RunRecord | None = None, file: TextIO | None = None) -> None:
+    """Print the plan, and what was measured beside it where a record is given, to ``file`` (default: standard output).
+
+    Raises PlanMismatchError where the record is of another model."""
+    if record is not None and record.fingerprint != plan.fingerprint:
+        raise PlanMismatchError(
+            "the record is of a run of another model than the plan: give the record that was saved beside this plan"
+        )
+    from memplan.show.terminal import write
+
+    write(plan, record, file)
+
+
+def _profile(hardware: str | Path | HardwareProfile) -> HardwareProfile:
+    if isinstance(hardware, hardware_profiles.HardwareProfile):
+        return hardware
+    return hardware_profiles.auto() if hardware == "auto" else hardware_profiles.load(hardware)
+
+
+def _pins(pins: Mapping[str, str] | None, blocks: Mapping[str, int]) -> dict[int, Tier] | None:
+    """Return tiers by block id. A block may be named by its last parts: ``layers.3`` for ``model.layers.3``."""
+    if not pins:
+        return None
+    found: dict[int, Tier] = {}
+    for name, tier in pins.items():
+        matches = [block for full, block in blocks.items() if full == name or full.endswith("." + name)]
+        if len(matches) != 1 or tier not in _TIERS:
+            what = f"names {len(matches)} blocks" if len(matches) != 1 else f"names the tier {tier!r}"
+            raise InputError(
+                f"the pin {name}={tier} {what}: give one block (such as {next(iter(blocks))}) and one of {', '.join(_TIERS)}"
+            )
+        found[matches[0]] = tier
+    return found

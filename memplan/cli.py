@@ -1,0 +1,223 @@
+"""The command line. Exit codes: 0 fits or done, 1 does not fit, 2 bad input, 130 interrupted.
+
+What a command needs is imported inside it, so that ``memplan report`` starts without torch.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+import memplan
+from memplan.errors import DoesNotFitError, MemplanError
+from memplan.units import parse_size
+
+if TYPE_CHECKING:
+    from memplan.program.record import RunRecord
+    from memplan.program.schema import Plan
+
+OK, DOES_NOT_FIT, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
+
+_TIERS = ("device", "host", "disk")
+_FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
+_COUNT = click.IntRange(min=1)
+_JSON = click.option("--json", "as_json", is_flag=True, help="Print one JSON object and nothing else.")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line and return its exit code. ``arguments``: else those of the process."""
+    given = sys.argv[1:] if arguments is None else list(arguments)
+    as_json = "--json" in given
+    try:
+        return int(group.main(args=given, prog_name="memplan", standalone_mode=False) or OK)
+    except click.Abort:
+        return _fail("Interrupted", "interrupted", as_json, INTERRUPTED)
+    except click.ClickException as error:
+        if as_json:
+            return _fail(type(error).__name__, error.format_message(), as_json, BAD_INPUT)
+        error.show()
+        return BAD_INPUT
+    except DoesNotFitError as error:
+        _show_failure(error, as_json)
+        return DOES_NOT_FIT
+    except MemplanError as error:
+        return _fail(type(error).__name__, str(error), as_json, BAD_INPUT)
+    except ModuleNotFoundError as error:
+        if (error.name or "memplan").partition(".")[0] == "memplan":
+            raise
+        message = f"this needs the package {error.name}, which is not installed: pip install {error.name}"
+        return _fail(type(error).__name__, message, as_json, BAD_INPUT)
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.version_option(memplan.__version__)
+def group() -> None:
+    """Plan where the frozen blocks of a model live while an adapter is trained."""
+
+
+@group.command(short_help="Say what fits, where each block goes, and the time of a step.")
+@click.argument("model")
+@click.option("--vram", metavar="SIZE", default="auto", show_default=True, help="Device memory, such as 6GiB.")
+@click.option("--ram", metavar="SIZE", help="Host memory, such as 24GiB.  [default: what is available]")
+@click.option("--disk", metavar="SIZE", help="Disk for packed blocks.  [default: the checkpoint's own files only]")
+@click.option("--batch", metavar="N", type=_COUNT, default=1, show_default=True, help="Sequences of a micro-batch.")
+@click.option("--seq", metavar="N", type=_COUNT, default=512, show_default=True, help="Tokens of a sequence.")
+@click.option("--accumulation", metavar="N", type=_COUNT, default=1, show_default=True, help="Micro-batches of a step.")
+@click.option("--lora-rank", metavar="N", type=_COUNT, default=16, show_default=True, help="Rank of the adapter.")
+@click.option("--lora-targets", metavar="NAMES", default="all-linear", show_default=True, help="Such as q_proj,v_proj.")
+@click.option("--dtype", metavar="NAME", default="bf16", show_default=True, help="Of the frozen weights.")
+@click.option("--attention", metavar="NAME", default="sdpa", show_default=True, help="Attention kernel.")
+@click.option("--optimizer", metavar="NAME", default="adamw", show_default=True, help="Its state counts.")
+@click.option(
+    "--hardware", metavar="NAME|FILE", default="auto", show_default=True, help="A profile, or this machine, measured."
+)
+@click.option("--pin", "pins", multiple=True, metavar="BLOCK=TIER", help="Such as layers.3=device. Repeatable.")
+@click.option("--out", type=click.Path(dir_okay=False, path_type=Path), help="Write the plan to this file.")
+@_JSON
+def plan(
+    model: str,
+    vram: str,
+    ram: str | None,
+    disk: str | None,
+    batch: int,
+    seq: int,
+    accumulation: int,
+    lora_rank: int,
+    lora_targets: str,
+    dtype: str,
+    attention: str,
+    optimizer: str,
+    hardware: str,
+    pins: tuple[str, ...],
+    out: Path | None,
+    as_json: bool,
+) -> int:
+    """Say what fits, where each block goes, and the time of a step, before any weight is loaded.
+
+    MODEL is a directory with a config.json. The adapter is a LoRA of rank 16 on all linear layers unless said
+    otherwise. Exits with 0 if it fits, 1 if not, 2 if the input is wrong.
+    """
+    vram_given = "auto" if vram == "auto" else parse_size(vram, "--vram")
+    ram_given = None if ram is None else parse_size(ram, "--ram")
+    disk_given = None if disk is None else parse_size(disk, "--disk")
+    tiers = _parse_pins(pins)
+    targets = [target for target in map(str.strip, lora_targets.split(",")) if target]
+    if not targets:
+        raise click.BadParameter("give module names, or all-linear.", param_hint="--lora-targets")
+    # Before the work: a plan may take a minute to make.
+    if out is not None and not out.parent.is_dir():
+        raise click.BadParameter(f"the folder {out.parent} does not exist.", param_hint="--out")
+
+    from memplan import api
+
+    made = api.plan(
+        model,
+        (batch, seq),
+        vram=vram_given,
+        ram=ram_given,
+        disk=disk_given,
+        adapter={"rank": lora_rank, "targets": "all-linear" if targets == ["all-linear"] else targets},
+        dtype=dtype,
+        attention=attention,
+        accumulation=accumulation,
+        optimizer=optimizer,
+        hardware=hardware,
+        pins=tiers,
+    )
+    if out is not None:
+        try:
+            made.save(out)
+        except OSError as error:
+            raise click.BadParameter(f"{out} cannot be written: {error.strerror}.", param_hint="--out") from error
+    _show(made, None, as_json)
+    if out is not None and not as_json:
+        click.echo(f"\nThe plan is in {out}.")
+    return OK
+
+
+@group.command(short_help="Show a plan, and what was measured under it.")
+@click.argument("plan", type=_FILE)
+@click.argument("record", type=_FILE, required=False)
+@_JSON
+def report(plan: Path, record: Path | None, as_json: bool) -> int:
+    """Show a PLAN file, and beside it the RECORD of a run under it: what was predicted, what was measured."""
+    from memplan.program.record import RunRecord
+    from memplan.program.schema import Plan
+
+    _show(Plan.load(plan), None if record is None else RunRecord.load(record), as_json)
+    return OK
+
+
+@group.command(short_help="Train a small model streamed and whole, and compare.")
+@click.option("--vram", metavar="SIZE", help="Memory for the step.  [default: less than the whole model needs]")
+@click.option("--steps", metavar="N", type=_COUNT, help="Steps to train.")
+@click.option(
+    "--keep",
+    type=click.Path(file_okay=False, path_type=Path),
+    metavar="FOLDER",
+    help="Keep model, plan and record here.",
+)
+@_JSON
+def demo(vram: str | None, steps: int | None, keep: Path | None, as_json: bool) -> int:
+    """Make a small model, plan it, train it streamed and whole, and compare the two."""
+    if vram is not None:
+        parse_size(vram, "--vram")
+
+    from memplan import demo as demonstration
+
+    return demonstration.run(vram=vram, steps=steps, folder=keep, as_json=as_json)
+
+
+def _parse_pins(pins: tuple[str, ...]) -> dict[str, str]:
+    tiers: dict[str, str] = {}
+    for pin in pins:
+        block, _, tier = pin.rpartition("=")
+        if not block or tier not in _TIERS:
+            raise click.BadParameter(
+                f"{pin!r} is not BLOCK=TIER with the tier {', '.join(_TIERS[:-1])} or {_TIERS[-1]}.", param_hint="--pin"
+            )
+        if tiers.setdefault(block, tier) != tier:
+            raise click.BadParameter(f"{block!r} is pinned to {tiers[block]} and to {tier}.", param_hint="--pin")
+    return tiers
+
+
+def _show(plan: Plan, record: RunRecord | None, as_json: bool) -> None:
+    if as_json:
+        from memplan.show.facts import as_dict
+
+        _print_json(as_dict(plan, record))
+    else:
+        from memplan.show import terminal
+
+        terminal.write(plan, record)
+
+
+def _show_failure(error: DoesNotFitError, as_json: bool) -> None:
+    if as_json:
+        from memplan.show.facts import failure_dict
+
+        _print_json(failure_dict(error))
+    else:
+        from memplan.show import terminal
+
+        click.echo(terminal.failure_text(error), nl=False, err=True)
+
+
+def _fail(kind: str, message: str, as_json: bool, code: int) -> int:
+    if as_json:
+        _print_json({"error": kind, "message": message})
+    else:
+        from memplan.show.glyphs import RICH
+
+        click.echo(f"memplan: {RICH.safe(message)}", err=True)
+    return code
+
+
+def _print_json(value: dict[str, object]) -> None:
+    # ASCII only: the same bytes whatever the encoding of the output.
+    click.echo(json.dumps(value, indent=2))

@@ -1,0 +1,1 @@
+"""LayerGraph + HardwareProfile -> CostTable."""

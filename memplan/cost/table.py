@@ -1,0 +1,53 @@
+"""CostTable: the graph's rows with a time beside each access. Plain data: a Plan carries the rows it was made from."""
+
+from __future__ import annotations
+
+from msgspec import Struct
+
+from memplan.analyze.graph import AccessKind, Activations, Block, Fixed, Lifetime
+
+
+class AccessRow(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """One access and its cost. Indices and meanings as in :class:`memplan.analyze.graph.Access`."""
+
+    index: int
+    kind: AccessKind
+    module: str
+    forward: int
+    blocks: tuple[int, ...]
+    time_s: float
+    """Compute time on the device, weights being there, activations kept."""
+    recompute_s: float
+    """Time that recomputing this module's activations adds here; 0 where it cannot be."""
+    transient_bytes: int
+    transient_recompute_bytes: int
+
+
+class CostTable(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Everything the placement may know of the model and the machine."""
+
+    blocks: tuple[Block, ...]
+    accesses: tuple[AccessRow, ...]
+    lifetimes: tuple[Lifetime, ...]
+    fixed: tuple[Fixed, ...]
+    recomputable: tuple[str, ...]
+    device: str
+    """``"cpu"`` or ``"cuda"``."""
+    host_to_device_bytes_per_s: float
+    disk_bytes_per_s: float
+    load_latency_s: float
+    """Added to each load, whatever its size."""
+
+    def device_bytes_at(self, index: int, policies: dict[str, Activations]) -> int:
+        """Return the device bytes at the peak of access ``index``, frozen weights apart.
+
+        ``policies`` maps a trigger module to its activation policy; a module not in it keeps."""
+        total = sum(row.size_bytes for row in self.fixed)
+        for life in self.lifetimes:
+            if life.born <= index <= life.last:
+                policy = policies.get(self.accesses[life.born].module, "keep")
+                if life.policy in ("any", policy):
+                    total += life.size_bytes
+        access = self.accesses[index]
+        recomputed = policies.get(access.module, "keep") == "recompute"
+        return total + (access.transient_recompute_bytes if recomputed else access.transient_bytes)

@@ -1,0 +1,317 @@
+"""The main job on real parts: a Llama-style model, LoRA, real text, transformers' Trainer; whole, then under a plan.
+
+The weights are random (nothing is downloaded), everything else is what a user has: sharded safetensors on disk, PEFT,
+a Trainer. The two runs must agree to the last bit.
+"""
+
+from __future__ import annotations
+
+import gc
+import importlib.util
+import json
+import statistics
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from memplan import api, hardware
+from memplan.errors import InputError
+from memplan.program.record import RunRecord
+from memplan.program.schema import STAGING_BYTES, Plan
+from memplan.storages import StorageLedger
+from memplan.trainers.transformers import placing
+from memplan.units import align_up, format_bytes, format_seconds, parse_size
+
+HIDDEN, INTERMEDIATE, LAYERS, HEADS, VOCABULARY = 640, 1728, 20, 10, 8192
+BATCH, SEQUENCE, STEPS, WATCHED_STEP, RANK = 2, 256, 8, 2, 16
+SEED = 20
+
+
+@dataclass(slots=True)
+class Outcome:
+    """One training run."""
+
+    losses: list[float] = field(default_factory=list)
+    step_s: list[float] = field(default_factory=list)
+    peak_bytes: int = 0
+    adapter: Path = Path()
+    plan: Plan | None = None
+    record: RunRecord | None = None
+
+    @property
+    def median_step_s(self) -> float:
+        """Median over the steps that are neither the first (warming up) nor the watched one (slower)."""
+        return statistics.median(self.step_s)
+
+
+def run(vram: str | None = None, steps: int | None = None, folder: Path | None = None, as_json: bool = False) -> int:
+    """Run the demo; print what came of it. Return 0 where both runs agree to the last bit, else 1."""
+    for package in ("transformers", "peft"):
+        if importlib.util.find_spec(package) is None:
+            raise InputError(f"the demo trains with {package}, which is not installed: pip install 'memplan[hf]'")
+    given = None if vram is None else parse_size(vram, "vram")
+    count = STEPS if steps is None else steps
+    if count < WATCHED_STEP + 2:
+        raise InputError(f"the demo was asked for {count} steps: give at least {WATCHED_STEP + 2}")
+    place = hardware.cache_folder() / "demo" if folder is None else folder
+    console = Console(stderr=as_json)
+    with Progress(
+        TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed}/{task.total}"), TimeRemainingColumn(),
+        console=console, transient=True,
+    ) as progress:  # fmt: skip
+        task = progress.add_task("making the model", total=2 * count + 2)
+        checkpoint = make_checkpoint(place)
+        progress.update(task, advance=1, description="planning")
+        plan = make_plan(checkpoint, given)
+        progress.update(task, advance=1, description="whole model")
+        whole = train(checkpoint, place / "whole", count, None, (progress, task))
+        progress.update(task, description="under the plan")
+        planned = train(checkpoint, place / "planned", count, plan, (progress, task))
+    same_losses = whole.losses == planned.losses
+    same_adapters = adapters_identical(whole.adapter, planned.adapter)
+    loads = loads_in_peft(checkpoint, planned.adapter)
+    result = {
+        "losses_identical": same_losses,
+        "adapters_identical": same_adapters,
+        "losses": planned.losses,
+        "frozen_bytes": sum(block.size_bytes for block in plan.table.blocks),
+        "vram_bytes": plan.budgets.vram_bytes,
+        "peak_bytes": {"whole": whole.peak_bytes, "planned": planned.peak_bytes, "predicted": plan.prediction.peaks.vram_bytes},
+        "step_s": {"whole": whole.median_step_s, "planned": planned.median_step_s, "predicted": plan.prediction.step_s},
+        "step_ratio": planned.median_step_s / whole.median_step_s,
+        "homes": {tier: sum(item.home == tier for item in plan.items) for tier in ("device", "host", "disk")},
+        "adapter": str(planned.adapter),
+        "adapter_loads_in_peft": loads,
+        "torch": torch.__version__,
+        "device": plan.table.device,
+    }
+    if as_json:
+        print(json.dumps(result, sort_keys=True))
+    else:
+        _print(console, whole, planned, result)
+    fits = planned.peak_bytes <= plan.budgets.vram_bytes
+    return 0 if same_losses and same_adapters and loads and fits else 1
+
+
+def make_checkpoint(folder: Path) -> Path:
+    """Write the demo's model (sharded safetensors, random weights) and tokenizer once; return their folder."""
+    from tokenizers import ByteLevelBPETokenizer
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    target = folder / f"llama-{HIDDEN}x{LAYERS}"
+    if (target / "complete").is_file():
+        return target
+    bpe = ByteLevelBPETokenizer()
+    bpe.train_from_iterator([text()], vocab_size=VOCABULARY, special_tokens=["<pad>", "<eos>"], show_progress=False)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe._tokenizer, pad_token="<pad>", eos_token="<eos>")
+    config = LlamaConfig(
+        hidden_size=HIDDEN,
+        intermediate_size=INTERMEDIATE,
+        num_hidden_layers=LAYERS,
+        num_attention_heads=HEADS,
+        num_key_value_heads=HEADS // 2,
+        vocab_size=VOCABULARY,
+        max_position_embeddings=2 * SEQUENCE,
+        pad_token_id=0,
+        eos_token_id=1,
+        tie_word_embeddings=False,
+        dtype="float32",
+    )
+    torch.manual_seed(SEED)
+    model = LlamaForCausalLM(config)
+    model.save_pretrained(target, max_shard_size="100MB")
+    tokenizer.save_pretrained(target)
+    (target / "complete").touch()
+    return target
+
+
+def text() -> str:
+    """Return the language reference that ships with Python."""
+    from pydoc_data.topics import topics
+
+    return "\n\n".join(topics[name] for name in sorted(topics))
+
+
+class Samples(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
+    """The text in pieces of one sequence each."""
+
+    def __init__(self, checkpoint: Path, count: int) -> None:
+        from transformers import PreTrainedTokenizerFast
+
+        tokens = PreTrainedTokenizerFast.from_pretrained(checkpoint)(text()[: count * SEQUENCE * 8])["input_ids"]
+        self._rows = torch.tensor(tokens[: len(tokens) // SEQUENCE * SEQUENCE]).view(-1, SEQUENCE)[:count]
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        row = self._rows[index]
+        return {"input_ids": row, "labels": row.clone(), "attention_mask": torch.ones_like(row)}
+
+
+def make_plan(checkpoint: Path, vram_bytes: int | None) -> Plan:
+    """Plan from the configuration alone. By default the weights get a third of their bytes, a part of them on disk."""
+    adapter = {"rank": RANK, "targets": "all-linear"}
+    shapes = (BATCH, SEQUENCE)
+    roomy = api.plan(checkpoint, shapes, vram="1TiB", ram="1TiB", adapter=adapter)
+    frozen = sum(block.size_bytes for block in roomy.table.blocks)
+    if vram_bytes is None:
+        vram_bytes = align_up(roomy.prediction.peaks.vram_bytes - frozen + frozen // 3)
+    return api.plan(checkpoint, shapes, vram=vram_bytes, ram=frozen // 3 + STAGING_BYTES, adapter=adapter)
+
+
+def train(
+    checkpoint: Path, folder: Path, steps: int, plan: Plan | None, progress: tuple[Progress, TaskID] | None = None
+) -> Outcome:
+    """Train LoRA on the demo's model, whole or under ``plan``, and save the adapter."""
+    import transformers
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments
+
+    transformers.logging.set_verbosity_error()
+    outcome = Outcome(adapter=folder, plan=plan)
+    on_cuda = torch.cuda.is_available()
+    watched: list[Any] = []
+
+    class Watch(TrainerCallback):
+        began = 0.0
+
+        def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if state.global_step == WATCHED_STEP:
+                watched.append(_watch(trainer))
+                watched[-1].__enter__()
+            self.began = time.perf_counter()
+
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if on_cuda:
+                torch.cuda.synchronize()
+            if watched:
+                counted = watched.pop()
+                counted.__exit__(None, None, None)
+            elif state.global_step > 1:
+                outcome.step_s.append(time.perf_counter() - self.began)
+            if progress is not None:
+                progress[0].advance(progress[1])
+
+    class Exact(Trainer):
+        """Keeps each step's loss as it is; the log rounds it."""
+
+        def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+            loss = super().training_step(*args, **kwargs)
+            outcome.losses.append(loss.item())
+            return loss
+
+    @contextmanager
+    def _watch(trainer: Any) -> Iterator[None]:
+        if on_cuda:
+            torch.cuda.reset_peak_memory_stats()
+            yield
+            outcome.peak_bytes = torch.cuda.max_memory_allocated()
+        elif plan is not None:
+            with trainer.memplan.watch_memory():
+                yield
+            outcome.peak_bytes = trainer.memplan.record.vram_peak_bytes
+        else:
+            ledger = StorageLedger()
+            for tensor in _held(trainer):
+                ledger.add(tensor)
+            with ledger:
+                yield
+            outcome.peak_bytes = ledger.peak_bytes
+
+    args = TrainingArguments(
+        output_dir=str(folder),
+        max_steps=steps,
+        per_device_train_batch_size=BATCH,
+        learning_rate=1e-3,
+        logging_steps=1,
+        logging_nan_inf_filter=False,
+        save_strategy="no",
+        report_to=[],
+        disable_tqdm=True,
+        seed=SEED,
+        use_cpu=not on_cuda,
+    )
+    samples = Samples(checkpoint, BATCH * steps)
+    placed = nullcontext() if plan is None else placing(plan=plan)
+    with placed:
+        model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)
+        if plan is None:
+            align(model)
+        torch.manual_seed(SEED)
+        adapted = get_peft_model(model, LoraConfig(r=RANK, lora_alpha=2 * RANK, lora_dropout=0.05, target_modules="all-linear", task_type="CAUSAL_LM"))
+        trainer = Exact(model=adapted, args=args, train_dataset=samples, callbacks=[Watch()])
+    trainer.remove_callback(transformers.PrinterCallback)
+    trainer.train()
+    adapted.save_pretrained(folder)
+    if plan is not None:
+        outcome.record = trainer.memplan.record
+        trainer.memplan.detach()
+    del trainer, adapted, model
+    gc.collect()
+    return outcome
+
+
+def align(model: torch.nn.Module) -> None:
+    """Give each weight memory of its own. [Note: alignment changes bits]
+
+    A tensor mapped from a safetensors file starts wherever the file has it, and some kernels round otherwise there."""
+    for parameter in model.parameters():
+        parameter.data = parameter.data.clone()
+
+
+def _held(trainer: Any) -> Iterator[torch.Tensor]:
+    for tensor in (*trainer.model.parameters(), *trainer.model.buffers()):
+        yield tensor
+        if tensor.grad is not None:
+            yield tensor.grad
+    for state in trainer.optimizer.state.values():
+        yield from (value for value in state.values() if isinstance(value, torch.Tensor))
+
+
+def adapters_identical(one: Path, other: Path) -> bool:
+    """Whether two saved adapters hold the same tensors, byte for byte."""
+    return (one / "adapter_model.safetensors").read_bytes() == (other / "adapter_model.safetensors").read_bytes()
+
+
+def loads_in_peft(checkpoint: Path, adapter: Path) -> bool:
+    """Whether stock PEFT loads the adapter onto the stock model, tensor for tensor."""
+    from peft import PeftModel, get_peft_model_state_dict
+    from safetensors.torch import load_file
+    from transformers import AutoModelForCausalLM
+
+    loaded = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(checkpoint), adapter)
+    held, saved = get_peft_model_state_dict(loaded), load_file(adapter / "adapter_model.safetensors")
+    return held.keys() == saved.keys() and all(torch.equal(held[name].cpu(), saved[name]) for name in saved)
+
+
+def _print(console: Console, whole: Outcome, planned: Outcome, result: dict[str, Any]) -> None:
+    assert planned.plan is not None
+    api.report(planned.plan, planned.record)
+    table = Table(title="whole model beside plan", title_justify="left")
+    for column in ("step", "loss, whole", "loss, under the plan"):
+        table.add_column(column, justify="right")
+    for index, (one, other) in enumerate(zip(whole.losses, planned.losses, strict=True), start=1):
+        table.add_row(str(index), repr(one), repr(other))
+    console.print(table)
+    answer = {True: "yes", False: "NO"}
+    console.print(f"losses identical: {answer[result['losses_identical']]}")
+    console.print(f"adapters identical: {answer[result['adapters_identical']]}")
+    peak, step = result["peak_bytes"], result["step_s"]
+    console.print(
+        f"peak device bytes: {format_bytes(peak['whole'])} whole, {format_bytes(peak['planned'])} under the plan "
+        f"(predicted {format_bytes(peak['predicted'])}, budget {format_bytes(result['vram_bytes'])})"
+    )
+    console.print(
+        f"step: {format_seconds(step['whole'])} whole, {format_seconds(step['planned'])} under the plan "
+        f"({result['step_ratio']:.3f}x; predicted {format_seconds(step['predicted'])})"
+    )
+    console.print(f"adapter saved in {result['adapter']} (loads in stock PEFT: {answer[result['adapter_loads_in_peft']]})", soft_wrap=True)

@@ -1,0 +1,106 @@
+"""What memplan raises. Each message says what was asked, what stood in the way, and what to do.
+
+MemplanError
+├── InputError (a ValueError)     what was given cannot be used; nothing was changed
+│   ├── SizeError                 a size that is not a count of bytes
+│   ├── HardwareError             an unknown or unreadable hardware profile
+│   ├── ModelError                a model that memplan cannot place
+│   └── CheckpointError           a weights file that is missing, truncated or not the model's
+├── PlanError (a ValueError)      a plan that cannot be used; nothing was changed
+│   ├── PlanFormatError           not a plan, truncated, or of another schema version
+│   ├── PlanMismatchError         a plan for another model
+│   └── PlanCheckError            a plan that breaks its own budgets or its own order
+├── DoesNotFitError               no plan keeps the budgets; carries the least that would
+└── RunError (a RuntimeError)     training under a plan cannot go on
+    ├── TransferError             a weight could not be brought: names the block and the file
+    ├── StrayReadError            a weight was read that is not there (checked mode)
+    └── MovedWeightsError         a call would have moved or cast streamed weights
+"""
+
+from __future__ import annotations
+
+
+class MemplanError(Exception):
+    """The root of everything that memplan raises on purpose."""
+
+
+class InputError(MemplanError, ValueError):
+    """What was given cannot be used; nothing was changed."""
+
+
+class SizeError(InputError):
+    """A size that is not a count of bytes."""
+
+    def __init__(self, what: str, size: object) -> None:
+        super().__init__(
+            f"{what} was given as {size!r}, which is not a size: give whole bytes (not negative, not NaN) "
+            'or text with a unit, such as "6GiB" or "512MiB"'
+        )
+
+
+class HardwareError(InputError):
+    """An unknown or unreadable hardware profile."""
+
+
+class ModelError(InputError):
+    """A model that memplan cannot place."""
+
+
+class CheckpointError(InputError):
+    """A weights file that is missing, truncated, or not the model's."""
+
+
+class PlanError(MemplanError, ValueError):
+    """A plan that cannot be used; nothing was changed."""
+
+
+class PlanFormatError(PlanError):
+    """Not a plan, truncated, or of another schema version."""
+
+
+class PlanMismatchError(PlanError):
+    """A plan that was made for another model."""
+
+
+class PlanCheckError(PlanError):
+    """A plan that breaks its own budgets or its own order.
+
+    ``faults`` holds every fault that the check found, one sentence each.
+    """
+
+    def __init__(self, faults: tuple[str, ...]) -> None:
+        self.faults = faults
+        shown = "; ".join(faults[:5]) + (f"; and {len(faults) - 5} more" if len(faults) > 5 else "")
+        super().__init__(f"the plan does not hold: {shown}. Make it again with memplan.plan, or mend what was edited")
+
+
+class DoesNotFitError(MemplanError):
+    """No plan keeps the budgets.
+
+    ``least_vram_bytes`` is the least ``vram`` for which a plan exists with the other budgets as given, or None
+    where no ``vram`` would do; ``limited_by`` names what sets it; ``suggestions`` are changes that help.
+    """
+
+    def __init__(
+        self, message: str, *, least_vram_bytes: int | None, limited_by: str, suggestions: tuple[str, ...]
+    ) -> None:
+        self.least_vram_bytes = least_vram_bytes
+        self.limited_by = limited_by
+        self.suggestions = suggestions
+        super().__init__(message)
+
+
+class RunError(MemplanError, RuntimeError):
+    """Training under a plan cannot go on."""
+
+
+class TransferError(RunError):
+    """A weight could not be brought: names the block and the file."""
+
+
+class StrayReadError(RunError):
+    """A weight was read that is not there (checked mode)."""
+
+
+class MovedWeightsError(RunError):
+    """A call would have moved or cast streamed weights."""

@@ -1,0 +1,310 @@
+"""What a machine can do: sizes, rates and latencies, each with where it comes from. Plans are timed with these.
+
+A profile is shipped (``profiles/*.json``, from datasheets), a file of the user's, or measured on this machine once and
+kept in the cache folder. No torch here at import: it is opened only to ask a CUDA device, or to measure.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+import os
+import platform
+import re
+import tempfile
+from collections.abc import Callable
+from datetime import date
+from pathlib import Path
+from typing import Literal
+
+import msgspec
+import platformdirs
+import psutil
+from msgspec import Struct
+
+from memplan.errors import HardwareError
+from memplan.units import GIB, MIB
+
+SCHEMA_VERSION = 1
+
+DEVICE_RESERVE_BYTES = 512 * MIB
+"""Left free on a CUDA device by ``vram="auto"``: matrix libraries' workspaces, a display, other processes' growth."""
+
+HOST_RESERVE_BYTES = 2 * GIB
+"""Left free in RAM by ``ram=None`` on a machine with a CUDA device: Python, the data loader, the page cache."""
+
+_MAY_BE_ZERO = ("context_bytes", "launch_s", "load_latency_s")
+_DTYPES = ("float32", "bfloat16", "float16")
+_HERE = Path(__file__).parent
+
+
+class Figure(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """One number and where it comes from."""
+
+    value: float
+    """In the unit that the field's name ends with."""
+    kind: Literal["datasheet", "measured", "assumed"]
+    source: str
+    """The document, the program that measured it, or why it was assumed."""
+    date: str
+    """Of the document or the measurement: ``YYYY-MM-DD``."""
+
+
+class HardwareProfile(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """One machine: a compute device, the RAM beside it, the link between them, and the disk.
+
+    Raises HardwareError where a figure is not finite, is negative, or is zero where that makes no sense.
+    """
+
+    schema_version: int
+    name: str
+    description: str
+    device: Literal["cpu", "cuda"]
+    device_bytes: Figure
+    """All memory of the device; on the CPU, all RAM."""
+    host_bytes: Figure | None
+    """RAM; None where the profile is of a card alone."""
+    matmul_flops_per_s: dict[str, Figure]
+    """Rate of dense matrix products by torch's dtype name, summed in float32."""
+    memory_bytes_per_s: Figure
+    """Of the device's memory, reads and writes together."""
+    host_to_device_bytes_per_s: Figure
+    """From page-locked RAM; on the CPU, one thread's copy from RAM to RAM."""
+    device_to_host_bytes_per_s: Figure
+    disk_bytes_per_s: Figure
+    """Large reads by a few threads, past the page cache."""
+    launch_s: Figure
+    """Time that one operator takes whatever its size."""
+    load_latency_s: Figure
+    """Time that one load takes whatever its size."""
+    context_bytes: Figure
+    """Device memory that the process holds before its first tensor."""
+    machine: str = ""
+    """Key of the machine that it was measured on; empty for one from datasheets."""
+
+    def __post_init__(self) -> None:
+        if self.schema_version != SCHEMA_VERSION:
+            raise HardwareError(
+                f"schema_version is {self.schema_version}; this memplan reads version {SCHEMA_VERSION}: "
+                "make the profile again"
+            )
+        if not self.name.strip():
+            raise HardwareError("name is empty: give the profile a name")
+        if "float32" not in self.matmul_flops_per_s or not set(self.matmul_flops_per_s) <= set(_DTYPES):
+            raise HardwareError(
+                f"matmul_flops_per_s has {sorted(self.matmul_flops_per_s)}: give float32, and besides it only "
+                f"{' and '.join(_DTYPES[1:])}"
+            )
+        for where, figure in self._figures():
+            _check(where, figure)
+
+    def _figures(self) -> list[tuple[str, Figure]]:
+        figures = [(name, getattr(self, name)) for name in self.__struct_fields__]
+        figures += [(f"matmul_flops_per_s.{dtype}", figure) for dtype, figure in self.matmul_flops_per_s.items()]
+        return [(where, figure) for where, figure in figures if isinstance(figure, Figure)]
+
+
+def names() -> tuple[str, ...]:
+    """Return the names of the shipped profiles, sorted."""
+    return tuple(sorted(path.stem for path in _folder().glob("*.json")))
+
+
+def load(name_or_path: str | Path) -> HardwareProfile:
+    """Return a shipped profile by its name (upper and lower case alike) or the profile in a JSON file.
+
+    Nothing is measured. Raises HardwareError for an unknown name (with those that are near), an unreadable file, and a
+    profile that is not one (with the field that is wrong).
+    """
+    text = str(name_or_path)
+    shipped = {name.lower(): name for name in names()}
+    is_path = isinstance(name_or_path, Path) or "/" in text or os.sep in text or text.endswith(".json")
+    if not is_path and text.lower() in shipped:
+        return _read(_folder() / f"{shipped[text.lower()]}.json")
+    if is_path or Path(text).is_file():
+        return _read(Path(text).expanduser())
+    near = difflib.get_close_matches(text.lower(), shipped, n=3, cutoff=0.4)
+    hint = f"near it: {', '.join(shipped[name] for name in near)}; all" if near else "there are"
+    raise HardwareError(
+        f"there is no hardware profile named {text!r}; {hint}: {', '.join(names())}. "
+        'Or give a JSON file, or "auto" to measure this machine'
+    )
+
+
+def save(profile: HardwareProfile, path: str | Path) -> None:
+    """Write the profile as JSON, whole or not at all. Raises OSError where the folder cannot be written."""
+    target = Path(path)
+    data = msgspec.json.format(msgspec.json.encode(profile), indent=2) + b"\n"
+    handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.", suffix=".tmp")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(data)
+        Path(temporary).replace(target)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+def cache_folder() -> Path:
+    """Return the folder for what memplan keeps between runs, made if need be.
+
+    It is ``MEMPLAN_CACHE`` where that is set, else the user's cache folder. Raises OSError where it cannot be made.
+    """
+    given = os.environ.get("MEMPLAN_CACHE")
+    folder = Path(given).expanduser() if given else platformdirs.user_cache_path("memplan")
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def auto(progress: Callable[[str], None] | None = None) -> HardwareProfile:
+    """Return this machine's profile: the cached one, else it is measured (some seconds) and cached.
+
+    ``progress`` is called with a short text before each measurement. The cache's key is the platform, the processor,
+    the number of compute threads, the GPU, and torch's version.
+    """
+    key = machine_key()
+    try:
+        path = cache_folder() / "profiles" / f"{key}.json"
+        path.parent.mkdir(exist_ok=True)
+    except OSError:
+        path = None
+    if path is not None and path.is_file():
+        try:
+            return _read(path)
+        except HardwareError:
+            pass  # of an older memplan, or cut short by a full disk: it is measured again and written over
+    from memplan import calibrate
+
+    profile = calibrate.measure(progress=progress)
+    if path is not None:
+        try:
+            save(profile, path)
+        except OSError:
+            pass  # a cache that cannot be written costs the next start some seconds, no more
+    return profile
+
+
+def machine_key() -> str:
+    """Return what tells this machine from others as far as rates go, fit for a file's name."""
+    import torch
+
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
+    parts = (
+        platform.system(),
+        platform.machine(),
+        processor_name(),
+        f"{os.cpu_count()} cpus {torch.get_num_threads()} threads",
+        gpu,
+        f"torch {torch.__version__}",
+    )
+    return re.sub(r"[^a-z0-9.]+", "-", " ".join(parts).lower()).strip("-")
+
+
+def processor_name() -> str:
+    """Return the processor's name for people, as far as the system tells it."""
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    except OSError:
+        pass  # no such file outside Linux
+    return platform.processor() or platform.machine()
+
+
+def available_host_bytes() -> int:
+    """Return the RAM that can be had now without swapping, a container's limit regarded."""
+    return min([psutil.virtual_memory().available, *_container_room_bytes()])
+
+
+def free_device_bytes(device: Literal["cpu", "cuda"]) -> int:
+    """Return the memory of the device that can be had now; for ``"cpu"`` that is :func:`available_host_bytes`."""
+    if device == "cpu":
+        return available_host_bytes()
+    import torch
+
+    free, _ = torch.cuda.mem_get_info()
+    return int(free)
+
+
+def auto_vram_bytes(profile: HardwareProfile) -> int:
+    """Return the bytes that ``vram="auto"`` stands for.
+
+    On this machine's CUDA device: what is free, and the process's own context (a plan counts it), less
+    DEVICE_RESERVE_BYTES. On the CPU: half of the RAM that is available; :func:`auto_ram_bytes` takes a quarter, so that
+    both fit beside everything else. For a profile of another machine: the same of all the memory that it names.
+    """
+    here = _is_here(profile)
+    if profile.device == "cpu":
+        return (available_host_bytes() if here else int(profile.device_bytes.value)) // 2
+    total = int(profile.device_bytes.value)
+    if here:
+        total = min(total, free_device_bytes("cuda") + int(profile.context_bytes.value))
+    return max(0, total - DEVICE_RESERVE_BYTES)
+
+
+def auto_ram_bytes(profile: HardwareProfile) -> int:
+    """Return the bytes that ``ram=None`` stands for.
+
+    With a CUDA device: what is available, less HOST_RESERVE_BYTES. On the CPU: a quarter of what is available. For a
+    profile of another machine: the same of the RAM that it names, and of this machine's where it names none.
+    """
+    named = None if _is_here(profile) else profile.host_bytes
+    room = available_host_bytes() if named is None else int(named.value)
+    return room // 4 if profile.device == "cpu" else max(0, room - HOST_RESERVE_BYTES)
+
+
+def _is_here(profile: HardwareProfile) -> bool:
+    return bool(profile.machine) and profile.machine == machine_key()
+
+
+def _container_room_bytes() -> list[int]:
+    """Return what each memory limit of the control group leaves; psutil sees only the whole machine."""
+    room = []
+    for limit_file, used_file in (
+        ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
+        ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
+    ):
+        try:
+            limit, used = Path(limit_file).read_text().strip(), int(Path(used_file).read_text())
+            stat = Path(limit_file).with_name("memory.stat").read_text()
+        except (OSError, ValueError):
+            continue
+        if limit.isdigit():
+            # The page cache counts as used there, but gives way: what of it lies idle can be had.
+            idle = re.search(r"^(?:total_)?inactive_file (\d+)$", stat, re.MULTILINE)
+            room.append(max(0, int(limit) - used + (int(idle[1]) if idle else 0)))
+    return room
+
+
+def _folder() -> Path:
+    """Return the folder of the shipped profiles: in the package in a wheel, beside it in a checkout."""
+    packaged = _HERE / "_profiles"
+    return packaged if packaged.is_dir() else _HERE.parent / "profiles"
+
+
+def _read(path: Path) -> HardwareProfile:
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise HardwareError(
+            f"the hardware profile {path} cannot be read ({error.strerror}): give a JSON file or one of "
+            f"{', '.join(names())}"
+        ) from error
+    try:
+        return msgspec.json.decode(data, type=HardwareProfile)
+    except msgspec.DecodeError as error:
+        raise HardwareError(
+            f"{path} is not a hardware profile: {error}. Compare it with a shipped one or with schemas/profile.json"
+        ) from error
+
+
+def _check(where: str, figure: Figure) -> None:
+    least_is_zero = where in _MAY_BE_ZERO
+    if not math.isfinite(figure.value) or figure.value < 0 or (figure.value == 0 and not least_is_zero):
+        wanted = "finite and not negative" if least_is_zero else "finite and above 0"
+        raise HardwareError(f"{where} is {figure.value}: it must be {wanted}")
+    if not figure.source.strip():
+        raise HardwareError(f"{where} names no source: say where the figure comes from")
+    try:
+        date.fromisoformat(figure.date)
+    except ValueError as error:
+        raise HardwareError(f"{where} is dated {figure.date!r}: write YYYY-MM-DD") from error

@@ -1,0 +1,1 @@
+"""CostTable + budgets -> Plan."""

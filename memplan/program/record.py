@@ -1,0 +1,58 @@
+"""RunRecord: what a run under a plan did, to be laid beside what the plan said."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from msgspec import Struct
+
+
+class BlockRecord(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """One streamed block over the whole run."""
+
+    block: int
+    loads: int
+    loaded_bytes: int
+    stall_s: float
+    """Time that the compute waited for it."""
+    misses: int
+    """Loads that no prefetch had begun when they were needed."""
+
+
+class RunRecord(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What was measured. Counts are of the whole run; times are wall-clock."""
+
+    schema_version: int
+    fingerprint: str
+    device: str
+    passes: int
+    """Forward-and-backward passes completed."""
+    wall_s: float
+    """From the first access to the last seen."""
+    pass_s: float
+    """Median time of a pass in steady state (from one first access to the next with backward between), 0 if unknown."""
+    stall_s: float
+    """Median stall of a pass."""
+    loads: int
+    loaded_bytes: int
+    misses: int
+    off_sequence: int
+    """Accesses that did not follow the plan's order (evaluation, generation, …); each was served on demand."""
+    vram_peak_bytes: int
+    """Greatest live device bytes, 0 where nobody measured them."""
+    ram_peak_bytes: int
+    """Host arena and staging."""
+    blocks: tuple[BlockRecord, ...]
+
+    def save(self, path: str | Path) -> None:
+        """Write the record as JSON, whole or not at all."""
+        from memplan.program import codec
+
+        codec.save(self, path)
+
+    @classmethod
+    def load(cls, path: str | Path) -> RunRecord:
+        """Read a record. Raises PlanFormatError."""
+        from memplan.program import codec
+
+        return codec.load_record(path)

@@ -1,0 +1,193 @@
+"""The contract: what a Plan says. Frozen values only; reading and writing them is codec.py's.
+
+A plan is a set of *residences*: this item lies in this arena from the load that may start after access
+``load_after``, is usable for accesses ``first_use`` … ``last_use``, and leaves after the latter. Accesses of a pass are
+numbered 0 … A-1 and repeat. An item has ONE address in an arena, so it always comes back to where it was.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+from msgspec import Struct
+
+from memplan.analyze.graph import Activations
+from memplan.cost.table import CostTable
+
+SCHEMA_VERSION = 1
+
+STAGING_BYTES = 16 << 20
+"""Host bytes through which a runtime reads the disk; counted in ``ram`` where any block's home is there."""
+
+Tier = Literal["device", "host", "disk"]
+Channel = Literal["h2d", "d2h", "disk"]
+
+
+class Workload(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What is trained on."""
+
+    batch: dict[str, tuple[int, ...]]
+    """Shape of each tensor of one micro-batch."""
+    tokens: int
+    accumulation: int
+    """Passes of one step."""
+    optimizer: str
+    adapter: str
+    """For people, such as ``"LoRA r=16 on all-linear"``; empty where the model came with its trainables."""
+
+
+class Budgets(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Bytes that memplan may use of a tier."""
+
+    vram_bytes: int
+    ram_bytes: int
+    disk_bytes: int | None
+    """None: no disk beyond the checkpoint's own files."""
+
+
+class Item(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What moves. ``saved`` and ``boundary`` are activations that are offloaded (no solver makes them yet)."""
+
+    id: int
+    kind: Literal["weights", "saved", "boundary"]
+    block: int
+    size_bytes: int
+    home: Tier
+    """Where the permanent copy lies."""
+
+
+class Segment(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    offset_bytes: int
+    size_bytes: int
+
+
+class Arena(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """One flat allocation of a tier. One segment for the whole cycle today; elastic ones later."""
+
+    id: int
+    tier: Literal["device", "host"]
+    segments: tuple[Segment, ...]
+
+    @property
+    def size_bytes(self) -> int:
+        return sum(segment.size_bytes for segment in self.segments)
+
+
+class Address(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Where an item lies in an arena whenever it lies there."""
+
+    item: int
+    arena: int
+    offset_bytes: int
+    size_bytes: int
+
+
+class Residence(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """One stay of an item in an arena.
+
+    ``begins``: ``always`` (there all the time), ``load`` (brought), ``made`` (written by the compute: activations).
+    ``source``: ``home``; ``staging`` (from the disk through the staging ring); ``residence:ID``; empty for always/made.
+    ``order`` is total on a channel within a cycle (0, 1, …; loads run in this order, cycle after cycle); -1 without one.
+    ``first_use`` lies in 0 … A-1; ``load_after`` < ``first_use`` and ``last_use`` >= ``first_use`` count on beyond the
+    pass where the stay crosses its boundary (-1 is the last access of the pass before). ``last_use - load_after`` <= A.
+    """
+
+    id: int
+    item: int
+    arena: int
+    begins: Literal["always", "load", "made"]
+    source: str
+    channel: Channel | None
+    order: int
+    load_after: int
+    first_use: int
+    last_use: int
+    ends: Literal["drop", "store"]
+
+
+class ActivationPolicy(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What becomes of the activations of one module: kept, or recomputed in backward by memplan."""
+
+    module: str
+    activations: Activations
+
+
+class Peaks(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Greatest bytes of each tier in a step."""
+
+    vram_bytes: int
+    ram_bytes: int
+    disk_bytes: int
+
+
+class Prediction(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What the plan expects. Bytes include padding; times are of the steady state."""
+
+    compute_s: float
+    """Compute of one pass, recomputes included."""
+    pass_s: float
+    step_s: float
+    """``accumulation`` passes and the optimizer."""
+    bound_s: float
+    """No plan of these blocks within this vram has a shorter pass (design: window bound)."""
+    stall_s: float
+    """pass_s - compute_s."""
+    binds: str
+    """What sets the pass time: ``compute``, ``link`` or ``disk``."""
+    loads_per_pass: int
+    loaded_bytes_per_pass: int
+    peaks: Peaks
+    vram_peak_at: int
+    """Access at which the device peak stands."""
+    vram_parts: dict[str, int]
+    """Device bytes at that access: weights (always there), slots, adapters, gradients, optimizer, buffers, batch,
+    context, activations, workspace. They sum to ``peaks.vram_bytes``."""
+    ram_parts: dict[str, int]
+    """weights, staging. They sum to ``peaks.ram_bytes``."""
+
+
+class Plan(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Where every frozen block lives and when it moves, with the rows it was made from and what it predicts."""
+
+    schema_version: int
+    model: str
+    fingerprint: str
+    workload: Workload
+    budgets: Budgets
+    hardware: str
+    table: CostTable
+    items: tuple[Item, ...]
+    arenas: tuple[Arena, ...]
+    addresses: tuple[Address, ...]
+    residences: tuple[Residence, ...]
+    activations: tuple[ActivationPolicy, ...]
+    """One for each module in ``table.recomputable``."""
+    prediction: Prediction
+    staging_bytes: int
+    """Host bytes of the ring through which the disk is read; counted in ``ram``."""
+    notes: tuple[str, ...] = ()
+
+    def policies(self) -> dict[str, Activations]:
+        """Return the activation policy of each recomputable module."""
+        return {policy.module: policy.activations for policy in self.activations}
+
+    def home_of(self, block: int) -> Tier:
+        """Return the tier where the block's permanent copy lies."""
+        for item in self.items:
+            if item.kind == "weights" and item.block == block:
+                return item.home
+        raise KeyError(block)
+
+    def save(self, path: str | Path) -> None:
+        """Write the plan as JSON, whole or not at all. Same plan, same bytes."""
+        from memplan.program import codec
+
+        codec.save(self, path)
+
+    @classmethod
+    def load(cls, path: str | Path) -> Plan:
+        """Read a plan and check it. Raises PlanFormatError or PlanCheckError; changes nothing."""
+        from memplan.program import codec
+
+        return codec.load_plan(path)

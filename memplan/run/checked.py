@@ -1,0 +1,102 @@
+"""The checked mode: every weight that autograd saves is looked at again when backward unpacks it.
+
+What streaming rests on is that every access is seen before it happens; a missed one would read another block's bytes
+without a sound. Here it raises. [Note: hooks inside a checkpointed region] Saved-tensor hooks of ours hide the tensors
+from a checkpoint's own, which then would no longer drop them; so what is not ours is handed on to the hooks around.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+from torch.autograd.graph import saved_tensors_hooks
+
+from memplan.errors import StrayReadError
+from memplan.run.arena import Arena
+from memplan.run.conductor import Conductor, Streamed
+
+
+class CheckedReads:
+    """Wraps forwards so that what they save of the device arena is checked at unpack."""
+
+    def __init__(self, arena: Arena, streamed: Mapping[int, Streamed], conductor: Conductor) -> None:
+        self._begin = arena.bytes.data_ptr()
+        self._end = self._begin + arena.size_bytes
+        self._conductor = conductor
+        self._names = {block: s.name for block, s in streamed.items()}
+        self._streamed = streamed
+        self._undo: list[Callable[[], None]] = []
+        self.checked = 0
+        """Saved weights that were looked at again."""
+
+    def wrap(self, module: nn.Module, blocks: frozenset[int]) -> None:
+        """Check what ``module``'s forward saves of ``blocks``, the streamed blocks that it reads."""
+        had = module.__dict__.get("forward")
+        original = module.forward
+
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            around = torch._C._autograd._top_saved_tensors_default_hooks(True)
+            with saved_tensors_hooks(self._packer(around, blocks), self._unpacker(around)):
+                return original(*args, **kwargs)
+
+        module.forward = forward
+
+        def undo() -> None:
+            if had is None:
+                del module.forward
+            else:
+                module.forward = had
+
+        self._undo.append(undo)
+
+    def remove(self) -> None:
+        """Unwrap in the reverse order."""
+        while self._undo:
+            self._undo.pop()()
+
+    def _packer(self, around: Any, blocks: frozenset[int]) -> Callable[[torch.Tensor], Any]:
+        def pack(tensor: torch.Tensor) -> Any:
+            block = self._block_of(tensor, blocks)
+            if block is not None:
+                if not self._conductor.is_there(block):
+                    raise StrayReadError(self._message(block, "saved for backward"))
+                return ("ours", tensor, block, tensor._version)
+            return ("other", around[0](tensor) if around is not None else tensor)
+
+        return pack
+
+    def _unpacker(self, around: Any) -> Callable[[Any], torch.Tensor]:
+        def unpack(packed: Any) -> torch.Tensor:
+            if packed[0] == "other":
+                value: torch.Tensor = around[1](packed[1]) if around is not None else packed[1]
+                return value
+            _, tensor, block, version = packed
+            self.checked += 1
+            if not self._conductor.is_there(block):
+                raise StrayReadError(self._message(block, "read in backward"))
+            if tensor._version != version:
+                raise StrayReadError(self._message(block, "written to since forward and read in backward"))
+            held: torch.Tensor = tensor
+            return held
+
+        return unpack
+
+    def _block_of(self, tensor: torch.Tensor, blocks: frozenset[int]) -> int | None:
+        """Return which of ``blocks`` a tensor is a view of. Slots are shared: another block may lie there now."""
+        pointer = tensor.data_ptr()
+        if not self._begin <= pointer < self._end or tensor.numel() == 0:
+            return None
+        for block in blocks:
+            part = self._streamed[block].part
+            if part.data_ptr() <= pointer < part.data_ptr() + part.numel():
+                return block
+        return None
+
+    def _message(self, block: int, how: str) -> str:
+        return (
+            f"a weight of the block {self._names[block]} was {how} while the block was away: an access that no trigger "
+            "saw. Pin that block to the device (pins={...: 'device'}) and report the model's class"
+        )

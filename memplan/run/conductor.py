@@ -1,0 +1,300 @@
+"""The conductor: at every access it brings what the plan says and makes the compute wait for what it needs.
+
+It watches the triggers (in whichever thread autograd runs in, under one lock), keeps the position in the plan's cycle,
+starts each planned load as soon as its room is free, and points parameters at their slot or away from it.
+
+An access off the sequence is served all the same: its blocks are loaded on demand, each into its one address, and
+counted. So the plan's order is only ever a matter of speed; what is right does not rest on it.
+"""
+
+from __future__ import annotations
+
+import statistics
+import threading
+import time
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+
+from memplan.program.record import BlockRecord, RunRecord
+from memplan.program.schema import SCHEMA_VERSION, Channel, Plan
+from memplan.run.sequence import Sequence
+from memplan.run.transfer import Source, Ticket, Transfers
+
+
+@dataclass(slots=True, kw_only=True)
+class Streamed:
+    """One streamed block: where it comes from, where it goes, and whether it is there."""
+
+    block: int
+    name: str
+    channel: Channel
+    source: Source
+    part: torch.Tensor
+    """Its byte range of the device arena: its one address."""
+    pointers: tuple[tuple[nn.Parameter, torch.Tensor, torch.Tensor], ...]
+    """Each parameter, its view of the part, and its placeholder."""
+    rivals: tuple[int, ...] = ()
+    """Streamed blocks whose addresses overlap this one's."""
+    ticket: Ticket | None = None
+    """There or on its way; None: away."""
+    usable: bool = False
+    """The compute has waited for it and the parameters point at it."""
+    loads: int = 0
+    misses: int = 0
+    stall_s: float = 0.0
+
+    def point(self) -> None:
+        for parameter, there, _ in self.pointers:
+            parameter.data = there
+
+    def unpoint(self) -> None:
+        for parameter, _, away in self.pointers:
+            parameter.data = away
+
+
+@dataclass(slots=True)
+class _Passes:
+    """Times of passes in the steady state: from a cycle's first access to the next cycle's, with a backward between."""
+
+    count: int = 0
+    began: float | None = None
+    complete: bool = False
+    stalled_s: float = 0.0
+    times_s: list[float] = field(default_factory=list)
+    stalls_s: list[float] = field(default_factory=list)
+
+
+class Conductor:
+    """A :class:`memplan.triggers.Watcher` that serves a plan's streamed blocks."""
+
+    def __init__(self, plan: Plan, streamed: dict[int, Streamed], transfers: Transfers) -> None:
+        self._plan = plan
+        self._streamed = streamed
+        self._transfers = transfers
+        self._sequence = Sequence(plan)
+        self._lock = threading.RLock()
+        self._reads = {a.index: tuple(b for b in a.blocks if b in streamed) for a in plan.table.accesses}
+        by_module: dict[str, set[int]] = {}
+        for access in plan.table.accesses:
+            by_module.setdefault(access.module, set()).update(self._reads[access.index])
+        self._module_reads = {module: tuple(sorted(blocks)) for module, blocks in by_module.items()}
+        self._now = -1  # linear position of the access under way; -1: none yet
+        self._done = 0  # accesses below this are over: what they read may be overwritten
+        # Per channel: how many loads were dealt with. From the cycle before the first: some of its loads stay for it.
+        self._next = {channel: -len(loads) for channel, loads in self._sequence.loads.items()}
+        self._pinned: frozenset[int] = frozenset()
+        self._closed = False
+        self._passes = _Passes()
+        self._off_sequence = 0
+        self._began: float | None = None
+        self._last = 0.0
+
+    # ---- what the triggers say -------------------------------------------------------------------------------------
+
+    def forward_begins(self, module: str, *, in_backward: bool) -> int:
+        with self._lock:
+            if self._closed:
+                return -1
+            if in_backward:
+                return self._recompute_begins(module)
+            position = self._sequence.next_forward(module, self._now)
+            if self._began is not None and self._sequence.skipped_reads(self._now, position):
+                self._off_sequence += 1
+            if position // self._sequence.length != self._now // self._sequence.length or self._began is None:
+                self._pass_begins()
+            self._go_to(position)
+            return position
+
+    def forward_ends(self, module: str, call: int, *, in_backward: bool) -> None:
+        with self._lock:
+            if not in_backward and not self._closed and call == self._now:
+                self._done = call + 1
+                self._pinned = frozenset()
+                self._start_loads()
+
+    def backward_begins(self, module: str, call: int) -> None:
+        with self._lock:
+            if self._closed:
+                return
+            cycle, index = divmod(call, self._sequence.length)
+            backward = self._sequence.backward_of.get(index)
+            position = None if backward is None else cycle * self._sequence.length + backward
+            if position is not None and position >= self._now:
+                if position > self._now and self._sequence.skipped_reads(self._now, position):
+                    self._off_sequence += 1
+                self._go_to(position)
+            else:
+                self._serve_aside(module)
+
+    def backward_ends(self) -> None:
+        with self._lock:
+            if self._closed or self._now < 0:
+                return
+            cycle, index = divmod(self._now, self._sequence.length)
+            if index == self._sequence.last_backward:
+                self._done = (cycle + 1) * self._sequence.length
+                self._passes.count += 1
+                self._passes.complete = True
+            else:
+                self._done = self._now + 1
+            self._pinned = frozenset()
+            self._start_loads()
+            self._last = time.perf_counter()
+
+    def _recompute_begins(self, module: str) -> int:
+        """A forward inside a backward: a checkpoint recomputes. It is the same access as the backward it belongs to.
+
+        Where a checkpoint spans several modules they come in forward order: only the next planned backward moves the
+        position, the others are served beside it, lest what is still needed counts as over."""
+        position = self._sequence.next_backward(module, self._now)
+        if position is None:
+            self._serve_aside(module)
+            return self._now
+        index = position % self._sequence.length
+        if position == self._now or not self._sequence.skipped_reads(self._now, position):
+            self._go_to(position)
+        else:
+            self._serve_aside(module)
+        return position - index + self._sequence.accesses[index].forward
+
+    # ---- serving ---------------------------------------------------------------------------------------------------
+
+    def _go_to(self, position: int) -> None:
+        self._now = position
+        self._done = max(self._done, position)
+        self._use(self._reads[position % self._sequence.length])
+
+    def _serve_aside(self, module: str) -> None:
+        """Serve an access that is not where the plan has it; the position stays."""
+        self._off_sequence += 1
+        self._use(self._module_reads.get(module, ()))
+
+    def _use(self, blocks: tuple[int, ...]) -> None:
+        self._pinned = frozenset(blocks)
+        self._start_loads()
+        for block in blocks:
+            streamed = self._streamed[block]
+            if not streamed.usable:
+                if streamed.ticket is None:
+                    streamed.misses += self._passes.count > 0 or self._now >= self._sequence.length
+                    self._load(streamed)
+                self._make_usable(streamed)
+
+    def _make_usable(self, streamed: Streamed) -> None:
+        assert streamed.ticket is not None
+        try:
+            stalled = self._transfers.wait(streamed.ticket, streamed.block)
+        except BaseException:
+            streamed.ticket = None
+            raise
+        streamed.stall_s += stalled
+        self._passes.stalled_s += stalled
+        streamed.point()
+        streamed.usable = True
+
+    def _start_loads(self) -> None:
+        """Start every planned load whose room is free, in each channel's order."""
+        length = self._sequence.length
+        for channel, loads in self._sequence.loads.items():
+            while True:
+                cycle, turn = divmod(self._next[channel], len(loads))
+                due = loads[turn]
+                if cycle * length + due.load_after >= self._done:
+                    break
+                streamed = self._streamed[due.block]
+                if streamed.ticket is None and cycle * length + due.last_use >= max(self._now, 0):
+                    if any(rival in self._pinned for rival in streamed.rivals):
+                        break
+                    self._load(streamed)
+                self._next[channel] += 1
+
+    def _load(self, streamed: Streamed) -> None:
+        for rival in streamed.rivals:
+            self._evict(self._streamed[rival])
+        streamed.ticket = self._transfers.load(streamed.channel, streamed.source, streamed.part)
+        streamed.loads += 1
+
+    def _evict(self, streamed: Streamed) -> None:
+        if streamed.ticket is None:
+            return
+        ticket, usable = streamed.ticket, streamed.usable
+        streamed.ticket, streamed.usable = None, False
+        if usable:
+            streamed.unpoint()
+        else:  # still on its way, off the sequence: two channels must not write one slot at once
+            self._transfers.wait(ticket, streamed.block)
+
+    # ---- the record ------------------------------------------------------------------------------------------------
+
+    def _pass_begins(self) -> None:
+        now = time.perf_counter()
+        for block, stalled in self._transfers.device_stalls().items():
+            self._streamed[block].stall_s += stalled
+            self._passes.stalled_s += stalled
+        passes = self._passes
+        if passes.began is not None and passes.complete:
+            passes.times_s.append(now - passes.began)
+            passes.stalls_s.append(passes.stalled_s)
+        passes.began, passes.complete, passes.stalled_s = now, False, 0.0
+        if self._began is None:
+            self._began = now
+        self._last = now
+
+    def record(self, *, vram_peak_bytes: int, ram_peak_bytes: int) -> RunRecord:
+        """Return what was measured so far."""
+        with self._lock:
+            blocks = tuple(
+                BlockRecord(
+                    block=s.block,
+                    loads=s.loads,
+                    loaded_bytes=s.loads * s.part.numel(),
+                    stall_s=s.stall_s,
+                    misses=s.misses,
+                )
+                for s in self._streamed.values()
+            )
+            passes = self._passes
+            return RunRecord(
+                schema_version=SCHEMA_VERSION,
+                fingerprint=self._plan.fingerprint,
+                device=self._plan.table.device,
+                passes=passes.count,
+                wall_s=0.0 if self._began is None else self._last - self._began,
+                pass_s=statistics.median(passes.times_s[1:] or passes.times_s or [0.0]),
+                stall_s=statistics.median(passes.stalls_s[1:] or passes.stalls_s or [0.0]),
+                loads=sum(b.loads for b in blocks),
+                loaded_bytes=sum(b.loaded_bytes for b in blocks),
+                misses=sum(b.misses for b in blocks),
+                off_sequence=self._off_sequence,
+                vram_peak_bytes=vram_peak_bytes,
+                ram_peak_bytes=ram_peak_bytes,
+                blocks=blocks,
+            )
+
+    # ---- beginning and end -----------------------------------------------------------------------------------------
+
+    def begin(self) -> None:
+        """Start the first loads."""
+        with self._lock:
+            self._start_loads()
+
+    def is_there(self, block: int) -> bool:
+        """Whether a streamed block may be read now (checked mode)."""
+        return self._streamed[block].usable
+
+    def quiesce(self) -> None:
+        """Have every load finish and every block away, so that their bytes may be read or given back."""
+        with self._lock:
+            for streamed in self._streamed.values():
+                self._evict(streamed)
+
+    def close(self) -> None:
+        """Stop serving. Backwards of calls made before meet placeholders."""
+        with self._lock:
+            try:
+                self.quiesce()
+            finally:
+                self._closed = True
+                self._transfers.close()

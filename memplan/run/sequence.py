@@ -1,0 +1,80 @@
+"""Where in the plan's cycle a run is, and which loads are due. Numbers only: no tensors, no threads.
+
+Positions are *linear*: access ``k`` of the ``c``-th cycle is ``c * A + k``, so that nothing wraps.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from memplan.cost.table import AccessRow
+from memplan.program.schema import Channel, Plan
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Due:
+    """One load of the cycle, as the plan has it."""
+
+    block: int
+    channel: Channel
+    load_after: int
+    first_use: int
+    last_use: int
+
+
+class Sequence:
+    """The plan's accesses by module, and its loads by channel."""
+
+    def __init__(self, plan: Plan) -> None:
+        self.accesses: tuple[AccessRow, ...] = plan.table.accesses
+        self.length = len(self.accesses)
+        self.forwards: dict[str, tuple[int, ...]] = {}
+        self.backwards: dict[str, tuple[int, ...]] = {}
+        self.backward_of: dict[int, int] = {}
+        for access in self.accesses:
+            if access.kind == "forward":
+                self.forwards[access.module] = (*self.forwards.get(access.module, ()), access.index)
+            elif access.kind == "backward":
+                self.backwards[access.module] = (*self.backwards.get(access.module, ()), access.index)
+                self.backward_of[access.forward] = access.index
+        self.first_access = min((i for indices in self.forwards.values() for i in indices), default=0)
+        self.last_backward = max(self.backward_of.values(), default=-1)
+        self.loads = self._loads(plan)
+
+    @staticmethod
+    def _loads(plan: Plan) -> dict[Channel, tuple[Due, ...]]:
+        device = {arena.id for arena in plan.arenas if arena.tier == "device"}
+        found: dict[Channel, list[tuple[int, Due]]] = {}
+        for stay in plan.residences:
+            if stay.begins == "load" and stay.arena in device and stay.channel is not None:
+                due = Due(
+                    block=plan.items[stay.item].block,
+                    channel=stay.channel,
+                    load_after=stay.load_after,
+                    first_use=stay.first_use,
+                    last_use=stay.last_use,
+                )
+                found.setdefault(stay.channel, []).append((stay.order, due))
+        return {channel: tuple(due for _, due in sorted(rows, key=lambda row: row[0])) for channel, rows in found.items()}
+
+    def next_forward(self, module: str, now: int) -> int:
+        """Return the linear position of the module's next forward access after ``now``."""
+        cycle, index = divmod(now, self.length)
+        for candidate in self.forwards[module]:
+            if candidate > index:
+                return cycle * self.length + candidate
+        return (cycle + 1) * self.length + self.forwards[module][0]
+
+    def next_backward(self, module: str, now: int) -> int | None:
+        """Return the linear position of the module's next backward access in this cycle, now's own included, or None."""
+        cycle, index = divmod(now, self.length)
+        for candidate in self.backwards.get(module, ()):
+            if candidate >= index:
+                return cycle * self.length + candidate
+        return None
+
+    def skipped_reads(self, now: int, position: int) -> bool:
+        """Whether accesses that read weights lie strictly between the two."""
+        if position - now > self.length:
+            return True
+        return any(self.accesses[linear % self.length].blocks for linear in range(now + 1, position))

@@ -1,0 +1,208 @@
+"""Bringing bytes to a slot: one small interface, two implementations.
+
+``CpuTransfers``: the compute device is the CPU; a channel is a worker thread, a ticket a future.
+``CudaTransfers``: a channel is a stream, a ticket an event (behind a future where a thread reads the disk first).
+
+Start and wait are a pair: ``load`` starts a transfer and never blocks; ``wait`` makes the compute wait for it.
+A load may overwrite its slot at once on the CPU, where compute is done when the host says so; on CUDA the copy
+stream first waits for all the compute that was enqueued when the load was started. [Note: slot overwritten while read]
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Protocol
+
+import numpy as np
+import torch
+
+from memplan.errors import RunError, TransferError
+from memplan.program.schema import STAGING_BYTES, Channel
+from memplan.run.arena import poison
+from memplan.run.disk import Bytes, DiskReader, Extent, copy_bytes
+
+
+class HostSource:
+    """A block's bytes in the host arena."""
+
+    def __init__(self, part: torch.Tensor) -> None:
+        self.part = part
+
+
+class DiskSource:
+    """A block's bytes in files: each extent and where it goes in the block's layout."""
+
+    def __init__(self, extents: tuple[tuple[Extent, int], ...], reader: DiskReader, block: str) -> None:
+        self.extents = extents
+        self.reader = reader
+        self.block = block
+
+    def read(self, destination: Bytes) -> None:
+        """Fill the block's layout. Raises TransferError."""
+        self.reader.read(
+            ((extent, destination[offset : offset + extent.size_bytes]) for extent, offset in self.extents),
+            f"the block {self.block}",
+        )
+
+
+Source = HostSource | DiskSource
+
+
+class Ticket(Protocol):
+    """A load that was started."""
+
+
+class Transfers(Protocol):
+    """What the conductor asks of a device."""
+
+    def load(self, channel: Channel, source: Source, destination: torch.Tensor) -> Ticket:
+        """Start filling ``destination`` (uint8) behind all compute enqueued so far. Loads of a channel run in turn."""
+
+    def wait(self, ticket: Ticket, block: int) -> float:
+        """Make the compute wait for the load of that block; return the seconds that the host itself stood still.
+
+        Raises what the load raised, in the thread that waits."""
+
+    def device_stalls(self) -> dict[int, float]:
+        """Return the seconds, by block, that the device stood still and that are known since the last call."""
+
+    def close(self) -> None:
+        """End the threads. Loads under way are finished first."""
+
+
+class CpuTransfers:
+    """Worker threads and futures. ``poisoned``: each slot is filled with NaN before it is loaded (checked mode)."""
+
+    def __init__(self, *, poisoned: bool = False) -> None:
+        self._channels: dict[str, ThreadPoolExecutor] = {}
+        self._poisoned = poisoned
+
+    def load(self, channel: Channel, source: Source, destination: torch.Tensor) -> Future[None]:
+        if self._poisoned:
+            poison(destination)
+        pool = self._channels.get(channel)
+        if pool is None:
+            pool = self._channels[channel] = ThreadPoolExecutor(1, thread_name_prefix=f"memplan-{channel}")
+        return pool.submit(self._fill, source, destination.numpy())
+
+    @staticmethod
+    def _fill(source: Source, destination: Bytes) -> None:
+        if isinstance(source, HostSource):
+            copy_bytes(destination, source.part.numpy())
+        else:
+            source.read(destination)
+
+    def wait(self, ticket: Ticket, block: int) -> float:
+        assert isinstance(ticket, Future)
+        if ticket.done():
+            ticket.result()
+            return 0.0
+        began = time.perf_counter()
+        ticket.result()
+        return time.perf_counter() - began
+
+    def device_stalls(self) -> dict[int, float]:
+        return {}
+
+    def close(self) -> None:
+        for pool in self._channels.values():
+            pool.shutdown(wait=True, cancel_futures=True)
+        self._channels.clear()
+
+
+class _CudaTicket:
+    """Done when ``event`` is; ``filled`` is there where a thread enqueues the copies."""
+
+    def __init__(self, event: torch.cuda.Event, filled: Future[None] | None) -> None:
+        self.event = event
+        self.filled = filled
+
+
+class CudaTransfers:
+    """Streams and events. Unproven: no GPU has run it yet.
+
+    The host never synchronises with the device here, except in a staging thread, which waits until its own piece of
+    the page-locked ring is free again."""
+
+    _TIMED = 256
+
+    def __init__(self, device: torch.device, *, poisoned: bool = False) -> None:
+        self._device = device
+        self._stream = torch.cuda.Stream(device)
+        self._disk_stream = torch.cuda.Stream(device)
+        self._disk: ThreadPoolExecutor | None = None
+        self._ring: list[tuple[torch.Tensor, torch.cuda.Event]] = []
+        self._poisoned = poisoned
+        self._timed: deque[tuple[int, torch.cuda.Event, torch.cuda.Event]] = deque(maxlen=self._TIMED)
+        # The arena was allocated on the compute stream: what was enqueued there comes before any copy into it.
+        self._stream.wait_stream(torch.cuda.current_stream(device))
+        self._disk_stream.wait_stream(torch.cuda.current_stream(device))
+
+    def load(self, channel: Channel, source: Source, destination: torch.Tensor) -> _CudaTicket:
+        if self._poisoned:
+            poison(destination)
+        free = torch.cuda.Event()
+        free.record(torch.cuda.current_stream(self._device))
+        done = torch.cuda.Event()
+        if isinstance(source, HostSource):
+            self._stream.wait_event(free)
+            with torch.cuda.stream(self._stream), torch.inference_mode(False), torch.no_grad():
+                destination.copy_(source.part, non_blocking=True)
+            done.record(self._stream)
+            return _CudaTicket(done, None)
+        if self._disk is None:
+            self._disk = ThreadPoolExecutor(1, thread_name_prefix="memplan-staging")
+        return _CudaTicket(done, self._disk.submit(self._stage, source, destination, free, done))
+
+    def _stage(self, source: DiskSource, destination: torch.Tensor, free: torch.cuda.Event, done: torch.cuda.Event) -> None:
+        if not self._ring:
+            half = STAGING_BYTES // 2
+            self._ring = [(torch.empty(half, dtype=torch.uint8, pin_memory=True), torch.cuda.Event()) for _ in range(2)]
+        self._disk_stream.wait_event(free)
+        turn = 0
+        for extent, offset in source.extents:
+            for start in range(0, extent.size_bytes, self._ring[0][0].numel()):
+                buffer, empty = self._ring[turn]
+                turn = 1 - turn
+                empty.synchronize()
+                size = min(buffer.numel(), extent.size_bytes - start)
+                part = Extent(path=extent.path, file_offset_bytes=extent.file_offset_bytes + start, size_bytes=size)
+                source.reader.read([(part, buffer.numpy()[:size])], f"the block {source.block}")
+                with torch.cuda.stream(self._disk_stream), torch.inference_mode(False), torch.no_grad():
+                    destination[offset + start : offset + start + size].copy_(buffer[:size], non_blocking=True)
+                empty.record(self._disk_stream)
+        done.record(self._disk_stream)
+
+    def wait(self, ticket: Ticket, block: int) -> float:
+        assert isinstance(ticket, _CudaTicket)
+        stalled = 0.0
+        if ticket.filled is not None:
+            began = time.perf_counter()
+            ticket.filled.result()
+            stalled = time.perf_counter() - began
+        if not ticket.event.query():
+            stream = torch.cuda.current_stream(self._device)
+            before, after = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            before.record(stream)
+            stream.wait_event(ticket.event)
+            after.record(stream)
+            self._timed.append((block, before, after))
+        return stalled
+
+    def device_stalls(self) -> dict[int, float]:
+        stalls: dict[int, float] = {}
+        while self._timed and self._timed[0][2].query():
+            block, before, after = self._timed.popleft()
+            stalls[block] = stalls.get(block, 0.0) + before.elapsed_time(after) / 1e3
+        return stalls
+
+    def close(self) -> None:
+        if self._disk is not None:
+            self._disk.shutdown(wait=True, cancel_futures=True)
+        self._stream.synchronize()
+        self._disk_stream.synchronize()
+        self._ring.clear()

@@ -1,0 +1,378 @@
+"""The report as text: calm on a terminal, plain ASCII everywhere else, so that it can be pasted into an issue.
+
+Every number is taken from the plan and the record (facts.py); here they only get their places.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+import os
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import IO, TYPE_CHECKING
+
+from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
+from rich.padding import Padding
+from rich.table import Table
+from rich.text import Text
+
+from memplan.show import facts as said
+from memplan.show.facts import as_dict, failure_dict
+from memplan.show.glyphs import PLAIN, RICH, Glyphs
+from memplan.show.strip import legend, ranges, strip
+from memplan.units import format_bytes
+
+if TYPE_CHECKING:
+    from memplan.errors import DoesNotFitError
+    from memplan.program.record import BlockRecord, RunRecord
+    from memplan.program.schema import Plan
+
+__all__ = ["Report", "as_dict", "failure_dict", "failure_text", "render", "text", "write"]
+
+WIDTH = 80
+_LEAST_WIDTH = 60
+_WIDE = 112
+"""From here on memory and time stand side by side."""
+_LABEL = 14
+_VALUE = 11
+_MOST_STALLED = 5
+_BINDS = {"compute": "compute binds", "link": "the link binds", "disk": "the disk binds"}
+
+
+def render(plan: Plan, record: RunRecord | None = None) -> Report:
+    """Return the report for rich. Raises PlanMismatchError where ``record`` is of another plan."""
+    if record is not None:
+        said.check_pair(plan, record)
+    return Report(plan, record)
+
+
+def text(plan: Plan, record: RunRecord | None = None, width: int | None = None) -> str:
+    """Return the report as plain ASCII, ``width`` columns wide: else ``COLUMNS``, else 80; never below 60.
+
+    The same plan, record and width give the same text. Raises PlanMismatchError as ``render``.
+    """
+    return _plain(render(plan, record), _columns() if width is None else width)
+
+
+def write(plan: Plan, record: RunRecord | None = None, file: IO[str] | None = None) -> None:
+    """Write the report to ``file`` (standard output): in colour to a terminal, as ``text`` to anything else.
+
+    Raises PlanMismatchError as ``render``.
+    """
+    console = Console(file=file, highlight=False)
+    if console.is_terminal:
+        console.print(render(plan, record))
+    else:
+        console.file.write(text(plan, record))
+
+
+def failure_text(error: DoesNotFitError) -> str:
+    """Return, as plain ASCII, that no plan keeps the budgets: what would do, what limits, what helps."""
+    table = _table()
+    table.add_column(overflow="fold")
+    least = error.least_vram_bytes
+    table.add_row("Least vram", "no vram would do" if least is None else format_bytes(least))
+    table.add_row("Limited by", Text(PLAIN.safe(error.limited_by)))
+    for place, suggestion in enumerate(error.suggestions):
+        table.add_row("" if place else "Try", Text(PLAIN.safe(suggestion)))
+    return _plain(Group(Text(f"Does not fit: {PLAIN.safe(str(error))}"), _inset(table)), _columns())
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """A plan, and what became of it, as something that rich can print."""
+
+    plan: Plan
+    record: RunRecord | None
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        glyphs = RICH if console.is_terminal and not options.ascii_only else PLAIN
+        yield from _Page(self.plan, self.record, glyphs, max(options.max_width, _LEAST_WIDTH)).sections()
+
+
+class _Page:
+    """The sections of one report, written down in one way."""
+
+    def __init__(self, plan: Plan, record: RunRecord | None, glyphs: Glyphs, width: int) -> None:
+        self.plan = plan
+        self.record = record
+        self.glyphs = glyphs
+        self.width = width
+        self.facts = said.facts(plan)
+        self.seen = said.measured(plan, record) if record is not None else None
+
+    def sections(self) -> RenderResult:
+        yield self.heading()
+        yield Text("")
+        yield self.verdict()
+        yield Text("")
+        if self.width >= _WIDE:
+            side = Table.grid(padding=(0, 6, 0, 0))
+            side.add_row(self.memory(), self.time())
+            yield side
+        else:
+            yield self.memory()
+            yield Text("")
+            yield self.time()
+        yield Text("")
+        yield self.blocks()
+        if self.record is not None:
+            yield Text("")
+            yield self.run(self.record)
+        notes = self.notes()
+        if notes:
+            yield Text("")
+            yield Group(Text("Notes", style="bold"), *(_inset(_bullet(self.glyphs.safe(note))) for note in notes))
+
+    # ── what was asked ────────────────────────────────────────────────────────────────────────────────────────────
+
+    def heading(self) -> RenderableType:
+        workload, safe = self.plan.workload, self.glyphs.safe
+        how = ", ".join(part for part in (workload.adapter, workload.optimizer) if part)
+        model = Text.assemble((safe(self.plan.model), "bold"), ": " if how else "", safe(how))
+        shapes = {name: f" {self.glyphs.times} ".join(map(str, shape)) for name, shape in workload.batch.items()}
+        if len(set(shapes.values())) == 1:
+            batch = f"batch {next(iter(shapes.values()))}"
+        else:
+            batch = "batch " + ", ".join(f"{safe(name)} {shape}" for name, shape in shapes.items())
+        passes = "1 pass" if workload.accumulation == 1 else f"{workload.accumulation} passes"
+        where = f"{safe(self.plan.hardware)} ({safe(self.plan.table.device)})"
+        return Group(model, Text(f"{batch}, {workload.tokens:,} tokens a pass, {passes} a step, on {where}"))
+
+    def verdict(self) -> RenderableType:
+        plan, slowdown = self.plan, self.facts.slowdown
+        peaks, budgets = plan.prediction.peaks, plan.budgets
+        fits = Text.assemble(("Fits:", "bold green"), f" {_share(peaks.vram_bytes, budgets.vram_bytes)} vram")
+        if peaks.ram_bytes:
+            fits.append(f", {_share(peaks.ram_bytes, budgets.ram_bytes)} ram")
+        if slowdown is None:
+            speed = "The time is not known"
+        elif slowdown < 0.0005:
+            speed = "No slower than holding everything"
+        else:
+            speed = f"{_percent(slowdown)} slower than holding everything"
+        binds = _BINDS.get(plan.prediction.binds, f"{self.glyphs.safe(plan.prediction.binds)} binds")
+        lines = [fits.append("."), Text(f"{speed}; {binds}.")]
+        if self.seen is not None and self.seen.vram_bytes is not None and self.seen.vram_bytes > budgets.vram_bytes:
+            over = format_bytes(self.seen.vram_bytes - budgets.vram_bytes)
+            lines.append(Text(f"The run went {over} over the vram budget.", style="bold red"))
+        return Group(*lines)
+
+    # ── memory and time ───────────────────────────────────────────────────────────────────────────────────────────
+
+    def memory(self) -> RenderableType:
+        plan = self.plan
+        prediction, budgets, peaks = plan.prediction, plan.budgets, plan.prediction.peaks
+        table = _table("Memory", "vram", "ram", "disk")
+        known = dict.fromkeys((*said.VRAM_KINDS, *said.RAM_KINDS, *prediction.vram_parts, *prediction.ram_parts))
+        for kind in known:
+            row = (
+                prediction.vram_parts.get(kind, 0),
+                prediction.ram_parts.get(kind, 0),
+                peaks.disk_bytes if kind == "weights" else 0,
+            )
+            if any(row):
+                table.add_row(Text(f"  {self.glyphs.safe(kind)}"), *(self.size(part or None) for part in row))
+        self.line(table)
+        tops = (peaks.vram_bytes, peaks.ram_bytes, peaks.disk_bytes)
+        limits = (budgets.vram_bytes, budgets.ram_bytes, budgets.disk_bytes)
+        table.add_row("  peak", *(self.size(top or None) for top in tops), style="bold")
+        table.add_row("  budget", *(self.size(limit) for limit in limits))
+        free = [None if limit is None else limit - top for top, limit in zip(tops, limits, strict=True)]
+        table.add_row("  free", *(self.size(part) for part in free))
+        if self.seen is not None:
+            seen = self.seen
+            self.line(table)
+            table.add_row("  measured", self.size(seen.vram_bytes), self.size(seen.ram_bytes), "", style="bold")
+            extra = (seen.unaccounted_vram_bytes, seen.unaccounted_ram_bytes)
+            table.add_row("  unaccounted", *(self.size(part, signed=True) for part in extra), "")
+        return Group(table, _remark(f"The vram peak stands in {self.place(prediction.vram_peak_at)}."))
+
+    def time(self) -> RenderableType:
+        prediction, facts, seen = self.plan.prediction, self.facts, self.seen
+        seconds = self.glyphs.seconds
+        table = _table("Time", "predicted", *(("measured", "error") if seen is not None else ()))
+        beside = {} if seen is None else asdict(seen)
+
+        def row(label: str, value: float, form: Callable[..., str], key: str = "", style: str = "") -> None:
+            cells = [f"  {label}", form(value)]
+            if seen is not None:
+                there, error = beside.get(key), seen.errors.get(key)
+                cells.append(form(there) if there is not None else self.glyphs.dash if key else "")
+                cells.append("" if error is None else _percent(error, "+"))
+            table.add_row(*cells, style=style)
+
+        row("compute", prediction.compute_s, seconds)
+        if facts.recompute_s > 0:
+            row("  recompute", facts.recompute_s, seconds)
+        # Without an error, though measured: the ratio of two times near nothing says nothing.
+        row("stall", prediction.stall_s, seconds, "stall_s")
+        row("pass", prediction.pass_s, seconds, "pass_s", "bold")
+        row("step", prediction.step_s, seconds)
+        if facts.tokens_per_s is not None:
+            row("tokens/s", facts.tokens_per_s, _rate, "tokens_per_s")
+        row("loads/pass", prediction.loads_per_pass, _number, "loads_per_pass")
+        row("loaded/pass", prediction.loaded_bytes_per_pass, format_bytes, "loaded_bytes_per_pass")
+        remarks = [self.bound()]
+        why = [
+            f"{_percent(part)} {name}"
+            for part, name in ((facts.recompute_slowdown, "recompute"), (facts.stall_slowdown, "waiting"))
+            if part is not None and part >= 0.0005
+        ]
+        if why:
+            remarks.append(f"Slower than holding everything by {' and '.join(why)}.")
+        if seen is not None:
+            remarks.append("Error: predicted against measured.")
+        return Group(table, *map(_remark, remarks))
+
+    def bound(self) -> str:
+        gap, bound = self.facts.bound_gap, self.glyphs.seconds(self.plan.prediction.bound_s)
+        if gap is None:
+            return "No bound is known for these blocks."
+        if gap < 1e-9:
+            return f"At the bound ({bound}): no plan of these blocks is faster."
+        # Rounded up: "within" may not promise too much.
+        return f"Within {math.ceil(gap * 1000 - 1e-6) / 10:.1f}% of any plan of these blocks (bound {bound})."
+
+    def place(self, index: int) -> str:
+        access = self.plan.table.accesses[index]
+        if access.kind in ("loss", "optimizer"):
+            return {"loss": "the loss", "optimizer": "the optimizer step"}[access.kind]
+        name = "the whole model" if access.module == "." else self.glyphs.safe(access.module)
+        return f"the {access.kind} of {name}"
+
+    # ── blocks ────────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def blocks(self) -> RenderableType:
+        blocks = self.facts.blocks
+        total = format_bytes(sum(block.size_bytes for block in blocks))
+        title = Text.assemble(("Blocks", "bold"), f"  {len(blocks)} frozen, {total}")
+        parts: list[RenderableType] = [title, *strip(blocks, self.glyphs, self.width)]
+        return Group(*parts, Text(""), legend(blocks, self.glyphs), Text(""), ranges(blocks, self.glyphs))
+
+    # ── after a run ───────────────────────────────────────────────────────────────────────────────────────────────
+
+    def run(self, record: RunRecord) -> RenderableType:
+        passes = "1 pass" if record.passes == 1 else f"{record.passes:,} passes"
+        wall = self.glyphs.seconds(record.wall_s)
+        counts = [f"{record.loads:,} loads", _plural(record.misses, "miss", "misses")]
+        counts.append(f"{_plural(record.off_sequence, 'access', 'accesses')} off the sequence")
+        title = Text.assemble(("Run", "bold"), f"  {passes} in {wall} on {self.glyphs.safe(record.device)}")
+        stalled = sorted((row for row in record.blocks if row.stall_s > 0), key=lambda row: (-row.stall_s, row.block))
+        total = sum(row.stall_s for row in stalled)
+        if not stalled:
+            return Group(title, Text(f"  {', '.join(counts)}; no block was waited for."))
+        head = Text(f"  {', '.join(counts)}; {self.glyphs.seconds(total)} of waiting.")
+        return Group(title, head, Text(""), self.stalled(stalled, total))
+
+    def stalled(self, rows: list[BlockRecord], total_s: float) -> Table:
+        table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="")
+        table.add_column("  most waited for", overflow="fold")
+        table.add_column("home")
+        for name in ("waited", "share", "loads", "misses"):
+            table.add_column(name, justify="right", no_wrap=True)
+        for row in rows[:_MOST_STALLED]:
+            block = self.facts.blocks[row.block]
+            table.add_row(
+                Text(f"  {self.glyphs.safe(block.name)}"),
+                Text(block.home, style=self.glyphs.style(block.home)),
+                self.glyphs.seconds(row.stall_s),
+                f"{row.stall_s / total_s:.0%}",
+                f"{row.loads:,}",
+                f"{row.misses:,}",
+            )
+        if len(rows) > _MOST_STALLED:
+            rest = sum(row.stall_s for row in rows[_MOST_STALLED:])
+            table.add_row(
+                Text(f"  {len(rows) - _MOST_STALLED} others", style="dim"),
+                "",
+                self.glyphs.seconds(rest),
+                f"{rest / total_s:.0%}",
+            )
+        return table
+
+    def notes(self) -> tuple[str, ...]:
+        device, record = self.plan.table.device, self.record
+        notes = self.plan.notes
+        if device == "cpu":
+            notes += ("The compute device is the CPU: vram is the memory that the step itself may use.",)
+        if record is not None and record.device.partition(":")[0] != device:
+            notes += (f"The run was on {record.device}, the plan is for {device}: their times do not compare.",)
+        return notes
+
+    # ── cells ─────────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def size(self, size_bytes: int | None, *, signed: bool = False) -> Text:
+        if size_bytes is None:
+            return Text(self.glyphs.dash, style="dim")
+        return Text(("+" if signed and size_bytes > 0 else "") + format_bytes(size_bytes))
+
+    def line(self, table: Table) -> None:
+        dashes = Text(self.glyphs.dash * (_VALUE - 1), style="dim")
+        table.add_row("", *(dashes for _ in table.columns[1:]))
+
+
+def _table(*names: str) -> Table:
+    """Return a table whose columns stand where those of the other tables do."""
+    table = Table(box=None, show_header=bool(names), pad_edge=False, padding=(0, 2, 0, 0), header_style="")
+    table.add_column(Text(names[0], style="bold") if names else "", min_width=_LABEL)
+    for name in names[1:]:
+        table.add_column(Text(name), justify="right", min_width=_VALUE, no_wrap=True)
+    return table
+
+
+def _plain(renderable: RenderableType, width: int) -> str:
+    out = io.StringIO()
+    # force_jupyter: in a notebook rich would show the text in a cell instead of giving it back.
+    console = Console(
+        file=out,
+        width=max(width, _LEAST_WIDTH),
+        color_system=None,
+        force_terminal=False,
+        force_jupyter=False,
+        highlight=False,
+        emoji=False,
+        markup=False,
+    )
+    console.print(renderable)
+    return "".join(line.rstrip() + "\n" for line in out.getvalue().splitlines())
+
+
+def _columns() -> int:
+    columns = os.environ.get("COLUMNS", "")
+    return int(columns) if columns.isascii() and columns.isdigit() else WIDTH
+
+
+def _remark(remark: str) -> Padding:
+    return _inset(Text(remark, style="dim"))
+
+
+def _inset(renderable: RenderableType) -> Padding:
+    return Padding(renderable, (0, 0, 0, 2))
+
+
+def _bullet(note: str) -> Table:
+    table = Table.grid(padding=(0, 1, 0, 0))
+    table.add_row(Text("-"), Text(note))
+    return table
+
+
+def _share(part_bytes: int, whole_bytes: int) -> str:
+    return f"{format_bytes(part_bytes)} of {format_bytes(whole_bytes)}"
+
+
+def _percent(value: float, sign: str = "") -> str:
+    return f"{value:{sign}.1%}"
+
+
+def _number(value: float) -> str:
+    return f"{value:,.0f}" if value == round(value) else f"{value:,.1f}"
+
+
+def _rate(value: float) -> str:
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+
+
+def _plural(count: int, one: str, many: str) -> str:
+    return f"{count:,} {one if count == 1 else many}"

@@ -1,0 +1,1 @@
+"""The trainers people already use."""

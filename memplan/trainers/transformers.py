@@ -1,0 +1,276 @@
+"""transformers.Trainer: wrap one that exists, or place a model while it is being loaded.
+
+``wrap`` needs the model in RAM once; ``placing`` never holds it: inside, ``from_pretrained`` of a local folder builds
+the model with placeholders, and the first Trainer that is built gets its plan and its weights, each straight to its home.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import random
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from memplan import api
+from memplan.checkpoint import StoredTensor, has_checkpoint, read_checkpoint
+from memplan.errors import CheckpointError, InputError, ModelError
+from memplan.names import canonical
+from memplan.program.schema import Plan
+from memplan.run.arena import Placeholders, dtype_of, is_placeholder
+from memplan.run.attach import attach
+from memplan.run.disk import DiskReader, Extent
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, Trainer
+
+_OPTIMIZERS = {
+    "adamw_torch": "adamw",
+    "adamw_torch_fused": "adamw",
+    "adamw_hf": "adamw",
+    "adafactor": "adafactor",
+    "sgd": "sgd",
+    "adamw_8bit": "adamw_8bit",
+    "adamw_bnb_8bit": "adamw_8bit",
+    "paged_adamw_8bit": "adamw_8bit",
+    "lion_32bit": "lion",
+}
+_LOADING = {"config", "dtype", "torch_dtype", "attn_implementation", "local_files_only", "low_cpu_mem_usage", "use_cache"}
+_PASSED_BY_AUTO = {"_from_auto", "_commit_hash", "adapter_kwargs", "use_safetensors", "trust_remote_code", "code_revision"}
+
+
+def wrap(
+    trainer: Trainer,
+    *,
+    vram: int | str = "auto",
+    ram: int | str | None = None,
+    disk: int | str | None = None,
+    hardware: Any = "auto",
+    plan: Plan | None = None,
+    batch: Mapping[str, torch.Tensor] | None = None,
+    pins: Mapping[str, str] | None = None,
+    checked: bool = False,
+) -> Trainer:
+    """Put a plan to work on a trainer that exists. Return the same trainer, its handle as ``trainer.memplan``.
+
+    ``batch``: the largest micro-batch that will come; without it the first that the trainer's loader gives (its random
+    state is put back). ``plan``: one made before. Budgets, ``hardware`` and ``pins`` as in :func:`memplan.plan`.
+
+    Raises what ``plan`` and ``attach`` raise; trainer and model then are as they were.
+    """
+    model = trainer.model
+    if not isinstance(model, nn.Module):
+        raise InputError("wrap needs a trainer with a model: build it with model=, not model_init=")
+    args = trainer.args
+    with contextlib.ExitStack() as undo:
+        if args.gradient_checkpointing and hasattr(model, "gradient_checkpointing_enable"):
+            # The trainer turns it on when training starts; the plan must see it before.
+            if not getattr(model, "is_gradient_checkpointing", False):
+                undo.callback(model.gradient_checkpointing_disable)
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=args.gradient_checkpointing_kwargs)
+        if plan is None:
+            optimizer = _OPTIMIZERS.get(str(getattr(args.optim, "value", args.optim)))
+            if optimizer is None:
+                raise InputError(
+                    f"the optimizer {args.optim!s} has no known state size; known are: {', '.join(sorted(_OPTIMIZERS))}"
+                )
+            plan = api.plan(
+                model,
+                _first_batch(trainer) if batch is None else batch,
+                vram=vram,
+                ram=ram,
+                disk=disk,
+                accumulation=args.gradient_accumulation_steps,
+                optimizer=optimizer,
+                hardware=hardware,
+                pins=pins,
+            )
+        handle = attach(model, plan, checked=checked)
+        undo.pop_all()
+    trainer.memplan = handle
+    return trainer
+
+
+@contextlib.contextmanager
+def placing(
+    *,
+    vram: int | str = "auto",
+    ram: int | str | None = None,
+    disk: int | str | None = None,
+    hardware: Any = "auto",
+    plan: Plan | None = None,
+    batch: Mapping[str, torch.Tensor] | None = None,
+    pins: Mapping[str, str] | None = None,
+    checked: bool = False,
+) -> Iterator[None]:
+    """Load a model that would not fit, and build its trainer, inside this context; arguments as for :func:`wrap`.
+
+    ``PreTrainedModel.from_pretrained`` of a folder with safetensors gives the model with placeholders; adapters are
+    added as ever; the Trainer that is built around it is wrapped before its constructor returns.
+    """
+    from transformers import PreTrainedModel, Trainer
+
+    original_load = PreTrainedModel.__dict__["from_pretrained"]
+    original_init = Trainer.__init__
+
+    def from_pretrained(cls: type[PreTrainedModel], name: Any, *args: Any, **kwargs: Any) -> Any:
+        if not isinstance(name, (str, Path)) or not has_checkpoint(name):
+            return original_load.__get__(None, cls)(name, *args, **kwargs)
+        return _load_placeholders(cls, Path(name), args, kwargs)
+
+    def init(trainer: Trainer, *args: Any, **kwargs: Any) -> None:
+        original_init(trainer, *args, **kwargs)
+        model = trainer.model
+        if isinstance(model, nn.Module) and any(is_placeholder(p) for p in model.parameters()):
+            _fill_trainables(model)
+            wrap(
+                trainer,
+                vram=vram,
+                ram=ram,
+                disk=disk,
+                hardware=hardware,
+                plan=plan,
+                batch=batch,
+                pins=pins,
+                checked=checked,
+            )
+
+    PreTrainedModel.from_pretrained = classmethod(from_pretrained)
+    Trainer.__init__ = init
+    try:
+        yield
+    finally:
+        PreTrainedModel.from_pretrained = original_load
+        Trainer.__init__ = original_init
+
+
+def _first_batch(trainer: Trainer) -> dict[str, torch.Tensor]:
+    """Return the first micro-batch of the trainer's loader and leave every random state as it was."""
+    states = (torch.get_rng_state(), np.random.get_state(), random.getstate())
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else None
+    loaders = getattr(trainer.accelerator, "_dataloaders", [])
+    known = len(loaders)
+    try:
+        batch = next(iter(trainer.get_train_dataloader()))
+    finally:
+        del loaders[known:]  # the trainer prepares its own again; a second one would be saved with its state
+        torch.set_rng_state(states[0])
+        np.random.set_state(states[1])
+        random.setstate(states[2])
+        if cuda is not None:
+            torch.cuda.set_rng_state_all(cuda)
+    return {name: value for name, value in batch.items() if isinstance(value, torch.Tensor)}
+
+
+def _load_placeholders(cls: type[PreTrainedModel], folder: Path, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Build the folder's model with a placeholder for each weight that its checkpoint holds."""
+    unknown = sorted(
+        name for name, value in kwargs.items() if value is not None and name not in _LOADING | _PASSED_BY_AUTO
+    )
+    if kwargs.get("trust_remote_code"):
+        unknown.append("trust_remote_code")
+    if args or unknown:
+        raise InputError(
+            f"from_pretrained({str(folder)!r}) was called with {', '.join(unknown) or 'positional arguments'}, which "
+            "memplan.placing does not serve yet: leave it out, or load the model first and use memplan.wrap"
+        )
+    from accelerate import init_empty_weights
+
+    stored = read_checkpoint(folder)
+    config = kwargs.get("config")
+    if config is None:
+        config = cls.config_class.from_pretrained(folder)
+    dtype = _dtype(kwargs.get("dtype") or kwargs.get("torch_dtype"), config, stored)
+    more = {"attn_implementation": kwargs["attn_implementation"]} if kwargs.get("attn_implementation") else {}
+    with init_empty_weights(include_buffers=False):
+        model = cls._from_config(config, dtype=dtype, **more)
+    model.tie_weights()
+    # PEFT and the trainer look where the weights are: placeholders lie on the compute device from the start.
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    _check_names(model, stored, folder)
+    _put_placeholders(model, device)
+    reader = DiskReader()
+    try:
+        for name, buffer in model.named_buffers():
+            if name in stored:
+                buffer.data = _read(reader, stored[name]).to(buffer.dtype)
+    finally:
+        reader.close()
+    model.config._name_or_path = str(folder)
+    return model.eval()
+
+
+def _dtype(given: Any, config: Any, stored: Mapping[str, StoredTensor]) -> torch.dtype:
+    if isinstance(given, torch.dtype):
+        return given
+    if isinstance(given, str) and given != "auto":
+        return dtype_of(given)
+    held = getattr(config, "dtype", None)
+    if held is not None:
+        return dtype_of(held) if isinstance(held, str) else held
+    floats = [t.dtype for t in stored.values() if t.dtype.startswith(("float", "bfloat"))]
+    return dtype_of(floats[0]) if floats else torch.float32
+
+
+def _check_names(model: nn.Module, stored: Mapping[str, StoredTensor], folder: Path) -> None:
+    aliases: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        aliases.setdefault(id(parameter), []).append(name)
+    for names in aliases.values():
+        held = [stored[name] for name in names if name in stored]
+        if not held:
+            raise CheckpointError(
+                f"{folder} holds no tensor {names[0]}, which {type(model).__name__} needs: give the checkpoint of this model"
+            )
+        if held[0].shape != tuple(model.get_parameter(names[0]).shape):
+            raise CheckpointError(
+                f"{held[0].path} holds {names[0]} with shape {held[0].shape}, its config.json says "
+                f"{tuple(model.get_parameter(names[0]).shape)}: the two do not belong together"
+            )
+
+
+def _put_placeholders(model: nn.Module, device: torch.device) -> None:
+    placeholders = Placeholders(device)
+    made: dict[int, nn.Parameter] = {}
+    for module in model.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None and parameter.device.type == "meta":
+                if id(parameter) not in made:
+                    data = placeholders.of(tuple(parameter.shape), parameter.dtype)
+                    made[id(parameter)] = nn.Parameter(data, requires_grad=parameter.requires_grad)
+                module._parameters[name] = made[id(parameter)]
+
+
+def _fill_trainables(model: nn.Module) -> None:
+    """Give weights of the checkpoint to what is trained (modules_to_save, unfrozen layers): it is never streamed."""
+    waiting = {n: p for n, p in model.named_parameters() if p.requires_grad and is_placeholder(p)}
+    if not waiting:
+        return
+    folder = getattr(getattr(model, "config", None), "_name_or_path", "")
+    stored = {canonical(name): tensor for name, tensor in read_checkpoint(folder).items()}
+    reader = DiskReader()
+    try:
+        for name, parameter in waiting.items():
+            source = stored.get(canonical(name).replace(".modules_to_save.default", ""))
+            if source is None:
+                raise ModelError(
+                    f"{canonical(name)} is trained, but {folder} holds no weights for it: load the model outside of "
+                    "memplan.placing and use memplan.wrap"
+                )
+            parameter.data = _read(reader, source).to(parameter.device, parameter.dtype)
+    finally:
+        reader.close()
+
+
+def _read(reader: DiskReader, stored: StoredTensor) -> torch.Tensor:
+    extent = Extent(path=stored.path, file_offset_bytes=stored.file_offset_bytes, size_bytes=stored.size_bytes)
+    raw = torch.empty(stored.size_bytes, dtype=torch.uint8)
+    reader.open([extent])
+    reader.read([(extent, raw.numpy())], stored.name)
+    return raw.view(dtype_of(stored.dtype)).view(stored.shape)
+
+

@@ -1,0 +1,125 @@
+"""The one place that sees every access of a module's weights before it happens, forward and backward.
+
+The analyzer numbers the accesses with it and the runtime serves them with it, so that both see the same sequence.
+A trigger module tells its watcher when its forward begins and ends, and when the backward of one of its calls begins.
+
+[Note: produced, not passed through] The backward trigger watches only tensors that the call *produced*. A tensor that
+is handed on (T5's ``position_bias``) gets its gradient late, after other blocks' backwards have begun.
+
+[Note: hook orders] Where a layer is checkpointed, its forward runs again in backward: inside the layer's hooks
+(transformers 5.23) or around them (before, and users' own checkpoints), reentrant or not. So one backward access may be
+announced more than once, by ``forward_begins(in_backward=True)``, by ``backward_begins``, or both, in any order: a
+watcher takes each as the same access.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Mapping
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+from torch.autograd.graph import register_multi_grad_hook
+
+
+class Watcher(Protocol):
+    """Who is told. Called in whichever thread autograd runs in."""
+
+    def forward_begins(self, module: str, *, in_backward: bool) -> int:
+        """A forward of the trigger module begins. What is returned names this call to ``backward_begins``."""
+
+    def forward_ends(self, module: str, call: int, *, in_backward: bool) -> None:
+        """That forward has ended."""
+
+    def backward_begins(self, module: str, call: int) -> None:
+        """A gradient of what this call produced is there: its backward begins."""
+
+    def backward_ends(self) -> None:
+        """The outermost backward that accesses were seen in has ended."""
+
+
+def in_backward() -> bool:
+    """Whether this thread runs inside a backward (of any depth)."""
+    return torch._C._current_graph_task_id() != -1
+
+
+def tensors_in(value: object) -> Iterator[torch.Tensor]:
+    """Yield the tensors in nested tuples, lists, mappings (transformers' outputs among them) and dataclasses."""
+    if isinstance(value, torch.Tensor):
+        yield value
+    elif isinstance(value, (tuple, list)):
+        for part in value:
+            yield from tensors_in(part)
+    elif isinstance(value, Mapping):
+        for part in value.values():
+            yield from tensors_in(part)
+    elif dataclasses.is_dataclass(value) and not isinstance(value, type):
+        for field in dataclasses.fields(value):
+            yield from tensors_in(getattr(value, field.name))
+
+
+class Triggers:
+    """The hooks of a set of modules. Installed on construction, gone after ``remove``."""
+
+    def __init__(self, modules: Mapping[str, nn.Module], watcher: Watcher) -> None:
+        self._watcher = watcher
+        self._calls: dict[str, int] = {}
+        self._outermost = -1
+        self._handles: list[Any] = []
+        try:
+            for name, module in modules.items():
+                self._handles.append(module.register_forward_pre_hook(self._before(name), with_kwargs=True, prepend=True))
+                self._handles.append(module.register_forward_hook(self._after(name), with_kwargs=True))
+        except BaseException:
+            self.remove()
+            raise
+
+    def remove(self) -> None:
+        """Take the hooks away. Backwards of calls made before still reach the watcher, which must bear it."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+
+    def _before(self, name: str) -> Any:
+        def pre_hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            backward = in_backward()
+            if backward:
+                self._watch_end()
+            else:
+                self._outermost = -1  # a backward that raised never announced its end
+            self._calls[name] = self._watcher.forward_begins(name, in_backward=backward)
+
+        return pre_hook
+
+    def _after(self, name: str) -> Any:
+        def post_hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+            call = self._calls[name]
+            if torch.is_grad_enabled():
+                given = {id(tensor) for tensor in tensors_in((args, kwargs))}
+                produced = [t for t in tensors_in(output) if t.grad_fn is not None and id(t) not in given]
+                if produced:
+                    register_multi_grad_hook(produced, self._gradient(name, call), mode="any")
+            self._watcher.forward_ends(name, call, in_backward=in_backward())
+
+        return post_hook
+
+    def _gradient(self, name: str, call: int) -> Any:
+        def gradient_hook(gradient: torch.Tensor) -> None:
+            self._watch_end()
+            self._watcher.backward_begins(name, call)
+
+        return gradient_hook
+
+    def _watch_end(self) -> None:
+        """Have the end of the outermost backward announced.
+
+        The first trigger of a backward always runs in its outermost graph task: a reentrant checkpoint's recompute
+        begins there, and only what it calls then is nested."""
+        if self._outermost == -1:
+            self._outermost = torch._C._current_graph_task_id()
+            torch.autograd.Variable._execution_engine.queue_callback(self._ended)  # type: ignore[attr-defined]
+
+    def _ended(self) -> None:
+        self._outermost = -1
+        self._watcher.backward_ends()

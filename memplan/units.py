@@ -1,0 +1,83 @@
+"""Bytes and seconds, read and written. The only place where a size changes its unit.
+
+Sizes are whole bytes everywhere else. Text is parsed strictly: ``"12GiB"`` is not ``"12GB"``.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+
+from memplan.errors import SizeError
+
+KIB = 1 << 10
+MIB = 1 << 20
+GIB = 1 << 30
+
+ALIGNMENT_BYTES = 512
+"""Each tensor of a block starts at a multiple of this in its slot. [Note: alignment changes bits]"""
+
+_FACTORS = {
+    "b": 1,
+    "kib": KIB,
+    "mib": MIB,
+    "gib": GIB,
+    "tib": 1 << 40,
+    "kb": 10**3,
+    "mb": 10**6,
+    "gb": 10**9,
+    "tb": 10**12,
+}
+_SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]+)\s*")
+
+
+def parse_size(size: int | float | str, what: str = "size") -> int:
+    """Return ``size`` in whole bytes, rounded down (a budget is never rounded up).
+
+    ``size`` is a count of bytes or text such as ``"6GiB"`` or ``"512 MB"``; ``what`` names it in the error.
+
+    Raises SizeError for anything else: no unit, an unknown unit, NaN, infinite or negative.
+    """
+    if isinstance(size, bool) or not isinstance(size, (int, float, str)):
+        raise SizeError(what, size)
+    if isinstance(size, str):
+        match = _SIZE.fullmatch(size)
+        if match is None or match[2].lower() not in _FACTORS:
+            raise SizeError(what, size)
+        number, unit = match[1], match[2].lower()
+        factor = _FACTORS[unit]
+        return int(number) * factor if number.isdigit() else int(float(number) * factor)
+    if not math.isfinite(size) or size < 0:
+        raise SizeError(what, size)
+    return int(size)
+
+
+def align_up(size_bytes: int, alignment_bytes: int = ALIGNMENT_BYTES) -> int:
+    """Return the least multiple of ``alignment_bytes`` that is not below ``size_bytes``."""
+    return -(-size_bytes // alignment_bytes) * alignment_bytes
+
+
+def format_bytes(size_bytes: int) -> str:
+    """Return a size for people: ``"1.50 GiB"``, ``"12.0 MiB"``, ``"512 B"``; never ``0.0`` where there are bytes."""
+    sign = "-" if size_bytes < 0 else ""
+    size = abs(size_bytes)
+    if size >= GIB:
+        return f"{sign}{size / GIB:.2f} GiB"
+    if size >= MIB:
+        return f"{sign}{size / MIB:.1f} MiB"
+    if size >= KIB:
+        return f"{sign}{size / KIB:.1f} KiB"
+    return f"{sign}{size} B"
+
+
+def format_seconds(seconds: float) -> str:
+    """Return a time for people: ``"2.41 s"``, ``"13.2 ms"``, ``"40 µs"``, ``"3 h 10 min"``."""
+    if seconds >= 3600:
+        return f"{int(seconds // 3600)} h {int(seconds % 3600 // 60):02d} min"
+    if seconds >= 120:
+        return f"{int(seconds // 60)} min {int(seconds % 60):02d} s"
+    if seconds >= 1:
+        return f"{seconds:.2f} s"
+    if seconds >= 1e-3:
+        return f"{seconds * 1e3:.1f} ms"
+    return f"{seconds * 1e6:.0f} µs"

@@ -1,0 +1,77 @@
+"""What holds for every test: who may be skipped, and what is left out where there is no CUDA device."""
+
+from __future__ import annotations
+
+import fnmatch
+from pathlib import Path
+
+import pytest
+
+_ALLOWED_SKIPS = Path(__file__).with_name("skips.txt")
+_unlisted = pytest.StashKey[dict[str, str]]()
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.stash[_unlisted] = {}
+    config.pluginmanager.register(_SkipGuard(config, allowed_skips(_ALLOWED_SKIPS.read_text())), "memplan-skips")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave out tests marked ``gpu`` where there is no CUDA device: they are not there, so they are not skipped."""
+    gpu = [item for item in items if item.get_closest_marker("gpu")]
+    if gpu and not _has_cuda():
+        config.hook.pytest_deselected(items=gpu)
+        items[:] = [item for item in items if item not in gpu]
+
+
+def allowed_skips(text: str) -> tuple[str, ...]:
+    """Return the patterns of a skips file. Raises ValueError for a line that gives no reason."""
+    patterns = []
+    for number, line in enumerate(text.splitlines(), start=1):
+        if not line.strip() or line.startswith("#"):
+            continue
+        pattern, _, reason = (part.strip() for part in line.partition("|"))
+        if not pattern or not reason:
+            raise ValueError(f"skips.txt, line {number}: give a pattern, a bar and a reason, not {line!r}")
+        patterns.append(pattern)
+    return tuple(patterns)
+
+
+class _SkipGuard:
+    """Fails the run for skips that are not listed. Under xdist the controller sees all reports and judges alone."""
+
+    def __init__(self, config: pytest.Config, allowed: tuple[str, ...]) -> None:
+        self._config = config
+        self._allowed = allowed
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        if report.skipped and not hasattr(report, "wasxfail"):
+            self._note(report)
+
+    def pytest_collectreport(self, report: pytest.CollectReport) -> None:
+        if report.skipped:
+            self._note(report)
+
+    def _note(self, report: pytest.TestReport | pytest.CollectReport) -> None:
+        name = report.nodeid.split("[")[0]
+        if not any(fnmatch.fnmatchcase(name, pattern) for pattern in self._allowed):
+            reason = report.longrepr[2] if isinstance(report.longrepr, tuple) else str(report.longrepr)
+            self._config.stash[_unlisted][report.nodeid] = reason
+
+    def pytest_sessionfinish(self, session: pytest.Session) -> None:
+        on_worker = hasattr(session.config, "workerinput")
+        if self._config.stash[_unlisted] and not on_worker and session.exitstatus in (0, 5):
+            session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+    def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter) -> None:
+        unlisted = self._config.stash[_unlisted]
+        if unlisted:
+            terminalreporter.section("skips that tests/skips.txt does not list", red=True, bold=True)
+            for name, reason in sorted(unlisted.items()):
+                terminalreporter.line(f"{name}: {reason}")
+
+
+def _has_cuda() -> bool:
+    import torch
+
+    return torch.cuda.is_available()
