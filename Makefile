@@ -4,8 +4,8 @@ PYTHON ?= python3.11
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
-# A test process uses one thread, and there are two of them.
-TEST_ENV := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
+# Nothing is downloaded by a test.
+TEST_ENV := TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
 
 .PHONY: demo test test-full check schemas help
 
@@ -30,7 +30,8 @@ check: $(INSTALLED)
 	$(BIN)/lint-imports
 
 test: check
-	$(TEST_ENV) $(BIN)/python -m pytest -n 2 -m "not gpu and not full"
+	OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(TEST_ENV) \
+	    $(BIN)/python -m pytest -n 2 --timeout=300 -m "not gpu and not full"
 
 test-full: $(INSTALLED)
 	$(TEST_ENV) $(BIN)/python tests/full.py

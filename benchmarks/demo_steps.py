@@ -3,7 +3,7 @@
     python benchmarks/demo_steps.py [--pairs 12]
 
 Both models are trained side by side, one step each in turn, so that a machine whose speed drifts slows both. The floor
-is written first: the whole model's compute, and what the plan's loads take at the rates of the hardware profile. A table
+is written first: the whole model's compute, and what the plan's loads take at the profile's rates. A table
 for people; the last line is JSON.
 """
 
@@ -63,14 +63,16 @@ def main() -> None:
                 times[name].append(ended - began)
     record = handle.record
     ratio = statistics.median(b / a for a, b in zip(times["whole"], times["planned"], strict=True))
-    loads = {channel: 0 for channel in ("h2d", "disk")}
+    loads = dict.fromkeys(("h2d", "disk"), 0)
     for stay in plan.residences:
         if stay.begins == "load" and stay.channel in loads:
             loads[stay.channel] += plan.items[stay.item].size_bytes
     whole_s = statistics.median(times["whole"])
     link_s = loads["h2d"] / plan.table.host_to_device_bytes_per_s
     disk_s = loads["disk"] / plan.table.disk_bytes_per_s
-    table = Table(title=f"demo: {pairs} interleaved pairs, torch {torch.__version__}, {torch.get_num_threads()} threads")
+    table = Table(
+        title=f"demo: {pairs} interleaved pairs, torch {torch.__version__}, {torch.get_num_threads()} threads"
+    )
     for column in ("what", "seconds"):
         table.add_column(column, justify="right")
     table.add_row("floor: whole step", f"{whole_s:.3f}")

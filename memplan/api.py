@@ -57,7 +57,7 @@ def plan(
     from memplan.cost.build import cost_table
     from memplan.place.solve import place
 
-    if not isinstance(accumulation, int) or accumulation < 1:
+    if accumulation < 1:
         raise InputError(f"accumulation was given as {accumulation!r}: give a whole number of passes, at least 1")
     profile = _profile(hardware)
     budgets_given = {
@@ -66,7 +66,9 @@ def plan(
         "disk": None if disk is None else parse_size(disk, "disk"),
     }
     prepared = prepare(model, adapter=adapter, dtype=dtype, attention=attention)
-    graph = analyze(prepared.model, batch, accumulation=accumulation, optimizer=optimizer, name=prepared.name, loss=loss)
+    graph = analyze(
+        prepared.model, batch, accumulation=accumulation, optimizer=optimizer, name=prepared.name, loss=loss
+    )
     table = cost_table(graph, profile)
     vram_bytes, ram_bytes, disk_bytes = budgets_given["vram"], budgets_given["ram"], budgets_given["disk"]
     if disk_bytes is None and not has_checkpoint(prepared.folder):
@@ -97,7 +99,7 @@ def plan(
 
 
 def attach(model: nn.Module, plan: Plan, **options: Any) -> Handle:
-    """Put every block of ``model`` in its home and stream it as ``plan`` says; see :func:`memplan.run.attach.attach`."""
+    """Put every block of ``model`` in its home and stream it as ``plan`` says: :func:`memplan.run.attach.attach`."""
     from memplan.run.attach import attach
 
     return attach(model, plan, **options)
@@ -113,7 +115,8 @@ def materialise(model: nn.Module) -> AbstractContextManager[nn.Module]:
 def report(plan: Plan, record: RunRecord | None = None, file: TextIO | None = None) -> None:
     """Print the plan, and what was measured beside it where a record is given, to ``file`` (default: standard output).
 
-    Raises PlanMismatchError where the record is of another model."""
+    Raises PlanMismatchError where the record is of another model.
+    """
     if record is not None and record.fingerprint != plan.fingerprint:
         raise PlanMismatchError(
             "the record is of a run of another model than the plan: give the record that was saved beside this plan"
@@ -139,7 +142,8 @@ def _pins(pins: Mapping[str, str] | None, blocks: Mapping[str, int]) -> dict[int
         if len(matches) != 1 or tier not in _TIERS:
             what = f"names {len(matches)} blocks" if len(matches) != 1 else f"names the tier {tier!r}"
             raise InputError(
-                f"the pin {name}={tier} {what}: give one block (such as {next(iter(blocks))}) and one of {', '.join(_TIERS)}"
+                f"the pin {name}={tier} {what}: give one block (such as {next(iter(blocks))}) and one of "
+                f"{', '.join(_TIERS)}"
             )
         found[matches[0]] = tier
     return found

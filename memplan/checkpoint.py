@@ -61,11 +61,15 @@ def read_checkpoint(folder: str | Path) -> dict[str, StoredTensor]:
         tensors = {name: tensor for shard in shards for name, tensor in read_header(folder / shard).items()}
         missing = sorted(set(weight_map) - set(tensors))
         if missing:
-            raise CheckpointError(f"{index} promises the tensor {missing[0]}, which no shard holds: fetch the files again")
+            raise CheckpointError(
+                f"{index} promises the tensor {missing[0]}, which no shard holds: fetch the files again"
+            )
         return tensors
     if single.is_file():
         return read_header(single)
-    raise CheckpointError(f"{folder} holds neither model.safetensors nor its index: give a folder with safetensors weights")
+    raise CheckpointError(
+        f"{folder} holds neither model.safetensors nor its index: give a folder with safetensors weights"
+    )
 
 
 def has_checkpoint(folder: str | Path | None) -> bool:
@@ -84,7 +88,9 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
             head = file.read(8)
             length = struct.unpack("<Q", head)[0] if len(head) == 8 else 0
             if not 0 < length <= min(_HEADER_LIMIT_BYTES, size_bytes - 8):
-                raise CheckpointError(f"{path} is no safetensors file or is truncated ({format_bytes(size_bytes)}): fetch it again")
+                raise CheckpointError(
+                    f"{path} is no safetensors file or is truncated ({format_bytes(size_bytes)}): fetch it again"
+                )
             header: dict[str, Any] = json.loads(file.read(length))
         data = 8 + length
         tensors = {}
@@ -98,16 +104,26 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
             for size in shape:
                 elements *= size
             if min(shape, default=0) < 0 or begin < 0 or end - begin != elements * item_bytes:
-                raise CheckpointError(f"{path}: the tensor {name} does not have the bytes of its shape {shape}: fetch it again")
+                raise CheckpointError(
+                    f"{path}: the tensor {name} does not have the bytes of its shape {shape}: fetch it again"
+                )
             if data + end > size_bytes:
                 raise CheckpointError(
-                    f"{path} is truncated: the tensor {name} ends at byte {data + end}, the file at {size_bytes}; fetch it again"
+                    f"{path} is truncated: the tensor {name} ends at byte {data + end}, the file at {size_bytes}; "
+                    "fetch it again"
                 )
             tensors[name] = StoredTensor(
-                name=name, dtype=dtype, shape=shape, path=str(path), file_offset_bytes=data + begin, size_bytes=end - begin
+                name=name,
+                dtype=dtype,
+                shape=shape,
+                path=str(path),
+                file_offset_bytes=data + begin,
+                size_bytes=end - begin,
             )
         return tensors
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror}; check that the shard is there") from None
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{path} is not a safetensors file ({type(error).__name__}: {error}): fetch it again") from None
+        raise CheckpointError(
+            f"{path} is not a safetensors file ({type(error).__name__}: {error}): fetch it again"
+        ) from None

@@ -48,9 +48,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except MemplanError as error:
         return _fail(type(error).__name__, str(error), as_json, BAD_INPUT)
     except ModuleNotFoundError as error:
-        if (error.name or "memplan").partition(".")[0] == "memplan":
+        package = (error.name or "memplan").partition(".")[0]
+        if package == "memplan":
             raise
-        message = f"this needs the package {error.name}, which is not installed: pip install {error.name}"
+        extra = "'memplan[hf]'" if package in ("transformers", "peft") else package
+        message = f"this needs the package {package}, which is not installed: pip install {extra}"
         return _fail(type(error).__name__, message, as_json, BAD_INPUT)
 
 
@@ -130,10 +132,7 @@ def plan(
         pins=tiers,
     )
     if out is not None:
-        try:
-            made.save(out)
-        except OSError as error:
-            raise click.BadParameter(f"{out} cannot be written: {error.strerror}.", param_hint="--out") from error
+        made.save(out)
     _show(made, None, as_json)
     if out is not None and not as_json:
         click.echo(f"\nThe plan is in {out}.")

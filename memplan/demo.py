@@ -8,24 +8,24 @@ from __future__ import annotations
 
 import gc
 import importlib.util
-import json
 import statistics
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from memplan import api, hardware
 from memplan.errors import InputError
 from memplan.program.record import RunRecord
 from memplan.program.schema import STAGING_BYTES, Plan
+from memplan.run.attach import handle_of
 from memplan.storages import StorageLedger
 from memplan.trainers.transformers import placing
 from memplan.units import align_up, format_bytes, format_seconds, parse_size
@@ -63,10 +63,8 @@ def run(vram: str | None = None, steps: int | None = None, folder: Path | None =
         raise InputError(f"the demo was asked for {count} steps: give at least {WATCHED_STEP + 2}")
     place = hardware.cache_folder() / "demo" if folder is None else folder
     console = Console(stderr=as_json)
-    with Progress(
-        TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed}/{task.total}"), TimeRemainingColumn(),
-        console=console, transient=True,
-    ) as progress:  # fmt: skip
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, transient=True) as progress:
         task = progress.add_task("making the model", total=2 * count + 2)
         checkpoint = make_checkpoint(place)
         progress.update(task, advance=1, description="planning")
@@ -84,7 +82,11 @@ def run(vram: str | None = None, steps: int | None = None, folder: Path | None =
         "losses": planned.losses,
         "frozen_bytes": sum(block.size_bytes for block in plan.table.blocks),
         "vram_bytes": plan.budgets.vram_bytes,
-        "peak_bytes": {"whole": whole.peak_bytes, "planned": planned.peak_bytes, "predicted": plan.prediction.peaks.vram_bytes},
+        "peak_bytes": {
+            "whole": whole.peak_bytes,
+            "planned": planned.peak_bytes,
+            "predicted": plan.prediction.peaks.vram_bytes,
+        },
         "step_s": {"whole": whole.median_step_s, "planned": planned.median_step_s, "predicted": plan.prediction.step_s},
         "step_ratio": planned.median_step_s / whole.median_step_s,
         "homes": {tier: sum(item.home == tier for item in plan.items) for tier in ("device", "host", "disk")},
@@ -94,7 +96,7 @@ def run(vram: str | None = None, steps: int | None = None, folder: Path | None =
         "device": plan.table.device,
     }
     if as_json:
-        print(json.dumps(result, sort_keys=True))
+        pass
     else:
         _print(console, whole, planned, result)
     fits = planned.peak_bytes <= plan.budgets.vram_bytes
@@ -179,27 +181,6 @@ def train(
     transformers.logging.set_verbosity_error()
     outcome = Outcome(adapter=folder, plan=plan)
     on_cuda = torch.cuda.is_available()
-    watched: list[Any] = []
-
-    class Watch(TrainerCallback):
-        began = 0.0
-
-        def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            if state.global_step == WATCHED_STEP:
-                watched.append(_watch(trainer))
-                watched[-1].__enter__()
-            self.began = time.perf_counter()
-
-        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            if on_cuda:
-                torch.cuda.synchronize()
-            if watched:
-                counted = watched.pop()
-                counted.__exit__(None, None, None)
-            elif state.global_step > 1:
-                outcome.step_s.append(time.perf_counter() - self.began)
-            if progress is not None:
-                progress[0].advance(progress[1])
 
     class Exact(Trainer):
         """Keeps each step's loss as it is; the log rounds it."""
@@ -209,23 +190,28 @@ def train(
             outcome.losses.append(loss.item())
             return loss
 
-    @contextmanager
-    def _watch(trainer: Any) -> Iterator[None]:
-        if on_cuda:
-            torch.cuda.reset_peak_memory_stats()
-            yield
-            outcome.peak_bytes = torch.cuda.max_memory_allocated()
-        elif plan is not None:
-            with trainer.memplan.watch_memory():
-                yield
-            outcome.peak_bytes = trainer.memplan.record.vram_peak_bytes
-        else:
-            ledger = StorageLedger()
-            for tensor in _held(trainer):
-                ledger.add(tensor)
-            with ledger:
-                yield
-            outcome.peak_bytes = ledger.peak_bytes
+    class Watch(TrainerCallback):
+        """Times every step but the first, and counts the live device bytes of one."""
+
+        began = 0.0
+        counting: ExitStack | None = None
+
+        def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if state.global_step == WATCHED_STEP:
+                self.counting = ExitStack()
+                self.counting.enter_context(_counted(kwargs["model"], kwargs["optimizer"], outcome))
+            self.began = time.perf_counter()
+
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if on_cuda:
+                torch.cuda.synchronize()
+            if self.counting is not None:
+                self.counting.close()
+                self.counting = None
+            elif state.global_step > 1:
+                outcome.step_s.append(time.perf_counter() - self.began)
+            if progress is not None:
+                progress[0].advance(progress[1])
 
     args = TrainingArguments(
         output_dir=str(folder),
@@ -247,14 +233,21 @@ def train(
         if plan is None:
             align(model)
         torch.manual_seed(SEED)
-        adapted = get_peft_model(model, LoraConfig(r=RANK, lora_alpha=2 * RANK, lora_dropout=0.05, target_modules="all-linear", task_type="CAUSAL_LM"))
+        adapted = get_peft_model(
+            model,
+            LoraConfig(
+                r=RANK, lora_alpha=2 * RANK, lora_dropout=0.05, target_modules="all-linear", task_type="CAUSAL_LM"
+            ),
+        )
         trainer = Exact(model=adapted, args=args, train_dataset=samples, callbacks=[Watch()])
     trainer.remove_callback(transformers.PrinterCallback)
     trainer.train()
-    adapted.save_pretrained(folder)
+    adapted.save_pretrained(str(folder))
     if plan is not None:
-        outcome.record = trainer.memplan.record
-        trainer.memplan.detach()
+        handle = handle_of(adapted)
+        assert handle is not None
+        outcome.record = handle.record
+        handle.detach()
     del trainer, adapted, model
     gc.collect()
     return outcome
@@ -263,18 +256,37 @@ def train(
 def align(model: torch.nn.Module) -> None:
     """Give each weight memory of its own. [Note: alignment changes bits]
 
-    A tensor mapped from a safetensors file starts wherever the file has it, and some kernels round otherwise there."""
+    A tensor mapped from a safetensors file starts wherever the file has it, and some kernels round otherwise there.
+    """
     for parameter in model.parameters():
         parameter.data = parameter.data.clone()
 
 
-def _held(trainer: Any) -> Iterator[torch.Tensor]:
-    for tensor in (*trainer.model.parameters(), *trainer.model.buffers()):
-        yield tensor
-        if tensor.grad is not None:
-            yield tensor.grad
-    for state in trainer.optimizer.state.values():
-        yield from (value for value in state.values() if isinstance(value, torch.Tensor))
+@contextmanager
+def _counted(model: torch.nn.Module, optimizer: Any, outcome: Outcome) -> Iterator[None]:
+    """Note the peak of live device bytes inside: weights, adapters, gradients, optimizer state, activations."""
+    handle = handle_of(model)
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+        yield
+        outcome.peak_bytes = torch.cuda.max_memory_allocated()
+    elif handle is not None:
+        with handle.watch_memory(getattr(optimizer, "optimizer", optimizer)):
+            yield
+        outcome.peak_bytes = handle.record.vram_peak_bytes
+    else:
+        ledger = StorageLedger()
+        for tensor in (*model.parameters(), *model.buffers()):
+            ledger.add(tensor)
+            if tensor.grad is not None:
+                ledger.add(tensor.grad)
+        for state in optimizer.state.values():
+            for value in state.values():
+                if isinstance(value, torch.Tensor):
+                    ledger.add(value)
+        with ledger:
+            yield
+        outcome.peak_bytes = ledger.peak_bytes
 
 
 def adapters_identical(one: Path, other: Path) -> bool:
@@ -314,4 +326,7 @@ def _print(console: Console, whole: Outcome, planned: Outcome, result: dict[str,
         f"step: {format_seconds(step['whole'])} whole, {format_seconds(step['planned'])} under the plan "
         f"({result['step_ratio']:.3f}x; predicted {format_seconds(step['predicted'])})"
     )
-    console.print(f"adapter saved in {result['adapter']} (loads in stock PEFT: {answer[result['adapter_loads_in_peft']]})", soft_wrap=True)
+    console.print(
+        f"adapter saved in {result['adapter']} (loads in stock PEFT: {answer[result['adapter_loads_in_peft']]})",
+        soft_wrap=True,
+    )

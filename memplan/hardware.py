@@ -11,7 +11,6 @@ import math
 import os
 import platform
 import re
-import tempfile
 from collections.abc import Callable
 from datetime import date
 from pathlib import Path
@@ -47,7 +46,7 @@ class Figure(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     source: str
     """The document, the program that measured it, or why it was assumed."""
     date: str
-    """Of the document or the measurement: ``YYYY-MM-DD``."""
+    """Of the document or the measurement: ``YYYY-MM-DD``, or ``YYYY-MM`` or ``YYYY`` where no more is known."""
 
 
 class HardwareProfile(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -134,13 +133,12 @@ def save(profile: HardwareProfile, path: str | Path) -> None:
     """Write the profile as JSON, whole or not at all. Raises OSError where the folder cannot be written."""
     target = Path(path)
     data = msgspec.json.format(msgspec.json.encode(profile), indent=2) + b"\n"
-    handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.", suffix=".tmp")
+    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
     try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(data)
-        Path(temporary).replace(target)
+        temporary.write_bytes(data)
+        temporary.replace(target)
     except BaseException:
-        Path(temporary).unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
         raise
 
 
@@ -305,6 +303,8 @@ def _check(where: str, figure: Figure) -> None:
     if not figure.source.strip():
         raise HardwareError(f"{where} names no source: say where the figure comes from")
     try:
-        date.fromisoformat(figure.date)
+        date.fromisoformat(
+            figure.date + "-01-01"[len(figure.date) - 4 :] if len(figure.date) in (4, 7) else figure.date
+        )
     except ValueError as error:
-        raise HardwareError(f"{where} is dated {figure.date!r}: write YYYY-MM-DD") from error
+        raise HardwareError(f"{where} is dated {figure.date!r}: write YYYY-MM-DD, YYYY-MM or YYYY") from error

@@ -69,7 +69,9 @@ class Triggers:
         self._handles: list[Any] = []
         try:
             for name, module in modules.items():
-                self._handles.append(module.register_forward_pre_hook(self._before(name), with_kwargs=True, prepend=True))
+                self._handles.append(
+                    module.register_forward_pre_hook(self._before(name), with_kwargs=True, prepend=True)
+                )
                 self._handles.append(module.register_forward_hook(self._after(name), with_kwargs=True))
         except BaseException:
             self.remove()
@@ -115,10 +117,11 @@ class Triggers:
         """Have the end of the outermost backward announced.
 
         The first trigger of a backward always runs in its outermost graph task: a reentrant checkpoint's recompute
-        begins there, and only what it calls then is nested."""
+        begins there, and only what it calls then is nested.
+        """
         if self._outermost == -1:
             self._outermost = torch._C._current_graph_task_id()
-            torch.autograd.Variable._execution_engine.queue_callback(self._ended)  # type: ignore[attr-defined]
+            torch.autograd.Variable._execution_engine.queue_callback(self._ended)
 
     def _ended(self) -> None:
         self._outermost = -1

@@ -1,17 +1,21 @@
-"""What holds for every test: who may be skipped, and what is left out where there is no CUDA device."""
+"""What holds for every test: who may be skipped, what is left out without a CUDA device, and whose cache is used."""
 
 from __future__ import annotations
 
 import fnmatch
+import os
 from pathlib import Path
 
 import pytest
 
+_ROOT = Path(__file__).parents[1]
 _ALLOWED_SKIPS = Path(__file__).with_name("skips.txt")
 _unlisted = pytest.StashKey[dict[str, str]]()
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    # The user's own cache stays as it is. Subprocesses inherit this.
+    os.environ.setdefault("MEMPLAN_CACHE", str(_ROOT / ".cache" / "memplan"))
     config.stash[_unlisted] = {}
     config.pluginmanager.register(_SkipGuard(config, allowed_skips(_ALLOWED_SKIPS.read_text())), "memplan-skips")
 

@@ -1,5 +1,7 @@
 """Headers of safetensors files are read as they are, and not believed where they cannot be true."""
 
+from __future__ import annotations
+
 import json
 import struct
 

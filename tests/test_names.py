@@ -1,5 +1,7 @@
 """One name for a module, whoever wrapped it."""
 
+from __future__ import annotations
+
 import pytest
 
 from memplan.names import canonical
@@ -8,7 +10,10 @@ from memplan.names import canonical
 @pytest.mark.parametrize(
     ("name", "plain"),
     [
-        ("base_model.model.model.layers.0.self_attn.q_proj.base_layer.weight", "model.layers.0.self_attn.q_proj.weight"),
+        (
+            "base_model.model.model.layers.0.self_attn.q_proj.base_layer.weight",
+            "model.layers.0.self_attn.q_proj.weight",
+        ),
         ("_orig_mod.layers.3", "layers.3"),
         ("layers.3._orig_mod.attn.weight", "layers.3.attn.weight"),
         ("", "."),

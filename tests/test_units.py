@@ -1,5 +1,7 @@
 """Sizes are parsed strictly and rounded the safe way."""
 
+from __future__ import annotations
+
 import pytest
 
 from memplan.errors import InputError, MemplanError, SizeError
@@ -14,7 +16,9 @@ def test_sizes_are_bytes(text, size):
     assert parse_size(text) == size
 
 
-@pytest.mark.parametrize("bad", ["12 apples", "GiB", "", "-1GiB", "1e3MiB", "12", "nan", float("nan"), float("inf"), -1, True, None, []])
+@pytest.mark.parametrize(
+    "bad", ["12 apples", "GiB", "", "-1GiB", "1e3MiB", "12", "nan", float("nan"), float("inf"), -1, True, None, []]
+)
 def test_what_is_no_size_is_refused(bad):
     with pytest.raises(SizeError, match="is not a size") as caught:
         parse_size(bad, "vram")

@@ -125,7 +125,8 @@ class LayerGraph(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
 
     def to_networkx(self) -> networkx.DiGraph[int]:
         """Return the accesses as a DiGraph: nodes are access indices (attributes ``kind``, ``module``, ``blocks``),
-        edges run from each access to the next and, with ``saved_bytes``, from each to the last that holds its bytes."""
+        edges run from each access to the next and, with ``saved_bytes``, from each to the last that holds its bytes.
+        """
         import networkx
 
         graph: networkx.DiGraph[int] = networkx.DiGraph(model=self.model)

@@ -41,7 +41,8 @@ class CostTable(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     def device_bytes_at(self, index: int, policies: dict[str, Activations]) -> int:
         """Return the device bytes at the peak of access ``index``, frozen weights apart.
 
-        ``policies`` maps a trigger module to its activation policy; a module not in it keeps."""
+        ``policies`` maps a trigger module to its activation policy; a module not in it keeps.
+        """
         total = sum(row.size_bytes for row in self.fixed)
         for life in self.lifetimes:
             if life.born <= index <= life.last:

@@ -88,7 +88,7 @@ class Residence(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
 
     ``begins``: ``always`` (there all the time), ``load`` (brought), ``made`` (written by the compute: activations).
     ``source``: ``home``; ``staging`` (from the disk through the staging ring); ``residence:ID``; empty for always/made.
-    ``order`` is total on a channel within a cycle (0, 1, …; loads run in this order, cycle after cycle); -1 without one.
+    ``order`` is total on a channel within a cycle (0, 1, …; loads run so, cycle after cycle); -1 without one.
     ``first_use`` lies in 0 … A-1; ``load_after`` < ``first_use`` and ``last_use`` >= ``first_use`` count on beyond the
     pass where the stay crosses its boundary (-1 is the last access of the pass before). ``last_use - load_after`` <= A.
     """

@@ -16,15 +16,17 @@ def dtype_of(name: str) -> torch.dtype:
     """Return torch's dtype of that name; raises RunError for what is none."""
     dtype = getattr(torch, name, None)
     if not isinstance(dtype, torch.dtype):
-        raise RunError(f"the plan names the dtype {name!r}, which this torch does not have: use the torch it was made with")
+        raise RunError(
+            f"the plan names the dtype {name!r}, which this torch does not have: use the torch it was made with"
+        )
     return dtype
 
 
 class Arena:
     """Bytes of one tier. On the compute device, or on the host (page-locked where the device is a CUDA one).
 
-    [Note: alignment changes bits] torch's CPU allocator aligns to 64 bytes and CUDA's to 512, addresses are multiples of
-    512, so a weight's alignment here is that of a tensor on its own; results then are those of a whole run to the bit.
+    [Note: alignment changes bits] torch aligns CPU allocations to 64 bytes and CUDA ones to 512, and addresses are
+    multiples of 512: a weight's alignment here is that of a tensor of its own, so results are a whole run's to the bit.
     """
 
     def __init__(self, size_bytes: int, device: torch.device, *, pinned: bool = False) -> None:
@@ -54,7 +56,8 @@ def view(part: torch.Tensor, tensor: Tensor) -> torch.Tensor:
 class Placeholders:
     """What parameters are while their block is away: one NaN element expanded to the true shape.
 
-    Counts, shapes and dtypes hold; a stray read is loud; nothing is allocated."""
+    Counts, shapes and dtypes hold; a stray read is loud; nothing is allocated.
+    """
 
     def __init__(self, device: torch.device) -> None:
         self._device = device

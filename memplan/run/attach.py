@@ -68,8 +68,11 @@ class Handle:
         return self._parts.checked.checked if self._parts.checked else 0
 
     @contextlib.contextmanager
-    def watch_memory(self) -> Iterator[None]:
-        """Count live device bytes in the steps inside (CPU: slower there by a Python call an operator)."""
+    def watch_memory(self, optimizer: torch.optim.Optimizer | None = None) -> Iterator[None]:
+        """Count live device bytes in the steps inside (CPU: slower there by a Python call an operator).
+
+        The state of ``optimizer`` that exists already counts too.
+        """
         if self._parts.device.type == "cuda":
             yield
             return
@@ -79,6 +82,10 @@ class Handle:
             ledger.add(tensor)
             if tensor.grad is not None:
                 ledger.add(tensor.grad)
+        for state in optimizer.state.values() if optimizer is not None else ():
+            for value in state.values():
+                if isinstance(value, torch.Tensor):
+                    ledger.add(value)
         with ledger:
             yield
         self._vram_peak_bytes = max(self._vram_peak_bytes, ledger.peak_bytes)
@@ -116,7 +123,9 @@ class Handle:
     def __enter__(self) -> Handle:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self.detach()
 
 
@@ -203,7 +212,8 @@ def attach(
 def materialise(model: nn.Module) -> Iterator[nn.Module]:
     """A context in which all weights of ``model`` are readable: for ``state_dict``, merging, hashing.
 
-    Takes RAM for the streamed blocks while it lasts. A model that is not attached is left alone."""
+    Takes RAM for the streamed blocks while it lasts. A model that is not attached is left alone.
+    """
     handle = handle_of(model)
     if handle is None:
         yield model
@@ -224,8 +234,8 @@ def _match(model: nn.Module, plan: Plan) -> dict[str, nn.Parameter]:
     for name, module in model.named_modules():
         if hasattr(module, "_hf_hook"):
             raise ModelError(
-                f"the module {canonical(name)} is hooked by accelerate (device_map or cpu_offload), which would move the "
-                "same weights: load the model without device_map"
+                f"the module {canonical(name)} is hooked by accelerate (device_map or cpu_offload), which would move "
+                "the same weights: load the model without device_map"
             )
     parameters: dict[str, nn.Parameter] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
@@ -256,8 +266,8 @@ def _match(model: nn.Module, plan: Plan) -> dict[str, nn.Parameter]:
     counted = sum(row.size_bytes for row in plan.table.fixed if row.kind == "adapters")
     if sum(trained.values()) > counted:
         raise PlanMismatchError(
-            f"the model trains {format_bytes(sum(trained.values()))}, the plan counts {format_bytes(counted)} of adapters: "
-            "make a plan with this adapter"
+            f"the model trains {format_bytes(sum(trained.values()))}, the plan counts {format_bytes(counted)} of "
+            "adapters: make a plan with this adapter"
         )
     return parameters
 
@@ -277,7 +287,7 @@ def _stored(model: nn.Module, checkpoint: str | Path | None) -> dict[str, Stored
         found = read_checkpoint(checkpoint)
     else:
         folder = getattr(getattr(model, "config", None), "_name_or_path", None)
-        if not has_checkpoint(folder):
+        if folder is None or not has_checkpoint(folder):
             return {}
         found = read_checkpoint(folder)
     stored = {canonical(name): tensor for name, tensor in found.items()}
@@ -311,14 +321,16 @@ def _settle(
     parameters, device = parts.parameters, parts.device
     weights = Weights(parameters, stored, parts.reader)
     arenas = {arena.id: arena.tier for arena in plan.arenas}
-    places = {(plan.items[a.item].block, arenas[a.arena]): a for a in plan.addresses if plan.items[a.item].kind == "weights"}
+    places = {
+        (plan.items[a.item].block, arenas[a.arena]): a for a in plan.addresses if plan.items[a.item].kind == "weights"
+    }
     homes = {item.block: item.home for item in plan.items if item.kind == "weights"}
     own = {b.id: weights.own_files(b) for b in plan.table.blocks if homes[b.id] == "disk"}
     packed = tuple(b for b in plan.table.blocks if b.id in own and own[b.id] is None)
     if packed and plan.budgets.disk_bytes is None:
         raise CheckpointError(
-            f"the block {packed[0].name} has its home on disk, but no checkpoint holds its weights as they are: give the "
-            "checkpoint's folder, or a disk budget (disk=\"20GiB\") so that they may be written to the cache"
+            f"the block {packed[0].name} has its home on disk, but no checkpoint holds its weights as they are: give "
+            'the checkpoint\'s folder, or a disk budget (disk="20GiB") so that they may be written to the cache'
         )
     files = BlockFiles(cache, packed) if packed else None
     if files is not None:
@@ -343,7 +355,8 @@ def _settle(
             source = DiskSource(extents, parts.reader, block.name)
         undo.callback(_give_back, block, source, parameters, _originals(block, parameters))
         pointers = tuple(
-            (parameters[t.name], view(part, t), parts.placeholders.of(t.shape, dtype_of(t.dtype))) for t in block.tensors
+            (parameters[t.name], view(part, t), parts.placeholders.of(t.shape, dtype_of(t.dtype)))
+            for t in block.tensors
         )
         if home == "device":
             for parameter, there_view, _ in pointers:
@@ -379,7 +392,10 @@ def _originals(block: Block, parameters: Mapping[str, nn.Parameter]) -> dict[str
 
 
 def _give_back(
-    block: Block, source: Source, parameters: Mapping[str, nn.Parameter], originals: Mapping[str, torch.Tensor | torch.device]
+    block: Block,
+    source: Source,
+    parameters: Mapping[str, nn.Parameter],
+    originals: Mapping[str, torch.Tensor | torch.device],
 ) -> None:
     """Give a block's parameters back what they were."""
     devices = {name: was for name, was in originals.items() if isinstance(was, torch.device)}

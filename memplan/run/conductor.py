@@ -147,7 +147,8 @@ class Conductor:
         """A forward inside a backward: a checkpoint recomputes. It is the same access as the backward it belongs to.
 
         Where a checkpoint spans several modules they come in forward order: only the next planned backward moves the
-        position, the others are served beside it, lest what is still needed counts as over."""
+        position, the others are served beside it, lest what is still needed counts as over.
+        """
         position = self._sequence.next_backward(module, self._now)
         if position is None:
             self._serve_aside(module)

@@ -47,7 +47,9 @@ class _File:
         try:
             self.buffered = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         except OSError as error:
-            raise CheckpointError(f"weights were to be read from {path}, which cannot be opened: {error.strerror}") from None
+            raise CheckpointError(
+                f"weights were to be read from {path}, which cannot be opened: {error.strerror}"
+            ) from None
         self.direct: int | None = None
         try:
             self.direct = os.open(path, os.O_RDONLY | os.O_CLOEXEC | getattr(os, "O_DIRECT", 0))
@@ -72,7 +74,8 @@ class DiskReader:
     """Reads extents into memory. One for a run; ``close`` ends its threads and files.
 
     [Note: a checkpoint that changed under a plan] Every read checks that the file is as it was at attach; nothing is
-    mapped, so that a truncated file is an error and not a SIGBUS."""
+    mapped, so that a truncated file is an error and not a SIGBUS.
+    """
 
     def __init__(self) -> None:
         self._pool = ThreadPoolExecutor(_READERS, thread_name_prefix="memplan-disk")
@@ -94,7 +97,8 @@ class DiskReader:
     def read(self, extents: Iterable[tuple[Extent, Bytes]], what: str) -> None:
         """Fill each destination (uint8, of the extent's size) from its extent; ``what`` names the block in errors.
 
-        Raises TransferError where a file has changed or cannot be read."""
+        Raises TransferError where a file has changed or cannot be read.
+        """
         pieces = []
         checked = set()
         for extent, destination in extents:
@@ -171,7 +175,7 @@ def pack(folder: Path, name: str, parts: Iterable[Bytes]) -> Path:
     temporary = path.with_suffix(".part")
     with open(temporary, "wb") as file:
         for part in parts:
-            file.write(memoryview(part))
+            file.write(part.data)
         file.flush()
         os.fsync(file.fileno())
     os.replace(temporary, path)

@@ -31,7 +31,7 @@ class Guard:
             if moved.dtype != dtype or moved.device != device:
                 raise MovedWeightsError(
                     f"{type(self._module).__name__} was to go from {dtype} on {device} to {moved.dtype} on "
-                    f"{moved.device}, but memplan streams its weights: leave the placement to memplan, or detach() first"
+                    f"{moved.device}, but memplan streams its weights: leave placement to memplan, or detach() first"
                 )
         parameters = self._module._parameters
         everything = dict(parameters)

@@ -119,8 +119,8 @@ class BlockFiles:
         free = shutil.disk_usage(folder).free
         if needed > free:
             raise InputError(
-                f"{format_bytes(needed)} of blocks were to be written to {folder}, where {format_bytes(free)} are free: "
-                "free some, set MEMPLAN_CACHE to another disk, or give more ram"
+                f"{format_bytes(needed)} of blocks were to be written to {folder}, where {format_bytes(free)} are "
+                "free: free some, set MEMPLAN_CACHE to another disk, or give more ram"
             )
         self.folder = Path(tempfile.mkdtemp(prefix="blocks-", dir=folder))
 

@@ -55,7 +55,9 @@ class Sequence:
                     last_use=stay.last_use,
                 )
                 found.setdefault(stay.channel, []).append((stay.order, due))
-        return {channel: tuple(due for _, due in sorted(rows, key=lambda row: row[0])) for channel, rows in found.items()}
+        return {
+            channel: tuple(due for _, due in sorted(rows, key=lambda row: row[0])) for channel, rows in found.items()
+        }
 
     def next_forward(self, module: str, now: int) -> int:
         """Return the linear position of the module's next forward access after ``now``."""
@@ -66,7 +68,7 @@ class Sequence:
         return (cycle + 1) * self.length + self.forwards[module][0]
 
     def next_backward(self, module: str, now: int) -> int | None:
-        """Return the linear position of the module's next backward access in this cycle, now's own included, or None."""
+        """Return the linear position of the module's next backward access in this cycle, now's included, or None."""
         cycle, index = divmod(now, self.length)
         for candidate in self.backwards.get(module, ()):
             if candidate >= index:

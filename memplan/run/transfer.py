@@ -10,17 +10,13 @@ stream first waits for all the compute that was enqueued when the load was start
 
 from __future__ import annotations
 
-import threading
 import time
 from collections import deque
-from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Protocol
 
-import numpy as np
 import torch
 
-from memplan.errors import RunError, TransferError
 from memplan.program.schema import STAGING_BYTES, Channel
 from memplan.run.arena import poison
 from memplan.run.disk import Bytes, DiskReader, Extent, copy_bytes
@@ -65,7 +61,8 @@ class Transfers(Protocol):
     def wait(self, ticket: Ticket, block: int) -> float:
         """Make the compute wait for the load of that block; return the seconds that the host itself stood still.
 
-        Raises what the load raised, in the thread that waits."""
+        Raises what the load raised, in the thread that waits.
+        """
 
     def device_stalls(self) -> dict[int, float]:
         """Return the seconds, by block, that the device stood still and that are known since the last call."""
@@ -126,7 +123,8 @@ class CudaTransfers:
     """Streams and events. Unproven: no GPU has run it yet.
 
     The host never synchronises with the device here, except in a staging thread, which waits until its own piece of
-    the page-locked ring is free again."""
+    the page-locked ring is free again.
+    """
 
     _TIMED = 256
 
@@ -158,7 +156,9 @@ class CudaTransfers:
             self._disk = ThreadPoolExecutor(1, thread_name_prefix="memplan-staging")
         return _CudaTicket(done, self._disk.submit(self._stage, source, destination, free, done))
 
-    def _stage(self, source: DiskSource, destination: torch.Tensor, free: torch.cuda.Event, done: torch.cuda.Event) -> None:
+    def _stage(
+        self, source: DiskSource, destination: torch.Tensor, free: torch.cuda.Event, done: torch.cuda.Event
+    ) -> None:
         if not self._ring:
             half = STAGING_BYTES // 2
             self._ring = [(torch.empty(half, dtype=torch.uint8, pin_memory=True), torch.cuda.Event()) for _ in range(2)]

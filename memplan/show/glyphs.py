@@ -23,7 +23,7 @@ class Glyphs:
     recomputed: str
     dots: str
     times: str
-    dash: str
+    rule: str
     ascii_only: bool
 
     def mark(self, tier: Tier) -> str:
@@ -47,7 +47,7 @@ class Glyphs:
         return letter.isprintable() and (letter.isascii() or not self.ascii_only)
 
 
-PLAIN = Glyphs(device="#", host="o", disk=".", recomputed="^", dots="...", times="x", dash="-", ascii_only=True)
+PLAIN = Glyphs(device="#", host="o", disk=".", recomputed="^", dots="...", times="x", rule="-", ascii_only=True)
 RICH = Glyphs(
     device="█",
     host="▒",
@@ -55,6 +55,6 @@ RICH = Glyphs(
     recomputed="^",
     dots="…",
     times="\N{MULTIPLICATION SIGN}",
-    dash="─",
+    rule="─",
     ascii_only=False,
 )

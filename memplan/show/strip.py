@@ -32,15 +32,16 @@ def strip(blocks: Sequence[BlockFact], glyphs: Glyphs, width: int) -> Iterator[T
     groups = max(1, (width - indent - 1) // (GROUP + 1))
     for start in range(0, len(blocks), groups * GROUP):
         row = blocks[start : start + groups * GROUP]
-        marks, under = Text(f"{start:>{indent}}  ", style="dim"), Text(" " * (indent + 2))
+        marks, under = Text.assemble((f"{start:>{indent}}  ", "dim")), Text(" " * (indent + 2))
         for place, block in enumerate(row):
             if place and place % GROUP == 0:
                 marks.append(" ")
                 under.append(" ")
             marks.append(glyphs.mark(block.home), style=glyphs.style(block.home))
-            under.append(glyphs.recomputed if block.activations == "recompute" else " ", style="magenta")
+            under.append(glyphs.recomputed if block.activations == "recompute" else " ")
         yield marks
         if under.plain.strip():
+            under.stylize("magenta")
             yield under
 
 

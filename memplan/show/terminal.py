@@ -199,7 +199,7 @@ class _Page:
             cells = [f"  {label}", form(value)]
             if seen is not None:
                 there, error = beside.get(key), seen.errors.get(key)
-                cells.append(form(there) if there is not None else self.glyphs.dash if key else "")
+                cells.append(form(there) if there is not None else "-" if key else "")
                 cells.append("" if error is None else _percent(error, "+"))
             table.add_row(*cells, style=style)
 
@@ -305,11 +305,11 @@ class _Page:
 
     def size(self, size_bytes: int | None, *, signed: bool = False) -> Text:
         if size_bytes is None:
-            return Text(self.glyphs.dash, style="dim")
+            return Text("-", style="dim")
         return Text(("+" if signed and size_bytes > 0 else "") + format_bytes(size_bytes))
 
     def line(self, table: Table) -> None:
-        dashes = Text(self.glyphs.dash * (_VALUE - 1), style="dim")
+        dashes = Text(self.glyphs.rule * (_VALUE - 1), style="dim")
         table.add_row("", *(dashes for _ in table.columns[1:]))
 
 

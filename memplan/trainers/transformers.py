@@ -1,7 +1,7 @@
 """transformers.Trainer: wrap one that exists, or place a model while it is being loaded.
 
 ``wrap`` needs the model in RAM once; ``placing`` never holds it: inside, ``from_pretrained`` of a local folder builds
-the model with placeholders, and the first Trainer that is built gets its plan and its weights, each straight to its home.
+the model with placeholders, and the Trainer that is built gets its plan and its weights, each straight to its home.
 """
 
 from __future__ import annotations
@@ -39,8 +39,23 @@ _OPTIMIZERS = {
     "paged_adamw_8bit": "adamw_8bit",
     "lion_32bit": "lion",
 }
-_LOADING = {"config", "dtype", "torch_dtype", "attn_implementation", "local_files_only", "low_cpu_mem_usage", "use_cache"}
-_PASSED_BY_AUTO = {"_from_auto", "_commit_hash", "adapter_kwargs", "use_safetensors", "trust_remote_code", "code_revision"}
+_LOADING = {
+    "config",
+    "dtype",
+    "torch_dtype",
+    "attn_implementation",
+    "local_files_only",
+    "low_cpu_mem_usage",
+    "use_cache",
+}
+_PASSED_BY_AUTO = {
+    "_from_auto",
+    "_commit_hash",
+    "adapter_kwargs",
+    "use_safetensors",
+    "trust_remote_code",
+    "code_revision",
+}
 
 
 def wrap(
@@ -62,9 +77,9 @@ def wrap(
 
     Raises what ``plan`` and ``attach`` raise; trainer and model then are as they were.
     """
-    model = trainer.model
-    if not isinstance(model, nn.Module):
+    if not isinstance(trainer.model, nn.Module):
         raise InputError("wrap needs a trainer with a model: build it with model=, not model_init=")
+    model: Any = trainer.model
     args = trainer.args
     with contextlib.ExitStack() as undo:
         if args.gradient_checkpointing and hasattr(model, "gradient_checkpointing_enable"):
@@ -91,7 +106,7 @@ def wrap(
             )
         handle = attach(model, plan, checked=checked)
         undo.pop_all()
-    trainer.memplan = handle
+    trainer.__dict__["memplan"] = handle
     return trainer
 
 
@@ -139,13 +154,17 @@ def placing(
                 checked=checked,
             )
 
-    PreTrainedModel.from_pretrained = classmethod(from_pretrained)
-    Trainer.__init__ = init
+    _set(PreTrainedModel, "from_pretrained", classmethod(from_pretrained))
+    _set(Trainer, "__init__", init)
     try:
         yield
     finally:
-        PreTrainedModel.from_pretrained = original_load
-        Trainer.__init__ = original_init
+        _set(PreTrainedModel, "from_pretrained", original_load)
+        _set(Trainer, "__init__", original_init)
+
+
+def _set(owner: type, name: str, value: Any) -> None:
+    setattr(owner, name, value)
 
 
 def _first_batch(trainer: Trainer) -> dict[str, torch.Tensor]:
@@ -166,7 +185,7 @@ def _first_batch(trainer: Trainer) -> dict[str, torch.Tensor]:
     return {name: value for name, value in batch.items() if isinstance(value, torch.Tensor)}
 
 
-def _load_placeholders(cls: type[PreTrainedModel], folder: Path, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def _load_placeholders(cls: Any, folder: Path, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Build the folder's model with a placeholder for each weight that its checkpoint holds."""
     unknown = sorted(
         name for name, value in kwargs.items() if value is not None and name not in _LOADING | _PASSED_BY_AUTO
@@ -224,7 +243,8 @@ def _check_names(model: nn.Module, stored: Mapping[str, StoredTensor], folder: P
         held = [stored[name] for name in names if name in stored]
         if not held:
             raise CheckpointError(
-                f"{folder} holds no tensor {names[0]}, which {type(model).__name__} needs: give the checkpoint of this model"
+                f"{folder} holds no tensor {names[0]}, which {type(model).__name__} needs: give the checkpoint of this "
+                "model"
             )
         if held[0].shape != tuple(model.get_parameter(names[0]).shape):
             raise CheckpointError(
@@ -272,5 +292,3 @@ def _read(reader: DiskReader, stored: StoredTensor) -> torch.Tensor:
     reader.open([extent])
     reader.read([(extent, raw.numpy())], stored.name)
     return raw.view(dtype_of(stored.dtype)).view(stored.shape)
-
-

@@ -1,5 +1,7 @@
 """Reads give the file's bytes at any offset and length, and never anything else without an error."""
 
+from __future__ import annotations
+
 import os
 
 import numpy as np

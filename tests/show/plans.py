@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from memplan.analyze.graph import AccessKind, Block, BlockKind, Fixed, FixedKind, Tensor
 from memplan.cost.table import AccessRow, CostTable
+from memplan.place.solve import place
 from memplan.program.record import BlockRecord, RunRecord
 from memplan.program.schema import (
     SCHEMA_VERSION,
@@ -148,6 +149,28 @@ def make_record(plan: Plan, *, pass_s: float, extra_bytes: int = 0, passes: int 
         ),
     }
     return RunRecord(**(values | fields))  # type: ignore[arg-type]
+
+
+def solve_plan(layers: int = 6) -> Plan:
+    """Return a plan that the solver made and that its check holds: half the layers fit."""
+    names = ["model.embed_tokens", *(f"model.layers.{i}" for i in range(layers)), "lm_head"]
+    plan = make_plan("d" + "h" * layers + "d")
+    fixed_bytes = sum(row.size_bytes for row in plan.table.fixed)
+    return place(
+        plan.table,
+        Budgets(
+            vram_bytes=fixed_bytes + 2 * EMBEDDING_BYTES + (layers // 2 + 2) * LAYER_BYTES,
+            ram_bytes=24 * GIB,
+            disk_bytes=None,
+        ),
+        model=plan.model,
+        fingerprint=plan.fingerprint,
+        workload=plan.workload,
+        hardware=plan.hardware,
+        pins={names.index("model.embed_tokens"): "device"},
+        staging_bytes=64 * MIB,
+        notes=(),
+    )
 
 
 def _block(index: int, name: str, stack: str) -> Block:

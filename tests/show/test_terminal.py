@@ -34,7 +34,7 @@ def _no_columns(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def cells(report: str, label: str, after: str = "") -> list[str]:
-    """Return the cells of the line that starts with ``label``, the first one after a line that starts with ``after``."""
+    """Return the cells of the first line that starts with ``label``, from the line on that starts with ``after``."""
     lines = report.splitlines()
     start = next(i for i, line in enumerate(lines) if line.startswith(after))
     line = next(line.strip() for line in lines[start:] if line.strip().startswith(label + " "))

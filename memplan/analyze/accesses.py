@@ -1,0 +1,133 @@
+"""The sequence of accesses of one pass, as the triggers announce them.
+
+Forward accesses in the order seen, the loss, backward accesses in the order seen, the optimizer. Code between the end
+of a trigger's forward and the next trigger counts toward the former, unless it was the last: then it is the loss.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from memplan.analyze.graph import AccessKind
+
+
+@dataclass(slots=True, kw_only=True)
+class Seen:
+    """One access."""
+
+    kind: AccessKind
+    module: str
+    forward: int
+    recomputed: bool = False
+    """Its module's forward ran again in it."""
+
+
+class AccessLog:
+    """A :class:`memplan.triggers.Watcher` that writes the sequence down.
+
+    Time is cut into *segments*, numbered as they begin; ``access_of`` says whose each was. ``switch`` is told each.
+    """
+
+    def __init__(self, switch: Callable[[int], None]) -> None:
+        self.accesses: list[Seen] = []
+        self.nested: dict[str, str] = {}
+        """Outer trigger modules, each with one that it calls."""
+        self.in_backward = False
+        self.active: list[str] = []
+        """Modules whose forward is under way, outermost first."""
+        self._switch = switch
+        self._owners: list[int | None] = [0]  # access of each segment; None: known later
+        self._backward_of: dict[int, int] = {}
+        self._loss = -1
+
+    @property
+    def now(self) -> Seen | None:
+        """The access under way."""
+        owner = self._owners[-1]
+        return self.accesses[owner] if owner is not None and self.accesses else None
+
+    def called(self) -> frozenset[str]:
+        """Modules whose forward was seen."""
+        return frozenset(access.module for access in self.accesses if access.kind == "forward")
+
+    def access_of(self) -> list[int]:
+        """Return the access of each segment."""
+        found, before = [], 0
+        for segment, owner in enumerate(self._owners):
+            if owner is None:
+                later = next((o for o in self._owners[segment + 1 :] if o is not None), self._loss)
+                owner = before if later < self._loss else self._loss
+            found.append(owner)
+            before = owner
+        return found
+
+    # ---- what the triggers say -------------------------------------------------------------------------------------
+
+    def forward_begins(self, module: str, *, in_backward: bool) -> int:
+        if in_backward:
+            index = self._recompute_begins(module)
+        else:
+            if self.active:
+                self.nested.setdefault(self.active[-1], module)
+            index = self._begin("forward", module, len(self.accesses))
+        self.active.append(module)
+        return index
+
+    def forward_ends(self, module: str, call: int, *, in_backward: bool) -> None:
+        while self.active and self.active.pop() != module:
+            pass  # forwards that were left by an exception (an early stop of a recompute)
+        if not in_backward and not self.active:
+            self._segment(None)
+
+    def backward_begins(self, module: str, call: int) -> None:
+        now = self.now
+        if call < 0 or (now is not None and now.kind == "backward" and now.forward == call):
+            return
+        if call not in self._backward_of:
+            self._begin_backward(module, call)
+
+    def backward_ends(self) -> None:
+        self.active.clear()
+
+    # ---- what the trace says ---------------------------------------------------------------------------------------
+
+    def loss_begins(self) -> None:
+        """The forward and the loss are done; what comes until the first backward trigger is the loss's too."""
+        self.active.clear()
+        if self._loss < 0:
+            self._loss = self._begin("loss", "", -1)
+
+    def optimizer_begins(self) -> None:
+        """The backward is done."""
+        self.active.clear()
+        self._begin("optimizer", "", -1)
+
+    # ---- within ----------------------------------------------------------------------------------------------------
+
+    def _recompute_begins(self, module: str) -> int:
+        """A forward in backward: the access under way if it is this module's, else one that the backward lacks yet."""
+        now = self.now
+        if now is not None and now.kind == "backward" and now.module == module and not now.recomputed:
+            now.recomputed = True
+            return now.forward
+        for index in range(len(self.accesses) - 1, -1, -1):
+            access = self.accesses[index]
+            if access.kind == "forward" and access.module == module and index not in self._backward_of:
+                self._begin_backward(module, index)
+                self.accesses[-1].recomputed = True
+                return index
+        return -1
+
+    def _begin_backward(self, module: str, forward: int) -> None:
+        self._backward_of[forward] = self._begin("backward", module, forward)
+
+    def _begin(self, kind: AccessKind, module: str, forward: int) -> int:
+        self.accesses.append(Seen(kind=kind, module=module, forward=forward))
+        if len(self.accesses) > 1 or self._owners != [0]:
+            self._segment(len(self.accesses) - 1)
+        return len(self.accesses) - 1
+
+    def _segment(self, owner: int | None) -> None:
+        self._owners.append(owner)
+        self._switch(len(self._owners) - 1)

@@ -1,0 +1,238 @@
+"""Module tree -> blocks. Found by structure, not by class names.
+
+An element of a repeated stack is one block; every other module with frozen parameters of its own is one; parameters
+that several of those share are a block that all of them read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import nn
+
+from memplan.analyze.graph import BlockKind, Tensor
+from memplan.errors import ModelError
+from memplan.names import canonical
+from memplan.units import align_up, format_bytes
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Unit:
+    """A trigger module: what it reads is announced by its forward and its backward."""
+
+    name: str
+    """Canonical."""
+    module: nn.Module
+    kind: BlockKind
+    stack: str
+    """Canonical name of the stack that it is an element of, or empty."""
+    parameters: tuple[tuple[str, nn.Parameter], ...]
+    """The frozen ones, in module order, by canonical name."""
+
+
+@dataclass(slots=True, kw_only=True, eq=False)
+class Draft:
+    """A block as the module tree has it; the trace adds why it may not be streamed."""
+
+    name: str
+    kind: BlockKind
+    stack: str
+    parameters: tuple[tuple[str, nn.Parameter], ...]
+    triggers: tuple[str, ...]
+    """Units that read it."""
+    pinned_because: str = field(default="")
+
+    def pin(self, reason: str) -> None:
+        """Note why it must stay on the device; the first reason stays."""
+        self.pinned_because = self.pinned_because or reason
+
+    def layout(self) -> tuple[tuple[Tensor, ...], int]:
+        """Return its tensors, each at a multiple of 512 bytes, and the bytes of them all."""
+        tensors, offset = [], 0
+        for name, parameter in self.parameters:
+            size = parameter.numel() * parameter.element_size()
+            tensors.append(
+                Tensor(
+                    name=name,
+                    shape=tuple(parameter.shape),
+                    dtype=dtype_name(parameter.dtype),
+                    offset_bytes=offset,
+                    size_bytes=size,
+                )
+            )
+            offset += align_up(size)
+        return tuple(tensors), offset
+
+
+def dtype_name(dtype: object) -> str:
+    """Return torch's name of a dtype without the module."""
+    return str(dtype).removeprefix("torch.")
+
+
+def modules_by_name(model: nn.Module) -> dict[str, nn.Module]:
+    """Return the modules by canonical name; where a wrapper and what it wraps share one, the wrapper.
+
+    The wrapper's call encloses every read (DoRA reads ``base_layer.weight`` itself).
+    """
+    found: dict[str, nn.Module] = {}
+    for name, module in model.named_modules():
+        found.setdefault(canonical(name), module)
+    return found
+
+
+def check_model(model: nn.Module) -> None:
+    """Raise ModelError where the model cannot be placed: nothing frozen, nothing trained, or moved by someone else."""
+    for name, module in model.named_modules():
+        if hasattr(module, "_hf_hook"):
+            raise ModelError(
+                f"the module {canonical(name)} is hooked by accelerate (device_map or cpu_offload), which would move "
+                "the same weights: load the model without device_map"
+            )
+    places = getattr(model, "hf_device_map", None)
+    if isinstance(places, Mapping) and len({str(place) for place in places.values()}) > 1:
+        raise ModelError(
+            f"the model is spread by accelerate's device map over {', '.join(sorted({str(p) for p in places.values()}))}: "
+            "load it without device_map; memplan places it"
+        )
+    frozen = [parameter for parameter in model.parameters() if not parameter.requires_grad]
+    trainable_bytes = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
+    if not frozen:
+        raise ModelError(
+            f"all {format_bytes(trainable_bytes)} of the model's parameters are trained: memplan streams frozen ones. "
+            'Give an adapter, such as adapter={"rank": 16, "targets": "all-linear"}'
+        )
+    if not trainable_bytes:
+        raise ModelError(
+            "the model has nothing to train: no parameter requires a gradient. "
+            'Give an adapter, such as adapter={"rank": 16, "targets": "all-linear"}'
+        )
+    for name, parameter in model.named_parameters():
+        if type(parameter) is not nn.Parameter and not parameter.requires_grad:
+            raise ModelError(
+                f"the parameter {canonical(name)} is a {type(parameter).__name__}: quantized weights cannot be "
+                "analyzed yet. Load the model without quantization"
+            )
+
+
+def find_units(model: nn.Module, containers: frozenset[str] = frozenset()) -> tuple[Unit, ...]:
+    """Return the trigger modules in module order.
+
+    ``containers``: units whose forward is never called though their weights are read: their children are units.
+    """
+    outermost = modules_by_name(model)
+    units: list[Unit] = []
+    seen: set[int] = set()
+
+    def element(name: str, module: nn.Module, stack: str) -> None:
+        if id(module) in seen:
+            return
+        if canonical(name) in containers:
+            own(name, module, stack)
+            for part, child in module.named_children():
+                element(f"{name}.{part}", child, stack)
+            return
+        frozen = _frozen(name, module, deep=True)
+        seen.update(id(inner) for inner in module.modules())
+        if frozen:
+            units.append(Unit(name=canonical(name), module=module, kind="layer", stack=stack, parameters=frozen))
+
+    def own(name: str, module: nn.Module, stack: str) -> None:
+        seen.add(id(module))
+        frozen = _frozen(name, module, deep=False)
+        if frozen:
+            unit = canonical(name)
+            kind: BlockKind = "embedding" if isinstance(module, nn.Embedding) else "other"
+            units.append(Unit(name=unit, module=outermost[unit], kind=kind, stack=stack, parameters=frozen))
+
+    def walk(name: str, module: nn.Module) -> None:
+        if id(module) in seen:
+            return
+        own(name, module, "")
+        stacked = is_stack(module)
+        for part, child in module._modules.items():
+            if child is None:
+                continue
+            inner = f"{name}.{part}" if name else part
+            if stacked:
+                element(inner, child, canonical(name))
+            else:
+                walk(inner, child)
+
+    walk("", model)
+    return tuple(units)
+
+
+def is_stack(module: nn.Module) -> bool:
+    """Whether a module is a repeated stack: two or more elements with parameters, two of them of one class."""
+    if not isinstance(module, (nn.ModuleList, nn.Sequential)):
+        return False
+    classes = [type(child) for child in module if next(child.parameters(), None) is not None]
+    return len(classes) > len(set(classes))
+
+
+def draft_blocks(units: tuple[Unit, ...]) -> tuple[Draft, ...]:
+    """Return the blocks that the units read: each one's own parameters, and those that several share."""
+    readers: dict[int, dict[str, None]] = {}
+    for unit in units:
+        for _, parameter in unit.parameters:
+            readers.setdefault(id(parameter), {})[unit.name] = None
+    drafts: list[Draft] = []
+    shared: dict[tuple[str, ...], list[tuple[str, nn.Parameter]]] = {}
+    for unit in units:
+        own: list[tuple[str, nn.Parameter]] = []
+        for name, parameter in unit.parameters:
+            of = tuple(readers[id(parameter)])
+            if len(of) == 1:
+                own.append((name, parameter))
+            elif of[0] == unit.name:
+                shared.setdefault(of, []).append((name, parameter))
+        if own:
+            drafts.append(
+                Draft(name=unit.name, kind=unit.kind, stack=unit.stack, parameters=tuple(own), triggers=(unit.name,))
+            )
+    taken = {draft.name for draft in drafts}
+    for of, parameters in shared.items():
+        name = _common_module([name for name, _ in parameters])
+        if name in taken:
+            name = parameters[0][0]
+        taken.add(name)
+        drafts.append(Draft(name=name, kind="shared", stack="", parameters=tuple(parameters), triggers=of))
+    return tuple(drafts)
+
+
+def head_of(model: nn.Module, drafts: tuple[Draft, ...], forwards: list[str]) -> Draft | None:
+    """Return the block that is the output head: what the model says, else the last matrix outside stacks, if wide."""
+    given: Any = getattr(model, "get_output_embeddings", None)
+    try:
+        output = given() if callable(given) else None
+    except (AttributeError, NotImplementedError):
+        output = None
+    weight = getattr(getattr(output, "base_layer", output), "weight", None)
+    for draft in drafts:
+        if draft.kind == "other" and weight is not None and any(p is weight for _, p in draft.parameters):
+            return draft
+    last = next((d for d in drafts if forwards and d.triggers == (forwards[-1],) and d.kind == "other"), None)
+    if last is None or last.stack:
+        return None
+    wide = any(p.dim() == 2 and p.shape[0] > p.shape[1] for _, p in last.parameters)
+    return last if wide else None
+
+
+def _frozen(name: str, module: nn.Module, *, deep: bool) -> tuple[tuple[str, nn.Parameter], ...]:
+    found = module.named_parameters(prefix=name, recurse=deep)
+    return tuple((canonical(full), parameter) for full, parameter in found if not parameter.requires_grad)
+
+
+def _common_module(names: list[str]) -> str:
+    """Return the name of the innermost module that holds all of the parameters."""
+    paths = [name.split(".")[:-1] for name in names]
+    return ".".join(_common(paths)) or names[0]
+
+
+def _common(paths: list[list[str]]) -> Iterator[str]:
+    for parts in zip(*paths, strict=False):
+        if len(set(parts)) > 1:
+            return
+        yield parts[0]

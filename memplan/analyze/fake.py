@@ -1,0 +1,146 @@
+"""A model's tensors replaced by fake ones on the CPU for a while: shapes and dtypes without memory, nothing loaded.
+
+The module objects stay the same, so hooks and names hold; on the way out every module is what it was, whatever a
+forward left in it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import random
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from memplan.analyze.values import remember
+
+
+@contextlib.contextmanager
+def faked(model: nn.Module, mode: FakeTensorMode) -> Iterator[dict[int, torch.Tensor]]:
+    """Have fake tensors in place of all parameters, buffers and tensors in attributes, in training mode.
+
+    Gives the fake tensor of each parameter and buffer by the real one's id. The model is restored on any way out.
+    """
+    modules = list(model.modules())
+    saved = [_Saved(module) for module in modules]
+    fakes: dict[int, torch.Tensor] = {}
+
+    def fake(tensor: torch.Tensor) -> torch.Tensor:
+        found = fakes.get(id(tensor))
+        if found is None:
+            found = fakes[id(tensor)] = fake_of(tensor, mode)
+        return found
+
+    try:
+        # A fake tensor records nothing of its making; grads off, lest a user's graph grow by our views.
+        with torch.no_grad():
+            for module in modules:
+                for held in (module._parameters, module._buffers):
+                    for name, tensor in held.items():
+                        if tensor is not None:
+                            held[name] = fake(tensor)  # type: ignore[assignment]
+                for name, value in list(module.__dict__.items()):
+                    if isinstance(value, torch.Tensor):
+                        module.__dict__[name] = fake(value)
+                _refresh_recurrent(module)
+        model.train()
+        yield fakes
+    finally:
+        for state in saved:
+            state.restore()
+
+
+def fake_of(tensor: torch.Tensor, mode: FakeTensorMode) -> torch.Tensor:
+    """Return a fake tensor on the CPU of the same shape, strides and dtype, a parameter for a parameter.
+
+    Small values of integers are remembered, since a forward may ask for them (masks, lengths).
+    """
+    expanded = any(stride == 0 for stride in tensor.stride()) and tensor.numel() > 1
+    with mode:
+        if expanded:
+            made = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu")
+        else:
+            made = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="cpu")
+        if isinstance(tensor, nn.Parameter):
+            return nn.Parameter(made, requires_grad=tensor.requires_grad)
+    if not tensor.dtype.is_floating_point and not tensor.dtype.is_complex:
+        known = tensor.device.type != "meta" and type(tensor) in (torch.Tensor, nn.Buffer)
+        # Of a tensor without values: ones, so that a mask is a mask of everything.
+        remember(made, tensor.detach().cpu() if known else torch.ones(tensor.shape, dtype=tensor.dtype))
+    return made
+
+
+@contextlib.contextmanager
+def random_states_kept() -> Iterator[None]:
+    """Leave torch's, NumPy's and Python's random states as they were."""
+    python = random.getstate()
+    numpy: Any = sys.modules.get("numpy")
+    numpys = numpy.random.get_state() if numpy is not None else None
+    cpu = torch.get_rng_state()
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else None
+    try:
+        yield
+    finally:
+        random.setstate(python)
+        if numpy is not None:
+            numpy.random.set_state(numpys)
+        torch.set_rng_state(cpu)
+        if cuda is not None:
+            torch.cuda.set_rng_state_all(cuda)
+
+
+@contextlib.contextmanager
+def eager_transformers() -> Iterator[None]:
+    """Have transformers take the ways of a real run.
+
+    It asks whether a mask is a fake tensor and then keeps masks that a run drops; values that it needs are known here.
+    """
+    utils: Any = sys.modules.get("transformers.utils.import_utils")
+    asked = getattr(utils, "is_fake_tensor", None)
+    if asked is None:
+        yield
+        return
+    utils.is_fake_tensor = lambda tensor: False
+    try:
+        yield
+    finally:
+        utils.is_fake_tensor = asked
+
+
+class _Saved:
+    """A module's attributes, and what its lists and mappings held."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self._module = module
+        self._attributes = dict(module.__dict__)
+        self._mappings = [(v, dict(v)) for v in self._attributes.values() if isinstance(v, dict)]
+        self._lists = [(v, list(v)) for v in self._attributes.values() if isinstance(v, list)]
+
+    def restore(self) -> None:
+        attributes = self._module.__dict__
+        if not _same(attributes, self._attributes):
+            attributes.clear()
+            attributes.update(self._attributes)
+        for mapping, held in self._mappings:
+            if not _same(mapping, held):
+                mapping.clear()
+                mapping.update(held)
+        for values, items in self._lists:
+            if len(values) != len(items) or any(a is not b for a, b in zip(values, items, strict=True)):
+                values[:] = items
+
+
+def _same(mapping: dict[Any, Any], held: dict[Any, Any]) -> bool:
+    return len(mapping) == len(held) and all(
+        a is b and v is w for (a, v), (b, w) in zip(mapping.items(), held.items(), strict=True)
+    )
+
+
+def _refresh_recurrent(module: nn.Module) -> None:
+    """A recurrent module keeps its weights in a list besides."""
+    if isinstance(module, nn.RNNBase):
+        module.__dict__["_flat_weights"] = [module._parameters.get(name) for name in module._flat_weights_names]

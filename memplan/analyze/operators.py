@@ -1,0 +1,82 @@
+"""What one operator costs: FLOPs of matrix products, bytes read and written."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
+
+_aten = torch.ops.aten
+_ROWS = {_aten.embedding.default, _aten.index_select.default, _aten.gather.default, _aten.index.Tensor}
+"""They read as many elements as they write, however large the table."""
+_NOT_READ = {"empty_like", "zeros_like", "ones_like", "full_like", "rand_like", "randn_like", "new_empty", "new_zeros"}
+_FREE_NAMES = {"_unsafe_view", "detach", "lift_fresh", "alias", "empty", "empty_strided", "set_", "resize_"}
+_FREE_NAMES |= {"_local_scalar_dense", "new_empty", "new_empty_strided", "empty_like"}
+_ATTENTION = "_scaled_dot_product_flash_attention_for_cpu"
+"""Missing in torch's registry: a CPU stands in for every device in a trace."""
+_GROUPED = {"_grouped_mm", "grouped_mm_fallback", "grouped_mm_fallback_backward"}
+
+
+class Operator:
+    """What is known of an operator whatever its arguments."""
+
+    __slots__ = ("is_free", "is_matmul", "name", "reads_rows", "reads_shape_only")
+
+    def __init__(self, func: Any) -> None:
+        self.name: str = func._overloadpacket.__name__
+        self.is_free = func.is_view or self.name in _FREE_NAMES
+        """No kernel: a view, or memory without contents."""
+        self.is_matmul = (
+            func._overloadpacket in flop_registry or self.name.startswith(_ATTENTION) or self.name in _GROUPED
+        )
+        self.reads_rows = func in _ROWS
+        self.reads_shape_only = self.is_free or self.name in _NOT_READ
+
+
+_known: dict[Any, Operator] = {}
+
+
+def operator(func: Any) -> Operator:
+    """Return what is known of an operator."""
+    found = _known.get(func)
+    if found is None:
+        found = _known[func] = Operator(func)
+    return found
+
+
+def flops(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> int:
+    """Return the FLOPs of a matrix product or an attention."""
+    packet = func._overloadpacket
+    counted = flop_registry.get(packet)
+    if counted is not None:
+        return int(counted(*args, **kwargs, out_val=result))
+    name = packet.__name__
+    if name == _ATTENTION:
+        return int(sdpa_flop_count(args[0].shape, args[1].shape, args[2].shape))
+    if name == _ATTENTION + "_backward":
+        return int(sdpa_backward_flop_count(*(tensor.shape for tensor in args[:4])))
+    return _grouped_flops(name, [a for a in args if isinstance(a, torch.Tensor)])
+
+
+def tensors(arguments: Any) -> Iterator[torch.Tensor]:
+    """Yield the tensors among an operator's arguments or results."""
+    for argument in arguments:
+        if isinstance(argument, torch.Tensor):
+            yield argument
+        elif isinstance(argument, (list, tuple)):
+            yield from tensors(argument)
+
+
+def size_bytes(tensor: torch.Tensor) -> int:
+    """Return the bytes of a tensor's elements."""
+    return tensor.numel() * tensor.element_size()
+
+
+def _grouped_flops(name: str, given: list[torch.Tensor]) -> int:
+    """Products of groups of rows with a matrix each: every row meets one matrix."""
+    left, right = given[0], given[1]
+    if name.endswith("_backward"):  # (input, weight, offsets, grad_output): both gradients
+        return 4 * left.shape[0] * right.shape[-1] * right.shape[-2]
+    return 2 * left.numel() * right.shape[-1]

@@ -1,0 +1,184 @@
+"""Values behind fake tensors: what a forward asks of masks, lengths and routings, answered without running it.
+
+Fake tensors have no values, yet models ask for some: is the mask all ones, how many tokens went to this expert. So
+integers that come from the batch are computed for real beside the trace, as long as everything that they come from is
+known. A choice that rests on activations is made up: ``topk`` and its kin spread evenly (a balanced routing), a
+truth value asked of activations is False, a number is 1.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
+
+_MOST_ELEMENTS = 1 << 24
+"""Values of larger tensors are not followed."""
+_MOST_FLOATS = 1 << 20
+"""The same for floating-point tensors, which are rarely asked for."""
+
+_aten = torch.ops.aten
+_ASKS = {_aten._local_scalar_dense.default, _aten.equal.default, _aten.is_nonzero.default}
+_CHOICES = {
+    name
+    for name in (
+        _aten.topk,
+        _aten.sort,
+        _aten.argsort,
+        _aten.argmax,
+        _aten.argmin,
+        _aten.multinomial,
+    )
+}
+_SHAPED_BY_VALUES = {
+    _aten.nonzero.default,
+    _aten.masked_select.default,
+    _aten._unique2.default,
+    _aten.unique_dim.default,
+    _aten.unique_consecutive.default,
+    _aten.repeat_interleave.Tensor,
+    _aten.bincount.default,
+    _aten.index.Tensor,
+}
+
+
+def remember(fake: torch.Tensor, value: torch.Tensor) -> None:
+    """Note what a fake tensor's values are."""
+    limit = _MOST_FLOATS if value.dtype.is_floating_point or value.dtype.is_complex else _MOST_ELEMENTS
+    if value.numel() <= limit:
+        fake.__dict__["_memplan_value"] = value
+
+
+def value_of(tensor: torch.Tensor) -> torch.Tensor | None:
+    """Return what a tensor's values are, or None where they are not known. A real tensor is its own value."""
+    if not isinstance(tensor, FakeTensor):
+        return tensor if tensor.device.type == "cpu" else None
+    found: torch.Tensor | None = tensor.__dict__.get("_memplan_value")
+    return found if found is not None else tensor.constant
+
+
+class Values:
+    """Runs operators on fake tensors and keeps the values that are known beside them."""
+
+    def __init__(self) -> None:
+        self.assumed: set[str] = set()
+        """Operators whose answer was made up."""
+
+    def run(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run ``func`` under the fake tensor mode that is active."""
+        if func in _ASKS:
+            return self._answer(func, args, kwargs)
+        if func in _SHAPED_BY_VALUES and _depends(func, args):
+            return self._shaped(func, args, kwargs)
+        writes = func._schema.is_mutable
+        known = _with_values(args, kwargs) if writes or _may_matter(func, args, kwargs) else None
+        result = func(*args, **kwargs)
+        if known is None:
+            if writes:
+                _forget(func, args)
+            elif func._overloadpacket in _CHOICES:
+                self._choose(func, result, args)
+            return result
+        with unset_fake_temporarily(), torch.no_grad():
+            values = func(*known[0], **known[1])
+        _remember_all(result, values)
+        return result
+
+    def _answer(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        known = _with_values(args, kwargs)
+        if known is not None:
+            with unset_fake_temporarily():
+                return func(*known[0], **known[1])
+        self.assumed.add(".item()")
+        dtype = args[0].dtype
+        if func is not _aten._local_scalar_dense.default or dtype is torch.bool:
+            return False
+        return 1.0 if dtype.is_floating_point else 1
+
+    def _shaped(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run an operator whose output has as many elements as the values say."""
+        invented = _with_values(args, kwargs, invent=True)
+        assert invented is not None
+        if _with_values(args, kwargs) is None:
+            self.assumed.add(func._overloadpacket.__name__)
+        with unset_fake_temporarily(), torch.no_grad():
+            values = func(*invented[0], **invented[1])
+        several = values if isinstance(values, tuple) else (values,)
+        fakes = tuple(torch.empty(value.shape, dtype=value.dtype, device="cpu") for value in several)
+        if func is not _aten.index.Tensor:
+            _remember_all(fakes, several)
+        return fakes if isinstance(values, tuple) else fakes[0]
+
+    def _choose(self, func: Any, result: Any, args: tuple[Any, ...]) -> None:
+        """Make up the indices of a choice: every index equally often."""
+        indices = result[-1] if isinstance(result, (tuple, list)) else result
+        source = args[0]
+        dim = next((a for a in args[1:] if isinstance(a, int) and not isinstance(a, bool)), -1)
+        if func._overloadpacket in (_aten.topk, _aten.multinomial):
+            dim = args[2] if len(args) > 2 and func._overloadpacket is _aten.topk else -1
+        size = source.shape[dim] if source.dim() else 1
+        if indices.numel() <= _MOST_ELEMENTS and not indices.dtype.is_floating_point:
+            with unset_fake_temporarily():
+                value = (torch.arange(indices.numel()) % max(1, size)).reshape(indices.shape)
+            self.assumed.add(func._overloadpacket.__name__)
+            remember(indices, value)
+
+
+def _may_matter(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Whether values are worth following: not of random numbers, and of integers where nothing goes in."""
+    if torch.Tag.nondeterministic_seeded in func.tags:
+        return False
+    if any(isinstance(a, (torch.Tensor, list, tuple)) for a in args):
+        return True
+    dtype = kwargs.get("dtype")
+    return dtype is not None and not dtype.is_floating_point
+
+
+def _depends(func: Any, args: tuple[Any, ...]) -> bool:
+    """Whether the output's shape rests on values here: ``index`` only does with a mask among its indices."""
+    if func is not _aten.index.Tensor:
+        return True
+    return any(index is not None and index.dtype in (torch.bool, torch.uint8) for index in args[1])
+
+
+def _with_values(
+    args: tuple[Any, ...], kwargs: dict[str, Any], *, invent: bool = False
+) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+    """Return the arguments with values in place of tensors, or None where one is not known (and not to be made up)."""
+    try:
+        return tuple(_value(a, invent) for a in args), {k: _value(v, invent) for k, v in kwargs.items()}
+    except KeyError:
+        return None
+
+
+def _value(argument: Any, invent: bool) -> Any:
+    if isinstance(argument, torch.Tensor):
+        found = value_of(argument)
+        if found is not None:
+            return found
+        if not invent:
+            raise KeyError
+        with unset_fake_temporarily():
+            return torch.ones(argument.shape, dtype=argument.dtype)
+    if isinstance(argument, (list, tuple)):
+        return type(argument)(_value(part, invent) for part in argument)
+    return argument
+
+
+def _remember_all(result: Any, values: Any) -> None:
+    if isinstance(result, torch.Tensor):
+        if isinstance(values, torch.Tensor) and values.shape == result.shape and isinstance(result, FakeTensor):
+            remember(result, values)
+    elif isinstance(result, (tuple, list)):
+        for one, value in zip(result, values, strict=True):
+            _remember_all(one, value)
+
+
+def _forget(func: Any, args: tuple[Any, ...]) -> None:
+    """What an operator wrote to from unknown values is unknown."""
+    for argument, described in zip(args, func._schema.arguments, strict=False):
+        if described.alias_info is not None and described.alias_info.is_write:
+            for tensor in argument if isinstance(argument, (list, tuple)) else (argument,):
+                if isinstance(tensor, FakeTensor):
+                    tensor.__dict__.pop("_memplan_value", None)

@@ -1,0 +1,312 @@
+"""The judge of plans: it replays the residences on the cost rows. It shares no code with the solvers.
+
+Every solver's answer passes it, every plan that is loaded or edited by hand passes it, and the runtime refuses one
+that does not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from memplan.errors import PlanCheckError
+from memplan.program.schema import Address, Item, Plan, Residence, Tier
+from memplan.units import ALIGNMENT_BYTES, format_bytes
+
+
+def require(plan: Plan) -> None:
+    """Raise PlanCheckError with every fault found, if there is any."""
+    faults = check(plan)
+    if faults:
+        raise PlanCheckError(faults)
+
+
+def check(plan: Plan) -> tuple[str, ...]:
+    """Return every fault of a plan, one sentence each; empty where it holds."""
+    references = tuple(_references(plan))
+    if references:  # nothing further can be looked up
+        return references
+    return (*_homes(plan), *_layout(plan), *_order(plan), *_coverage(plan), *_overlaps(plan), *_peaks(plan), *_flow(plan))
+
+
+# ---- does everything named exist, once ------------------------------------------------------------------------------
+
+
+def _references(plan: Plan) -> Iterator[str]:
+    table = plan.table
+    rows = (
+        ("block", table.blocks),
+        ("item", plan.items),
+        ("arena", plan.arenas),
+        ("residence", plan.residences),
+    )
+    for what, values in rows:
+        for index, value in enumerate(values):
+            if value.id != index:
+                yield f"{what} number {index} calls itself {value.id}"
+    for index, access in enumerate(table.accesses):
+        if access.index != index:
+            yield f"access number {index} calls itself {access.index}"
+        if any(not 0 <= block < len(table.blocks) for block in access.blocks):
+            yield f"access {index} reads a block that is not there"
+        if access.kind in ("forward", "backward") and not 0 <= access.forward < len(table.accesses):
+            yield f"access {index} belongs to forward {access.forward}, which is not there"
+    if not table.accesses:
+        yield "there are no accesses"
+    for item in plan.items:
+        if not 0 <= item.block < len(table.blocks):
+            yield f"item {item.id} is of block {item.block}, which is not there"
+    for address in plan.addresses:
+        if not (0 <= address.item < len(plan.items) and 0 <= address.arena < len(plan.arenas)):
+            yield f"an address is of item {address.item} in arena {address.arena}, which are not both there"
+    for stay in plan.residences:
+        if not (0 <= stay.item < len(plan.items) and 0 <= stay.arena < len(plan.arenas)):
+            yield f"residence {stay.id} is of item {stay.item} in arena {stay.arena}, which are not both there"
+        source = stay.source.removeprefix("residence:")
+        if source != stay.source and not (source.isdigit() and int(source) < len(plan.residences)):
+            yield f"residence {stay.id} comes from {stay.source}, which is not there"
+    for life in table.lifetimes:
+        if not 0 <= life.born <= life.last < len(table.accesses):
+            yield f"a lifetime runs from access {life.born} to {life.last}, which are not both there, or in that order"
+    modules = {policy.module for policy in plan.activations}
+    if modules != set(table.recomputable) or len(plan.activations) != len(modules):
+        yield "the activation policies are not one for each module that may be recomputed"
+
+
+# ---- homes and addresses --------------------------------------------------------------------------------------------
+
+
+def _homes(plan: Plan) -> Iterator[str]:
+    weights = [item for item in plan.items if item.kind == "weights"]
+    for block in plan.table.blocks:
+        mine = [item for item in weights if item.block == block.id]
+        if len(mine) != 1:
+            yield f"the block {block.name} has {len(mine)} homes"
+        elif mine[0].size_bytes != block.size_bytes:
+            yield f"the item of {block.name} has {mine[0].size_bytes} bytes, the block {block.size_bytes}"
+    for item in weights:
+        block = plan.table.blocks[item.block]
+        stays = [stay for stay in plan.residences if stay.item == item.id]
+        on_device = [stay for stay in stays if plan.arenas[stay.arena].tier == "device"]
+        on_host = [stay for stay in stays if plan.arenas[stay.arena].tier == "host"]
+        if item.home == "device" and [stay.begins for stay in on_device] != ["always"]:
+            yield f"the block {block.name} has its home on the device, but does not lie there always"
+        if block.pinned_because and item.home != "device":
+            yield f"the block {block.name} must stay on the device ({block.pinned_because}), but its home is {item.home}"
+        if item.home == "host" and not any(stay.begins == "always" for stay in on_host):
+            yield f"the block {block.name} has its home on the host, but does not lie there always"
+        if item.home != "device" and any(stay.begins == "always" for stay in on_device):
+            yield f"the block {block.name} lies on the device always, but its home is {item.home}"
+        for stay in on_device:
+            if stay.begins == "load":
+                expected = _expected_source(item.home, plan.table.device)
+                from_host = stay.source.startswith("residence:") and stay.channel == "h2d"
+                if (stay.source, stay.channel) != expected and not from_host:
+                    yield (
+                        f"residence {stay.id} brings {block.name} from {stay.source or 'nowhere'} over {stay.channel}, but "
+                        f"its home is {item.home}: it comes from {expected[0]} over {expected[1]}"
+                    )
+    if any(item.home == "disk" for item in plan.items) and plan.staging_bytes <= 0:
+        yield "blocks have their home on disk, but no staging bytes are set aside to read them"
+
+
+def _expected_source(home: Tier, device: str) -> tuple[str, str]:
+    if home == "disk":
+        return ("home" if device == "cpu" else "staging", "disk")
+    return ("home", "h2d")
+
+
+def _layout(plan: Plan) -> Iterator[str]:
+    for arena in plan.arenas:
+        end = 0
+        for segment in sorted(arena.segments, key=lambda segment: segment.offset_bytes):
+            if segment.size_bytes < 0 or segment.offset_bytes < end:
+                yield f"the segments of arena {arena.id} overlap or have negative sizes"
+            end = segment.offset_bytes + segment.size_bytes
+    seen = set()
+    for address in plan.addresses:
+        item = plan.items[address.item]
+        name = plan.table.blocks[item.block].name
+        if (address.item, address.arena) in seen:
+            yield f"{name} has two addresses in arena {address.arena}"
+        seen.add((address.item, address.arena))
+        if address.size_bytes != item.size_bytes:
+            yield f"the address of {name} has {address.size_bytes} bytes, the item {item.size_bytes}"
+        if address.offset_bytes % ALIGNMENT_BYTES or address.offset_bytes < 0:
+            yield f"the address of {name} in arena {address.arena} is {address.offset_bytes}: no multiple of {ALIGNMENT_BYTES}"
+        if not any(
+            segment.offset_bytes <= address.offset_bytes
+            and address.offset_bytes + address.size_bytes <= segment.offset_bytes + segment.size_bytes
+            for segment in plan.arenas[address.arena].segments
+        ):
+            yield f"the address of {name} reaches beyond arena {address.arena}"
+    for stay in plan.residences:
+        if (stay.item, stay.arena) not in seen:
+            yield f"residence {stay.id} has no address for its item in arena {stay.arena}"
+    for block in plan.table.blocks:
+        end = 0
+        for tensor in block.tensors:
+            if tensor.offset_bytes < end or tensor.offset_bytes % ALIGNMENT_BYTES:
+                yield f"the tensor {tensor.name} starts at {tensor.offset_bytes}, inside another or off its alignment"
+            end = tensor.offset_bytes + tensor.size_bytes
+        if end > block.size_bytes:
+            yield f"the tensors of {block.name} reach beyond its {block.size_bytes} bytes"
+
+
+# ---- order ----------------------------------------------------------------------------------------------------------
+
+
+def _order(plan: Plan) -> Iterator[str]:
+    length = len(plan.table.accesses)
+    orders: dict[str, list[int]] = {}
+    for stay in plan.residences:
+        name = _name(plan, stay)
+        if stay.begins == "load":
+            if stay.channel is None:
+                yield f"residence {stay.id} of {name} is loaded over no channel"
+            else:
+                orders.setdefault(stay.channel, []).append(stay.order)
+            if not 0 <= stay.first_use < length:
+                yield f"residence {stay.id} of {name} is first used at {stay.first_use}, outside of the pass"
+            if not stay.load_after < stay.first_use <= stay.last_use:
+                yield (
+                    f"residence {stay.id} of {name} is loaded after {stay.load_after}, used from {stay.first_use} to "
+                    f"{stay.last_use}: not in that order"
+                )
+            if stay.last_use - stay.load_after > length:
+                yield f"residence {stay.id} of {name} lasts longer than a pass"
+        elif stay.begins == "always" and (stay.first_use > 0 or stay.last_use < length - 1):
+            yield f"residence {stay.id} of {name} is there always, but used from {stay.first_use} to {stay.last_use} only"
+    for channel, found in orders.items():
+        if sorted(found) != list(range(len(found))):
+            yield f"the orders on the channel {channel} are not 0 to {len(found) - 1}"
+
+
+def _coverage(plan: Plan) -> Iterator[str]:
+    length = len(plan.table.accesses)
+    spans: dict[int, list[Residence]] = {}
+    for stay in plan.residences:
+        item = plan.items[stay.item]
+        if item.kind == "weights" and plan.arenas[stay.arena].tier == "device":
+            spans.setdefault(item.block, []).append(stay)
+    for access in plan.table.accesses:
+        for block in access.blocks:
+            stays = spans.get(block, [])
+            if not any(
+                stay.begins == "always" or any(stay.first_use <= at <= stay.last_use for at in (access.index, access.index + length))
+                for stay in stays
+            ):
+                yield (
+                    f"access {access.index} ({access.kind} of {access.module}) reads {plan.table.blocks[block].name}, which "
+                    "no residence has on the device then"
+                )
+
+
+def _overlaps(plan: Plan) -> Iterator[str]:
+    """No two stays overlap both in bytes and in time; a stay's time runs from when its load may start."""
+    length = len(plan.table.accesses)
+    places: dict[tuple[int, int], Address] = {(a.item, a.arena): a for a in plan.addresses}
+    stays = [(stay, places[stay.item, stay.arena]) for stay in plan.residences if (stay.item, stay.arena) in places]
+    stays.sort(key=lambda pair: (pair[0].arena, pair[1].offset_bytes))
+    for position, (one, here) in enumerate(stays):
+        for other, there in stays[position + 1 :]:
+            if other.arena != one.arena or there.offset_bytes >= here.offset_bytes + here.size_bytes:
+                break
+            if min(here.size_bytes, there.size_bytes) and _meet(one, other, length):
+                yield (
+                    f"residences {one.id} of {_name(plan, one)} and {other.id} of {_name(plan, other)} lie on the same bytes "
+                    "at the same time"
+                )
+
+
+def _meet(one: Residence, other: Residence, length: int) -> bool:
+    if one.begins == "always" or other.begins == "always":
+        return True
+    a, b = (one.load_after + 1, one.last_use), (other.load_after + 1, other.last_use)
+    if one.id == other.id:
+        return False
+    return any(a[0] <= b[1] + shift and b[0] + shift <= a[1] for shift in (-2 * length, -length, 0, length, 2 * length))
+
+
+# ---- budgets --------------------------------------------------------------------------------------------------------
+
+
+def _peaks(plan: Plan) -> Iterator[str]:
+    table, budgets, stated = plan.table, plan.budgets, plan.prediction
+    arenas = {tier: sum(arena.size_bytes for arena in plan.arenas if arena.tier == tier) for tier in ("device", "host")}
+    policies = plan.policies()
+    peak, at = max((table.device_bytes_at(access.index, policies), -access.index) for access in table.accesses)
+    vram = arenas["device"] + peak
+    access = table.accesses[-at]
+    if vram > budgets.vram_bytes:
+        yield (
+            f"at access {access.index} ({access.kind} {access.module}) {format_bytes(vram)} of vram are needed, "
+            f"{format_bytes(vram - budgets.vram_bytes)} over the budget of {format_bytes(budgets.vram_bytes)}"
+        )
+    on_disk = sum(item.size_bytes for item in plan.items if item.home == "disk")
+    ram = arenas["host"] + (plan.staging_bytes if on_disk else 0)
+    if ram > budgets.ram_bytes:
+        yield f"{format_bytes(ram)} of ram are needed, the budget is {format_bytes(budgets.ram_bytes)}"
+    if budgets.disk_bytes is not None and on_disk > budgets.disk_bytes:
+        yield f"{format_bytes(on_disk)} of disk are needed, the budget is {format_bytes(budgets.disk_bytes)}"
+    for what, found, said in (
+        ("vram", vram, stated.peaks.vram_bytes),
+        ("ram", ram, stated.peaks.ram_bytes),
+        ("disk", on_disk, stated.peaks.disk_bytes),
+    ):
+        if found != said:
+            yield f"the prediction says a {what} peak of {said} bytes, the rows say {found}"
+    for what, parts, total in (
+        ("vram", stated.vram_parts, stated.peaks.vram_bytes),
+        ("ram", stated.ram_parts, stated.peaks.ram_bytes),
+    ):
+        if sum(parts.values()) != total or min(parts.values(), default=0) < 0:
+            yield f"the parts of the {what} peak do not sum to it"
+
+
+# ---- can it run at all ----------------------------------------------------------------------------------------------
+
+
+def _flow(plan: Plan) -> Iterator[str]:
+    """Play two passes without times: each channel in its order, each access once what it reads is there."""
+    length = len(plan.table.accesses)
+    queues: dict[str, list[Residence]] = {}
+    for stay in plan.residences:
+        if stay.begins == "load" and stay.channel is not None:
+            queues.setdefault(stay.channel, []).append(stay)
+    for queue in queues.values():
+        queue.sort(key=lambda stay: stay.order)
+    loaded: set[tuple[int, int]] = set()
+    pointer = dict.fromkeys(queues, 0)
+    needed: list[list[Residence]] = [[] for _ in range(length)]
+    for queue in queues.values():
+        for stay in queue:
+            if 0 <= stay.first_use < length:
+                needed[stay.first_use].append(stay)
+    done = 0
+    while done < 2 * length:
+        moved = False
+        for channel, queue in queues.items():
+            turn, at = divmod(pointer[channel], len(queue))
+            stay = queue[at]
+            source = stay.source.removeprefix("residence:")
+            there = source == stay.source or (int(source), turn) in loaded or plan.residences[int(source)].begins == "always"
+            if turn * length + stay.load_after < done and there and turn <= done // length + 1:
+                loaded.add((stay.id, turn))
+                pointer[channel] += 1
+                moved = True
+        cycle, index = divmod(done, length)
+        if all((stay.id, cycle) in loaded for stay in needed[index]):
+            done += 1
+            moved = True
+        if not moved:
+            stuck = next(stay for stay in needed[index] if (stay.id, cycle) not in loaded)
+            yield (
+                f"access {index} waits for residence {stuck.id} of {_name(plan, stuck)}, whose load waits for its turn on "
+                f"{stuck.channel}: nothing can move"
+            )
+            return
+
+
+def _name(plan: Plan, stay: Residence) -> str:
+    item: Item = plan.items[stay.item]
+    return plan.table.blocks[item.block].name

@@ -1,0 +1,153 @@
+"""StorageLedger: which tensors' storages are alive, how many bytes they hold, and from when to when.
+
+It sees every operator that runs under it and keeps a weak reference to each storage that one returns, so it costs a
+few microseconds an operator and holds nothing alive. Fake tensors count as what they stand for.
+
+[Note: storages, not tensors] Views share a storage and in-place operators return one that is known: each counts once.
+torch keeps a storage's Python object as long as the storage itself lives, whoever holds it (autograd's saved tensors
+too), so the weak reference's callback comes when the memory is given back, and the storage's address names it till then.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
+
+
+class Held:
+    """One storage that is alive."""
+
+    __slots__ = ("born", "reference", "size_bytes")
+
+    def __init__(self, born: int, size_bytes: int) -> None:
+        self.born = born
+        """Segment in which it was first seen."""
+        self.size_bytes = size_bytes
+        self.reference: weakref.ref[torch.UntypedStorage] | None = None
+
+
+class StorageLedger(TorchDispatchMode):
+    """Live bytes of all storages that operators return while it is entered.
+
+    ``ignore``: tensors whose storages never count (weights that are counted elsewhere). Kernels' own workspaces and
+    what an operator allocates and frees within itself are not seen. Deaths are still noted after it was left.
+    """
+
+    def __init__(self, ignore: Iterable[torch.Tensor] = ()) -> None:
+        super().__init__()
+        self.live_bytes = 0
+        self.peak_bytes = 0
+        self.segment_peaks: dict[int, int] = {0: 0}
+        """Greatest live bytes in each segment; a segment begins with what is alive then."""
+        self.spans: dict[tuple[int, int], int] = {}
+        """Bytes of the dead by the segments of birth and death."""
+        self._segment = 0
+        self._segment_peak = 0
+        self._held: dict[int, Held] = {}
+        self._ignored: dict[int, torch.UntypedStorage] = {}  # kept, lest their addresses be used again
+        for tensor in ignore:
+            self.ignore(tensor)
+
+    # ---- what is told ----------------------------------------------------------------------------------------------
+
+    def ignore(self, tensor: torch.Tensor) -> None:
+        """Never count the tensor's storage. It is kept alive as long as the ledger."""
+        for part in _parts(tensor):
+            storage = part.untyped_storage()
+            self._ignored[storage._cdata] = storage
+
+    def add(self, tensor: torch.Tensor) -> None:
+        """Count a tensor that was there before."""
+        for part in _parts(tensor):
+            self._note(part)
+
+    def begin_segment(self, segment: int) -> None:
+        """Count births, deaths and the peak toward ``segment`` from now on."""
+        self._segment_ends()
+        self._segment = segment
+        self._segment_peak = self.live_bytes
+
+    @property
+    def segment(self) -> int:
+        return self._segment
+
+    # ---- what is asked ---------------------------------------------------------------------------------------------
+
+    def held(self, tensor: torch.Tensor) -> Held | None:
+        """Return the entry of the tensor's storage, or None where it is not counted."""
+        return self._held.get(tensor.untyped_storage()._cdata)
+
+    def alive(self) -> Iterator[Held]:
+        """Yield the entries of all storages that are alive."""
+        yield from list(self._held.values())
+
+    def finish(self) -> None:
+        """Bring ``segment_peaks`` up to date."""
+        self._segment_ends()
+
+    # ---- what is seen ----------------------------------------------------------------------------------------------
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        self.note_all(result)
+        return result
+
+    def note_all(self, result: object) -> None:
+        """Count what an operator returned."""
+        if isinstance(result, torch.Tensor):
+            for part in _parts(result):
+                self._note(part)
+        elif isinstance(result, (tuple, list)):
+            for value in result:
+                self.note_all(value)
+
+    def _note(self, tensor: torch.Tensor) -> None:
+        try:
+            storage = tensor.untyped_storage()
+        except (NotImplementedError, RuntimeError):
+            return  # sparse and opaque tensors have none
+        key = storage._cdata
+        if key in self._ignored:
+            return
+        held = self._held.get(key)
+        size_bytes = storage.nbytes()
+        if held is None:
+            held = Held(self._segment, size_bytes)
+            held.reference = weakref.ref(storage, self._death_of(key))
+            self._held[key] = held
+            self._grow(size_bytes)
+        elif held.size_bytes != size_bytes:  # resized in place
+            self._grow(size_bytes - held.size_bytes)
+            held.size_bytes = size_bytes
+
+    def _grow(self, size_bytes: int) -> None:
+        self.live_bytes += size_bytes
+        if self.live_bytes > self._segment_peak:
+            self._segment_peak = self.live_bytes
+            if self.live_bytes > self.peak_bytes:
+                self.peak_bytes = self.live_bytes
+
+    def _death_of(self, key: int) -> Callable[[object], None]:
+        def died(_: object) -> None:
+            held = self._held.pop(key)
+            self.live_bytes -= held.size_bytes
+            span = (held.born, self._segment)
+            self.spans[span] = self.spans.get(span, 0) + held.size_bytes
+
+        return died
+
+    def _segment_ends(self) -> None:
+        self.segment_peaks[self._segment] = max(self.segment_peaks.get(self._segment, 0), self._segment_peak)
+
+
+def _parts(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
+    """Yield the plain tensors that a tensor is made of; none for one on ``meta``, which holds no memory."""
+    if type(tensor) is not torch.Tensor and is_traceable_wrapper_subclass(tensor):
+        for name in tensor.__tensor_flatten__()[0]:
+            yield from _parts(getattr(tensor, name))
+    elif tensor.device.type != "meta":
+        yield tensor

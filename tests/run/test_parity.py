@@ -1,0 +1,163 @@
+"""The result is the test: a run under a plan equals a run that holds the whole model, to the last bit.
+
+Three AdamW steps; losses, every gradient, the adapters. Slots are poisoned before each load, placeholders are NaN, and
+forwards are counted. Every case runs plain and in the checked mode.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import memplan
+from memplan.errors import DoesNotFitError
+from memplan.run.attach import attach
+from tests.training import CHECKPOINTING, CPU, KINDS, assert_equal, batch_of, loss_of, make, train
+
+
+def plan_for(model, kind, *, share=0.4, accumulation=1, tiers="all", recompute=None, **more):
+    """A plan with ``share`` of the way from the least vram to all of it, homes on every tier."""
+    arguments = {"hardware": CPU, "loss": loss_of, "accumulation": accumulation, "ram": "1GiB", "disk": "1GiB", **more}
+    batch = batch_of(kind)
+    roomy = memplan.plan(model, batch, vram="1GiB", **arguments)
+    with pytest.raises(DoesNotFitError) as caught:
+        memplan.plan(model, batch, vram=1, **arguments)
+    least, most = caught.value.least_vram_bytes, roomy.prediction.peaks.vram_bytes
+    vram = int(least + share * (most - least))
+    plan = memplan.plan(model, batch, vram=vram, **arguments)
+    if tiers == "all":  # half of what is streamed goes to the disk
+        host = sum(item.size_bytes for item in plan.items if item.home == "host")
+        arguments["ram"] = plan.staging_bytes + host // 2
+        plan = memplan.plan(model, batch, vram=vram, **arguments)
+        assert {item.home for item in plan.items} == {"device", "host", "disk"}
+    return plan
+
+
+def compare(kind, *, checkpointing="off", dropout=0.0, accumulation=1, checked=False, share=0.4, tmp_path=None):
+    """Train whole and planned; return the handle of the planned run, which is still attached."""
+    options = {"checkpointing": checkpointing, "dropout": dropout}
+    whole = train(make(kind, **options), kind, accumulation=accumulation)
+    model = make(kind, **options)
+    plan = plan_for(model, kind, accumulation=accumulation, share=share)
+    handle = attach(model, plan, checked=checked, cache=tmp_path)
+    planned = train(model, kind, accumulation=accumulation)
+    assert_equal(whole, planned)
+    again = {policy.module for policy in plan.activations if policy.activations == "recompute"}
+    assert_forwards(whole, planned, again, steps=3 * accumulation)
+    return handle
+
+
+def assert_forwards(whole, planned, recomputed, steps):
+    """Each leaf ran as often as in the whole run, and once more a pass where memplan recomputes its layer."""
+    from memplan.names import canonical
+
+    assert whole.forwards.keys() == planned.forwards.keys()
+    for name, count in whole.forwards.items():
+        extra = any(canonical(name).startswith(module + ".") for module in recomputed)
+        assert planned.forwards[name] == count + (steps if extra else 0), name
+
+
+@pytest.mark.parametrize("checked", [False, True], ids=["plain", "checked"])
+@pytest.mark.parametrize("checkpointing", CHECKPOINTING)
+@pytest.mark.parametrize("kind", KINDS)
+def test_three_steps(kind, checkpointing, checked, tmp_path):
+    with compare(kind, checkpointing=checkpointing, checked=checked, tmp_path=tmp_path) as handle:
+        record = handle.record
+        assert record.passes == 3
+        assert record.misses == 0
+        assert record.loads > 0
+        if checked and checkpointing == "off":
+            assert handle.checked_reads > 0
+
+
+@pytest.mark.parametrize("checked", [False, True], ids=["plain", "checked"])
+@pytest.mark.parametrize("checkpointing", CHECKPOINTING)
+@pytest.mark.parametrize("kind", KINDS)
+def test_dropout_and_accumulation(kind, checkpointing, checked, tmp_path):
+    options = {"dropout": 0.2, "accumulation": 4, "checkpointing": checkpointing, "checked": checked}
+    with compare(kind, **options, tmp_path=tmp_path) as handle:
+        assert handle.record.passes == 12
+        assert handle.record.misses == 0
+
+
+@pytest.mark.parametrize("share", [0.0, 0.15, 0.7])
+@pytest.mark.parametrize("kind", KINDS)
+def test_from_the_least_that_works(kind, share, tmp_path):
+    """The least vram recomputes and has one slot; more of it keeps and prefetches."""
+    compare(kind, share=share, checked=True, tmp_path=tmp_path).detach()
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_transformers_own_checkpointing(kind, tmp_path):
+    with compare(kind, checkpointing="native", checked=True, tmp_path=tmp_path) as handle:
+        assert handle.record.misses == 0
+
+
+def test_loads_are_as_few_as_can_be():
+    """Two slots and equal blocks: every pass loads each streamed block but two twice, 2(N - M) in all."""
+    model = make("plain")
+    plan = plan_for(model, "plain", share=0.3, tiers="host")
+    streamed = [item for item in plan.items if item.home != "device"]
+    with attach(model, plan) as handle:
+        train(model, "plain", steps=5)
+        record = handle.record
+    sizes = {item.size_bytes for item in streamed}
+    assert len(sizes) == 1
+    expected = plan.prediction.loads_per_pass
+    assert expected == 2 * (len(streamed) - 2)
+    # The first pass brings the two that later passes find there; after the last, the next one's first are on their way.
+    assert 5 * expected <= record.loads <= 5 * expected + 2
+    assert all(block.misses == 0 for block in record.blocks)
+
+
+def test_evaluation_in_mid_training_is_served(tmp_path):
+    """Forward alone is off the sequence: right values all the same, counted."""
+    whole, planned = make("llama"), make("llama")
+    plan = plan_for(planned, "llama")
+    batch = batch_of("llama", seed=9)
+    with attach(planned, plan, checked=True, cache=tmp_path) as handle:
+        for model in (whole, planned):
+            train(model, "llama", steps=1)
+            model.eval()
+        with torch.inference_mode():
+            for _ in range(3):
+                assert torch.equal(whole(**batch).logits, planned(**batch).logits)
+        assert handle.record.off_sequence >= 2
+        assert_equal(train(whole.train(), "llama"), train(planned.train(), "llama"))
+
+
+def test_two_forwards_for_one_backward(tmp_path):
+    whole, planned = make("llama"), make("llama")
+    plan = plan_for(planned, "llama")
+
+    def both(model):
+        first, second = model(**batch_of("llama", seed=1)).loss, model(**batch_of("llama", seed=2)).loss
+        (first * 2 + second).backward()
+        return [p.grad for p in model.parameters() if p.requires_grad]
+
+    with attach(planned, plan, checked=True, cache=tmp_path):
+        for _ in range(2):
+            for a, b in zip(both(whole), both(planned), strict=True):
+                assert torch.equal(a, b)
+
+
+def test_other_lengths_than_planned(tmp_path):
+    whole, planned = make("llama"), make("llama")
+    with attach(planned, plan_for(planned, "llama"), checked=True, cache=tmp_path):
+        for length in (5, 16, 9):
+            batch = batch_of("llama", seed=length, length=length)
+            for model in (whole, planned):
+                model(**batch).loss.backward()
+            for a, b in zip(whole.parameters(), planned.parameters(), strict=True):
+                assert (a.grad is None and b.grad is None) or torch.equal(a.grad, b.grad)
+
+
+def test_generate_under_a_plan(tmp_path):
+    whole, planned = make("llama").eval(), make("llama").eval()
+    plan = plan_for(make("llama"), "llama")
+    tokens = batch_of("llama")["input_ids"][:, :6]
+    with attach(planned, plan, cache=tmp_path):
+        for model in (whole, planned):
+            model.config.use_cache = True
+        expected = whole.generate(input_ids=tokens, max_new_tokens=5, do_sample=False)
+        assert torch.equal(planned.generate(input_ids=tokens, max_new_tokens=5, do_sample=False), expected)

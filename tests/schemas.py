@@ -1,0 +1,29 @@
+"""Writes the JSON Schemas of the files that memplan reads and writes, from the types themselves.
+
+python tests/schemas.py
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import msgspec
+
+from memplan.hardware import HardwareProfile
+from memplan.program.record import RunRecord
+from memplan.program.schema import Plan
+
+FOLDER = Path(__file__).parents[1] / "schemas"
+TYPES = {"plan": Plan, "profile": HardwareProfile, "record": RunRecord}
+
+
+def schema(name: str) -> str:
+    """Return the text of ``schemas/NAME.json``."""
+    made = {"$schema": "https://json-schema.org/draft/2020-12/schema", **msgspec.json.schema(TYPES[name])}
+    return json.dumps(made, indent=2, ensure_ascii=False) + "\n"
+
+
+if __name__ == "__main__":
+    for name in TYPES:
+        (FOLDER / f"{name}.json").write_text(schema(name), encoding="utf-8")
