@@ -32,10 +32,11 @@ from memplan.errors import (
 )
 
 if TYPE_CHECKING:
-    from memplan.api import attach, materialise, placing, plan, report, wrap
+    from memplan.api import attach, materialise, plan, report
     from memplan.program.record import RunRecord
     from memplan.program.schema import Plan
     from memplan.run.attach import Handle
+    from memplan.trainers.transformers import placing, wrap
 
 __version__ = "0.1.0"
 
@@ -73,10 +74,10 @@ _HOMES = {
     "RunRecord": "memplan.program.record",
     "attach": "memplan.api",
     "materialise": "memplan.api",
-    "placing": "memplan.api",
+    "placing": "memplan.trainers.transformers",
     "plan": "memplan.api",
     "report": "memplan.api",
-    "wrap": "memplan.api",
+    "wrap": "memplan.trainers.transformers",
 }
 
 # Not for the type checker: it would take any misspelt name for an object.

@@ -34,7 +34,7 @@ class SizeError(InputError):
     def __init__(self, what: str, size: object) -> None:
         super().__init__(
             f"{what} was given as {size!r}, which is not a size: give whole bytes (not negative, not NaN) "
-            'or text with a unit, such as "6GiB" or "512MiB"'
+            'or text with a unit, such as "6GiB", "512MiB" or "4096B"'
         )
 
 

@@ -10,7 +10,14 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
 from torch.utils.checkpoint import checkpoint
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, T5Config, T5ForConditionalGeneration
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    T5Config,
+    T5ForConditionalGeneration,
+)
 
 from memplan.hardware import Figure, HardwareProfile
 
@@ -121,9 +128,7 @@ def _checkpoint(layer: nn.Module, how: str) -> None:
     reentrant = how.endswith("-reentrant")
     if how.startswith("inside"):
         original = layer.forward
-        layer.forward = lambda *args, **kwargs: checkpoint(
-            partial(original, **kwargs), *args, use_reentrant=reentrant
-        )
+        layer.forward = lambda *args, **kwargs: checkpoint(partial(original, **kwargs), *args, use_reentrant=reentrant)
         return
 
     class Around(type(layer)):

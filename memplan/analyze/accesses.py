@@ -51,6 +51,13 @@ class AccessLog:
         """Modules whose forward was seen."""
         return frozenset(access.module for access in self.accesses if access.kind == "forward")
 
+    def accesses_alike(self, other: AccessLog) -> bool:
+        """Whether both saw the same sequence."""
+        mine, others = (
+            [(access.kind, access.module, access.forward) for access in log.accesses] for log in (self, other)
+        )
+        return mine == others
+
     def access_of(self) -> list[int]:
         """Return the access of each segment."""
         found, before = [], 0
@@ -85,6 +92,7 @@ class AccessLog:
         if call < 0 or (now is not None and now.kind == "backward" and now.forward == call):
             return
         if call not in self._backward_of:
+            self.active.clear()  # a recompute that stopped early has left its forwards open
             self._begin_backward(module, call)
 
     def backward_ends(self) -> None:

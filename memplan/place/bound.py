@@ -20,7 +20,8 @@ def window_bound(problem: Problem, times_s: list[float], nonweight_bytes: Bytes,
     """Return the least pass time in seconds for the activations whose times and bytes are given.
 
     ``nonweight_bytes``: device bytes at each access apart from frozen weights. ``disk_used``: whether the plan reads
-    the disk; then both links bring bytes on the CPU, where they are apart."""
+    the disk; then both links bring bytes on the CPU, where they are apart.
+    """
     table, length = problem.table, problem.length
     room = problem.budgets.vram_bytes - nonweight_bytes
     ram = problem.budgets.ram_bytes

@@ -86,7 +86,8 @@ def make_problem(table: CostTable, budgets: Budgets, staging_bytes: int, pins: M
 class Memory:
     """Device bytes at every access, frozen weights apart, for any number of recomputed modules.
 
-    The same sums as :meth:`memplan.cost.table.CostTable.device_bytes_at`, as arrays, for all choices at once."""
+    The same sums as :meth:`memplan.cost.table.CostTable.device_bytes_at`, as arrays, for all choices at once.
+    """
 
     def __init__(self, table: CostTable) -> None:
         length = len(table.accesses)
@@ -122,6 +123,14 @@ class Memory:
 def evenly(count: int, of: int) -> tuple[int, ...]:
     """Return ``count`` of the indices 0 … of-1, spread evenly."""
     return tuple((2 * index + 1) * of // (2 * count) for index in range(count))
+
+
+def to_the_ends(count: int, of: int) -> tuple[int, ...]:
+    """Return ``count`` of the indices 0 … of-1, spread evenly from the first to the last.
+
+    What is streamed there is used again at the turn-arounds, where its slot holds it anyway.
+    """
+    return tuple(index * (of - 1) // max(count - 1, 1) for index in range(count))
 
 
 def policies_for(table: CostTable, recomputed: int) -> dict[str, Activations]:

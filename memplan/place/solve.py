@@ -63,12 +63,15 @@ def place(
     """Return the plan with the shortest pass that keeps the budgets. Same input, same plan.
 
     ``pins``: tier by block id. Raises DoesNotFitError with the least vram for which this returns a plan, InputError for
-    a pin that cannot be kept."""
+    a pin that cannot be kept.
+    """
     problem = make_problem(table, budgets, staging_bytes, pins or {})
     for block, tier in problem.pins.items():
         why = table.blocks[block].pinned_because
         if tier != "device" and block in problem.resident:
-            raise InputError(f"{table.blocks[block].name} was pinned to {tier}, but must stay on the device: {why or 'it is not read alone'}")
+            raise InputError(
+                f"{table.blocks[block].name} was pinned to {tier}, but must stay on the device: {why or 'it is not read alone'}"
+            )
     memory = Memory(table)
     levels = range(len(table.recomputable) + 1)
     nonweight = [memory.at(policies_for(table, level)) for level in levels]
@@ -89,9 +92,7 @@ def _best(problem: Problem, options: list[Arrangement], nonweight: list[Bytes]) 
         for index, option in enumerate(options):
             if option.device_bytes <= room:
                 host, disk = moved[id(option)]
-                least = max(
-                    compute[level], host / table.host_to_device_bytes_per_s, disk / table.disk_bytes_per_s
-                )
+                least = max(compute[level], host / table.host_to_device_bytes_per_s, disk / table.disk_bytes_per_s)
                 candidates.append((least, host + disk, level, index))
     candidates.sort()
     best: _Choice | None = None
@@ -158,7 +159,9 @@ def _does_not_fit(
     tips = [f"give at least {format_bytes(least)} of vram ({least} bytes)"]
     activations = peak - sum(row.size_bytes for row in problem.table.fixed)
     if activations > smallest.device_bytes // 4:
-        tips.append("use a smaller micro-batch with more accumulation, or shorter sequences: activations shrink with them")
+        tips.append(
+            "use a smaller micro-batch with more accumulation, or shorter sequences: activations shrink with them"
+        )
     if smallest.device_bytes > 4 * smallest.slots_bytes and len(smallest.homes) < len(problem.stack):
         tips.append("give more ram or a disk budget, so that more blocks may leave the device")
     if sum(row.size_bytes for row in problem.table.fixed) > least // 4:
@@ -202,7 +205,7 @@ def _plan(
         compute_s=timeline.compute_s,
         pass_s=timeline.pass_s,
         step_s=workload.accumulation * timeline.pass_s + optimizer_s,
-        bound_s=min(max(bound, timeline.compute_s), timeline.pass_s),
+        bound_s=max(bound, timeline.compute_s),
         stall_s=max(timeline.pass_s - timeline.compute_s, 0.0),
         binds=_binds(choice, table),
         loads_per_pass=len(timeline.loads),
@@ -238,7 +241,19 @@ def _plan(
 def _vram_parts(table: CostTable, policies: Mapping[str, Activations], at: int) -> dict[str, int]:
     """Return the device bytes at an access by kind, frozen weights apart. None is negative."""
     parts = dict.fromkeys(
-        ("weights", "slots", "adapters", "gradients", "optimizer", "buffers", "batch", "context", "activations", "workspace"), 0
+        (
+            "weights",
+            "slots",
+            "adapters",
+            "gradients",
+            "optimizer",
+            "buffers",
+            "batch",
+            "context",
+            "activations",
+            "workspace",
+        ),
+        0,
     )
     for row in table.fixed:
         parts[row.kind] += row.size_bytes

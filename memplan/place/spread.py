@@ -9,8 +9,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from itertools import product
 
-from memplan.place.problem import Problem, evenly
+from memplan.place.problem import Problem, evenly, to_the_ends
 from memplan.program.schema import Address, Arena, Channel, Item, Residence, Segment, Tier
 
 
@@ -31,15 +32,16 @@ class Arrangement:
 def arrangements(problem: Problem) -> Iterator[Arrangement]:
     """Yield every arrangement tried: subsets of the special blocks × counts of streamed layers × one or two slots.
 
-    Those whose homes the ``ram`` and ``disk`` budgets cannot hold are left out."""
+    Those whose homes the ``ram`` and ``disk`` budgets cannot hold are left out.
+    """
     first = {block: a.index for a in reversed(problem.table.accesses) for block in a.blocks}
     seen: set[tuple[tuple[int, ...], ...]] = set()
     for mask in range(1 << len(problem.specials)):
         special = tuple(block for bit, block in enumerate(problem.specials) if mask >> bit & 1)
         for count in range(len(problem.stack) + 1):
-            layers = tuple(problem.stack[index] for index in evenly(count, len(problem.stack))) if count else ()
-            streamed = sorted({*layers, *special, *problem.forced}, key=lambda block: first[block])
-            for slots in (2, 1):
+            for spread, slots in product((to_the_ends, evenly), (2, 1)):
+                layers = tuple(problem.stack[index] for index in spread(count, len(problem.stack))) if count else ()
+                streamed = sorted({*layers, *special, *problem.forced}, key=lambda block: first[block])
                 taken = tuple(tuple(streamed[turn::slots]) for turn in range(slots))
                 # A block alone in a slot never leaves it: it is resident, unless it is pinned elsewhere.
                 kept = tuple(s for s in taken if len(s) > 1 or any(block in problem.pins for block in s))
@@ -106,7 +108,8 @@ def lay_out(problem: Problem, arrangement: Arrangement) -> Layout:
     blocks = problem.table.blocks
     homes = arrangement.homes
     items = tuple(
-        Item(id=b.id, kind="weights", block=b.id, size_bytes=b.size_bytes, home=homes.get(b.id, "device")) for b in blocks
+        Item(id=b.id, kind="weights", block=b.id, size_bytes=b.size_bytes, home=homes.get(b.id, "device"))
+        for b in blocks
     )
     addresses: list[Address] = []
     stays: list[Residence] = []

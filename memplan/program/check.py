@@ -25,7 +25,15 @@ def check(plan: Plan) -> tuple[str, ...]:
     references = tuple(_references(plan))
     if references:  # nothing further can be looked up
         return references
-    return (*_homes(plan), *_layout(plan), *_order(plan), *_coverage(plan), *_overlaps(plan), *_peaks(plan), *_flow(plan))
+    return (
+        *_homes(plan),
+        *_layout(plan),
+        *_order(plan),
+        *_coverage(plan),
+        *_overlaps(plan),
+        *_peaks(plan),
+        *_flow(plan),
+    )
 
 
 # ---- does everything named exist, once ------------------------------------------------------------------------------
@@ -192,7 +200,8 @@ def _coverage(plan: Plan) -> Iterator[str]:
         for block in access.blocks:
             stays = spans.get(block, [])
             if not any(
-                stay.begins == "always" or any(stay.first_use <= at <= stay.last_use for at in (access.index, access.index + length))
+                stay.begins == "always"
+                or any(stay.first_use <= at <= stay.last_use for at in (access.index, access.index + length))
                 for stay in stays
             ):
                 yield (
@@ -289,7 +298,11 @@ def _flow(plan: Plan) -> Iterator[str]:
             turn, at = divmod(pointer[channel], len(queue))
             stay = queue[at]
             source = stay.source.removeprefix("residence:")
-            there = source == stay.source or (int(source), turn) in loaded or plan.residences[int(source)].begins == "always"
+            there = (
+                source == stay.source
+                or (int(source), turn) in loaded
+                or plan.residences[int(source)].begins == "always"
+            )
             if turn * length + stay.load_after < done and there and turn <= done // length + 1:
                 loaded.add((stay.id, turn))
                 pointer[channel] += 1

@@ -88,7 +88,9 @@ def _decode(data: bytes, kind: type[Value], where: str) -> Value:
         raise PlanFormatError(f"{where} is no {name}: {error}; make it again, or mend what was edited") from None
     negative = _negative(head, "")
     if negative:
-        raise PlanFormatError(f"{where} has a negative size or time at {negative}: make it again, or mend what was edited")
+        raise PlanFormatError(
+            f"{where} has a negative size or time at {negative}: make it again, or mend what was edited"
+        )
     return value
 
 

@@ -59,14 +59,22 @@ def replay(
     """
     times = durations(table, policies)
     length = len(times)
-    rates = {"h2d": table.host_to_device_bytes_per_s, "disk": table.disk_bytes_per_s, "d2h": table.host_to_device_bytes_per_s}
+    rates = {
+        "h2d": table.host_to_device_bytes_per_s,
+        "disk": table.disk_bytes_per_s,
+        "d2h": table.host_to_device_bytes_per_s,
+    }
     queues: dict[Channel, list[Residence]] = {}
     for stay in residences:
         if stay.begins == "load" and stay.channel is not None:
             queues.setdefault(stay.channel, []).append(stay)
     for queue in queues.values():
         queue.sort(key=lambda stay: stay.order)
-    last = {stay.id: table.load_latency_s + items[stay.item].size_bytes / rates[stay.channel or "h2d"] for q in queues.values() for stay in q}
+    last = {
+        stay.id: table.load_latency_s + items[stay.item].size_bytes / rates[stay.channel or "h2d"]
+        for q in queues.values()
+        for stay in q
+    }
     waits: list[list[int]] = [[] for _ in range(length)]
     for queue in queues.values():
         for stay in queue:

@@ -49,7 +49,7 @@ class Facts:
     held_s: float
     """A pass that holds every weight and every activation."""
     slowdown: float | None
-    """``pass_s / held_s - 1``."""
+    """``pass_s / held_s - 1``, not below 0."""
     recompute_slowdown: float | None
     """The part of it that recomputing takes."""
     stall_slowdown: float | None
@@ -83,10 +83,9 @@ class Measured:
 def facts(plan: Plan) -> Facts:
     """Return what the plan says."""
     policies = plan.policies()
-    recompute_s = sum(row.recompute_s for row in plan.table.accesses if policies.get(row.module) == "recompute")
+    recompute_s = sum((row.recompute_s for row in plan.table.accesses if policies.get(row.module) == "recompute"), 0.0)
     prediction = plan.prediction
     held_s = prediction.compute_s - recompute_s
-    gap = _ratio(prediction.pass_s, prediction.bound_s)
     return Facts(
         blocks=tuple(
             BlockFact(
@@ -100,10 +99,10 @@ def facts(plan: Plan) -> Facts:
         ),
         recompute_s=recompute_s,
         held_s=held_s,
-        slowdown=_less_one(_ratio(prediction.pass_s, held_s)),
+        slowdown=_excess(prediction.pass_s, held_s),
         recompute_slowdown=_ratio(recompute_s, held_s),
         stall_slowdown=_ratio(prediction.stall_s, held_s),
-        bound_gap=None if gap is None else max(0.0, gap - 1),
+        bound_gap=_excess(prediction.pass_s, prediction.bound_s),
         tokens_per_s=_ratio(plan.workload.tokens * plan.workload.accumulation, prediction.step_s),
     )
 
@@ -271,3 +270,9 @@ def _ratio(over: float, under: float | None) -> float | None:
 
 def _less_one(value: float | None) -> float | None:
     return None if value is None else value - 1
+
+
+def _excess(over: float, under: float) -> float | None:
+    """Return by what fraction ``over`` is above ``under``; what is below is rounding."""
+    ratio = _ratio(over, under)
+    return None if ratio is None else max(0.0, ratio - 1)

@@ -36,7 +36,7 @@ class Glyphs:
 
     def seconds(self, seconds: float) -> str:
         """Return a time for people."""
-        text = format_seconds(seconds)
+        text = format_seconds(seconds) if seconds else "0 s"
         return text.replace("µ", "u") if self.ascii_only else text
 
     def safe(self, text: str) -> str:

@@ -259,7 +259,7 @@ def test_record_of_another_plan_is_refused() -> None:
     ):
         for show in (terminal.render, terminal.text, terminal.as_dict):
             with pytest.raises(PlanMismatchError, match="record of a run under this plan"):
-                show(plan, record)  # type: ignore[operator]
+                show(plan, record)
 
 
 def test_failure() -> None:

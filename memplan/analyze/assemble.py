@@ -1,0 +1,222 @@
+"""Two traces -> LayerGraph: blocks in order of use, costs and memory of each access."""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Literal
+
+from torch import nn
+
+from memplan.analyze.batch import Batch, base_of
+from memplan.analyze.blocks import Draft, Unit, dtype_name, head_of
+from memplan.analyze.graph import Access, Block, Fixed, FixedKind, LayerGraph, Lifetime, LifetimeKind
+from memplan.analyze.optimizers import state_bytes, workspace_bytes
+from memplan.analyze.recorder import Recorder, Work
+
+if TYPE_CHECKING:
+    from memplan.analyze.trace import Traced
+
+_Span = tuple[LifetimeKind, int, int]
+"""Kind, first and last access."""
+
+
+class _Pass:
+    """One trace, brought from segments to accesses."""
+
+    def __init__(self, traced: Traced) -> None:
+        recorder = traced.recorder
+        self.accesses = recorder.log.accesses
+        owner = recorder.log.access_of()
+        last = len(self.accesses) - 1
+        self.work = [Work() for _ in self.accesses]
+        for segment, work in enumerate(recorder.work):
+            self.work[owner[segment]].add(work)
+        self.peaks = [0] * len(self.accesses)
+        for segment, peak in recorder.segment_peaks.items():
+            self.peaks[owner[segment]] = max(self.peaks[owner[segment]], peak)
+        self.spans: Counter[_Span] = Counter()
+        for (born, died), size in recorder.spans.items():
+            self._add("activations", owner[born], owner[died], size)
+        for held in recorder.alive():
+            kind: LifetimeKind = "gradients" if id(held) in traced.gradients else "activations"
+            self._add(kind, owner[held.born], last, held.size_bytes)
+
+    def _add(self, kind: LifetimeKind, born: int, last: int, size_bytes: int) -> None:
+        if born < last and size_bytes:
+            self.spans[kind, born, last] += size_bytes
+
+
+def assemble(
+    model: nn.Module,
+    batch: Batch,
+    units: Sequence[Unit],
+    drafts: tuple[Draft, ...],
+    *,
+    kept: Traced,
+    recomputed: Traced,
+    recomputable: tuple[str, ...],
+    optimizer: str,
+    name: str,
+    notes: list[str],
+) -> LayerGraph:
+    """Return the graph of a model: ``kept`` is its trace as it is, ``recomputed`` with ``recomputable`` checkpointed."""
+    one, two = _Pass(kept), _Pass(recomputed)
+    _pin(drafts, kept.recorder)
+    blocks, ids_of = _blocks(model, drafts, kept.recorder)
+    trained = [(tuple(p.shape), p.element_size()) for p in model.parameters() if p.requires_grad]
+    lifetimes = _lifetimes(one, two, frozenset(recomputable))
+    accesses = []
+    for index, access in enumerate(one.accesses):
+        work, more = one.work[index], _more(one.work[index], two.work[index])
+        can = access.module in recomputable
+        transient = one.peaks[index] - _spanning(lifetimes, index, "keep")
+        transient_recompute = two.peaks[index] - _spanning(lifetimes, index, "recompute") if can else transient
+        if access.kind == "optimizer":
+            transient = transient_recompute = workspace_bytes(optimizer, trained)
+        if not can or access.kind != "backward":
+            more = Work()
+        accesses.append(
+            Access(
+                index=index,
+                kind=access.kind,
+                module=access.module,
+                forward=access.forward,
+                blocks=tuple(sorted(ids_of.get(access.module, ()))),
+                flops=work.flops,
+                matmul_bytes=work.matmul_bytes,
+                other_bytes=work.other_bytes,
+                kernels=work.kernels,
+                recompute_flops=more.flops,
+                recompute_matmul_bytes=more.matmul_bytes,
+                recompute_other_bytes=more.other_bytes,
+                recompute_kernels=more.kernels,
+                transient_bytes=transient,
+                transient_recompute_bytes=transient_recompute,
+            )
+        )
+    trainable_bytes = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
+    fixed: dict[FixedKind, int] = {
+        "adapters": trainable_bytes,
+        "optimizer": state_bytes(optimizer, trained),
+        "buffers": sum(b.numel() * b.element_size() for b in model.buffers()),
+        "batch": batch.size_bytes(),
+    }
+    return LayerGraph(
+        model=name,
+        fingerprint=_fingerprint(blocks),
+        blocks=blocks,
+        accesses=tuple(accesses),
+        lifetimes=lifetimes,
+        fixed=tuple(Fixed(kind=kind, size_bytes=size) for kind, size in fixed.items()),
+        recomputable=recomputable,
+        tokens=batch.tokens(),
+        trainable_bytes=trainable_bytes,
+        matmul_dtype=max(kept.recorder.matmul_flops.items(), key=lambda item: item[1], default=("float32", 0))[0],
+        notes=(*notes, *_notes(model, blocks, kept)),
+    )
+
+
+def _pin(drafts: Sequence[Draft], recorder: Recorder) -> None:
+    """Note which blocks cannot be streamed, for a read of them would not be seen before it happens."""
+    called, nested = recorder.log.called(), recorder.log.nested
+    for draft in drafts:
+        silent = [trigger for trigger in draft.triggers if trigger not in called]
+        if draft.name in recorder.stray:
+            how = recorder.stray[draft.name]
+            if len(silent) == len(draft.triggers):
+                draft.pin(f"its weights are read (by {how}), but the forward of {silent[0]} is never called")
+            else:
+                draft.pin(f"its weights are read (by {how}) outside the forward of {draft.triggers[0]}")
+        for trigger in draft.triggers:
+            if trigger in nested:
+                draft.pin(f"{trigger} calls {nested[trigger]}, a block of its own, before it has read all of its own")
+
+
+def _blocks(
+    model: nn.Module, drafts: tuple[Draft, ...], recorder: Recorder
+) -> tuple[tuple[Block, ...], dict[str, list[int]]]:
+    """Return the blocks in the order of their first access, and the ids of those that each trigger reads."""
+    forwards = [access.module for access in recorder.log.accesses if access.kind == "forward"]
+    first: dict[str, int] = {}
+    for index, module in enumerate(forwards):
+        first.setdefault(module, index)
+    never = len(forwards)
+    ordered = sorted(drafts, key=lambda draft: min(first.get(trigger, never) for trigger in draft.triggers))
+    head = head_of(base_of(model), drafts, forwards)
+    blocks, ids_of = [], dict[str, list[int]]()
+    for index, draft in enumerate(ordered):
+        tensors, size_bytes = draft.layout()
+        blocks.append(
+            Block(
+                id=index,
+                name=draft.name,
+                kind="head" if draft is head else draft.kind,
+                stack=draft.stack,
+                tensors=tensors,
+                size_bytes=size_bytes,
+                pinned_because=draft.pinned_because,
+            )
+        )
+        for trigger in draft.triggers:
+            ids_of.setdefault(trigger, []).append(index)
+    return tuple(blocks), ids_of
+
+
+def _lifetimes(one: _Pass, two: _Pass, recomputable: frozenset[str]) -> tuple[Lifetime, ...]:
+    """Return what outlives an access: of recomputable modules once for each policy, of all others once."""
+    found = []
+    for traced, here in ((one, "keep"), (two, "recompute")):
+        for (kind, born, last), size_bytes in traced.spans.items():
+            policy: Literal["keep", "recompute", "any"] = "any"
+            if one.accesses[born].module in recomputable:
+                policy = "keep" if here == "keep" else "recompute"
+            elif here == "recompute":
+                continue
+            found.append(Lifetime(kind=kind, born=born, last=last, size_bytes=size_bytes, policy=policy))
+    return tuple(sorted(found, key=lambda life: (life.born, life.last, life.kind, life.policy)))
+
+
+def _spanning(lifetimes: Sequence[Lifetime], index: int, policy: str) -> int:
+    return sum(x.size_bytes for x in lifetimes if x.born <= index <= x.last and x.policy in ("any", policy))
+
+
+def _more(work: Work, recomputed: Work) -> Work:
+    return Work(
+        flops=max(0, recomputed.flops - work.flops),
+        matmul_bytes=max(0, recomputed.matmul_bytes - work.matmul_bytes),
+        other_bytes=max(0, recomputed.other_bytes - work.other_bytes),
+        kernels=max(0, recomputed.kernels - work.kernels),
+    )
+
+
+def _fingerprint(blocks: Sequence[Block]) -> str:
+    rows = sorted(f"{tensor.name} {tensor.shape} {tensor.dtype}" for block in blocks for tensor in block.tensors)
+    return hashlib.sha256("\n".join(rows).encode()).hexdigest()
+
+
+def _notes(model: nn.Module, blocks: Sequence[Block], kept: Traced) -> list[str]:
+    found = []
+    frozen_bytes: Counter[str] = Counter()
+    for block in blocks:
+        for tensor in block.tensors:
+            frozen_bytes[tensor.dtype] += tensor.size_bytes
+    base = frozen_bytes.most_common(1)[0][0]
+    trained = {dtype_name(p.dtype) for p in model.parameters() if p.requires_grad}
+    if "float32" in trained and base in ("bfloat16", "float16"):
+        found.append(
+            f"The adapters are float32 on a {base} base: float32 copies of their inputs add to the saved activations."
+        )
+    if kept.ran_again:
+        found.append(f"The model checkpoints {len(kept.ran_again)} of its layers itself.")
+    pinned = [block for block in blocks if block.pinned_because]
+    if pinned:
+        found.append(f"{len(pinned)} blocks must stay on the device: {pinned[0].name}, since {pinned[0].pinned_because}.")
+    assumed = sorted(kept.recorder.values.assumed)
+    if assumed:
+        found.append(
+            f"The model decides by values that a trace does not have ({', '.join(assumed)}): "
+            "an even choice was assumed."
+        )
+    return found

@@ -1,0 +1,94 @@
+"""The trace's eye: sees every operator on fake tensors, tells its cost and its storages to the access under way."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from memplan.analyze.accesses import AccessLog
+from memplan.analyze.blocks import Draft, dtype_name
+from memplan.analyze.operators import flops, operator, size_bytes, tensors
+from memplan.analyze.values import Values
+from memplan.storages import StorageLedger
+
+
+@dataclass(slots=True)
+class Work:
+    """What the operators of one segment cost."""
+
+    flops: int = 0
+    matmul_bytes: int = 0
+    other_bytes: int = 0
+    kernels: int = 0
+
+    def add(self, other: Work) -> None:
+        self.flops += other.flops
+        self.matmul_bytes += other.matmul_bytes
+        self.other_bytes += other.other_bytes
+        self.kernels += other.kernels
+
+
+class Recorder(StorageLedger):
+    """A ledger that counts work besides, and looks who reads frozen weights when."""
+
+    def __init__(self, ignore: Iterable[torch.Tensor], frozen: Mapping[int, Draft]) -> None:
+        """``frozen``: the block of each frozen storage by its address."""
+        super().__init__(ignore)
+        self.log = AccessLog(self.begin_segment)
+        self.values = Values()
+        self.work: list[Work] = [Work()]
+        self.matmul_flops: Counter[str] = Counter()
+        self.read: set[str] = set()
+        """Names of blocks that an operator read."""
+        self.stray: dict[str, str] = {}
+        """Names of blocks that were read outside their triggers, each with the operator."""
+        self._frozen = frozen
+
+    def begin_segment(self, segment: int) -> None:
+        super().begin_segment(segment)
+        self.work.append(Work())
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        given = kwargs or {}
+        result = self.values.run(func, args, given)
+        self.note_all(result)
+        known = operator(func)
+        if known.is_free:
+            return result
+        work = self.work[-1]
+        work.kernels += 1
+        moved = 0
+        for tensor in tensors(args):
+            moved += size_bytes(tensor)
+            if not known.reads_shape_only:
+                self._see_read(tensor, known.name)
+        made = sum(size_bytes(tensor) for tensor in tensors((result,)))
+        if known.is_matmul:
+            counted = flops(func, args, given, result)
+            work.flops += counted
+            work.matmul_bytes += moved + made
+            self.matmul_flops[_product_dtype(args)] += counted
+        else:
+            work.other_bytes += 2 * made if known.reads_rows else made if known.reads_shape_only else moved + made
+        return result
+
+    def _see_read(self, tensor: torch.Tensor, operator_name: str) -> None:
+        try:
+            draft = self._frozen.get(tensor.untyped_storage()._cdata)
+        except (NotImplementedError, RuntimeError):
+            return
+        if draft is None:
+            return
+        self.read.add(draft.name)
+        log, now = self.log, self.log.now
+        held = {*log.active, now.module} if now is not None and now.kind == "backward" else set(log.active)
+        if not held.intersection(draft.triggers):
+            self.stray.setdefault(draft.name, operator_name)
+
+
+def _product_dtype(args: tuple[Any, ...]) -> str:
+    return next((dtype_name(t.dtype) for t in tensors(args) if t.dtype.is_floating_point), "float32")

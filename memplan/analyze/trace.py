@@ -1,0 +1,217 @@
+"""model + batch -> LayerGraph: one training pass on fake tensors, and the same pass with every layer recomputed.
+
+Nothing is loaded and nothing computed; the model is as it was afterwards, on any way out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from memplan import recompute
+from memplan.analyze.assemble import assemble
+from memplan.analyze.batch import Batch, base_of, batch_for
+from memplan.analyze.blocks import Draft, Unit, check_model, draft_blocks, find_units
+from memplan.analyze.fake import eager_transformers, faked, random_states_kept
+from memplan.analyze.graph import LayerGraph
+from memplan.analyze.optimizers import check_optimizer
+from memplan.analyze.recorder import Recorder
+from memplan.errors import InputError, MemplanError, ModelError
+from memplan.triggers import Triggers, in_backward, tensors_in
+
+_DEEPEST = 8
+"""Levels of containers within containers that are taken apart."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Traced:
+    """What one trace saw."""
+
+    recorder: Recorder
+    gradients: frozenset[int]
+    """Ids of the ledger's entries that are gradients of trained parameters."""
+    ran_again: frozenset[str]
+    """Units of which something ran again in backward: the model checkpoints them itself."""
+
+
+def analyze(
+    model: nn.Module,
+    batch: object,
+    *,
+    accumulation: int = 1,
+    optimizer: str = "adamw",
+    name: str | None = None,
+    loss: Callable[[Any], torch.Tensor] | None = None,
+) -> LayerGraph:
+    """Return what a training pass of ``model`` on ``batch`` reads, keeps and costs.
+
+    ``model``: on any device, ``meta`` included; a caller's autocast counts. ``batch``: see :func:`batch_for`.
+    ``accumulation``: passes of a step; where there are several, gradients are there from the first access on.
+    ``loss``: from the model's output to a scalar, where the output holds none.
+
+    Raises ModelError for a model that cannot be placed or traced, InputError for a batch or an optimizer that cannot
+    be used. The model is unchanged.
+    """
+    if accumulation < 1:
+        raise InputError(f"accumulation was given as {accumulation!r}: give a whole number of passes, at least 1")
+    check_optimizer(optimizer)
+    check_model(model)
+    call = batch_for(model, batch)
+    accumulates = accumulation > 1
+    containers: frozenset[str] = frozenset()
+    for _ in range(_DEEPEST):
+        units = find_units(model, containers)
+        drafts = draft_blocks(units)
+        kept = _trace(model, call, units, drafts, accumulates=accumulates, loss=loss)
+        found = _containers(units, drafts, kept.recorder)
+        if found <= containers:
+            break
+        containers |= found
+    recomputable = _recomputable(units, kept)
+    notes: list[str] = []
+    recomputed = None
+    if recomputable:
+        modules = [unit.module for unit in units if unit.name in recomputable]
+        try:
+            recomputed = _trace(model, call, units, drafts, accumulates=accumulates, loss=loss, wrapped=modules)
+        except ModelError as error:
+            notes.append(f"No activations can be recomputed: with every layer checkpointed {error}.")
+    if recomputed is not None and recomputed.recorder.log.accesses_alike(kept.recorder.log):
+        again = recomputed
+    else:
+        if recomputed is not None:
+            notes.append("No activations can be recomputed: with every layer checkpointed the order of accesses differs.")
+        again, recomputable = kept, ()
+    return assemble(
+        model,
+        call,
+        units,
+        drafts,
+        kept=kept,
+        recomputed=again,
+        recomputable=recomputable,
+        optimizer=optimizer,
+        name=name or type(base_of(model)).__name__,
+        notes=notes,
+    )
+
+
+def _trace(
+    model: nn.Module,
+    batch: Batch,
+    units: Sequence[Unit],
+    drafts: Sequence[Draft],
+    *,
+    accumulates: bool,
+    loss: Callable[[Any], torch.Tensor] | None,
+    wrapped: Sequence[nn.Module] = (),
+) -> Traced:
+    """Run one forward and backward on fake tensors. ``wrapped``: modules that are checkpointed on top."""
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    ran_again: set[str] = set()
+    with ExitStack() as undo:
+        undo.enter_context(random_states_kept())
+        undo.enter_context(eager_transformers())
+        undo.enter_context(torch.inference_mode(False))
+        undo.enter_context(torch.enable_grad())
+        undo.enter_context(torch.compiler.set_stance("force_eager"))
+        if torch.get_default_device().type != "cpu":
+            undo.enter_context(torch.device("cpu"))
+        fakes = undo.enter_context(faked(model, mode))
+        inputs = batch.faked(mode)
+        frozen = {fakes[id(p)].untyped_storage()._cdata: draft for draft in drafts for _, p in draft.parameters}
+        recorder = Recorder((*fakes.values(), *inputs.tensors()), frozen)
+        trainables = [fakes[id(parameter)] for parameter in trained]
+        if accumulates:
+            with mode:
+                for parameter in trainables:
+                    parameter.grad = torch.empty_like(parameter)
+                    recorder.add(parameter.grad)
+        _notice_recomputes(units, ran_again)
+        for module in wrapped:
+            undo.callback(recompute.wrap(module))
+        undo.callback(Triggers({unit.name: unit.module for unit in units}, recorder.log).remove)
+        try:
+            with mode, recorder:
+                value = loss_of(model(*inputs.args, **inputs.kwargs), loss)
+                recorder.log.loss_begins()
+                value.backward()
+                recorder.log.optimizer_begins()
+        except MemplanError:
+            raise
+        except Exception as error:
+            text = str(error).strip().splitlines()
+            raise ModelError(
+                f"the model could not be traced with this batch ({type(error).__name__}"
+                f"{': ' + text[0] if text else ''}): check that one training step of it runs"
+            ) from error
+        recorder.finish()
+        gradients = {id(recorder.held(p.grad)) for p in trainables if p.grad is not None}
+        return Traced(recorder=recorder, gradients=frozenset(gradients), ran_again=frozenset(ran_again))
+
+
+def loss_of(output: Any, loss: Callable[[Any], torch.Tensor] | None) -> torch.Tensor:
+    """Return the scalar that is differentiated: the output's own loss, else ``loss``'s, else the sum of all floats."""
+    found = output.get("loss") if isinstance(output, Mapping) else getattr(output, "loss", None)
+    if found is None and loss is not None:
+        found = loss(output)
+    if found is None:
+        parts = [t for t in tensors_in(output) if t.dtype.is_floating_point and t.requires_grad]
+        if not parts:
+            raise ModelError(
+                "the model's output holds no loss and no tensor that a gradient reaches: give labels in the batch, "
+                "or loss=, a function from the output to a scalar"
+            )
+        found = sum(part.sum() if part.dtype == torch.float32 else part.float().sum() for part in parts)
+    if not isinstance(found, torch.Tensor) or not found.requires_grad:
+        raise ModelError("the loss does not depend on any trained parameter: check the adapter and the loss")
+    return found if found.dim() == 0 else found.sum()
+
+
+def _notice_recomputes(units: Sequence[Unit], ran_again: set[str]) -> None:
+    """Hook all modules within layers, to see which run in backward. ``faked`` takes the hooks away."""
+
+    def notice(unit: str) -> Callable[..., None]:
+        def pre_hook(module: nn.Module, args: object) -> None:
+            if in_backward():
+                ran_again.add(unit)
+
+        return pre_hook
+
+    for unit in units:
+        if unit.kind == "layer":
+            hook = notice(unit.name)
+            for module in unit.module.modules():
+                module.register_forward_pre_hook(hook)
+
+
+def _containers(units: Sequence[Unit], drafts: Sequence[Draft], recorder: Recorder) -> frozenset[str]:
+    """Return the layers that are mere containers: never called, though what they hold is read."""
+    called = recorder.log.called()
+    read = {trigger for draft in drafts if draft.name in recorder.read for trigger in draft.triggers}
+    return frozenset(
+        unit.name
+        for unit in units
+        if unit.kind == "layer" and unit.name not in called and unit.name in read and any(unit.module.children())
+    )
+
+
+def _recomputable(units: Sequence[Unit], kept: Traced) -> tuple[str, ...]:
+    """Return the layers that a recompute could spare memory for: with a backward, and not checkpointed already."""
+    log = kept.recorder.log
+    backward = {access.module for access in log.accesses if access.kind == "backward"}
+    return tuple(
+        unit.name
+        for unit in units
+        if unit.kind == "layer"
+        and unit.name in backward
+        and unit.name not in kept.ran_again
+        and unit.name not in log.nested
+    )

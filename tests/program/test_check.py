@@ -1,0 +1,145 @@
+"""Every way to break a plan is seen by the judge, which shares no code with the solver."""
+
+from __future__ import annotations
+
+import pytest
+from msgspec.structs import replace
+
+from memplan.errors import PlanCheckError
+from memplan.place.solve import place
+from memplan.program.check import check, require
+from memplan.program.schema import STAGING_BYTES
+from tests.tables import MIB, NAMES, budgets, make_table
+
+X = 10 * MIB
+
+
+@pytest.fixture(scope="module")
+def plan():
+    table = make_table([X] * 10, recomputable=False)
+    rest = max(table.device_bytes_at(access.index, {}) for access in table.accesses)
+    made = place(table, budgets(rest + 4 * X, ram=4 * X + STAGING_BYTES), **NAMES)
+    assert check(made) == ()
+    return made
+
+
+def moved(values, index, **changes):
+    return tuple(replace(value, **changes) if i == index else value for i, value in enumerate(values))
+
+
+def streamed(plan):
+    return [stay for stay in plan.residences if stay.begins == "load"]
+
+
+def expect(broken, message):
+    faults = check(broken)
+    assert any(message in fault for fault in faults), faults
+    with pytest.raises(PlanCheckError) as caught:
+        require(broken)
+    assert caught.value.faults == faults
+
+
+def test_two_blocks_on_the_same_bytes(plan):
+    resident = next(i for i, a in enumerate(plan.addresses) if plan.items[a.item].home == "device")
+    other = next(i for i, a in enumerate(plan.addresses) if plan.items[a.item].home != "device" and a.arena == 0)
+    place_of_resident = plan.addresses[resident].offset_bytes
+    expect(
+        replace(plan, addresses=moved(plan.addresses, other, offset_bytes=place_of_resident)),
+        "lie on the same bytes at the same time",
+    )
+
+
+def test_a_load_that_starts_too_early(plan):
+    stay = next(s for s in streamed(plan) if s.first_use - s.load_after > 1 and s.last_use < len(plan.table.accesses))
+    broken = moved(plan.residences, stay.id, load_after=stay.load_after - 1)
+    expect(replace(plan, residences=broken), "lie on the same bytes at the same time")
+
+
+def test_a_residence_that_is_missing(plan):
+    stay = streamed(plan)[-1]
+    left = tuple(s for s in plan.residences if s.id != stay.id)
+    left = tuple(replace(s, id=i) for i, s in enumerate(left))
+    expect(replace(plan, residences=left), "which no residence has on the device then")
+
+
+def test_a_residence_that_ends_too_soon(plan):
+    stay = next(s for s in streamed(plan) if s.last_use > s.first_use)
+    expect(
+        replace(plan, residences=moved(plan.residences, stay.id, last_use=stay.first_use)),
+        "which no residence has on the device then",
+    )
+
+
+def test_orders_that_cannot_run(plan):
+    loads = [s for s in streamed(plan) if s.channel == "disk"]
+    one, two = loads[0], loads[-1]
+    residences = moved(moved(plan.residences, one.id, order=two.order), two.id, order=one.order)
+    expect(replace(plan, residences=residences), "nothing can move")
+    residences = moved(plan.residences, one.id, order=two.order)
+    expect(replace(plan, residences=residences), "the orders on the channel disk")
+
+
+@pytest.mark.parametrize(
+    ("tier", "message"), [("vram_bytes", "of vram are needed"), ("ram_bytes", "of ram are needed")]
+)
+def test_budgets(plan, tier, message):
+    less = getattr(plan.prediction.peaks, tier) - 1
+    expect(replace(plan, budgets=replace(plan.budgets, **{tier: less})), message)
+
+
+def test_disk_budget(plan):
+    expect(replace(plan, budgets=replace(plan.budgets, disk_bytes=X)), "of disk are needed")
+
+
+def test_a_prediction_that_is_not_what_the_rows_say(plan):
+    peaks = replace(plan.prediction.peaks, vram_bytes=plan.prediction.peaks.vram_bytes - 1)
+    expect(replace(plan, prediction=replace(plan.prediction, peaks=peaks)), "the rows say")
+    parts = {**plan.prediction.vram_parts, "slots": 0}
+    expect(replace(plan, prediction=replace(plan.prediction, vram_parts=parts)), "do not sum")
+
+
+def test_homes(plan):
+    on_host = next(item.id for item in plan.items if item.home == "host")
+    expect(replace(plan, items=moved(plan.items, on_host, home="device")), "does not lie there always")
+    expect(replace(plan, items=moved(plan.items, on_host, home="disk")), "but its home is disk")
+    blocks = moved(plan.table.blocks, on_host, pinned_because="its weight is read by name")
+    expect(
+        replace(plan, table=replace(plan.table, blocks=blocks)), "must stay on the device (its weight is read by name)"
+    )
+    expect(replace(plan, staging_bytes=0), "no staging bytes")
+
+
+def test_a_block_that_is_pinned_by_hand_onto_the_device(plan):
+    """Hand-edited plans are welcome if they pass."""
+    other = place(plan.table, plan.budgets, **NAMES, pins={5: "device"})
+    assert check(other) == ()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"offset_bytes": 100}, "no multiple of 512"),
+        ({"offset_bytes": 1 << 40}, "reaches beyond arena"),
+        ({"size_bytes": 512}, "the item"),
+        ({"arena": 7}, "not both there"),
+        ({"item": 99}, "not both there"),
+    ],
+)
+def test_addresses(plan, change, message):
+    expect(replace(plan, addresses=moved(plan.addresses, 0, **change)), message)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"source": "staging"}, "comes from"),
+        ({"channel": None}, "no channel"),
+        ({"first_use": 99}, "outside of the pass"),
+        ({"last_use": 90}, "longer than a pass"),
+        ({"source": "residence:999"}, "not there"),
+        ({"id": 3}, "calls itself 3"),
+    ],
+)
+def test_residences(plan, change, message):
+    stay = streamed(plan)[0]
+    expect(replace(plan, residences=moved(plan.residences, stay.id, **change)), message)
