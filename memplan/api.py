@@ -55,6 +55,7 @@ def plan(
     from memplan.analyze.adapters import describe, prepare
     from memplan.analyze.trace import analyze
     from memplan.cost.build import cost_table
+    from memplan.cost.build import notes as cost_notes
     from memplan.place.solve import place
 
     if accumulation < 1:
@@ -94,7 +95,7 @@ def plan(
         hardware=profile.name,
         pins=_pins(pins, {block.name: block.id for block in graph.blocks}),
         staging_bytes=STAGING_BYTES,
-        notes=graph.notes,
+        notes=(*graph.notes, *cost_notes(graph, profile)),
     )
 
 

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
 
 
@@ -38,7 +39,7 @@ class StorageLedger(TorchDispatchMode):
     """
 
     def __init__(self, ignore: Iterable[torch.Tensor] = ()) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.live_bytes = 0
         self.peak_bytes = 0
         self.segment_peaks: dict[int, int] = {0: 0}
@@ -146,8 +147,17 @@ class StorageLedger(TorchDispatchMode):
 
 def _parts(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
     """Yield the plain tensors that a tensor is made of; none for one on ``meta``, which holds no memory."""
-    if type(tensor) is not torch.Tensor and is_traceable_wrapper_subclass(tensor):
-        for name in tensor.__tensor_flatten__()[0]:
-            yield from _parts(getattr(tensor, name))
+    kind: type = type(tensor)
+    if kind is FakeTensor:  # its device is what it stands for, and asking for it is slow
+        yield tensor
+    elif kind is not torch.Tensor and _is_wrapper(tensor):
+        wrapper: Any = tensor
+        for name in wrapper.__tensor_flatten__()[0]:
+            yield from _parts(getattr(wrapper, name))
     elif tensor.device.type != "meta":
         yield tensor
+
+
+def _is_wrapper(tensor: object) -> bool:
+    """Whether a tensor is made of others (torchao's quantized ones)."""
+    return is_traceable_wrapper_subclass(tensor)

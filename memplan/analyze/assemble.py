@@ -37,11 +37,10 @@ class _Pass:
         for segment, peak in recorder.segment_peaks.items():
             self.peaks[owner[segment]] = max(self.peaks[owner[segment]], peak)
         self.spans: Counter[_Span] = Counter()
-        for (born, died), size in recorder.spans.items():
+        for (born, died), size in traced.spans.items():
             self._add("activations", owner[born], owner[died], size)
-        for held in recorder.alive():
-            kind: LifetimeKind = "gradients" if id(held) in traced.gradients else "activations"
-            self._add(kind, owner[held.born], last, held.size_bytes)
+        for kind, born, size in traced.left:
+            self._add(kind, owner[born], last, size)
 
     def _add(self, kind: LifetimeKind, born: int, last: int, size_bytes: int) -> None:
         if born < last and size_bytes:
@@ -212,7 +211,9 @@ def _notes(model: nn.Module, blocks: Sequence[Block], kept: Traced) -> list[str]
         found.append(f"The model checkpoints {len(kept.ran_again)} of its layers itself.")
     pinned = [block for block in blocks if block.pinned_because]
     if pinned:
-        found.append(f"{len(pinned)} blocks must stay on the device: {pinned[0].name}, since {pinned[0].pinned_because}.")
+        found.append(
+            f"{len(pinned)} blocks must stay on the device: {pinned[0].name}, since {pinned[0].pinned_because}."
+        )
     assumed = sorted(kept.recorder.values.assumed)
     if assumed:
         found.append(

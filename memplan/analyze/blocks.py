@@ -82,20 +82,25 @@ def modules_by_name(model: nn.Module) -> dict[str, nn.Module]:
     return found
 
 
-def check_model(model: nn.Module) -> None:
-    """Raise ModelError where the model cannot be placed: nothing frozen, nothing trained, or moved by someone else."""
+def refuse_moved(model: nn.Module) -> None:
+    """Raise ModelError where someone else moves the model's weights."""
     for name, module in model.named_modules():
-        if hasattr(module, "_hf_hook"):
+        if "_hf_hook" in module.__dict__:
             raise ModelError(
                 f"the module {canonical(name)} is hooked by accelerate (device_map or cpu_offload), which would move "
                 "the same weights: load the model without device_map"
             )
     places = getattr(model, "hf_device_map", None)
     if isinstance(places, Mapping) and len({str(place) for place in places.values()}) > 1:
+        spread = ", ".join(sorted({str(place) for place in places.values()}))
         raise ModelError(
-            f"the model is spread by accelerate's device map over {', '.join(sorted({str(p) for p in places.values()}))}: "
-            "load it without device_map; memplan places it"
+            f"the model is spread by accelerate's device map over {spread}: load it without device_map; memplan places it"
         )
+
+
+def check_model(model: nn.Module) -> None:
+    """Raise ModelError where the model cannot be placed: nothing frozen, nothing trained, or moved by someone else."""
+    refuse_moved(model)
     frozen = [parameter for parameter in model.parameters() if not parameter.requires_grad]
     trainable_bytes = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
     if not frozen:

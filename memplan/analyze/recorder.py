@@ -8,12 +8,15 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensor
 
 from memplan.analyze.accesses import AccessLog
 from memplan.analyze.blocks import Draft, dtype_name
 from memplan.analyze.operators import flops, operator, size_bytes, tensors
 from memplan.analyze.values import Values
 from memplan.storages import StorageLedger
+
+_DEVICE = torch.ops.prim.device.default
 
 
 @dataclass(slots=True)
@@ -54,6 +57,8 @@ class Recorder(StorageLedger):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         given = kwargs or {}
+        if func is _DEVICE:  # asked of every fake tensor, many times an operator
+            return args[0].fake_device if type(args[0]) is FakeTensor else func(*args, **given)
         result = self.values.run(func, args, given)
         self.note_all(result)
         known = operator(func)

@@ -19,7 +19,7 @@ from memplan.analyze.assemble import assemble
 from memplan.analyze.batch import Batch, base_of, batch_for
 from memplan.analyze.blocks import Draft, Unit, check_model, draft_blocks, find_units
 from memplan.analyze.fake import eager_transformers, faked, random_states_kept
-from memplan.analyze.graph import LayerGraph
+from memplan.analyze.graph import LayerGraph, LifetimeKind
 from memplan.analyze.optimizers import check_optimizer
 from memplan.analyze.recorder import Recorder
 from memplan.errors import InputError, MemplanError, ModelError
@@ -34,8 +34,10 @@ class Traced:
     """What one trace saw."""
 
     recorder: Recorder
-    gradients: frozenset[int]
-    """Ids of the ledger's entries that are gradients of trained parameters."""
+    spans: dict[tuple[int, int], int]
+    """Bytes of what died in the trace, by the segments of birth and death."""
+    left: tuple[tuple[LifetimeKind, int, int], ...]
+    """What was alive at its end: kind, segment of birth, bytes."""
     ran_again: frozenset[str]
     """Units of which something ran again in backward: the model checkpoints them itself."""
 
@@ -86,7 +88,9 @@ def analyze(
         again = recomputed
     else:
         if recomputed is not None:
-            notes.append("No activations can be recomputed: with every layer checkpointed the order of accesses differs.")
+            notes.append(
+                "No activations can be recomputed: with every layer checkpointed the order of accesses differs."
+            )
         again, recomputable = kept, ()
     return assemble(
         model,
@@ -154,7 +158,14 @@ def _trace(
             ) from error
         recorder.finish()
         gradients = {id(recorder.held(p.grad)) for p in trainables if p.grad is not None}
-        return Traced(recorder=recorder, gradients=frozenset(gradients), ran_again=frozenset(ran_again))
+        left: list[tuple[LifetimeKind, int, int]] = [
+            ("gradients" if id(held) in gradients else "activations", held.born, held.size_bytes)
+            for held in recorder.alive()
+        ]
+        # Copies: what is left dies as soon as this returns, which is no part of the step.
+        return Traced(
+            recorder=recorder, spans=dict(recorder.spans), left=tuple(left), ran_again=frozenset(ran_again)
+        )
 
 
 def loss_of(output: Any, loss: Callable[[Any], torch.Tensor] | None) -> torch.Tensor:

@@ -21,15 +21,12 @@ _MOST_FLOATS = 1 << 20
 _aten = torch.ops.aten
 _ASKS = {_aten._local_scalar_dense.default, _aten.equal.default, _aten.is_nonzero.default}
 _CHOICES = {
-    name
-    for name in (
-        _aten.topk,
-        _aten.sort,
-        _aten.argsort,
-        _aten.argmax,
-        _aten.argmin,
-        _aten.multinomial,
-    )
+    _aten.topk,
+    _aten.sort,
+    _aten.argsort,
+    _aten.argmax,
+    _aten.argmin,
+    _aten.multinomial,
 }
 _SHAPED_BY_VALUES = {
     _aten.nonzero.default,
@@ -69,6 +66,8 @@ class Values:
         """Run ``func`` under the fake tensor mode that is active."""
         if func in _ASKS:
             return self._answer(func, args, kwargs)
+        if func is _aten._grouped_mm.default and args[0].dtype is not torch.bfloat16:
+            return _grouped_product(args[0], args[1], args[2])
         if func in _SHAPED_BY_VALUES and _depends(func, args):
             return self._shaped(func, args, kwargs)
         writes = func._schema.is_mutable
@@ -123,6 +122,13 @@ class Values:
                 value = (torch.arange(indices.numel()) % max(1, size)).reshape(indices.shape)
             self.assumed.add(func._overloadpacket.__name__)
             remember(indices, value)
+
+
+def _grouped_product(left: torch.Tensor, right: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
+    """Return what a grouped product makes: torch's rule for fake tensors knows bfloat16 only, its kernels more."""
+    if left.dim() == 2 and right.dim() == 2:
+        return left.new_empty(offsets.shape[0], left.shape[0], right.shape[1])
+    return left.new_empty(*left.shape[:-1], right.shape[-1])
 
 
 def _may_matter(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:

@@ -138,12 +138,12 @@ def _does_not_fit(
     if not options:
         frozen = sum(block.size_bytes for block in problem.table.blocks)
         limited = f"ram of {format_bytes(budgets.ram_bytes)} and no room on disk for the streamed blocks"
-        tips = (f"give {format_bytes(frozen + problem.staging_bytes)} of ram", "give a disk budget")
+        tips = [f"give {format_bytes(frozen + problem.staging_bytes)} of ram", "give a disk budget"]
         return DoesNotFitError(
             f"{asked}, but {limited}: {tips[0]}, or {tips[1]}",
             least_vram_bytes=None,
             limited_by=limited,
-            suggestions=tips,
+            suggestions=tuple(tips),
         )
     level = min(range(len(nonweight)), key=lambda index: (int(nonweight[index].max()), index))
     peak = int(nonweight[level].max())

@@ -124,7 +124,7 @@ def lay_out(problem: Problem, arrangement: Arrangement) -> Layout:
             addresses.append(Address(item=moving, arena=0, offset_bytes=top, size_bytes=problem.size(moving)))
         top += max(problem.size(moving) for moving in slot)
     arenas = [Arena(id=0, tier="device", segments=(Segment(offset_bytes=0, size_bytes=top),))]
-    on_host = sorted(block for block, tier in homes.items() if tier == "host")
+    on_host = sorted(held for held, tier in homes.items() if tier == "host")
     if on_host:
         top = 0
         for held in on_host:
@@ -132,15 +132,15 @@ def lay_out(problem: Problem, arrangement: Arrangement) -> Layout:
             stays.append(_always(len(stays), held, 1, problem.length))
             top += problem.size(held)
         arenas.append(Arena(id=1, tier="host", segments=(Segment(offset_bytes=0, size_bytes=top),)))
-    runs = [(block, run) for slot in arrangement.slots for block, run in _runs(problem, slot)]
+    runs = [pair for slot in arrangement.slots for pair in _runs(problem, slot)]
     runs.sort(key=lambda pair: pair[1][1])  # by first use: the earliest deadline first
     orders: dict[Channel, int] = {}
-    for block, (load_after, first_use, last_use) in runs:
-        channel: Channel = "h2d" if homes[block] == "host" else "disk"
+    for moved, (load_after, first_use, last_use) in runs:
+        channel: Channel = "h2d" if homes[moved] == "host" else "disk"
         stays.append(
             Residence(
                 id=len(stays),
-                item=block,
+                item=moved,
                 arena=0,
                 begins="load",
                 source="staging" if channel == "disk" and problem.table.device == "cuda" else "home",

@@ -42,15 +42,15 @@ def check(plan: Plan) -> tuple[str, ...]:
 def _references(plan: Plan) -> Iterator[str]:
     table = plan.table
     rows = (
-        ("block", table.blocks),
-        ("item", plan.items),
-        ("arena", plan.arenas),
-        ("residence", plan.residences),
+        ("block", [block.id for block in table.blocks]),
+        ("item", [item.id for item in plan.items]),
+        ("arena", [arena.id for arena in plan.arenas]),
+        ("residence", [stay.id for stay in plan.residences]),
     )
-    for what, values in rows:
-        for index, value in enumerate(values):
-            if value.id != index:
-                yield f"{what} number {index} calls itself {value.id}"
+    for what, ids in rows:
+        for index, found in enumerate(ids):
+            if found != index:
+                yield f"{what} number {index} calls itself {found}"
     for index, access in enumerate(table.accesses):
         if access.index != index:
             yield f"access number {index} calls itself {access.index}"

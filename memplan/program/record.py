@@ -46,13 +46,13 @@ class RunRecord(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
 
     def save(self, path: str | Path) -> None:
         """Write the record as JSON, whole or not at all."""
-        from memplan.program import codec
+        from memplan.program.codec import save
 
-        codec.save(self, path)
+        save(self, path)
 
     @classmethod
     def load(cls, path: str | Path) -> RunRecord:
         """Read a record. Raises PlanFormatError."""
-        from memplan.program import codec
+        from memplan.program.codec import load_record
 
-        return codec.load_record(path)
+        return load_record(path)

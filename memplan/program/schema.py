@@ -181,13 +181,13 @@ class Plan(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
 
     def save(self, path: str | Path) -> None:
         """Write the plan as JSON, whole or not at all. Same plan, same bytes."""
-        from memplan.program import codec
+        from memplan.program.codec import save
 
-        codec.save(self, path)
+        save(self, path)
 
     @classmethod
     def load(cls, path: str | Path) -> Plan:
         """Read a plan and check it. Raises PlanFormatError or PlanCheckError; changes nothing."""
-        from memplan.program import codec
+        from memplan.program.codec import load_plan
 
-        return codec.load_plan(path)
+        return load_plan(path)

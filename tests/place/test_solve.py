@@ -159,9 +159,13 @@ def test_a_plan_that_holds_or_the_least_that_would(table, vram, ram, disk):
     try:
         plan = place(table, budgets(vram, ram, disk), **NAMES)
     except DoesNotFitError as error:
-        assert error.suggestions
-        assert error.limited_by
-        least = error.least_vram_bytes
+        refused = error
+    else:
+        refused = None
+    if refused is not None:
+        assert refused.suggestions
+        assert refused.limited_by
+        least = refused.least_vram_bytes
         if least is None:
             return
         assert least > vram

@@ -182,7 +182,7 @@ def test_a_worker_that_fails_is_heard(model, plan, tmp_path, monkeypatch):
     for parameter in model.parameters():
         parameter.grad = None
     handle.detach()
-    modules, parameters = before
+    _modules, parameters = before
     for name, parameter in model.named_parameters():
         assert parameter is parameters[name][0]
         if not parameter.requires_grad:

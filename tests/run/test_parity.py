@@ -15,7 +15,7 @@ from memplan.run.attach import attach
 from tests.training import CHECKPOINTING, CPU, KINDS, assert_equal, batch_of, loss_of, make, train
 
 
-def plan_for(model, kind, *, share=0.4, accumulation=1, tiers="all", recompute=None, **more):
+def plan_for(model, kind, *, share=0.4, accumulation=1, tiers="all", **more):
     """A plan with ``share`` of the way from the least vram to all of it, homes on every tier."""
     arguments = {"hardware": CPU, "loss": loss_of, "accumulation": accumulation, "ram": "1GiB", "disk": "1GiB", **more}
     batch = batch_of(kind)
@@ -26,9 +26,9 @@ def plan_for(model, kind, *, share=0.4, accumulation=1, tiers="all", recompute=N
     vram = int(least + share * (most - least))
     plan = memplan.plan(model, batch, vram=vram, **arguments)
     if tiers == "all":  # half of what is streamed goes to the disk
-        host = sum(item.size_bytes for item in plan.items if item.home == "host")
-        arguments["ram"] = plan.staging_bytes + host // 2
-        plan = memplan.plan(model, batch, vram=vram, **arguments)
+        streamed = [plan.table.blocks[item.block].name for item in plan.items if item.home == "host"]
+        pins = {name: "disk" if turn % 2 else "host" for turn, name in enumerate(streamed)}
+        plan = memplan.plan(model, batch, vram=vram, pins=pins, **arguments)
         assert {item.home for item in plan.items} == {"device", "host", "disk"}
     return plan
 

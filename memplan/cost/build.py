@@ -1,0 +1,81 @@
+"""LayerGraph + HardwareProfile -> CostTable."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from memplan.analyze.graph import Access, Fixed, LayerGraph
+from memplan.cost.table import AccessRow, CostTable
+from memplan.cost.time import access_seconds
+
+if TYPE_CHECKING:
+    from memplan.hardware import HardwareProfile
+
+FALLBACK_DTYPE = "float32"
+"""Its rate stands in where a profile has none for the model's dtype."""
+
+
+def cost_table(graph: LayerGraph, hardware: HardwareProfile) -> CostTable:
+    """Return the graph's rows with the times that ``hardware`` takes, and the process's context among the fixed bytes.
+
+    Where the profile has no rate for the dtype of the model's matrix products, float32's is taken: see
+    :func:`notes`.
+    """
+    rates = hardware.matmul_flops_per_s
+    flops_per_s = rates.get(graph.matmul_dtype, rates[FALLBACK_DTYPE]).value
+
+    def seconds(*, flops: int, matmul_bytes: int, other_bytes: int, kernels: int) -> float:
+        return access_seconds(
+            flops=flops,
+            matmul_bytes=matmul_bytes,
+            other_bytes=other_bytes,
+            kernels=kernels,
+            flops_per_s=flops_per_s,
+            bytes_per_s=hardware.memory_bytes_per_s.value,
+            launch_s=hardware.launch_s.value,
+        )
+
+    def row(access: Access) -> AccessRow:
+        return AccessRow(
+            index=access.index,
+            kind=access.kind,
+            module=access.module,
+            forward=access.forward,
+            blocks=access.blocks,
+            time_s=seconds(
+                flops=access.flops,
+                matmul_bytes=access.matmul_bytes,
+                other_bytes=access.other_bytes,
+                kernels=access.kernels,
+            ),
+            recompute_s=seconds(
+                flops=access.recompute_flops,
+                matmul_bytes=access.recompute_matmul_bytes,
+                other_bytes=access.recompute_other_bytes,
+                kernels=access.recompute_kernels,
+            ),
+            transient_bytes=access.transient_bytes,
+            transient_recompute_bytes=access.transient_recompute_bytes,
+        )
+
+    context = Fixed(kind="context", size_bytes=int(hardware.context_bytes.value))
+    return CostTable(
+        blocks=graph.blocks,
+        accesses=tuple(row(access) for access in graph.accesses),
+        lifetimes=graph.lifetimes,
+        fixed=(*graph.fixed, context),
+        recomputable=graph.recomputable,
+        device=hardware.device,
+        host_to_device_bytes_per_s=hardware.host_to_device_bytes_per_s.value,
+        disk_bytes_per_s=hardware.disk_bytes_per_s.value,
+        load_latency_s=hardware.load_latency_s.value,
+    )
+
+
+def notes(graph: LayerGraph, hardware: HardwareProfile) -> tuple[str, ...]:
+    """Return what the reader of a report should know of the times, one sentence each."""
+    if graph.matmul_dtype in hardware.matmul_flops_per_s:
+        return ()
+    return (
+        f"The profile {hardware.name} has no rate for {graph.matmul_dtype} matrix products: {FALLBACK_DTYPE}'s was taken.",
+    )

@@ -1,0 +1,155 @@
+"""What the graph says of memory against a real step on the CPU."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from memplan import recompute
+from memplan.analyze.blocks import modules_by_name
+from memplan.analyze.trace import analyze
+from memplan.cost.table import AccessRow, CostTable
+from tests import models
+from tests.analyze.steps import count_pass
+
+MAKERS = {name: getattr(models, name) for name in ("llama", "gpt2", "t5", "mixtral", "plain")}
+
+
+def live_bytes(graph, policy="keep", upto=None):
+    """Device bytes at each access besides those that are fixed, by the formula that plans use."""
+    rows = tuple(
+        AccessRow(
+            index=a.index,
+            kind=a.kind,
+            module=a.module,
+            forward=a.forward,
+            blocks=a.blocks,
+            time_s=0.0,
+            recompute_s=0.0,
+            transient_bytes=a.transient_bytes,
+            transient_recompute_bytes=a.transient_recompute_bytes,
+        )
+        for a in graph.accesses
+    )
+    table = CostTable(
+        blocks=graph.blocks,
+        accesses=rows,
+        lifetimes=graph.lifetimes,
+        fixed=(),
+        recomputable=graph.recomputable,
+        device="cpu",
+        host_to_device_bytes_per_s=1.0,
+        disk_bytes_per_s=1.0,
+        load_latency_s=0.0,
+    )
+    policies = policy if isinstance(policy, dict) else dict.fromkeys(graph.recomputable, policy)
+    return [table.device_bytes_at(index, policies) for index in range(len(rows) - 1)]
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+@pytest.mark.parametrize("name", MAKERS)
+def test_peak_of_a_pass(name, dropout):
+    model, batch = MAKERS[name](dropout)
+    predicted = max(live_bytes(analyze(model, batch)))
+    assert predicted == pytest.approx(count_pass(model, batch), rel=0.02)
+
+
+@pytest.mark.parametrize("name", MAKERS)
+def test_peak_where_all_is_recomputed(name):
+    model, batch = MAKERS[name](0.1)
+    graph = analyze(model, batch)
+    by_name = modules_by_name(model)
+    undo = [recompute.wrap(by_name[module]) for module in graph.recomputable]
+    assert len(undo) >= 2
+    real = count_pass(model, batch)
+    for back in undo:
+        back()
+    assert max(live_bytes(graph, "recompute")) == pytest.approx(real, rel=0.05)
+
+
+@pytest.mark.parametrize("name", ["llama", "t5", "plain"])
+def test_peak_where_some_are_recomputed(name):
+    model, batch = MAKERS[name](0.1)
+    graph = analyze(model, batch)
+    some = graph.recomputable[1::2]
+    by_name = modules_by_name(model)
+    undo = [recompute.wrap(by_name[module]) for module in some]
+    real = count_pass(model, batch)
+    for back in undo:
+        back()
+    policies = {module: "recompute" if module in some else "keep" for module in graph.recomputable}
+    assert max(live_bytes(graph, policies)) == pytest.approx(real, rel=0.1)
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+@pytest.mark.parametrize("name", ["llama", "gpt2", "t5", "plain"])
+def test_peak_where_the_model_checkpoints_itself(name, reentrant):
+    if name == "plain":
+        model, batch = models.plain(0.1, "reentrant" if reentrant else "other")
+    else:
+        model, batch = MAKERS[name](0.1)
+        with models.quiet():
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
+            model.enable_input_require_grads()
+        model.config.use_cache = False
+    graph = analyze(model, batch)
+    assert graph.recomputable == ()
+    assert any("checkpoints" in note for note in graph.notes)
+    assert max(live_bytes(graph)) == pytest.approx(count_pass(model, batch), rel=0.05)
+
+
+def test_lifetimes_and_transients_are_consistent():
+    model, batch = models.llama()
+    graph = analyze(model, batch)
+    last = len(graph.accesses) - 1
+    assert all(0 <= life.born < life.last <= last for life in graph.lifetimes)
+    gradients = sum(life.size_bytes for life in graph.lifetimes if life.kind == "gradients" and life.policy != "recompute")
+    assert gradients == graph.trainable_bytes
+    assert all(life.last == last for life in graph.lifetimes if life.kind == "gradients")
+    assert {life.policy for life in graph.lifetimes} == {"any", "keep", "recompute"}
+
+
+def test_with_accumulation_gradients_are_there_from_the_first_access():
+    model, batch = models.llama()
+    graph = analyze(model, batch, accumulation=4)
+    gradients = [life for life in graph.lifetimes if life.kind == "gradients"]
+    assert {(life.born, life.last) for life in gradients} == {(0, len(graph.accesses) - 1)}
+    assert sum(life.size_bytes for life in gradients) == graph.trainable_bytes
+
+
+def test_recomputing_spares_memory_and_adds_work():
+    model, batch = models.llama()
+    graph = analyze(model, batch)
+    assert max(live_bytes(graph, "recompute")) < max(live_bytes(graph)) / 2
+    for access in graph.accesses:
+        if access.kind == "backward" and access.module in graph.recomputable:
+            forward = graph.accesses[access.forward]
+            assert 0.5 * forward.flops < access.recompute_flops <= forward.flops
+        else:
+            assert access.recompute_flops == 0
+            assert access.transient_recompute_bytes == access.transient_bytes or access.module in graph.recomputable
+
+
+def test_a_half_precision_base_with_float32_adapters_is_noted():
+    model, batch = models.llama()
+    for name, parameter in model.named_parameters():
+        if "lora" not in name:
+            parameter.data = parameter.data.to(torch.bfloat16)
+    graph = analyze(model, batch)
+    assert any("float32" in note for note in graph.notes)
+    assert graph.matmul_dtype == "bfloat16"
+    assert max(live_bytes(graph)) == pytest.approx(count_pass(model, batch), rel=0.05)
+
+
+def test_fixed_bytes():
+    model, batch = models.llama()
+    fixed = {row.kind: row.size_bytes for row in analyze(model, batch).fixed}
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained)
+    model(**batch).loss.backward()
+    optimizer.step()
+    held = [v for state in optimizer.state.values() for v in state.values()]
+    assert fixed["optimizer"] == sum(v.numel() * v.element_size() for v in held)
+    assert fixed["adapters"] == sum(p.numel() * p.element_size() for p in trained)
+    assert fixed["batch"] == 3 * models.BATCH * models.SEQUENCE * 8
+    assert fixed["buffers"] == sum(b.numel() * b.element_size() for b in model.buffers())
