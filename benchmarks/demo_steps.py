@@ -16,7 +16,7 @@ import time
 from pathlib import Path
 
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import get_peft_model
 from rich.console import Console
 from rich.table import Table
 from transformers import AutoModelForCausalLM
@@ -29,8 +29,7 @@ def build(checkpoint: Path) -> torch.nn.Module:
     model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)
     demo.align(model)
     torch.manual_seed(demo.SEED)
-    lora = LoraConfig(r=demo.RANK, lora_alpha=2 * demo.RANK, target_modules="all-linear", task_type="CAUSAL_LM")
-    return get_peft_model(model, lora).train()
+    return get_peft_model(model, demo.lora()).train()
 
 
 def step(model: torch.nn.Module, optimizer: torch.optim.Optimizer, batch: dict[str, torch.Tensor]) -> float:

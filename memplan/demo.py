@@ -161,13 +161,21 @@ class Samples(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
 
 def make_plan(checkpoint: Path, vram_bytes: int | None) -> Plan:
     """Plan from the configuration alone. By default the weights get a third of their bytes, a part of them on disk."""
-    adapter = {"rank": RANK, "targets": "all-linear"}
     shapes = (BATCH, SEQUENCE)
-    roomy = api.plan(checkpoint, shapes, vram="1TiB", ram="1TiB", adapter=adapter)
+    roomy = api.plan(checkpoint, shapes, vram="1TiB", ram="1TiB", adapter=lora())
     frozen = sum(block.size_bytes for block in roomy.table.blocks)
     if vram_bytes is None:
         vram_bytes = align_up(roomy.prediction.peaks.vram_bytes - frozen + frozen // 3)
-    return api.plan(checkpoint, shapes, vram=vram_bytes, ram=frozen // 3 + STAGING_BYTES, adapter=adapter)
+    return api.plan(checkpoint, shapes, vram=vram_bytes, ram=frozen // 3 + STAGING_BYTES, adapter=lora())
+
+
+def lora() -> Any:
+    """Return the adapter's configuration, the same for the plan and for both runs."""
+    from peft import LoraConfig
+
+    return LoraConfig(
+        r=RANK, lora_alpha=2 * RANK, lora_dropout=0.05, target_modules="all-linear", task_type="CAUSAL_LM"
+    )
 
 
 def train(
@@ -175,10 +183,11 @@ def train(
 ) -> Outcome:
     """Train LoRA on the demo's model, whole or under ``plan``, and save the adapter."""
     import transformers
-    from peft import LoraConfig, get_peft_model
+    from peft import get_peft_model
     from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments
 
     transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
     outcome = Outcome(adapter=folder, plan=plan)
     on_cuda = torch.cuda.is_available()
 
@@ -233,12 +242,7 @@ def train(
         if plan is None:
             align(model)
         torch.manual_seed(SEED)
-        adapted = get_peft_model(
-            model,
-            LoraConfig(
-                r=RANK, lora_alpha=2 * RANK, lora_dropout=0.05, target_modules="all-linear", task_type="CAUSAL_LM"
-            ),
-        )
+        adapted = get_peft_model(model, lora())
         trainer = Exact(model=adapted, args=args, train_dataset=samples, callbacks=[Watch()])
     trainer.remove_callback(transformers.PrinterCallback)
     trainer.train()

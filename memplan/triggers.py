@@ -22,6 +22,8 @@ import torch
 from torch import nn
 from torch.autograd.graph import register_multi_grad_hook
 
+from memplan.names import canonical
+
 
 class Watcher(Protocol):
     """Who is told. Called in whichever thread autograd runs in."""
@@ -57,6 +59,17 @@ def tensors_in(value: object) -> Iterator[torch.Tensor]:
     elif dataclasses.is_dataclass(value) and not isinstance(value, type):
         for field in dataclasses.fields(value):
             yield from tensors_in(getattr(value, field.name))
+
+
+def modules_by_name(model: nn.Module) -> dict[str, nn.Module]:
+    """Return the modules by canonical name; where a wrapper and what it wraps share one, the wrapper.
+
+    The wrapper's call encloses every read (DoRA reads ``base_layer.weight`` itself).
+    """
+    found: dict[str, nn.Module] = {}
+    for name, module in model.named_modules():
+        found.setdefault(canonical(name), module)
+    return found
 
 
 class Triggers:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cache, partial
 
 import torch
 from peft import LoraConfig, get_peft_model
@@ -131,11 +131,16 @@ def _checkpoint(layer: nn.Module, how: str) -> None:
         layer.forward = lambda *args, **kwargs: checkpoint(partial(original, **kwargs), *args, use_reentrant=reentrant)
         return
 
-    class Around(type(layer)):
+    layer.__class__ = _around(type(layer), reentrant)
+
+
+@cache
+def _around(kind: type[nn.Module], reentrant: bool) -> type[nn.Module]:
+    class Around(kind):
         def __call__(self, *args, **kwargs):
             return checkpoint(partial(super().__call__, **kwargs), *args, use_reentrant=reentrant)
 
-    layer.__class__ = Around
+    return Around
 
 
 def batch_of(kind: str, seed: int = 3, length: int = LENGTH) -> dict[str, torch.Tensor]:

@@ -214,6 +214,7 @@ def _with_adapter(model: nn.Module, adapter: Any) -> nn.Module:
     try:
         with torch.device("meta"), warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # PEFT asks transformers by a name that is going away
+            warnings.filterwarnings("ignore", message="fan_in_fan_out", category=UserWarning)  # it sets it right itself
             adapted: nn.Module = peft.get_peft_model(model, config)
     except (ValueError, TypeError, KeyError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]

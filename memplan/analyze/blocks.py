@@ -15,6 +15,7 @@ from torch import nn
 from memplan.analyze.graph import BlockKind, Tensor
 from memplan.errors import ModelError
 from memplan.names import canonical
+from memplan.triggers import modules_by_name
 from memplan.units import align_up, format_bytes
 
 
@@ -69,17 +70,6 @@ class Draft:
 def dtype_name(dtype: object) -> str:
     """Return torch's name of a dtype without the module."""
     return str(dtype).removeprefix("torch.")
-
-
-def modules_by_name(model: nn.Module) -> dict[str, nn.Module]:
-    """Return the modules by canonical name; where a wrapper and what it wraps share one, the wrapper.
-
-    The wrapper's call encloses every read (DoRA reads ``base_layer.weight`` itself).
-    """
-    found: dict[str, nn.Module] = {}
-    for name, module in model.named_modules():
-        found.setdefault(canonical(name), module)
-    return found
 
 
 def refuse_moved(model: nn.Module) -> None:

@@ -163,9 +163,7 @@ def _trace(
             for held in recorder.alive()
         ]
         # Copies: what is left dies as soon as this returns, which is no part of the step.
-        return Traced(
-            recorder=recorder, spans=dict(recorder.spans), left=tuple(left), ran_again=frozenset(ran_again)
-        )
+        return Traced(recorder=recorder, spans=dict(recorder.spans), left=tuple(left), ran_again=frozenset(ran_again))
 
 
 def loss_of(output: Any, loss: Callable[[Any], torch.Tensor] | None) -> torch.Tensor:

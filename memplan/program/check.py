@@ -70,11 +70,18 @@ def _references(plan: Plan) -> Iterator[str]:
         if not (0 <= stay.item < len(plan.items) and 0 <= stay.arena < len(plan.arenas)):
             yield f"residence {stay.id} is of item {stay.item} in arena {stay.arena}, which are not both there"
         source = stay.source.removeprefix("residence:")
-        if source != stay.source and not (source.isdigit() and int(source) < len(plan.residences)):
+        if source != stay.source and not (source.isdecimal() and source.isascii() and int(source) < len(plan.residences)):
             yield f"residence {stay.id} comes from {stay.source}, which is not there"
     for life in table.lifetimes:
         if not 0 <= life.born <= life.last < len(table.accesses):
             yield f"a lifetime runs from access {life.born} to {life.last}, which are not both there, or in that order"
+    for what, rate in (("host to device", table.host_to_device_bytes_per_s), ("disk", table.disk_bytes_per_s)):
+        if not rate > 0:
+            yield f"the rate of the {what} link is {rate} bytes/s: nothing could ever be loaded"
+    if plan.workload.accumulation < 1:
+        yield f"a step has {plan.workload.accumulation} passes"
+    if not 0 <= plan.prediction.vram_peak_at < len(table.accesses):
+        yield f"the prediction's vram peak is at access {plan.prediction.vram_peak_at}, which is not there"
     modules = {policy.module for policy in plan.activations}
     if modules != set(table.recomputable) or len(plan.activations) != len(modules):
         yield "the activation policies are not one for each module that may be recomputed"
@@ -104,10 +111,13 @@ def _homes(plan: Plan) -> Iterator[str]:
             yield f"the block {block.name} has its home on the host, but does not lie there always"
         if item.home != "device" and any(stay.begins == "always" for stay in on_device):
             yield f"the block {block.name} lies on the device always, but its home is {item.home}"
+        for stay in stays:
+            if stay.begins == "made" or stay.ends != "drop":
+                yield f"residence {stay.id} of {block.name} makes or stores frozen weights, which are only ever read"
         for stay in on_device:
             if stay.begins == "load":
                 expected = _expected_source(item.home, plan.table.device)
-                from_host = stay.source.startswith("residence:") and stay.channel == "h2d"
+                from_host = stay.channel == "h2d" and _is_copy_of(plan, stay)
                 if (stay.source, stay.channel) != expected and not from_host:
                     yield (
                         f"residence {stay.id} brings {block.name} from {stay.source or 'nowhere'} over {stay.channel}, but "
@@ -115,6 +125,16 @@ def _homes(plan: Plan) -> Iterator[str]:
                     )
     if any(item.home == "disk" for item in plan.items) and plan.staging_bytes <= 0:
         yield "blocks have their home on disk, but no staging bytes are set aside to read them"
+
+
+def _is_copy_of(plan: Plan, stay: Residence) -> bool:
+    """Return whether a load's source is a host residence of the same item that is there until the load has ended."""
+    if not stay.source.startswith("residence:"):
+        return False
+    source = plan.residences[int(stay.source.removeprefix("residence:"))]
+    if source.item != stay.item or plan.arenas[source.arena].tier != "host":
+        return False
+    return source.begins == "always" or (source.first_use <= stay.load_after + 1 and source.last_use >= stay.first_use - 1)
 
 
 def _expected_source(home: Tier, device: str) -> tuple[str, str]:
@@ -257,6 +277,15 @@ def _peaks(plan: Plan) -> Iterator[str]:
         yield f"{format_bytes(ram)} of ram are needed, the budget is {format_bytes(budgets.ram_bytes)}"
     if budgets.disk_bytes is not None and on_disk > budgets.disk_bytes:
         yield f"{format_bytes(on_disk)} of disk are needed, the budget is {format_bytes(budgets.disk_bytes)}"
+    there = arenas["device"] + table.device_bytes_at(stated.vram_peak_at, policies)
+    if there != vram:
+        yield f"the prediction's vram peak is at access {stated.vram_peak_at}, where {there} bytes are needed, not {vram}"
+    loads = [plan.items[stay.item].size_bytes for stay in plan.residences if stay.begins == "load"]
+    if (len(loads), sum(loads)) != (stated.loads_per_pass, stated.loaded_bytes_per_pass):
+        yield (
+            f"the prediction says {stated.loads_per_pass} loads of {stated.loaded_bytes_per_pass} bytes a pass, the "
+            f"residences are {len(loads)} of {sum(loads)}"
+        )
     for what, found, said in (
         ("vram", vram, stated.peaks.vram_bytes),
         ("ram", ram, stated.peaks.ram_bytes),

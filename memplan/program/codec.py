@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import json
+import math
 import os
-import tempfile
+import threading
 from pathlib import Path
 from typing import Any, TypeVar
 
 import msgspec
 
-from memplan.errors import PlanFormatError
+from memplan.errors import InputError, PlanFormatError
 from memplan.program.record import RunRecord
 from memplan.program.schema import SCHEMA_VERSION, Plan
 
@@ -19,23 +20,30 @@ _KINDS: dict[str, type[Plan] | type[RunRecord]] = {"plan": Plan, "record": RunRe
 
 
 def encode(value: Plan | RunRecord) -> bytes:
-    """Return the JSON of a plan or record: indented, in the fields' order, ending with a newline."""
+    """Return the JSON of a plan or record: indented, in the fields' order, ending with a newline.
+
+    Raises PlanFormatError for a number that JSON has no word for (NaN, infinite).
+    """
+    strange = _not_finite(msgspec.to_builtins(value), "")
+    if strange:
+        raise PlanFormatError(f"{strange} is NaN or infinite, which no file can hold: mend the rate or time it came from")
     return msgspec.json.format(msgspec.json.encode(value), indent=1) + b"\n"
 
 
 def save(value: Plan | RunRecord, path: str | Path) -> None:
-    """Write a plan or record, whole or not at all. Raises PlanFormatError where the path cannot be written."""
+    """Write a plan or record, whole or not at all. Raises PlanFormatError where it cannot be written."""
+    data = encode(value)
     path = Path(path)
-    temporary = None
+    temporary = path.parent / f".{path.name}.{os.getpid()}-{threading.get_ident()}.tmp"
     try:
-        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}-", delete=False) as file:
-            temporary = file.name
-            file.write(encode(value))
-        os.replace(temporary, path)
-    except OSError as error:
-        if temporary is not None:
-            Path(temporary).unlink(missing_ok=True)
-        raise PlanFormatError(f"{path} cannot be written: {error.strerror}; give another path") from None
+        try:
+            temporary.write_bytes(data)  # a plain open: the file has the mode that the user's umask gives
+            os.replace(temporary, path)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
+    except (OSError, ValueError) as error:  # ValueError: a zero byte in the path
+        raise PlanFormatError(f"{path} cannot be written: {_reason(error)}; give another path") from None
 
 
 def load_plan(path: str | Path) -> Plan:
@@ -58,22 +66,28 @@ def decode_plan(data: bytes) -> Plan:
 
 
 def schema(kind: str) -> dict[str, Any]:
-    """Return the JSON Schema of a ``"plan"`` or a ``"record"``."""
+    """Return the JSON Schema of a ``"plan"`` or a ``"record"``. Raises InputError for another kind."""
+    if kind not in _KINDS:
+        raise InputError(f"a schema of {kind!r} was asked for: there are {' and '.join(_KINDS)}")
     return msgspec.json.schema(_KINDS[kind])
 
 
 def _read(path: str | Path) -> bytes:
     try:
         return Path(path).read_bytes()
-    except OSError as error:
-        raise PlanFormatError(f"{path} cannot be read: {error.strerror}; check the path") from None
+    except (OSError, ValueError) as error:  # ValueError: a zero byte in the path
+        raise PlanFormatError(f"{path} cannot be read: {_reason(error)}; check the path") from None
+
+
+def _reason(error: Exception) -> str:
+    return getattr(error, "strerror", None) or str(error)
 
 
 def _decode(data: bytes, kind: type[Value], where: str) -> Value:
     name = kind.__name__
     try:
         head = json.loads(data)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise PlanFormatError(f"{where} is no {name}: not JSON, or truncated ({error}); make it again") from None
     version = head.get("schema_version") if isinstance(head, dict) else None
     if version is None:
@@ -84,7 +98,7 @@ def _decode(data: bytes, kind: type[Value], where: str) -> Value:
         )
     try:
         value = msgspec.json.decode(data, type=kind)
-    except msgspec.ValidationError as error:
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:  # also what json takes and JSON has not: NaN, UTF-16
         raise PlanFormatError(f"{where} is no {name}: {error}; make it again, or mend what was edited") from None
     negative = _negative(head, "")
     if negative:
@@ -92,6 +106,19 @@ def _decode(data: bytes, kind: type[Value], where: str) -> Value:
             f"{where} has a negative size or time at {negative}: make it again, or mend what was edited"
         )
     return value
+
+
+def _not_finite(node: Any, path: str) -> str:
+    """Return where a number is NaN or infinite, or an empty string."""
+    if isinstance(node, float):
+        return "" if math.isfinite(node) else path.lstrip(".")
+    if isinstance(node, dict):
+        parts = ((f"{path}.{key}", value) for key, value in node.items())
+    elif isinstance(node, (list, tuple)):
+        parts = ((f"{path}[{index}]", value) for index, value in enumerate(node))
+    else:
+        return ""
+    return next((found for where, value in parts if (found := _not_finite(value, where))), "")
 
 
 def _negative(node: Any, path: str) -> str:

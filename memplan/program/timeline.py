@@ -4,17 +4,25 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from memplan.analyze.graph import Activations
 from memplan.cost.table import CostTable
+from memplan.errors import PlanCheckError
 from memplan.program.schema import Channel, Item, Plan, Residence
 
-_CYCLES = 5
+_CYCLES = 64
+"""Passes replayed at most. Nearly every plan repeats by its third."""
+
+_PERIODS = (1, 2, 3, 4)
+"""A steady state may alternate between a few passes (channels of unequal turns); then their mean is the pass."""
+
+_SAME = 1e-9
+"""Share of a pass by which two equal passes may differ in floating point."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TimedLoad:
-    """One load of the steady pass, in seconds from the pass's beginning."""
+class TimedLoad(NamedTuple):
+    """One load of the steady pass, in seconds from the pass's beginning (negative: begun in the pass before)."""
 
     residence: int
     channel: Channel
@@ -24,9 +32,10 @@ class TimedLoad:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Timeline:
-    """One pass in the steady state. Times are seconds from the beginning of the pass's first access."""
+    """One pass in the steady state. Times are seconds from the beginning of the pass: the end of the one before."""
 
     pass_s: float
+    """Of one pass; the mean where a few different passes alternate (the rows below are then of the last of them)."""
     compute_s: float
     access_start_s: tuple[float, ...]
     access_end_s: tuple[float, ...]
@@ -36,11 +45,140 @@ class Timeline:
 
     @property
     def total_stall_s(self) -> float:
+        """Time of the pass in which the compute waits."""
         return sum(self.stall_s)
 
 
+# ---- on plain numbers: what a solver calls thousands of times -------------------------------------------------------
+
+
+class Load(NamedTuple):
+    """One load of a channel's cycle."""
+
+    load_after: int
+    first_use: int
+    time_s: float
+    source: tuple[int, int] | None
+    """Channel and position of the load that brings its source; None where the source is there always."""
+
+
+class Passes(NamedTuple):
+    """Every pass that was replayed, from a cold start; times count from its beginning."""
+
+    pass_s: float
+    begins_s: float
+    """Beginning of the last pass, the steady one."""
+    starts_s: list[float]
+    """Of accesses, pass after pass."""
+    ends_s: list[float]
+    loads_s: list[list[tuple[float, float]]]
+    """By channel: start and end of its loads, pass after pass."""
+
+
+def simulate(times_s: Sequence[float], channels: Sequence[Sequence[Load]]) -> Passes:
+    """Replay until a pass repeats. ``times_s``: of each access; ``channels``: each one's loads in their order.
+
+    An access starts when the one before has ended and what first uses it has arrived. A load starts when the load
+    before it on its channel has ended, access ``load_after`` has ended and its source has arrived.
+
+    Raises PlanCheckError where loads and accesses wait for each other.
+    """
+    length = len(times_s)
+    sizes = [len(loads) for loads in channels]
+    needs: list[list[tuple[int, int]]] = [[] for _ in range(length)]
+    for channel, loads in enumerate(channels):
+        for position, load in enumerate(loads):
+            needs[load.first_use].append((channel, position))
+    starts: list[float] = []
+    ends: list[float] = []
+    done: list[list[tuple[float, float]]] = [[] for _ in channels]
+    busy = [False] * len(channels)
+
+    def bring(channel: int, target: int) -> None:
+        """Give times to a channel's loads up to number ``target``, counted over all passes."""
+        if busy[channel]:
+            raise PlanCheckError(("a load waits for a source that its own channel brings later",))
+        busy[channel] = True
+        loads, finished, size = channels[channel], done[channel], sizes[channel]
+        free = finished[-1][1] if finished else 0.0
+        for number in range(len(finished), target + 1):
+            turn, position = divmod(number, size)
+            after, _, time_s, source = loads[position]
+            after += turn * length
+            begin = free
+            if after >= 0:
+                if after >= len(ends):
+                    raise PlanCheckError((f"a load waits for access {after % length}, which waits for the load",))
+                if ends[after] > begin:
+                    begin = ends[after]
+            if source is not None:
+                wanted = turn * sizes[source[0]] + source[1]
+                if len(done[source[0]]) <= wanted:
+                    bring(source[0], wanted)
+                begin = max(begin, done[source[0]][wanted][1])
+            free = begin + time_s
+            finished.append((begin, free))
+        busy[channel] = False
+
+    now = 0.0
+    begins = [0.0]
+    period = 0
+    for cycle in range(_CYCLES):
+        for index in range(length):
+            ready = now
+            for channel, position in needs[index]:
+                number = cycle * sizes[channel] + position
+                if len(done[channel]) <= number:
+                    bring(channel, number)
+                if done[channel][number][1] > ready:
+                    ready = done[channel][number][1]
+            starts.append(ready)
+            now = ready + times_s[index]
+            ends.append(now)
+        begins.append(now)
+        period = next((back for back in _PERIODS if _repeats(begins, ends, done, sizes, length, back)), 0)
+        if period:
+            break
+    if not period:
+        period = _CYCLES // 2
+    return Passes((begins[-1] - begins[-1 - period]) / period, begins[-2], starts, ends, done)
+
+
+def _repeats(
+    begins: list[float],
+    ends: list[float],
+    done: list[list[tuple[float, float]]],
+    sizes: list[int],
+    length: int,
+    back: int,
+) -> bool:
+    """Return whether the last pass is the one ``back`` before it, shifted: then so are all that follow.
+
+    An equal pass time alone is not enough: a prefetch that runs ahead less and less hides for many passes.
+    """
+    last = len(begins) - 2
+    if last < back or (back > 1 and last < 3 * back):
+        return False
+    shift = begins[last + 1] - begins[last + 1 - back]
+    near = _SAME * max(shift, 1e-9)
+    here, there = last * length, (last - back) * length
+    if any(abs(ends[here + k] - ends[there + k] - shift) > near for k in range(length)):
+        return False
+    for size, loads in zip(sizes, done, strict=True):
+        here, there = last * size, (last - back) * size
+        for position in range(size):
+            one, other = loads[here + position], loads[there + position]
+            # A start may come earlier in the first passes only (nothing to wait for); the end is what others see.
+            if abs(one[1] - other[1] - shift) > near:
+                return False
+    return True
+
+
+# ---- of a plan ------------------------------------------------------------------------------------------------------
+
+
 def durations(table: CostTable, policies: Mapping[str, Activations]) -> list[float]:
-    """Return the compute time of each access; the optimizer's is 0, it counts once a step and not once a pass."""
+    """Return the compute time of each access in s; the optimizer's is 0, it counts once a step and not once a pass."""
     return [
         0.0
         if row.kind == "optimizer"
@@ -49,113 +187,58 @@ def durations(table: CostTable, policies: Mapping[str, Activations]) -> list[flo
     ]
 
 
+def load_s(table: CostTable, size_bytes: int, channel: Channel) -> float:
+    """Return the time of one load in s: the latency, and its bytes at the channel's rate."""
+    rate = table.disk_bytes_per_s if channel == "disk" else table.host_to_device_bytes_per_s
+    return table.load_latency_s + size_bytes / rate
+
+
 def replay(
     table: CostTable, items: Sequence[Item], residences: Sequence[Residence], policies: Mapping[str, Activations]
 ) -> Timeline:
-    """Return the steady pass of a plan's residences.
-
-    An access starts when the one before has ended and what first uses it has arrived. A load starts when its channel is
-    free, the access ``load_after`` has ended and its source is there; it lasts ``load_latency_s`` + bytes / rate.
-    """
-    times = durations(table, policies)
-    length = len(times)
-    rates = {
-        "h2d": table.host_to_device_bytes_per_s,
-        "disk": table.disk_bytes_per_s,
-        "d2h": table.host_to_device_bytes_per_s,
-    }
+    """Return the steady pass of a plan's residences. Raises PlanCheckError where they can never be loaded."""
+    times_s = durations(table, policies)
     queues: dict[Channel, list[Residence]] = {}
     for stay in residences:
         if stay.begins == "load" and stay.channel is not None:
             queues.setdefault(stay.channel, []).append(stay)
     for queue in queues.values():
         queue.sort(key=lambda stay: stay.order)
-    last = {
-        stay.id: table.load_latency_s + items[stay.item].size_bytes / rates[stay.channel or "h2d"]
-        for q in queues.values()
-        for stay in q
+    places = {
+        f"residence:{stay.id}": (channel, position)
+        for channel, queue in enumerate(queues.values())
+        for position, stay in enumerate(queue)
     }
-    waits: list[list[int]] = [[] for _ in range(length)]
-    for queue in queues.values():
-        for stay in queue:
-            waits[stay.first_use].append(stay.id)
-
-    end: list[list[float]] = []  # by cycle and access
-    start: list[list[float]] = []
-    arrived: dict[tuple[int, int], tuple[float, float]] = {}  # by residence and cycle: start and end
-    pointer = dict.fromkeys(queues, 0)
-    free = dict.fromkeys(queues, 0.0)
-    now = 0.0
-
-    def pump(cycle: int, index: int) -> None:
-        """Start every load that needs nothing beyond the accesses ended so far."""
-        done = cycle * length + index  # accesses below this have ended
-        moved = True
-        while moved:
-            moved = False
-            for channel, queue in queues.items():
-                while True:
-                    turn, at = divmod(pointer[channel], len(queue))
-                    stay = queue[at]
-                    after = turn * length + stay.load_after
-                    if after >= done:
-                        break
-                    begin = free[channel]
-                    if after >= 0:
-                        begin = max(begin, end[after // length][after % length])
-                    if stay.source.startswith("residence:"):
-                        source = arrived.get((int(stay.source[10:]), turn))
-                        if source is None:
-                            break
-                        begin = max(begin, source[1])
-                    free[channel] = begin + last[stay.id]
-                    arrived[stay.id, turn] = (begin, free[channel])
-                    pointer[channel] += 1
-                    moved = True
-
-    previous = 0.0
-    for cycle in range(_CYCLES):
-        start.append([0.0] * length)
-        end.append([0.0] * length)
-        for index in range(length):
-            pump(cycle, index)
-            ready = now
-            for stay_id in waits[index]:
-                ready = max(ready, arrived[stay_id, cycle][1])
-            start[cycle][index] = ready
-            now = end[cycle][index] = ready + times[index]
-        span = now - (end[cycle - 1][-1] if cycle else 0.0)
-        if cycle >= 2 and abs(span - previous) <= 1e-9 * max(span, 1e-12):
-            break
-        previous = span
-    base = end[-2][-1]
-    stalls = []
-    before = base
-    for index in range(length):
-        stalls.append(start[-1][index] - before)
-        before = end[-1][index]
-    cycle = len(end) - 1
+    channels = [
+        [
+            Load(
+                stay.load_after,
+                stay.first_use,
+                load_s(table, items[stay.item].size_bytes, name),
+                places.get(stay.source),
+            )
+            for stay in queue
+        ]
+        for name, queue in queues.items()
+    ]
+    passes = simulate(times_s, channels)
+    length, base = len(times_s), passes.begins_s
+    starts, ends = passes.starts_s[-length:], passes.ends_s[-length:]
     loads = tuple(
-        TimedLoad(
-            residence=stay.id,
-            channel=channel,
-            start_s=arrived[stay.id, cycle][0] - base,
-            end_s=arrived[stay.id, cycle][1] - base,
-        )
-        for channel, queue in queues.items()
-        for stay in queue
-        if (stay.id, cycle) in arrived
+        TimedLoad(stay.id, name, begin - base, end - base)
+        for (name, queue), timed in zip(queues.items(), passes.loads_s, strict=True)
+        for stay, (begin, end) in zip(queue, timed[-len(queue) :], strict=True)
     )
     return Timeline(
-        pass_s=end[-1][-1] - base,
-        compute_s=sum(times),
-        access_start_s=tuple(value - base for value in start[-1]),
-        access_end_s=tuple(value - base for value in end[-1]),
-        stall_s=tuple(stalls),
+        pass_s=passes.pass_s,
+        compute_s=sum(times_s),
+        access_start_s=tuple(start - base for start in starts),
+        access_end_s=tuple(end - base for end in ends),
+        stall_s=tuple(start - before for start, before in zip(starts, [base, *ends], strict=False)),
         loads=loads,
     )
 
 
 def timeline_of(plan: Plan) -> Timeline:
-    """Return the steady pass of a plan."""
+    """Return the steady pass of a plan. Raises PlanCheckError where its loads can never run."""
     return replay(plan.table, plan.items, plan.residences, plan.policies())

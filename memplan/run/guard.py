@@ -23,7 +23,8 @@ class Guard:
         self._managed = managed
         own = {(p.dtype, p.device) for p in module.parameters() if id(p) in managed}
         self._kinds = tuple(sorted(own, key=str))
-        module.__dict__["_apply"] = self
+        # Found on the instance before the class, by torch, copy and pickle alike.
+        module.__dict__.update(_apply=self, __deepcopy__=_refuse_copy, __reduce_ex__=_refuse_copy)
 
     def __call__(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> nn.Module:
         for dtype, device in self._kinds:
@@ -48,13 +49,12 @@ class Guard:
 
     def remove(self) -> None:
         """Step aside."""
-        self._module.__dict__.pop("_apply", None)
+        for name in ("_apply", "__deepcopy__", "__reduce_ex__"):
+            self._module.__dict__.pop(name, None)
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> NoReturn:
-        raise RunError(_COPY)
 
-    def __reduce_ex__(self, protocol: Any) -> NoReturn:
-        raise RunError(_COPY)
+def _refuse_copy(*args: object) -> NoReturn:
+    raise RunError(_COPY)
 
 
 _COPY = (

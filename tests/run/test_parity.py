@@ -9,26 +9,37 @@ from __future__ import annotations
 import pytest
 import torch
 
-import memplan
+from memplan.analyze.trace import analyze
+from memplan.cost.build import cost_table
 from memplan.errors import DoesNotFitError
+from memplan.place.solve import place
+from memplan.program.schema import Budgets, Workload
 from memplan.run.attach import attach
+from memplan.units import GIB
 from tests.training import CHECKPOINTING, CPU, KINDS, assert_equal, batch_of, loss_of, make, train
 
 
-def plan_for(model, kind, *, share=0.4, accumulation=1, tiers="all", **more):
-    """A plan with ``share`` of the way from the least vram to all of it, homes on every tier."""
-    arguments = {"hardware": CPU, "loss": loss_of, "accumulation": accumulation, "ram": "1GiB", "disk": "1GiB", **more}
-    batch = batch_of(kind)
-    roomy = memplan.plan(model, batch, vram="1GiB", **arguments)
+def plan_for(model, kind, *, share=0.4, accumulation=1, tiers="all"):
+    """A plan with ``share`` of the way from the least vram to all of it, homes on every tier.
+
+    The stages are called one by one, so that the model is traced once."""
+    graph = analyze(model, batch_of(kind), accumulation=accumulation, loss=loss_of)
+    table = cost_table(graph, CPU)
+    workload = Workload(batch={}, tokens=graph.tokens, accumulation=accumulation, optimizer="adamw", adapter="")
+
+    def placed(vram, **more):
+        budgets = Budgets(vram_bytes=vram, ram_bytes=GIB, disk_bytes=GIB)
+        names = {"model": graph.model, "fingerprint": graph.fingerprint, "hardware": CPU.name}
+        return place(table, budgets, workload=workload, **names, **more)
+
     with pytest.raises(DoesNotFitError) as caught:
-        memplan.plan(model, batch, vram=1, **arguments)
-    least, most = caught.value.least_vram_bytes, roomy.prediction.peaks.vram_bytes
+        placed(1)
+    least, most = caught.value.least_vram_bytes, placed(GIB).prediction.peaks.vram_bytes
     vram = int(least + share * (most - least))
-    plan = memplan.plan(model, batch, vram=vram, **arguments)
+    plan = placed(vram)
     if tiers == "all":  # half of what is streamed goes to the disk
-        streamed = [plan.table.blocks[item.block].name for item in plan.items if item.home == "host"]
-        pins = {name: "disk" if turn % 2 else "host" for turn, name in enumerate(streamed)}
-        plan = memplan.plan(model, batch, vram=vram, pins=pins, **arguments)
+        streamed = [item.block for item in plan.items if item.home == "host"]
+        plan = placed(vram, pins={block: "disk" if turn % 2 else "host" for turn, block in enumerate(streamed)})
         assert {item.home for item in plan.items} == {"device", "host", "disk"}
     return plan
 
