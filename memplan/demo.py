@@ -9,6 +9,7 @@ from __future__ import annotations
 import gc
 import importlib.util
 import statistics
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
@@ -73,6 +74,9 @@ def run(vram: str | None = None, steps: int | None = None, folder: Path | None =
         whole = train(checkpoint, place / "whole", count, None, (progress, task))
         progress.update(task, description="under the plan")
         planned = train(checkpoint, place / "planned", count, plan, (progress, task))
+    plan.save(place / "plan.json")
+    if planned.record is not None:
+        planned.record.save(place / "record.json")
     same_losses = whole.losses == planned.losses
     same_adapters = adapters_identical(whole.adapter, planned.adapter)
     loads = loads_in_peft(checkpoint, planned.adapter)
@@ -91,12 +95,14 @@ def run(vram: str | None = None, steps: int | None = None, folder: Path | None =
         "step_ratio": planned.median_step_s / whole.median_step_s,
         "homes": {tier: sum(item.home == tier for item in plan.items) for tier in ("device", "host", "disk")},
         "adapter": str(planned.adapter),
+        "plan": str(place / "plan.json"),
+        "record": str(place / "record.json"),
         "adapter_loads_in_peft": loads,
         "torch": torch.__version__,
         "device": plan.table.device,
     }
     if as_json:
-        pass
+        sys.stdout.write(json.dumps(result, sort_keys=True) + "\n")
     else:
         _print(console, whole, planned, result)
     fits = planned.peak_bytes <= plan.budgets.vram_bytes

@@ -1,68 +1,72 @@
-"""The window bound: no plan of these blocks in this vram has a shorter pass.
+"""The window bound: no plan of these blocks in this vram that reads the same tiers has a shorter pass.
 
 On the unrolled cycle, with V(p) the bytes of room for weights at access p and B the rate of the links together:
 
     start(q) - end(p) >= [bytes of distinct items needed in p+1 … q - V(p) + p's own if not among them] / B   for p < q
     end(k) >= start(k) + t(k)
 
-since at end(p) at most V(p) bytes are there, p's own among them, and the rest crosses the links before start(q).
-The bound is the longest cycle of these over one period. Latencies are left out, which keeps it a bound.
+since at end(p) at most V(p) bytes are there, p's own among them, and the rest crosses the links before start(q). What
+neither vram nor ram can hold at end(p) comes from the disk, at the disk's rate. The bound is the longest cycle of these
+over one period. Latencies and slots are left out, and V(p) may be used up at each access: it stays a bound.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
+from numpy.typing import NDArray
 
 from memplan.place.problem import Bytes, Problem
 
+_MOST_STARTS = 192
+"""Accesses from which cycles are followed at most; each alone gives a bound, so fewer only make it weaker."""
 
-def window_bound(problem: Problem, times_s: list[float], nonweight_bytes: Bytes, disk_used: bool) -> float:
+Seconds = NDArray[np.float64]
+
+
+def window_bound(problem: Problem, times_s: Sequence[float], nonweight_bytes: Bytes, disk_used: bool) -> float:
     """Return the least pass time in seconds for the activations whose times and bytes are given.
 
     ``nonweight_bytes``: device bytes at each access apart from frozen weights. ``disk_used``: whether the plan reads
-    the disk; then both links bring bytes on the CPU, where they are apart.
+    the disk beside the host; then bytes come over both links at once, as the timeline has it.
     """
+    windows = _windows(problem, (problem.budgets.vram_bytes - nonweight_bytes).tolist(), disk_used)
+    length = problem.length
+    times = np.asarray(times_s, dtype=np.float64)
+    starts = np.arange(0, length, -(-length // _MOST_STARTS))
+    # ends[p, j]: longest path from the end of access p to the end of access p + j
+    ends = np.zeros((len(starts), length + 1))
+    for ahead in range(1, length + 1):
+        between = np.arange(ahead)
+        waited = ends[:, :ahead] + windows[(starts[:, None] + between) % length, ahead - between]
+        begin = np.maximum(ends[:, ahead - 1], waited.max(axis=1))
+        ends[:, ahead] = begin + times[(starts + ahead) % length]
+    return float(ends[:, length].max())
+
+
+def _windows(problem: Problem, room_bytes: list[int], disk_used: bool) -> Seconds:
+    """Return the least time from the end of access p (row) to the start of access p + span (column)."""
     table, length = problem.table, problem.length
-    room = problem.budgets.vram_bytes - nonweight_bytes
-    ram = problem.budgets.ram_bytes
-    link, disk = table.host_to_device_bytes_per_s, table.disk_bytes_per_s
-    if ram <= problem.staging_bytes and disk_used:
-        together = disk
-    else:
-        together = link + (disk if disk_used and table.device == "cpu" else 0.0)
+    disk = table.disk_bytes_per_s
+    together = table.host_to_device_bytes_per_s + (disk if disk_used else 0.0)
+    ram_bytes = max(problem.budgets.ram_bytes - problem.staging_bytes, 0)
     sizes = [block.size_bytes for block in table.blocks]
+    reads = [tuple(dict.fromkeys(access.blocks)) for access in table.accesses]
     windows = np.zeros((length, length + 1))
     for p in range(length):
         needed: set[int] = set()
-        total = 0
-        own = table.accesses[p].blocks
-        missing = sum(sizes[block] for block in own)
+        own = set(reads[p])
+        short = sum(sizes[block] for block in own) - room_bytes[p]
         for span in range(1, length + 1):
-            for block in table.accesses[(p + span) % length].blocks:
+            for block in reads[(p + span) % length]:
                 if block not in needed:
                     needed.add(block)
-                    total += sizes[block]
-                    if block in own:
-                        missing -= sizes[block]
-            short = total + missing - int(room[p])
+                    if block not in own:
+                        short += sizes[block]
             if short > 0:
-                windows[p, span] = short / together
+                wait_s = short / together
                 if disk_used:
-                    windows[p, span] = max(windows[p, span], (short - ram) / disk)
-    longest = 0.0
-    for p in range(length):
-        longest = max(longest, _longest(windows, times_s, p))
-    return longest
-
-
-def _longest(windows: np.ndarray[tuple[int, int], np.dtype[np.float64]], times_s: list[float], p: int) -> float:
-    """Return the longest path from the end of access ``p`` to its end in the next pass."""
-    length = len(times_s)
-    ends = np.zeros(length + 1)
-    offsets = np.arange(length + 1)
-    rows = (p + offsets) % length
-    for ahead in range(1, length + 1):
-        waiting = ends[:ahead] + windows[rows[:ahead], ahead - offsets[:ahead]]
-        start = max(ends[ahead - 1], float(waiting.max()))
-        ends[ahead] = start + times_s[(p + ahead) % length]
-    return float(ends[length])
+                    wait_s = max(wait_s, (short - ram_bytes) / disk)
+                windows[p, span] = wait_s
+    return windows

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,11 +11,15 @@ from numpy.typing import NDArray
 
 from memplan.analyze.graph import Activations
 from memplan.cost.table import CostTable
+from memplan.errors import InputError
 from memplan.program.schema import Budgets, Tier
-from memplan.units import KIB
+from memplan.units import KIB, align_up
 
 TINY_BYTES = 64 * KIB
 """A block below this stays on the device: a load of its own would cost more than its room."""
+
+MOST_SPECIALS = 4
+"""Every subset of these is tried, streamed or not."""
 
 Bytes = NDArray[np.int64]
 
@@ -29,13 +33,17 @@ class Problem:
     staging_bytes: int
     pins: Mapping[int, Tier]
     stack: tuple[int, ...]
-    """Streamable elements of stacks, in order of first access."""
+    """Streamable elements of stacks (and special blocks beyond four), in order of first access."""
     specials: tuple[int, ...]
     """Other streamable blocks that are worth streaming (embedding, head, shared), largest first, at most four."""
     resident: tuple[int, ...]
     """Blocks that stay on the device whatever happens."""
     forced: tuple[int, ...]
     """Blocks that are pinned to the host or the disk."""
+    sizes_bytes: tuple[int, ...]
+    """Room that each block takes in an arena, by block."""
+    uses: tuple[tuple[int, ...], ...]
+    """Accesses that read each block, by block."""
 
     @property
     def length(self) -> int:
@@ -43,24 +51,33 @@ class Problem:
         return len(self.table.accesses)
 
     def size(self, block: int) -> int:
-        """Bytes of a block."""
+        """Bytes of a block that a load moves."""
         return self.table.blocks[block].size_bytes
+
+    def in_order(self, blocks: Iterable[int]) -> list[int]:
+        """Return blocks in the order of their first access."""
+        return sorted(blocks, key=lambda block: (self.uses[block][0], block))
 
 
 def make_problem(table: CostTable, budgets: Budgets, staging_bytes: int, pins: Mapping[int, Tier]) -> Problem:
-    """Sort the blocks by what may become of them."""
-    first = {block: access.index for access in reversed(table.accesses) for block in access.blocks}
-    joint = {
-        block
-        for access in table.accesses
-        for block in access.blocks
-        if len(access.blocks) > 1 and table.blocks[block].kind == "shared"
-    }
+    """Sort the blocks by what may become of them. Raises InputError for a pin that cannot be kept."""
+    reads: list[list[int]] = [[] for _ in table.blocks]
+    for access in table.accesses:
+        for read in dict.fromkeys(access.blocks):
+            reads[read].append(access.index)
+    _refuse_strange_pins(table, pins)
+    beside = _read_beside_others(table, pins, reads)
     total = sum(block.size_bytes for block in table.blocks)
     stack, specials, resident, forced = [], [], [], []
     for block in table.blocks:
         pin = pins.get(block.id)
-        if block.pinned_because or block.id not in first or pin == "device" or block.id in joint:
+        stays = block.pinned_because or ("it is read beside another streamed block" if block.id in beside else "")
+        stays = stays or ("" if reads[block.id] else "nothing is seen to read it")
+        if pin in ("host", "disk") and stays:
+            raise InputError(
+                f"{block.name} was pinned to {pin}, but must stay on the device ({stays}): leave the pin out"
+            )
+        if stays or pin == "device":
             resident.append(block.id)
         elif pin is not None:
             forced.append(block.id)
@@ -76,11 +93,42 @@ def make_problem(table: CostTable, budgets: Budgets, staging_bytes: int, pins: M
         budgets=budgets,
         staging_bytes=staging_bytes,
         pins=pins,
-        stack=tuple(sorted(stack, key=lambda block: first[block])),
-        specials=tuple(specials[:4]),
-        resident=tuple(sorted([*resident, *specials[4:]])),
+        stack=tuple(sorted([*stack, *specials[MOST_SPECIALS:]], key=lambda block: (reads[block][0], block))),
+        specials=tuple(specials[:MOST_SPECIALS]),
+        resident=tuple(resident),
         forced=tuple(forced),
+        sizes_bytes=tuple(align_up(block.size_bytes) for block in table.blocks),
+        uses=tuple(tuple(indices) for indices in reads),
     )
+
+
+def _refuse_strange_pins(table: CostTable, pins: Mapping[int, Tier]) -> None:
+    for block, tier in pins.items():
+        if not 0 <= block < len(table.blocks):
+            raise InputError(
+                f"block {block} was pinned to {tier}, but there are blocks 0 to {len(table.blocks) - 1} only"
+            )
+        if tier not in ("device", "host", "disk"):
+            raise InputError(f"{table.blocks[block].name} was pinned to {tier!r}: give device, host or disk")
+
+
+def _read_beside_others(table: CostTable, pins: Mapping[int, Tier], reads: list[list[int]]) -> set[int]:
+    """Return the blocks to keep so that no access reads two streamed ones, which could not share a slot.
+
+    Of those read at once the one stays free that is pinned away from the device, else is read least often.
+    """
+    kept: set[int] = set()
+    for access in table.accesses:
+        free = [
+            block
+            for block in dict.fromkeys(access.blocks)
+            if block not in kept and not table.blocks[block].pinned_because and pins.get(block) != "device"
+        ]
+        free.sort(
+            key=lambda b: (b in pins, table.blocks[b].kind != "shared", -len(reads[b]), table.blocks[b].size_bytes)
+        )
+        kept.update(free[:-1])
+    return kept
 
 
 class Memory:

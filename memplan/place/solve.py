@@ -1,21 +1,17 @@
-"""The solver: even spreading over all counts, judged by the timeline.
-
-Every arrangement × number of recomputed modules that fits has a simple lower bound on its pass (its compute, and its
-bytes on each channel); the candidates are timed from the lowest on until none that is left can win. Ties go to fewer
-bytes moved, then to fewer recomputed modules.
-"""
+"""The solver: even spreading over all counts, judged by the timeline, and what it says where nothing fits."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 
 from memplan.analyze.graph import Activations
 from memplan.cost.table import CostTable
-from memplan.errors import DoesNotFitError, InputError
+from memplan.errors import DoesNotFitError
 from memplan.place.bound import window_bound
 from memplan.place.problem import Bytes, Memory, Problem, make_problem, policies_for
-from memplan.place.spread import Arrangement, Layout, arrangements, lay_out
+from memplan.place.search import Choice, arrangements, best
+from memplan.place.spread import Arrangement, lay_out
+from memplan.program.check import require
 from memplan.program.schema import (
     SCHEMA_VERSION,
     STAGING_BYTES,
@@ -32,20 +28,6 @@ from memplan.units import format_bytes
 
 _BINDS_SHARE = 0.01
 """A stall below this share of the pass is rounding of the real machine: compute binds."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Choice:
-    recomputed: int
-    arrangement: Arrangement
-    layout: Layout
-    policies: Mapping[str, Activations]
-    timeline: Timeline
-    moved_bytes: int
-
-    @property
-    def rank(self) -> tuple[float, int, int, int]:
-        return (self.timeline.pass_s, self.moved_bytes, self.recomputed, self.arrangement.device_bytes)
 
 
 def place(
@@ -66,72 +48,23 @@ def place(
     a pin that cannot be kept.
     """
     problem = make_problem(table, budgets, staging_bytes, pins or {})
-    for block, tier in problem.pins.items():
-        why = table.blocks[block].pinned_because
-        if tier != "device" and block in problem.resident:
-            raise InputError(
-                f"{table.blocks[block].name} was pinned to {tier}, but must stay on the device: {why or 'it is not read alone'}"
-            )
     memory = Memory(table)
-    levels = range(len(table.recomputable) + 1)
-    nonweight = [memory.at(policies_for(table, level)) for level in levels]
-    options = list(arrangements(problem))
-    choice = _best(problem, options, nonweight)
+    nonweight = [memory.at(policies_for(table, count)) for count in range(len(table.recomputable) + 1)]
+    options = arrangements(problem)
+    choice = best(problem, options, nonweight)
     if choice is None:
-        raise _does_not_fit(problem, options, nonweight, workload)
-    return _plan(problem, choice, nonweight[choice.recomputed], model, fingerprint, workload, hardware, notes)
-
-
-def _best(problem: Problem, options: list[Arrangement], nonweight: list[Bytes]) -> _Choice | None:
-    table, vram = problem.table, problem.budgets.vram_bytes
-    compute = [sum(durations(table, policies_for(table, level))) for level in range(len(nonweight))]
-    moved = {id(option): _moved(problem, option) for option in options}
-    candidates: list[tuple[float, int, int, int]] = []
-    for level, bytes_at in enumerate(nonweight):
-        room = vram - int(bytes_at.max())
-        for index, option in enumerate(options):
-            if option.device_bytes <= room:
-                host, disk = moved[id(option)]
-                least = max(compute[level], host / table.host_to_device_bytes_per_s, disk / table.disk_bytes_per_s)
-                candidates.append((least, host + disk, level, index))
-    candidates.sort()
-    best: _Choice | None = None
-    for least, _, level, index in candidates:
-        if best is not None and least > best.timeline.pass_s:
-            break
-        option = options[index]
-        policies = policies_for(table, level)
-        layout = lay_out(problem, option)
-        choice = _Choice(
-            recomputed=level,
-            arrangement=option,
-            layout=layout,
-            policies=policies,
-            timeline=replay(table, layout.items, layout.residences, policies),
-            moved_bytes=sum(moved[id(option)]),
-        )
-        if best is None or choice.rank < best.rank:
-            best = choice
-    return best
-
-
-def _moved(problem: Problem, option: Arrangement) -> tuple[int, int]:
-    """Return the bytes that a pass moves from the host and from the disk."""
-    host = disk = 0
-    for stay in lay_out(problem, option).residences:
-        if stay.begins == "load":
-            if stay.channel == "h2d":
-                host += problem.size(stay.item)
-            else:
-                disk += problem.size(stay.item)
-    return host, disk
+        every = [arrangement for listed in options.values() for arrangement in listed]
+        raise _does_not_fit(problem, every, nonweight, workload)
+    plan = _plan(problem, choice, nonweight[choice.recomputed], model, fingerprint, workload, hardware, notes)
+    require(plan)  # the judge shares no code with what made it
+    return plan
 
 
 # ---- what does not fit ----------------------------------------------------------------------------------------------
 
 
 def _does_not_fit(
-    problem: Problem, options: list[Arrangement], nonweight: list[Bytes], workload: Workload
+    problem: Problem, options: Sequence[Arrangement], nonweight: Sequence[Bytes], workload: Workload
 ) -> DoesNotFitError:
     budgets = problem.budgets
     asked = f"{problem_name(workload)} was to be trained in {format_bytes(budgets.vram_bytes)} of vram"
@@ -156,16 +89,21 @@ def _does_not_fit(
         f"{format_bytes(peak)} of activations, adapters and optimizer state at {where}{how}, beside weights of "
         f"{format_bytes(smallest.device_bytes)} ({format_bytes(smallest.slots_bytes)} of it slots)"
     )
+    fixed = sum(row.size_bytes for row in problem.table.fixed)
     tips = [f"give at least {format_bytes(least)} of vram ({least} bytes)"]
-    activations = peak - sum(row.size_bytes for row in problem.table.fixed)
-    if activations > smallest.device_bytes // 4:
+    no_staging = budgets.disk_bytes != 0 and budgets.ram_bytes < problem.staging_bytes
+    if no_staging:
+        staging = format_bytes(problem.staging_bytes)
+        limited += f"; the disk is read through {staging} of ram, and there are {format_bytes(budgets.ram_bytes)}"
+        tips.append(f"give at least {staging} of ram, so that blocks may be read from the disk")
+    elif smallest.device_bytes > 4 * smallest.slots_bytes and len(smallest.homes) < len(problem.stack):
+        tips.append("give more ram or a disk budget, so that more blocks may leave the device")
+    if fixed > least // 4:
+        tips.append("use a smaller adapter rank or an optimizer with less state")
+    if len(tips) < 2 or peak - fixed > smallest.device_bytes // 4:
         tips.append(
             "use a smaller micro-batch with more accumulation, or shorter sequences: activations shrink with them"
         )
-    if smallest.device_bytes > 4 * smallest.slots_bytes and len(smallest.homes) < len(problem.stack):
-        tips.append("give more ram or a disk budget, so that more blocks may leave the device")
-    if sum(row.size_bytes for row in problem.table.fixed) > least // 4:
-        tips.append("use a smaller adapter rank or an optimizer with less state")
     return DoesNotFitError(
         f"{asked}, but the least that works is {format_bytes(least)}: {limited}. To make it fit: {'; '.join(tips)}",
         least_vram_bytes=least,
@@ -184,7 +122,7 @@ def problem_name(workload: Workload) -> str:
 
 def _plan(
     problem: Problem,
-    choice: _Choice,
+    choice: Choice,
     nonweight: Bytes,
     model: str,
     fingerprint: str,
@@ -192,14 +130,17 @@ def _plan(
     hardware: str,
     notes: tuple[str, ...],
 ) -> Plan:
-    table, arrangement, timeline = problem.table, choice.arrangement, choice.timeline
+    table, arrangement = problem.table, choice.arrangement
+    policies = policies_for(table, choice.recomputed)
+    layout = lay_out(problem, arrangement)
+    timeline = replay(table, layout.items, layout.residences, policies)
     on_disk = arrangement.disk_bytes
     staging = problem.staging_bytes if on_disk else 0
     at = int(nonweight.argmax())
-    parts = _vram_parts(table, choice.policies, at)
+    parts = _vram_parts(table, policies, at)
     parts["weights"] = arrangement.device_bytes - arrangement.slots_bytes
     parts["slots"] = arrangement.slots_bytes
-    bound = window_bound(problem, durations(table, choice.policies), nonweight, on_disk > 0)
+    bound = window_bound(problem, durations(table, policies), nonweight, on_disk > 0)
     optimizer_s = sum(row.time_s for row in table.accesses if row.kind == "optimizer")
     prediction = Prediction(
         compute_s=timeline.compute_s,
@@ -207,7 +148,7 @@ def _plan(
         step_s=workload.accumulation * timeline.pass_s + optimizer_s,
         bound_s=max(bound, timeline.compute_s),
         stall_s=max(timeline.pass_s - timeline.compute_s, 0.0),
-        binds=_binds(choice, table),
+        binds=_binds(timeline),
         loads_per_pass=len(timeline.loads),
         loaded_bytes_per_pass=choice.moved_bytes,
         peaks=Peaks(
@@ -227,11 +168,11 @@ def _plan(
         budgets=problem.budgets,
         hardware=hardware,
         table=table,
-        items=choice.layout.items,
-        arenas=choice.layout.arenas,
-        addresses=choice.layout.addresses,
-        residences=choice.layout.residences,
-        activations=tuple(ActivationPolicy(module=m, activations=p) for m, p in choice.policies.items()),
+        items=layout.items,
+        arenas=layout.arenas,
+        addresses=layout.addresses,
+        residences=layout.residences,
+        activations=tuple(ActivationPolicy(module=m, activations=p) for m, p in policies.items()),
         prediction=prediction,
         staging_bytes=staging,
         notes=notes,
@@ -268,15 +209,15 @@ def _vram_parts(table: CostTable, policies: Mapping[str, Activations], at: int) 
     if transient >= 0:
         parts["workspace"] = transient
     else:  # the lifetimes that meet in this access are not all alive at its peak
-        parts["activations"] += transient
-        if parts["activations"] < 0:
-            parts["gradients"] += parts["activations"]
-            parts["activations"] = 0
+        owed = -transient
+        for kind in ("activations", "gradients", *parts):
+            taken = min(owed, parts[kind])
+            parts[kind] -= taken
+            owed -= taken
     return parts
 
 
-def _binds(choice: _Choice, table: CostTable) -> str:
-    timeline = choice.timeline
+def _binds(timeline: Timeline) -> str:
     if timeline.total_stall_s <= _BINDS_SHARE * timeline.pass_s:
         return "compute"
     busy = {"h2d": 0.0, "disk": 0.0, "d2h": 0.0}

@@ -7,12 +7,27 @@ turn-around is used again there. For N equal blocks with room for M that gives 2
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
+from typing import NamedTuple
 
 from memplan.place.problem import Problem, evenly, to_the_ends
 from memplan.program.schema import Address, Arena, Channel, Item, Residence, Segment, Tier
+
+
+class Shape(NamedTuple):
+    """A way to choose streamed blocks and to share slots; with a count of streamed layers it is an arrangement."""
+
+    specials: tuple[int, ...]
+    """Special blocks that are streamed too."""
+    spread: Callable[[int, int], tuple[int, ...]]
+    """Chooses the layers."""
+    slots: int
+    """Slots that rotate among the streamed blocks."""
+    apart: str
+    """``specials`` or ``disk``: these have slots of their own; empty: all rotate together."""
+    apart_slots: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -26,68 +41,148 @@ class Arrangement:
     """Of the device arena: residents and slots."""
     slots_bytes: int
     host_bytes: int
+    """Of the host arena."""
     disk_bytes: int
+    """Of the blocks whose home is the disk."""
 
 
-def arrangements(problem: Problem) -> Iterator[Arrangement]:
-    """Yield every arrangement tried: subsets of the special blocks × counts of streamed layers × one or two slots.
+class Stay(NamedTuple):
+    """One loaded stay of a block on the device; accesses as in :class:`memplan.program.schema.Residence`."""
 
-    Those whose homes the ``ram`` and ``disk`` budgets cannot hold are left out.
+    first_use: int
+    block: int
+    load_after: int
+    last_use: int
+
+
+def shapes(problem: Problem) -> Iterator[Shape]:
+    """Yield every shape tried.
+
+    Besides two slots in turn: one (the least room), three (blocks of unequal times or homes), big special blocks in a
+    slot of their own (else every layer's slot is as large), blocks from the disk in slots of their own (their long
+    loads then run ahead beside the host's).
     """
-    first = {block: a.index for a in reversed(problem.table.accesses) for block in a.blocks}
-    seen: set[tuple[tuple[int, ...], ...]] = set()
+    may_be_disk = problem.budgets.disk_bytes is None or problem.budgets.disk_bytes > 0
+    total = sum(problem.sizes_bytes[block] for block in (*problem.stack, *problem.specials, *problem.forced))
+    mixed = may_be_disk and problem.budgets.ram_bytes < total + problem.staging_bytes
+    mixed = mixed or "disk" in problem.pins.values()
     for mask in range(1 << len(problem.specials)):
         special = tuple(block for bit, block in enumerate(problem.specials) if mask >> bit & 1)
-        for count in range(len(problem.stack) + 1):
-            for spread, slots in product((to_the_ends, evenly), (2, 1)):
-                layers = tuple(problem.stack[index] for index in spread(count, len(problem.stack))) if count else ()
-                streamed = sorted({*layers, *special, *problem.forced}, key=lambda block: first[block])
-                taken = tuple(tuple(streamed[turn::slots]) for turn in range(slots))
-                # A block alone in a slot never leaves it: it is resident, unless it is pinned elsewhere.
-                kept = tuple(s for s in taken if len(s) > 1 or any(block in problem.pins for block in s))
-                if kept in seen:
-                    continue
-                seen.add(kept)
-                found = _arrange(problem, kept)
-                if found is not None:
-                    yield found
+        together = [(2, "", 0), (1, "", 0), (3, "", 0)]
+        if len(special) > 1:
+            together += [(2, "specials", 1), (1, "specials", 1), (3, "specials", 1)]
+        if mixed:
+            together += [(2, "disk", 1), (1, "disk", 1), (2, "disk", 2), (1, "disk", 2)]
+        for spread, (slots, apart, apart_slots) in product((to_the_ends, evenly), together):
+            yield Shape(special, spread, slots, apart, apart_slots)
 
 
-def _arrange(problem: Problem, slots: tuple[tuple[int, ...], ...]) -> Arrangement | None:
-    streamed = tuple(block for slot in slots for block in slot)
-    homes = _homes(problem, streamed)
+def arrange(problem: Problem, shape: Shape, count: int) -> Arrangement | None:
+    """Return a shape's arrangement with ``count`` streamed layers; None where ``ram`` and ``disk`` cannot hold it."""
+    layers = [problem.stack[index] for index in shape.spread(count, len(problem.stack))] if count else []
+    streamed = problem.in_order({*layers, *shape.specials, *problem.forced})
+    groups = [(streamed, shape.slots)]
+    if shape.apart == "specials":
+        own = set(shape.specials)
+        groups = [([b for b in streamed if b not in own], shape.slots), ([b for b in streamed if b in own], 1)]
+    elif shape.apart == "disk":
+        first_homes = _homes(problem, streamed)
+        if first_homes is None:
+            return None
+        own = {block for block in streamed if first_homes[block] == "disk"}
+        if not 0 < len(own) < len(streamed):
+            return None  # nothing to set apart: another shape has it
+        groups = [
+            ([b for b in streamed if b not in own], shape.slots),
+            ([b for b in streamed if b in own], shape.apart_slots),
+        ]
+    taken = [tuple(group[turn::slots]) for group, slots in groups for turn in range(slots)]
+    # A block alone in a slot never leaves it: it is resident, unless it is pinned elsewhere.
+    kept = tuple(slot for slot in taken if len(slot) > 1 or any(block in problem.pins for block in slot))
+    return _arranged(problem, kept)
+
+
+def _arranged(problem: Problem, slots: tuple[tuple[int, ...], ...]) -> Arrangement | None:
+    sizes = problem.sizes_bytes
+    moving = problem.in_order(block for slot in slots for block in slot)
+    homes = _homes(problem, moving)
     if homes is None:
         return None
-    slots_bytes = sum(max(problem.size(block) for block in slot) for slot in slots)
-    moving = set(streamed)
-    residents = sum(block.size_bytes for block in problem.table.blocks if block.id not in moving)
+    slots_bytes = sum(max([sizes[block] for block in slot]) for slot in slots)
     return Arrangement(
         slots=slots,
         homes=homes,
-        device_bytes=residents + slots_bytes,
+        device_bytes=sum(sizes) - sum([sizes[block] for block in moving]) + slots_bytes,
         slots_bytes=slots_bytes,
-        host_bytes=sum(problem.size(block) for block in streamed if homes[block] == "host"),
-        disk_bytes=sum(problem.size(block) for block in streamed if homes[block] == "disk"),
+        host_bytes=sum(sizes[block] for block in moving if homes[block] == "host"),
+        disk_bytes=sum(problem.size(block) for block in moving if homes[block] == "disk"),
     )
 
 
-def _homes(problem: Problem, streamed: tuple[int, ...]) -> dict[int, Tier] | None:
+def _homes(problem: Problem, streamed: Sequence[int]) -> dict[int, Tier] | None:
     """Return a home for each streamed block: RAM while it lasts, the disk for the rest, spread evenly among them."""
-    first = {block: a.index for a in reversed(problem.table.accesses) for block in a.blocks}
-    order = sorted(streamed, key=lambda block: first[block])
-    free = [block for block in order if block not in problem.pins]
-    pinned: dict[int, Tier] = {block: problem.pins[block] for block in order if block in problem.pins}
-    pinned_host = sum(problem.size(block) for block, tier in pinned.items() if tier == "host")
-    for count in range(len(free) + 1):
-        disk = {free[index] for index in evenly(count, len(free))} if count else set()
-        on_disk = sum(problem.size(block) for block in disk)
-        on_disk += sum(problem.size(block) for block, tier in pinned.items() if tier == "disk")
-        on_host = pinned_host + sum(problem.size(block) for block in free if block not in disk)
-        if on_host + (problem.staging_bytes if on_disk else 0) <= problem.budgets.ram_bytes:
-            if problem.budgets.disk_bytes is not None and on_disk > problem.budgets.disk_bytes:
-                return None
-            return {**{block: "disk" if block in disk else "host" for block in free}, **pinned}
-    return None
+    sizes, ram, disk_room = problem.sizes_bytes, problem.budgets.ram_bytes, problem.budgets.disk_bytes
+    pins = problem.pins
+    free = [block for block in streamed if block not in pins]
+    pinned: dict[int, Tier] = {block: pins[block] for block in streamed if block in pins}
+    disk_pinned = sum(problem.size(block) for block, tier in pinned.items() if tier == "disk")
+    host_pinned = sum(sizes[block] for block, tier in pinned.items() if tier == "host")
+    all_free = sum([sizes[block] for block in free])
+
+    def to_disk(count: int) -> set[int]:
+        return {free[index] for index in evenly(count, len(free))} if count else set()
+
+    def short(count: int) -> bool:
+        """Whether ``ram`` is too little with that many of the free blocks on disk."""
+        host = host_pinned + all_free - sum([sizes[block] for block in to_disk(count)])
+        return host + (problem.staging_bytes if count or disk_pinned else 0) > ram
+
+    low = 0
+    if short(0):
+        low, high = 1, len(free)  # the least count that RAM allows; as sizes differ, near it
+        if not free or short(high):
+            return None
+        while low < high:
+            middle = (low + high) // 2
+            low, high = (middle + 1, high) if short(middle) else (low, middle)
+    disk = to_disk(low)
+    if disk_room is not None and disk_pinned + sum(problem.size(block) for block in disk) > disk_room:
+        return None
+    homes: dict[int, Tier] = {block: "disk" if block in disk else "host" for block in free}
+    return homes | pinned
+
+
+def stays_of(problem: Problem, arrangement: Arrangement) -> list[Stay]:
+    """Return the loaded stays of an arrangement by first use: the earliest deadline first, which cannot deadlock."""
+    stays = [stay for slot in arrangement.slots for stay in _stays(problem, slot)]
+    stays.sort()
+    return stays
+
+
+def channel_of(tier: Tier) -> Channel:
+    """Return the channel over which a block comes from its home."""
+    return "h2d" if tier == "host" else "disk"
+
+
+def _stays(problem: Problem, slot: tuple[int, ...]) -> Iterator[Stay]:
+    """Yield the stays of a slot's blocks on the cycle."""
+    length = problem.length
+    uses = sorted([(index, block) for block in slot for index in problem.uses[block]])
+    if len(slot) == 1:  # pinned to the host or the disk, alone: it leaves at the end of each pass
+        yield Stay(uses[0][0], slot[0], uses[-1][0] - length, uses[-1][0])
+        return
+    begin = next(i for i in range(len(uses)) if uses[i][1] != uses[i - 1][1])
+    turned = uses[begin:] + [(index + length, block) for index, block in uses[:begin]]
+    before = turned[-1][0] - length
+    block, first_use, last_use = turned[0][1], turned[0][0], turned[0][0]
+    for index, reader in [*turned[1:], (-1, -1)]:
+        if reader == block:
+            last_use = index
+            continue
+        shift = length if first_use >= length else 0
+        yield Stay(first_use - shift, block, before - shift, last_use - shift)
+        before = last_use
+        block, first_use, last_use = reader, index, index
 
 
 # ---- what it says ---------------------------------------------------------------------------------------------------
@@ -105,7 +200,7 @@ class Layout:
 
 def lay_out(problem: Problem, arrangement: Arrangement) -> Layout:
     """Return items, arenas, addresses and residences of an arrangement. Item ids are block ids."""
-    blocks = problem.table.blocks
+    blocks, sizes = problem.table.blocks, problem.sizes_bytes
     homes = arrangement.homes
     items = tuple(
         Item(id=b.id, kind="weights", block=b.id, size_bytes=b.size_bytes, home=homes.get(b.id, "device"))
@@ -118,11 +213,11 @@ def lay_out(problem: Problem, arrangement: Arrangement) -> Layout:
         if block.id not in homes:
             addresses.append(Address(item=block.id, arena=0, offset_bytes=top, size_bytes=block.size_bytes))
             stays.append(_always(len(stays), block.id, 0, problem.length))
-            top += block.size_bytes
+            top += sizes[block.id]
     for slot in arrangement.slots:
         for moving in slot:
             addresses.append(Address(item=moving, arena=0, offset_bytes=top, size_bytes=problem.size(moving)))
-        top += max(problem.size(moving) for moving in slot)
+        top += max(sizes[moving] for moving in slot)
     arenas = [Arena(id=0, tier="device", segments=(Segment(offset_bytes=0, size_bytes=top),))]
     on_host = sorted(held for held, tier in homes.items() if tier == "host")
     if on_host:
@@ -130,25 +225,23 @@ def lay_out(problem: Problem, arrangement: Arrangement) -> Layout:
         for held in on_host:
             addresses.append(Address(item=held, arena=1, offset_bytes=top, size_bytes=problem.size(held)))
             stays.append(_always(len(stays), held, 1, problem.length))
-            top += problem.size(held)
+            top += sizes[held]
         arenas.append(Arena(id=1, tier="host", segments=(Segment(offset_bytes=0, size_bytes=top),)))
-    runs = [pair for slot in arrangement.slots for pair in _runs(problem, slot)]
-    runs.sort(key=lambda pair: pair[1][1])  # by first use: the earliest deadline first
     orders: dict[Channel, int] = {}
-    for moved, (load_after, first_use, last_use) in runs:
-        channel: Channel = "h2d" if homes[moved] == "host" else "disk"
+    for stay in stays_of(problem, arrangement):
+        channel = channel_of(homes[stay.block])
         stays.append(
             Residence(
                 id=len(stays),
-                item=moved,
+                item=stay.block,
                 arena=0,
                 begins="load",
                 source="staging" if channel == "disk" and problem.table.device == "cuda" else "home",
                 channel=channel,
                 order=orders.get(channel, 0),
-                load_after=load_after,
-                first_use=first_use,
-                last_use=last_use,
+                load_after=stay.load_after,
+                first_use=stay.first_use,
+                last_use=stay.last_use,
                 ends="drop",
             )
         )
@@ -170,26 +263,3 @@ def _always(index: int, item: int, arena: int, length: int) -> Residence:
         last_use=length - 1,
         ends="drop",
     )
-
-
-def _runs(problem: Problem, slot: tuple[int, ...]) -> Iterator[tuple[int, tuple[int, int, int]]]:
-    """Yield the stays of a slot's blocks on the cycle: block, (load_after, first_use, last_use)."""
-    length = problem.length
-    members = set(slot)
-    uses = [(a.index, block) for a in problem.table.accesses for block in a.blocks if block in members]
-    if len(members) == 1:  # pinned to the host or the disk, alone: it leaves at the end of each pass
-        yield slot[0], (uses[-1][0] - length, uses[0][0], uses[-1][0])
-        return
-    begin = next(i for i in range(len(uses)) if uses[i][1] != uses[i - 1][1])
-    turned = uses[begin:] + [(index + length, block) for index, block in uses[:begin]]
-    runs: list[tuple[int, int, int]] = []
-    for index, block in turned:
-        if runs and runs[-1][0] == block:
-            runs[-1] = (block, runs[-1][1], index)
-        else:
-            runs.append((block, index, index))
-    before = runs[-1][2] - length
-    for block, first_use, last_use in runs:
-        shift = length if first_use >= length else 0
-        yield block, (before - shift, first_use - shift, last_use - shift)
-        before = last_use

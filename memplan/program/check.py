@@ -70,7 +70,9 @@ def _references(plan: Plan) -> Iterator[str]:
         if not (0 <= stay.item < len(plan.items) and 0 <= stay.arena < len(plan.arenas)):
             yield f"residence {stay.id} is of item {stay.item} in arena {stay.arena}, which are not both there"
         source = stay.source.removeprefix("residence:")
-        if source != stay.source and not (source.isdecimal() and source.isascii() and int(source) < len(plan.residences)):
+        if source != stay.source and not (
+            source.isdecimal() and source.isascii() and int(source) < len(plan.residences)
+        ):
             yield f"residence {stay.id} comes from {stay.source}, which is not there"
     for life in table.lifetimes:
         if not 0 <= life.born <= life.last < len(table.accesses):
@@ -134,7 +136,9 @@ def _is_copy_of(plan: Plan, stay: Residence) -> bool:
     source = plan.residences[int(stay.source.removeprefix("residence:"))]
     if source.item != stay.item or plan.arenas[source.arena].tier != "host":
         return False
-    return source.begins == "always" or (source.first_use <= stay.load_after + 1 and source.last_use >= stay.first_use - 1)
+    return source.begins == "always" or (
+        source.first_use <= stay.load_after + 1 and source.last_use >= stay.first_use - 1
+    )
 
 
 def _expected_source(home: Tier, device: str) -> tuple[str, str]:

@@ -26,7 +26,9 @@ def encode(value: Plan | RunRecord) -> bytes:
     """
     strange = _not_finite(msgspec.to_builtins(value), "")
     if strange:
-        raise PlanFormatError(f"{strange} is NaN or infinite, which no file can hold: mend the rate or time it came from")
+        raise PlanFormatError(
+            f"{strange} is NaN or infinite, which no file can hold: mend the rate or time it came from"
+        )
     return msgspec.json.format(msgspec.json.encode(value), indent=1) + b"\n"
 
 

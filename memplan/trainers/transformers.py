@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import random
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -82,11 +82,8 @@ def wrap(
     model: Any = trainer.model
     args = trainer.args
     with contextlib.ExitStack() as undo:
-        if args.gradient_checkpointing and hasattr(model, "gradient_checkpointing_enable"):
-            # The trainer turns it on when training starts; the plan must see it before.
-            if not getattr(model, "is_gradient_checkpointing", False):
-                undo.callback(model.gradient_checkpointing_disable)
-            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=args.gradient_checkpointing_kwargs)
+        if args.gradient_checkpointing:
+            undo.callback(_checkpoint_activations(model, args.gradient_checkpointing_kwargs))
         if plan is None:
             optimizer = _OPTIMIZERS.get(str(getattr(args.optim, "value", args.optim)))
             if optimizer is None:
@@ -161,6 +158,14 @@ def placing(
     finally:
         _set(PreTrainedModel, "from_pretrained", original_load)
         _set(Trainer, "__init__", original_init)
+
+
+def _checkpoint_activations(model: Any, options: Any) -> Callable[[], None]:
+    """Turn on what the trainer would turn on when training starts: the plan must see it. Return what undoes it."""
+    name = "activation_checkpointing" if hasattr(model, "activation_checkpointing_enable") else "gradient_checkpointing"
+    getattr(model, f"{name}_enable")(options)
+    disable: Callable[[], None] = getattr(model, f"{name}_disable")
+    return disable
 
 
 def _set(owner: type, name: str, value: Any) -> None:

@@ -137,9 +137,57 @@ def test_addresses(plan, change, message):
         ({"first_use": 99}, "outside of the pass"),
         ({"last_use": 90}, "longer than a pass"),
         ({"source": "residence:999"}, "not there"),
+        ({"source": "residence:²"}, "not there"),
+        ({"source": "residence:0"}, "comes from"),
         ({"id": 3}, "calls itself 3"),
+        ({"begins": "made"}, "only ever read"),
+        ({"ends": "store"}, "only ever read"),
     ],
 )
 def test_residences(plan, change, message):
     stay = streamed(plan)[0]
     expect(replace(plan, residences=moved(plan.residences, stay.id, **change)), message)
+
+
+def test_a_copy_on_the_host_may_be_the_source(plan):
+    """Of the same item, and there as long as the load may run; anything else brings another block's bytes."""
+    stay = next(stay for stay in streamed(plan) if stay.channel == "h2d")
+    copies = [s for s in plan.residences if s.begins == "always" and plan.arenas[s.arena].tier == "host"]
+    own = next(copy for copy in copies if copy.item == stay.item)
+    other = next(copy for copy in copies if copy.item != stay.item)
+    named = moved(plan.residences, stay.id, source=f"residence:{own.id}")
+    assert check(replace(plan, residences=named)) == ()
+    expect(replace(plan, residences=moved(plan.residences, stay.id, source=f"residence:{other.id}")), "comes from")
+
+
+def test_numbers_with_which_nothing_could_run(plan):
+    expect(replace(plan, table=replace(plan.table, host_to_device_bytes_per_s=0.0)), "nothing could ever be loaded")
+    expect(replace(plan, workload=replace(plan.workload, accumulation=0)), "a step has 0 passes")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"vram_peak_at": 999}, "which is not there"),
+        ({"vram_peak_at": 0}, "bytes are needed, not"),
+        ({"loads_per_pass": 0}, "the residences are"),
+        ({"loaded_bytes_per_pass": 1}, "the residences are"),
+    ],
+)
+def test_a_prediction_of_another_plan(plan, change, message):
+    expect(replace(plan, prediction=replace(plan.prediction, **change)), message)
+
+
+def test_every_shift_of_a_load_is_seen_or_harmless(plan):
+    """Each stay is moved one access each way: whatever the judge lets pass still covers and never overlaps."""
+    length = len(plan.table.accesses)
+    for stay in streamed(plan):
+        for change in ({"load_after": stay.load_after - 1}, {"last_use": stay.last_use + 1}):
+            broken = replace(plan, residences=moved(plan.residences, stay.id, **change))
+            slots = {}
+            for other in streamed(broken):
+                address = next(a for a in plan.addresses if a.item == other.item and a.arena == 0)
+                for when in range(other.load_after + 1, other.last_use + 1):
+                    slots.setdefault((address.offset_bytes, when % length), []).append(other.id)
+            clash = any(len(found) > 1 for found in slots.values())  # equal blocks: same bytes means same offset
+            assert bool(check(broken)) == clash

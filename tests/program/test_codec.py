@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import re
 
 import pytest
+from msgspec.structs import replace
 
-from memplan.errors import PlanCheckError, PlanFormatError
+from memplan.errors import InputError, PlanCheckError, PlanFormatError
 from memplan.place.solve import place
+from memplan.program.codec import decode_plan, encode, schema
 from memplan.program.record import RunRecord
 from memplan.program.schema import Plan
 from tests.tables import MIB, NAMES, budgets, make_table
@@ -82,3 +85,63 @@ def test_paths_that_cannot_be_used(plan, tmp_path):
         Plan.load(tmp_path / "none.json")
     with pytest.raises(PlanFormatError, match="cannot be written"):
         plan.save(tmp_path / "no" / "folder" / "plan.json")
+
+
+def test_a_path_with_a_zero_byte(plan):
+    with pytest.raises(PlanFormatError, match="cannot be read"):
+        Plan.load("a\0b")
+    with pytest.raises(PlanFormatError, match="cannot be written"):
+        plan.save("a\0b")
+
+
+@pytest.mark.parametrize("number", [float("nan"), float("inf")])
+def test_numbers_that_json_has_no_word_for_are_not_written(plan, tmp_path, number):
+    with pytest.raises(PlanFormatError, match=r"prediction\.pass_s is NaN or infinite"):
+        replace(plan, prediction=replace(plan.prediction, pass_s=number)).save(tmp_path / "plan.json")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "bend",
+    [
+        lambda data: re.sub(rb'"pass_s": [0-9.e-]+', b'"pass_s": NaN', data),
+        lambda data: re.sub(rb'"pass_s": [0-9.e-]+', b'"pass_s": 1e999', data),
+        lambda data: data.decode().encode("utf-16"),
+        lambda data: b"\xef\xbb\xbf" + data,
+        lambda data: data.replace(b'"made"', b'"\xff"', 1),
+        lambda data: b"[" * 200_000,
+        lambda data: b"null",
+        lambda data: b"[]",
+        lambda data: data + data,
+    ],
+)
+def test_bytes_that_are_no_plan(plan, bend):
+    with pytest.raises(PlanFormatError):
+        decode_plan(bend(encode(plan)))
+
+
+def test_a_file_is_left_as_it_was_where_writing_fails(plan, tmp_path, monkeypatch):
+    plan.save(tmp_path / "plan.json")
+    before = (tmp_path / "plan.json").read_bytes()
+
+    def refuse(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.replace", refuse)
+    with pytest.raises(PlanFormatError, match="No space left"):
+        replace(plan, model="other").save(tmp_path / "plan.json")
+    assert [path.name for path in tmp_path.iterdir()] == ["plan.json"]
+    assert (tmp_path / "plan.json").read_bytes() == before
+
+
+def test_others_may_read_a_plan_as_the_umask_says(plan, tmp_path):
+    plan.save(tmp_path / "plan.json")
+    (tmp_path / "plain").write_text("")
+    assert (tmp_path / "plan.json").stat().st_mode == (tmp_path / "plain").stat().st_mode
+
+
+@pytest.mark.parametrize(("kind", "title"), [("plan", "Plan"), ("record", "RunRecord")])
+def test_schema(kind, title):
+    assert title in schema(kind)["$defs"]
+    with pytest.raises(InputError, match="there are plan and record"):
+        schema("recipe")

@@ -1,0 +1,124 @@
+"""The bound is the closed form where there is one, and never above what a plan really takes."""
+
+from __future__ import annotations
+
+import itertools
+import time
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from memplan.errors import DoesNotFitError
+from memplan.place.bound import window_bound
+from memplan.place.problem import Memory, make_problem
+from memplan.place.solve import place
+from memplan.program.schema import STAGING_BYTES
+from memplan.program.timeline import durations
+from tests.tables import MIB, NAMES, budgets, make_table
+
+X = 10 * MIB
+FLAT = {"saved_bytes": 0, "boundary_bytes": 0, "recomputable": False}  # the room is the same all along the pass
+
+
+def bound_of(table, given_budgets, disk_used=False):
+    problem = make_problem(table, given_budgets, STAGING_BYTES, {})
+    return window_bound(problem, durations(table, {}), Memory(table).at({}), disk_used)
+
+
+def rest_of(table):
+    return max(table.device_bytes_at(access.index, {}) for access in table.accesses)
+
+
+@pytest.mark.parametrize(("n", "m"), [(8, 3), (8, 5), (8, 7), (32, 3), (32, 10), (32, 24)])
+@pytest.mark.parametrize("link", [1e8, 1e9, 4e9])
+def test_the_closed_form_for_equal_blocks(n, m, link):
+    """max(Σf, (N-M)x + f_first + f_last) + max(Σb, (N-M)x + b_first + b_last), and the loss between."""
+    f, b, loss, x = 0.01, 0.02, 0.001, X / link
+    table = make_table([X] * n, forward_s=f, backward_s=b, link=link, **FLAT)
+    found = bound_of(table, budgets(rest_of(table) + m * X))
+    closed = max(n * f, (n - m) * x + 2 * f) + max(n * b, (n - m) * x + 2 * b)
+    assert closed <= found + 1e-9
+    assert found <= closed + 2 * loss + 1e-9  # the loss is an access of its own, beside which loads run
+
+
+def test_compute_alone_where_all_fits():
+    table = make_table([X] * 6, **FLAT)
+    assert bound_of(table, budgets(1 << 40)) == pytest.approx(sum(durations(table, {})))
+
+
+def test_as_the_longest_path_written_out():
+    """Paths over every chain of windows of one period, on a small case, from sums written out for themselves."""
+    table = make_table([X, 3 * X, 2 * X], forward_s=0.003, backward_s=0.005, link=1e9, **FLAT)
+    room = 4 * X
+    times, length = durations(table, {}), len(table.accesses)
+
+    def wait_s(p, q):
+        needed = {block for k in range(p + 1, q + 1) for block in table.accesses[k % length].blocks}
+        needed |= set(table.accesses[p % length].blocks)
+        return max(0, sum(table.blocks[block].size_bytes for block in needed) - room) / 1e9
+
+    longest = 0.0
+    for start in range(length):
+        inner = range(start + 1, start + length)
+        for count in range(length):
+            for stops in itertools.combinations(inner, count):
+                path = [start, *stops, start + length]
+                hops = itertools.pairwise(path)
+                longest = max(longest, sum(wait_s(p, q) + times[q % length] for p, q in hops))
+    assert bound_of(table, budgets(rest_of(table) + room)) == pytest.approx(longest)
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+@pytest.mark.parametrize("held", [0, 4, 7, 10])
+def test_two_links_at_once_are_not_bounded_by_one(device, held):
+    """Host and disk as fast as each other, both in use: together they bring twice as much."""
+    table = make_table([X] * 16, forward_s=1e-4, backward_s=1e-4, link=1e8, disk=1e8, device=device, **FLAT)
+    said = place(table, budgets(rest_of(table) + 4 * X, ram=held * X + STAGING_BYTES), **NAMES).prediction
+    assert said.bound_s <= said.pass_s * (1 + 1e-9)
+    assert said.bound_s >= 2 * (16 - 4) * X / 2e8
+
+
+def test_what_neither_tier_holds_comes_from_the_disk():
+    table = make_table([X] * 16, link=1e10, disk=1e8, **FLAT)
+    found = bound_of(table, budgets(rest_of(table) + 4 * X, ram=2 * X + STAGING_BYTES), disk_used=True)
+    assert found >= 2 * (16 - 4 - 2) * X / 1e8
+
+
+def test_a_hundred_and_sixty_accesses_take_a_moment():
+    table = make_table([X] * 80, link=1e9, **FLAT)
+    begin = time.process_time()
+    bound_of(table, budgets(rest_of(table) + 20 * X))
+    assert time.process_time() - begin < 1.0
+
+
+@settings(max_examples=120, deadline=None, derandomize=True)
+@given(
+    sizes=st.lists(st.integers(1, 40), min_size=2, max_size=8),
+    again=st.integers(0, 7),
+    times=st.tuples(st.floats(1e-4, 1e-2), st.floats(1e-4, 1e-2)),
+    saved=st.sampled_from([0, MIB]),
+    rates=st.tuples(st.sampled_from([1e7, 1e8, 1e9]), st.sampled_from([1e7, 1e8, 1e9])),
+    room=st.floats(0.2, 1.0),
+    ram=st.sampled_from([0.0, 0.3, 0.6, 100.0]),
+    device=st.sampled_from(["cpu", "cuda"]),
+)
+def test_never_above_a_plan(sizes, again, times, saved, rates, room, ram, device):
+    unit = 64 * 1024
+    reads = [(index,) for index in range(len(sizes))] + [(again % len(sizes),)]
+    table = make_table(
+        [size * unit for size in sizes],
+        reads,
+        forward_s=times[0],
+        backward_s=times[1],
+        saved_bytes=saved,
+        link=rates[0],
+        disk=rates[1],
+        device=device,
+    )
+    total = sum(sizes) * unit
+    try:
+        plan = place(table, budgets(rest_of(table) + int(total * room), ram=int(total * ram) + STAGING_BYTES), **NAMES)
+    except DoesNotFitError:
+        return
+    assert plan.prediction.bound_s <= plan.prediction.pass_s * (1 + 1e-9)

@@ -1,0 +1,65 @@
+"""The budget holds, by an independent count of live storages, and the prediction is what is then counted."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from memplan.run.attach import attach
+from tests.counting import LiveBytes, held_by
+from tests.run.test_parity import plan_for
+from tests.training import CHECKPOINTING, KINDS, batch_of, loss_of, make
+
+
+def counted_step(model, kind, accumulation=1):
+    """Return the peak of live device bytes in the second step, when the optimizer has its state."""
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
+
+    def step():
+        for micro in range(accumulation):
+            loss_of(model(**batch_of(kind, seed=micro))).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    step()
+    with LiveBytes(held_by(model, optimizer)) as count:
+        step()
+    return count.peak
+
+
+@pytest.mark.parametrize("options", [{}, {"dropout": 0.2}, {"accumulation": 4}], ids=["plain", "dropout", "accumulation"])
+@pytest.mark.parametrize("checkpointing", CHECKPOINTING)
+@pytest.mark.parametrize("kind", KINDS)
+def test_peak_is_within_budget_and_prediction(kind, checkpointing, options, tmp_path):
+    accumulation = options.get("accumulation", 1)
+    model = make(kind, checkpointing=checkpointing, dropout=options.get("dropout", 0.0))
+    plan = plan_for(model, kind, share=0.5, accumulation=accumulation)
+    with attach(model, plan, cache=tmp_path):
+        peak = counted_step(model, kind, accumulation)
+    assert peak <= plan.budgets.vram_bytes
+    assert plan.prediction.peaks.vram_bytes == pytest.approx(peak, rel=0.10)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.1, 0.2, 0.8, 1.0])
+@pytest.mark.parametrize("kind", KINDS)
+def test_all_budgets_from_the_least_on(kind, share, tmp_path):
+    """At the least, activations are recomputed and there is one slot."""
+    model = make(kind)
+    plan = plan_for(model, kind, share=share, tiers="all" if share < 1 else "host")
+    with attach(model, plan, cache=tmp_path):
+        peak = counted_step(model, kind)
+    assert peak <= plan.budgets.vram_bytes
+    assert plan.prediction.peaks.vram_bytes == pytest.approx(peak, rel=0.10)
+
+
+def test_the_handles_own_count_agrees(tmp_path):
+    model = make("llama")
+    plan = plan_for(model, "llama")
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
+    with attach(model, plan, cache=tmp_path) as handle:
+        for _ in range(2):
+            with handle.watch_memory(optimizer), LiveBytes(held_by(model, optimizer)) as count:
+                model(**batch_of("llama")).loss.backward()
+                optimizer.step()
+                optimizer.zero_grad()
+        assert handle.record.vram_peak_bytes == pytest.approx(count.peak, rel=0.001)
