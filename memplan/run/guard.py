@@ -7,7 +7,7 @@ latter from their slot. Trainers call ``.to`` all the same, mostly to where the 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NoReturn
+from typing import NoReturn
 
 import torch
 from torch import nn

@@ -27,7 +27,9 @@ def counted_step(model, kind, accumulation=1):
     return count.peak
 
 
-@pytest.mark.parametrize("options", [{}, {"dropout": 0.2}, {"accumulation": 4}], ids=["plain", "dropout", "accumulation"])
+@pytest.mark.parametrize(
+    "options", [{}, {"dropout": 0.2}, {"accumulation": 4}], ids=["plain", "dropout", "accumulation"]
+)
 @pytest.mark.parametrize("checkpointing", CHECKPOINTING)
 @pytest.mark.parametrize("kind", KINDS)
 def test_peak_is_within_budget_and_prediction(kind, checkpointing, options, tmp_path):

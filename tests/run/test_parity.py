@@ -22,7 +22,8 @@ from tests.training import CHECKPOINTING, CPU, KINDS, assert_equal, batch_of, lo
 def plan_for(model, kind, *, share=0.4, accumulation=1, tiers="all"):
     """A plan with ``share`` of the way from the least vram to all of it, homes on every tier.
 
-    The stages are called one by one, so that the model is traced once."""
+    The stages are called one by one, so that the model is traced once.
+    """
     graph = analyze(model, batch_of(kind), accumulation=accumulation, loss=loss_of)
     table = cost_table(graph, CPU)
     workload = Workload(batch={}, tokens=graph.tokens, accumulation=accumulation, optimizer="adamw", adapter="")

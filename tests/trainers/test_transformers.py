@@ -1,0 +1,198 @@
+"""A Trainer that exists, and one that is built while the model is placed: whole, wrapped and placed agree byte for byte."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
+
+import memplan
+from memplan.errors import CheckpointError, DoesNotFitError, InputError
+from memplan.run.arena import is_placeholder
+from memplan.run.attach import handle_of
+from memplan.units import MIB
+from tests.training import CPU
+
+ROWS, LENGTH = 12, 24
+
+
+class Rows(torch.utils.data.Dataset):
+    def __init__(self):
+        self.rows = torch.randint(1, 96, (ROWS, LENGTH), generator=torch.Generator().manual_seed(0))
+
+    def __len__(self):
+        return ROWS
+
+    def __getitem__(self, index):
+        return {"input_ids": self.rows[index], "labels": self.rows[index], "attention_mask": torch.ones(LENGTH)}
+
+
+class Exact(Trainer):
+    """Keeps each loss as it is; the log rounds it."""
+
+    def training_step(self, *args, **kwargs):
+        loss = super().training_step(*args, **kwargs)
+        self.__dict__.setdefault("exact", []).append(loss.item())
+        return loss
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("model")
+    torch.manual_seed(5)
+    config = LlamaConfig(
+        hidden_size=64, intermediate_size=176, num_hidden_layers=6, num_attention_heads=4, num_key_value_heads=2,
+        vocab_size=96, max_position_embeddings=64, dtype="float32", use_cache=False, tie_word_embeddings=False,
+        pad_token_id=0, bos_token_id=1, eos_token_id=2,
+    )  # fmt: skip
+    LlamaForCausalLM(config).save_pretrained(folder, max_shard_size="400KB")
+    assert len(list(folder.glob("*.safetensors"))) > 2
+    return folder
+
+
+def build(checkpoint, out, **arguments):
+    model = AutoModelForCausalLM.from_pretrained(checkpoint)
+    for parameter in model.parameters():
+        if not is_placeholder(parameter):
+            parameter.data = parameter.data.clone()  # [Note: alignment changes bits]
+    torch.manual_seed(6)
+    lora = LoraConfig(r=4, lora_dropout=0.1, target_modules="all-linear", init_lora_weights=False)
+    adapted = get_peft_model(model, lora)
+    args = TrainingArguments(
+        output_dir=str(out), max_steps=4, per_device_train_batch_size=2, learning_rate=1e-2, save_strategy="no",
+        report_to=[], disable_tqdm=True, use_cpu=True, seed=7, logging_steps=1, **arguments,
+    )  # fmt: skip
+    return Exact(model=adapted, args=args, train_dataset=Rows(), eval_dataset=Rows())
+
+
+def finish(trainer, out):
+    trainer.train()
+    trainer.model.save_pretrained(str(out))
+    return trainer.exact, (out / "adapter_model.safetensors").read_bytes()
+
+
+def budget(checkpoint, out, **arguments):
+    """A vram between the least and all."""
+    trainer = build(checkpoint, out, **arguments)
+    with pytest.raises(DoesNotFitError) as caught:
+        memplan.wrap(trainer, vram=1, ram="1GiB", hardware=CPU)
+    return caught.value.least_vram_bytes + MIB // 2
+
+
+CASES = [
+    {},
+    {"gradient_accumulation_steps": 2},
+    {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": False}},
+    {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": True}},
+    {"eval_strategy": "steps", "eval_steps": 2},
+]
+
+
+@pytest.mark.parametrize("arguments", CASES, ids=["plain", "accumulation", "checkpointing", "reentrant", "evaluation"])
+def test_whole_wrapped_and_placed_agree(checkpoint, tmp_path, arguments):
+    whole = finish(build(checkpoint, tmp_path / "whole", **arguments), tmp_path / "whole")
+    vram = budget(checkpoint, tmp_path / "budget", **arguments)
+
+    trainer = build(checkpoint, tmp_path / "wrapped", **arguments)
+    assert memplan.wrap(trainer, vram=vram, ram="1GiB", hardware=CPU, checked=True) is trainer
+    assert finish(trainer, tmp_path / "wrapped") == whole
+    record = trainer.memplan.record
+    assert record.loads > 0
+    assert record.passes == 4 * arguments.get("gradient_accumulation_steps", 1)
+
+    with memplan.placing(vram=vram, ram=0 + 17 * MIB, hardware=CPU, checked=True):
+        trainer = build(checkpoint, tmp_path / "placed", **arguments)
+    assert finish(trainer, tmp_path / "placed") == whole
+    assert handle_of(trainer.model) is trainer.memplan
+
+
+def test_placed_from_the_disk_alone(checkpoint, tmp_path):
+    """No RAM but the staging ring: every streamed block comes from the checkpoint's own files."""
+    whole = finish(build(checkpoint, tmp_path / "whole"), tmp_path / "whole")
+    pins = {f"layers.{index}": "disk" for index in range(6)}
+    with memplan.placing(vram="1GiB", ram="16MiB", hardware=CPU, pins=pins, checked=True):
+        trainer = build(checkpoint, tmp_path / "placed")
+    plan = trainer.memplan.plan
+    assert [item.home for item in plan.items].count("disk") == 6
+    assert plan.budgets.disk_bytes is None
+    assert finish(trainer, tmp_path / "placed") == whole
+
+
+def test_the_adapter_loads_in_stock_peft(checkpoint, tmp_path):
+    vram = budget(checkpoint, tmp_path / "budget")
+    with memplan.placing(vram=vram, ram="1GiB", hardware=CPU):
+        trainer = build(checkpoint, tmp_path / "placed")
+    finish(trainer, tmp_path / "placed")
+    loaded = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(checkpoint), tmp_path / "placed")
+    trained = {n: p for n, p in trainer.model.named_parameters() if p.requires_grad}
+    assert trained
+    for name, parameter in loaded.named_parameters():
+        if name in trained:
+            assert torch.equal(parameter, trained[name])
+
+
+def test_nothing_is_left_of_placing(checkpoint, tmp_path):
+    from transformers import PreTrainedModel
+
+    before = PreTrainedModel.__dict__["from_pretrained"], Trainer.__init__
+    with pytest.raises(DoesNotFitError), memplan.placing(vram=1, hardware=CPU):
+        build(checkpoint, tmp_path)
+    assert (PreTrainedModel.__dict__["from_pretrained"], Trainer.__init__) == before
+
+
+def test_a_failed_wrap_leaves_the_trainer_as_it_was(checkpoint, tmp_path):
+    whole = finish(build(checkpoint, tmp_path / "whole"), tmp_path / "whole")
+    trainer = build(checkpoint, tmp_path / "again")
+    with pytest.raises(DoesNotFitError):
+        memplan.wrap(trainer, vram=1, ram="1GiB", hardware=CPU)
+    with pytest.raises(InputError, match="is not a size"):
+        memplan.wrap(trainer, vram="12 apples", hardware=CPU)
+    assert "memplan" not in trainer.__dict__
+    assert not trainer.accelerator._dataloaders
+    assert finish(trainer, tmp_path / "again") == whole
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda folder: next(iter(sorted(folder.glob("*.safetensors")))).unlink(), "cannot be read"),
+        (lambda folder: truncate(sorted(folder.glob("*.safetensors"))[-1]), "truncated"),
+        (lambda folder: rename(folder), "holds no tensor"),
+    ],
+    ids=["missing shard", "truncated shard", "missing tensor"],
+)
+def test_bad_checkpoints(checkpoint, tmp_path, spoil, message):
+    import shutil
+
+    folder = tmp_path / "bad"
+    shutil.copytree(checkpoint, folder)
+    spoil(folder)
+    with memplan.placing(vram="1GiB", hardware=CPU), pytest.raises(CheckpointError, match=message):
+        AutoModelForCausalLM.from_pretrained(folder)
+
+
+def truncate(path):
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def rename(folder):
+    import json
+
+    index = json.loads((folder / "model.safetensors.index.json").read_text())
+    index["weight_map"].pop("model.norm.weight")
+    from safetensors.torch import load_file, save_file
+
+    for path in folder.glob("*.safetensors"):
+        tensors = load_file(path)
+        if tensors.pop("model.norm.weight", None) is not None:
+            save_file(tensors, path)
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+def test_options_that_placing_does_not_serve(checkpoint):
+    with memplan.placing(vram="1GiB", hardware=CPU):
+        with pytest.raises(InputError, match="device_map"):
+            AutoModelForCausalLM.from_pretrained(checkpoint, device_map="auto")
+        with pytest.raises(InputError, match="trust_remote_code"):
+            LlamaForCausalLM.from_pretrained(checkpoint, trust_remote_code=True)
