@@ -79,7 +79,8 @@ def make(kind: str, *, dropout: float = 0.0, checkpointing: str = "off", seed: i
         model = get_peft_model(base, lora)
         stacks = _stacks(kind, base)
     if checkpointing == "native":
-        base.gradient_checkpointing_enable({"use_reentrant": False})
+        name = "activation_checkpointing_enable"  # transformers 5.23's name for gradient_checkpointing_enable
+        getattr(base, name, base.gradient_checkpointing_enable)({"use_reentrant": False})
     elif checkpointing != "off":
         _require_input_gradients(model)
         for stack in stacks:

@@ -173,6 +173,7 @@ def attach(
         )
     if device.type == "cuda":
         device = torch.device("cuda", torch.cuda.current_device())
+    _supported(plan)
     parameters = _match(model, plan)
     triggers = _trigger_modules(model, plan)
     stored = _stored(model, checkpoint)
@@ -225,6 +226,16 @@ def materialise(model: nn.Module) -> Iterator[nn.Module]:
 def _forget(model: nn.Module) -> None:
     for module in model.modules():
         _HANDLES.pop(module, None)
+
+
+def _supported(plan: Plan) -> None:
+    """Refuse what the contract allows and this runtime does not do yet."""
+    for stay in plan.residences:
+        if stay.begins == "made" or stay.ends == "store" or stay.source.startswith("residence:"):
+            raise PlanMismatchError(
+                f"residence {stay.id} of the plan (begins {stay.begins}, from {stay.source or 'nowhere'}, ends "
+                f"{stay.ends}) is of a kind that this version cannot run: make the plan again with this version"
+            )
 
 
 def _match(model: nn.Module, plan: Plan) -> dict[str, nn.Parameter]:

@@ -80,11 +80,14 @@ def budget(checkpoint, out, **arguments):
     return caught.value.least_vram_bytes + MIB // 2
 
 
+CHECKPOINTING = (  # transformers 5.23 has another name for it
+    "activation_checkpointing" if hasattr(TrainingArguments, "activation_checkpointing") else "gradient_checkpointing"
+)
 CASES = [
     {},
     {"gradient_accumulation_steps": 2},
-    {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": False}},
-    {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": True}},
+    {CHECKPOINTING: True, f"{CHECKPOINTING}_kwargs": {"use_reentrant": False}},
+    {CHECKPOINTING: True, f"{CHECKPOINTING}_kwargs": {"use_reentrant": True}},
     {"eval_strategy": "steps", "eval_steps": 2},
 ]
 
