@@ -1,0 +1,97 @@
+"""The CUDA path: streams, events, page-locked homes. Left out where there is no CUDA device. Unproven until one ran it."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from msgspec.structs import replace
+
+from memplan.errors import StrayReadError
+from memplan.run.attach import attach
+from tests.run.test_parity import assert_forwards
+from tests.training import CPU, assert_equal, batch_of, loss_of, make, train
+
+pytestmark = pytest.mark.gpu
+
+CUDA = replace(CPU, name="test-cuda", device="cuda")
+
+
+@pytest.fixture(autouse=True)
+def deterministic(monkeypatch):
+    """Bitwise equality holds with deterministic kernels."""
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def plan_on_cuda(model, kind, share, monkeypatch):
+    from tests.run import test_parity
+
+    monkeypatch.setattr(test_parity, "CPU", CUDA)
+    return test_parity.plan_for(model, kind, share=share)
+
+
+def train_on_cuda(model, kind, monkeypatch, **options):
+    from tests import training
+
+    monkeypatch.setattr(
+        training, "batch_of", lambda *a, **k: {name: value.cuda() for name, value in batch_of(*a, **k).items()}
+    )
+    monkeypatch.setattr(training, "loss_of", lambda output: loss_on_cuda(output))
+    return train(model, kind, **options)
+
+
+def loss_on_cuda(output):
+    if isinstance(output, torch.Tensor):
+        target = (torch.arange(output.shape[1], device="cuda").expand(output.shape[:2]) % output.shape[-1]).flatten()
+        return torch.nn.functional.cross_entropy(output.flatten(0, 1), target)
+    return loss_of(output)
+
+
+@pytest.mark.parametrize("checked", [False, True], ids=["plain", "checked"])
+@pytest.mark.parametrize("share", [0.0, 0.4])
+@pytest.mark.parametrize("checkpointing", ["off", "inside-other", "inside-reentrant", "around-other"])
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "t5", "plain"])
+def test_three_steps(kind, checkpointing, share, checked, tmp_path, monkeypatch):
+    whole = train_on_cuda(make(kind, checkpointing=checkpointing).cuda(), kind, monkeypatch)
+    model = make(kind, checkpointing=checkpointing)
+    plan = plan_on_cuda(model, kind, share, monkeypatch)
+    with attach(model, plan, checked=checked, cache=tmp_path):
+        planned = train_on_cuda(model, kind, monkeypatch)
+    assert_equal(whole, planned)
+    again = {policy.module for policy in plan.activations if policy.activations == "recompute"}
+    assert_forwards(whole, planned, again, steps=3)
+
+
+def test_detach_gives_the_model_back_to_where_it_was(tmp_path, monkeypatch):
+    model = make("llama")
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    plan = plan_on_cuda(model, "llama", 0.4, monkeypatch)
+    with attach(model, plan, cache=tmp_path):
+        assert {p.device.type for p in model.parameters()} == {"cuda"}
+    for name, parameter in model.named_parameters():
+        assert parameter.device.type == "cpu"
+        assert torch.equal(parameter, before[name])
+
+
+def test_peak_is_within_the_budget(tmp_path, monkeypatch):
+    model = make("llama")
+    plan = plan_on_cuda(model, "llama", 0.4, monkeypatch)
+    with attach(model, plan, cache=tmp_path) as handle:
+        train_on_cuda(model, "llama", monkeypatch, steps=1)
+        torch.cuda.reset_peak_memory_stats()
+        train_on_cuda(model, "llama", monkeypatch, steps=2)
+        workspaces = 32 * 2**20  # cuBLAS's, which the profile of a real card counts as context
+        assert handle.record.vram_peak_bytes <= plan.budgets.vram_bytes + workspaces
+
+
+def test_a_stray_read_raises(tmp_path, monkeypatch):
+    model = make("llama")
+    plan = plan_on_cuda(model, "llama", 0.4, monkeypatch)
+    with attach(model, plan, checked=True, cache=tmp_path) as handle:
+        loss = model(**{name: value.cuda() for name, value in batch_of("llama").items()}).loss
+        handle._parts.conductor.quiesce()
+        handle._parts.conductor.backward_begins = lambda module, call: None
+        with pytest.raises(StrayReadError):
+            loss.backward()
