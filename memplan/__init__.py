@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from memplan.api import attach, materialise, plan, report
     from memplan.program.record import RunRecord
     from memplan.program.schema import Plan
-    from memplan.run.attach import Handle
+    from memplan.run.handle import Handle
     from memplan.trainers.transformers import placing, wrap
 
 __version__ = "0.1.0"
@@ -69,7 +69,7 @@ __all__ = [
 ]
 
 _HOMES = {
-    "Handle": "memplan.run.attach",
+    "Handle": "memplan.run.handle",
     "Plan": "memplan.program.schema",
     "RunRecord": "memplan.program.record",
     "attach": "memplan.api",

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 from memplan import hardware as hardware_profiles
 from memplan.checkpoint import has_checkpoint
-from memplan.errors import InputError, PlanMismatchError
+from memplan.errors import InputError
 from memplan.program.record import RunRecord
 from memplan.program.schema import STAGING_BYTES, Budgets, Plan, Tier, Workload
 from memplan.units import parse_size
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from memplan.hardware import HardwareProfile
-    from memplan.run.attach import Handle
+    from memplan.run.handle import Handle
 
 _TIERS: tuple[Tier, ...] = ("device", "host", "disk")
 
@@ -107,8 +107,8 @@ def attach(model: nn.Module, plan: Plan, **options: Any) -> Handle:
 
 
 def materialise(model: nn.Module) -> AbstractContextManager[nn.Module]:
-    """A context in which all weights are readable; see :func:`memplan.run.attach.materialise`."""
-    from memplan.run.attach import materialise
+    """A context in which all weights are readable; see :func:`memplan.run.handle.materialise`."""
+    from memplan.run.handle import materialise
 
     return materialise(model)
 
@@ -118,10 +118,6 @@ def report(plan: Plan, record: RunRecord | None = None, file: TextIO | None = No
 
     Raises PlanMismatchError where the record is of another model.
     """
-    if record is not None and record.fingerprint != plan.fingerprint:
-        raise PlanMismatchError(
-            "the record is of a run of another model than the plan: give the record that was saved beside this plan"
-        )
     from memplan.show.terminal import write
 
     write(plan, record, file)

@@ -27,7 +27,7 @@ from memplan import api, hardware
 from memplan.errors import InputError
 from memplan.program.record import RunRecord
 from memplan.program.schema import STAGING_BYTES, Plan
-from memplan.run.attach import handle_of
+from memplan.run.handle import handle_of
 from memplan.storages import StorageLedger
 from memplan.trainers.transformers import placing
 from memplan.units import align_up, format_bytes, format_seconds, parse_size
@@ -286,16 +286,7 @@ def _counted(model: torch.nn.Module, optimizer: Any, outcome: Outcome) -> Iterat
             yield
         outcome.peak_bytes = handle.record.vram_peak_bytes
     else:
-        ledger = StorageLedger()
-        for tensor in (*model.parameters(), *model.buffers()):
-            ledger.add(tensor)
-            if tensor.grad is not None:
-                ledger.add(tensor.grad)
-        for state in optimizer.state.values():
-            for value in state.values():
-                if isinstance(value, torch.Tensor):
-                    ledger.add(value)
-        with ledger:
+        with StorageLedger.of_training(model, optimizer) as ledger:
             yield
         outcome.peak_bytes = ledger.peak_bytes
 

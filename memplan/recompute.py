@@ -18,7 +18,6 @@ def wrap(module: nn.Module) -> Callable[[], None]:
     A key-value cache handed in is dropped while gradients are on: the recompute would write to it twice. Training
     does not read it.
     """
-    had = module.__dict__.get("forward")
     original = module.forward
 
     def forward(*args: Any, **kwargs: Any) -> Any:
@@ -30,6 +29,12 @@ def wrap(module: nn.Module) -> Callable[[], None]:
             kwargs["use_cache"] = False
         return checkpoint(original, *args, use_reentrant=False, **kwargs)
 
+    return replace_forward(module, forward)
+
+
+def replace_forward(module: nn.Module, forward: Callable[..., Any]) -> Callable[[], None]:
+    """Have this one module run ``forward``; return what undoes it."""
+    had = module.__dict__.get("forward")
     module.forward = forward
 
     def undo() -> None:

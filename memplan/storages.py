@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
+from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
 
@@ -52,6 +53,21 @@ class StorageLedger(TorchDispatchMode):
         self._ignored: dict[int, torch.UntypedStorage] = {}  # kept, lest their addresses be used again
         for tensor in ignore:
             self.ignore(tensor)
+
+    @classmethod
+    def of_training(
+        cls, model: nn.Module, optimizer: torch.optim.Optimizer | None = None, *more: torch.Tensor
+    ) -> StorageLedger:
+        """Return a ledger that counts what training holds already: weights, buffers, gradients, optimizer state."""
+        ledger = cls()
+        held: list[object] = [*more, *model.parameters(), *model.buffers()]
+        held += [parameter.grad for parameter in model.parameters()]
+        if optimizer is not None:
+            held += [value for state in optimizer.state.values() for value in state.values()]
+        for tensor in held:
+            if isinstance(tensor, torch.Tensor):
+                ledger.add(tensor)
+        return ledger
 
     # ---- what is told ----------------------------------------------------------------------------------------------
 

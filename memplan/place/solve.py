@@ -15,6 +15,7 @@ from memplan.program.check import require
 from memplan.program.schema import (
     SCHEMA_VERSION,
     STAGING_BYTES,
+    VRAM_KINDS,
     ActivationPolicy,
     Budgets,
     Peaks,
@@ -181,21 +182,7 @@ def _plan(
 
 def _vram_parts(table: CostTable, policies: Mapping[str, Activations], at: int) -> dict[str, int]:
     """Return the device bytes at an access by kind, frozen weights apart. None is negative."""
-    parts = dict.fromkeys(
-        (
-            "weights",
-            "slots",
-            "adapters",
-            "gradients",
-            "optimizer",
-            "buffers",
-            "batch",
-            "context",
-            "activations",
-            "workspace",
-        ),
-        0,
-    )
+    parts = dict.fromkeys(VRAM_KINDS, 0)
     for row in table.fixed:
         parts[row.kind] += row.size_bytes
     for life in table.lifetimes:

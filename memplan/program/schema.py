@@ -17,6 +17,22 @@ from memplan.cost.table import CostTable
 
 SCHEMA_VERSION = 1
 
+VRAM_KINDS = (
+    "weights",
+    "slots",
+    "adapters",
+    "gradients",
+    "optimizer",
+    "buffers",
+    "batch",
+    "context",
+    "activations",
+    "workspace",
+)
+"""What device bytes are counted by."""
+RAM_KINDS = ("weights", "staging")
+"""What host bytes are counted by."""
+
 STAGING_BYTES = 16 << 20
 """Host bytes through which a runtime reads the disk; counted in ``ram`` where any block's home is there."""
 

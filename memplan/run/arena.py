@@ -46,11 +46,43 @@ def poison(part: torch.Tensor) -> None:
     part.fill_(_POISON)
 
 
-def view(part: torch.Tensor, tensor: Tensor) -> torch.Tensor:
-    """Return ``tensor`` as a view of its block's byte range ``part``."""
+def view(part: torch.Tensor, tensor: Tensor, order: tuple[int, ...] | None = None) -> torch.Tensor:
+    """Return ``tensor`` as a view of its block's byte range ``part``; ``order`` as for :func:`shaped`."""
     with torch.inference_mode(False), torch.no_grad():
-        raw = part[tensor.offset_bytes : tensor.offset_bytes + tensor.size_bytes]
-        return raw.view(dtype_of(tensor.dtype)).view(tensor.shape)
+        return shaped(part[tensor.offset_bytes : tensor.offset_bytes + tensor.size_bytes], tensor, order)
+
+
+def shaped(raw: torch.Tensor, tensor: Tensor, order: tuple[int, ...] | None = None) -> torch.Tensor:
+    """Return the bytes ``raw`` (uint8, one dimension) as ``tensor``. ``order``: as :func:`memory_order` gave it."""
+    with torch.inference_mode(False), torch.no_grad():
+        values = raw.view(dtype_of(tensor.dtype))
+        if order is None:
+            return values.view(tensor.shape)
+        inverse = sorted(range(len(order)), key=order.__getitem__)
+        return values.view([tensor.shape[dim] for dim in order]).permute(inverse)
+
+
+def memory_order(tensor: torch.Tensor) -> tuple[int, ...] | None:
+    """Return the dimensions from the slowest to the fastest in memory; None where that is their own order.
+
+    [Note: strides change bits] A transposed weight goes another way through matmul than a contiguous copy of it, so it
+    keeps its order in an arena. One with gaps (a column of a larger tensor) becomes contiguous.
+    """
+    if tensor.is_contiguous():
+        return None
+    strides = tensor.stride()
+    order = tuple(sorted(range(tensor.ndim), key=lambda dim: (-strides[dim], dim)))
+    return order if tensor.permute(order).is_contiguous() else None
+
+
+def own_storage(part: torch.Tensor) -> torch.Tensor:
+    """Return the same memory (uint8, one dimension) under a storage of its own.
+
+    What saves a tensor saves its storage, and takes tensors of one storage for one tensor: neither is meant here.
+    """
+    with torch.inference_mode(False), torch.no_grad():
+        begin = part.storage_offset()
+        return part.new_empty(0).set_(part.untyped_storage()[begin : begin + part.numel()])
 
 
 class Placeholders:

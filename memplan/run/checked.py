@@ -15,6 +15,7 @@ from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
 
 from memplan.errors import StrayReadError
+from memplan.recompute import replace_forward
 from memplan.run.arena import Arena
 from memplan.run.conductor import Conductor, Streamed
 
@@ -34,7 +35,6 @@ class CheckedReads:
 
     def wrap(self, module: nn.Module, blocks: frozenset[int]) -> None:
         """Check what ``module``'s forward saves of ``blocks``, the streamed blocks that it reads."""
-        had = module.__dict__.get("forward")
         original = module.forward
 
         def forward(*args: Any, **kwargs: Any) -> Any:
@@ -42,15 +42,7 @@ class CheckedReads:
             with saved_tensors_hooks(self._packer(around, blocks), self._unpacker(around)):
                 return original(*args, **kwargs)
 
-        module.forward = forward
-
-        def undo() -> None:
-            if had is None:
-                del module.forward
-            else:
-                module.forward = had
-
-        self._undo.append(undo)
+        self._undo.append(replace_forward(module, forward))
 
     def remove(self) -> None:
         """Unwrap in the reverse order."""

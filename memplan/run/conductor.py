@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 
+from memplan.errors import RunError
 from memplan.program.record import BlockRecord, RunRecord
 from memplan.program.schema import SCHEMA_VERSION, Channel, Plan
 from memplan.run.sequence import Sequence
@@ -86,6 +87,7 @@ class Conductor:
         self._next = {channel: -len(loads) for channel, loads in self._sequence.loads.items()}
         self._pinned: frozenset[int] = frozenset()
         self._closed = False
+        self._paused = ""
         self._passes = _Passes()
         self._off_sequence = 0
         self._began: float | None = None
@@ -97,6 +99,8 @@ class Conductor:
         with self._lock:
             if self._closed:
                 return -1
+            if self._paused:
+                raise RunError(f"the model was called {self._paused}, where its weights are only read: call it outside")
             if in_backward:
                 return self._recompute_begins(module)
             position = self._sequence.next_forward(module, self._now)
@@ -116,8 +120,11 @@ class Conductor:
 
     def backward_begins(self, module: str, call: int) -> None:
         with self._lock:
-            if self._closed:
-                return
+            if self._closed or self._paused:
+                raise RunError(
+                    f"a backward came to {module} {self._paused or 'after detach()'}, but its forward was before: what it "
+                    "read is no longer there. Finish the backward first"
+                )
             cycle, index = divmod(call, self._sequence.length)
             backward = self._sequence.backward_of.get(index)
             position = None if backward is None else cycle * self._sequence.length + backward
@@ -285,17 +292,26 @@ class Conductor:
         """Whether a streamed block may be read now (checked mode)."""
         return self._streamed[block].usable
 
-    def quiesce(self) -> None:
-        """Have every load finish and every block away, so that their bytes may be read or given back."""
+    def pause(self, where: str) -> None:
+        """Have every load finish, every block away, and every access refused until ``resume``."""
         with self._lock:
-            for streamed in self._streamed.values():
-                self._evict(streamed)
+            self._quiesce()
+            self._paused = where
+
+    def resume(self) -> None:
+        """Serve again."""
+        with self._lock:
+            self._paused = ""
+
+    def _quiesce(self) -> None:
+        for streamed in self._streamed.values():
+            self._evict(streamed)
 
     def close(self) -> None:
-        """Stop serving. Backwards of calls made before meet placeholders."""
+        """Stop serving. A backward of a call made before raises."""
         with self._lock:
             try:
-                self.quiesce()
+                self._quiesce()
             finally:
                 self._closed = True
                 self._transfers.close()

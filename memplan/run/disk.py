@@ -11,6 +11,7 @@ import errno
 import mmap
 import os
 import threading
+import weakref
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -81,6 +82,7 @@ class DiskReader:
         self._pool = ThreadPoolExecutor(_READERS, thread_name_prefix="memplan-disk")
         self._files: dict[str, _File] = {}
         self._local = threading.local()
+        weakref.finalize(self, _close, self._files)
 
     def open(self, extents: Iterable[Extent]) -> None:
         """Open the files and check that each extent lies within its file. Raises CheckpointError."""
@@ -100,16 +102,9 @@ class DiskReader:
         Raises TransferError where a file has changed or cannot be read.
         """
         pieces = []
-        checked = set()
+        checked: dict[str, _File] = {}
         for extent, destination in extents:
-            file = self._files[extent.path]
-            if extent.path not in checked:
-                checked.add(extent.path)
-                if not file.unchanged():
-                    raise TransferError(
-                        f"{what} was to be read from {extent.path}, which has changed since training began: "
-                        "stop, restore the file, and resume from the last checkpoint of the adapter"
-                    )
+            file = checked.get(extent.path) or checked.setdefault(extent.path, self._unchanged(extent, what))
             for start in range(0, extent.size_bytes, _PIECE_BYTES):
                 stop = min(start + _PIECE_BYTES, extent.size_bytes)
                 pieces.append(
@@ -123,6 +118,28 @@ class DiskReader:
                 failure = failure or error
         if failure is not None:
             raise TransferError(f"{what} could not be read: {failure}; check the disk and the file") from failure
+
+    def mapped(self, extent: Extent, what: str) -> Bytes:
+        """Return an extent mapped into memory, privately: nothing is read before it is looked at.
+
+        For what may never be looked at (the entries of a ``state_dict``). Raises TransferError as ``read`` does.
+        """
+        file = self._unchanged(extent, what)
+        begin = extent.file_offset_bytes // mmap.ALLOCATIONGRANULARITY * mmap.ALLOCATIONGRANULARITY
+        skipped = extent.file_offset_bytes - begin
+        if extent.size_bytes == 0:
+            return np.empty(0, np.uint8)
+        pages = mmap.mmap(file.buffered, skipped + extent.size_bytes, access=mmap.ACCESS_COPY, offset=begin)
+        return np.frombuffer(pages, np.uint8, extent.size_bytes, skipped)
+
+    def _unchanged(self, extent: Extent, what: str) -> _File:
+        file = self._files[extent.path]
+        if not file.unchanged():
+            raise TransferError(
+                f"{what} was to be read from {extent.path}, which has changed since training began: "
+                "stop, restore the file, and resume from the last checkpoint of the adapter"
+            )
+        return file
 
     def _piece(self, file: _File, offset: int, destination: Bytes) -> None:
         begin = offset // _PAGE_BYTES * _PAGE_BYTES
@@ -157,9 +174,12 @@ class DiskReader:
     def close(self) -> None:
         """End the threads and close the files."""
         self._pool.shutdown(wait=True, cancel_futures=True)
-        for file in self._files.values():
-            file.close()
-        self._files.clear()
+        _close(self._files)
+
+
+def _close(files: dict[str, _File]) -> None:
+    while files:
+        files.popitem()[1].close()
 
 
 def copy_bytes(destination: Bytes, source: Bytes) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import shutil
 import tempfile
+import weakref
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -18,8 +19,9 @@ from torch import nn
 from memplan.analyze.graph import Block, Tensor
 from memplan.checkpoint import StoredTensor
 from memplan.errors import CheckpointError, InputError
-from memplan.run.arena import dtype_of, is_placeholder, view
+from memplan.run.arena import dtype_of, is_placeholder, memory_order, own_storage, shaped, view
 from memplan.run.disk import Bytes, DiskReader, Extent, pack
+from memplan.run.transfer import HostSource, Source
 from memplan.units import MIB, format_bytes
 
 _COMPARE_BYTES = 16 * MIB
@@ -29,9 +31,11 @@ Checkpoint = Mapping[str, StoredTensor]
 
 
 def as_bytes(tensor: torch.Tensor) -> torch.Tensor:
-    """Return a tensor's bytes in order, without a copy where it is contiguous."""
+    """Return a tensor's bytes as they lie in memory, without a copy unless it has gaps."""
     with torch.no_grad():
-        return tensor.detach().contiguous().reshape(-1).view(torch.uint8)
+        order = memory_order(tensor)
+        held = tensor.detach() if order is None else tensor.detach().permute(order)
+        return held.contiguous().reshape(-1).view(torch.uint8)
 
 
 def is_away(parameter: nn.Parameter) -> bool:
@@ -123,6 +127,8 @@ class BlockFiles:
                 "free: free some, set MEMPLAN_CACHE to another disk, or give more ram"
             )
         self.folder = Path(tempfile.mkdtemp(prefix="blocks-", dir=folder))
+        # Where nobody detaches, they go with this object, at the latest with the process.
+        self.remove = weakref.finalize(self, shutil.rmtree, self.folder, ignore_errors=True)
 
     def write(self, block: Block, weights: Weights) -> tuple[tuple[Extent, int], ...]:
         """Write a block in its layout; return where its tensors lie."""
@@ -131,18 +137,64 @@ class BlockFiles:
         path = pack(self.folder, f"{block.id}.bin", [layout.numpy()])
         return ((Extent(path=str(path), file_offset_bytes=0, size_bytes=block.size_bytes), 0),)
 
-    def remove(self) -> None:
-        """Delete the files."""
-        shutil.rmtree(self.folder, ignore_errors=True)
 
+class Home:
+    """A block's permanent copy, and its tensors as anyone may read them there."""
 
-def restore(block: Block, part: torch.Tensor, parameters: Parameters, devices: Mapping[str, torch.device]) -> None:
-    """Give a block's parameters tensors of their own with the bytes of ``part``, on the devices they came from."""
-    with torch.inference_mode(False), torch.no_grad():
-        for tensor in block.tensors:
-            value = torch.empty(tensor.shape, dtype=dtype_of(tensor.dtype), device=devices[tensor.name])
-            value.copy_(view(part, tensor))
-            parameters[tensor.name].data = value
+    def __init__(self, block: Block, source: Source, parameters: Parameters) -> None:
+        self.block = block
+        self.source = source
+        self._parameters = {tensor.name: parameters[tensor.name] for tensor in block.tensors}
+        self.orders = {
+            name: None if is_away(parameter) else memory_order(parameter)
+            for name, parameter in self._parameters.items()
+        }
+        # What each parameter was: its placeholder where it held no weights, else the device that it was on.
+        self._were = {
+            name: parameter.data if is_away(parameter) else parameter.device
+            for name, parameter in self._parameters.items()
+        }
+
+    def tensor(self, tensor: Tensor) -> torch.Tensor:
+        """Return one tensor with a storage of its own and without a copy: where the block lies, or mapped from disk."""
+        return shaped(self._raw(tensor), tensor, self.orders[tensor.name])
+
+    def _raw(self, tensor: Tensor) -> torch.Tensor:
+        begin, end = tensor.offset_bytes, tensor.offset_bytes + tensor.size_bytes
+        if isinstance(self.source, HostSource):
+            return own_storage(self.source.part[begin:end])
+        for extent, offset in self.source.extents:
+            if offset <= begin and end <= offset + extent.size_bytes:
+                part = Extent(
+                    path=extent.path,
+                    file_offset_bytes=extent.file_offset_bytes + begin - offset,
+                    size_bytes=tensor.size_bytes,
+                )
+                return torch.from_numpy(self.source.reader.mapped(part, f"the block {self.block.name}"))
+        raise AssertionError(f"no extent holds {tensor.name}")
+
+    def give_back(self) -> None:
+        """Give the parameters back what they were: tensors of their own with their weights, or their placeholders.
+
+        Raises TransferError where a block cannot be read from disk.
+        """
+        held: torch.Tensor | None = None
+        for tensor in self.block.tensors:
+            parameter, was = self._parameters[tensor.name], self._were[tensor.name]
+            if isinstance(was, torch.Tensor):
+                parameter.data = was
+                continue
+            if held is None:
+                held = self._layout()
+            with torch.inference_mode(False), torch.no_grad():
+                parameter.data = view(held, tensor, self.orders[tensor.name]).to(was, copy=True)
+
+    def _layout(self) -> torch.Tensor:
+        if isinstance(self.source, HostSource):
+            return self.source.part
+        held = torch.empty(self.block.size_bytes, dtype=torch.uint8)
+        self.source.read(held.numpy())
+        return held
 
 
 def _extent(stored: StoredTensor) -> Extent:

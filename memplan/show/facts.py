@@ -12,20 +12,6 @@ if TYPE_CHECKING:
     from memplan.program.record import RunRecord
     from memplan.program.schema import Plan, Tier
 
-VRAM_KINDS = (
-    "weights",
-    "slots",
-    "adapters",
-    "gradients",
-    "optimizer",
-    "buffers",
-    "batch",
-    "context",
-    "activations",
-    "workspace",
-)
-RAM_KINDS = ("weights", "staging")
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BlockFact:

@@ -17,6 +17,7 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
+from memplan.program.schema import RAM_KINDS, VRAM_KINDS
 from memplan.show import facts as said
 from memplan.show.facts import as_dict, failure_dict
 from memplan.show.glyphs import PLAIN, RICH, Glyphs
@@ -165,7 +166,7 @@ class _Page:
         plan = self.plan
         prediction, budgets, peaks = plan.prediction, plan.budgets, plan.prediction.peaks
         table = _table("Memory", "vram", "ram", "disk")
-        known = dict.fromkeys((*said.VRAM_KINDS, *said.RAM_KINDS, *prediction.vram_parts, *prediction.ram_parts))
+        known = dict.fromkeys((*VRAM_KINDS, *RAM_KINDS, *prediction.vram_parts, *prediction.ram_parts))
         for kind in known:
             row = (
                 prediction.vram_parts.get(kind, 0),

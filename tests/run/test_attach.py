@@ -227,7 +227,8 @@ def test_a_stray_read_is_loud(model, plan, tmp_path):
         away = next(b for b in plan.table.blocks if plan.home_of(b.id) != "device")
         parameters = {canonical(n): p for n, p in model.named_parameters()}
         assert parameters[away.tensors[0].name].isnan().all()
-        handle._parts.conductor.quiesce()
+        handle._parts.conductor.pause("here")
+        handle._parts.conductor.resume()
         loss = model(**batch_of("llama")).loss
         handle._parts.conductor.backward_begins = lambda module, call: None
         with pytest.raises(StrayReadError, match="while the block was away"):

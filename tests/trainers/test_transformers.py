@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Tr
 import memplan
 from memplan.errors import CheckpointError, DoesNotFitError, InputError
 from memplan.run.arena import is_placeholder
-from memplan.run.attach import handle_of
+from memplan.run.handle import handle_of
 from memplan.units import MIB
 from tests.training import CPU
 

@@ -1,0 +1,96 @@
+"""Whether a plan is for this model, and what of the model it speaks of. Nothing is changed here."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from torch import nn
+
+from memplan.checkpoint import StoredTensor, has_checkpoint, read_checkpoint
+from memplan.errors import ModelError, PlanMismatchError
+from memplan.names import canonical
+from memplan.program.schema import Plan
+from memplan.run.arena import dtype_of
+from memplan.units import format_bytes
+
+
+def require_supported(plan: Plan) -> None:
+    """Refuse what the contract allows and this runtime does not do yet."""
+    for stay in plan.residences:
+        if stay.begins == "made" or stay.ends == "store" or stay.source.startswith("residence:"):
+            raise PlanMismatchError(
+                f"residence {stay.id} of the plan (begins {stay.begins}, from {stay.source or 'nowhere'}, ends "
+                f"{stay.ends}) is of a kind that this version cannot run: make the plan again with this version"
+            )
+
+
+def match_parameters(model: nn.Module, plan: Plan) -> dict[str, nn.Parameter]:
+    """Return the model's parameters by canonical name, having checked that the plan is for this model."""
+    for name, module in model.named_modules():
+        if hasattr(module, "_hf_hook"):
+            raise ModelError(
+                f"the module {canonical(name)} is hooked by accelerate (device_map or cpu_offload), which would move "
+                "the same weights: load the model without device_map"
+            )
+    parameters: dict[str, nn.Parameter] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        parameters.setdefault(canonical(name), parameter)
+    planned = set()
+    for block in plan.table.blocks:
+        for tensor in block.tensors:
+            found = parameters.get(tensor.name)
+            if found is None:
+                raise PlanMismatchError(
+                    f"the plan is for another model ({plan.model}): it places {tensor.name}, which this model lacks; "
+                    "make a plan for this model"
+                )
+            if tuple(found.shape) != tensor.shape or found.dtype != dtype_of(tensor.dtype):
+                raise PlanMismatchError(
+                    f"the plan is for another model ({plan.model}): it has {tensor.name} as {tensor.dtype} "
+                    f"{tensor.shape}, this model as {str(found.dtype).removeprefix('torch.')} {tuple(found.shape)}"
+                )
+            if found.requires_grad:
+                raise PlanMismatchError(f"the plan streams {tensor.name}, which this model trains: make a new plan")
+            planned.add(id(found))
+    for name, parameter in parameters.items():
+        if not parameter.requires_grad and id(parameter) not in planned:
+            raise PlanMismatchError(
+                f"the model's frozen parameter {name} is not in the plan, which is for {plan.model}: make a new plan"
+            )
+    trained = {id(p): p.numel() * p.element_size() for p in parameters.values() if p.requires_grad}
+    counted = sum(row.size_bytes for row in plan.table.fixed if row.kind == "adapters")
+    if sum(trained.values()) > counted:
+        raise PlanMismatchError(
+            f"the model trains {format_bytes(sum(trained.values()))}, the plan counts {format_bytes(counted)} of "
+            "adapters: make a plan with this adapter"
+        )
+    return parameters
+
+
+def trigger_modules(model: nn.Module, plan: Plan) -> dict[str, nn.Module]:
+    modules = {canonical(name): module for name, module in model.named_modules()}
+    wanted = dict.fromkeys(access.module for access in plan.table.accesses if access.module)
+    missing = [name for name in wanted if name not in modules]
+    if missing:
+        raise PlanMismatchError(f"the plan watches the module {missing[0]}, which this model lacks: make a new plan")
+    return {name: modules[name] for name in wanted}
+
+
+def stored_tensors(model: nn.Module, checkpoint: str | Path | None) -> dict[str, StoredTensor]:
+    """Return the tensors of the checkpoint's files by canonical name; empty where there are none."""
+    if checkpoint is not None:
+        found = read_checkpoint(checkpoint)
+    else:
+        folder = getattr(getattr(model, "config", None), "_name_or_path", None)
+        if folder is None or not has_checkpoint(folder):
+            return {}
+        found = read_checkpoint(folder)
+    stored = {canonical(name): tensor for name, tensor in found.items()}
+    aliases: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        aliases.setdefault(id(parameter), []).append(canonical(name))
+    for names in aliases.values():  # a tied tensor is stored once, under any of its names
+        held = next((stored[name] for name in names if name in stored), None)
+        if held is not None:
+            stored.update(dict.fromkeys(names, held))
+    return stored

@@ -1,0 +1,243 @@
+"""Saving, loading, copying, merging and leaving while weights are streamed: right or refused, and nothing stays behind."""
+
+from __future__ import annotations
+
+import gc
+import os
+import threading
+import weakref
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+import memplan
+from memplan.errors import MovedWeightsError, RunError
+from memplan.run.attach import attach
+from tests.run.test_parity import plan_for
+from tests.training import CPU, VOCABULARY, assert_equal, batch_of, loss_of, make, train
+
+
+@pytest.fixture
+def model():
+    return make("llama")
+
+
+@pytest.fixture
+def plan(model):
+    return plan_for(model, "llama")
+
+
+@pytest.fixture
+def weights(model):
+    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+
+def assert_holds(found, weights):
+    assert found.keys() == weights.keys()
+    for name, tensor in weights.items():
+        assert torch.equal(found[name], tensor), name
+
+
+def test_a_state_dict_holds_true_weights(model, plan, weights, tmp_path):
+    with attach(model, plan, cache=tmp_path):
+        assert any(p.isnan().any() for p in model.parameters())
+        assert_holds(model.state_dict(), weights)
+        train(model, "llama", steps=1)
+        frozen = {name: tensor for name, tensor in weights.items() if "lora" not in name}
+        assert_holds({n: t for n, t in model.state_dict().items() if "lora" not in n}, frozen)
+        assert any(p.isnan().any() for p in model.parameters())
+
+
+def test_files_that_others_write_hold_true_weights(model, plan, weights, tmp_path):
+    with attach(model, plan, cache=tmp_path):
+        torch.save(model.state_dict(), tmp_path / "state.pt")
+        save_file(model.state_dict(), tmp_path / "state.safetensors")
+        model.get_base_model().save_pretrained(tmp_path / "base")
+        model.save_pretrained(tmp_path / "adapter", save_embedding_layers=True)
+    assert_holds(torch.load(tmp_path / "state.pt"), weights)
+    assert_holds(load_file(tmp_path / "state.safetensors"), weights)
+    by_end = {name.removeprefix("base_model.model."): tensor for name, tensor in weights.items()}
+    assert_holds(load_file(tmp_path / "base" / "model.safetensors"), by_end)
+    adapter = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    assert any("embed" in name for name in adapter)
+    assert not any(tensor.isnan().any() for tensor in adapter.values())
+
+
+def test_a_state_dict_may_come_back_but_no_other(model, plan, weights, tmp_path):
+    whole = make("llama")
+    with attach(model, plan, cache=tmp_path):
+        model.load_state_dict(weights)
+        model.load_state_dict({n: t for n, t in weights.items() if "lora" in n}, strict=False)
+        with pytest.raises(RuntimeError, match="Missing key"):
+            model.load_state_dict({n: t for n, t in weights.items() if "layers.3.mlp" not in n})
+        with pytest.raises(MovedWeightsError, match=r"layers\.3.*detach"):
+            model.load_state_dict({n: t + 1 if "layers.3.mlp" in n else t for n, t in weights.items()})
+        assert_equal(train(whole, "llama"), train(model, "llama"))
+
+
+@pytest.mark.parametrize("merge", ["merge_adapter", "merge_and_unload"])
+def test_merging_is_refused(model, plan, weights, tmp_path, merge):
+    with attach(model, plan, cache=tmp_path):
+        with pytest.raises(RunError, match="detach"):
+            getattr(model, merge)()
+        with memplan.materialise(model), pytest.raises(RunError, match="detach"):
+            getattr(model, merge)()
+    assert_holds(model.state_dict(), weights)
+    getattr(model, merge)()
+
+
+def test_materialise_reads_and_does_not_run(model, plan, weights, tmp_path):
+    with attach(model, plan, cache=tmp_path):
+        with memplan.materialise(model), memplan.materialise(model):
+            assert_holds(dict(model.named_parameters()), weights)
+            with pytest.raises(RunError, match="inside materialise"):
+                model(**batch_of("llama"))
+        with memplan.materialise(model):
+            pass
+        assert_equal(train(make("llama"), "llama"), train(model, "llama"))
+
+
+def test_a_backward_after_detach_is_refused(model, plan, tmp_path):
+    handle = attach(model, plan, cache=tmp_path)
+    loss = loss_of(model(**batch_of("llama")))
+    handle.detach()
+    with pytest.raises(RunError, match="Finish the backward first"):
+        loss.backward()
+    model.zero_grad()
+    assert_equal(train(make("llama"), "llama"), train(model, "llama"))
+
+
+def test_nothing_is_left_after_detach(model, plan, tmp_path):
+    gc.collect()
+    threads, files = threading.active_count(), len(os.listdir("/proc/self/fd"))
+    handle = attach(model, plan, cache=tmp_path)
+    train(model, "llama", steps=1)
+    gc.collect()  # what others left
+    gc.disable()
+    try:
+        held = [weakref.ref(arena.bytes) for arena in (handle._parts.arena, handle._parts.host)]
+        handle.detach()
+        assert [reference() for reference in held] == [None, None]
+    finally:
+        gc.enable()
+    assert (threading.active_count(), len(os.listdir("/proc/self/fd"))) == (threads, files)
+    assert not list(tmp_path.iterdir())
+    assert handle.record.passes == 1
+
+
+def test_a_model_that_is_dropped_goes_with_all_it_had(tmp_path):
+    model = make("llama")
+    plan = plan_for(model, "llama")
+    gc.collect()
+    threads, files = threading.active_count(), len(os.listdir("/proc/self/fd"))
+    handle = attach(model, plan, cache=tmp_path)
+    train(model, "llama", steps=1)
+    held = [weakref.ref(model), weakref.ref(handle._parts.arena.bytes)]
+    pools = [t for t in threading.enumerate() if t.name.startswith("memplan-")]
+    assert pools
+    del model, handle
+    gc.collect()
+    assert [reference() for reference in held] == [None, None]
+    for thread in pools:
+        thread.join(10)
+    assert (threading.active_count(), len(os.listdir("/proc/self/fd"))) == (threads, files)
+    assert not list(tmp_path.iterdir())
+
+
+def test_training_goes_on_after_an_error_of_others(tmp_path):
+    def fail(*args):
+        raise ValueError("not ours")
+
+    def trained(model):
+        train(model, "llama", steps=1)
+        mlp = model.get_base_model().model.layers[3].mlp
+        for register in (mlp.register_forward_pre_hook, mlp.register_full_backward_pre_hook):
+            hook = register(fail)
+            with pytest.raises(ValueError, match="not ours"):
+                loss_of(model(**batch_of("llama"))).backward()
+            hook.remove()
+            model.zero_grad()
+        return train(model, "llama")
+
+    whole, model = make("llama"), make("llama")
+    with attach(model, plan_for(model, "llama"), cache=tmp_path, checked=True):
+        assert_equal(trained(whole), trained(model))
+
+
+def test_evaluation_in_inference_mode(tmp_path):
+    def trained(model):
+        train(model, "llama", steps=1)
+        with torch.inference_mode():
+            logits = model(**batch_of("llama")).logits.clone()
+        return logits, train(model, "llama")
+
+    whole, model = make("llama"), make("llama")
+    with attach(model, plan_for(model, "llama"), cache=tmp_path, checked=True):
+        (one, run), (other, planned) = trained(whole), trained(model)
+    assert torch.equal(one, other)
+    assert_equal(run, planned)
+
+
+class OddLayer(nn.Module):
+    """Parameters of all the shapes, orders and types that people make."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(width, 3 * width), nn.Linear(3 * width, width)
+        self.scale = nn.Parameter(torch.tensor(0.5))
+        self.empty = nn.Parameter(torch.empty(0))
+        self.transposed = nn.Parameter(torch.randn(width, width).t())
+        both = torch.randn(2 * width, width)
+        self.first, self.second = nn.Parameter(both[:width]), nn.Parameter(both[width:])
+        self.column = nn.Parameter(both[:, 1])
+        self.low = nn.Parameter(torch.randn(width, dtype=torch.bfloat16))
+        self.one = nn.Parameter(torch.randn(1, 1))
+        self.register_buffer("offset", torch.randn(width))
+        self.lora_a, self.lora_b = nn.Linear(width, 4, bias=False), nn.Linear(4, width, bias=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = x @ self.transposed + x @ self.first - x @ self.second + self.low.float() * self.scale
+        y = y + self.offset * self.one + self.column[0]
+        return x + self.down(torch.tanh(self.up(y))) * self.scale + self.lora_b(self.lora_a(x))
+
+
+class Odd(nn.Module):
+    """A tied head on a stack of them."""
+
+    def __init__(self, width: int = 48) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(VOCABULARY, width)
+        self.layers = nn.ModuleList(OddLayer(width) for _ in range(6))
+        self.head = nn.Linear(width, VOCABULARY, bias=False)
+        self.head.weight = self.embed.weight
+        for name, parameter in self.named_parameters():
+            parameter.requires_grad_("lora" in name)
+
+    def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
+        x = self.embed(input_ids)
+        for layer in self.layers:
+            x = layer(x)
+        return self.head(x)
+
+
+def test_parameters_of_odd_shapes_and_orders(tmp_path):
+    def made() -> nn.Module:
+        torch.manual_seed(0)
+        return Odd().train()
+
+    whole, model = made(), made()
+    strides = {name: parameter.stride() for name, parameter in model.named_parameters() if "column" not in name}
+    budgets = {"ram": "1GiB", "disk": "1GiB", "hardware": CPU, "loss": loss_of}
+    roomy = memplan.plan(model, batch_of("plain"), vram="1GiB", **budgets)
+    frozen = sum(block.size_bytes for block in roomy.table.blocks)
+    vram = roomy.prediction.peaks.vram_bytes - frozen * 6 // 10
+    for ram in ("1GiB", 17 * 2**20):
+        plan = memplan.plan(model, batch_of("plain"), vram=vram, **budgets | {"ram": ram})
+        assert sum(item.home != "device" for item in plan.items) >= 3
+        with attach(model, plan, cache=tmp_path, checked=True):
+            assert_equal(train(whole, "plain"), train(model, "plain"))
+        assert {n: p.stride() for n, p in model.named_parameters() if "column" not in n} == strides
+        assert model.head.weight is model.embed.weight
+    assert_holds(model.state_dict(), whole.state_dict())
