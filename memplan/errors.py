@@ -77,17 +77,19 @@ class PlanCheckError(PlanError):
 class DoesNotFitError(MemplanError):
     """No plan keeps the budgets.
 
-    ``least_vram_bytes`` is the least ``vram`` for which a plan exists with the other budgets as given, or None
-    where no ``vram`` would do; ``limited_by`` names what sets it; ``suggestions`` are changes that help.
+    ``asked`` says in one clause what was asked and that it does not fit; ``limited_by`` names what stands in the way;
+    ``suggestions`` are changes that help; ``least_vram_bytes`` is the least ``vram`` for which a plan exists with the
+    other budgets as given, or None where no ``vram`` would do.
     """
 
     def __init__(
-        self, message: str, *, least_vram_bytes: int | None, limited_by: str, suggestions: tuple[str, ...]
+        self, asked: str, *, least_vram_bytes: int | None, limited_by: str, suggestions: tuple[str, ...]
     ) -> None:
+        self.asked = asked
         self.least_vram_bytes = least_vram_bytes
         self.limited_by = limited_by
         self.suggestions = suggestions
-        super().__init__(message)
+        super().__init__(f"{asked}: {limited_by}. To make it fit: {'; '.join(suggestions)}")
 
 
 class RunError(MemplanError, RuntimeError):

@@ -112,12 +112,12 @@ def test_does_not_fit(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.Mo
     assert main(["plan", "./model", "--vram", "1GiB"]) == 1
     out, err = capsys.readouterr()
     assert out == ""
-    assert err.startswith("Does not fit: no room\n")
+    assert err.startswith("Does not fit: no room.\n")
     assert "3.00 GiB" in err
     assert main(["plan", "./model", "--vram", "1GiB", "--json"]) == 1
     assert json.loads(capsys.readouterr().out) == {
         "fits": False,
-        "message": "no room",
+        "message": "no room: the loss. To make it fit: --batch 2",
         "least_vram_bytes": 3 * GIB,
         "limited_by": "the loss",
         "suggestions": ["--batch 2"],

@@ -74,7 +74,7 @@ def _does_not_fit(
         limited = f"ram of {format_bytes(budgets.ram_bytes)} and no room on disk for the streamed blocks"
         tips = [f"give {format_bytes(frozen + problem.staging_bytes)} of ram", "give a disk budget"]
         return DoesNotFitError(
-            f"{asked}, but {limited}: {tips[0]}, or {tips[1]}",
+            f"{asked}, but there is no room for the blocks that would leave it",
             least_vram_bytes=None,
             limited_by=limited,
             suggestions=tuple(tips),
@@ -83,6 +83,9 @@ def _does_not_fit(
     peak = int(nonweight[level].max())
     smallest = min(options, key=lambda option: (option.device_bytes, len(option.homes)))
     least = peak + smallest.device_bytes
+    shown = format_bytes(least)
+    if shown == format_bytes(budgets.vram_bytes):
+        shown = f"{least - budgets.vram_bytes} bytes more"
     access = problem.table.accesses[int(nonweight[level].argmax())]
     where = f"the {access.kind}" + (f" of {access.module}" if access.module else "")
     how = f", {level} of {len(problem.table.recomputable)} modules recomputed" if level else ""
@@ -106,7 +109,7 @@ def _does_not_fit(
             "use a smaller micro-batch with more accumulation, or shorter sequences: activations shrink with them"
         )
     return DoesNotFitError(
-        f"{asked}, but the least that works is {format_bytes(least)}: {limited}. To make it fit: {'; '.join(tips)}",
+        f"{asked}, but the least that works is {shown}",
         least_vram_bytes=least,
         limited_by=limited,
         suggestions=tuple(tips),

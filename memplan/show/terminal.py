@@ -77,7 +77,7 @@ def failure_text(error: DoesNotFitError) -> str:
     table.add_row("Limited by", Text(PLAIN.safe(error.limited_by)))
     for place, suggestion in enumerate(error.suggestions):
         table.add_row("" if place else "Try", Text(PLAIN.safe(suggestion)))
-    return _plain(Group(Text(f"Does not fit: {PLAIN.safe(str(error))}"), _inset(table)), _columns())
+    return _plain(Group(Text(f"Does not fit: {PLAIN.safe(error.asked)}."), _inset(table)), _columns())
 
 
 @dataclass(frozen=True, slots=True)
