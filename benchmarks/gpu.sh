@@ -5,6 +5,10 @@
 set -u
 cd "$(dirname "$0")/.."
 python=${PYTHON:-python3}
+"$python" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' || {
+    echo "benchmarks/gpu.sh needs a CUDA device, and torch sees none (or there is no torch)" >&2
+    exit 1
+}
 out=${OUT:-benchmarks/results}
 mkdir -p "$out"
 export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1 TOKENIZERS_PARALLELISM=false
@@ -29,7 +33,7 @@ def last(name):
     lines = [line for line in (work / name).read_text().splitlines() if line.startswith("{")]
     return json.loads(lines[-1]) if lines else None
 
-gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+gpu = torch.cuda.get_device_name()
 commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
 result = {
     "date": datetime.date.today().isoformat(),
@@ -42,9 +46,9 @@ result = {
     "demo": last("demo"),
     "versus": last("versus"),
 }
-name = (gpu or "no-gpu").lower().replace(" ", "-")
+name = gpu.lower().replace(" ", "-")
 path = out / f"{result['date']}-{name}.json"
 path.write_text(json.dumps(result, indent=1, sort_keys=True) + "\n")
 print(path)
-sys.exit(0 if gpu and not any(result["exit_codes"].values()) else 1)
+sys.exit(1 if any(result["exit_codes"].values()) else 0)
 PY

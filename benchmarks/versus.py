@@ -164,7 +164,6 @@ def main() -> None:
     whole = {row["tokens"]: row for row in results if row["name"] == "whole" and "error" not in row}
     for row in results:
         if "error" in row:
-            table.add_row(str(row["tokens"]), row["name"], row["error"][:60])
             continue
         base = whole.get(row["tokens"])
         row["ratio"] = row["step_s"] / base["step_s"] if base else None
@@ -174,11 +173,15 @@ def main() -> None:
             row["name"],
             f"{row['step_s']:.3f}",
             f"{row['ratio']:.2f}" if base else "",
-            f"{row.get('peak_allocated_bytes', 0) / 2**30:.2f}",
+            f"{row['peak_allocated_bytes'] / 2**30:.2f}" if "peak_allocated_bytes" in row else "-",
             f"{row['peak_rss_bytes'] / 2**30:.2f}",
             str(row["same_losses"]),
         )
-    Console().print(table)
+    console = Console()
+    console.print(table)
+    for row in results:
+        if "error" in row:
+            console.print(f"{row['name']} at {row['tokens']} tokens could not run: {row['error']}", markup=False)
     print(json.dumps({"benchmark": "versus", "small": options.small, "results": results}))
 
 

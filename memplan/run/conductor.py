@@ -125,6 +125,11 @@ class Conductor:
                     f"a backward came to {module} {self._paused or 'after detach()'}, but its forward was before: what it "
                     "read is no longer there. Finish the backward first"
                 )
+            if torch.is_grad_enabled() and self._streamed:
+                raise RunError(
+                    "a backward that can itself be differentiated (create_graph=True) came to "
+                    f"{module}: it reads weights again later, which no trigger would see. Pin all blocks to the device"
+                )
             cycle, index = divmod(call, self._sequence.length)
             backward = self._sequence.backward_of.get(index)
             position = None if backward is None else cycle * self._sequence.length + backward
@@ -194,7 +199,7 @@ class Conductor:
         assert streamed.ticket is not None
         try:
             stalled = self._transfers.wait(streamed.ticket, streamed.block)
-        except BaseException:
+        except Exception:  # the load failed; an interrupt of the wait leaves it under way
             streamed.ticket = None
             raise
         streamed.stall_s += stalled

@@ -146,40 +146,6 @@ def test_a_model_that_is_dropped_goes_with_all_it_had(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_training_goes_on_after_an_error_of_others(tmp_path):
-    def fail(*args):
-        raise ValueError("not ours")
-
-    def trained(model):
-        train(model, "llama", steps=1)
-        mlp = model.get_base_model().model.layers[3].mlp
-        for register in (mlp.register_forward_pre_hook, mlp.register_full_backward_pre_hook):
-            hook = register(fail)
-            with pytest.raises(ValueError, match="not ours"):
-                loss_of(model(**batch_of("llama"))).backward()
-            hook.remove()
-            model.zero_grad()
-        return train(model, "llama")
-
-    whole, model = make("llama"), make("llama")
-    with attach(model, plan_for(model, "llama"), cache=tmp_path, checked=True):
-        assert_equal(trained(whole), trained(model))
-
-
-def test_evaluation_in_inference_mode(tmp_path):
-    def trained(model):
-        train(model, "llama", steps=1)
-        with torch.inference_mode():
-            logits = model(**batch_of("llama")).logits.clone()
-        return logits, train(model, "llama")
-
-    whole, model = make("llama"), make("llama")
-    with attach(model, plan_for(model, "llama"), cache=tmp_path, checked=True):
-        (one, run), (other, planned) = trained(whole), trained(model)
-    assert torch.equal(one, other)
-    assert_equal(run, planned)
-
-
 class OddLayer(nn.Module):
     """Parameters of all the shapes, orders and types that people make."""
 

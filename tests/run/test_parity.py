@@ -7,7 +7,6 @@ forwards are counted. Every case runs plain and in the checked mode.
 from __future__ import annotations
 
 import pytest
-import torch
 
 from memplan.analyze.trace import analyze
 from memplan.cost.build import cost_table
@@ -120,56 +119,3 @@ def test_loads_are_as_few_as_can_be():
     # The first pass brings the two that later passes find there; after the last, the next one's first are on their way.
     assert 5 * expected <= record.loads <= 5 * expected + 2
     assert all(block.misses == 0 for block in record.blocks)
-
-
-def test_evaluation_in_mid_training_is_served(tmp_path):
-    """Forward alone is off the sequence: right values all the same, counted."""
-    whole, planned = make("llama"), make("llama")
-    plan = plan_for(planned, "llama")
-    batch = batch_of("llama", seed=9)
-    with attach(planned, plan, checked=True, cache=tmp_path) as handle:
-        for model in (whole, planned):
-            train(model, "llama", steps=1)
-            model.eval()
-        with torch.inference_mode():
-            for _ in range(3):
-                assert torch.equal(whole(**batch).logits, planned(**batch).logits)
-        assert handle.record.off_sequence >= 2
-        assert_equal(train(whole.train(), "llama"), train(planned.train(), "llama"))
-
-
-def test_two_forwards_for_one_backward(tmp_path):
-    whole, planned = make("llama"), make("llama")
-    plan = plan_for(planned, "llama")
-
-    def both(model):
-        first, second = model(**batch_of("llama", seed=1)).loss, model(**batch_of("llama", seed=2)).loss
-        (first * 2 + second).backward()
-        return [p.grad for p in model.parameters() if p.requires_grad]
-
-    with attach(planned, plan, checked=True, cache=tmp_path):
-        for _ in range(2):
-            for a, b in zip(both(whole), both(planned), strict=True):
-                assert torch.equal(a, b)
-
-
-def test_other_lengths_than_planned(tmp_path):
-    whole, planned = make("llama"), make("llama")
-    with attach(planned, plan_for(planned, "llama"), checked=True, cache=tmp_path):
-        for length in (5, 16, 9):
-            batch = batch_of("llama", seed=length, length=length)
-            for model in (whole, planned):
-                model(**batch).loss.backward()
-            for a, b in zip(whole.parameters(), planned.parameters(), strict=True):
-                assert (a.grad is None and b.grad is None) or torch.equal(a.grad, b.grad)
-
-
-def test_generate_under_a_plan(tmp_path):
-    whole, planned = make("llama").eval(), make("llama").eval()
-    plan = plan_for(make("llama"), "llama")
-    tokens = batch_of("llama")["input_ids"][:, :6]
-    with attach(planned, plan, cache=tmp_path):
-        for model in (whole, planned):
-            model.config.use_cache = True
-        expected = whole.generate(input_ids=tokens, max_new_tokens=5, do_sample=False)
-        assert torch.equal(planned.generate(input_ids=tokens, max_new_tokens=5, do_sample=False), expected)
