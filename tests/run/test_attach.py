@@ -50,6 +50,7 @@ def assert_unchanged(model, before):
         assert torch.equal(now[name][1], value), name
         assert now[name][2] == requires_grad
         assert parameter.is_contiguous()
+        assert parameter.untyped_storage().nbytes() == parameter.nbytes  # its own memory, no part of an arena
 
 
 @pytest.fixture
