@@ -1,10 +1,10 @@
 """Step time under the demo's plan against the whole model's: interleaved pairs in one process.
 
-    python benchmarks/demo_steps.py [--pairs 12]
+    python -m benchmarks.demo_steps [--pairs 16] [--keep]
 
 Both models are trained side by side, one step each in turn, so that a machine whose speed drifts slows both. The floor
-is written first: the whole model's compute, and what the plan's loads take at the profile's rates. A table
-for people; the last line is JSON.
+is written first: the whole model's compute, and what the plan's loads take at the profile's rates. A table for people;
+the last line is JSON, kept in ``benchmarks/results/`` with ``--keep``. Exits with 1 where the adapters differ.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from rich.table import Table
 from transformers import AutoModelForCausalLM
 
 import memplan
+from benchmarks.about import about, keep
 from memplan import demo, hardware
 
 
@@ -39,10 +40,12 @@ def step(model: torch.nn.Module, optimizer: torch.optim.Optimizer, batch: dict[s
     return time.perf_counter()
 
 
-def main() -> None:
+def main() -> int:
     parser = argparse.ArgumentParser()
-    parser.add_argument("--pairs", type=int, default=12)
-    pairs = parser.parse_args().pairs
+    parser.add_argument("--pairs", type=int, default=16)
+    parser.add_argument("--keep", action="store_true")
+    options = parser.parse_args()
+    pairs = options.pairs
     checkpoint = demo.make_checkpoint(hardware.cache_folder() / "demo")
     plan = demo.make_plan(checkpoint, None)
     samples = demo.Samples(checkpoint, demo.BATCH)
@@ -56,6 +59,7 @@ def main() -> None:
     times: dict[str, list[float]] = {"whole": [], "planned": []}
     for pair in range(pairs + 2):
         for name in ("whole", "planned") if pair % 2 else ("planned", "whole"):
+            torch.manual_seed(pair)  # the same dropout for both
             began = time.perf_counter()
             ended = step(models[name], optimizers[name], batch)
             if pair >= 2:
@@ -86,25 +90,24 @@ def main() -> None:
         for a, b in zip(models["whole"].parameters(), models["planned"].parameters(), strict=True)
         if a.requires_grad
     )
-    print(
-        json.dumps(
-            {
-                "benchmark": "demo_steps",
-                "ratio": ratio,
-                "whole_s": whole_s,
-                "planned_s": statistics.median(times["planned"]),
-                "predicted_s": plan.prediction.step_s,
-                "link_s": link_s,
-                "disk_s": disk_s,
-                "stall_s": record.stall_s,
-                "misses": record.misses,
-                "adapters_equal": equal,
-                "pairs": pairs,
-                "torch": torch.__version__,
-            }
-        )
-    )
+    result = {
+        "benchmark": "demo_steps",
+        "ratio": ratio,
+        "whole_s": whole_s,
+        "planned_s": statistics.median(times["planned"]),
+        "predicted_s": plan.prediction.step_s,
+        "link_s": link_s,
+        "disk_s": disk_s,
+        "stall_s": record.stall_s,
+        "misses": record.misses,
+        "adapters_equal": equal,
+        "pairs": pairs,
+    }
+    if options.keep:
+        print(keep(result, "demo-steps"))
+    print(json.dumps({**about(), **result}))
+    return 0 if equal else 1
 
 
 if __name__ == "__main__":
-    main()
+    raise SystemExit(main())

@@ -24,8 +24,8 @@ timeout 270 "$python" benchmarks/versus.py --steps 5 --seconds 60 --tokens 2048 
 echo $? >"$work/versus.rc"
 cat "$work/versus"
 "$python" - "$work" "$out" <<'PY'
-import datetime, json, pathlib, platform, subprocess, sys
-import torch
+import json, pathlib, sys
+from benchmarks.about import keep
 
 work, out = map(pathlib.Path, sys.argv[1:])
 
@@ -33,22 +33,8 @@ def last(name):
     lines = [line for line in (work / name).read_text().splitlines() if line.startswith("{")]
     return json.loads(lines[-1]) if lines else None
 
-gpu = torch.cuda.get_device_name()
-commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
-result = {
-    "date": datetime.date.today().isoformat(),
-    "commit": commit,
-    "gpu": gpu,
-    "python": platform.python_version(),
-    "torch": torch.__version__,
-    "exit_codes": {part: int((work / f"{part}.rc").read_text()) for part in ("tests", "demo", "versus")},
-    "tests": (work / "tests").read_text().strip().splitlines()[-1:],
-    "demo": last("demo"),
-    "versus": last("versus"),
-}
-name = gpu.lower().replace(" ", "-")
-path = out / f"{result['date']}-{name}.json"
-path.write_text(json.dumps(result, indent=1, sort_keys=True) + "\n")
-print(path)
-sys.exit(1 if any(result["exit_codes"].values()) else 0)
+codes = {part: int((work / f"{part}.rc").read_text()) for part in ("tests", "demo", "versus")}
+tests = (work / "tests").read_text().strip().splitlines()[-1:]
+print(keep({"exit_codes": codes, "tests": tests, "demo": last("demo"), "versus": last("versus")}, "gpu", out))
+sys.exit(1 if any(codes.values()) else 0)
 PY
