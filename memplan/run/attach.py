@@ -16,6 +16,7 @@ from memplan.program.check import require
 from memplan.program.schema import Channel, Plan
 from memplan.run.arena import dtype_of, view
 from memplan.run.checked import CheckedReads
+from memplan.run.clocks import ClockedTransfers
 from memplan.run.conductor import Conductor, Streamed
 from memplan.run.guard import Guard
 from memplan.run.handle import Handle, Parts, handle_of
@@ -37,8 +38,8 @@ def attach(
 
     ``checkpoint``: folder of safetensors that blocks homed on disk are read from where it holds the very bytes of the
     model (default: where the model says it came from); else they are packed into files under ``cache``, which needs
-    ``disk`` in the plan's budgets. ``checked``: poison each slot before it is loaded and check every saved weight at
-    its use in backward; slower, for tests and for trying a new kind of model.
+    ``disk`` in the plan's budgets. ``checked``: poison each slot before it is loaded, check every saved weight at its
+    use in backward, and the order of every load and read by vector clocks; slower, for tests and new kinds of models.
 
     Raises PlanCheckError, PlanMismatchError, ModelError, CheckpointError; the model then is as it was.
     """
@@ -64,10 +65,13 @@ def attach(
         transfers: Transfers = (
             CudaTransfers(device, poisoned=checked) if device.type == "cuda" else CpuTransfers(poisoned=checked)
         )
+        undo.callback(transfers.close)
+        if checked:
+            transfers = ClockedTransfers(transfers, {block.id: block.name for block in plan.table.blocks})
         parts.conductor = Conductor(plan, parts.streamed, transfers)
         undo.callback(parts.conductor.close)
-        if checked:
-            parts.checked = CheckedReads(parts.arena, parts.streamed, parts.conductor)
+        if isinstance(transfers, ClockedTransfers):
+            parts.checked = CheckedReads(parts.arena, parts.streamed, parts.conductor, transfers)
             undo.callback(parts.checked.remove)
             _check_reads(model, triggers, plan, parts)
         for policy in plan.activations:
@@ -119,47 +123,44 @@ def _settle(
             f"the block {packed[0].name} has its home on disk, but no checkpoint holds its weights as they are: give "
             'the checkpoint\'s folder, or a disk budget (disk="20GiB") so that they may be written to the cache'
         )
-    files = BlockFiles(cache, packed) if packed else None
-    if files is not None:
-        undo.callback(files.remove)
-    for block in plan.table.blocks:
-        home, address = homes[block.id], places[block.id, "device"]
-        part = parts.arena.part(address.offset_bytes, block.size_bytes)
-        source: Source
-        if home == "device":
-            weights.fill(block, part)
-            source = HostSource(part)
-        elif home == "host":
-            kept = parts.host.part(places[block.id, "host"].offset_bytes, block.size_bytes)
-            weights.fill(block, kept)
-            source = HostSource(kept)
-        else:
-            extents = own[block.id]
-            if extents is None:
-                assert files is not None
-                extents = files.write(block, weights)
-            parts.reader.open(extent for extent, _ in extents)
-            source = DiskSource(extents, parts.reader, block.name)
-        kept_home = parts.homes[block.id] = Home(block, source, parameters)
-        undo.callback(kept_home.give_back)
-        pointers = tuple(
-            (
-                parameters[t.name],
-                view(part, t, kept_home.orders[t.name]),
-                parts.placeholders.of(t.shape, dtype_of(t.dtype)),
+    with BlockFiles(cache, packed) as files:
+        for block in plan.table.blocks:
+            home, address = homes[block.id], places[block.id, "device"]
+            part = parts.arena.part(address.offset_bytes, block.size_bytes)
+            source: Source
+            if home == "device":
+                weights.fill(block, part)
+                source = HostSource(part)
+            elif home == "host":
+                kept = parts.host.part(places[block.id, "host"].offset_bytes, block.size_bytes)
+                weights.fill(block, kept)
+                source = HostSource(kept)
+            else:
+                extents = own[block.id]
+                if extents is None:
+                    extents = files.write(block, weights)
+                parts.reader.open(extent for extent, _ in extents)
+                source = DiskSource(extents, parts.reader, block.name)
+            kept_home = parts.homes[block.id] = Home(block, source, parameters)
+            undo.callback(kept_home.give_back)
+            pointers = tuple(
+                (
+                    parameters[t.name],
+                    view(part, t, kept_home.orders[t.name]),
+                    parts.placeholders.of(t.shape, dtype_of(t.dtype)),
+                )
+                for t in block.tensors
             )
-            for t in block.tensors
-        )
-        if home == "device":
-            for parameter, there_view, _ in pointers:
-                parameter.data = there_view
-            continue
-        channel: Channel = "h2d" if home == "host" else "disk"
-        streamed = Streamed(
-            block=block.id, name=block.name, channel=channel, source=source, part=part, pointers=pointers
-        )
-        streamed.unpoint()
-        parts.streamed[block.id] = streamed
+            if home == "device":
+                for parameter, there_view, _ in pointers:
+                    parameter.data = there_view
+                continue
+            channel: Channel = "h2d" if home == "host" else "disk"
+            streamed = Streamed(
+                block=block.id, name=block.name, channel=channel, source=source, part=part, pointers=pointers
+            )
+            streamed.unpoint()
+            parts.streamed[block.id] = streamed
     _rivals(parts.streamed)
     for tensor in (*model.parameters(), *model.buffers()):
         if tensor.device != device and tensor.device.type != "meta":
@@ -182,15 +183,14 @@ def _check_reads(model: nn.Module, triggers: Mapping[str, nn.Module], plan: Plan
     """Wrap every module with streamed weights of its own, and every trigger module."""
     assert parts.checked is not None
     block_of = {id(p): s.block for s in parts.streamed.values() for p, _, _ in s.pointers}
-    reads: dict[nn.Module, set[int]] = {}
-    for module in model.modules():
-        own = {block_of[id(p)] for p in module.parameters(recurse=False) if id(p) in block_of}
-        if own:
-            reads.setdefault(module, set()).update(own)
+    own = {
+        module: {block_of[id(p)] for p in module.parameters(recurse=False) if id(p) in block_of}
+        for module in model.modules()
+    }
+    reads = {module: set(blocks) for module, blocks in own.items()}
     for access in plan.table.accesses:
         if access.module:
-            blocks = {b for b in access.blocks if b in parts.streamed}
-            if blocks:
-                reads.setdefault(triggers[access.module], set()).update(blocks)
-    for module, found in reads.items():
-        parts.checked.wrap(module, frozenset(found))
+            reads[triggers[access.module]].update(b for b in access.blocks if b in parts.streamed)
+    for module, blocks in reads.items():
+        if blocks:
+            parts.checked.wrap(module, frozenset(own[module]), frozenset(blocks))

@@ -17,27 +17,33 @@ from torch.autograd.graph import saved_tensors_hooks
 from memplan.errors import StrayReadError
 from memplan.recompute import replace_forward
 from memplan.run.arena import Arena
+from memplan.run.clocks import ClockedTransfers
 from memplan.run.conductor import Conductor, Streamed
 
 
 class CheckedReads:
-    """Wraps forwards so that what they save of the device arena is checked at unpack."""
+    """Wraps forwards so that what they read of the device arena is noted, and what they save is checked at unpack."""
 
-    def __init__(self, arena: Arena, streamed: Mapping[int, Streamed], conductor: Conductor) -> None:
+    def __init__(
+        self, arena: Arena, streamed: Mapping[int, Streamed], conductor: Conductor, transfers: ClockedTransfers
+    ) -> None:
         self._begin = arena.bytes.data_ptr()
         self._end = self._begin + arena.size_bytes
         self._conductor = conductor
+        self._transfers = transfers
         self._names = {block: s.name for block, s in streamed.items()}
         self._streamed = streamed
         self._undo: list[Callable[[], None]] = []
         self.checked = 0
         """Saved weights that were looked at again."""
 
-    def wrap(self, module: nn.Module, blocks: frozenset[int]) -> None:
-        """Check what ``module``'s forward saves of ``blocks``, the streamed blocks that it reads."""
+    def wrap(self, module: nn.Module, own: frozenset[int], blocks: frozenset[int]) -> None:
+        """Note that ``module``'s forward reads ``own``, and check what it saves of ``blocks``: streamed ones, both."""
         original = module.forward
 
         def forward(*args: Any, **kwargs: Any) -> Any:
+            for block in own:
+                self._transfers.read(block, "read in forward")
             around = torch._C._autograd._top_saved_tensors_default_hooks(True)
             with saved_tensors_hooks(self._packer(around, blocks), self._unpacker(around)):
                 return original(*args, **kwargs)
@@ -71,6 +77,7 @@ class CheckedReads:
                 raise StrayReadError(self._message(block, "read in backward"))
             if tensor._version != version:
                 raise StrayReadError(self._message(block, "written to since forward and read in backward"))
+            self._transfers.read(block, "read in backward")
             held: torch.Tensor = tensor
             return held
 

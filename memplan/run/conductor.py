@@ -226,7 +226,7 @@ class Conductor:
     def _load(self, streamed: Streamed) -> None:
         for rival in streamed.rivals:
             self._evict(self._streamed[rival])
-        streamed.ticket = self._transfers.load(streamed.channel, streamed.source, streamed.part)
+        streamed.ticket = self._transfers.load(streamed.channel, streamed.block, streamed.source, streamed.part)
         streamed.loads += 1
 
     def _evict(self, streamed: Streamed) -> None:

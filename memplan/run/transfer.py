@@ -13,13 +13,18 @@ from __future__ import annotations
 import time
 from collections import deque
 from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import wait as wait_for
 from typing import Protocol
 
 import torch
 
+from memplan.errors import TransferError
 from memplan.program.schema import STAGING_BYTES, Channel
 from memplan.run.arena import poison
 from memplan.run.disk import Bytes, DiskReader, Extent, copy_bytes
+
+DEADLINE_S = 600
+"""No wait for a block is longer: what hangs is heard."""
 
 
 class HostSource:
@@ -55,8 +60,11 @@ class Ticket(Protocol):
 class Transfers(Protocol):
     """What the conductor asks of a device."""
 
-    def load(self, channel: Channel, source: Source, destination: torch.Tensor) -> Ticket:
-        """Start filling ``destination`` (uint8) behind all compute enqueued so far. Loads of a channel run in turn."""
+    def load(self, channel: Channel, block: int, source: Source, destination: torch.Tensor) -> Ticket:
+        """Start filling ``destination`` (uint8) with the block, behind all compute enqueued so far.
+
+        Loads of a channel run in turn.
+        """
 
     def wait(self, ticket: Ticket, block: int) -> float:
         """Make the compute wait for the load of that block; return the seconds that the host itself stood still.
@@ -71,6 +79,19 @@ class Transfers(Protocol):
         """End the threads. Loads under way are finished first."""
 
 
+def _await(load: Future[None]) -> float:
+    """Wait for a load; return the seconds that it took. Raises what the load raised, and TransferError past a deadline."""
+    began = time.perf_counter()
+    done, _ = wait_for((load,), DEADLINE_S)
+    if not done:
+        raise TransferError(
+            f"a block has not come within {DEADLINE_S} s: the disk or the file server that it is read from hangs. "
+            "Look at the system's log, and resume from the last checkpoint of the adapter"
+        )
+    load.result()
+    return time.perf_counter() - began
+
+
 class CpuTransfers:
     """Worker threads and futures. ``poisoned``: each slot is filled with NaN before it is loaded (checked mode)."""
 
@@ -78,7 +99,7 @@ class CpuTransfers:
         self._channels: dict[str, ThreadPoolExecutor] = {}
         self._poisoned = poisoned
 
-    def load(self, channel: Channel, source: Source, destination: torch.Tensor) -> Future[None]:
+    def load(self, channel: Channel, block: int, source: Source, destination: torch.Tensor) -> Future[None]:
         if self._poisoned:
             poison(destination)
         pool = self._channels.get(channel)
@@ -98,9 +119,7 @@ class CpuTransfers:
         if ticket.done():
             ticket.result()
             return 0.0
-        began = time.perf_counter()
-        ticket.result()
-        return time.perf_counter() - began
+        return _await(ticket)
 
     def device_stalls(self) -> dict[int, float]:
         return {}
@@ -140,7 +159,7 @@ class CudaTransfers:
         self._stream.wait_stream(torch.cuda.current_stream(device))
         self._disk_stream.wait_stream(torch.cuda.current_stream(device))
 
-    def load(self, channel: Channel, source: Source, destination: torch.Tensor) -> _CudaTicket:
+    def load(self, channel: Channel, block: int, source: Source, destination: torch.Tensor) -> _CudaTicket:
         if self._poisoned:
             poison(destination)
         free = torch.cuda.Event()
@@ -181,9 +200,7 @@ class CudaTransfers:
         assert isinstance(ticket, _CudaTicket)
         stalled = 0.0
         if ticket.filled is not None:
-            began = time.perf_counter()
-            ticket.filled.result()
-            stalled = time.perf_counter() - began
+            stalled = _await(ticket.filled)
         if not ticket.event.query():
             stream = torch.cuda.current_stream(self._device)
             before, after = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)

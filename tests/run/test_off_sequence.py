@@ -50,27 +50,31 @@ def wandering(way: str) -> Wandering:
     return model
 
 
-def plan_of(model, vram_share: float, ram):
-    """Return a plan in which that share of the frozen bytes is kept off the device, or as much as can be."""
-    options = {"ram": ram, "disk": "1GiB", "hardware": CPU, "loss": loss_of}
-    roomy = memplan.plan(model, batch_of("plain"), vram="1GiB", **options | {"ram": "1GiB"})
+def plan_of(model, vram_share: float, tiers: str):
+    """Return a plan in which that share of the frozen bytes is kept off the device, or as much as can be.
+
+    ``tiers``: "all" has every other streamed block on the disk.
+    """
+    options = {"ram": "1GiB", "disk": "1GiB", "hardware": CPU, "loss": loss_of}
+    roomy = memplan.plan(model, batch_of("plain"), vram="1GiB", **options)
     frozen = sum(block.size_bytes for block in roomy.table.blocks)
+    vram = roomy.prediction.peaks.vram_bytes - int(frozen * vram_share)
     try:
-        vram = roomy.prediction.peaks.vram_bytes - int(frozen * vram_share)
-        return memplan.plan(model, batch_of("plain"), vram=vram, **options)
+        plan = memplan.plan(model, batch_of("plain"), vram=vram, **options)
     except DoesNotFitError as error:
-        return memplan.plan(model, batch_of("plain"), vram=error.least_vram_bytes, **options)
+        vram = error.least_vram_bytes
+        plan = memplan.plan(model, batch_of("plain"), vram=vram, **options)
+    streamed = [block.name for block in plan.table.blocks if plan.home_of(block.id) != "device"]
+    assert len(streamed) >= 2
+    if tiers == "all":
+        pins = dict.fromkeys(streamed[::2], "disk") | dict.fromkeys(streamed[1::2], "host")
+        plan = memplan.plan(model, batch_of("plain"), vram=vram, pins=pins, **options)
+    return plan
 
 
-@pytest.fixture(params=[(0.75, "1GiB"), (0.9, "1GiB"), (0.9, "17MiB")], ids=["roomy", "least", "from-disk"])
+@pytest.fixture(params=[(0.75, "host"), (0.9, "host"), (0.9, "all")], ids=["roomy", "least", "from-disk"])
 def plan_of_wandering(request):
-    def planned(way):
-        model = wandering(way)
-        plan = plan_of(model, *request.param)
-        assert sum(item.home != "device" for item in plan.items) >= 2
-        return plan
-
-    return planned
+    return lambda way: plan_of(wandering(way), *request.param)
 
 
 @pytest.mark.parametrize("checked", [False, True], ids=["plain", "checked"])
