@@ -16,8 +16,9 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensor
-from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from memplan.weights import is_wrapper_type, plain_parts, small_tensors
 
 
 class Held:
@@ -61,6 +62,7 @@ class StorageLedger(TorchDispatchMode):
         """Return a ledger that counts what training holds already: weights, buffers, gradients, optimizer state."""
         ledger = cls()
         held: list[object] = [*more, *model.parameters(), *model.buffers()]
+        held += [tensor for module in model.modules() for tensor in small_tensors(module)]
         held += [parameter.grad for parameter in model.parameters()]
         if optimizer is not None:
             held += [value for state in optimizer.state.values() for value in state.values()]
@@ -73,14 +75,20 @@ class StorageLedger(TorchDispatchMode):
 
     def ignore(self, tensor: torch.Tensor) -> None:
         """Never count the tensor's storage. It is kept alive as long as the ledger."""
-        for part in _parts(tensor):
+        for part in plain_parts(tensor):
             storage = part.untyped_storage()
             self._ignored[storage._cdata] = storage
 
     def add(self, tensor: torch.Tensor) -> None:
         """Count a tensor that was there before."""
-        for part in _parts(tensor):
+        for part in plain_parts(tensor):
             self._note(part)
+
+    def touch(self, size_bytes: int) -> None:
+        """Count bytes that were alive for a moment, beside all that are alive now."""
+        if size_bytes:
+            self._grow(size_bytes)
+            self.live_bytes -= size_bytes
 
     def begin_segment(self, segment: int) -> None:
         """Count births, deaths and the peak toward ``segment`` from now on."""
@@ -109,6 +117,8 @@ class StorageLedger(TorchDispatchMode):
     # ---- what is seen ----------------------------------------------------------------------------------------------
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if opens(types):
+            return NotImplemented
         result = func(*args, **(kwargs or {}))
         self.note_all(result)
         return result
@@ -116,7 +126,7 @@ class StorageLedger(TorchDispatchMode):
     def note_all(self, result: object) -> None:
         """Count what an operator returned."""
         if isinstance(result, torch.Tensor):
-            for part in _parts(result):
+            for part in plain_parts(result):
                 self._note(part)
         elif isinstance(result, (tuple, list)):
             for value in result:
@@ -161,19 +171,6 @@ class StorageLedger(TorchDispatchMode):
         self.segment_peaks[self._segment] = max(self.segment_peaks.get(self._segment, 0), self._segment_peak)
 
 
-def _parts(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
-    """Yield the plain tensors that a tensor is made of; none for one on ``meta``, which holds no memory."""
-    kind: type = type(tensor)
-    if kind is FakeTensor:  # its device is what it stands for, and asking for it is slow
-        yield tensor
-    elif kind is not torch.Tensor and _is_wrapper(tensor):
-        wrapper: Any = tensor
-        for name in wrapper.__tensor_flatten__()[0]:
-            yield from _parts(getattr(wrapper, name))
-    elif tensor.device.type != "meta":
-        yield tensor
-
-
-def _is_wrapper(tensor: object) -> bool:
-    """Whether a tensor is made of others (torchao's quantized ones)."""
-    return is_traceable_wrapper_subclass(tensor)
+def opens(types: Any) -> bool:
+    """Whether an operator is on tensors that are made of others: their own classes then say what is done with those."""
+    return any(is_wrapper_type(kind) for kind in types)

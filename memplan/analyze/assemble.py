@@ -14,6 +14,7 @@ from memplan.analyze.blocks import Draft, Unit, dtype_name, head_of
 from memplan.analyze.graph import Access, Block, Fixed, FixedKind, LayerGraph, Lifetime, LifetimeKind
 from memplan.analyze.optimizers import state_bytes, workspace_bytes
 from memplan.analyze.recorder import Recorder, Work
+from memplan.weights import frozen_weights, small_tensors
 
 if TYPE_CHECKING:
     from memplan.analyze.trace import Traced
@@ -99,7 +100,7 @@ def assemble(
     fixed: dict[FixedKind, int] = {
         "adapters": trainable_bytes,
         "optimizer": state_bytes(optimizer, trained),
-        "buffers": sum(b.numel() * b.element_size() for b in model.buffers()),
+        "buffers": _buffer_bytes(model),
         "batch": batch.size_bytes(),
     }
     return LayerGraph(
@@ -115,6 +116,13 @@ def assemble(
         matmul_dtype=max(kept.recorder.matmul_flops.items(), key=lambda item: item[1], default=("float32", 0))[0],
         notes=(*notes, *_notes(model, blocks, kept)),
     )
+
+
+def _buffer_bytes(model: nn.Module) -> int:
+    """Return the bytes of buffers that are no weights, and of what quantizers keep beside those."""
+    weights = {id(weight.tensor) for weight in frozen_weights("", model, deep=True)}
+    held = [*model.buffers(), *(tensor for module in model.modules() for tensor in small_tensors(module))]
+    return sum(tensor.numel() * tensor.element_size() for tensor in held if id(tensor) not in weights)
 
 
 def _pin(drafts: Sequence[Draft], recorder: Recorder) -> None:

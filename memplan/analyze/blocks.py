@@ -17,6 +17,7 @@ from memplan.errors import ModelError
 from memplan.names import canonical
 from memplan.triggers import modules_by_name
 from memplan.units import align_up, format_bytes
+from memplan.weights import Weight, frozen_weights, unknown_kind, unready
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -29,8 +30,8 @@ class Unit:
     kind: BlockKind
     stack: str
     """Canonical name of the stack that it is an element of, or empty."""
-    parameters: tuple[tuple[str, nn.Parameter], ...]
-    """The frozen ones, in module order, by canonical name."""
+    weights: tuple[Weight, ...]
+    """The frozen ones, in module order."""
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
@@ -40,7 +41,7 @@ class Draft:
     name: str
     kind: BlockKind
     stack: str
-    parameters: tuple[tuple[str, nn.Parameter], ...]
+    weights: tuple[Weight, ...]
     triggers: tuple[str, ...]
     """Units that read it."""
     pinned_because: str = field(default="")
@@ -52,13 +53,13 @@ class Draft:
     def layout(self) -> tuple[tuple[Tensor, ...], int]:
         """Return its tensors, each at a multiple of 512 bytes, and the bytes of them all."""
         tensors, offset = [], 0
-        for name, parameter in self.parameters:
-            size = parameter.numel() * parameter.element_size()
+        for weight in self.weights:
+            size = weight.tensor.numel() * weight.tensor.element_size()
             tensors.append(
                 Tensor(
-                    name=name,
-                    shape=tuple(parameter.shape),
-                    dtype=dtype_name(parameter.dtype),
+                    name=weight.name,
+                    shape=tuple(weight.tensor.shape),
+                    dtype=dtype_name(weight.tensor.dtype),
                     offset_bytes=offset,
                     size_bytes=size,
                 )
@@ -91,7 +92,7 @@ def refuse_moved(model: nn.Module) -> None:
 def check_model(model: nn.Module) -> None:
     """Raise ModelError where the model cannot be placed: nothing frozen, nothing trained, or moved by someone else."""
     refuse_moved(model)
-    frozen = [parameter for parameter in model.parameters() if not parameter.requires_grad]
+    frozen = frozen_weights("", model, deep=True)
     trainable_bytes = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
     if not frozen:
         raise ModelError(
@@ -103,12 +104,19 @@ def check_model(model: nn.Module) -> None:
             "the model has nothing to train: no parameter requires a gradient. "
             'Give an adapter, such as adapter={"rank": 16, "targets": "all-linear"}'
         )
-    for name, parameter in model.named_parameters():
-        if type(parameter) is not nn.Parameter and not parameter.requires_grad:
-            raise ModelError(
-                f"the parameter {canonical(name)} is a {type(parameter).__name__}: quantized weights cannot be "
-                "analyzed yet. Load the model without quantization"
-            )
+    for name, module in model.named_modules():
+        for own, parameter in module._parameters.items():
+            if parameter is None or parameter.requires_grad:
+                continue
+            full = canonical(f"{name}.{own}" if name else own)
+            kind, why = unknown_kind(parameter), unready(parameter, module)
+            if kind is not None:
+                raise ModelError(
+                    f"the parameter {full} is a {kind}, of which memplan does not know what it is made of: load the "
+                    "model with bitsandbytes or torchao, or without quantization"
+                )
+            if why is not None:
+                raise ModelError(f"the quantized parameter {full} {why}")
 
 
 def find_units(model: nn.Module, containers: frozenset[str] = frozenset()) -> tuple[Unit, ...]:
@@ -128,18 +136,18 @@ def find_units(model: nn.Module, containers: frozenset[str] = frozenset()) -> tu
             for part, child in module.named_children():
                 element(f"{name}.{part}", child, stack)
             return
-        frozen = _frozen(name, module, deep=True)
+        frozen = frozen_weights(name, module, deep=True)
         seen.update(id(inner) for inner in module.modules())
         if frozen:
-            units.append(Unit(name=canonical(name), module=module, kind="layer", stack=stack, parameters=frozen))
+            units.append(Unit(name=canonical(name), module=module, kind="layer", stack=stack, weights=frozen))
 
     def own(name: str, module: nn.Module, stack: str) -> None:
         seen.add(id(module))
-        frozen = _frozen(name, module, deep=False)
+        frozen = frozen_weights(name, module, deep=False)
         if frozen:
             unit = canonical(name)
             kind: BlockKind = "embedding" if isinstance(module, nn.Embedding) else "other"
-            units.append(Unit(name=unit, module=outermost[unit], kind=kind, stack=stack, parameters=frozen))
+            units.append(Unit(name=unit, module=outermost[unit], kind=kind, stack=stack, weights=frozen))
 
     def walk(name: str, module: nn.Module) -> None:
         if id(module) in seen:
@@ -171,29 +179,29 @@ def draft_blocks(units: tuple[Unit, ...]) -> tuple[Draft, ...]:
     """Return the blocks that the units read: each one's own parameters, and those that several share."""
     readers: dict[int, dict[str, None]] = {}
     for unit in units:
-        for _, parameter in unit.parameters:
-            readers.setdefault(id(parameter), {})[unit.name] = None
+        for weight in unit.weights:
+            readers.setdefault(id(weight.tensor), {})[unit.name] = None
     drafts: list[Draft] = []
-    shared: dict[tuple[str, ...], list[tuple[str, nn.Parameter]]] = {}
+    shared: dict[tuple[str, ...], list[Weight]] = {}
     for unit in units:
-        own: list[tuple[str, nn.Parameter]] = []
-        for name, parameter in unit.parameters:
-            of = tuple(readers[id(parameter)])
+        own: list[Weight] = []
+        for weight in unit.weights:
+            of = tuple(readers[id(weight.tensor)])
             if len(of) == 1:
-                own.append((name, parameter))
+                own.append(weight)
             elif of[0] == unit.name:
-                shared.setdefault(of, []).append((name, parameter))
+                shared.setdefault(of, []).append(weight)
         if own:
             drafts.append(
-                Draft(name=unit.name, kind=unit.kind, stack=unit.stack, parameters=tuple(own), triggers=(unit.name,))
+                Draft(name=unit.name, kind=unit.kind, stack=unit.stack, weights=tuple(own), triggers=(unit.name,))
             )
     taken = {draft.name for draft in drafts}
-    for of, parameters in shared.items():
-        name = _common_module([name for name, _ in parameters])
+    for of, weights in shared.items():
+        name = _common_module([weight.name for weight in weights])
         if name in taken:
-            name = parameters[0][0]
+            name = weights[0].name
         taken.add(name)
-        drafts.append(Draft(name=name, kind="shared", stack="", parameters=tuple(parameters), triggers=of))
+        drafts.append(Draft(name=name, kind="shared", stack="", weights=tuple(weights), triggers=of))
     return tuple(drafts)
 
 
@@ -206,18 +214,13 @@ def head_of(model: nn.Module, drafts: tuple[Draft, ...], forwards: list[str]) ->
         output = None
     weight = getattr(getattr(output, "base_layer", output), "weight", None)
     for draft in drafts:
-        if draft.kind == "other" and weight is not None and any(p is weight for _, p in draft.parameters):
+        if draft.kind == "other" and weight is not None and any(w.tensor is weight for w in draft.weights):
             return draft
     last = next((d for d in drafts if forwards and d.triggers == (forwards[-1],) and d.kind == "other"), None)
     if last is None or last.stack:
         return None
-    wide = any(p.dim() == 2 and p.shape[0] > p.shape[1] for _, p in last.parameters)
+    wide = any(w.tensor.dim() == 2 and w.tensor.shape[0] > w.tensor.shape[1] for w in last.weights)
     return last if wide else None
-
-
-def _frozen(name: str, module: nn.Module, *, deep: bool) -> tuple[tuple[str, nn.Parameter], ...]:
-    found = module.named_parameters(prefix=name, recurse=deep)
-    return tuple((canonical(full), parameter) for full, parameter in found if not parameter.requires_grad)
 
 
 def _common_module(names: list[str]) -> str:

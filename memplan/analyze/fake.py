@@ -7,6 +7,7 @@ forward left in it.
 from __future__ import annotations
 
 import contextlib
+import copy
 import random
 import sys
 from collections.abc import Iterator
@@ -17,6 +18,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from memplan.analyze.values import remember
+from memplan.weights import Weight, frozen_weights, is_quantized, is_quantizer_state, is_wrapper, rewrapped
 
 
 @contextlib.contextmanager
@@ -27,37 +29,82 @@ def faked(model: nn.Module, mode: FakeTensorMode) -> Iterator[dict[int, torch.Te
     """
     modules = list(model.modules())
     saved = [_Saved(module) for module in modules]
-    fakes: dict[int, torch.Tensor] = {}
-
-    def fake(tensor: torch.Tensor) -> torch.Tensor:
-        found = fakes.get(id(tensor))
-        if found is None:
-            found = fakes[id(tensor)] = fake_of(tensor, mode)
-        return found
-
+    stand_ins = _StandIns(mode)
     try:
         # A fake tensor records nothing of its making; grads off, lest a user's graph grow by our views.
         with torch.no_grad():
+            for weight in frozen_weights("", model, deep=True):
+                stand_ins.of_weight(weight)
             for module in modules:
                 for held in (module._parameters, module._buffers):
                     for name, tensor in held.items():
                         if tensor is not None:
-                            held[name] = fake(tensor)  # type: ignore[assignment]
+                            held[name] = stand_ins.of(tensor)
                 for name, value in list(module.__dict__.items()):
-                    if isinstance(value, torch.Tensor):
-                        module.__dict__[name] = fake(value)
+                    if isinstance(value, torch.Tensor) or is_quantizer_state(value):
+                        module.__dict__[name] = stand_ins.of(value)
                 _refresh_recurrent(module)
         model.train()
-        yield fakes
+        yield stand_ins.fakes
     finally:
         for state in saved:
             state.restore()
 
 
-def fake_of(tensor: torch.Tensor, mode: FakeTensorMode) -> torch.Tensor:
+class _StandIns:
+    """Fake tensors, and quantizers' states that hold fake tensors, each made once."""
+
+    def __init__(self, mode: FakeTensorMode) -> None:
+        self.fakes: dict[int, torch.Tensor] = {}
+        """By the id of the real tensor."""
+        self._states: dict[int, Any] = {}
+        self._mode = mode
+
+    def of(self, value: Any) -> Any:
+        """Return what stands in for a tensor or a quantizer's state."""
+        if not isinstance(value, torch.Tensor):
+            return self._of_state(value)
+        found = self.fakes.get(id(value))
+        if found is None:
+            if is_wrapper(value):
+                found = rewrapped(value, self.of)
+                if isinstance(value, nn.Parameter):
+                    found = nn.Parameter(found, requires_grad=value.requires_grad)
+            else:
+                found = fake_of(value, self._mode)
+            self.fakes[id(value)] = found
+        if is_quantized(value) and id(value) not in self._states:
+            self._states[id(value)] = found
+            self._hold(value, found)
+        return found
+
+    def of_weight(self, weight: Weight) -> None:
+        """Make the fake of a frozen weight, without values, and have its twins share its memory."""
+        fake = self.fakes.get(id(weight.tensor))
+        if fake is None:
+            fake = self.fakes[id(weight.tensor)] = fake_of(weight.tensor, self._mode, valued=False)
+        for twin in weight.twins:
+            self.fakes.setdefault(id(twin), fake.detach())
+
+    def _of_state(self, state: Any) -> Any:
+        found = self._states.get(id(state))
+        if found is None:
+            found = self._states[id(state)] = copy.copy(state)
+            self._hold(state, found)
+        return found
+
+    def _hold(self, value: Any, stand_in: Any) -> None:
+        for name, kept in list(value.__dict__.items()):
+            if isinstance(kept, torch.Tensor) or is_quantizer_state(kept):
+                stand_in.__dict__[name] = self.of(kept)
+            elif type(stand_in) is nn.Parameter:
+                stand_in.__dict__[name] = kept
+
+
+def fake_of(tensor: torch.Tensor, mode: FakeTensorMode, *, valued: bool = True) -> torch.Tensor:
     """Return a fake tensor on the CPU of the same shape, strides and dtype, a parameter for a parameter.
 
-    Small values of integers are remembered, since a forward may ask for them (masks, lengths).
+    ``valued``: small values of integers are remembered, since a forward may ask for them (masks, lengths).
     """
     expanded = any(stride == 0 for stride in tensor.stride()) and tensor.numel() > 1
     with mode:
@@ -67,7 +114,7 @@ def fake_of(tensor: torch.Tensor, mode: FakeTensorMode) -> torch.Tensor:
             made = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="cpu")
         if isinstance(tensor, nn.Parameter):
             return nn.Parameter(made, requires_grad=tensor.requires_grad)
-    if not tensor.dtype.is_floating_point and not tensor.dtype.is_complex:
+    if valued and not tensor.dtype.is_floating_point and not tensor.dtype.is_complex:
         known = tensor.device.type != "meta" and type(tensor) in (torch.Tensor, nn.Buffer)
         # Of a tensor without values: ones, so that a mask is a mask of everything.
         remember(made, tensor.detach().cpu() if known else torch.ones(tensor.shape, dtype=tensor.dtype))

@@ -16,6 +16,7 @@ _FREE_NAMES = {"_unsafe_view", "detach", "lift_fresh", "alias", "empty", "empty_
 _FREE_NAMES |= {"_local_scalar_dense", "new_empty", "new_empty_strided", "empty_like"}
 _ATTENTION = "_scaled_dot_product_flash_attention_for_cpu"
 """Missing in torch's registry: a CPU stands in for every device in a trace."""
+_BITSANDBYTES = {"gemm_4bit", "gemv_4bit", "int8_scaled_mm", "int8_mixed_scaled_mm", "int8_linear_matmul"}
 _GROUPED = {"_grouped_mm", "grouped_mm_fallback", "grouped_mm_fallback_backward"}
 
 
@@ -29,7 +30,10 @@ class Operator:
         self.is_free = func.is_view or self.name in _FREE_NAMES
         """No kernel: a view, or memory without contents."""
         self.is_matmul = (
-            func._overloadpacket in flop_registry or self.name.startswith(_ATTENTION) or self.name in _GROUPED
+            func._overloadpacket in flop_registry
+            or self.name.startswith(_ATTENTION)
+            or self.name in _GROUPED
+            or (func.namespace == "bitsandbytes" and self.name in _BITSANDBYTES)
         )
         self.reads_rows = func in _ROWS
         self.reads_shape_only = self.is_free or self.name in _NOT_READ
@@ -57,7 +61,17 @@ def flops(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any)
         return int(sdpa_flop_count(args[0].shape, args[1].shape, args[2].shape))
     if name == _ATTENTION + "_backward":
         return int(sdpa_backward_flop_count(*(tensor.shape for tensor in args[:4])))
+    if name in _BITSANDBYTES:  # (rows, quantized matrix, …) -> rows of another width
+        return 2 * int(args[0].numel()) * int(result.shape[-1])
     return _grouped_flops(name, [a for a in args if isinstance(a, torch.Tensor)])
+
+
+def workspace_bytes(func: Any, args: tuple[Any, ...]) -> int:
+    """Return the bytes that a product allocates within itself: a 4-bit matrix is dequantized for it."""
+    if func._overloadpacket.__name__ != "gemm_4bit":
+        return 0
+    rows, columns = args[2]
+    return int(rows) * int(columns) * int(args[0].element_size())
 
 
 def tensors(arguments: Any) -> Iterator[torch.Tensor]:

@@ -12,9 +12,9 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from memplan.analyze.accesses import AccessLog
 from memplan.analyze.blocks import Draft, dtype_name
-from memplan.analyze.operators import flops, operator, size_bytes, tensors
+from memplan.analyze.operators import flops, operator, size_bytes, tensors, workspace_bytes
 from memplan.analyze.values import Values
-from memplan.storages import StorageLedger
+from memplan.storages import StorageLedger, opens
 
 _DEVICE = torch.ops.prim.device.default
 
@@ -56,6 +56,8 @@ class Recorder(StorageLedger):
         self.work.append(Work())
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if opens(types):
+            return NotImplemented
         given = kwargs or {}
         if func is _DEVICE:  # asked of every fake tensor, many times an operator
             return args[0].fake_device if type(args[0]) is FakeTensor else func(*args, **given)
@@ -75,6 +77,7 @@ class Recorder(StorageLedger):
         if known.is_matmul:
             counted = flops(func, args, given, result)
             work.flops += counted
+            self.touch(workspace_bytes(func, args))
             work.matmul_bytes += moved + made
             self.matmul_flops[_product_dtype(args)] += counted
         else:

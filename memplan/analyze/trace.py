@@ -130,7 +130,7 @@ def _trace(
             undo.enter_context(torch.device("cpu"))
         fakes = undo.enter_context(faked(model, mode))
         inputs = batch.faked(mode)
-        frozen = {fakes[id(p)].untyped_storage()._cdata: draft for draft in drafts for _, p in draft.parameters}
+        frozen = {fakes[id(w.tensor)].untyped_storage()._cdata: draft for draft in drafts for w in draft.weights}
         recorder = Recorder((*fakes.values(), *inputs.tensors()), frozen)
         trainables = [fakes[id(parameter)] for parameter in trained]
         if accumulates:

@@ -21,9 +21,10 @@ from memplan.run.conductor import Conductor, Streamed
 from memplan.run.guard import Guard
 from memplan.run.handle import Handle, Parts, handle_of
 from memplan.run.home import BlockFiles, Home, Weights
-from memplan.run.matching import match_parameters, require_supported, stored_tensors, trigger_modules
+from memplan.run.matching import match_weights, require_supported, stored_tensors, trigger_modules
 from memplan.run.transfer import CpuTransfers, CudaTransfers, DiskSource, HostSource, Source, Transfers
 from memplan.triggers import Triggers
+from memplan.weights import frozen_weights, plain_parts, small_tensors
 
 
 def attach(
@@ -55,11 +56,11 @@ def attach(
     require_supported(plan)
     if handle_of(model) is not None:
         raise ModelError("the model is under a plan already: detach() that one first")
-    parameters = match_parameters(model, plan)
+    weights = match_weights(model, plan)
     triggers = trigger_modules(model, plan)
     stored = stored_tensors(model, checkpoint)
     with ExitStack() as undo:
-        parts = Parts(plan, device, parameters)
+        parts = Parts(plan, device, weights)
         undo.callback(parts.reader.close)
         _settle(model, plan, parts, stored, undo, _cache(cache))
         transfers: Transfers = (
@@ -82,7 +83,7 @@ def attach(
         kept = parts.kept()
         guards = []
         for module in model.modules():
-            if any(id(parameter) in kept for parameter in module.parameters()):
+            if any(id(weight.tensor) in kept for weight in frozen_weights("", module, deep=True)):
                 guards.append(Guard(module, kept))
                 undo.callback(guards[-1].remove)
         parts.conductor.begin()
@@ -109,14 +110,14 @@ def _settle(
     cache: Path,
 ) -> None:
     """Bring each block to its home, one at a time, and note how to give it back."""
-    parameters, device = parts.parameters, parts.device
-    weights = Weights(parameters, stored, parts.reader)
+    weights, device = parts.weights, parts.device
+    origin = Weights(weights, stored, parts.reader)
     arenas = {arena.id: arena.tier for arena in plan.arenas}
     places = {
         (plan.items[a.item].block, arenas[a.arena]): a for a in plan.addresses if plan.items[a.item].kind == "weights"
     }
     homes = {item.block: item.home for item in plan.items if item.kind == "weights"}
-    own = {b.id: weights.own_files(b) for b in plan.table.blocks if homes[b.id] == "disk"}
+    own = {b.id: origin.own_files(b) for b in plan.table.blocks if homes[b.id] == "disk"}
     packed = tuple(b for b in plan.table.blocks if b.id in own and own[b.id] is None)
     if packed and plan.budgets.disk_bytes is None:
         raise CheckpointError(
@@ -126,46 +127,45 @@ def _settle(
     with BlockFiles(cache, packed) as files:
         for block in plan.table.blocks:
             home, address = homes[block.id], places[block.id, "device"]
-            part = parts.arena.part(address.offset_bytes, block.size_bytes)
+            slot = parts.arena.part(address.offset_bytes, block.size_bytes)
             source: Source
             if home == "device":
-                weights.fill(block, part)
-                source = HostSource(part)
+                origin.fill(block, slot)
+                source = HostSource(slot)
             elif home == "host":
                 kept = parts.host.part(places[block.id, "host"].offset_bytes, block.size_bytes)
-                weights.fill(block, kept)
+                origin.fill(block, kept)
                 source = HostSource(kept)
             else:
                 extents = own[block.id]
                 if extents is None:
-                    extents = files.write(block, weights)
+                    extents = files.write(block, origin)
                 parts.reader.open(extent for extent, _ in extents)
                 source = DiskSource(extents, parts.reader, block.name)
-            kept_home = parts.homes[block.id] = Home(block, source, parameters)
+            kept_home = parts.homes[block.id] = Home(block, source, weights)
             undo.callback(kept_home.give_back)
-            pointers = tuple(
-                (
-                    parameters[t.name],
-                    view(part, t, kept_home.orders[t.name]),
-                    parts.placeholders.of(t.shape, dtype_of(t.dtype)),
-                )
-                for t in block.tensors
-            )
+            pointers = []
+            for tensor in block.tensors:
+                there = view(slot, tensor, kept_home.orders[tensor.name])
+                away = parts.placeholders.of(tensor.shape, dtype_of(tensor.dtype))
+                pointers += [(pointed, there, away) for pointed in weights[tensor.name].everywhere()]
             if home == "device":
-                for parameter, there_view, _ in pointers:
-                    parameter.data = there_view
+                for pointed, there, _ in pointers:
+                    pointed.data = there
                 continue
             channel: Channel = "h2d" if home == "host" else "disk"
             streamed = Streamed(
-                block=block.id, name=block.name, channel=channel, source=source, part=part, pointers=pointers
+                block=block.id, name=block.name, channel=channel, source=source, part=slot, pointers=tuple(pointers)
             )
             streamed.unpoint()
             parts.streamed[block.id] = streamed
     _rivals(parts.streamed)
-    for tensor in (*model.parameters(), *model.buffers()):
-        if tensor.device != device and tensor.device.type != "meta":
-            undo.callback(_move_back, tensor, tensor.device)
-            tensor.data = tensor.data.to(device)
+    small = (held for module in model.modules() for held in small_tensors(module))
+    for held in (*model.parameters(), *model.buffers(), *small):
+        for part in plain_parts(held):
+            if part.device != device:
+                undo.callback(_move_back, part, part.device)
+                part.data = part.data.to(device)
 
 
 def _rivals(streamed: Mapping[int, Streamed]) -> None:

@@ -19,6 +19,7 @@ from memplan.recompute import replace_forward
 from memplan.run.arena import Arena
 from memplan.run.clocks import ClockedTransfers
 from memplan.run.conductor import Conductor, Streamed
+from memplan.weights import plain_parts
 
 
 class CheckedReads:
@@ -85,13 +86,14 @@ class CheckedReads:
 
     def _block_of(self, tensor: torch.Tensor, blocks: frozenset[int]) -> int | None:
         """Return which of ``blocks`` a tensor is a view of. Slots are shared: another block may lie there now."""
-        pointer = tensor.data_ptr()
-        if not self._begin <= pointer < self._end or tensor.numel() == 0:
-            return None
-        for block in blocks:
-            part = self._streamed[block].part
-            if part.data_ptr() <= pointer < part.data_ptr() + part.numel():
-                return block
+        for plain in plain_parts(tensor):
+            pointer = plain.data_ptr()
+            if not self._begin <= pointer < self._end or plain.numel() == 0:
+                continue
+            for block in blocks:
+                part = self._streamed[block].part
+                if part.data_ptr() <= pointer < part.data_ptr() + part.numel():
+                    return block
         return None
 
     def _message(self, block: int, how: str) -> str:

@@ -15,7 +15,6 @@ import time
 from dataclasses import dataclass, field
 
 import torch
-from torch import nn
 
 from memplan.errors import RunError
 from memplan.program.record import BlockRecord, RunRecord
@@ -34,8 +33,8 @@ class Streamed:
     source: Source
     part: torch.Tensor
     """Its byte range of the device arena: its one address."""
-    pointers: tuple[tuple[nn.Parameter, torch.Tensor, torch.Tensor], ...]
-    """Each parameter, its view of the part, and its placeholder."""
+    pointers: tuple[tuple[torch.Tensor, torch.Tensor, torch.Tensor], ...]
+    """Each tensor of its weights, the view of the part that it is, and its placeholder."""
     rivals: tuple[int, ...] = ()
     """Streamed blocks whose addresses overlap this one's."""
     ticket: Ticket | None = None
@@ -47,12 +46,12 @@ class Streamed:
     stall_s: float = 0.0
 
     def point(self) -> None:
-        for parameter, there, _ in self.pointers:
-            parameter.data = there
+        for tensor, there, _ in self.pointers:
+            tensor.data = there
 
     def unpoint(self) -> None:
-        for parameter, _, away in self.pointers:
-            parameter.data = away
+        for tensor, _, away in self.pointers:
+            tensor.data = away
 
 
 @dataclass(slots=True)

@@ -7,13 +7,14 @@ through, the rest is refused before it begins. A ``state_dict`` reads true weigh
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 from torch import nn
 
 from memplan.errors import MovedWeightsError, RunError
+from memplan.weights import frozen_weights, is_wrapper, own_weights, rewrapped, wrapped_parts
 
 if TYPE_CHECKING:
     from memplan.run.handle import Handle
@@ -23,14 +24,23 @@ _LAYER_MERGES = ("merge", "unmerge")
 
 
 class Guard:
-    """Stands before one module. ``kept``: what reads each managed parameter from its home, by the parameter's id."""
+    """Stands before one module. ``kept``: what reads each managed tensor from its home, by the tensor's id."""
 
     def __init__(self, module: nn.Module, kept: Mapping[int, Callable[[], torch.Tensor]]) -> None:
         self._module = module
         self._kept = kept
         self.handle: Handle | None = None
-        own = {(p.dtype, p.device) for p in module.parameters() if id(p) in kept}
-        self._kinds = tuple(sorted(own, key=str))
+        within = [weight.tensor for weight in frozen_weights("", module, deep=True) if id(weight.tensor) in kept]
+        self._kinds = tuple(sorted({(tensor.dtype, tensor.device) for tensor in within}, key=str))
+        self._own = tuple(weight for weight in own_weights(module) if id(weight.tensor) in kept)
+        ids = {id(weight.tensor) for weight in self._own}
+        held = [*module._parameters.items(), *module._buffers.items()]
+        self._hidden = tuple(
+            name
+            for name, tensor in held
+            if tensor is not None and any(id(part) in ids for part in wrapped_parts(tensor))
+        )
+        """Names of what the module has that must not be seen by those who move or load tensors."""
         # Found on the instance before the class, by torch, PEFT, copy and pickle alike.
         self._stands_before: dict[str, Any] = {
             "_apply": self.apply,
@@ -57,11 +67,22 @@ class Guard:
 
     def save(self, module: nn.Module, state: dict[str, Any], prefix: str, metadata: object) -> None:
         """Put the weights from their homes into a ``state_dict``: nothing is copied, what is on disk is mapped."""
-        for name, parameter in module._parameters.items():
-            read = self._kept.get(id(parameter))
-            held = state.get(prefix + name)
-            if read is not None and held is not None and not isinstance(held, nn.Parameter):
-                state[prefix + name] = read()
+        for name, held in self._entries():
+            if prefix + name in state and not isinstance(state[prefix + name], nn.Parameter):
+                state[prefix + name] = rewrapped(held, self._read)
+
+    def _entries(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """Yield what a ``state_dict`` of the module holds of its weights, by name."""
+        for weight in self._own:
+            yield weight.name, weight.tensor
+        for name in self._hidden:
+            parameter = self._module._parameters.get(name)
+            if is_wrapper(parameter):
+                assert parameter is not None
+                yield name, parameter
+
+    def _read(self, tensor: torch.Tensor) -> torch.Tensor:
+        return self._kept[id(tensor)]()
 
     def load(
         self,
@@ -74,19 +95,15 @@ class Guard:
         errors: list[str],
     ) -> None:
         """Stand for ``_load_from_state_dict``: frozen weights may come again, but not others."""
-        for name, parameter in self._module._parameters.items():
-            read = self._kept.get(id(parameter))
-            if read is None:
-                continue
+        for name, tensor in self._entries():
             given = state.pop(prefix + name, None)
             if given is not None:
-                held = read()
-                if given.shape != held.shape or not torch.equal(given.to(held.device, held.dtype), held):
+                if not self._same(tensor, given):
                     raise MovedWeightsError(
                         f"load_state_dict would give the frozen weight {prefix + name} other values, but memplan "
                         "streams it: detach() first"
                     )
-            elif strict:
+            elif strict and name in self._hidden:
                 missing.append(prefix + name)
         kind = type(self._module)
         self._without_kept(
@@ -95,19 +112,30 @@ class Guard:
             )
         )
 
+    def _same(self, tensor: torch.Tensor, given: torch.Tensor) -> bool:
+        """Whether given weights are those that are kept of ``tensor``."""
+        own, others = list(wrapped_parts(tensor)), list(wrapped_parts(given))
+        if len(own) != len(others):
+            return False
+        for part, other in zip(own, others, strict=True):
+            held = self._read(part)
+            if other.shape != held.shape or not torch.equal(other.to(held.device, held.dtype), held):
+                return False
+        return True
+
     def _without_kept(self, act: Callable[[], object]) -> None:
-        """Act on the module as though it had none of the managed parameters."""
-        parameters = self._module._parameters
-        everything = dict(parameters)
-        for name, parameter in everything.items():
-            if parameter is not None and id(parameter) in self._kept:
-                del parameters[name]
+        """Act on the module as though it had none of the managed weights."""
+        before = [(held, dict(held)) for held in (self._module._parameters, self._module._buffers)]
+        for held, _ in before:
+            for name in self._hidden:
+                held.pop(name, None)
         try:
             act()
         finally:
-            left = dict(parameters)
-            parameters.clear()
-            parameters.update({name: left.get(name, parameter) for name, parameter in everything.items()})
+            for held, everything in before:
+                left = dict(held)
+                held.clear()
+                held.update({name: left.get(name, tensor) for name, tensor in everything.items()})  # type: ignore[misc]
 
     def remove(self) -> None:
         """Step aside."""
@@ -117,6 +145,7 @@ class Guard:
         # They hold this guard, and what it keeps holds the arenas: those go now, not when the collector comes by.
         self._stands_before = {}
         self._kept = {}
+        self._own = ()
 
 
 def guard_of(module: nn.Module) -> Guard | None:

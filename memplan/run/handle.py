@@ -19,14 +19,15 @@ from memplan.run.disk import DiskReader
 from memplan.run.guard import guard_of
 from memplan.run.home import Home
 from memplan.storages import StorageLedger
+from memplan.weights import Weight
 
 
 class Parts:
     """What a model under a plan runs on."""
 
-    def __init__(self, plan: Plan, device: torch.device, parameters: Mapping[str, nn.Parameter]) -> None:
+    def __init__(self, plan: Plan, device: torch.device, weights: Mapping[str, Weight]) -> None:
         self.device = device
-        self.parameters = parameters
+        self.weights = weights
         sizes = {tier: sum(a.size_bytes for a in plan.arenas if a.tier == tier) for tier in ("device", "host")}
         self.arena = Arena(sizes["device"], device)
         self.host = Arena(sizes["host"], torch.device("cpu"), pinned=device.type == "cuda")
@@ -40,13 +41,13 @@ class Parts:
         self.checked: CheckedReads | None = None
 
     def kept(self) -> dict[int, Callable[[], torch.Tensor]]:
-        """Return what reads each managed parameter from its home, by the parameter's id."""
+        """Return what reads each managed tensor from its home, by the tensor's id."""
 
         def reading(home: Home, index: int) -> Callable[[], torch.Tensor]:
             return lambda: home.tensor(home.block.tensors[index])
 
         return {
-            id(self.parameters[tensor.name]): reading(home, index)
+            id(self.weights[tensor.name].tensor): reading(home, index)
             for home in self.homes.values()
             for index, tensor in enumerate(home.block.tensors)
         }
@@ -117,7 +118,7 @@ class Handle:
             for block in parts.streamed:
                 home = parts.homes[block]
                 for tensor in home.block.tensors:
-                    parts.parameters[tensor.name].data = home.tensor(tensor)
+                    parts.weights[tensor.name].point(home.tensor(tensor))
             yield self.model
         finally:
             self._readers -= 1

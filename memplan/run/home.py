@@ -13,7 +13,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import nn
 
 from memplan.analyze.graph import Block, Tensor
 from memplan.checkpoint import StoredTensor
@@ -22,10 +21,11 @@ from memplan.run.arena import dtype_of, is_placeholder, memory_order, own_storag
 from memplan.run.disk import Bytes, DiskReader, Extent, pack
 from memplan.run.transfer import HostSource, Source
 from memplan.units import MIB, format_bytes
+from memplan.weights import Weight
 
 _COMPARE_BYTES = 16 * MIB
 
-Parameters = Mapping[str, nn.Parameter]
+Matched = Mapping[str, Weight]
 Checkpoint = Mapping[str, StoredTensor]
 
 
@@ -37,26 +37,26 @@ def as_bytes(tensor: torch.Tensor) -> torch.Tensor:
         return held.contiguous().reshape(-1).view(torch.uint8)
 
 
-def is_away(parameter: nn.Parameter) -> bool:
-    """Whether the parameter holds no weights of its own: on ``meta`` or a placeholder."""
-    return parameter.device.type == "meta" or is_placeholder(parameter)
+def is_away(tensor: torch.Tensor) -> bool:
+    """Whether a tensor holds no weights of its own: on ``meta`` or a placeholder."""
+    return tensor.device.type == "meta" or is_placeholder(tensor)
 
 
 class Weights:
     """Where the bytes of the model's frozen tensors come from at attach."""
 
-    def __init__(self, parameters: Parameters, checkpoint: Checkpoint, reader: DiskReader) -> None:
-        self._parameters = parameters
+    def __init__(self, weights: Matched, checkpoint: Checkpoint, reader: DiskReader) -> None:
+        self._weights = weights
         self._checkpoint = checkpoint
         self._reader = reader
 
     def fill(self, block: Block, part: torch.Tensor) -> None:
         """Write a block's layout into ``part`` (uint8, on the host or the device). Raises CheckpointError."""
         for tensor in block.tensors:
-            parameter = self._parameters[tensor.name]
+            held = self._weights[tensor.name].tensor
             target = part[tensor.offset_bytes : tensor.offset_bytes + tensor.size_bytes]
-            if not is_away(parameter):
-                target.copy_(as_bytes(parameter.data))
+            if not is_away(held):
+                target.copy_(as_bytes(held.data))
                 continue
             stored = self._stored(tensor)
             if stored.dtype == tensor.dtype and target.device.type == "cpu":
@@ -75,8 +75,8 @@ class Weights:
             if stored is None or stored.dtype != tensor.dtype or stored.shape != tensor.shape:
                 return None
             extent = _extent(stored)
-            parameter = self._parameters[tensor.name]
-            if not is_away(parameter) and not self._same(extent, as_bytes(parameter.data), block.name):
+            held = self._weights[tensor.name].tensor
+            if not is_away(held) and not self._same(extent, as_bytes(held.data), block.name):
                 return None
             found.append((extent, tensor.offset_bytes))
         return tuple(found)
@@ -158,19 +158,14 @@ class BlockFiles:
 class Home:
     """A block's permanent copy, and its tensors as anyone may read them there."""
 
-    def __init__(self, block: Block, source: Source, parameters: Parameters) -> None:
+    def __init__(self, block: Block, source: Source, weights: Matched) -> None:
         self.block = block
         self.source = source
-        self._parameters = {tensor.name: parameters[tensor.name] for tensor in block.tensors}
-        self.orders = {
-            name: None if is_away(parameter) else memory_order(parameter)
-            for name, parameter in self._parameters.items()
-        }
-        # What each parameter was: its placeholder where it held no weights, else the device that it was on.
-        self._were = {
-            name: parameter.data if is_away(parameter) else parameter.device
-            for name, parameter in self._parameters.items()
-        }
+        self._weights = {tensor.name: weights[tensor.name] for tensor in block.tensors}
+        held = {name: weight.tensor for name, weight in self._weights.items()}
+        self.orders = {name: None if is_away(tensor) else memory_order(tensor) for name, tensor in held.items()}
+        # What each was: its placeholder where it held no weights, else the device that it was on.
+        self._were = {name: tensor.data if is_away(tensor) else tensor.device for name, tensor in held.items()}
 
     def tensor(self, tensor: Tensor) -> torch.Tensor:
         """Return one tensor with a storage of its own and without a copy: where the block lies, or mapped from disk."""
@@ -191,20 +186,20 @@ class Home:
         raise AssertionError(f"no extent holds {tensor.name}")
 
     def give_back(self) -> None:
-        """Give the parameters back what they were: tensors of their own with their weights, or their placeholders.
+        """Give the weights back what they were: tensors of their own with their weights, or their placeholders.
 
         Raises TransferError where a block cannot be read from disk.
         """
         held: torch.Tensor | None = None
         for tensor in self.block.tensors:
-            parameter, was = self._parameters[tensor.name], self._were[tensor.name]
+            weight, was = self._weights[tensor.name], self._were[tensor.name]
             if isinstance(was, torch.Tensor):
-                parameter.data = was
+                weight.point(was)
                 continue
             if held is None:
                 held = self._layout()
             with torch.inference_mode(False), torch.no_grad():
-                parameter.data = view(held, tensor, self.orders[tensor.name]).to(was, copy=True)
+                weight.point(view(held, tensor, self.orders[tensor.name]).to(was, copy=True))
 
     def _layout(self) -> torch.Tensor:
         if isinstance(self.source, HostSource):

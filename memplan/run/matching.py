@@ -12,6 +12,7 @@ from memplan.names import canonical
 from memplan.program.schema import Plan
 from memplan.run.arena import dtype_of
 from memplan.units import format_bytes
+from memplan.weights import Weight, own_weights, unready
 
 
 def require_supported(plan: Plan) -> None:
@@ -24,47 +25,53 @@ def require_supported(plan: Plan) -> None:
             )
 
 
-def match_parameters(model: nn.Module, plan: Plan) -> dict[str, nn.Parameter]:
-    """Return the model's parameters by canonical name, having checked that the plan is for this model."""
+def match_weights(model: nn.Module, plan: Plan) -> dict[str, Weight]:
+    """Return the model's frozen weights by canonical name, having checked that the plan is for this model."""
     for name, module in model.named_modules():
         if hasattr(module, "_hf_hook"):
             raise ModelError(
                 f"the module {canonical(name)} is hooked by accelerate (device_map or cpu_offload), which would move "
                 "the same weights: load the model without device_map"
             )
-    parameters: dict[str, nn.Parameter] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        parameters.setdefault(canonical(name), parameter)
+    weights: dict[str, Weight] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        for weight in own_weights(module, f"{name}." if name else ""):
+            weights.setdefault(canonical(weight.name), weight)
+        for parameter in module._parameters.values():
+            why = None if parameter is None else unready(parameter, module)
+            if why is not None:
+                raise ModelError(f"a quantized weight of {canonical(name)} {why}")
+    trained = {canonical(name): p for name, p in model.named_parameters(remove_duplicate=False) if p.requires_grad}
     planned = set()
     for block in plan.table.blocks:
         for tensor in block.tensors:
-            found = parameters.get(tensor.name)
-            if found is None:
+            if tensor.name in trained:
+                raise PlanMismatchError(f"the plan streams {tensor.name}, which this model trains: make a new plan")
+            if tensor.name not in weights:
                 raise PlanMismatchError(
                     f"the plan is for another model ({plan.model}): it places {tensor.name}, which this model lacks; "
                     "make a plan for this model"
                 )
+            found = weights[tensor.name].tensor
             if tuple(found.shape) != tensor.shape or found.dtype != dtype_of(tensor.dtype):
                 raise PlanMismatchError(
                     f"the plan is for another model ({plan.model}): it has {tensor.name} as {tensor.dtype} "
                     f"{tensor.shape}, this model as {str(found.dtype).removeprefix('torch.')} {tuple(found.shape)}"
                 )
-            if found.requires_grad:
-                raise PlanMismatchError(f"the plan streams {tensor.name}, which this model trains: make a new plan")
             planned.add(id(found))
-    for name, parameter in parameters.items():
-        if not parameter.requires_grad and id(parameter) not in planned:
+    for name, weight in weights.items():
+        if id(weight.tensor) not in planned:
             raise PlanMismatchError(
                 f"the model's frozen parameter {name} is not in the plan, which is for {plan.model}: make a new plan"
             )
-    trained = {id(p): p.numel() * p.element_size() for p in parameters.values() if p.requires_grad}
+    trained_bytes = sum({id(p): p.numel() * p.element_size() for p in trained.values()}.values())
     counted = sum(row.size_bytes for row in plan.table.fixed if row.kind == "adapters")
-    if sum(trained.values()) > counted:
+    if trained_bytes > counted:
         raise PlanMismatchError(
-            f"the model trains {format_bytes(sum(trained.values()))}, the plan counts {format_bytes(counted)} of "
+            f"the model trains {format_bytes(trained_bytes)}, the plan counts {format_bytes(counted)} of "
             "adapters: make a plan with this adapter"
         )
-    return parameters
+    return weights
 
 
 def trigger_modules(model: nn.Module, plan: Plan) -> dict[str, nn.Module]:
