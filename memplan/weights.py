@@ -23,6 +23,7 @@ from memplan.names import canonical
 _BUFFER_MARKS = ("qweight", "weight_packed", "W_q")
 _BUFFERS = {"qweight", "qzeros", "scales", "g_idx", "weight_packed", "weight_scale", "weight_zero_point"}
 _PACKED = "packing_format_for_cpu"
+_REPACKS = "support_avx512bf16_for_cpu"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -138,6 +139,19 @@ def is_wrapper(tensor: object) -> bool:
     """Whether a tensor is made of others (torchao's quantized ones)."""
     kind: type = type(tensor)
     return kind not in (torch.Tensor, nn.Parameter, FakeTensor) and is_traceable_wrapper_subclass(tensor)
+
+
+def keep_layout(module: nn.Module) -> Callable[[], None] | None:
+    """Have bitsandbytes leave a module's 4-bit weights in their layout; return what undoes it, None where it would.
+
+    In an evaluation on some CPUs it repacks them into new tensors: they could not be trained on afterwards, and an
+    address of theirs would no longer hold what is read.
+    """
+    held = module.__dict__.get(_REPACKS)
+    if not held:
+        return None
+    module.__dict__[_REPACKS] = type(held)(0)
+    return lambda: module.__dict__.update({_REPACKS: held})
 
 
 def is_wrapper_type(kind: type) -> bool:

@@ -23,6 +23,8 @@ class LiveBytes(TorchDispatchMode):
         self.peak = max(self.peak, sum(storage.nbytes() for storage in self.alive))
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if any(hasattr(kind, "__tensor_flatten__") for kind in types):
+            return NotImplemented  # made of other tensors: those are counted
         result = func(*args, **(kwargs or {}))
         grown = False
         for tensor in result if isinstance(result, (tuple, list)) else (result,):
@@ -35,10 +37,24 @@ class LiveBytes(TorchDispatchMode):
 
 
 def held_by(model, optimizer):
-    """Every tensor that is there before a step: parameters, buffers, gradients, optimizer state."""
+    """Every tensor that is there before a step: parameters, buffers, gradients, optimizer and quantization state."""
     for tensor in (*model.parameters(), *model.buffers()):
-        yield tensor
+        yield from parts_of(tensor)
         if tensor.grad is not None:
             yield tensor.grad
     for state in optimizer.state.values():
         yield from (value for value in state.values() if isinstance(value, torch.Tensor))
+    for module in model.modules():  # bitsandbytes' states
+        for state in (getattr(getattr(module, "weight", None), "quant_state", None), getattr(module, "state", None)):
+            for holder in (state, getattr(state, "state2", None)):
+                held = vars(holder).values() if hasattr(holder, "__dict__") else ()
+                yield from (value for value in held if isinstance(value, torch.Tensor))
+
+
+def parts_of(tensor):
+    """The tensors that a tensor is made of, or itself."""
+    if not hasattr(tensor, "__tensor_flatten__"):
+        yield tensor
+        return
+    for name in tensor.__tensor_flatten__()[0]:
+        yield from parts_of(getattr(tensor, name))

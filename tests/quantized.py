@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import warnings
 from functools import cache
-from pathlib import Path
-from tempfile import mkdtemp
+from tempfile import TemporaryDirectory
 
 import torch
 from peft import LoraConfig, get_peft_model
@@ -18,21 +16,21 @@ QUANTIZED = ("nf4", "nf4-nested", "fp4", "int8", "torchao-int8", "torchao-int4",
 
 
 @cache
-def folder() -> Path:
-    """Return the folder of a float32 checkpoint: the same for all."""
+def folder() -> TemporaryDirectory[str]:
+    """Return a folder with a float32 checkpoint, the same for all; it goes with the process."""
     torch.manual_seed(0)
     config = LlamaConfig(
         hidden_size=64, intermediate_size=176, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2,
         vocab_size=VOCABULARY, max_position_embeddings=64, dtype="float32",
     )  # fmt: skip
-    path = Path(mkdtemp(prefix="memplan-tests-"))
-    LlamaForCausalLM(config).save_pretrained(path)
-    return path
+    made = TemporaryDirectory(prefix="memplan-tests-")
+    LlamaForCausalLM(config).save_pretrained(made.name)
+    return made
 
 
 def make(kind: str, *, dropout: float = 0.0, checkpointing: str = "off", seed: int = 0) -> nn.Module:
     """Return a Llama whose linear layers are quantized, with an adapter whose B is not zero, in training mode."""
-    base = AutoModelForCausalLM.from_pretrained(folder(), **_options(kind), dtype=torch.float32)
+    base = AutoModelForCausalLM.from_pretrained(folder().name, **_options(kind), dtype=torch.float32)
     base.requires_grad_(False)
     base.config.use_cache = False
     if kind == "gptq-like":
@@ -117,8 +115,3 @@ def _pack(model: nn.Module) -> None:
             for name, child in list(parent.named_children()):
                 if isinstance(child, nn.Linear):
                     setattr(parent, name, PackedLinear(child))
-
-
-def quiet() -> warnings.catch_warnings:
-    """Return a context in which quantizers may warn."""
-    return warnings.catch_warnings(action="ignore")

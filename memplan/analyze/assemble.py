@@ -119,10 +119,14 @@ def assemble(
 
 
 def _buffer_bytes(model: nn.Module) -> int:
-    """Return the bytes of buffers that are no weights, and of what quantizers keep beside those."""
-    weights = {id(weight.tensor) for weight in frozen_weights("", model, deep=True)}
+    """Return the bytes of buffers that are no weights, of what quantizers keep beside those, and of placeholders.
+
+    While a block is away its tensors are one element of each dtype, expanded.
+    """
+    weights = {id(weight.tensor): weight.tensor for weight in frozen_weights("", model, deep=True)}
+    elements = {tensor.dtype: tensor.element_size() for tensor in weights.values()}
     held = [*model.buffers(), *(tensor for module in model.modules() for tensor in small_tensors(module))]
-    return sum(tensor.numel() * tensor.element_size() for tensor in held if id(tensor) not in weights)
+    return sum(elements.values()) + sum(t.numel() * t.element_size() for t in held if id(t) not in weights)
 
 
 def _pin(drafts: Sequence[Draft], recorder: Recorder) -> None:

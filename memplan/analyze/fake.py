@@ -97,7 +97,7 @@ class _StandIns:
         for name, kept in list(value.__dict__.items()):
             if isinstance(kept, torch.Tensor) or is_quantizer_state(kept):
                 stand_in.__dict__[name] = self.of(kept)
-            elif type(stand_in) is nn.Parameter:
+            elif isinstance(value, torch.Tensor):
                 stand_in.__dict__[name] = kept
 
 

@@ -24,7 +24,7 @@ from memplan.run.home import BlockFiles, Home, Weights
 from memplan.run.matching import match_weights, require_supported, stored_tensors, trigger_modules
 from memplan.run.transfer import CpuTransfers, CudaTransfers, DiskSource, HostSource, Source, Transfers
 from memplan.triggers import Triggers
-from memplan.weights import frozen_weights, plain_parts, small_tensors
+from memplan.weights import frozen_weights, keep_layout, plain_parts, small_tensors
 
 
 def attach(
@@ -75,6 +75,10 @@ def attach(
             parts.checked = CheckedReads(parts.arena, parts.streamed, parts.conductor, transfers)
             undo.callback(parts.checked.remove)
             _check_reads(model, triggers, plan, parts)
+        for module in model.modules():
+            undone = keep_layout(module)
+            if undone is not None:
+                undo.callback(undone)
         for policy in plan.activations:
             if policy.activations == "recompute":
                 undo.callback(recompute.wrap(triggers[policy.module]))

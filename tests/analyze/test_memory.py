@@ -153,4 +153,5 @@ def test_fixed_bytes():
     assert fixed["optimizer"] == sum(v.numel() * v.element_size() for v in held)
     assert fixed["adapters"] == sum(p.numel() * p.element_size() for p in trained)
     assert fixed["batch"] == 3 * models.BATCH * models.SEQUENCE * 8
-    assert fixed["buffers"] == sum(b.numel() * b.element_size() for b in model.buffers())
+    placeholder = 4  # one float32 element, expanded, stands for what is away
+    assert fixed["buffers"] == sum(b.numel() * b.element_size() for b in model.buffers()) + placeholder

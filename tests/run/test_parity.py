@@ -44,7 +44,9 @@ def plan_for(model, kind, *, share=0.4, accumulation=1, tiers="all"):
     return plan
 
 
-def compare(kind, *, checkpointing="off", dropout=0.0, accumulation=1, checked=False, share=0.4, tmp_path=None):
+def compare(
+    kind, *, checkpointing="off", dropout=0.0, accumulation=1, checked=False, share=0.4, tmp_path=None, make=make
+):
     """Train whole and planned; return the handle of the planned run, which is still attached."""
     options = {"checkpointing": checkpointing, "dropout": dropout}
     whole = train(make(kind, **options), kind, accumulation=accumulation)

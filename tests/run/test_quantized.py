@@ -1,0 +1,225 @@
+"""Quantized bases: streamed as the tensors that they are made of, equal to the last bit, and each trap of theirs."""
+
+from __future__ import annotations
+
+import gc
+
+import pytest
+import torch
+
+import memplan
+from memplan.errors import ModelError, MovedWeightsError
+from memplan.run.attach import attach
+from memplan.weights import is_wrapper, own_weights, wrapped_parts
+from tests import quantized
+from tests.quantized import QUANTIZED
+from tests.run.test_memory import counted_step
+from tests.run.test_parity import compare, plan_for
+from tests.training import CHECKPOINTING, CPU, assert_equal, batch_of, train
+
+pytestmark = pytest.mark.filterwarnings("ignore")  # the quantizers' own, of versions and of float32 inputs
+
+
+def model_of(kind, **options):
+    return quantized.make(kind, **options)
+
+
+def maker(name):
+    return lambda kind, **options: quantized.make(name, **options)
+
+
+def tensors_of(model):
+    """A copy of every tensor that the model's weights are made of, by name."""
+    found = {}
+    for name, module in model.named_modules():
+        for weight in own_weights(module, f"{name}."):
+            found[weight.name] = weight.tensor.detach().as_subclass(torch.Tensor).clone()
+    return found
+
+
+def entries(state):
+    return {f"{k}.{i}": p.clone() for k, v in state.items() for i, p in enumerate(wrapped_parts(v))}
+
+
+def assert_same(one, other):
+    assert one.keys() == other.keys()
+    for name in one:
+        assert one[name].dtype == other[name].dtype, name
+        assert torch.equal(one[name], other[name]), name
+
+
+@pytest.mark.parametrize("checked", [False, True], ids=["plain", "checked"])
+@pytest.mark.parametrize("kind", QUANTIZED)
+def test_three_steps(kind, checked, tmp_path):
+    with compare("llama", make=maker(kind), checked=checked, tmp_path=tmp_path) as handle:
+        assert handle.record.loads > 0
+        assert handle.record.misses == 0
+        moved = {t.name.rsplit(".", 1)[-1] for b in handle.plan.table.blocks for t in b.tensors}
+        assert moved & {"absmax", "SCB", "qdata", "qweight"}
+
+
+@pytest.mark.parametrize("checkpointing", [c for c in CHECKPOINTING if c != "off"])
+@pytest.mark.parametrize("kind", ["nf4-nested", "int8", "torchao-int8"])
+def test_checkpointed(kind, checkpointing, tmp_path):
+    options = {"checkpointing": checkpointing, "dropout": 0.2, "accumulation": 2, "checked": True}
+    compare("llama", make=maker(kind), **options, tmp_path=tmp_path).detach()
+
+
+@pytest.mark.parametrize("kind", ["nf4-nested", "int8", "torchao-int4", "gptq-like"])
+def test_from_the_least_that_works(kind, tmp_path):
+    compare("llama", make=maker(kind), share=0.0, checked=True, tmp_path=tmp_path).detach()
+
+
+@pytest.mark.parametrize("kind", QUANTIZED)
+def test_memory(kind, tmp_path):
+    """What a trace on fake tensors says of dequantized weights is what a run holds."""
+    model = model_of(kind)
+    plan = plan_for(model, "llama")
+    with attach(model, plan, cache=tmp_path):
+        peak = counted_step(model, "llama")
+    predicted = plan.prediction.peaks.vram_bytes
+    assert peak <= plan.budgets.vram_bytes
+    # What a 4-bit product allocates within itself is predicted and not seen by a count of tensors.
+    within = 64 * 176 * 4 if kind in ("nf4", "nf4-nested", "fp4") else 0
+    assert 0.9 * (predicted - within) <= peak <= predicted
+
+
+@pytest.mark.parametrize("kind", QUANTIZED)
+def test_comes_back_as_it_was(kind, tmp_path):
+    model = model_of(kind)
+    before = tensors_of(model)
+    classes = [type(p) for p in model.parameters()]
+    with attach(model, plan_for(model, "llama"), cache=tmp_path):
+        pass
+    assert_same(before, tensors_of(model))
+    assert classes == [type(p) for p in model.parameters()]
+    train(model, "llama", steps=1)
+    with attach(model, plan_for(model, "llama"), cache=tmp_path):
+        train(model, "llama", steps=1)
+    assert_same(before, tensors_of(model))
+    whole = model_of(kind)
+    assert_equal(train(whole, "llama", steps=1), train(model_of(kind), "llama", steps=1))
+
+
+@pytest.mark.parametrize("kind", ["int8", "nf4"])
+def test_attached_after_a_first_forward(kind, tmp_path):
+    """[Trap] From the first forward on bitsandbytes keeps int8 weights in the module's state, not in the parameter."""
+    whole, model = model_of(kind), model_of(kind)
+    for one in (whole, model):
+        one(**batch_of("llama"))
+    with attach(model, plan_for(model, "llama"), checked=True, cache=tmp_path):
+        planned = train(model, "llama")
+    assert_equal(train(whole, "llama"), planned)
+
+
+@pytest.mark.parametrize("kind", QUANTIZED)
+def test_what_others_read(kind, tmp_path):
+    whole, model = model_of(kind), model_of(kind)
+    expected = entries(whole.state_dict())
+    with attach(model, plan_for(model, "llama"), cache=tmp_path):
+        assert_same(expected, entries(model.state_dict()))
+        with memplan.materialise(model):
+            assert_same(tensors_of(whole), tensors_of(model))
+        train(model, "llama", steps=1)
+        train(whole, "llama", steps=1)
+        assert_same(entries(whole.state_dict()), entries(model.state_dict()))
+
+
+@pytest.mark.parametrize("kind", ["torchao-int8", "gptq-like", "nf4-nested"])
+def test_what_is_away_is_loud(kind, tmp_path):
+    """Away, floating-point parts read as NaN and integers as all ones: never another block's bytes."""
+    model = model_of(kind)
+    with attach(model, plan_for(model, "llama", share=0.0), cache=tmp_path) as handle:
+        train(model, "llama", steps=1)
+        away = [s for s in handle._parts.streamed.values() if not s.usable]
+        assert away
+        for streamed in away:
+            for tensor, _, _ in streamed.pointers:
+                plain = tensor.detach().as_subclass(torch.Tensor)
+                if plain.dtype.is_floating_point:
+                    assert plain.isnan().all()
+                else:
+                    assert (plain == torch.full((), 255, dtype=torch.uint8).view(torch.int8).to(plain.dtype)).all() or (
+                        plain.dtype == torch.uint8 and (plain == 255).all()
+                    )
+
+
+@pytest.mark.parametrize("kind", ["nf4-nested", "int8", "torchao-int8"])
+def test_a_move_to_where_it_is(kind, tmp_path):
+    """[Trap] ``QuantState.to`` changes a shared object in place, and torchao's ``.data`` cannot be set."""
+    whole, model = model_of(kind), model_of(kind)
+    with attach(model, plan_for(model, "llama"), checked=True, cache=tmp_path):
+        for layer in model.base_model.model.model.layers:
+            layer.mlp.to("cpu")
+        planned = train(model, "llama")
+        if kind == "torchao-int8":
+            with pytest.raises(MovedWeightsError):
+                model.base_model.model.model.layers[0].half()
+    assert_equal(train(whole, "llama"), planned)
+
+
+@pytest.mark.parametrize("kind", ["nf4", "nf4-nested", "int8", "torchao-int8", "gptq-like"])
+def test_evaluation_in_mid_training(kind, tmp_path):
+    """[Trap] In an evaluation bitsandbytes repacks 4-bit weights on some CPUs; training could not go on."""
+    whole, model = model_of(kind), model_of(kind)
+    repacking = "support_avx512bf16_for_cpu"
+    for module in whole.modules():
+        if repacking in module.__dict__:
+            module.__dict__[repacking] = 0
+    given = [m.__dict__[repacking] for m in model.modules() if repacking in m.__dict__]
+
+    def run(model):
+        runs = [train(model, "llama", steps=1)]
+        model.eval()
+        with torch.no_grad():
+            evaluated = model(**batch_of("llama")).loss
+            tokens = model.generate(input_ids=batch_of("llama")["input_ids"], max_new_tokens=3, do_sample=False)
+        model.train()
+        runs.append(train(model, "llama", steps=1))
+        return runs, evaluated, tokens
+
+    expected = run(whole)
+    with attach(model, plan_for(model, "llama"), checked=True, cache=tmp_path):
+        found = run(model)
+    for one, other in zip(expected[0], found[0], strict=True):
+        assert_equal(one, other)
+    assert torch.equal(expected[1], found[1])
+    assert torch.equal(expected[2], found[2])
+    assert given == [m.__dict__[repacking] for m in model.modules() if repacking in m.__dict__]
+
+
+def test_weights_that_were_repacked_are_refused():
+    model = model_of("nf4")
+    state = model.base_model.model.model.layers[1].mlp.up_proj.base_layer.weight.quant_state
+    state.packing_format_for_cpu = True
+    with pytest.raises(ModelError, match="repacked"):
+        memplan.plan(model, batch_of("llama"), vram="1GiB", ram="1GiB", hardware=CPU)
+
+
+def test_weights_that_are_not_quantized_yet_are_refused():
+    import bitsandbytes
+
+    model = torch.nn.Sequential(bitsandbytes.nn.Linear4bit(64, 64), torch.nn.Linear(64, 64))
+    with pytest.raises(ModelError, match="not been quantized yet"):
+        memplan.plan(model, {"input": torch.ones(2, 64)}, vram="1GiB", ram="1GiB", hardware=CPU, loss=lambda y: y.sum())
+
+
+def test_an_unknown_kind_of_parameter_is_refused():
+    class Strange(torch.nn.Parameter):
+        pass
+
+    model = torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.Linear(64, 64))
+    model[0].weight = Strange(torch.ones(64, 64), requires_grad=False)
+    with pytest.raises(ModelError, match="Strange"):
+        memplan.plan(model, {"input": torch.ones(2, 64)}, vram="1GiB", ram="1GiB", hardware=CPU, loss=lambda y: y.sum())
+
+
+def test_nothing_is_left_of_a_dropped_model(tmp_path):
+    model = model_of("torchao-int8")
+    assert any(is_wrapper(p) for p in model.parameters())
+    handle = attach(model, plan_for(model, "llama"), cache=tmp_path)
+    arena = handle._parts.arena.bytes.untyped_storage()._weak_ref()
+    handle.detach()
+    del handle, model
+    gc.collect()
+    assert torch.UntypedStorage._expired(arena)
