@@ -3,7 +3,7 @@
 Fake tensors have no values, yet models ask for some: is the mask all ones, how many tokens went to this expert. So
 integers that come from the batch are computed for real beside the trace, as long as everything that they come from is
 known. A choice that rests on activations is made up: ``topk`` and its kin spread evenly (a balanced routing), a
-truth value asked of activations is False, a number is 1.
+truth value asked of activations is False, a number is 1, a single random number the highest.
 """
 
 from __future__ import annotations
@@ -28,6 +28,8 @@ _CHOICES = {
     _aten.argmin,
     _aten.multinomial,
 }
+_DRAWS = {_aten.rand, _aten.rand_like}
+"""A single number drawn decides whether a layer or an adapter is dropped: the highest keeps it."""
 _SHAPED_BY_VALUES = {
     _aten.nonzero.default,
     _aten.masked_select.default,
@@ -78,6 +80,10 @@ class Values:
                 _forget(func, args)
             elif func._overloadpacket in _CHOICES:
                 self._choose(func, result, args)
+            elif func._overloadpacket in _DRAWS and result.numel() == 1:
+                self.assumed.add(func._overloadpacket.__name__)
+                with unset_fake_temporarily():
+                    remember(result, torch.ones(result.shape, dtype=result.dtype))
             return result
         with unset_fake_temporarily(), torch.no_grad():
             values = func(*known[0], **known[1])
