@@ -41,7 +41,9 @@ KINDS = {
     ),
     "loha": lambda: LoHaConfig(r=4, target_modules=TARGETS, init_weights=False),
     "lokr": lambda: LoKrConfig(r=4, target_modules=TARGETS, init_weights=False),
-    "adalora": lambda: AdaLoraConfig(init_r=6, target_r=4, total_step=20, target_modules=TARGETS, task_type="CAUSAL_LM"),
+    "adalora": lambda: AdaLoraConfig(
+        init_r=6, target_r=4, total_step=20, target_modules=TARGETS, task_type="CAUSAL_LM"
+    ),
     "vera": lambda: VeraConfig(r=8, target_modules=SQUARE, init_weights=False),
     "prompt": lambda: PromptTuningConfig(num_virtual_tokens=3, task_type="CAUSAL_LM"),
     "prefix": lambda: PrefixTuningConfig(num_virtual_tokens=3, task_type="CAUSAL_LM"),
