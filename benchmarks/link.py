@@ -3,7 +3,7 @@
     python -m benchmarks.link [--pairs 8] [--keep]
 
 There is no link on a CPU: transfers here are throttled to a rate (a copy, then sleep until its time is over), so that the
-floor is known. The profile's compute rate is the whole run's, measured first; then the link is set so slow that it binds,
+floor is known; bare copies of as many bytes beside a whole pass tell what sharing the memory costs this machine. The profile's compute rate is the whole run's, measured first; then the link is set so slow that it binds,
 and so fast that it hides, and passes of both models are timed in turn. One thread computes; a core is left for the
 copies. Everything is in RAM, nothing is read from disk. A table for people; the last line is JSON.
 """
@@ -13,9 +13,12 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
+import threading
 import time
+from contextlib import nullcontext
 from unittest import mock
 
+import numpy as np
 import torch
 from rich.console import Console
 from rich.table import Table
@@ -71,6 +74,27 @@ def one_pass(model: nn.Module, batch: torch.Tensor) -> float:
     return took
 
 
+class Copier:
+    """Bare copies of as many bytes at the same rate beside a whole pass: what a machine of shared memory takes for them."""
+
+    def __init__(self, size_bytes: int, loads: int, bytes_per_s: float) -> None:
+        self._source, self._slots = np.ones(size_bytes, np.uint8), np.ones((2, size_bytes), np.uint8)
+        self._loads, self._bytes_per_s = loads, bytes_per_s
+
+    def _copy(self) -> None:
+        for load in range(self._loads):
+            ends = time.perf_counter() + self._source.nbytes / self._bytes_per_s
+            np.copyto(self._slots[load % 2], self._source)
+            time.sleep(max(0.0, ends - time.perf_counter()))
+
+    def __enter__(self) -> None:
+        self._thread = threading.Thread(target=self._copy)
+        self._thread.start()
+
+    def __exit__(self, *error: object) -> None:
+        self._thread.join()
+
+
 def profile(flops_per_s: float, bytes_per_s: float) -> HardwareProfile:
     def figure(value: float) -> Figure:
         return Figure(value=value, kind="measured", source="benchmarks.link", date="2026-11-24")
@@ -95,18 +119,20 @@ def compare(batch: torch.Tensor, share: float, pairs: int) -> dict[str, float]:
     Throttled.bytes_per_s = layer_bytes / (share * compute_s / (2 * DEPTH))
     flops_per_s = unit.prediction.compute_s / compute_s
     plan = memplan.plan(planned, {"input": batch}, hardware=profile(flops_per_s, Throttled.bytes_per_s), **options)
-    times: dict[str, list[float]] = {"whole": [], "planned": []}
+    times: dict[str, list[float]] = {"whole": [], "beside copies": [], "planned": []}
+    copier = Copier(layer_bytes, plan.prediction.loads_per_pass, Throttled.bytes_per_s)
     with mock.patch("memplan.run.attach.CpuTransfers", Throttled):
         handle = memplan.attach(planned, plan)
     for pair in range(pairs + 1):
-        for name, model in (("whole", whole), ("planned", planned))[:: 1 if pair % 2 else -1]:
-            # What a whole pass takes is no time in which a planned one's loads may run ahead.
-            took = one_pass(model, batch)
+        for name in list(times)[:: 1 if pair % 2 else -1]:
+            with copier if name == "beside copies" else nullcontext():
+                took = one_pass(planned if name == "planned" else whole, batch)
             if pair:
                 times[name].append(took)
     record = handle.record
     handle.detach()
     whole_s, planned_s = statistics.median(times["whole"]), statistics.median(times["planned"])
+    beside = times["beside copies"]
     drift = whole_s / compute_s
     return {
         "share": share,
@@ -116,8 +142,11 @@ def compare(batch: torch.Tensor, share: float, pairs: int) -> dict[str, float]:
         "bound_s": plan.prediction.bound_s,
         "link_s": plan.prediction.loaded_bytes_per_pass / Throttled.bytes_per_s,
         "of_whole": statistics.median(p / w for p, w in zip(times["planned"], times["whole"], strict=True)),
+        "of_beside_copies": statistics.median(p / w for p, w in zip(times["planned"], beside, strict=True)),
+        "beside_copies_s": statistics.median(beside),
         "of_predicted": planned_s / plan.prediction.pass_s,
         "drift": drift,
+        "stall_s": record.stall_s,
         "loads_per_pass": record.loads / max(1, record.passes),
     }
 
@@ -138,14 +167,23 @@ def main() -> int:
         "pairs": options.pairs,
     }
     table = Table(title=f"{DEPTH} layers streamed over a throttled link")
-    for column in ("", "floor: compute", "floor: link", "predicted", "planned", "of predicted", "of whole"):
+    columns = (
+        "compute",
+        "beside copies",
+        "link",
+        "predicted",
+        "planned",
+        "of predicted",
+        "of whole",
+        "of beside copies",
+    )
+    for column in ("", *columns):
         table.add_column(column, justify="right")
     for name, row in (("link binds", link), ("compute binds", compute)):
         table.add_row(
             name,
-            *(f"{row[key]:.3f} s" for key in ("whole_s", "link_s", "predicted_s", "planned_s")),
-            f"{row['of_predicted']:.3f}",
-            f"{row['of_whole']:.3f}",
+            *(f"{row[key]:.3f} s" for key in ("whole_s", "beside_copies_s", "link_s", "predicted_s", "planned_s")),
+            *(f"{row[key]:.3f}" for key in ("of_predicted", "of_whole", "of_beside_copies")),
         )
     Console().print(table)
     if options.keep:
