@@ -15,7 +15,7 @@ import click
 
 import memplan
 from memplan.errors import DoesNotFitError, MemplanError
-from memplan.units import parse_size
+from memplan.units import format_bytes, parse_size
 
 if TYPE_CHECKING:
     from memplan.program.record import RunRecord
@@ -149,6 +149,49 @@ def report(plan: Path, record: Path | None, as_json: bool) -> int:
     from memplan.program.schema import Plan
 
     _show(Plan.load(plan), None if record is None else RunRecord.load(record), as_json)
+    return OK
+
+
+@group.group(short_help="Look at packed blocks, or remove them.")
+def cache() -> None:
+    """Blocks that were packed for the disk because no checkpoint holds them as they are."""
+
+
+@cache.command("list")
+@_JSON
+def list_cache(as_json: bool) -> int:
+    """Show what is cached, the oldest first."""
+    from memplan.cache import BlockCache
+    from memplan.hardware import cache_folder
+
+    held = BlockCache(cache_folder())
+    if as_json:
+        from msgspec import to_builtins
+
+        _print_json({"folder": str(held.folder), "blocks": to_builtins(held.entries())})
+    else:
+        from memplan.show.listing import write_cache
+
+        write_cache(str(held.folder), [(e.about, e.size_bytes, e.created) for e in held.entries()])
+    return OK
+
+
+@cache.command("clear")
+@click.option("--yes", is_flag=True, help="Do not ask.")
+@_JSON
+def clear_cache(yes: bool, as_json: bool) -> int:
+    """Remove all packed blocks. Runs that use them go on."""
+    from memplan.cache import BlockCache
+    from memplan.hardware import cache_folder
+
+    held = BlockCache(cache_folder())
+    if not yes:
+        click.confirm(f"Remove {len(held.entries())} packed blocks from {held.folder}?", abort=True, err=True)
+    freed = held.clear()
+    if as_json:
+        _print_json({"folder": str(held.folder), "freed_bytes": freed})
+    else:
+        click.echo(f"{format_bytes(freed)} freed in {held.folder}.")
     return OK
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections import Counter
 from dataclasses import dataclass, field
 from functools import cache, partial
@@ -245,3 +246,13 @@ CPU = HardwareProfile(
     load_latency_s=_figure(1e-4),
     context_bytes=_figure(0),
 )
+
+
+def assert_only_whole_blocks(cache) -> None:
+    """A cache holds packed blocks with the very bytes that their names promise, and nothing half written."""
+    blocks = cache / "blocks"
+    assert {path.name for path in cache.iterdir()} <= {"blocks"}
+    for path in blocks.iterdir() if blocks.exists() else ():
+        assert path.suffix in (".block", ".json"), path
+        if path.suffix == ".block":
+            assert hashlib.blake2b(path.read_bytes(), digest_size=20).hexdigest() == path.stem

@@ -10,6 +10,8 @@ import torch
 from torch import nn
 
 from memplan import recompute
+from memplan.analyze.graph import Block
+from memplan.cache import BlockCache
 from memplan.checkpoint import StoredTensor
 from memplan.errors import CheckpointError, ModelError, PlanMismatchError
 from memplan.program.check import require
@@ -18,9 +20,10 @@ from memplan.run.arena import dtype_of, view
 from memplan.run.checked import CheckedReads
 from memplan.run.clocks import ClockedTransfers
 from memplan.run.conductor import Conductor, Streamed
+from memplan.run.disk import Extent
 from memplan.run.guard import Guard
 from memplan.run.handle import Handle, Parts, handle_of
-from memplan.run.home import BlockFiles, Home, Weights
+from memplan.run.home import Home, Weights
 from memplan.run.matching import match_weights, require_supported, stored_tensors, trigger_modules
 from memplan.run.transfer import CpuTransfers, CudaTransfers, DiskSource, HostSource, Source, Transfers
 from memplan.triggers import Triggers
@@ -34,12 +37,14 @@ def attach(
     checkpoint: str | Path | None = None,
     checked: bool = False,
     cache: str | Path | None = None,
+    verify: bool = False,
 ) -> Handle:
     """Put every frozen block of ``model`` in its home and stream it as ``plan`` says.
 
     ``checkpoint``: folder of safetensors that blocks homed on disk are read from where it holds the very bytes of the
-    model (default: where the model says it came from); else they are packed into files under ``cache``, which needs
-    ``disk`` in the plan's budgets. ``checked``: poison each slot before it is loaded, check every saved weight at its
+    model (default: where the model says it came from); else they are packed into files under ``cache``, once, which
+    needs ``disk`` in the plan's budgets. ``verify``: compare each packed file's checksum when it is first read (a
+    checkpoint's own files have none: of those size and date are watched, always). ``checked``: poison each slot before it is loaded, check every saved weight at its
     use in backward, and the order of every load and read by vector clocks; slower, for tests and new kinds of models.
 
     Raises PlanCheckError, PlanMismatchError, ModelError, CheckpointError; the model then is as it was.
@@ -62,7 +67,7 @@ def attach(
     with ExitStack() as undo:
         parts = Parts(plan, device, weights)
         undo.callback(parts.reader.close)
-        _settle(model, plan, parts, stored, undo, _cache(cache))
+        _settle(model, plan, parts, stored, undo, _cache(cache), verify)
         transfers: Transfers = (
             CudaTransfers(device, poisoned=checked) if device.type == "cuda" else CpuTransfers(poisoned=checked)
         )
@@ -112,6 +117,7 @@ def _settle(
     stored: Mapping[str, StoredTensor],
     undo: ExitStack,
     cache: Path,
+    verify: bool,
 ) -> None:
     """Bring each block to its home, one at a time, and note how to give it back."""
     weights, device = parts.weights, parts.device
@@ -128,41 +134,43 @@ def _settle(
             f"the block {packed[0].name} has its home on disk, but no checkpoint holds its weights as they are: give "
             'the checkpoint\'s folder, or a disk budget (disk="20GiB") so that they may be written to the cache'
         )
-    with BlockFiles(cache, packed) as files:
-        for block in plan.table.blocks:
-            home, address = homes[block.id], places[block.id, "device"]
-            slot = parts.arena.part(address.offset_bytes, block.size_bytes)
-            source: Source
-            if home == "device":
-                origin.fill(block, slot)
-                source = HostSource(slot)
-            elif home == "host":
-                kept = parts.host.part(places[block.id, "host"].offset_bytes, block.size_bytes)
-                origin.fill(block, kept)
-                source = HostSource(kept)
-            else:
-                extents = own[block.id]
-                if extents is None:
-                    extents = files.write(block, origin)
-                parts.reader.open(extent for extent, _ in extents)
-                source = DiskSource(extents, parts.reader, block.name)
-            kept_home = parts.homes[block.id] = Home(block, source, weights)
-            undo.callback(kept_home.give_back)
-            pointers = []
-            for tensor in block.tensors:
-                there = view(slot, tensor, kept_home.orders[tensor.name])
-                away = parts.placeholders.of(tensor.shape, dtype_of(tensor.dtype))
-                pointers += [(pointed, there, away) for pointed in weights[tensor.name].everywhere()]
-            if home == "device":
-                for pointed, there, _ in pointers:
-                    pointed.data = there
-                continue
-            channel: Channel = "h2d" if home == "host" else "disk"
-            streamed = Streamed(
-                block=block.id, name=block.name, channel=channel, source=source, part=slot, pointers=tuple(pointers)
-            )
-            streamed.unpoint()
-            parts.streamed[block.id] = streamed
+    files = BlockCache(cache)
+    if packed:
+        files.require_room(sum(block.size_bytes for block in packed))
+    for block in plan.table.blocks:
+        home, address = homes[block.id], places[block.id, "device"]
+        slot = parts.arena.part(address.offset_bytes, block.size_bytes)
+        source: Source
+        if home == "device":
+            origin.fill(block, slot)
+            source = HostSource(slot)
+        elif home == "host":
+            kept = parts.host.part(places[block.id, "host"].offset_bytes, block.size_bytes)
+            origin.fill(block, kept)
+            source = HostSource(kept)
+        else:
+            extents, expected = own[block.id], None
+            if extents is None:
+                extents, expected = _packed(files, plan.model, block, origin)
+            parts.reader.open(extent for extent, _ in extents)
+            source = DiskSource(extents, parts.reader, block.name, expected if verify else None)
+        kept_home = parts.homes[block.id] = Home(block, source, weights)
+        undo.callback(kept_home.give_back)
+        pointers = []
+        for tensor in block.tensors:
+            there = view(slot, tensor, kept_home.orders[tensor.name])
+            away = parts.placeholders.of(tensor.shape, dtype_of(tensor.dtype))
+            pointers += [(pointed, there, away) for pointed in weights[tensor.name].everywhere()]
+        if home == "device":
+            for pointed, there, _ in pointers:
+                pointed.data = there
+            continue
+        channel: Channel = "h2d" if home == "host" else "disk"
+        streamed = Streamed(
+            block=block.id, name=block.name, channel=channel, source=source, part=slot, pointers=tuple(pointers)
+        )
+        streamed.unpoint()
+        parts.streamed[block.id] = streamed
     _rivals(parts.streamed)
     small = (held for module in model.modules() for held in small_tensors(module))
     for held in (*model.parameters(), *model.buffers(), *small):
@@ -170,6 +178,14 @@ def _settle(
             if part.device != device:
                 undo.callback(_move_back, part, part.device)
                 part.data = part.data.to(device)
+
+
+def _packed(files: BlockCache, model: str, block: Block, origin: Weights) -> tuple[tuple[tuple[Extent, int], ...], str]:
+    """Return where a block lies in the cache, written there if need be, and its checksum."""
+    layout = torch.zeros(block.size_bytes, dtype=torch.uint8)  # what lies between tensors is part of the checksum
+    origin.fill(block, layout)
+    path, expected = files.put(layout.numpy(), f"the block {block.name} of {model}")
+    return ((Extent(path=str(path), file_offset_bytes=0, size_bytes=block.size_bytes), 0),), expected
 
 
 def _rivals(streamed: Mapping[int, Streamed]) -> None:

@@ -14,7 +14,6 @@ import threading
 import weakref
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import numpy as np
 from msgspec import Struct
@@ -186,17 +185,3 @@ def copy_bytes(destination: Bytes, source: Bytes) -> None:
     """Copy on this thread alone, without the interpreter lock (torch's copy would start a second team of threads)."""
     assert destination.nbytes == source.nbytes
     ctypes.memmove(destination.ctypes.data, source.ctypes.data, source.nbytes)
-
-
-def pack(folder: Path, name: str, parts: Iterable[Bytes]) -> Path:
-    """Write a block's layout to a file of its own, whole or not at all; return its path."""
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / name
-    temporary = path.with_suffix(".part")
-    with open(temporary, "wb") as file:
-        for part in parts:
-            file.write(part.data)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-    return path

@@ -6,21 +6,18 @@ model's own parameters, or from the checkpoint's files where the model was built
 
 from __future__ import annotations
 
-import shutil
-import tempfile
 from collections.abc import Mapping
-from pathlib import Path
 
 import numpy as np
 import torch
 
 from memplan.analyze.graph import Block, Tensor
 from memplan.checkpoint import StoredTensor
-from memplan.errors import CheckpointError, InputError
+from memplan.errors import CheckpointError
 from memplan.run.arena import dtype_of, is_placeholder, memory_order, own_storage, shaped, view
-from memplan.run.disk import Bytes, DiskReader, Extent, pack
+from memplan.run.disk import Bytes, DiskReader, Extent
 from memplan.run.transfer import HostSource, Source
-from memplan.units import MIB, format_bytes
+from memplan.units import MIB
 from memplan.weights import Weight
 
 _COMPARE_BYTES = 16 * MIB
@@ -111,48 +108,6 @@ class Weights:
             if not np.array_equal(piece, held[start : start + size].cpu().numpy()):
                 return False
         return True
-
-
-class BlockFiles:
-    """Block files packed for one run, in a folder that goes when this context is left: open them inside.
-
-    An open file stays readable without a name, and its room is given back when the run ends, however it ends.
-    """
-
-    def __init__(self, folder: Path, blocks: tuple[Block, ...]) -> None:
-        self._folder: Path | None = None
-        needed = sum(block.size_bytes for block in blocks)
-        if not needed:
-            return
-        folder.mkdir(parents=True, exist_ok=True)
-        free = shutil.disk_usage(folder).free
-        if needed > free:
-            raise InputError(
-                f"{format_bytes(needed)} of blocks were to be written to {folder}, where {format_bytes(free)} are "
-                "free: free some, set MEMPLAN_CACHE to another disk, or give more ram"
-            )
-        self._folder = Path(tempfile.mkdtemp(prefix="blocks-", dir=folder))
-
-    def write(self, block: Block, weights: Weights) -> tuple[tuple[Extent, int], ...]:
-        """Write a block in its layout; return where its tensors lie. Raises InputError where the disk takes no more."""
-        assert self._folder is not None
-        layout = torch.zeros(block.size_bytes, dtype=torch.uint8)
-        weights.fill(block, layout)
-        try:
-            path = pack(self._folder, f"{block.id}.bin", [layout.numpy()])
-        except OSError as error:
-            raise InputError(
-                f"the block {block.name} ({format_bytes(block.size_bytes)}) was to be written to {self._folder.parent}: "
-                f"{error.strerror or error}; free some room there, set MEMPLAN_CACHE to another disk, or give more ram"
-            ) from error
-        return ((Extent(path=str(path), file_offset_bytes=0, size_bytes=block.size_bytes), 0),)
-
-    def __enter__(self) -> BlockFiles:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        if self._folder is not None:
-            shutil.rmtree(self._folder, ignore_errors=True)
 
 
 class Home:

@@ -18,6 +18,7 @@ from typing import Protocol
 
 import torch
 
+from memplan.cache import checksum
 from memplan.errors import TransferError
 from memplan.program.schema import STAGING_BYTES, Channel
 from memplan.run.arena import poison
@@ -37,10 +38,14 @@ class HostSource:
 class DiskSource:
     """A block's bytes in files: each extent and where it goes in the block's layout."""
 
-    def __init__(self, extents: tuple[tuple[Extent, int], ...], reader: DiskReader, block: str) -> None:
+    def __init__(
+        self, extents: tuple[tuple[Extent, int], ...], reader: DiskReader, block: str, expected: str | None = None
+    ) -> None:
+        """``expected``: the checksum that its first read must have."""
         self.extents = extents
         self.reader = reader
         self.block = block
+        self.expected = expected
 
     def read(self, destination: Bytes) -> None:
         """Fill the block's layout. Raises TransferError."""
@@ -48,6 +53,20 @@ class DiskSource:
             ((extent, destination[offset : offset + extent.size_bytes]) for extent, offset in self.extents),
             f"the block {self.block}",
         )
+        if self.expected is not None:
+            found = checksum()
+            found.update(destination.data)
+            self.verify(found.hexdigest())
+
+    def verify(self, found: str) -> None:
+        """Compare the checksum of a whole read with what it must be; later reads need not. Raises TransferError."""
+        if found != self.expected:
+            path = self.extents[0][0].path
+            raise TransferError(
+                f"the block {self.block} was read from {path}, whose bytes are not those that were written: the disk or "
+                "the file is damaged. Stop, run `memplan cache clear`, and resume from the last checkpoint of the adapter"
+            )
+        self.expected = None
 
 
 Source = HostSource | DiskSource
@@ -187,6 +206,7 @@ class CudaTransfers:
             half = STAGING_BYTES // 2
             self._ring = [(torch.empty(half, dtype=torch.uint8, pin_memory=True), torch.cuda.Event()) for _ in range(2)]
         self._disk_stream.wait_event(free)
+        found = checksum() if source.expected is not None else None
         turn = 0
         for extent, offset in source.extents:
             for start in range(0, extent.size_bytes, self._ring[0][0].numel()):
@@ -196,9 +216,13 @@ class CudaTransfers:
                 size = min(buffer.numel(), extent.size_bytes - start)
                 part = Extent(path=extent.path, file_offset_bytes=extent.file_offset_bytes + start, size_bytes=size)
                 source.reader.read([(part, buffer.numpy()[:size])], f"the block {source.block}")
+                if found is not None:
+                    found.update(buffer.numpy()[:size].data)
                 with torch.cuda.stream(self._disk_stream), torch.inference_mode(False), torch.no_grad():
                     destination[offset + start : offset + start + size].copy_(buffer[:size], non_blocking=True)
                 empty.record(self._disk_stream)
+        if found is not None:
+            source.verify(found.hexdigest())
         done.record(self._disk_stream)
 
     def wait(self, ticket: Ticket, block: int) -> float:

@@ -25,7 +25,7 @@ from memplan.names import canonical
 from memplan.run.attach import attach
 from memplan.run.disk import DiskReader
 from tests.run.test_parity import plan_for
-from tests.training import CPU, assert_equal, batch_of, make, train
+from tests.training import CPU, assert_equal, assert_only_whole_blocks, batch_of, make, train
 
 
 def state(model):
@@ -69,7 +69,7 @@ def test_detach_gives_the_model_back(model, plan, tmp_path):
     assert any(p.isnan().any() for p in model.parameters())
     assert handle.detach() is model
     assert_unchanged(model, before)
-    assert not list(tmp_path.iterdir())
+    assert_only_whole_blocks(tmp_path)
     handle.detach()
     assert_equal(train(model, "llama"), train(make("llama"), "llama"))
 
@@ -99,7 +99,7 @@ def test_a_failure_half_way_leaves_the_model_as_it_was(model, plan, tmp_path, mo
     with pytest.raises(CheckpointError, match="the disk is gone"):
         attach(model, plan, cache=tmp_path)
     assert_unchanged(model, before)
-    assert not list(tmp_path.iterdir())
+    assert_only_whole_blocks(tmp_path)
 
 
 def test_a_plan_for_another_model(plan):
@@ -177,7 +177,7 @@ def test_a_worker_that_fails_is_heard(model, plan, tmp_path, monkeypatch):
         raise TransferError(f"{what} could not be read from {extents[0][0].path}")
 
     monkeypatch.setattr(DiskReader, "read", failing)
-    with pytest.raises(TransferError, match=r"the block .*layers\.\d could not be read from .*\.bin"):
+    with pytest.raises(TransferError, match=r"the block .*layers\.\d could not be read from .*\.block"):
         train(model, "llama")
     monkeypatch.setattr(DiskReader, "read", read)
     for parameter in model.parameters():

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from memplan.errors import CheckpointError, TransferError
-from memplan.run.disk import DiskReader, Extent, pack
+from memplan.run.disk import DiskReader, Extent
 
 
 @pytest.fixture
@@ -66,16 +66,3 @@ def test_a_file_that_ends_early_says_where(reader, file, monkeypatch):
     monkeypatch.setattr("memplan.run.disk._File.unchanged", lambda self: True)
     with pytest.raises(TransferError, match="ends at byte 10000"):
         reader.read([(extent, np.empty(len(data), np.uint8))], "the block layers.3")
-
-
-def test_packing_is_whole_or_not_at_all(tmp_path):
-    path = pack(tmp_path / "new", "0.bin", [np.arange(5, dtype=np.uint8), np.arange(3, dtype=np.uint8)])
-    assert path.read_bytes() == bytes([0, 1, 2, 3, 4, 0, 1, 2])
-
-    def broken():
-        yield np.zeros(4, np.uint8)
-        raise OSError("full")
-
-    with pytest.raises(OSError, match="full"):
-        pack(tmp_path / "new", "1.bin", broken())
-    assert not (tmp_path / "new" / "1.bin").exists()
