@@ -20,8 +20,8 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from memplan.names import canonical
 
-_BUFFER_MARKS = ("qweight", "weight_packed", "W_q")
-_BUFFERS = {"qweight", "qzeros", "scales", "g_idx", "weight_packed", "weight_scale", "weight_zero_point"}
+_BUFFERS = {"qweight", "qzeros", "scales", "g_idx"}
+"""Weight buffers of GPTQ- and AWQ-like layers; ``qweight`` marks one."""
 _PACKED = "packing_format_for_cpu"
 _REPACKS = "support_avx512bf16_for_cpu"
 
@@ -62,7 +62,7 @@ def own_weights(module: nn.Module, prefix: str = "") -> Iterator[Weight]:
     for name, parameter in module._parameters.items():
         if parameter is not None and not parameter.requires_grad:
             yield from _weights_of(prefix, name, parameter, module)
-    if any(mark in module._buffers for mark in _BUFFER_MARKS):
+    if "qweight" in module._buffers:
         for name, buffer in module._buffers.items():
             if buffer is not None and name in _BUFFERS:
                 yield Weight(name=prefix + name, tensor=buffer)
@@ -142,9 +142,9 @@ def is_wrapper(tensor: object) -> bool:
 
 
 def keep_layout(module: nn.Module) -> Callable[[], None] | None:
-    """Have bitsandbytes leave a module's 4-bit weights in their layout; return what undoes it, None where it would.
+    """Have bitsandbytes leave a module's 4-bit weights in their layout; return what undoes it, or None if it does anyway.
 
-    In an evaluation on some CPUs it repacks them into new tensors: they could not be trained on afterwards, and an
+    In an evaluation on some CPUs it repacks them into new tensors: no gradient goes through those, and an
     address of theirs would no longer hold what is read.
     """
     held = module.__dict__.get(_REPACKS)

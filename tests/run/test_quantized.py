@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import memplan
-from memplan.errors import ModelError, MovedWeightsError
+from memplan.errors import DoesNotFitError, ModelError, MovedWeightsError
 from memplan.run.attach import attach
 from memplan.weights import is_wrapper, own_weights, wrapped_parts
 from tests import quantized
@@ -223,3 +223,37 @@ def test_nothing_is_left_of_a_dropped_model(tmp_path):
     del handle, model
     gc.collect()
     assert torch.UntypedStorage._expired(arena)
+
+
+@pytest.mark.parametrize("kind", ["nf4-nested", "int8", "torchao-int8"])
+def test_with_a_trainer(kind, tmp_path):
+    """The way people use them: a quantized base, PEFT, transformers' Trainer with evaluation, `memplan.wrap`."""
+    from transformers import Trainer, TrainingArguments
+
+    rows = [{name: value[0] for name, value in batch_of("llama", seed=100 + i).items()} for i in range(8)]
+
+    def trainer(name):
+        model = model_of(kind, dropout=0.1)
+        for module in model.modules():
+            module.__dict__.pop("support_avx512bf16_for_cpu", None) and module.__dict__.update(
+                support_avx512bf16_for_cpu=0
+            )
+        arguments = TrainingArguments(
+            output_dir=str(tmp_path / name), max_steps=4, per_device_train_batch_size=2, eval_strategy="steps",
+            eval_steps=2, save_strategy="no", report_to=[], use_cpu=True, disable_tqdm=True, seed=3,
+        )  # fmt: skip
+        return Trainer(model=model, args=arguments, train_dataset=rows, eval_dataset=rows[:2])
+
+    whole, planned = trainer("whole"), trainer("planned")
+    whole.train()
+    with pytest.raises(DoesNotFitError) as refused:
+        memplan.wrap(trainer("refused"), vram="64KiB", ram="1GiB", hardware=CPU).train()
+    memplan.wrap(planned, vram=refused.value.least_vram_bytes + 4096, ram="1GiB", hardware=CPU)
+    planned.train()
+    assert planned.memplan.record.loads > 0
+    expected = {name: p for name, p in whole.model.named_parameters() if p.requires_grad}
+    for name, parameter in planned.model.named_parameters():
+        if parameter.requires_grad:
+            assert torch.equal(parameter, expected[name]), name
+    evals = [[e["eval_loss"] for e in t.state.log_history if "eval_loss" in e] for t in (whole, planned)]
+    assert evals[0] == evals[1]
