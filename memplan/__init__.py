@@ -35,7 +35,8 @@ if TYPE_CHECKING:
     from memplan.api import attach, materialise, plan, report
     from memplan.program.record import RunRecord
     from memplan.program.schema import Plan
-    from memplan.run.handle import Handle
+    from memplan.run.handle import Handle, handle_of
+    from memplan.trainers.loading import load
     from memplan.trainers.transformers import placing, wrap
 
 __version__ = "0.1.0"
@@ -61,6 +62,8 @@ __all__ = [
     "TransferError",
     "__version__",
     "attach",
+    "handle_of",
+    "load",
     "materialise",
     "placing",
     "plan",
@@ -73,6 +76,8 @@ _HOMES = {
     "Plan": "memplan.program.schema",
     "RunRecord": "memplan.program.record",
     "attach": "memplan.api",
+    "handle_of": "memplan.run.handle",
+    "load": "memplan.trainers.loading",
     "materialise": "memplan.api",
     "placing": "memplan.trainers.transformers",
     "plan": "memplan.api",

@@ -14,6 +14,7 @@ import os
 import re
 import shutil
 import tempfile
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -62,27 +63,43 @@ class BlockCache:
                 f"are free: {_TIP}"
             )
 
-    def put(self, layout: NDArray[np.uint8], about: str) -> tuple[Path, str]:
+    def put(
+        self, pieces: Callable[[], Iterable[NDArray[np.uint8]]], size_bytes: int, about: str, *, twice: bool
+    ) -> tuple[Path, str]:
         """Return the file that holds just these bytes, written if need be, and their checksum.
 
-        Several processes may write the same file at once. Raises InputError where the disk takes no more.
+        ``pieces`` gives them, ``size_bytes`` in all. ``twice``: to have them a second time is cheap, so look first
+        whether the file is there. Several processes may write the same file at once.
+
+        Raises InputError where the disk takes no more.
         """
-        total = checksum()
-        total.update(layout.data)
-        found = total.hexdigest()
-        path = self.folder / f"{found}.block"
-        with contextlib.suppress(OSError):
-            if path.stat().st_size == layout.nbytes:
+        if twice:
+            path, found = self._named(_checksum_of(pieces()))
+            if _has(path, size_bytes):
                 return path, found
         try:
-            self._write(path.with_suffix(".json"), json.dumps({"about": about}).encode())
-            self._write(path, layout.data)
+            total = checksum()
+            name = self._write_part(_fed(total, pieces()))
+            path, found = self._named(total)
+            try:
+                if _has(path, size_bytes):
+                    os.unlink(name)
+                    return path, found
+                self._write(path.with_suffix(".json"), json.dumps({"about": about}).encode())
+                os.replace(name, path)
+            except BaseException:
+                _drop(name)
+                raise
         except OSError as error:
             raise InputError(
-                f"{about} ({format_bytes(layout.nbytes)}) was to be written to {self.folder}: "
+                f"{about} ({format_bytes(size_bytes)}) was to be written to {self.folder}: "
                 f"{error.strerror or error}; {_TIP}"
             ) from error
         return path, found
+
+    def _named(self, total: hashlib.blake2b) -> tuple[Path, str]:
+        found = total.hexdigest()
+        return self.folder / f"{found}.block", found
 
     def entries(self) -> tuple[CacheEntry, ...]:
         """Return what is cached, the oldest first."""
@@ -114,20 +131,29 @@ class BlockCache:
     def _files(self) -> list[Path]:
         return [path for path in self.folder.glob("*.block") if _NAME.fullmatch(path.name) and not path.is_symlink()]
 
-    def _write(self, path: Path, data: bytes | memoryview) -> None:
+    def _write(self, path: Path, data: bytes) -> None:
         """Write a file whole or not at all."""
+        name = self._write_part([data])
+        try:
+            os.replace(name, path)
+        except BaseException:
+            _drop(name)
+            raise
+
+    def _write_part(self, pieces: Iterable[bytes | NDArray[np.uint8]]) -> str:
+        """Write a file under a name that says that it is not whole yet; return the name."""
         self.folder.mkdir(parents=True, exist_ok=True)
         handle, name = tempfile.mkstemp(prefix=f".{os.getpid()}-", suffix=".part", dir=self.folder)
         try:
             with open(handle, "wb") as file:
-                file.write(data)
+                for piece in pieces:
+                    file.write(piece if isinstance(piece, bytes) else piece.data)
                 file.flush()
                 os.fsync(file.fileno())
-            os.replace(name, path)
         except BaseException:
-            with contextlib.suppress(OSError):
-                os.unlink(name)
+            _drop(name)
             raise
+        return name
 
     def _drop_parts(self) -> None:
         """Remove what processes that are gone left half written."""
@@ -135,3 +161,28 @@ class BlockCache:
             match = _PART.fullmatch(path.name)
             if match and not os.path.exists(f"/proc/{match[1]}"):
                 path.unlink(missing_ok=True)
+
+
+def _checksum_of(pieces: Iterable[NDArray[np.uint8]]) -> hashlib.blake2b:
+    total = checksum()
+    for piece in pieces:
+        total.update(piece.data)
+    return total
+
+
+def _fed(total: hashlib.blake2b, pieces: Iterable[NDArray[np.uint8]]) -> Iterator[NDArray[np.uint8]]:
+    """Yield the pieces, each having gone into ``total``."""
+    for piece in pieces:
+        total.update(piece.data)
+        yield piece
+
+
+def _has(path: Path, size_bytes: int) -> bool:
+    with contextlib.suppress(OSError):
+        return path.stat().st_size == size_bytes
+    return False
+
+
+def _drop(name: str) -> None:
+    with contextlib.suppress(OSError):
+        os.unlink(name)

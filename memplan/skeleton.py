@@ -85,7 +85,10 @@ def from_configuration(given: Any, dtype: Any, attention: str | None, *, buffers
     try:
         with torch.random.fork_rng(devices=[]), _on_meta(buffers):
             model: nn.Module = build(config, options)
-        _keep_in_float32(model, options["dtype"])
+        if buffers:  # accelerate's context parts what is tied
+            tied: Any = model
+            tied.tie_weights()
+        keep_in_float32(model, options["dtype"])
     except Exception as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ModelError(f"transformers cannot build a {type(config).__name__} model: {reason}") from error
@@ -101,7 +104,7 @@ def _on_meta(buffers: bool) -> AbstractContextManager[Any]:
     return context
 
 
-def _keep_in_float32(model: nn.Module, dtype: torch.dtype) -> None:
+def keep_in_float32(model: nn.Module, dtype: torch.dtype) -> None:
     """Have the parameters in float32 that ``from_pretrained`` would load so whatever the dtype."""
     given: Any = getattr(model, "_get_dtype_plan", None)
     wanted: dict[str, torch.dtype] = given(dtype) if callable(given) else {}

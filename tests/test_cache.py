@@ -33,22 +33,38 @@ def data(seed, size=4096):
     return np.random.default_rng(seed).integers(0, 256, size, dtype=np.uint8)
 
 
-def test_the_same_bytes_are_written_once(cache, tmp_path):
-    path, checksum = cache.put(data(1), "a block")
+def put(cache, whole, about, twice=True):
+    """In pieces of no round size."""
+    return cache.put(lambda: iter([whole[:1000], whole[1000:]]), whole.nbytes, about, twice=twice)
+
+
+@pytest.mark.parametrize("twice", [True, False])
+def test_the_same_bytes_are_written_once(cache, tmp_path, twice):
+    path, checksum = put(cache, data(1), "a block")
     assert path.read_bytes() == data(1).tobytes()
     before = files(tmp_path)
-    assert cache.put(data(1), "a block of another model") == (path, checksum)
+    assert put(cache, data(1), "a block of another model", twice) == (path, checksum)
     assert files(tmp_path) == before
-    other, _ = cache.put(data(2), "a block")
+    other, _ = put(cache, data(2), "a block")
     assert other != path
     assert sum(e.size_bytes for e in cache.entries()) == 8192
 
 
 def test_a_file_of_the_wrong_size_is_written_anew(cache):
-    path, _ = cache.put(data(1), "a block")
+    path, _ = put(cache, data(1), "a block")
     os.truncate(path, 100)
-    cache.put(data(1), "a block")
+    put(cache, data(1), "a block")
     assert path.read_bytes() == data(1).tobytes()
+
+
+def test_an_error_of_what_gives_the_pieces_leaves_nothing(cache, tmp_path):
+    def pieces():
+        yield data(1)
+        raise ValueError("a short read")
+
+    with pytest.raises(ValueError, match="a short read"):
+        cache.put(pieces, 8192, "a block", twice=False)
+    assert files(tmp_path) == {}
 
 
 def test_an_interrupted_write_leaves_nothing(cache, tmp_path, monkeypatch):
@@ -57,7 +73,7 @@ def test_an_interrupted_write_leaves_nothing(cache, tmp_path, monkeypatch):
 
     monkeypatch.setattr(os, "fsync", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        cache.put(data(1), "a block")
+        put(cache, data(1), "a block")
     assert files(tmp_path) == {}
 
 
@@ -77,7 +93,7 @@ def test_no_room(cache):
 
 
 def test_strange_files_are_left_alone(cache, tmp_path):
-    cache.put(data(1), "a block")
+    put(cache, data(1), "a block")
     kept = tmp_path / "kept"
     kept.write_text("mine")
     (cache.folder / ("0" * 40 + ".block")).symlink_to(kept)
@@ -155,7 +171,7 @@ def test_the_command_line(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("MEMPLAN_CACHE", str(tmp_path))
     assert main(["cache", "list"]) == 0
     assert "No packed blocks" in capsys.readouterr().out
-    BlockCache(tmp_path).put(data(1), "the block model.layers.3 of X")
+    put(BlockCache(tmp_path), data(1), "the block model.layers.3 of X")
     assert main(["cache", "list"]) == 0
     shown = capsys.readouterr().out
     assert "model.layers.3" in shown

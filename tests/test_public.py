@@ -36,6 +36,8 @@ PUBLIC = [
     "TransferError",
     "__version__",
     "attach",
+    "handle_of",
+    "load",
     "materialise",
     "placing",
     "plan",

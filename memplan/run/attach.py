@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -12,7 +12,6 @@ from torch import nn
 from memplan import recompute
 from memplan.analyze.graph import Block
 from memplan.cache import BlockCache
-from memplan.checkpoint import StoredTensor
 from memplan.errors import CheckpointError, ModelError, PlanMismatchError
 from memplan.program.check import require
 from memplan.program.schema import Channel, Plan
@@ -23,7 +22,7 @@ from memplan.run.conductor import Conductor, Streamed
 from memplan.run.disk import Extent
 from memplan.run.guard import Guard
 from memplan.run.handle import Handle, Parts, handle_of
-from memplan.run.home import Home, Weights
+from memplan.run.home import Checkpoint, Home, Weights
 from memplan.run.matching import match_weights, require_supported, stored_tensors, trigger_modules
 from memplan.run.transfer import CpuTransfers, CudaTransfers, DiskSource, HostSource, Source, Transfers
 from memplan.triggers import Triggers
@@ -34,17 +33,19 @@ def attach(
     model: nn.Module,
     plan: Plan,
     *,
-    checkpoint: str | Path | None = None,
+    checkpoint: str | Path | Checkpoint | None = None,
     checked: bool = False,
     cache: str | Path | None = None,
     verify: bool = False,
+    progress: Callable[[int], None] | None = None,
 ) -> Handle:
     """Put every frozen block of ``model`` in its home and stream it as ``plan`` says.
 
     ``checkpoint``: folder of safetensors that blocks homed on disk are read from where it holds the very bytes of the
-    model (default: where the model says it came from); else they are packed into files under ``cache``, once, which
+    model (default: where the model says it came from), or its tensors by name; else they are packed into files under ``cache``, once, which
     needs ``disk`` in the plan's budgets. ``verify``: compare each packed file's checksum when it is first read (a
-    checkpoint's own files have none: of those size and date are watched, always). ``checked``: poison each slot before it is loaded, check every saved weight at its
+    checkpoint's own files have none: of those size and date are watched, always). ``progress`` is
+    told the bytes of each block that has come home. ``checked``: poison each slot before it is loaded, check every saved weight at its
     use in backward, and the order of every load and read by vector clocks; slower, for tests and new kinds of models.
 
     Raises PlanCheckError, PlanMismatchError, ModelError, CheckpointError; the model then is as it was.
@@ -67,7 +68,7 @@ def attach(
     with ExitStack() as undo:
         parts = Parts(plan, device, weights)
         undo.callback(parts.reader.close)
-        _settle(model, plan, parts, stored, undo, _cache(cache), verify)
+        _settle(model, plan, parts, stored, undo, _cache(cache), verify, progress)
         transfers: Transfers = (
             CudaTransfers(device, poisoned=checked) if device.type == "cuda" else CpuTransfers(poisoned=checked)
         )
@@ -114,10 +115,11 @@ def _settle(
     model: nn.Module,
     plan: Plan,
     parts: Parts,
-    stored: Mapping[str, StoredTensor],
+    stored: Checkpoint,
     undo: ExitStack,
     cache: Path,
     verify: bool,
+    progress: Callable[[int], None] | None,
 ) -> None:
     """Bring each block to its home, one at a time, and note how to give it back."""
     weights, device = parts.weights, parts.device
@@ -156,6 +158,8 @@ def _settle(
             source = DiskSource(extents, parts.reader, block.name, expected if verify else None)
         kept_home = parts.homes[block.id] = Home(block, source, weights)
         undo.callback(kept_home.give_back)
+        if progress is not None:
+            progress(block.size_bytes)
         pointers = []
         for tensor in block.tensors:
             there = view(slot, tensor, kept_home.orders[tensor.name])
@@ -182,9 +186,12 @@ def _settle(
 
 def _packed(files: BlockCache, model: str, block: Block, origin: Weights) -> tuple[tuple[tuple[Extent, int], ...], str]:
     """Return where a block lies in the cache, written there if need be, and its checksum."""
-    layout = torch.zeros(block.size_bytes, dtype=torch.uint8)  # what lies between tensors is part of the checksum
-    origin.fill(block, layout)
-    path, expected = files.put(layout.numpy(), f"the block {block.name} of {model}")
+    path, expected = files.put(
+        lambda: origin.layout(block),
+        block.size_bytes,
+        f"the block {block.name} of {model}",
+        twice=origin.is_held(block),
+    )
     return ((Extent(path=str(path), file_offset_bytes=0, size_bytes=block.size_bytes), 0),), expected
 
 

@@ -6,7 +6,8 @@ model's own parameters, or from the checkpoint's files where the model was built
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -20,10 +21,30 @@ from memplan.run.transfer import HostSource, Source
 from memplan.units import MIB
 from memplan.weights import Weight
 
-_COMPARE_BYTES = 16 * MIB
+_PIECE_BYTES = 16 * MIB
+"""No more is held at a time of what is compared, cast or packed."""
 
+
+class Converted(Protocol):
+    """A tensor that is made of others of a checkpoint: fused experts, a split projection."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+    @property
+    def path(self) -> str:
+        """A file that it comes from, for messages."""
+
+    def make(self, read: Callable[[StoredTensor], torch.Tensor]) -> torch.Tensor:
+        """Return it, in the dtype that the model has it in; ``read`` reads what it is made of."""
+
+
+Stored = StoredTensor | Converted
 Matched = Mapping[str, Weight]
-Checkpoint = Mapping[str, StoredTensor]
+Checkpoint = Mapping[str, Stored]
 
 
 def as_bytes(tensor: torch.Tensor) -> torch.Tensor:
@@ -49,27 +70,63 @@ class Weights:
 
     def fill(self, block: Block, part: torch.Tensor) -> None:
         """Write a block's layout into ``part`` (uint8, on the host or the device). Raises CheckpointError."""
+        direct = []
         for tensor in block.tensors:
-            held = self._weights[tensor.name].tensor
             target = part[tensor.offset_bytes : tensor.offset_bytes + tensor.size_bytes]
+            held = self._weights[tensor.name].tensor
             if not is_away(held):
                 target.copy_(as_bytes(held.data))
                 continue
             stored = self._stored(tensor)
-            if stored.dtype == tensor.dtype and target.device.type == "cpu":
-                self._read(stored, target.numpy(), block.name)
+            if isinstance(stored, StoredTensor) and stored.dtype == tensor.dtype and target.device.type == "cpu":
+                direct.append((_extent(stored), target.numpy()))
                 continue
-            raw = torch.empty(stored.size_bytes, dtype=torch.uint8)
-            self._read(stored, raw.numpy(), block.name)
-            value = raw.view(dtype_of(stored.dtype)).view(stored.shape)
-            target.copy_(as_bytes(value.to(dtype_of(tensor.dtype))))
+            done = 0
+            for piece in self._pieces(block, tensor):
+                target[done : done + piece.numel()].copy_(piece)
+                done += piece.numel()
+        self._reader.open(extent for extent, _ in direct)
+        self._reader.read(direct, f"the block {block.name}")
+
+    def is_held(self, block: Block) -> bool:
+        """Whether the model itself holds all of a block's weights."""
+        return not any(is_away(self._weights[tensor.name].tensor) for tensor in block.tensors)
+
+    def layout(self, block: Block) -> Iterator[Bytes]:
+        """Yield a block's layout piece by piece, zeros where nothing lies. Raises CheckpointError."""
+        done = 0
+        for tensor in block.tensors:
+            if tensor.offset_bytes > done:
+                yield np.zeros(tensor.offset_bytes - done, np.uint8)
+            for piece in self._pieces(block, tensor):
+                yield piece.cpu().numpy()
+            done = tensor.offset_bytes + tensor.size_bytes
+        if block.size_bytes > done:
+            yield np.zeros(block.size_bytes - done, np.uint8)
+
+    def _pieces(self, block: Block, tensor: Tensor) -> Iterator[torch.Tensor]:
+        """Yield a tensor's bytes piece by piece, in the dtype that the model has it in."""
+        held = self._weights[tensor.name].tensor
+        stored = None if not is_away(held) else self._stored(tensor)
+        if isinstance(stored, StoredTensor):
+            dtype, wanted = dtype_of(stored.dtype), dtype_of(tensor.dtype)
+            step = _PIECE_BYTES // max(dtype.itemsize, wanted.itemsize) * dtype.itemsize
+            for start in range(0, stored.size_bytes, step):
+                raw = self._read(stored, block.name, start, min(step, stored.size_bytes - start))
+                yield raw if dtype == wanted else raw.view(dtype).to(wanted).view(torch.uint8)
+            return
+        if stored is None:
+            value = held.data
+        else:
+            value = stored.make(lambda part: self._read(part, block.name).view(dtype_of(part.dtype)).view(part.shape))
+        yield from as_bytes(value).split(_PIECE_BYTES)
 
     def own_files(self, block: Block) -> tuple[tuple[Extent, int], ...] | None:
         """Return the checkpoint's extents of a block, or None where the files do not hold just these bytes."""
         found = []
         for tensor in block.tensors:
             stored = self._checkpoint.get(tensor.name)
-            if stored is None or stored.dtype != tensor.dtype or stored.shape != tensor.shape:
+            if not isinstance(stored, StoredTensor) or (stored.dtype, stored.shape) != (tensor.dtype, tensor.shape):
                 return None
             extent = _extent(stored)
             held = self._weights[tensor.name].tensor
@@ -78,7 +135,7 @@ class Weights:
             found.append((extent, tensor.offset_bytes))
         return tuple(found)
 
-    def _stored(self, tensor: Tensor) -> StoredTensor:
+    def _stored(self, tensor: Tensor) -> Stored:
         stored = self._checkpoint.get(tensor.name)
         if stored is None:
             raise CheckpointError(
@@ -92,20 +149,23 @@ class Weights:
             )
         return stored
 
-    def _read(self, stored: StoredTensor, destination: Bytes, block: str) -> None:
-        extent = _extent(stored)
+    def _read(self, stored: StoredTensor, block: str, start: int = 0, size_bytes: int | None = None) -> torch.Tensor:
+        """Return some bytes of a stored tensor (uint8), or all."""
+        extent = _extent(stored, start, size_bytes)
         self._reader.open([extent])
-        self._reader.read([(extent, destination)], f"the block {block}")
+        raw = torch.empty(extent.size_bytes, dtype=torch.uint8)
+        self._reader.read([(extent, raw.numpy())], f"the block {block}")
+        return raw
 
     def _same(self, extent: Extent, held: torch.Tensor, block: str) -> bool:
         """Whether the file holds the very bytes that the model holds, piece by piece."""
         self._reader.open([extent])
-        for start in range(0, extent.size_bytes, _COMPARE_BYTES):
-            size = min(_COMPARE_BYTES, extent.size_bytes - start)
-            piece = np.empty(size, np.uint8)
+        piece = np.empty(min(_PIECE_BYTES, extent.size_bytes), np.uint8)
+        for start in range(0, extent.size_bytes, _PIECE_BYTES):
+            size = min(_PIECE_BYTES, extent.size_bytes - start)
             part = Extent(path=extent.path, file_offset_bytes=extent.file_offset_bytes + start, size_bytes=size)
-            self._reader.read([(part, piece)], f"the block {block}")
-            if not np.array_equal(piece, held[start : start + size].cpu().numpy()):
+            self._reader.read([(part, piece[:size])], f"the block {block}")
+            if not np.array_equal(piece[:size], held[start : start + size].cpu().numpy()):
                 return False
         return True
 
@@ -164,5 +224,6 @@ class Home:
         return held
 
 
-def _extent(stored: StoredTensor) -> Extent:
-    return Extent(path=stored.path, file_offset_bytes=stored.file_offset_bytes, size_bytes=stored.size_bytes)
+def _extent(stored: StoredTensor, start: int = 0, size_bytes: int | None = None) -> Extent:
+    size = stored.size_bytes - start if size_bytes is None else size_bytes
+    return Extent(path=stored.path, file_offset_bytes=stored.file_offset_bytes + start, size_bytes=size)

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 from torch import nn
 
-from memplan.checkpoint import StoredTensor, has_checkpoint, read_checkpoint
+from memplan.checkpoint import has_checkpoint, read_checkpoint
 from memplan.errors import ModelError, PlanMismatchError
-from memplan.names import canonical
+from memplan.names import canonical, stored_name
 from memplan.program.schema import Plan
 from memplan.run.arena import dtype_of
+from memplan.run.home import Checkpoint, Stored
 from memplan.units import format_bytes
 from memplan.weights import Weight, own_weights, unready
 
@@ -83,9 +85,12 @@ def trigger_modules(model: nn.Module, plan: Plan) -> dict[str, nn.Module]:
     return {name: modules[name] for name in wanted}
 
 
-def stored_tensors(model: nn.Module, checkpoint: str | Path | None) -> dict[str, StoredTensor]:
-    """Return the tensors of the checkpoint's files by canonical name; empty where there are none."""
-    if checkpoint is not None:
+def stored_tensors(model: nn.Module, checkpoint: str | Path | Checkpoint | None) -> dict[str, Stored]:
+    """Return the tensors of a checkpoint by canonical name; empty where there is none."""
+    found: Checkpoint
+    if isinstance(checkpoint, Mapping):
+        found = checkpoint
+    elif checkpoint is not None:
         found = read_checkpoint(checkpoint)
     else:
         folder = getattr(getattr(model, "config", None), "_name_or_path", None)
@@ -97,7 +102,7 @@ def stored_tensors(model: nn.Module, checkpoint: str | Path | None) -> dict[str,
     for name, parameter in model.named_parameters(remove_duplicate=False):
         aliases.setdefault(id(parameter), []).append(canonical(name))
     for names in aliases.values():  # a tied tensor is stored once, under any of its names
-        held = next((stored[name] for name in names if name in stored), None)
+        held = next((stored[known] for name in names for known in (name, stored_name(name)) if known in stored), None)
         if held is not None:
             stored.update(dict.fromkeys(names, held))
     return stored

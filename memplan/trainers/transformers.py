@@ -18,12 +18,12 @@ from torch import nn
 
 from memplan import api
 from memplan.checkpoint import StoredTensor, has_checkpoint, read_checkpoint
-from memplan.errors import CheckpointError, InputError, ModelError
-from memplan.names import canonical
+from memplan.errors import InputError
 from memplan.program.schema import Plan
-from memplan.run.arena import Placeholders, dtype_of, is_placeholder
+from memplan.run.arena import dtype_of, is_placeholder
 from memplan.run.attach import attach
-from memplan.run.disk import DiskReader, Extent
+from memplan.skeleton import keep_in_float32
+from memplan.trainers.loading import checkpoint_of, fill_trainables, put_placeholders
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, Trainer
@@ -101,7 +101,7 @@ def wrap(
                 hardware=hardware,
                 pins=pins,
             )
-        handle = attach(model, plan, checked=checked)
+        handle = attach(model, plan, checkpoint=checkpoint_of(model), checked=checked)
         undo.pop_all()
     trainer.__dict__["memplan"] = handle
     return trainer
@@ -138,7 +138,7 @@ def placing(
         original_init(trainer, *args, **kwargs)
         model = trainer.model
         if isinstance(model, nn.Module) and any(is_placeholder(p) for p in model.parameters()):
-            _fill_trainables(model)
+            fill_trainables(model)
             wrap(
                 trainer,
                 vram=vram,
@@ -210,20 +210,12 @@ def _load_placeholders(cls: Any, folder: Path, args: tuple[Any, ...], kwargs: di
         config = cls.config_class.from_pretrained(folder)
     dtype = _dtype(kwargs.get("dtype") or kwargs.get("torch_dtype"), config, stored)
     more = {"attn_implementation": kwargs["attn_implementation"]} if kwargs.get("attn_implementation") else {}
-    with init_empty_weights(include_buffers=False):
+    with torch.random.fork_rng(devices=[]), init_empty_weights(include_buffers=False):
         model = cls._from_config(config, dtype=dtype, **more)
+    keep_in_float32(model, dtype)
     model.tie_weights()
     # PEFT and the trainer look where the weights are: placeholders lie on the compute device from the start.
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    _check_names(model, stored, folder)
-    _put_placeholders(model, device)
-    reader = DiskReader()
-    try:
-        for name, buffer in model.named_buffers():
-            if name in stored:
-                buffer.data = _read(reader, stored[name]).to(buffer.dtype)
-    finally:
-        reader.close()
+    put_placeholders(model, folder, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     model.config._name_or_path = str(folder)
     return model.eval()
 
@@ -238,62 +230,3 @@ def _dtype(given: Any, config: Any, stored: Mapping[str, StoredTensor]) -> torch
         return dtype_of(held) if isinstance(held, str) else held
     floats = [t.dtype for t in stored.values() if t.dtype.startswith(("float", "bfloat"))]
     return dtype_of(floats[0]) if floats else torch.float32
-
-
-def _check_names(model: nn.Module, stored: Mapping[str, StoredTensor], folder: Path) -> None:
-    aliases: dict[int, list[str]] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        aliases.setdefault(id(parameter), []).append(name)
-    for names in aliases.values():
-        held = [stored[name] for name in names if name in stored]
-        if not held:
-            raise CheckpointError(
-                f"{folder} holds no tensor {names[0]}, which {type(model).__name__} needs: give the checkpoint of this "
-                "model"
-            )
-        if held[0].shape != tuple(model.get_parameter(names[0]).shape):
-            raise CheckpointError(
-                f"{held[0].path} holds {names[0]} with shape {held[0].shape}, its config.json says "
-                f"{tuple(model.get_parameter(names[0]).shape)}: the two do not belong together"
-            )
-
-
-def _put_placeholders(model: nn.Module, device: torch.device) -> None:
-    placeholders = Placeholders(device)
-    made: dict[int, nn.Parameter] = {}
-    for module in model.modules():
-        for name, parameter in module._parameters.items():
-            if parameter is not None and parameter.device.type == "meta":
-                if id(parameter) not in made:
-                    data = placeholders.of(tuple(parameter.shape), parameter.dtype)
-                    made[id(parameter)] = nn.Parameter(data, requires_grad=parameter.requires_grad)
-                module._parameters[name] = made[id(parameter)]
-
-
-def _fill_trainables(model: nn.Module) -> None:
-    """Give weights of the checkpoint to what is trained (modules_to_save, unfrozen layers): it is never streamed."""
-    waiting = {n: p for n, p in model.named_parameters() if p.requires_grad and is_placeholder(p)}
-    if not waiting:
-        return
-    folder = getattr(getattr(model, "config", None), "_name_or_path", "")
-    stored = {canonical(name): tensor for name, tensor in read_checkpoint(folder).items()}
-    reader = DiskReader()
-    try:
-        for name, parameter in waiting.items():
-            source = stored.get(canonical(name).replace(".modules_to_save.default", ""))
-            if source is None:
-                raise ModelError(
-                    f"{canonical(name)} is trained, but {folder} holds no weights for it: load the model outside of "
-                    "memplan.placing and use memplan.wrap"
-                )
-            parameter.data = _read(reader, source).to(parameter.device, parameter.dtype)
-    finally:
-        reader.close()
-
-
-def _read(reader: DiskReader, stored: StoredTensor) -> torch.Tensor:
-    extent = Extent(path=stored.path, file_offset_bytes=stored.file_offset_bytes, size_bytes=stored.size_bytes)
-    raw = torch.empty(stored.size_bytes, dtype=torch.uint8)
-    reader.open([extent])
-    reader.read([(extent, raw.numpy())], stored.name)
-    return raw.view(dtype_of(stored.dtype)).view(stored.shape)

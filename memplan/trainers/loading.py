@@ -1,0 +1,261 @@
+"""Models whose weights go straight to their homes: never held whole, not even for a moment."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+import weakref
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from memplan.checkpoint import StoredTensor
+from memplan.errors import CheckpointError, InputError, ModelError, PlanMismatchError
+from memplan.names import canonical, stored_name
+from memplan.program.check import require
+from memplan.program.schema import Plan
+from memplan.run.arena import Placeholders, dtype_of, is_placeholder
+from memplan.run.attach import attach
+from memplan.run.disk import DiskReader, Extent
+from memplan.run.home import Checkpoint, Stored
+from memplan.skeleton import from_configuration, with_adapter
+from memplan.trainers.conversion import stored_for
+
+_SOME_BYTES = 4096
+"""Enough to see that a weight was changed: what changes one changes all of it."""
+
+_CHECKPOINTS: weakref.WeakKeyDictionary[nn.Module, Checkpoint] = weakref.WeakKeyDictionary()
+"""What the placeholders of a model stand for."""
+
+
+def load(
+    path: str | Path,
+    plan: Plan | str | Path,
+    *,
+    adapter: Any = None,
+    attention: str | None = None,
+    checked: bool = False,
+    cache: str | Path | None = None,
+    verify: bool = False,
+    progress: bool | None = None,
+) -> nn.Module:
+    """Return the model of a checkpoint under a plan, each tensor straight in its home. Train it as ever.
+
+    ``path``: folder with ``config.json`` and safetensors. ``plan``: a plan or its file. ``adapter``: the one that the
+    plan was made with (a PEFT configuration or ``{"rank": 16, ...}``), or the folder of one that was saved.
+    ``attention`` as for :func:`memplan.plan`. ``checked``, ``cache``, ``verify`` as for :func:`memplan.attach`.
+    ``progress``: a bar on standard error (default: where that is a terminal). dtypes are the plan's; keys are renamed
+    and experts fused as transformers does. The model is in evaluation mode, as ``from_pretrained`` leaves it;
+    :func:`memplan.handle_of` gives its handle.
+
+    Peak RAM: the plan's arenas, 16 MiB of staging, and a piece of 16 MiB; where transformers makes a tensor of others,
+    that tensor and those. Raises CheckpointError, PlanError and its children, InputError, ModelError.
+    """
+    plan = plan if isinstance(plan, Plan) else Plan.load(plan)
+    require(plan)
+    if adapter is None and plan.workload.adapter:
+        raise InputError(
+            f"the plan was made with {plan.workload.adapter}, and no adapter was given: give the same with adapter="
+        )
+    skeleton = from_configuration(path, _dtype_of(plan), attention, buffers=True)
+    if skeleton.folder is None:
+        raise CheckpointError(f"{path} is no folder with a checkpoint: give one with config.json and safetensors")
+    device = torch.device(plan.table.device)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise PlanMismatchError(f"the plan was made for a CUDA device ({plan.hardware!r}), and torch sees none here")
+    model = skeleton.model
+    put_placeholders(model, skeleton.folder, device)
+    if adapter is not None:
+        with _readable(model):
+            model = _adapted(model, adapter)
+    fill_trainables(model)
+    with _bar(skeleton.name, sum(block.size_bytes for block in plan.table.blocks), progress) as advance:
+        attach(
+            model,
+            plan,
+            checkpoint=checkpoint_of(model),
+            checked=checked,
+            cache=cache,
+            verify=verify,
+            progress=advance,
+        )
+    return model.eval()
+
+
+def put_placeholders(model: nn.Module, folder: str | Path, device: torch.device) -> None:
+    """Put a placeholder in the place of each parameter on ``meta``, and read the buffers that the checkpoint holds.
+
+    Raises CheckpointError where the checkpoint is not the model's; the model then is as it was.
+    """
+    stored = stored_for(model, folder)
+    _check_names(model, stored, folder)
+    placeholders = Placeholders(device)
+    made: dict[int, nn.Parameter] = {}
+    with contextlib.closing(DiskReader()) as reader:
+        values = {name: _read(reader, stored[name]) for name, _ in model.named_buffers() if name in stored}
+    for module in model.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None and parameter.device.type == "meta":
+                if id(parameter) not in made:
+                    data = placeholders.of(tuple(parameter.shape), parameter.dtype)
+                    made[id(parameter)] = nn.Parameter(data, requires_grad=parameter.requires_grad)
+                module._parameters[name] = made[id(parameter)]
+    for name, buffer in model.named_buffers():
+        if name in values:
+            buffer.data = values[name].to(buffer.dtype)
+    _CHECKPOINTS[model] = stored
+
+
+def checkpoint_of(model: nn.Module) -> Checkpoint | None:
+    """Return what the placeholders of a model stand for; None for one that was not loaded here."""
+    return next((_CHECKPOINTS[module] for module in model.modules() if module in _CHECKPOINTS), None)
+
+
+def fill_trainables(model: nn.Module) -> None:
+    """Give weights of the checkpoint to what is trained (modules_to_save, unfrozen layers): it is never streamed.
+
+    Raises ModelError where there are none for it, or where an adapter was made of weights that were not there.
+    """
+    stored = {canonical(name): tensor for name, tensor in (checkpoint_of(model) or {}).items()}
+    with contextlib.closing(DiskReader()) as reader:
+        for name, parameter in model.named_parameters():
+            if not parameter.requires_grad:
+                continue
+            full = canonical(name)
+            if is_placeholder(parameter):
+                source = stored.get(stored_name(full))
+                if source is None:
+                    raise ModelError(
+                        f"{full} is trained, but the checkpoint holds no weights for it: load the model outside of "
+                        "memplan and use memplan.wrap or memplan.attach"
+                    )
+                parameter.data = _read(reader, source).to(parameter.device, parameter.dtype)
+            elif not bool(torch.isfinite(parameter.detach()).all()):
+                raise ModelError(
+                    f"{full} was made of weights that were not there yet: an adapter whose beginning rests on the "
+                    "model's weights, in another dtype than the checkpoint's. Load the model with its weights, add the "
+                    "adapter, and use memplan.wrap or memplan.attach"
+                )
+
+
+def _dtype_of(plan: Plan) -> str:
+    """Return the dtype that most of the plan's weights have."""
+    sizes: dict[str, int] = {}
+    for block in plan.table.blocks:
+        for tensor in block.tensors:
+            sizes[tensor.dtype] = sizes.get(tensor.dtype, 0) + tensor.size_bytes
+    return max(sizes, key=lambda dtype: sizes[dtype])
+
+
+def _adapted(model: nn.Module, adapter: Any) -> nn.Module:
+    if not isinstance(adapter, (str, Path)):
+        return with_adapter(model, adapter, real=True)
+    if not (Path(adapter) / "adapter_model.safetensors").is_file():
+        raise CheckpointError(f"{adapter} holds no adapter_model.safetensors: give the folder of a saved adapter")
+    import peft
+
+    asked: Any = model
+    try:
+        adapted: nn.Module = peft.PeftModel.from_pretrained(asked, str(adapter), is_trainable=True)
+    except (ValueError, TypeError, KeyError, RuntimeError) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise CheckpointError(f"the adapter in {adapter} does not fit {type(model).__name__}: {reason}") from error
+    return adapted
+
+
+@contextlib.contextmanager
+def _readable(model: nn.Module) -> Iterator[None]:
+    """Have the weights mapped from the checkpoint inside, where it holds them as they are.
+
+    Some adapters look at them when they are made (DoRA's magnitudes). Raises ModelError where one has changed them
+    (PiSSA takes its part out of them).
+    """
+    stored = checkpoint_of(model) or {}
+    aliases: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        aliases.setdefault(id(parameter), []).append(name)
+    away: list[tuple[nn.Parameter, torch.Tensor, torch.Tensor, StoredTensor]] = []
+    with contextlib.closing(DiskReader()) as reader:
+        for parameter in model.parameters():
+            held = next((stored[name] for name in aliases[id(parameter)] if name in stored), None)
+            if isinstance(held, StoredTensor) and dtype_of(held.dtype) == parameter.dtype:
+                raw = _mapped(reader, held, held.size_bytes)
+                away.append((parameter, parameter.data, raw, held))
+                parameter.data = raw.view(parameter.dtype).view(held.shape)
+        try:
+            yield
+            for parameter, _, raw, held in away:
+                some = min(_SOME_BYTES, held.size_bytes)
+                if parameter.data_ptr() != raw.data_ptr() or not torch.equal(raw[:some], _mapped(reader, held, some)):
+                    raise ModelError(
+                        f"the adapter has changed the weight {held.name} that it was added to (as PiSSA, OLoRA and "
+                        "CorDA do), and memplan only ever reads those: save the changed model, or begin the adapter "
+                        "in another way"
+                    )
+        finally:
+            for parameter, placeholder, _, _ in away:
+                parameter.data = placeholder
+
+
+def _mapped(reader: DiskReader, stored: StoredTensor, size_bytes: int) -> torch.Tensor:
+    """Return the first bytes of a stored tensor as a private mapping of the file (uint8)."""
+    extent = Extent(path=stored.path, file_offset_bytes=stored.file_offset_bytes, size_bytes=size_bytes)
+    reader.open([extent])
+    return torch.from_numpy(reader.mapped(extent, stored.name))
+
+
+def _check_names(model: nn.Module, stored: Checkpoint, folder: str | Path) -> None:
+    aliases: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        aliases.setdefault(id(parameter), []).append(name)
+    for names in aliases.values():
+        held = [stored[name] for name in names if name in stored]
+        shape = tuple(model.get_parameter(names[0]).shape)
+        if not held:
+            raise CheckpointError(
+                f"{folder} holds no tensor {names[0]}, which {type(model).__name__} needs: give the checkpoint of this "
+                "model"
+            )
+        if held[0].shape != shape:
+            raise CheckpointError(
+                f"{held[0].path} holds {names[0]} with shape {held[0].shape}, its config.json says {shape}: the two do "
+                "not belong together"
+            )
+
+
+def _read(reader: DiskReader, stored: Stored) -> torch.Tensor:
+    if not isinstance(stored, StoredTensor):
+        return stored.make(lambda part: _read(reader, part))
+    raw = torch.empty(stored.size_bytes, dtype=torch.uint8)
+    extent = _extent(stored)
+    reader.open([extent])
+    reader.read([(extent, raw.numpy())], stored.name)
+    return raw.view(dtype_of(stored.dtype)).view(stored.shape)
+
+
+def _extent(stored: StoredTensor) -> Extent:
+    return Extent(path=stored.path, file_offset_bytes=stored.file_offset_bytes, size_bytes=stored.size_bytes)
+
+
+@contextlib.contextmanager
+def _bar(name: str, size_bytes: int, wanted: bool | None) -> Iterator[Callable[[int], None] | None]:
+    """A bar that moves with each block that has come home."""
+    if not (sys.stderr.isatty() if wanted is None else wanted):
+        yield None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        DownloadColumn(binary_units=True),
+        TransferSpeedColumn(),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=Console(stderr=True)) as bar:
+        task = bar.add_task(f"Loading {name}", total=size_bytes)
+        yield lambda done: bar.advance(task, done)
