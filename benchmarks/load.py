@@ -64,7 +64,9 @@ def write_checkpoint(folder: Path, size_bytes: int) -> int:
         shapes[p + "mlp.down_proj.weight"] = (HIDDEN, INTERMEDIATE)
         shapes |= {p + f"{n}_layernorm.weight": (HIDDEN,) for n in ("input", "post_attention")}
         write(f"model-{index:05d}.safetensors", shapes)
-    rest: dict[str, tuple[int, ...]] = dict.fromkeys(("model.embed_tokens.weight", "lm_head.weight"), (VOCABULARY, HIDDEN))
+    rest: dict[str, tuple[int, ...]] = dict.fromkeys(
+        ("model.embed_tokens.weight", "lm_head.weight"), (VOCABULARY, HIDDEN)
+    )
     write("model-rest.safetensors", rest | {"model.norm.weight": (HIDDEN,)})
     (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
     return sum(path.stat().st_size for path in folder.glob("*.safetensors"))

@@ -17,10 +17,12 @@ from memplan.units import parse_size
 if TYPE_CHECKING:
     from torch import nn
 
+    from memplan.analyze.graph import Activations
     from memplan.hardware import HardwareProfile
     from memplan.run.handle import Handle
 
 _TIERS: tuple[Tier, ...] = ("device", "host", "disk")
+_ACTIVATIONS: tuple[Activations, ...] = ("keep", "recompute", "offload")
 
 
 def plan(
@@ -37,6 +39,7 @@ def plan(
     optimizer: str = "adamw",
     hardware: str | Path | HardwareProfile = "auto",
     pins: Mapping[str, str] | None = None,
+    activations: str | Mapping[str, str] | None = None,
     loss: Callable[[Any], Any] | None = None,
 ) -> Plan:
     """Say where each frozen block lives and when it moves, before any weight is loaded.
@@ -48,7 +51,8 @@ def plan(
     ``adapter``: a PEFT configuration or ``{"rank": 16, "targets": "all-linear"}``, where the model has none yet.
     ``dtype``, ``attention``: for a model built here from its configuration. ``accumulation``: passes of a step.
     ``hardware``: ``"auto"`` (measured once, then cached), a shipped profile's name, or a profile's file.
-    ``pins``: tier by block name. ``loss``: from the model's output to a scalar, where the output holds none.
+    ``pins``: tier by block name. ``activations``: ``"keep"``, ``"recompute"`` or ``"offload"`` (to RAM, until backward)
+    for every layer, or by layer name; None: kept or recomputed, as is fastest. ``loss``: from the model's output to a scalar, where the output holds none.
 
     Raises DoesNotFitError (with the least vram that would), InputError and its children. The model is unchanged.
     """
@@ -67,8 +71,15 @@ def plan(
         "disk": None if disk is None else parse_size(disk, "disk"),
     }
     prepared = prepare(model, adapter=adapter, dtype=dtype, attention=attention)
+    wanted = _wanted(activations)
     graph = analyze(
-        prepared.model, batch, accumulation=accumulation, optimizer=optimizer, name=prepared.name, loss=loss
+        prepared.model,
+        batch,
+        accumulation=accumulation,
+        optimizer=optimizer,
+        name=prepared.name,
+        loss=loss,
+        offload="offload" in wanted.values(),
     )
     table = cost_table(graph, profile)
     vram_bytes, ram_bytes, disk_bytes = budgets_given["vram"], budgets_given["ram"], budgets_given["disk"]
@@ -94,6 +105,7 @@ def plan(
         workload=workload,
         hardware=profile.name,
         pins=_pins(pins, {block.name: block.id for block in graph.blocks}),
+        activations=_activations(wanted, graph.recomputable),
         staging_bytes=STAGING_BYTES,
         notes=(*graph.notes, *cost_notes(graph, profile)),
     )
@@ -127,6 +139,41 @@ def _profile(hardware: str | Path | HardwareProfile) -> HardwareProfile:
     if isinstance(hardware, hardware_profiles.HardwareProfile):
         return hardware
     return hardware_profiles.auto() if hardware == "auto" else hardware_profiles.load(hardware)
+
+
+def _wanted(activations: str | Mapping[str, str] | None) -> dict[str, Activations]:
+    """Return what was asked by the name that it was asked for; an empty name stands for all layers."""
+    if activations is None:
+        return {}
+    found: dict[str, Activations] = {}
+    for name, policy in ({"": activations} if isinstance(activations, str) else activations).items():
+        known = next((one for one in _ACTIVATIONS if one == policy), None)
+        if known is None:
+            raise InputError(
+                f"the activations{f' of {name}' if name else ''} were given as {policy!r}: give one of "
+                f"{', '.join(_ACTIVATIONS)}"
+            )
+        found[name] = known
+    return found
+
+
+def _activations(wanted: Mapping[str, Activations], layers: tuple[str, ...]) -> dict[str, Activations]:
+    """Return what was asked by layer. A layer may be named by its last parts, as a block may."""
+    found: dict[str, Activations] = {}
+    for name, policy in wanted.items():
+        matches = [full for full in layers if not name or full == name or full.endswith("." + name)]
+        if len(matches) != 1 and name:
+            raise InputError(
+                f"activations were given for {name!r}, which names {len(matches)} layers that memplan has a say in: "
+                + (f"name one such as {layers[0]}" if layers else "leave it out")
+            )
+        found |= dict.fromkeys(matches, policy)
+    if "" in wanted and not layers and wanted[""] != "keep":
+        raise InputError(
+            f"all activations were to be {wanted['']}: memplan has no say in any of this model's layers (it checkpoints "
+            "them itself, or has no repeated stack); leave activations out"
+        )
+    return found
 
 
 def _pins(pins: Mapping[str, str] | None, blocks: Mapping[str, int]) -> dict[int, Tier] | None:

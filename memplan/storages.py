@@ -79,6 +79,10 @@ class StorageLedger(TorchDispatchMode):
             storage = part.untyped_storage()
             self._ignored[storage._cdata] = storage
 
+    def is_ignored(self, tensor: torch.Tensor) -> bool:
+        """Whether the tensor's storage never counts."""
+        return tensor.untyped_storage()._cdata in self._ignored
+
     def add(self, tensor: torch.Tensor) -> None:
         """Count a tensor that was there before."""
         for part in plain_parts(tensor):

@@ -79,6 +79,7 @@ def make_table(
         recomputable=tuple(f"layers.{i}" for i in range(count)) if recomputable else (),
         device=device,
         host_to_device_bytes_per_s=link,
+        device_to_host_bytes_per_s=link,
         disk_bytes_per_s=disk,
         load_latency_s=latency_s,
     )

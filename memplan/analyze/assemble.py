@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Literal
 
 from torch import nn
 
 from memplan.analyze.batch import Batch, base_of
 from memplan.analyze.blocks import Draft, Unit, dtype_name, head_of
-from memplan.analyze.graph import Access, Block, Fixed, FixedKind, LayerGraph, Lifetime, LifetimeKind
+from memplan.analyze.graph import Access, Activations, Block, Fixed, FixedKind, LayerGraph, Lifetime, LifetimeKind
 from memplan.analyze.optimizers import state_bytes, workspace_bytes
 from memplan.analyze.recorder import Recorder, Work
 from memplan.weights import frozen_weights, small_tensors
@@ -56,25 +56,35 @@ def assemble(
     *,
     kept: Traced,
     recomputed: Traced,
+    offloaded: Traced | None,
     recomputable: tuple[str, ...],
     optimizer: str,
     name: str,
     notes: list[str],
 ) -> LayerGraph:
-    """Return the graph of a model: ``kept`` is its trace as it is, ``recomputed`` with ``recomputable`` checkpointed."""
-    one, two = _Pass(kept), _Pass(recomputed)
+    """Return the graph of a model: ``kept`` is its trace as it is, ``recomputed`` with ``recomputable`` checkpointed,
+    ``offloaded`` with what those save offloaded.
+    """
+    one, two, three = _Pass(kept), _Pass(recomputed), None if offloaded is None else _Pass(offloaded)
+    moved = {} if offloaded is None else _once(one, offloaded.offload_bytes)
     _pin(drafts, kept.recorder)
     blocks, ids_of = _blocks(model, drafts, kept.recorder)
     trained = [(tuple(p.shape), p.element_size()) for p in model.parameters() if p.requires_grad]
-    lifetimes = _lifetimes(one, two, frozenset(recomputable))
+    traces: dict[Activations, _Pass] = {"keep": one, "recompute": two}
+    if three is not None:
+        traces["offload"] = three
+    lifetimes = _lifetimes(traces, frozenset(recomputable))
     accesses = []
     for index, access in enumerate(one.accesses):
         work, more = one.work[index], _more(one.work[index], two.work[index])
         can = access.module in recomputable
         transient = one.peaks[index] - _spanning(lifetimes, index, "keep")
         transient_recompute = two.peaks[index] - _spanning(lifetimes, index, "recompute") if can else transient
+        transient_offload = transient
+        if three is not None and can:
+            transient_offload = three.peaks[index] - _spanning(lifetimes, index, "offload")
         if access.kind == "optimizer":
-            transient = transient_recompute = workspace_bytes(optimizer, trained)
+            transient = transient_recompute = transient_offload = workspace_bytes(optimizer, trained)
         if not can or access.kind != "backward":
             more = Work()
         accesses.append(
@@ -94,6 +104,8 @@ def assemble(
                 recompute_kernels=more.kernels,
                 transient_bytes=transient,
                 transient_recompute_bytes=transient_recompute,
+                transient_offload_bytes=transient_offload,
+                offload_bytes=moved.get(access.module, 0) if can and access.kind == "forward" else 0,
             )
         )
     trainable_bytes = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
@@ -175,15 +187,21 @@ def _blocks(
     return tuple(blocks), ids_of
 
 
-def _lifetimes(one: _Pass, two: _Pass, recomputable: frozenset[str]) -> tuple[Lifetime, ...]:
+def _once(one: _Pass, sizes_bytes: Mapping[str, int]) -> dict[str, int]:
+    """Return the sizes of those modules whose forward comes once a pass: an item has one place to be in."""
+    forwards = Counter(access.module for access in one.accesses if access.kind == "forward")
+    return {module: size for module, size in sizes_bytes.items() if forwards[module] == 1}
+
+
+def _lifetimes(traces: Mapping[Activations, _Pass], recomputable: frozenset[str]) -> tuple[Lifetime, ...]:
     """Return what outlives an access: of recomputable modules once for each policy, of all others once."""
     found = []
-    for traced, here in ((one, "keep"), (two, "recompute")):
+    for here, traced in traces.items():
         for (kind, born, last), size_bytes in traced.spans.items():
-            policy: Literal["keep", "recompute", "any"] = "any"
-            if one.accesses[born].module in recomputable:
-                policy = "keep" if here == "keep" else "recompute"
-            elif here == "recompute":
+            policy: Activations | Literal["any"] = "any"
+            if traced.accesses[born].module in recomputable:
+                policy = here
+            elif here != "keep":
                 continue
             found.append(Lifetime(kind=kind, born=born, last=last, size_bytes=size_bytes, policy=policy))
     return tuple(sorted(found, key=lambda life: (life.born, life.last, life.kind, life.policy)))

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 AccessKind = Literal["forward", "loss", "backward", "optimizer"]
 BlockKind = Literal["layer", "embedding", "head", "shared", "other"]
-Activations = Literal["keep", "recompute"]
+Activations = Literal["keep", "recompute", "offload"]
 FixedKind = Literal["adapters", "optimizer", "buffers", "batch", "context"]
 LifetimeKind = Literal["activations", "gradients"]
 
@@ -80,6 +80,11 @@ class Access(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     the lifetimes that are born and that die within it need not be alive at once."""
     transient_recompute_bytes: int
     """The same where this access's module is recomputed; equal to the former where it cannot be."""
+    transient_offload_bytes: int = 0
+    """The same where what this access's module saves is offloaded (where ``offload_bytes`` of its forward are > 0)."""
+    offload_bytes: int = 0
+    """Forward accesses: what its module made and saved for backward, each storage padded to a multiple of 512. 0 where
+    nobody looked, or it cannot be offloaded."""
 
 
 class Lifetime(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -91,7 +96,7 @@ class Lifetime(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     last: int
     """Last access during which they are alive; the optimizer's index for what a step keeps (gradients)."""
     size_bytes: int
-    policy: Literal["keep", "recompute", "any"]
+    policy: Literal["keep", "recompute", "offload", "any"]
     """Counts where the module of access ``born`` has this activation policy; ``any``: always."""
 
 
@@ -114,7 +119,8 @@ class LayerGraph(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     lifetimes: tuple[Lifetime, ...]
     fixed: tuple[Fixed, ...]
     recomputable: tuple[str, ...]
-    """Trigger modules that memplan may recompute: elements of stacks that the model does not checkpoint itself."""
+    """Trigger modules that memplan may recompute: elements of stacks that the model does not checkpoint itself. What
+    they save may be offloaded instead where their forward's ``offload_bytes`` say so."""
     tokens: int
     """Tokens (or samples, where there is no sequence) of one micro-batch."""
     trainable_bytes: int

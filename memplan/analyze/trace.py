@@ -8,18 +8,21 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from memplan import offload as offloading
 from memplan import recompute
 from memplan.analyze.assemble import assemble
 from memplan.analyze.batch import Batch, base_of, batch_for
 from memplan.analyze.blocks import Draft, Unit, check_model, draft_blocks, find_units
 from memplan.analyze.fake import eager_transformers, faked, random_states_kept
-from memplan.analyze.graph import LayerGraph, LifetimeKind
+from memplan.analyze.graph import Activations, LayerGraph, LifetimeKind
+from memplan.analyze.offloads import Offloads
 from memplan.analyze.optimizers import check_optimizer
 from memplan.analyze.recorder import Recorder
 from memplan.errors import InputError, MemplanError, ModelError
@@ -40,6 +43,8 @@ class Traced:
     """What was alive at its end: kind, segment of birth, bytes."""
     ran_again: frozenset[str]
     """Units of which something ran again in backward: the model checkpoints them itself."""
+    offload_bytes: Mapping[str, int]
+    """What the forward of each unit saved that was offloaded in the trace."""
 
 
 def analyze(
@@ -50,12 +55,14 @@ def analyze(
     optimizer: str = "adamw",
     name: str | None = None,
     loss: Callable[[Any], torch.Tensor] | None = None,
+    offload: bool = False,
 ) -> LayerGraph:
     """Return what a training pass of ``model`` on ``batch`` reads, keeps and costs.
 
     ``model``: on any device, ``meta`` included; a caller's autocast counts. ``batch``: see :func:`batch_for`.
     ``accumulation``: passes of a step; where there are several, gradients are there from the first access on.
-    ``loss``: from the model's output to a scalar, where the output holds none.
+    ``loss``: from the model's output to a scalar, where the output holds none. ``offload``: look also at what would be
+    saved of each layer where that is offloaded (a trace more).
 
     Raises ModelError for a model that cannot be placed or traced, InputError for a batch or an optimizer that cannot
     be used. The model is unchanged.
@@ -77,20 +84,25 @@ def analyze(
         containers |= found
     recomputable = _recomputable(units, kept)
     notes: list[str] = []
-    recomputed = None
-    if recomputable:
-        modules = [unit.module for unit in units if unit.name in recomputable]
+
+    def traced(policy: Activations, done: str) -> Traced | None:
+        """Trace with every recomputable layer under another policy; None where that cannot be."""
+        names = {unit.name: policy for unit in units if unit.name in recomputable}
+        if not names:
+            return None
         try:
-            recomputed = _trace(model, call, units, drafts, accumulates=accumulates, loss=loss, wrapped=modules)
+            found = _trace(model, call, units, drafts, accumulates=accumulates, loss=loss, policies=names)
         except ModelError as error:
-            notes.append(f"No activations can be recomputed: with every layer checkpointed {error}.")
-    if recomputed is not None and recomputed.recorder.log.accesses_alike(kept.recorder.log):
-        again = recomputed
-    else:
-        if recomputed is not None:
-            notes.append(
-                "No activations can be recomputed: with every layer checkpointed the order of accesses differs."
-            )
+            notes.append(f"No activations can be {done}: with every layer's so {error}.")
+            return None
+        if found.recorder.log.accesses_alike(kept.recorder.log):
+            return found
+        notes.append(f"No activations can be {done}: with every layer's so the order of accesses differs.")
+        return None
+
+    offloaded = traced("offload", "offloaded") if offload else None
+    again = traced("recompute", "recomputed")
+    if again is None:
         again, recomputable = kept, ()
     return assemble(
         model,
@@ -99,6 +111,7 @@ def analyze(
         drafts,
         kept=kept,
         recomputed=again,
+        offloaded=offloaded,
         recomputable=recomputable,
         optimizer=optimizer,
         name=name or type(base_of(model)).__name__,
@@ -114,9 +127,9 @@ def _trace(
     *,
     accumulates: bool,
     loss: Callable[[Any], torch.Tensor] | None,
-    wrapped: Sequence[nn.Module] = (),
+    policies: Mapping[str, Activations] = MappingProxyType({}),
 ) -> Traced:
-    """Run one forward and backward on fake tensors. ``wrapped``: modules that are checkpointed on top."""
+    """Run one forward and backward on fake tensors. ``policies``: units whose activations are not kept, by name."""
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     ran_again: set[str] = set()
@@ -139,8 +152,12 @@ def _trace(
                     parameter.grad = torch.empty_like(parameter)
                     recorder.add(parameter.grad)
         _notice_recomputes(units, ran_again)
-        for module in wrapped:
-            undo.callback(recompute.wrap(module))
+        offloads = Offloads(recorder, mode)
+        for unit in units:
+            if policies.get(unit.name) == "recompute":
+                undo.callback(recompute.wrap(unit.module))
+            elif policies.get(unit.name) == "offload":
+                undo.callback(offloading.wrap(unit.module, unit.name, offloads.beginning(unit.name)))
         undo.callback(Triggers({unit.name: unit.module for unit in units}, recorder.log).remove)
         try:
             with mode, recorder:
@@ -163,7 +180,13 @@ def _trace(
             for held in recorder.alive()
         ]
         # Copies: what is left dies as soon as this returns, which is no part of the step.
-        return Traced(recorder=recorder, spans=dict(recorder.spans), left=tuple(left), ran_again=frozenset(ran_again))
+        return Traced(
+            recorder=recorder,
+            spans=dict(recorder.spans),
+            left=tuple(left),
+            ran_again=frozenset(ran_again),
+            offload_bytes=dict(offloads.size_bytes),
+        )
 
 
 def loss_of(output: Any, loss: Callable[[Any], torch.Tensor] | None) -> torch.Tensor:

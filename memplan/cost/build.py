@@ -56,6 +56,9 @@ def cost_table(graph: LayerGraph, hardware: HardwareProfile) -> CostTable:
             ),
             transient_bytes=access.transient_bytes,
             transient_recompute_bytes=access.transient_recompute_bytes,
+            transient_offload_bytes=access.transient_offload_bytes,
+            offload_bytes=access.offload_bytes,
+            offload_s=2 * access.offload_bytes / hardware.memory_bytes_per_s.value,  # read once, written once
         )
 
     context = Fixed(kind="context", size_bytes=int(hardware.context_bytes.value))
@@ -67,6 +70,7 @@ def cost_table(graph: LayerGraph, hardware: HardwareProfile) -> CostTable:
         recomputable=graph.recomputable,
         device=hardware.device,
         host_to_device_bytes_per_s=hardware.host_to_device_bytes_per_s.value,
+        device_to_host_bytes_per_s=hardware.device_to_host_bytes_per_s.value,
         disk_bytes_per_s=hardware.disk_bytes_per_s.value,
         load_latency_s=hardware.load_latency_s.value,
     )

@@ -21,6 +21,16 @@ class AccessRow(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Time that recomputing this module's activations adds here; 0 where it cannot be."""
     transient_bytes: int
     transient_recompute_bytes: int
+    transient_offload_bytes: int = 0
+    offload_bytes: int = 0
+    offload_s: float = 0.0
+    """Forward accesses: the time in which the device sets aside what is offloaded."""
+
+    def transient(self, policy: Activations) -> int:
+        """Return the transient bytes under an activation policy of this access's module."""
+        if policy == "keep":
+            return self.transient_bytes
+        return self.transient_recompute_bytes if policy == "recompute" else self.transient_offload_bytes
 
 
 class CostTable(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -34,6 +44,7 @@ class CostTable(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     device: str
     """``"cpu"`` or ``"cuda"``."""
     host_to_device_bytes_per_s: float
+    device_to_host_bytes_per_s: float
     disk_bytes_per_s: float
     load_latency_s: float
     """Added to each load, whatever its size."""
@@ -50,5 +61,4 @@ class CostTable(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
                 if life.policy in ("any", policy):
                     total += life.size_bytes
         access = self.accesses[index]
-        recomputed = policies.get(access.module, "keep") == "recompute"
-        return total + (access.transient_recompute_bytes if recomputed else access.transient_bytes)
+        return total + access.transient(policies.get(access.module, "keep"))

@@ -50,7 +50,7 @@ def _windows(problem: Problem, room_bytes: list[int], disk_used: bool) -> Second
     table, length = problem.table, problem.length
     disk = table.disk_bytes_per_s
     together = table.host_to_device_bytes_per_s + (disk if disk_used else 0.0)
-    ram_bytes = max(problem.budgets.ram_bytes - problem.staging_bytes, 0)
+    ram_bytes = max(problem.ram_bytes - problem.staging_bytes, 0)
     sizes = [block.size_bytes for block in table.blocks]
     reads = [tuple(dict.fromkeys(access.blocks)) for access in table.accesses]
     windows = np.zeros((length, length + 1))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from types import MappingProxyType
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from memplan.analyze.graph import Activations
 from memplan.cost.table import CostTable
 from memplan.errors import InputError
+from memplan.place.saves import Saves, make_saves
 from memplan.program.schema import Budgets, Tier
 from memplan.units import KIB, align_up
 
@@ -23,6 +24,8 @@ MOST_SPECIALS = 4
 
 Bytes = NDArray[np.int64]
 
+_POLICIES: tuple[Activations, ...] = ("keep", "recompute", "offload")
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Problem:
@@ -32,6 +35,10 @@ class Problem:
     budgets: Budgets
     staging_bytes: int
     pins: Mapping[int, Tier]
+    activations: Mapping[str, Activations]
+    """Of the modules for which they are given; those of the others are free."""
+    saves: Saves
+    """What is offloaded, which ``activations`` alone say."""
     stack: tuple[int, ...]
     """Streamable elements of stacks (and special blocks beyond four), in order of first access."""
     specials: tuple[int, ...]
@@ -44,6 +51,16 @@ class Problem:
     """Room that each block takes in an arena, by block."""
     uses: tuple[tuple[int, ...], ...]
     """Accesses that read each block, by block."""
+
+    @property
+    def ram_bytes(self) -> int:
+        """The budget for weights and staging: what offloaded activations leave of it."""
+        return self.budgets.ram_bytes - self.saves.host_bytes
+
+    @property
+    def levels(self) -> int:
+        """How many numbers of recomputed modules there are to choose from: none to all of those that are free."""
+        return 1 + len(set(self.table.recomputable) - self.activations.keys())
 
     @property
     def length(self) -> int:
@@ -59,8 +76,20 @@ class Problem:
         return sorted(blocks, key=lambda block: (self.uses[block][0], block))
 
 
-def make_problem(table: CostTable, budgets: Budgets, staging_bytes: int, pins: Mapping[int, Tier]) -> Problem:
-    """Sort the blocks by what may become of them. Raises InputError for a pin that cannot be kept."""
+def make_problem(
+    table: CostTable,
+    budgets: Budgets,
+    staging_bytes: int,
+    pins: Mapping[int, Tier],
+    activations: Mapping[str, Activations] = MappingProxyType({}),
+) -> Problem:
+    """Sort the blocks by what may become of them. Raises InputError for a pin or activations that cannot be as given."""
+    for module in activations:
+        if module not in table.recomputable:
+            raise InputError(
+                f"the activations of {module!r} were given as {activations[module]}, but memplan has no say in them: "
+                + (f"name modules such as {table.recomputable[0]}" if table.recomputable else "leave them out")
+            )
     reads: list[list[int]] = [[] for _ in table.blocks]
     for access in table.accesses:
         for read in dict.fromkeys(access.blocks):
@@ -93,6 +122,8 @@ def make_problem(table: CostTable, budgets: Budgets, staging_bytes: int, pins: M
         budgets=budgets,
         staging_bytes=staging_bytes,
         pins=pins,
+        activations=activations,
+        saves=make_saves(table, activations),
         stack=tuple(sorted([*stack, *specials[MOST_SPECIALS:]], key=lambda block: (reads[block][0], block))),
         specials=tuple(specials[:MOST_SPECIALS]),
         resident=tuple(resident),
@@ -132,7 +163,7 @@ def _read_beside_others(table: CostTable, pins: Mapping[int, Tier], reads: list[
 
 
 class Memory:
-    """Device bytes at every access, frozen weights apart, for any number of recomputed modules.
+    """Device bytes at every access, frozen weights apart, for any choice of activations.
 
     The same sums as :meth:`memplan.cost.table.CostTable.device_bytes_at`, as arrays, for all choices at once.
     """
@@ -142,30 +173,29 @@ class Memory:
         position = {module: index for index, module in enumerate(table.recomputable)}
         self._modules = table.recomputable
         self._base = np.full(length, sum(row.size_bytes for row in table.fixed), dtype=np.int64)
-        self._keep = np.zeros((len(position), length), dtype=np.int64)
-        self._recompute = np.zeros((len(position), length), dtype=np.int64)
+        zeros = np.zeros((len(position), length), dtype=np.int64)
+        self._more: dict[Activations, Bytes] = {policy: zeros.copy() for policy in _POLICIES}
         for life in table.lifetimes:
             module = position.get(table.accesses[life.born].module)
             if life.policy == "any" or module is None:
-                if life.policy != "recompute":
+                if life.policy in ("any", "keep"):
                     self._base[life.born : life.last + 1] += life.size_bytes
-            elif life.policy == "keep":
-                self._keep[module, life.born : life.last + 1] += life.size_bytes
             else:
-                self._recompute[module, life.born : life.last + 1] += life.size_bytes
+                self._more[life.policy][module, life.born : life.last + 1] += life.size_bytes
         for access in table.accesses:
             module = position.get(access.module)
             if module is None:
                 self._base[access.index] += access.transient_bytes
             else:
-                self._keep[module, access.index] += access.transient_bytes
-                self._recompute[module, access.index] += access.transient_recompute_bytes
+                for policy, more in self._more.items():
+                    more[module, access.index] += access.transient(policy)
 
     def at(self, policies: Mapping[str, Activations]) -> Bytes:
         """Return the bytes at each access."""
-        recomputed = np.array([policies.get(module, "keep") == "recompute" for module in self._modules], dtype=bool)
-        total: Any = self._base + self._keep[~recomputed].sum(axis=0) + self._recompute[recomputed].sum(axis=0)
-        return total  # type: ignore[no-any-return]
+        total: Bytes = self._base.copy()
+        for policy, more in self._more.items():
+            total += more[[policies.get(module, "keep") == policy for module in self._modules]].sum(axis=0)
+        return total
 
 
 def evenly(count: int, of: int) -> tuple[int, ...]:
@@ -181,7 +211,9 @@ def to_the_ends(count: int, of: int) -> tuple[int, ...]:
     return tuple(index * (of - 1) // max(count - 1, 1) for index in range(count))
 
 
-def policies_for(table: CostTable, recomputed: int) -> dict[str, Activations]:
-    """Return the policies that recompute that many of the recomputable modules, spread evenly."""
-    chosen = set(evenly(recomputed, len(table.recomputable)))
-    return {module: "recompute" if i in chosen else "keep" for i, module in enumerate(table.recomputable)}
+def policies_for(problem: Problem, recomputed: int) -> dict[str, Activations]:
+    """Return the policies that recompute that many of the modules whose activations are free, spread evenly."""
+    modules, given = problem.table.recomputable, problem.activations
+    free = [module for module in modules if module not in given]
+    chosen = {free[index] for index in evenly(recomputed, len(free))} if recomputed else set()
+    return {module: given.get(module, "recompute" if module in chosen else "keep") for module in modules}

@@ -111,6 +111,7 @@ class _Search:
         }
         self._seen: dict[tuple[tuple[tuple[int, ...], ...], int], float | None] = {}
         self._near: list[Choice] = []
+        self._stores, self._back = problem.saves.loads(problem.table)
         self.best_s: float | None = None
 
     def compute_s(self, recomputed: int) -> float:
@@ -119,7 +120,7 @@ class _Search:
 
     def _durations(self, recomputed: int) -> tuple[list[float], float]:
         if recomputed not in self._times:
-            times = durations(self._problem.table, policies_for(self._problem.table, recomputed))
+            times = durations(self._problem.table, policies_for(self._problem, recomputed))
             self._times[recomputed] = (times, sum(times))
         return self._times[recomputed]
 
@@ -134,13 +135,15 @@ class _Search:
         times, compute_s = self._durations(recomputed)
         if self.best_s is not None and compute_s > self.best_s * (1 + _TIE):
             return None
-        loads: dict[str, list[Load]] = {}
+        loads: dict[str, list[Load]] = {"d2h": self._stores} if self._stores else {}
         moved_bytes = 0
         for stay in stays_of(self._problem, arrangement):
             channel = channel_of(arrangement.homes[stay.block])
             load = Load(stay.load_after, stay.first_use, self._load_s[stay.block, channel], None)
             loads.setdefault(channel, []).append(load)
             moved_bytes += self._problem.size(stay.block)
+        if self._back:
+            loads["h2d"] = sorted([*loads.get("h2d", ()), *self._back], key=lambda load: load.first_use)
         least_s = max([compute_s, *(sum([load.time_s for load in queue]) for queue in loads.values())])
         if self.best_s is not None and least_s > self.best_s * (1 + _TIE):
             return None

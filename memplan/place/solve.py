@@ -40,17 +40,20 @@ def place(
     workload: Workload,
     hardware: str,
     pins: Mapping[int, Tier] | None = None,
+    activations: Mapping[str, Activations] | None = None,
     staging_bytes: int = STAGING_BYTES,
     notes: tuple[str, ...] = (),
 ) -> Plan:
     """Return the plan with the shortest pass that keeps the budgets. Same input, same plan.
 
-    ``pins``: tier by block id. Raises DoesNotFitError with the least vram for which this returns a plan, InputError for
-    a pin that cannot be kept.
+    ``pins``: tier by block id. ``activations``: what becomes of a module's, where that is not to be chosen here
+    (offloading never is). Raises DoesNotFitError with the least vram for which this returns a plan, InputError for a
+    pin or activations that cannot be kept.
     """
-    problem = make_problem(table, budgets, staging_bytes, pins or {})
+    problem = make_problem(table, budgets, staging_bytes, pins or {}, activations or {})
     memory = Memory(table)
-    nonweight = [memory.at(policies_for(table, count)) for count in range(len(table.recomputable) + 1)]
+    slots_bytes = problem.saves.device_bytes
+    nonweight = [memory.at(policies_for(problem, count)) + slots_bytes for count in range(problem.levels)]
     options = arrangements(problem)
     choice = best(problem, options, nonweight)
     if choice is None:
@@ -72,7 +75,10 @@ def _does_not_fit(
     if not options:
         frozen = sum(block.size_bytes for block in problem.table.blocks)
         limited = f"ram of {format_bytes(budgets.ram_bytes)} and no room on disk for the streamed blocks"
-        tips = [f"give {format_bytes(frozen + problem.staging_bytes)} of ram", "give a disk budget"]
+        enough = frozen + problem.staging_bytes + problem.saves.host_bytes
+        tips = [f"give {format_bytes(enough)} of ram", "give a disk budget"]
+        if problem.saves.host_bytes:
+            limited += f", beside {format_bytes(problem.saves.host_bytes)} of ram for offloaded activations"
         return DoesNotFitError(
             f"{asked}, but there is no room for the blocks that would leave it",
             least_vram_bytes=None,
@@ -135,7 +141,8 @@ def _plan(
     notes: tuple[str, ...],
 ) -> Plan:
     table, arrangement = problem.table, choice.arrangement
-    policies = policies_for(table, choice.recomputed)
+    policies = policies_for(problem, choice.recomputed)
+    saves = problem.saves
     layout = lay_out(problem, arrangement)
     timeline = replay(table, layout.items, layout.residences, policies)
     on_disk = arrangement.disk_bytes
@@ -143,7 +150,7 @@ def _plan(
     at = int(nonweight.argmax())
     parts = _vram_parts(table, policies, at)
     parts["weights"] = arrangement.device_bytes - arrangement.slots_bytes
-    parts["slots"] = arrangement.slots_bytes
+    parts["slots"] = arrangement.slots_bytes + saves.device_bytes
     bound = window_bound(problem, durations(table, policies), nonweight, on_disk > 0)
     optimizer_s = sum(row.time_s for row in table.accesses if row.kind == "optimizer")
     prediction = Prediction(
@@ -153,16 +160,17 @@ def _plan(
         bound_s=max(bound, timeline.compute_s),
         stall_s=max(timeline.pass_s - timeline.compute_s, 0.0),
         binds=_binds(timeline),
-        loads_per_pass=len(timeline.loads),
+        loads_per_pass=sum(s.begins == "load" and layout.items[s.item].kind == "weights" for s in layout.residences),
         loaded_bytes_per_pass=choice.moved_bytes,
+        offloaded_bytes_per_pass=sum(save.size_bytes for save in saves.items if not save.stays),
         peaks=Peaks(
             vram_bytes=arrangement.device_bytes + int(nonweight.max()),
-            ram_bytes=arrangement.host_bytes + staging,
+            ram_bytes=arrangement.host_bytes + saves.host_bytes + staging,
             disk_bytes=on_disk,
         ),
         vram_peak_at=at,
         vram_parts=parts,
-        ram_parts={"weights": arrangement.host_bytes, "staging": staging},
+        ram_parts={"weights": arrangement.host_bytes, "activations": saves.host_bytes, "staging": staging},
     )
     return Plan(
         schema_version=SCHEMA_VERSION,
@@ -194,8 +202,7 @@ def _vram_parts(table: CostTable, policies: Mapping[str, Activations], at: int) 
             if life.policy in ("any", policy):
                 parts[life.kind] += life.size_bytes
     access = table.accesses[at]
-    recomputed = policies.get(access.module, "keep") == "recompute"
-    transient = access.transient_recompute_bytes if recomputed else access.transient_bytes
+    transient = access.transient(policies.get(access.module, "keep"))
     if transient >= 0:
         parts["workspace"] = transient
     else:  # the lifetimes that meet in this access are not all alive at its peak

@@ -12,7 +12,10 @@ from dataclasses import dataclass
 from itertools import product
 from typing import NamedTuple
 
+from msgspec.structs import replace
+
 from memplan.place.problem import Problem, evenly, to_the_ends
+from memplan.place.saves import addresses_of, items_of, residences_of
 from memplan.program.schema import Address, Arena, Channel, Item, Residence, Segment, Tier
 
 
@@ -64,7 +67,7 @@ def shapes(problem: Problem) -> Iterator[Shape]:
     """
     may_be_disk = problem.budgets.disk_bytes is None or problem.budgets.disk_bytes > 0
     total = sum(problem.sizes_bytes[block] for block in (*problem.stack, *problem.specials, *problem.forced))
-    mixed = may_be_disk and problem.budgets.ram_bytes < total + problem.staging_bytes
+    mixed = may_be_disk and problem.ram_bytes < total + problem.staging_bytes
     mixed = mixed or "disk" in problem.pins.values()
     for mask in range(1 << len(problem.specials)):
         special = tuple(block for bit, block in enumerate(problem.specials) if mask >> bit & 1)
@@ -121,7 +124,7 @@ def _arranged(problem: Problem, slots: tuple[tuple[int, ...], ...]) -> Arrangeme
 
 def _homes(problem: Problem, streamed: Sequence[int]) -> dict[int, Tier] | None:
     """Return a home for each streamed block: RAM while it lasts, the disk for the rest, spread evenly among them."""
-    sizes, ram, disk_room = problem.sizes_bytes, problem.budgets.ram_bytes, problem.budgets.disk_bytes
+    sizes, ram, disk_room = problem.sizes_bytes, problem.ram_bytes, problem.budgets.disk_bytes
     pins = problem.pins
     free = [block for block in streamed if block not in pins]
     pinned: dict[int, Tier] = {block: pins[block] for block in streamed if block in pins}
@@ -218,35 +221,50 @@ def lay_out(problem: Problem, arrangement: Arrangement) -> Layout:
         for moving in slot:
             addresses.append(Address(item=moving, arena=0, offset_bytes=top, size_bytes=problem.size(moving)))
         top += max(sizes[moving] for moving in slot)
-    arenas = [Arena(id=0, tier="device", segments=(Segment(offset_bytes=0, size_bytes=top),))]
+    saves = problem.saves
+    device_bytes = top + saves.device_bytes
+    arenas = [Arena(id=0, tier="device", segments=(Segment(offset_bytes=0, size_bytes=device_bytes),))]
     on_host = sorted(held for held, tier in homes.items() if tier == "host")
-    if on_host:
-        top = 0
-        for held in on_host:
-            addresses.append(Address(item=held, arena=1, offset_bytes=top, size_bytes=problem.size(held)))
-            stays.append(_always(len(stays), held, 1, problem.length))
-            top += sizes[held]
-        arenas.append(Arena(id=1, tier="host", segments=(Segment(offset_bytes=0, size_bytes=top),)))
+    host_top = 0
+    for held in on_host:
+        addresses.append(Address(item=held, arena=1, offset_bytes=host_top, size_bytes=problem.size(held)))
+        stays.append(_always(len(stays), held, 1, problem.length))
+        host_top += sizes[held]
+    addresses += addresses_of(saves, len(items), top, host_top)
+    if host_top + saves.host_bytes:
+        segment = Segment(offset_bytes=0, size_bytes=host_top + saves.host_bytes)
+        arenas.append(Arena(id=1, tier="host", segments=(segment,)))
+    made, back = residences_of(saves, len(items), len(stays))
+    stays += made
+    loads = [*(_loaded(problem, stay, channel_of(homes[stay.block])) for stay in stays_of(problem, arrangement)), *back]
     orders: dict[Channel, int] = {}
-    for stay in stays_of(problem, arrangement):
-        channel = channel_of(homes[stay.block])
-        stays.append(
-            Residence(
-                id=len(stays),
-                item=stay.block,
-                arena=0,
-                begins="load",
-                source="staging" if channel == "disk" and problem.table.device == "cuda" else "home",
-                channel=channel,
-                order=orders.get(channel, 0),
-                load_after=stay.load_after,
-                first_use=stay.first_use,
-                last_use=stay.last_use,
-                ends="drop",
-            )
-        )
-        orders[channel] = orders.get(channel, 0) + 1
-    return Layout(items=items, arenas=tuple(arenas), addresses=tuple(addresses), residences=tuple(stays))
+    for load in sorted(loads, key=lambda load: load.first_use):  # stable: weights come before what shares their access
+        assert load.channel is not None
+        stays.append(replace(load, id=len(stays), order=orders.get(load.channel, 0)))
+        orders[load.channel] = orders.get(load.channel, 0) + 1
+    return Layout(
+        items=(*items, *items_of(saves, len(items))),
+        arenas=tuple(arenas),
+        addresses=tuple(addresses),
+        residences=tuple(stays),
+    )
+
+
+def _loaded(problem: Problem, stay: Stay, channel: Channel) -> Residence:
+    """Return a stay as the plan has it; its ``id`` and ``order`` are not known yet."""
+    return Residence(
+        id=-1,
+        item=stay.block,
+        arena=0,
+        begins="load",
+        source="staging" if channel == "disk" and problem.table.device == "cuda" else "home",
+        channel=channel,
+        order=-1,
+        load_after=stay.load_after,
+        first_use=stay.first_use,
+        last_use=stay.last_use,
+        ends="drop",
+    )
 
 
 def _always(index: int, item: int, arena: int, length: int) -> Residence:

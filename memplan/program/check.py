@@ -27,6 +27,7 @@ def check(plan: Plan) -> tuple[str, ...]:
         return references
     return (
         *_homes(plan),
+        *_offloads(plan),
         *_layout(plan),
         *_order(plan),
         *_coverage(plan),
@@ -77,7 +78,12 @@ def _references(plan: Plan) -> Iterator[str]:
     for life in table.lifetimes:
         if not 0 <= life.born <= life.last < len(table.accesses):
             yield f"a lifetime runs from access {life.born} to {life.last}, which are not both there, or in that order"
-    for what, rate in (("host to device", table.host_to_device_bytes_per_s), ("disk", table.disk_bytes_per_s)):
+    rates = (
+        ("host to device", table.host_to_device_bytes_per_s),
+        ("device to host", table.device_to_host_bytes_per_s),
+        ("disk", table.disk_bytes_per_s),
+    )
+    for what, rate in rates:
         if not rate > 0:
             yield f"the rate of the {what} link is {rate} bytes/s: nothing could ever be loaded"
     if plan.workload.accumulation < 1:
@@ -129,6 +135,61 @@ def _homes(plan: Plan) -> Iterator[str]:
         yield "blocks have their home on disk, but no staging bytes are set aside to read them"
 
 
+def _offloads(plan: Plan) -> Iterator[str]:
+    """Activations: one item for each module that offloads, made in its forward and there in its backward."""
+    accesses = plan.table.accesses
+    items = [item for item in plan.items if item.kind != "weights"]
+    asked = [policy.module for policy in plan.activations if policy.activations == "offload"]
+    for module in {*asked, *(item.module for item in items)}:
+        mine = [item for item in items if item.module == module]
+        if (len(mine), asked.count(module)) != (1, 1):
+            yield f"the activations of {module!r} are offloaded {asked.count(module)} times, by {len(mine)} items"
+    for item in items:
+        made = [a for a in accesses if a.module == item.module and a.kind == "forward"]
+        used = [a.index for a in accesses if a.module == item.module and a.kind == "backward"]
+        name = f"what {item.module} saves"
+        if (len(made), len(used)) != (1, 1):
+            yield f"{name} is made {len(made)} and used {len(used)} times a pass: it cannot be offloaded"
+            continue
+        if item.size_bytes != made[0].offload_bytes or item.home != "host" or item.size_bytes <= 0:
+            yield f"{name} has {item.size_bytes} bytes to go to {item.home}, it is {made[0].offload_bytes} bytes for the host"
+        yield from _chain(plan, item, name, made[0].index, used[0])
+
+
+def _chain(plan: Plan, item: Item, name: str, made: int, used: int) -> Iterator[str]:
+    """Made on the device, and there until it is used; or from there to the host, and from there back."""
+    stays = [stay for stay in plan.residences if stay.item == item.id]
+    first = [stay for stay in stays if stay.begins == "made"]
+    if len(first) != 1 or plan.arenas[first[0].arena].tier != "device":
+        yield f"{name} is made {len(first)} times on the device"
+        return
+    here, rest = first[0], [stay for stay in stays if stay.begins != "made"]
+    if (here.first_use, here.load_after) != (made, made - 1):
+        yield f"residence {here.id} of {name} is made at access {here.first_use}, its forward is {made}"
+    if here.ends == "drop":
+        if here.last_use < used or rest:
+            yield f"{name} is dropped after access {here.last_use}, its backward is {used}"
+        return
+    away = [stay for stay in rest if stay.source == f"residence:{here.id}"]
+    back = [stay for stay in rest if away and stay.source == f"residence:{away[0].id}"]
+    if (len(away), len(back), len(rest)) != (1, 1, 2):
+        yield f"{name} is stored {len(away)} times and comes back {len(back)} times, of {len(rest)} residences"
+        return
+    store, load = away[0], back[0]
+    tiers = (plan.arenas[store.arena].tier, plan.arenas[load.arena].tier)
+    if tiers != ("host", "device") or (store.channel, load.channel) != ("d2h", "h2d") or load.arena != here.arena:
+        yield f"{name} goes over {store.channel} to {tiers[0]} and over {load.channel} to {tiers[1]}"
+    if (store.ends, load.ends) != ("drop", "drop"):
+        yield f"{name} is stored again after it was stored"
+    if not made <= store.load_after < store.first_use <= here.last_use + 1:
+        yield (
+            f"{name} is made at {made} and leaves its slot after {here.last_use}, but residence {store.id} stores it "
+            f"after {store.load_after} and waits for that at {store.first_use}"
+        )
+    if not (store.first_use <= load.load_after + 1 and load.first_use <= used <= load.last_use <= store.last_use):
+        yield f"{name} is used at {used}: residence {load.id} brings it for {load.first_use} to {load.last_use}"
+
+
 def _is_copy_of(plan: Plan, stay: Residence) -> bool:
     """Return whether a load's source is a host residence of the same item that is there until the load has ended."""
     if not stay.source.startswith("residence:"):
@@ -157,7 +218,7 @@ def _layout(plan: Plan) -> Iterator[str]:
     seen = set()
     for address in plan.addresses:
         item = plan.items[address.item]
-        name = plan.table.blocks[item.block].name
+        name = item.module or plan.table.blocks[item.block].name
         if (address.item, address.arena) in seen:
             yield f"{name} has two addresses in arena {address.arena}"
         seen.add((address.item, address.arena))
@@ -206,6 +267,8 @@ def _order(plan: Plan) -> Iterator[str]:
                 )
             if stay.last_use - stay.load_after > length:
                 yield f"residence {stay.id} of {name} lasts longer than a pass"
+        elif stay.begins == "made" and not 0 <= stay.first_use <= stay.last_use < length:
+            yield f"residence {stay.id} of {name} is made at {stay.first_use} and used until {stay.last_use}"
         elif stay.begins == "always" and (stay.first_use > 0 or stay.last_use < length - 1):
             yield f"residence {stay.id} of {name} is there always, but used from {stay.first_use} to {stay.last_use} only"
     for channel, found in orders.items():
@@ -254,10 +317,19 @@ def _overlaps(plan: Plan) -> Iterator[str]:
 def _meet(one: Residence, other: Residence, length: int) -> bool:
     if one.begins == "always" or other.begins == "always":
         return True
-    a, b = (one.load_after + 1, one.last_use), (other.load_after + 1, other.last_use)
     if one.id == other.id:
         return False
+    a, b = (one.load_after + 1, _until(one, other)), (other.load_after + 1, _until(other, one))
     return any(a[0] <= b[1] + shift and b[0] + shift <= a[1] for shift in (-2 * length, -length, 0, length, 2 * length))
+
+
+def _until(stay: Residence, other: Residence) -> int:
+    """The last access at which a load of ``other`` into the same bytes must not start.
+
+    What is stored is on its way until the access after ``last_use`` begins, which waits for it: the compute may write
+    there from then on, but a load does not wait for that access before it has ended.
+    """
+    return stay.last_use + (stay.ends == "store" and other.begins == "load")
 
 
 # ---- budgets --------------------------------------------------------------------------------------------------------
@@ -284,7 +356,11 @@ def _peaks(plan: Plan) -> Iterator[str]:
     there = arenas["device"] + table.device_bytes_at(stated.vram_peak_at, policies)
     if there != vram:
         yield f"the prediction's vram peak is at access {stated.vram_peak_at}, where {there} bytes are needed, not {vram}"
-    loads = [plan.items[stay.item].size_bytes for stay in plan.residences if stay.begins == "load"]
+    moved = [(plan.items[stay.item], stay.channel) for stay in plan.residences if stay.begins == "load"]
+    loads = [item.size_bytes for item, _ in moved if item.kind == "weights"]
+    stored = sum(item.size_bytes for item, channel in moved if channel == "d2h")
+    if stored != stated.offloaded_bytes_per_pass:
+        yield f"the prediction says {stated.offloaded_bytes_per_pass} bytes are offloaded, the residences store {stored}"
     if (len(loads), sum(loads)) != (stated.loads_per_pass, stated.loaded_bytes_per_pass):
         yield (
             f"the prediction says {stated.loads_per_pass} loads of {stated.loaded_bytes_per_pass} bytes a pass, the "
@@ -332,9 +408,7 @@ def _flow(plan: Plan) -> Iterator[str]:
             stay = queue[at]
             source = stay.source.removeprefix("residence:")
             there = (
-                source == stay.source
-                or (int(source), turn) in loaded
-                or plan.residences[int(source)].begins == "always"
+                source == stay.source or (int(source), turn) in loaded or plan.residences[int(source)].begins != "load"
             )
             if turn * length + stay.load_after < done and there and turn <= done // length + 1:
                 loaded.add((stay.id, turn))
@@ -355,4 +429,4 @@ def _flow(plan: Plan) -> Iterator[str]:
 
 def _name(plan: Plan, stay: Residence) -> str:
     item: Item = plan.items[stay.item]
-    return plan.table.blocks[item.block].name
+    return f"what {item.module} saves" if item.module else plan.table.blocks[item.block].name

@@ -38,6 +38,10 @@ class RunRecord(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     misses: int
     off_sequence: int
     """Accesses that did not follow the plan's order (evaluation, generation, …); each was served on demand."""
+    offloaded_bytes: int
+    """Saved activations that went to the host."""
+    crowded: int
+    """Forwards whose activations stayed on the device against the plan: their place was taken, or too small."""
     vram_peak_bytes: int
     """Greatest live device bytes, 0 where nobody measured them."""
     ram_peak_bytes: int

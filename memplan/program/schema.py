@@ -30,7 +30,7 @@ VRAM_KINDS = (
     "workspace",
 )
 """What device bytes are counted by."""
-RAM_KINDS = ("weights", "staging")
+RAM_KINDS = ("weights", "activations", "staging")
 """What host bytes are counted by."""
 
 STAGING_BYTES = 16 << 20
@@ -63,14 +63,18 @@ class Budgets(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
 
 
 class Item(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """What moves. ``saved`` and ``boundary`` are activations that are offloaded (no solver makes them yet)."""
+    """What moves. ``saved``: what autograd saves in a module's forward, offloaded; ``boundary``: what it keeps of a
+    recomputed one (no solver makes these yet).
+    """
 
     id: int
     kind: Literal["weights", "saved", "boundary"]
     block: int
     size_bytes: int
     home: Tier
-    """Where the permanent copy lies."""
+    """Where the permanent copy lies; of activations: where they wait."""
+    module: str = ""
+    """Trigger module whose activations these are; empty for weights."""
 
 
 class Segment(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -104,6 +108,8 @@ class Residence(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
 
     ``begins``: ``always`` (there all the time), ``load`` (brought), ``made`` (written by the compute: activations).
     ``source``: ``home``; ``staging`` (from the disk through the staging ring); ``residence:ID``; empty for always/made.
+    ``ends``: ``drop``; or ``store``: another residence's load reads it, whose ``first_use`` the compute does not pass
+    before that load has ended (so what is ``made`` next in its place may begin there, what is loaded one access later).
     ``order`` is total on a channel within a cycle (0, 1, …; loads run so, cycle after cycle); -1 without one.
     ``first_use`` lies in 0 … A-1; ``load_after`` < ``first_use`` and ``last_use`` >= ``first_use`` count on beyond the
     pass where the stay crosses its boundary (-1 is the last access of the pass before). ``last_use - load_after`` <= A.
@@ -123,7 +129,7 @@ class Residence(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
 
 
 class ActivationPolicy(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """What becomes of the activations of one module: kept, or recomputed in backward by memplan."""
+    """What becomes of the activations of one module: kept, recomputed in backward by memplan, or offloaded."""
 
     module: str
     activations: Activations
@@ -153,6 +159,9 @@ class Prediction(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """What sets the pass time: ``compute``, ``link`` or ``disk``."""
     loads_per_pass: int
     loaded_bytes_per_pass: int
+    """Of frozen weights."""
+    offloaded_bytes_per_pass: int
+    """Of saved activations that go to the host in forward, and come back in backward."""
     peaks: Peaks
     vram_peak_at: int
     """Access at which the device peak stands."""
@@ -160,7 +169,7 @@ class Prediction(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Device bytes at that access: weights (always there), slots, adapters, gradients, optimizer, buffers, batch,
     context, activations, workspace. They sum to ``peaks.vram_bytes``."""
     ram_parts: dict[str, int]
-    """weights, staging. They sum to ``peaks.ram_bytes``."""
+    """weights, activations (offloaded), staging. They sum to ``peaks.ram_bytes``."""
 
 
 class Plan(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

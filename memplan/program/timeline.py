@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -179,17 +180,21 @@ def _repeats(
 
 def durations(table: CostTable, policies: Mapping[str, Activations]) -> list[float]:
     """Return the compute time of each access in s; the optimizer's is 0, it counts once a step and not once a pass."""
+    more = {"recompute": operator.attrgetter("recompute_s"), "offload": operator.attrgetter("offload_s")}
     return [
         0.0
         if row.kind == "optimizer"
-        else row.time_s + (row.recompute_s if policies.get(row.module) == "recompute" else 0.0)
+        else row.time_s + (more[policy](row) if (policy := policies.get(row.module)) in more else 0.0)
         for row in table.accesses
     ]
 
 
 def load_s(table: CostTable, size_bytes: int, channel: Channel) -> float:
     """Return the time of one load in s: the latency, and its bytes at the channel's rate."""
-    rate = table.disk_bytes_per_s if channel == "disk" else table.host_to_device_bytes_per_s
+    if channel == "disk":
+        rate = table.disk_bytes_per_s
+    else:
+        rate = table.host_to_device_bytes_per_s if channel == "h2d" else table.device_to_host_bytes_per_s
     return table.load_latency_s + size_bytes / rate
 
 

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
 import torch
 from torch import nn
 
-from memplan import recompute
+from memplan import offload, recompute
 from memplan.analyze.graph import Block
 from memplan.cache import BlockCache
 from memplan.errors import CheckpointError, ModelError, PlanMismatchError
@@ -24,6 +24,8 @@ from memplan.run.guard import Guard
 from memplan.run.handle import Handle, Parts, handle_of
 from memplan.run.home import Checkpoint, Home, Weights
 from memplan.run.matching import match_weights, require_supported, stored_tensors, trigger_modules
+from memplan.run.offloads import Offloaded, offloaded_activations
+from memplan.run.sequence import offload_key
 from memplan.run.transfer import CpuTransfers, CudaTransfers, DiskSource, HostSource, Source, Transfers
 from memplan.triggers import Triggers
 from memplan.weights import frozen_weights, keep_layout, plain_parts, small_tensors
@@ -74,8 +76,10 @@ def attach(
         )
         undo.callback(transfers.close)
         if checked:
-            transfers = ClockedTransfers(transfers, {block.id: block.name for block in plan.table.blocks})
-        parts.conductor = Conductor(plan, parts.streamed, transfers)
+            transfers = ClockedTransfers(transfers, _names(plan))
+        offloaded = offloaded_activations(plan, triggers, parts.arena, parts.host)
+        _rivals([*parts.streamed.values(), *offloaded.values()])
+        parts.conductor = Conductor(plan, parts.streamed, transfers, offloaded, parts.arena.bytes)
         undo.callback(parts.conductor.close)
         if isinstance(transfers, ClockedTransfers):
             parts.checked = CheckedReads(parts.arena, parts.streamed, parts.conductor, transfers)
@@ -88,6 +92,9 @@ def attach(
         for policy in plan.activations:
             if policy.activations == "recompute":
                 undo.callback(recompute.wrap(triggers[policy.module]))
+        for held in offloaded.values():
+            begin = parts.conductor.offloads.beginning(held.key)
+            undo.callback(offload.wrap(triggers[held.module], held.module, begin))
         hooks = Triggers(triggers, parts.conductor)
         undo.callback(hooks.remove)
         kept = parts.kept()
@@ -175,7 +182,6 @@ def _settle(
         )
         streamed.unpoint()
         parts.streamed[block.id] = streamed
-    _rivals(parts.streamed)
     small = (held for module in model.modules() for held in small_tensors(module))
     for held in (*model.parameters(), *model.buffers(), *small):
         for part in plain_parts(held):
@@ -195,11 +201,21 @@ def _packed(files: BlockCache, model: str, block: Block, origin: Weights) -> tup
     return ((Extent(path=str(path), file_offset_bytes=0, size_bytes=block.size_bytes), 0),), expected
 
 
-def _rivals(streamed: Mapping[int, Streamed]) -> None:
-    """Note which streamed blocks cannot be there at once."""
-    ranges = [(s.part.data_ptr(), s.part.data_ptr() + s.part.numel(), s) for s in streamed.values()]
+def _rivals(owners: Sequence[Streamed | Offloaded]) -> None:
+    """Note of each what cannot be on the device beside it: what lies on the same bytes."""
+    ranges = [(one.part.data_ptr(), one.part.data_ptr() + one.part.numel(), one) for one in owners]
     for begin, end, one in ranges:
-        one.rivals = tuple(s.block for b, e, s in ranges if s is not one and b < end and begin < e)
+        one.rivals = tuple(s.key for b, e, s in ranges if s is not one and b < end and begin < e)
+
+
+def _names(plan: Plan) -> dict[int, str]:
+    """Return what is moved by what the transfers call it."""
+    names = {block.id: block.name for block in plan.table.blocks}
+    for item in plan.items:
+        if item.kind == "saved":
+            key = offload_key(plan, item.id)
+            names |= {key: f"what {item.module} saved", key + 1: f"what {item.module} saved, to the host"}
+    return names
 
 
 def _move_back(tensor: torch.Tensor, device: torch.device) -> None:

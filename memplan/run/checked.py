@@ -65,6 +65,7 @@ class CheckedReads:
                 return ("ours", tensor, block, tensor._version)
             return ("other", around[0](tensor) if around is not None else tensor)
 
+        pack.is_memplans = True  # type: ignore[attr-defined]
         return pack
 
     def _unpacker(self, around: Any) -> Callable[[Any], torch.Tensor]:

@@ -14,7 +14,7 @@ import torch
 
 from memplan.errors import StrayReadError, TransferError
 from memplan.program.schema import Channel
-from memplan.run.transfer import Source, Ticket, Transfers
+from memplan.run.transfer import HostSource, Source, Ticket, Transfers
 
 COMPUTE = "compute"
 
@@ -61,18 +61,37 @@ class ClockedTransfers:
     def load(self, channel: Channel, block: int, source: Source, destination: torch.Tensor) -> _ClockedTicket:
         compute, mover = self._clocks[COMPUTE], self._clocks.setdefault(channel, {})
         _learn(mover, compute)
-        write = self._touch(f"the load of {self._names[block]}", channel)
-        begin, end = destination.data_ptr(), destination.data_ptr() + destination.numel()
+        what = f"the load of {self._names[block]}"
+        if isinstance(source, HostSource):
+            self._read(source.part, what, channel)
+        self._write(block, destination, what, channel)
+        return _ClockedTicket(self._inner.load(channel, block, source, destination), dict(mover))
+
+    def write(self, block: int, part: torch.Tensor, what: str) -> None:
+        """Note that the compute writes to a slot from now on. Raises TransferError."""
+        self._write(block, part, what, COMPUTE)
+
+    def _write(self, block: int, part: torch.Tensor, what: str, actor: str) -> None:
+        knows, write = self._clocks[actor], self._touch(what, actor)
+        begin, end = part.data_ptr(), part.data_ptr() + part.numel()
         kept = []
         for known in self._ranges:
             if known.end <= begin or end <= known.begin:
                 kept.append(known)
                 continue
             for touch in (known.write, *known.reads):
-                if mover.get(touch.actor, 0) < touch.at:
+                if knows.get(touch.actor, 0) < touch.at:
                     raise TransferError(f"{write.what} may overtake {touch.what}: nothing orders the two")
         self._ranges = [*kept, _Written(block, begin, end, write)]
-        return _ClockedTicket(self._inner.load(channel, block, source, destination), dict(mover))
+
+    def _read(self, part: torch.Tensor, what: str, actor: str) -> None:
+        """Note that a channel reads what was written here, if it was. Raises StrayReadError."""
+        knows, touch = self._clocks[actor], self._touch(what, actor)
+        for known in self._ranges:
+            if known.begin < part.data_ptr() + part.numel() and part.data_ptr() < known.end:
+                if knows.get(known.write.actor, 0) < known.write.at:
+                    raise StrayReadError(f"{what} may come before {known.write.what}: nothing waited for it")
+                known.reads.append(touch)
 
     def wait(self, ticket: Ticket, block: int) -> float:
         assert isinstance(ticket, _ClockedTicket)
@@ -88,7 +107,8 @@ class ClockedTransfers:
             if known.block == block:
                 if self._clocks[COMPUTE].get(known.write.actor, 0) < known.write.at:
                     raise StrayReadError(f"{touch.what}, may come before {known.write.what}: nothing waited for it")
-                known.reads = [touch]  # the compute's doings follow one another: the last one stands for all
+                # The compute's doings follow one another: the last one stands for all.
+                known.reads = [*(r for r in known.reads if r.actor != COMPUTE), touch]
                 return
         raise StrayReadError(f"{touch.what}, but no load brought it, or another block's overwrote it")
 

@@ -19,6 +19,7 @@ import torch
 from memplan.errors import RunError
 from memplan.program.record import BlockRecord, RunRecord
 from memplan.program.schema import SCHEMA_VERSION, Channel, Plan
+from memplan.run.offloads import Offloaded, Offloads
 from memplan.run.sequence import Sequence
 from memplan.run.transfer import Source, Ticket, Transfers
 
@@ -45,6 +46,10 @@ class Streamed:
     misses: int = 0
     stall_s: float = 0.0
 
+    @property
+    def key(self) -> int:
+        return self.block
+
     def point(self) -> None:
         for tensor, there, _ in self.pointers:
             tensor.data = there
@@ -69,12 +74,21 @@ class _Passes:
 class Conductor:
     """A :class:`memplan.triggers.Watcher` that serves a plan's streamed blocks."""
 
-    def __init__(self, plan: Plan, streamed: dict[int, Streamed], transfers: Transfers) -> None:
+    def __init__(
+        self,
+        plan: Plan,
+        streamed: dict[int, Streamed],
+        transfers: Transfers,
+        offloaded: dict[int, Offloaded],
+        arena: torch.Tensor,
+    ) -> None:
+        """``arena``: the bytes of the device arena."""
         self._plan = plan
         self._streamed = streamed
         self._transfers = transfers
         self._sequence = Sequence(plan)
         self._lock = threading.RLock()
+        self.offloads = Offloads(offloaded, transfers, self._lock, self._clear, arena)
         self._reads = {a.index: tuple(b for b in a.blocks if b in streamed) for a in plan.table.accesses}
         by_module: dict[str, set[int]] = {}
         for access in plan.table.accesses:
@@ -215,18 +229,36 @@ class Conductor:
                 due = loads[turn]
                 if cycle * length + due.load_after >= self._done:
                     break
-                streamed = self._streamed[due.block]
-                if streamed.ticket is None and cycle * length + due.last_use >= max(self._now, 0):
-                    if any(rival in self._pinned for rival in streamed.rivals):
-                        break
-                    self._load(streamed)
+                if cycle * length + due.last_use >= max(self._now, 0) and not self._start(due.key):
+                    break
                 self._next[channel] += 1
+
+    def _start(self, key: int) -> bool:
+        """Start a load unless it is there already, or nobody wants it. Returns False where it has to wait for its room."""
+        streamed = self._streamed.get(key)
+        wanted = self.offloads.is_due(key) if streamed is None else streamed.ticket is None
+        if wanted:
+            rivals = self.offloads.by_key[key].rivals if streamed is None else streamed.rivals
+            if any(rival in self._pinned for rival in rivals):
+                return False
+            if streamed is None:
+                self.offloads.load(key)
+            else:
+                self._load(streamed)
+        return True
 
     def _load(self, streamed: Streamed) -> None:
         for rival in streamed.rivals:
-            self._evict(self._streamed[rival])
+            self._clear(rival)
         streamed.ticket = self._transfers.load(streamed.channel, streamed.block, streamed.source, streamed.part)
         streamed.loads += 1
+
+    def _clear(self, key: int) -> None:
+        """Have a slot's bytes free for others."""
+        if key in self._streamed:
+            self._evict(self._streamed[key])
+        else:
+            self.offloads.clear(key)
 
     def _evict(self, streamed: Streamed) -> None:
         if streamed.ticket is None:
@@ -243,7 +275,8 @@ class Conductor:
     def _pass_begins(self) -> None:
         now = time.perf_counter()
         for block, stalled in self._transfers.device_stalls().items():
-            self._streamed[block].stall_s += stalled
+            if block in self._streamed:
+                self._streamed[block].stall_s += stalled
             self._passes.stalled_s += stalled
         passes = self._passes
         if passes.began is not None and passes.complete:
@@ -280,6 +313,8 @@ class Conductor:
                 loaded_bytes=sum(b.loaded_bytes for b in blocks),
                 misses=sum(b.misses for b in blocks),
                 off_sequence=self._off_sequence,
+                offloaded_bytes=self.offloads.stored_bytes,
+                crowded=self.offloads.crowded,
                 vram_peak_bytes=vram_peak_bytes,
                 ram_peak_bytes=ram_peak_bytes,
                 blocks=blocks,
@@ -316,6 +351,7 @@ class Conductor:
         with self._lock:
             try:
                 self._quiesce()
+                self.offloads.close()
             finally:
                 self._closed = True
                 self._transfers.close()

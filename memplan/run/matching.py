@@ -20,7 +20,8 @@ from memplan.weights import Weight, own_weights, unready
 def require_supported(plan: Plan) -> None:
     """Refuse what the contract allows and this runtime does not do yet."""
     for stay in plan.residences:
-        if stay.begins == "made" or stay.ends == "store" or stay.source.startswith("residence:"):
+        item = plan.items[stay.item]
+        if item.kind == "boundary" or (item.kind == "weights" and stay.source.startswith("residence:")):
             raise PlanMismatchError(
                 f"residence {stay.id} of the plan (begins {stay.begins}, from {stay.source or 'nowhere'}, ends "
                 f"{stay.ends}) is of a kind that this version cannot run: make the plan again with this version"

@@ -15,11 +15,17 @@ from memplan.program.schema import Channel, Plan
 class Due:
     """One load of the cycle, as the plan has it."""
 
-    block: int
+    key: int
+    """Of what is loaded: a block's id, or what offloaded activations are called."""
     channel: Channel
     load_after: int
     first_use: int
     last_use: int
+
+
+def offload_key(plan: Plan, item: int) -> int:
+    """Return what an offloaded item is called where blocks are called by their ids; the next number is its way back's."""
+    return len(plan.table.blocks) + 2 * item
 
 
 class Sequence:
@@ -47,8 +53,9 @@ class Sequence:
         found: dict[Channel, list[tuple[int, Due]]] = {}
         for stay in plan.residences:
             if stay.begins == "load" and stay.arena in device and stay.channel is not None:
+                item = plan.items[stay.item]
                 due = Due(
-                    block=plan.items[stay.item].block,
+                    key=item.block if item.kind == "weights" else offload_key(plan, item.id),
                     channel=stay.channel,
                     load_after=stay.load_after,
                     first_use=stay.first_use,

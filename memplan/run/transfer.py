@@ -174,6 +174,7 @@ class CudaTransfers:
     def __init__(self, device: torch.device, *, poisoned: bool = False) -> None:
         self._device = device
         self._stream = torch.cuda.Stream(device)
+        self._back_stream = torch.cuda.Stream(device)
         self._disk_stream = torch.cuda.Stream(device)
         self._disk: ThreadPoolExecutor | None = None
         self._ring: list[tuple[torch.Tensor, torch.cuda.Event]] = []
@@ -182,6 +183,7 @@ class CudaTransfers:
         # The arena was allocated on the compute stream: what was enqueued there comes before any copy into it.
         self._stream.wait_stream(torch.cuda.current_stream(device))
         self._disk_stream.wait_stream(torch.cuda.current_stream(device))
+        self._back_stream.wait_stream(torch.cuda.current_stream(device))
 
     def load(self, channel: Channel, block: int, source: Source, destination: torch.Tensor) -> _CudaTicket:
         if self._poisoned:
@@ -190,10 +192,11 @@ class CudaTransfers:
         free.record(torch.cuda.current_stream(self._device))
         done = torch.cuda.Event()
         if isinstance(source, HostSource):
-            self._stream.wait_event(free)
-            with torch.cuda.stream(self._stream), torch.inference_mode(False), torch.no_grad():
+            stream = self._back_stream if channel == "d2h" else self._stream
+            stream.wait_event(free)
+            with torch.cuda.stream(stream), torch.inference_mode(False), torch.no_grad():
                 destination.copy_(source.part, non_blocking=True)
-            done.record(self._stream)
+            done.record(stream)
             return _CudaTicket(done, None)
         if self._disk is None:
             self._disk = ThreadPoolExecutor(1, thread_name_prefix="memplan-staging")
@@ -250,5 +253,6 @@ class CudaTransfers:
         if self._disk is not None:
             self._disk.shutdown(wait=True, cancel_futures=True)
         self._stream.synchronize()
+        self._back_stream.synchronize()
         self._disk_stream.synchronize()
         self._ring.clear()

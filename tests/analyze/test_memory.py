@@ -39,6 +39,7 @@ def live_bytes(graph, policy="keep", upto=None):
         recomputable=graph.recomputable,
         device="cpu",
         host_to_device_bytes_per_s=1.0,
+        device_to_host_bytes_per_s=1.0,
         disk_bytes_per_s=1.0,
         load_latency_s=0.0,
     )

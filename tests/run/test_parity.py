@@ -18,19 +18,21 @@ from memplan.units import GIB
 from tests.training import CHECKPOINTING, CPU, KINDS, assert_equal, batch_of, loss_of, make, train
 
 
-def plan_for(model, kind, *, share=0.4, accumulation=1, tiers="all"):
+def plan_for(model, kind, *, share=0.4, accumulation=1, tiers="all", offload=()):
     """A plan with ``share`` of the way from the least vram to all of it, homes on every tier.
 
-    The stages are called one by one, so that the model is traced once.
+    The stages are called one by one, so that the model is traced once. ``offload``: layers whose activations are
+    offloaded, or ``"all"``.
     """
-    graph = analyze(model, batch_of(kind), accumulation=accumulation, loss=loss_of)
+    graph = analyze(model, batch_of(kind), accumulation=accumulation, loss=loss_of, offload=bool(offload))
+    activations = dict.fromkeys(graph.recomputable if offload == "all" else offload, "offload")
     table = cost_table(graph, CPU)
     workload = Workload(batch={}, tokens=graph.tokens, accumulation=accumulation, optimizer="adamw", adapter="")
 
     def placed(vram, **more):
         budgets = Budgets(vram_bytes=vram, ram_bytes=GIB, disk_bytes=GIB)
         names = {"model": graph.model, "fingerprint": graph.fingerprint, "hardware": CPU.name}
-        return place(table, budgets, workload=workload, **names, **more)
+        return place(table, budgets, workload=workload, activations=activations, **names, **more)
 
     with pytest.raises(DoesNotFitError) as caught:
         placed(1)
@@ -38,20 +40,29 @@ def plan_for(model, kind, *, share=0.4, accumulation=1, tiers="all"):
     vram = int(least + share * (most - least))
     plan = placed(vram)
     if tiers == "all":  # half of what is streamed goes to the disk
-        streamed = [item.block for item in plan.items if item.home == "host"]
+        streamed = [item.block for item in plan.items if item.kind == "weights" and item.home == "host"]
         plan = placed(vram, pins={block: "disk" if turn % 2 else "host" for turn, block in enumerate(streamed)})
         assert {item.home for item in plan.items} == {"device", "host", "disk"}
     return plan
 
 
 def compare(
-    kind, *, checkpointing="off", dropout=0.0, accumulation=1, checked=False, share=0.4, tmp_path=None, make=make
+    kind,
+    *,
+    checkpointing="off",
+    dropout=0.0,
+    accumulation=1,
+    checked=False,
+    share=0.4,
+    offload=(),
+    tmp_path=None,
+    make=make,
 ):
     """Train whole and planned; return the handle of the planned run, which is still attached."""
     options = {"checkpointing": checkpointing, "dropout": dropout}
     whole = train(make(kind, **options), kind, accumulation=accumulation)
     model = make(kind, **options)
-    plan = plan_for(model, kind, accumulation=accumulation, share=share)
+    plan = plan_for(model, kind, accumulation=accumulation, share=share, offload=offload)
     handle = attach(model, plan, checked=checked, cache=tmp_path)
     planned = train(model, kind, accumulation=accumulation)
     assert_equal(whole, planned)

@@ -1,0 +1,149 @@
+"""Offloading a module's saved activations, as planned. One way, for the analyzer's trace and for the run.
+
+What autograd saves in a module's forward, and the forward itself made, is handed to a *keeper* once the forward has
+ended, and asked back from it in backward. What was there before (inputs, weights, buffers) stays as it is.
+
+[Note: handed over at the end] Until the forward ends the saved tensors are held as they are: a storage that two of them
+share is moved once, one that is written to after it was saved is seen, and no address is used again under our eyes.
+[Note: others' hooks] Inside a checkpoint or somebody else's saved-tensor hooks nothing is offloaded: they count what
+they see. Hooks of memplan's own may lie around or within; what is not ours is handed on to those around.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+from torch.autograd.graph import saved_tensors_hooks
+
+from memplan.errors import RunError
+from memplan.recompute import replace_forward
+from memplan.triggers import in_backward, tensors_in
+from memplan.weights import is_wrapper_type
+
+
+class Call(Protocol):
+    """One forward whose saved activations are kept elsewhere. It lives as long as anything may ask for them."""
+
+    def is_outside(self, tensor: torch.Tensor) -> bool:
+        """Whether a tensor is a weight, a buffer or the like, which stays where it is."""
+
+    def take(self, tensor: torch.Tensor) -> int | None:
+        """Keep the whole storage of a tensor; return where in the kept range, or None for no room."""
+
+    def give(self, offset_bytes: int, like: Layout) -> torch.Tensor:
+        """Return a tensor over kept bytes."""
+
+    def ended(self) -> None:
+        """The forward is over: nothing more is taken."""
+
+
+class Layout:
+    """How a tensor lies in its storage."""
+
+    __slots__ = ("dtype", "offset", "shape", "stride")
+
+    def __init__(self, tensor: torch.Tensor) -> None:
+        self.dtype = tensor.dtype
+        self.shape = tensor.shape
+        self.stride = tensor.stride()
+        self.offset = tensor.storage_offset()
+
+
+class _Saved:
+    """What autograd holds in place of a saved tensor."""
+
+    __slots__ = ("__weakref__", "call", "layout", "name", "offset_bytes", "tensor", "version")
+
+    def __init__(self, tensor: torch.Tensor, call: Call, name: str) -> None:
+        self.tensor: torch.Tensor | None = tensor
+        self.version = tensor._version
+        self.call = call
+        self.name = name
+        self.layout: Layout | None = None
+        self.offset_bytes = -1
+
+    def unpacked(self) -> torch.Tensor:
+        if self.layout is not None:
+            return self.call.give(self.offset_bytes, self.layout)
+        if self.tensor is None:
+            raise RunError(
+                f"an activation that {self.name} saved for backward was written to afterwards, within the same forward, "
+                "so its gradient would be wrong: make the operation that writes to it out of place"
+            )
+        return self.tensor
+
+
+def wrap(module: nn.Module, name: str, begin: Callable[[], Call | None]) -> Callable[[], None]:
+    """Offload what ``module``'s forward saves, inside its hooks; return what undoes it.
+
+    ``begin`` returns the call that a forward is, or None where its activations are to stay where they are.
+    """
+    original = module.forward
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        around: Any = torch._C._autograd._top_saved_tensors_default_hooks(True)
+        foreign = around is not None and not getattr(around[0], "is_memplans", False)
+        if foreign or not torch.is_grad_enabled() or in_backward():
+            return original(*args, **kwargs)
+        call = begin()
+        if call is None:
+            return original(*args, **kwargs)
+        given = {tensor.untyped_storage()._cdata for tensor in tensors_in((args, kwargs)) if _is_plain(tensor)}
+        found: list[weakref.ref[_Saved]] = []
+
+        def pack(tensor: torch.Tensor) -> Any:
+            if not _is_plain(tensor) or tensor.untyped_storage()._cdata in given or call.is_outside(tensor):
+                return around[0](tensor) if around is not None else tensor
+            saved = _Saved(tensor, call, name)
+            found.append(weakref.ref(saved))
+            return saved
+
+        def unpack(packed: Any) -> torch.Tensor:
+            if isinstance(packed, _Saved):
+                return packed.unpacked()
+            value: torch.Tensor = around[1](packed) if around is not None else packed
+            return value
+
+        pack.is_memplans = True  # type: ignore[attr-defined]
+        try:
+            with saved_tensors_hooks(pack, unpack):
+                output = original(*args, **kwargs)
+            _hand_over(call, found)
+        finally:
+            call.ended()
+        return output
+
+    return replace_forward(module, forward)
+
+
+def _hand_over(call: Call, found: list[weakref.ref[_Saved]]) -> None:
+    """Move the storages of all that is still saved; what finds no room stays as it is."""
+    moved: dict[int, int | None] = {}  # by address: all were alive at once, so none comes twice
+    for reference in found:
+        saved = reference()
+        if saved is None or saved.tensor is None:
+            continue
+        tensor = saved.tensor
+        if tensor._version != saved.version:
+            saved.tensor = None
+            continue
+        storage = tensor.untyped_storage()
+        if storage._cdata not in moved:
+            moved[storage._cdata] = call.take(tensor)
+        offset_bytes = moved[storage._cdata]
+        if offset_bytes is not None:
+            saved.layout, saved.offset_bytes, saved.tensor = Layout(tensor), offset_bytes, None
+
+
+def _is_plain(tensor: torch.Tensor) -> bool:
+    """Whether a tensor is one strided storage that can be moved as bytes."""
+    return (
+        tensor.layout == torch.strided
+        and not is_wrapper_type(type(tensor))
+        and not tensor.is_quantized
+        and tensor.device.type != "meta"
+    )
