@@ -1,0 +1,340 @@
+"""Saved activations that go to the host and come back: the same bits, the memory that was said, off the sequence too."""
+
+from __future__ import annotations
+
+import gc
+
+import pytest
+import torch
+from torch import nn
+
+import memplan
+from memplan.errors import InputError, PlanCheckError, RunError
+from memplan.program.check import check
+from memplan.run import attach as attach_module
+from memplan.run.attach import attach
+from tests.run import adversary
+from tests.run.test_memory import counted_step
+from tests.run.test_parity import compare, plan_for
+from tests.training import CPU, KINDS, assert_equal, batch_of, loss_of, make, train
+
+
+@pytest.mark.parametrize("checked", [False, True], ids=["plain", "checked"])
+@pytest.mark.parametrize("options", [{}, {"dropout": 0.2, "accumulation": 3}], ids=["plain", "dropout"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_three_steps(kind, options, checked, tmp_path):
+    with compare(kind, offload="all", checked=checked, tmp_path=tmp_path, **options) as handle:
+        record = handle.record
+        assert (record.misses, record.off_sequence, record.crowded) == (0, 0, 0)
+        assert record.offloaded_bytes == record.passes * handle.plan.prediction.offloaded_bytes_per_pass > 0
+
+
+@pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
+@pytest.mark.parametrize("kind", KINDS)
+def test_peak_is_within_budget_and_prediction(kind, share, tmp_path):
+    model = make(kind)
+    plan = plan_for(model, kind, share=share, tiers="all" if share < 1 else "host", offload="all")
+    with attach(model, plan, cache=tmp_path) as handle:
+        peak = counted_step(model, kind)
+        assert handle.record.crowded == 0
+    assert peak <= plan.budgets.vram_bytes
+    assert plan.prediction.peaks.vram_bytes == pytest.approx(peak, rel=0.10)
+
+
+def test_it_takes_less_of_the_device_than_keeping():
+    """Enough layers that two slots are less than what all of them save."""
+    model = make("llama")
+    kept, offloaded = (plan_for(model, "llama", share=1.0, tiers="host", offload=layers) for layers in ((), "all"))
+    assert {policy.activations for policy in offloaded.activations} == {"offload"}
+    assert offloaded.prediction.peaks.vram_bytes < kept.prediction.peaks.vram_bytes
+    assert offloaded.prediction.ram_parts["activations"] >= offloaded.prediction.offloaded_bytes_per_pass > 0
+
+
+def test_some_layers_only_beside_recomputed_ones(tmp_path):
+    model = make("llama")
+    layers = [f"model.layers.{index}" for index in (0, 2, 3, 5)]
+    whole = train(make("llama"), "llama")
+    plan = plan_for(model, "llama", share=0.0, offload=layers)
+    assert set(plan.policies().values()) == {"offload", "recompute"}
+    with attach(model, plan, checked=True, cache=tmp_path) as handle:
+        assert_equal(whole, train(model, "llama"))
+        assert handle.record.crowded == 0
+
+
+@pytest.mark.parametrize("transfers", adversary.ALL, ids=lambda kind: kind.__name__)
+@pytest.mark.parametrize("checked", [False, True], ids=["plain", "checked"])
+def test_transfers_that_do_their_worst(transfers, checked, tmp_path, monkeypatch):
+    monkeypatch.setattr(attach_module, "CpuTransfers", transfers)
+    compare("llama", offload="all", checked=checked, share=0.1, tmp_path=tmp_path).detach()
+
+
+def attached(tmp_path, kind="llama", **options):
+    model = make(kind)
+    plan = plan_for(model, kind, share=0.2, offload="all")
+    return model, attach(model, plan, cache=tmp_path, **options)
+
+
+def gradients(model):
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def same(one, other):
+    assert one.keys() == other.keys()
+    for name in one:
+        assert torch.equal(one[name], other[name]), name
+
+
+@pytest.mark.parametrize("checked", [False, True], ids=["plain", "checked"])
+def test_two_forwards_for_one_backward(checked, tmp_path):
+    """The second finds its places taken, keeps what it saves, and is counted."""
+
+    def run(model):
+        first, second = (model(**batch_of("llama", seed=seed)).loss for seed in (1, 2))
+        (first * 2 + second).backward()
+        return gradients(model)
+
+    expected = run(make("llama"))
+    model, handle = attached(tmp_path, checked=checked)
+    with handle:
+        same(expected, run(model))
+        assert handle.record.crowded == 6
+
+
+def test_a_graph_that_is_kept_can_be_run_again(tmp_path):
+    def run(model):
+        loss = model(**batch_of("llama")).loss
+        loss.backward(retain_graph=True)
+        with torch.no_grad():
+            model(**batch_of("llama", seed=9))
+        loss.backward()
+        return gradients(model)
+
+    expected = run(make("llama"))
+    model, handle = attached(tmp_path, checked=True)
+    with handle:
+        same(expected, run(model))
+
+
+def test_other_lengths_are_right_too(tmp_path):
+    """Longer than planned: what finds no room stays on the device. Shorter: there is room left."""
+
+    def run(model):
+        for length in (16, 24, 8, 16):
+            model(**batch_of("llama", length=length)).loss.backward()
+        return gradients(model)
+
+    expected = run(make("llama"))
+    model, handle = attached(tmp_path, checked=True)
+    with handle:
+        same(expected, run(model))
+        assert handle.record.crowded > 0
+
+
+def test_a_forward_without_a_backward_leaves_its_place(tmp_path):
+    model, handle = attached(tmp_path)
+    with handle:
+        for _ in range(3):
+            loss = model(**batch_of("llama")).loss
+            del loss
+        model(**batch_of("llama")).loss.backward()
+        assert handle.record.crowded == 0
+
+
+def test_evaluation_between_forward_and_backward(tmp_path):
+    def run(model):
+        loss = model(**batch_of("llama")).loss
+        model.eval()
+        with torch.no_grad():
+            model(**batch_of("llama", seed=5))
+        model.train()
+        loss.backward()
+        return gradients(model)
+
+    expected = run(make("llama"))
+    model, handle = attached(tmp_path, checked=True)
+    with handle:
+        same(expected, run(model))
+
+
+def test_a_backward_after_detach_is_refused(tmp_path):
+    model, handle = attached(tmp_path)
+    loss = model(**batch_of("llama")).loss
+    handle.detach()
+    with pytest.raises(RunError, match="Finish the backward first"):
+        loss.backward()
+    assert_equal(train(make("llama"), "llama"), train(model, "llama"))
+
+
+def test_autocast_and_saved_tensor_hooks_of_others(tmp_path):
+    """Somebody else's hooks around a forward get all that it saves: nothing is offloaded there."""
+
+    def run(model, hooks):
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = model(**batch_of("llama")).loss
+        loss.backward()
+        with hooks():
+            loss = model(**batch_of("llama", seed=4)).loss
+        loss.backward()
+        return gradients(model)
+
+    expected = run(make("llama"), torch.autograd.graph.save_on_cpu)
+    model, handle = attached(tmp_path, checked=True)
+    with handle:
+        same(expected, run(model, torch.autograd.graph.save_on_cpu))
+        once = handle.plan.prediction.offloaded_bytes_per_pass
+        assert handle.record.offloaded_bytes == once
+
+
+class Square(nn.Module):
+    """Saves what it then writes to, as no module should."""
+
+    def __init__(self, spoils):
+        super().__init__()
+        self.frozen = nn.Linear(8, 8)
+        self.frozen.requires_grad_(False)
+        self.trained = nn.Linear(8, 8)
+        self.spoils = spoils
+
+    def forward(self, x):
+        hidden = torch.sigmoid(self.trained(self.frozen(x)))
+        result = hidden * hidden
+        if self.spoils:
+            hidden.mul_(2)
+        return x + result
+
+
+class Squares(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.ModuleList(Square(False) for _ in range(4))
+
+    def forward(self, x):
+        for layer in self.layers:
+            x = layer(x)
+        return x.sum()
+
+
+def test_what_is_written_to_after_it_was_saved_is_heard():
+    torch.manual_seed(0)
+    model, batch = Squares(), {"x": torch.randn(3, 8)}
+    plan = memplan.plan(model, batch, vram="1GiB", ram="1GiB", activations="offload", hardware=CPU, loss=lambda x: x)
+    model.layers[1].spoils = True
+    with pytest.raises(RuntimeError, match="inplace operation"):
+        model(**batch).backward()
+    with memplan.attach(model, plan), pytest.raises(RunError, match=r"layers\.1 saved for backward was written to"):
+        model(**batch).backward()
+
+
+def test_nothing_is_left_on_the_device_in_between(tmp_path):
+    """Between forward and backward the allocator holds no more of the layers than what they hand on."""
+    from memplan.storages import StorageLedger
+
+    model, handle = attached(tmp_path)
+    arenas = (handle._parts.arena.bytes, handle._parts.host.bytes)
+    with handle, StorageLedger((*arenas, *model.parameters())) as ledger:
+        loss = loss_of(model(**batch_of("llama")))
+        gc.collect()
+        held = ledger.live_bytes
+        loss.backward()
+    other = make("llama")
+    with StorageLedger(other.parameters()) as ledger:
+        loss = loss_of(other(**batch_of("llama")))
+        whole = ledger.live_bytes
+    assert whole - held == pytest.approx(handle.plan.prediction.offloaded_bytes_per_pass / 4 * 6, rel=0.02)
+
+
+# ---- asking for it ---------------------------------------------------------------------------------------------------
+
+
+def planned(**options):
+    model = make("llama")
+    return memplan.plan(model, batch_of("llama"), vram="1GiB", ram="1GiB", hardware=CPU, **options)
+
+
+def test_activations_by_layer_and_for_all():
+    plan = planned(activations={"layers.1": "offload", "layers.2": "recompute", "layers.3": "offload"})
+    assert plan.policies() == {
+        f"model.layers.{i}": p for i, p in enumerate(["keep", "offload", "recompute", "offload", "keep", "keep"])
+    }
+    assert set(planned(activations="recompute").policies().values()) == {"recompute"}
+    assert set(planned(activations="offload").policies().values()) == {"offload"}
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ("away", "give one of keep, recompute, offload"),
+        ({"layers.9": "offload"}, "names 0 layers"),
+        ({"layers.1": "disk"}, "give one of"),
+        ({"lm_head": "offload"}, "names 0 layers"),
+    ],
+)
+def test_activations_that_cannot_be(given, words):
+    with pytest.raises(InputError, match=words):
+        planned(activations=given)
+
+
+def test_a_model_that_checkpoints_its_layers_itself_has_none_to_offload():
+    model = make("llama", checkpointing="native")
+    with pytest.raises(InputError, match="no say in any"):
+        memplan.plan(model, batch_of("llama"), vram="1GiB", ram="1GiB", hardware=CPU, activations="offload")
+
+
+def test_host_room_for_activations_is_counted():
+    plan = planned(activations="offload")
+    assert plan.prediction.peaks.ram_bytes >= plan.prediction.ram_parts["activations"] > 0
+    with pytest.raises(memplan.DoesNotFitError, match="offloaded activations"):
+        memplan.plan(
+            make("llama"), batch_of("llama"), vram="1GiB", ram=1 << 12, disk=0, hardware=CPU, activations="offload"
+        )
+
+
+# ---- the judge -------------------------------------------------------------------------------------------------------
+
+
+def changed(plan, index, **fields):
+    from msgspec.structs import replace
+
+    stays = list(plan.residences)
+    stays[index] = replace(stays[index], **fields)
+    return replace(plan, residences=tuple(stays))
+
+
+def stays_of(plan):
+    """The three residences of the first item that is stored."""
+    made = next(s for s in plan.residences if s.ends == "store")
+    away = next(s for s in plan.residences if s.source == f"residence:{made.id}")
+    back = next(s for s in plan.residences if s.source == f"residence:{away.id}")
+    return made, away, back
+
+
+@pytest.mark.parametrize(
+    ("which", "fields", "words"),
+    [
+        (0, {"ends": "drop"}, "is dropped after"),
+        (0, {"last_use": 40}, "lie on the same bytes"),
+        (0, {"first_use": 2}, "is made at access"),
+        (1, {"load_after": -1}, "stores it"),
+        (1, {"channel": "h2d"}, "goes over"),
+        (1, {"last_use": 12}, "is used at"),
+        (2, {"source": "home"}, "is stored 1 times and comes back 0 times"),
+        (2, {"load_after": 3}, ""),
+        (2, {"first_use": 30, "last_use": 31}, ""),
+    ],
+)
+def test_the_judge_sees_a_broken_chain(which, fields, words):
+    plan = planned(activations="offload")
+    assert check(plan) == ()
+    faults = check(changed(plan, stays_of(plan)[which].id, **fields))
+    assert faults
+    assert any(words in fault for fault in faults), faults
+
+
+def test_a_plan_with_offloads_goes_through_a_file(tmp_path):
+    plan = planned(activations="offload")
+    plan.save(tmp_path / "plan.json")
+    assert memplan.Plan.load(tmp_path / "plan.json") == plan
+    text = (tmp_path / "plan.json").read_text().replace('"activations": "offload"', '"activations": "keep"')
+    (tmp_path / "plan.json").write_text(text)
+    with pytest.raises(PlanCheckError, match="are offloaded 0 times, by 1 items"):
+        memplan.Plan.load(tmp_path / "plan.json")
