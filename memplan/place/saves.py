@@ -6,6 +6,7 @@ and comes back into the same slot before the backward. What a slot holds at the 
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
@@ -86,7 +87,7 @@ def make_saves(table: CostTable, given: Mapping[str, Activations]) -> Saves:
     before: dict[tuple[int, str], int] = {}
     for listed in events:
         listed.sort()
-        for one, other in zip(listed, listed[1:], strict=False):
+        for one, other in itertools.pairwise(listed):
             after[one], before[other] = other[0], one[0]
     items = tuple(
         Save(

@@ -119,6 +119,10 @@ class _Call:
         self._offloads.ended(self._held)
 
 
+def _nothing(key: int) -> None:
+    pass
+
+
 class Offloads:
     """All offloaded activations of a plan. Every method takes the conductor's lock."""
 
@@ -251,3 +255,4 @@ class Offloads:
         self._closed = True
         for held in self.by_key.values():
             self._clear(held)
+        self._evict = _nothing  # it belongs to who owns this: no circle is left

@@ -22,7 +22,7 @@ class BlockFact:
     size_bytes: int
     stack: str
     activations: str
-    """``keep`` or ``recompute``."""
+    """``keep``, ``recompute`` or ``offload``."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -225,6 +225,8 @@ def _measured_dict(plan: Plan, record: RunRecord) -> dict[str, object]:
         "loaded_bytes_per_pass": seen.loaded_bytes_per_pass,
         "misses": record.misses,
         "off_sequence": record.off_sequence,
+        "offloaded_bytes": record.offloaded_bytes,
+        "crowded": record.crowded,
         "peaks": {"vram_bytes": seen.vram_bytes, "ram_bytes": seen.ram_bytes},
         "unaccounted": {"vram_bytes": seen.unaccounted_vram_bytes, "ram_bytes": seen.unaccounted_ram_bytes},
         "errors": dict(seen.errors),

@@ -21,6 +21,7 @@ class Glyphs:
     host: str
     disk: str
     recomputed: str
+    offloaded: str
     dots: str
     times: str
     rule: str
@@ -47,12 +48,15 @@ class Glyphs:
         return letter.isprintable() and (letter.isascii() or not self.ascii_only)
 
 
-PLAIN = Glyphs(device="#", host="o", disk=".", recomputed="^", dots="...", times="x", rule="-", ascii_only=True)
+PLAIN = Glyphs(
+    device="#", host="o", disk=".", recomputed="^", offloaded=">", dots="...", times="x", rule="-", ascii_only=True
+)
 RICH = Glyphs(
     device="█",
     host="▒",
     disk="░",
     recomputed="^",
+    offloaded=">",
     dots="…",
     times="\N{MULTIPLICATION SIGN}",
     rule="─",

@@ -27,7 +27,7 @@ _MOST_RANGES = 6
 
 
 def strip(blocks: Sequence[BlockFact], glyphs: Glyphs, width: int) -> Iterator[Text]:
-    """Yield the lines of the strip, none wider than ``width``; a line of ``^`` under those with recomputed blocks."""
+    """Yield the lines of the strip, none wider than ``width``; beneath it what is not kept of activations."""
     indent = max(5, len(str(len(blocks))) + 2)
     groups = max(1, (width - indent - 1) // (GROUP + 1))
     for start in range(0, len(blocks), groups * GROUP):
@@ -38,7 +38,7 @@ def strip(blocks: Sequence[BlockFact], glyphs: Glyphs, width: int) -> Iterator[T
                 marks.append(" ")
                 under.append(" ")
             marks.append(glyphs.mark(block.home), style=glyphs.style(block.home))
-            under.append(glyphs.recomputed if block.activations == "recompute" else " ")
+            under.append({"recompute": glyphs.recomputed, "offload": glyphs.offloaded}.get(block.activations, " "))
         yield marks
         if under.plain.strip():
             under.stylize("magenta")
@@ -63,15 +63,19 @@ def legend(blocks: Sequence[BlockFact], glyphs: Glyphs) -> Table:
                 Text(format_bytes(sum(block.size_bytes for block in here))),
                 Text(meaning, style="dim"),
             )
-    again = sum(block.activations == "recompute" for block in blocks)
-    if again:
-        table.add_row(
-            Text(f"    {glyphs.recomputed}", style="magenta"),
-            Text("recomputed"),
-            Text(_count(again)),
-            Text(""),
-            Text("activations made again in backward", style="dim"),
-        )
+    for policy, mark, name, meaning in (
+        ("recompute", glyphs.recomputed, "recomputed", "activations made again in backward"),
+        ("offload", glyphs.offloaded, "offloaded", "activations wait in ram for the backward"),
+    ):
+        count = sum(block.activations == policy for block in blocks)
+        if count:
+            table.add_row(
+                Text(f"    {mark}", style="magenta"),
+                Text(name),
+                Text(_count(count)),
+                Text(""),
+                Text(meaning, style="dim"),
+            )
     return table
 
 

@@ -259,6 +259,9 @@ class _Page:
         wall = self.glyphs.seconds(record.wall_s)
         counts = [f"{record.loads:,} loads", _plural(record.misses, "miss", "misses")]
         counts.append(f"{_plural(record.off_sequence, 'access', 'accesses')} off the sequence")
+        if record.crowded:
+            forwards = _plural(record.crowded, "forward", "forwards")
+            counts.append(f"{forwards} kept activations on the device that were to be offloaded")
         title = Text.assemble(("Run", "bold"), f"  {passes} in {wall} on {self.glyphs.safe(record.device)}")
         stalled = sorted((row for row in record.blocks if row.stall_s > 0), key=lambda row: (-row.stall_s, row.block))
         total = sum(row.stall_s for row in stalled)

@@ -143,6 +143,8 @@ def make_record(plan: Plan, *, pass_s: float, extra_bytes: int = 0, passes: int 
         "loaded_bytes": passes * plan.prediction.loaded_bytes_per_pass,
         "misses": 3,
         "off_sequence": 1,
+        "offloaded_bytes": 0,
+        "crowded": 0,
         "vram_peak_bytes": plan.prediction.peaks.vram_bytes + extra_bytes,
         "ram_peak_bytes": plan.prediction.peaks.ram_bytes,
         "blocks": tuple(
