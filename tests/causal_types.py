@@ -97,8 +97,8 @@ def _spread(values, count):
     return type(values)(chosen)
 
 
-def make(kind: str) -> nn.Module:
-    """Return a small model of a type with a LoRA adapter whose B is not zero, in training mode."""
+def config_of(kind: str):
+    """Return a small configuration of a type, without dropout."""
     config = CONFIG_MAPPING[kind]()
     shrink(config)
     for name in ("dropout", "attention_dropout", "activation_dropout", "hidden_dropout_prob", "attention_probs_dropout_prob", "resid_pdrop", "embd_pdrop", "attn_pdrop", "hidden_dropout", "dropout_rate", "layerdrop", "residual_dropout"):  # fmt: skip
@@ -109,6 +109,12 @@ def make(kind: str) -> nn.Module:
     config.is_decoder = True if hasattr(config, "is_decoder") else None
     if hasattr(config, "use_cache"):
         config.use_cache = False
+    return config
+
+
+def make(kind: str) -> nn.Module:
+    """Return a small model of a type with a LoRA adapter whose B is not zero, in training mode."""
+    config = config_of(kind)
     torch.manual_seed(0)
     base = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     total = sum(p.numel() for p in base.parameters())
@@ -131,6 +137,9 @@ def _adaptable(name: str, module: nn.Module) -> bool:
     return plain and ".experts" not in name and not name.endswith(left)
 
 
+_MAMBA = CONFIG_MAPPING["zamba2"]().layers_block_type[0]
+"""Its name changes with transformers' version."""
+
 OVERRIDES: dict[str, dict[str, object]] = {
     "bamba": {"mamba_n_heads": 8},
     "granitemoehybrid": {"mamba_n_heads": 8},
@@ -150,7 +159,7 @@ OVERRIDES: dict[str, dict[str, object]] = {
         "mamba_d_state": 16,
         "attention_hidden_size": 128,
         "attention_head_dim": 32,
-        "layers_block_type": ["mamba", "hybrid", "mamba", "hybrid"],
+        "layers_block_type": [_MAMBA, "hybrid", _MAMBA, "hybrid"],
         "hybrid_layer_ids": [1, 3],
     },
 }

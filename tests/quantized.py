@@ -10,7 +10,7 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM, TorchAoConfig
 
-from tests.training import CHECKPOINTING, VOCABULARY, _checkpoint, _require_input_gradients
+from tests.training import CHECKPOINTING, VOCABULARY, checkpoint_layer, _require_input_gradients
 
 QUANTIZED = ("nf4", "nf4-nested", "fp4", "int8", "torchao-int8", "torchao-int4", "gptq-like")
 
@@ -48,7 +48,7 @@ def make(kind: str, *, dropout: float = 0.0, checkpointing: str = "off", seed: i
         assert checkpointing in CHECKPOINTING
         _require_input_gradients(model)
         for layer in base.model.layers:
-            _checkpoint(layer, checkpointing)
+            checkpoint_layer(layer, checkpointing)
     return model.train()
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import cache, partial
 
@@ -86,7 +87,7 @@ def make(kind: str, *, dropout: float = 0.0, checkpointing: str = "off", seed: i
         _require_input_gradients(model)
         for stack in stacks:
             for layer in stack:
-                _checkpoint(layer, checkpointing)
+                checkpoint_layer(layer, checkpointing)
     return model.train()
 
 
@@ -125,7 +126,7 @@ def _require_input_gradients(model: nn.Module) -> None:
             module.register_forward_hook(lambda module, args, output: output.requires_grad_(True))
 
 
-def _checkpoint(layer: nn.Module, how: str) -> None:
+def checkpoint_layer(layer: nn.Module, how: str) -> None:
     """Checkpoint a layer inside its hooks (as transformers 5.23 does) or around them (as earlier ones and users do)."""
     reentrant = how.endswith("-reentrant")
     if how.startswith("inside"):
@@ -173,8 +174,19 @@ class Run:
     forwards: Counter = field(default_factory=Counter)
 
 
-def train(model: nn.Module, kind: str, *, steps: int = 3, accumulation: int = 1, around_step=None) -> Run:
-    """Train with AdamW; every micro-batch is another one. ``around_step(optimizer)`` is a context for each step."""
+def train(
+    model: nn.Module,
+    kind: str,
+    *,
+    steps: int = 3,
+    accumulation: int = 1,
+    around_step=None,
+    around_forward=nullcontext,
+    batches=batch_of,
+) -> Run:
+    """Train with AdamW; every micro-batch is another one. ``around_step(optimizer)`` is a context for each step,
+    ``around_forward()`` for each forward, ``batches(kind, seed=)`` gives the micro-batches.
+    """
     run = Run()
     trainables = {name: p for name, p in model.named_parameters() if p.requires_grad}
     optimizer = torch.optim.AdamW(trainables.values(), lr=1e-2)
@@ -183,7 +195,8 @@ def train(model: nn.Module, kind: str, *, steps: int = 3, accumulation: int = 1,
     for step in range(steps):
         with around_step(optimizer) if around_step is not None else torch.enable_grad():
             for micro in range(accumulation):
-                loss = loss_of(model(**batch_of(kind, seed=100 + step * accumulation + micro))) / accumulation
+                with around_forward():
+                    loss = loss_of(model(**batches(kind, seed=100 + step * accumulation + micro))) / accumulation
                 loss.backward()
                 run.losses.append(loss.detach().clone())
                 del loss
