@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import logging
+
 import torch
 from torch import nn
 
 from memplan.analyze.graph import Tensor
 from memplan.errors import RunError
+from memplan.units import format_bytes
+
+_LOG = logging.getLogger("memplan")
 
 _POISON = 0xFF
 """All bits set: NaN in every floating-point format, -1 in every signed integer."""
@@ -32,7 +37,7 @@ class Arena:
     def __init__(self, size_bytes: int, device: torch.device, *, pinned: bool = False) -> None:
         # Lightning validates in inference mode; tensors made there could not be used in training.
         with torch.inference_mode(False), torch.no_grad():
-            self.bytes = torch.empty(size_bytes, dtype=torch.uint8, device=device, pin_memory=pinned)
+            self.bytes = _allocate(size_bytes, device, pinned)
         self.size_bytes = size_bytes
 
     def part(self, offset_bytes: int, size_bytes: int) -> torch.Tensor:
@@ -83,6 +88,27 @@ def own_storage(part: torch.Tensor) -> torch.Tensor:
     with torch.inference_mode(False), torch.no_grad():
         begin = part.storage_offset()
         return part.new_empty(0).set_(part.untyped_storage()[begin : begin + part.numel()])
+
+
+def _allocate(size_bytes: int, device: torch.device, pinned: bool) -> torch.Tensor:
+    """Return that many bytes. Where page-locking is refused (WSL2, containers), pageable ones. Raises RunError."""
+    if pinned:
+        try:
+            return torch.empty(size_bytes, dtype=torch.uint8, device=device, pin_memory=True)
+        except RuntimeError as error:  # reported as CUDA's out-of-memory, whatever the limit was
+            _LOG.warning(
+                "%s of page-locked memory were refused (%s): pageable memory is taken, and loads from RAM are slower",
+                format_bytes(size_bytes),
+                str(error).splitlines()[0],
+            )
+    try:
+        return torch.empty(size_bytes, dtype=torch.uint8, device=device)
+    except (RuntimeError, MemoryError) as error:
+        tier = "vram" if device.type != "cpu" else "memory"
+        raise RunError(
+            f"{format_bytes(size_bytes)} of {tier} for the plan's blocks could not be had ({str(error).splitlines()[0]}): "
+            "end what else uses it, or make the plan with a smaller budget"
+        ) from error
 
 
 class Placeholders:

@@ -23,6 +23,7 @@ from memplan.run.disk import Extent
 from memplan.run.guard import Guard
 from memplan.run.handle import Handle, Parts, handle_of
 from memplan.run.home import Checkpoint, Home, Weights
+from memplan.run.interrupts import Undo, held_back
 from memplan.run.matching import match_weights, require_supported, stored_tensors, trigger_modules
 from memplan.run.offloads import Offloaded, offloaded_activations
 from memplan.run.sequence import offload_key
@@ -67,7 +68,7 @@ def attach(
     weights = match_weights(model, plan)
     triggers = trigger_modules(model, plan)
     stored = stored_tensors(model, checkpoint)
-    with ExitStack() as undo:
+    with Undo() as undo:
         parts = Parts(plan, device, weights)
         undo.callback(parts.reader.close)
         _settle(model, plan, parts, stored, undo, _cache(cache), verify, progress)
@@ -81,33 +82,48 @@ def attach(
         _rivals([*parts.streamed.values(), *offloaded.values()])
         parts.conductor = Conductor(plan, parts.streamed, transfers, offloaded, parts.arena.bytes)
         undo.callback(parts.conductor.close)
-        if isinstance(transfers, ClockedTransfers):
-            parts.checked = CheckedReads(parts.arena, parts.streamed, parts.conductor, transfers)
-            undo.callback(parts.checked.remove)
-            _check_reads(model, triggers, plan, parts)
-        for module in model.modules():
-            undone = keep_layout(module)
-            if undone is not None:
-                undo.callback(undone)
-        for policy in plan.activations:
-            if policy.activations == "recompute":
-                undo.callback(recompute.wrap(triggers[policy.module]))
-        for held in offloaded.values():
-            begin = parts.conductor.offloads.beginning(held.key)
-            undo.callback(offload.wrap(triggers[held.module], held.module, begin))
-        hooks = Triggers(triggers, parts.conductor)
-        undo.callback(hooks.remove)
-        kept = parts.kept()
-        guards = []
-        for module in model.modules():
-            if any(id(weight.tensor) in kept for weight in frozen_weights("", module, deep=True)):
-                guards.append(Guard(module, kept))
-                undo.callback(guards[-1].remove)
-        parts.conductor.begin()
-        handle = Handle(model, plan, parts, undo.pop_all())
-    for guard in guards:
-        guard.handle = handle
+        with held_back():
+            guards = _install(model, plan, parts, triggers, undo, transfers)
+            parts.conductor.begin()
+            handle = Handle(model, plan, parts)
+            for guard in guards:
+                guard.handle = handle
+        handle.undo = undo.pop_all()
     return handle
+
+
+def _install(
+    model: nn.Module,
+    plan: Plan,
+    parts: Parts,
+    triggers: Mapping[str, nn.Module],
+    undo: ExitStack,
+    transfers: Transfers,
+) -> list[Guard]:
+    """Hook the model's modules, and note how to unhook them."""
+    if isinstance(transfers, ClockedTransfers):
+        parts.checked = CheckedReads(parts.arena, parts.streamed, parts.conductor, transfers)
+        undo.callback(parts.checked.remove)
+        _check_reads(model, triggers, plan, parts)
+    for module in model.modules():
+        undone = keep_layout(module)
+        if undone is not None:
+            undo.callback(undone)
+    for policy in plan.activations:
+        if policy.activations == "recompute":
+            undo.callback(recompute.wrap(triggers[policy.module]))
+    offloads = parts.conductor.offloads
+    for held in offloads.by_key.values():
+        undo.callback(offload.wrap(triggers[held.module], held.module, offloads.beginning(held.key)))
+    hooks = Triggers(triggers, parts.conductor)
+    undo.callback(hooks.remove)
+    kept = parts.kept()
+    guards = []
+    for module in model.modules():
+        if any(id(weight.tensor) in kept for weight in frozen_weights("", module, deep=True)):
+            guards.append(Guard(module, kept))
+            undo.callback(guards[-1].remove)
+    return guards
 
 
 def _cache(cache: str | Path | None) -> Path:
@@ -163,31 +179,38 @@ def _settle(
                 extents, expected = _packed(files, plan.model, block, origin)
             parts.reader.open(extent for extent, _ in extents)
             source = DiskSource(extents, parts.reader, block.name, expected if verify else None)
-        kept_home = parts.homes[block.id] = Home(block, source, weights)
-        undo.callback(kept_home.give_back)
         if progress is not None:
             progress(block.size_bytes)
-        pointers = []
-        for tensor in block.tensors:
-            there = view(slot, tensor, kept_home.orders[tensor.name])
-            away = parts.placeholders.of(tensor.shape, dtype_of(tensor.dtype))
-            pointers += [(pointed, there, away) for pointed in weights[tensor.name].everywhere()]
-        if home == "device":
-            for pointed, there, _ in pointers:
-                pointed.data = there
-            continue
-        channel: Channel = "h2d" if home == "host" else "disk"
-        streamed = Streamed(
-            block=block.id, name=block.name, channel=channel, source=source, part=slot, pointers=tuple(pointers)
-        )
-        streamed.unpoint()
-        parts.streamed[block.id] = streamed
+        with held_back():
+            _point(parts, block, Home(block, source, weights), slot, undo)
     small = (held for module in model.modules() for held in small_tensors(module))
-    for held in (*model.parameters(), *model.buffers(), *small):
-        for part in plain_parts(held):
-            if part.device != device:
-                undo.callback(_move_back, part, part.device)
-                part.data = part.data.to(device)
+    with held_back():
+        for held in (*model.parameters(), *model.buffers(), *small):
+            for part in plain_parts(held):
+                if part.device != device:
+                    undo.callback(_move_back, part, part.device)
+                    part.data = part.data.to(device)
+
+
+def _point(parts: Parts, block: Block, home: Home, slot: torch.Tensor, undo: ExitStack) -> None:
+    """Have the model's weights lie in their slot, or be away, and note how to give them back."""
+    parts.homes[block.id] = home
+    undo.callback(home.give_back)
+    pointers = []
+    for tensor in block.tensors:
+        there = view(slot, tensor, home.orders[tensor.name])
+        away = parts.placeholders.of(tensor.shape, dtype_of(tensor.dtype))
+        pointers += [(pointed, there, away) for pointed in parts.weights[tensor.name].everywhere()]
+    if isinstance(home.source, HostSource) and home.source.part is slot:
+        for pointed, there, _ in pointers:
+            pointed.data = there
+        return
+    channel: Channel = "h2d" if isinstance(home.source, HostSource) else "disk"
+    streamed = Streamed(
+        block=block.id, name=block.name, channel=channel, source=home.source, part=slot, pointers=tuple(pointers)
+    )
+    streamed.unpoint()
+    parts.streamed[block.id] = streamed
 
 
 def _packed(files: BlockCache, model: str, block: Block, origin: Weights) -> tuple[tuple[tuple[Extent, int], ...], str]:

@@ -115,6 +115,11 @@ class ClockedTransfers:
     def device_stalls(self) -> dict[int, float]:
         return self._inner.device_stalls()
 
+    def drain(self) -> None:
+        self._inner.drain()
+        for clock in self._clocks.values():
+            _learn(self._clocks[COMPUTE], clock)
+
     def close(self) -> None:
         self._inner.close()
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 import statistics
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
@@ -71,6 +72,34 @@ class _Passes:
     stalls_s: list[float] = field(default_factory=list)
 
 
+class _Lock:
+    """A lock that may be taken again by who has it. What raised under it is mended by who takes it next.
+
+    [Note: half done] An error, or a Ctrl-C in a notebook, may come between the start of a load and the note of it; where
+    training goes on then, that load must not write to what has come into its slot since.
+    """
+
+    def __init__(self, mend: Callable[[], None]) -> None:
+        self._lock = threading.RLock()
+        self._mend = mend
+        self._torn = False
+
+    def __enter__(self) -> None:
+        self._lock.acquire()
+        if self._torn:
+            try:
+                self._mend()
+            except BaseException:
+                self._lock.release()
+                raise
+            self._torn = False
+
+    def __exit__(self, kind: object, error: object, trace: object) -> None:
+        if kind is not None:
+            self._torn = True
+        self._lock.release()
+
+
 class Conductor:
     """A :class:`memplan.triggers.Watcher` that serves a plan's streamed blocks."""
 
@@ -87,7 +116,7 @@ class Conductor:
         self._streamed = streamed
         self._transfers = transfers
         self._sequence = Sequence(plan)
-        self._lock = threading.RLock()
+        self._lock = _Lock(self._mend)
         self.offloads = Offloads(offloaded, transfers, self._lock, self._clear, arena)
         self._reads = {a.index: tuple(b for b in a.blocks if b in streamed) for a in plan.table.accesses}
         by_module: dict[str, set[int]] = {}
@@ -341,6 +370,15 @@ class Conductor:
         """Serve again."""
         with self._lock:
             self._paused = ""
+
+    def _mend(self) -> None:
+        """Have nothing on its way and every block away."""
+        self._transfers.drain()
+        for streamed in self._streamed.values():
+            streamed.ticket, streamed.usable = None, False
+            streamed.unpoint()
+        self.offloads.forget()
+        self._pinned = frozenset()
 
     def _quiesce(self) -> None:
         for streamed in self._streamed.values():

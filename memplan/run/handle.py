@@ -18,6 +18,7 @@ from memplan.run.conductor import Conductor, Streamed
 from memplan.run.disk import DiskReader
 from memplan.run.guard import guard_of
 from memplan.run.home import Home
+from memplan.run.interrupts import held_back
 from memplan.storages import StorageLedger
 from memplan.weights import Weight
 
@@ -56,12 +57,13 @@ class Parts:
 class Handle:
     """A model under a plan. ``detach`` gives it back; so does leaving the ``with`` block."""
 
-    def __init__(self, model: nn.Module, plan: Plan, parts: Parts, undo: ExitStack) -> None:
+    def __init__(self, model: nn.Module, plan: Plan, parts: Parts) -> None:
         self.model = model
         self.plan = plan
         self._parts: Parts | None = parts
         """None once detached: the arenas go, though the handle may stay for its record."""
-        self._undo = undo
+        self.undo = ExitStack()
+        """What ``detach`` unwinds."""
         self._vram_peak_bytes = 0
         self._readers = 0
         self._last: tuple[RunRecord, int] | None = None
@@ -133,9 +135,10 @@ class Handle:
         A forward before it can have no backward after it. Raises TransferError where a block cannot be read from disk.
         """
         if self._parts is not None:
-            self._last = self._measured()
-            self._parts = None
-            self._undo.close()
+            with held_back():
+                self._last = self._measured()
+                self._parts = None
+                self.undo.close()
         return self.model
 
     def __enter__(self) -> Handle:

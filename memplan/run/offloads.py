@@ -7,9 +7,9 @@ and counted. What is asked for and is not in its slot is brought on demand; the 
 
 from __future__ import annotations
 
-import threading
 import weakref
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
 import torch
@@ -130,7 +130,7 @@ class Offloads:
         self,
         held: dict[int, Offloaded],
         transfers: Transfers,
-        lock: threading.RLock,
+        lock: AbstractContextManager[object],
         evict: Callable[[int], None],
         arena: torch.Tensor,
     ) -> None:
@@ -229,8 +229,8 @@ class Offloads:
         with self._lock:
             if self._closed or held.owner is None or held.owner() is not call:
                 raise RunError(
-                    f"a backward wants what {held.module} saved, but memplan was detached since its forward: finish the "
-                    "backward first"
+                    f"a backward wants what {held.module} saved, but memplan was detached or interrupted since its "
+                    "forward: run the forward again"
                 )
             if not held.in_slot:
                 if held.load is None:
@@ -249,6 +249,13 @@ class Offloads:
     @property
     def crowded(self) -> int:
         return sum(held.crowded for held in self.by_key.values())
+
+    def forget(self) -> None:
+        """Take all as empty: an error or a Ctrl-C came in the middle of something, and nothing is on its way any more."""
+        self._making.clear()
+        for held in self.by_key.values():
+            held.owner = held.store = held.load = None
+            held.in_slot = held.on_host = False
 
     def close(self) -> None:
         """Bring and take nothing any more; what is on its way is waited for."""

@@ -94,6 +94,9 @@ class Transfers(Protocol):
     def device_stalls(self) -> dict[int, float]:
         """Return the seconds, by block, that the device stood still and that are known since the last call."""
 
+    def drain(self) -> None:
+        """Return when nothing is on its way any more, started by whomever. What was failing fails unheard."""
+
     def close(self) -> None:
         """End the threads. Loads under way are finished first."""
 
@@ -109,6 +112,10 @@ def _await(load: Future[None]) -> float:
         )
     load.result()
     return time.perf_counter() - began
+
+
+def _nothing() -> None:
+    pass
 
 
 class CpuTransfers:
@@ -146,6 +153,10 @@ class CpuTransfers:
 
     def device_stalls(self) -> dict[int, float]:
         return {}
+
+    def drain(self) -> None:
+        for pool in self._channels.values():
+            _await(pool.submit(_nothing))
 
     def close(self) -> None:
         for pool in self._channels.values():
@@ -248,6 +259,11 @@ class CudaTransfers:
             block, before, after = self._timed.popleft()
             stalls[block] = stalls.get(block, 0.0) + before.elapsed_time(after) / 1e3
         return stalls
+
+    def drain(self) -> None:
+        if self._disk is not None:
+            _await(self._disk.submit(_nothing))
+        torch.cuda.synchronize(self._device)
 
     def close(self) -> None:
         if self._disk is not None:

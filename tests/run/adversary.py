@@ -38,6 +38,10 @@ class LastTransfers(LateTransfers):
         self.queues.setdefault(channel, []).append(ticket)
         return ticket
 
+    def drain(self):
+        self.queues.clear()
+        super().drain()
+
     def wait(self, ticket, block):
         stalled = 0.0
         queue = self.queues[ticket[0]]

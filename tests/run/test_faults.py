@@ -6,15 +6,24 @@ import errno
 import gc
 import os
 import signal
+import subprocess
+import sys
 import threading
+import time
+from collections import Counter
+from pathlib import Path
 
 import pytest
 import torch
+from msgspec.structs import replace
 
-from memplan.errors import InputError, TransferError
+from memplan.errors import InputError, RunError, TransferError
+from memplan.program.schema import Segment
 from memplan.run import transfer
 from memplan.run.attach import attach
 from memplan.run.disk import DiskReader
+from memplan.run.handle import Parts, handle_of
+from memplan.run.interrupts import held_back
 from tests.run.test_parity import plan_for
 from tests.training import assert_equal, assert_only_whole_blocks, make, train
 
@@ -37,12 +46,12 @@ def failing(of, at):
     return call, calls
 
 
-def sweep(monkeypatch, tmp_path, target, name, errors):
+def sweep(monkeypatch, tmp_path, target, name, errors, **options):
     """Fail each call of one pass in turn: the error is heard, detach gives the model back, training then is a whole run's."""
     expected = train(make("plain"), "plain", steps=1)
     model = make("plain")
     before = {key: value.clone() for key, value in model.state_dict().items()}
-    plan = plan_for(model, "plain", share=0.2)
+    plan = plan_for(model, "plain", share=0.2, **options)
     failed = at = 0
     heard = set()
     while True:
@@ -84,6 +93,175 @@ def test_each_read_from_the_disk_fails_once(monkeypatch, tmp_path):
 
 def test_each_copy_from_the_host_fails_once(monkeypatch, tmp_path):
     assert sweep(monkeypatch, tmp_path, transfer, "copy_bytes", OSError) >= 2
+
+
+def test_each_copy_of_offloaded_activations_fails_once(monkeypatch, tmp_path):
+    kept = sweep(monkeypatch, tmp_path, transfer, "copy_bytes", OSError)
+    assert sweep(monkeypatch, tmp_path, transfer, "copy_bytes", OSError, offload="all") >= kept + 4
+
+
+def test_each_allocation_fails_once(monkeypatch, tmp_path):
+    """Of attach and of a pass: an error, and the model is as it was."""
+    expected = train(make("plain"), "plain", steps=1)
+    model = make("plain")
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    plan = plan_for(model, "plain", share=0.2, offload="all")
+    original, at, ended = torch.empty, 0, False
+    where, heard = set(), set()
+    while not ended:
+        at += 1
+        calls, handle, threads = 0, None, threading.active_count()
+
+        def empty(*args, at=at, **options):
+            nonlocal calls
+            name = sys._getframe(1).f_globals["__name__"]
+            if name.startswith("memplan.run"):
+                calls += 1
+                if calls == at:
+                    where.add(name)
+                    raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
+            return original(*args, **options)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(torch, "empty", empty)
+            try:
+                handle = attach(model, plan, cache=tmp_path)
+                train(model, "plain", steps=1)
+            except RuntimeError as error:
+                heard.add("allocate memory" in str(error))
+            else:
+                ended = calls < at
+        if handle is not None:
+            handle.detach()
+        assert threading.active_count() == threads
+        assert_only_whole_blocks(tmp_path)
+        model.load_state_dict({key: value for key, value in before.items() if "lora" in key}, strict=False)
+        model.zero_grad()
+        assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+    assert heard == {True}
+    assert where == {"memplan.run.arena", "memplan.run.offloads"}
+    assert_equal(train(model, "plain", steps=1), expected)
+
+
+def test_an_arena_that_cannot_be_had_says_so(tmp_path):
+    model = make("plain")
+    plan = plan_for(model, "plain", share=0.2)
+    arenas = tuple(
+        replace(arena, segments=(*arena.segments, Segment(offset_bytes=1 << 40, size_bytes=1 << 60)))
+        if arena.tier == "device"
+        else arena
+        for arena in plan.arenas
+    )
+    with pytest.raises(RunError, match=r"GiB of memory for the plan's blocks could not be had .* smaller budget"):
+        Parts(replace(plan, arenas=arenas), torch.device("cpu"), {})
+
+
+# ---- Ctrl-C -------------------------------------------------------------------------------------------------------------
+
+
+# One that comes while Python collects garbage is swallowed there, with a warning.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_ctrl_c_at_any_time(tmp_path):
+    """It comes as it would, attach leaves the model as it was, a handle gives it back, and training can go on under it."""
+    expected = train(make("plain"), "plain")
+    model = make("plain")
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    plan = plan_for(model, "plain", share=0.1, offload=["layers.0", "layers.1", "layers.2", "layers.4"])
+    began = time.perf_counter()
+    attach(model, plan, cache=tmp_path).detach()
+    attach_s = time.perf_counter() - began
+    phases = Counter()
+    for turn in range(120):
+        threads, handle, phase = threading.active_count(), None, "attach"
+        delay_s = attach_s * turn / 40 if turn < 40 else attach_s + 0.0007 * (turn - 40)
+        try:
+            try:
+                signal.setitimer(signal.ITIMER_REAL, max(delay_s, 1e-5))
+                handle = attach(model, plan, cache=tmp_path, checked=turn % 3 == 0)
+                phase = "train"
+                train(model, "plain", steps=50)
+            finally:
+                signal.setitimer(signal.ITIMER_REAL, 0)
+        except KeyboardInterrupt:
+            phases[phase] += 1
+        handle = handle or handle_of(model)  # it may come between the end of attach and the assignment
+        model.load_state_dict({key: value for key, value in before.items() if "lora" in key}, strict=False)
+        model.zero_grad()
+        if handle is not None:
+            if turn % 2:
+                assert_equal(train(model, "plain"), expected)
+            try:
+                signal.setitimer(signal.ITIMER_REAL, 0.0001 * (turn % 7 + 1))
+                handle.detach()
+                time.sleep(0.01)
+            except KeyboardInterrupt:
+                phases["detach"] += 1
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            handle.detach()  # it may have come before that one had begun
+            model.load_state_dict({key: value for key, value in before.items() if "lora" in key}, strict=False)
+            model.zero_grad()
+        assert threading.active_count() == threads
+        assert_only_whole_blocks(tmp_path)
+        assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+    assert min(phases[phase] for phase in ("attach", "train", "detach")) >= 10, phases
+    assert_equal(train(model, "plain"), expected)
+
+
+@pytest.fixture(autouse=True)
+def alarm():
+    """An alarm presses Ctrl-C: a real signal, at any bytecode of the main thread."""
+
+    def press(*_):
+        signal.raise_signal(signal.SIGINT)
+
+    before = signal.signal(signal.SIGALRM, press)
+    yield
+    signal.setitimer(signal.ITIMER_REAL, 0)
+    signal.signal(signal.SIGALRM, before)
+
+
+def test_a_second_ctrl_c_does_not_wait():
+    reached = []
+
+    def pressed():
+        with held_back():
+            for turn in range(2):
+                signal.raise_signal(signal.SIGINT)
+                reached.append(turn)
+
+    with pytest.raises(KeyboardInterrupt):
+        pressed()
+    assert reached == [0]
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+# ---- the end of the process ------------------------------------------------------------------------------------------
+
+SCRIPT = """
+import sys, torch
+torch.set_num_threads(1)
+from pathlib import Path
+from memplan.run.attach import attach
+from memplan.program.schema import Plan
+from tests.training import make, train, loss_of, batch_of
+model = make("plain")
+handle = attach(model, Plan.load(sys.argv[1]), cache=sys.argv[2])
+train(model, "plain", steps=1)
+loss = loss_of(model(**batch_of("plain")))
+{end}
+"""
+
+
+@pytest.mark.parametrize(("end", "code"), [("", 0), ("raise ValueError", 1)])
+def test_the_interpreter_ends_while_attached(end, code, tmp_path):
+    """In mid-step, loads under way, no detach: it ends, with its own code and nothing said."""
+    plan_for(make("plain"), "plain", share=0.2, offload="all").save(tmp_path / "plan.json")
+    command = [sys.executable, "-c", SCRIPT.format(end=end), str(tmp_path / "plan.json"), str(tmp_path / "cache")]
+    root = Path(__file__).parents[2]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, cwd=root)
+    assert done.returncode == code, done.stderr
+    assert "memplan" not in done.stderr
+    assert_only_whole_blocks(tmp_path / "cache")
 
 
 def test_a_disk_that_fills_while_blocks_are_packed(monkeypatch, tmp_path):
