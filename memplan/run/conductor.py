@@ -81,14 +81,14 @@ class _Lock:
 
     def __init__(self, mend: Callable[[], None]) -> None:
         self._lock = threading.RLock()
-        self._mend = mend
+        self.mend: Callable[[], None] | None = mend
         self._torn = False
 
     def __enter__(self) -> None:
         self._lock.acquire()
-        if self._torn:
+        if self._torn and self.mend is not None:
             try:
-                self._mend()
+                self.mend()
             except BaseException:
                 self._lock.release()
                 raise
@@ -392,4 +392,5 @@ class Conductor:
                 self.offloads.close()
             finally:
                 self._closed = True
+                self._lock.mend = None  # no circle is left
                 self._transfers.close()
