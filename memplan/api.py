@@ -115,7 +115,27 @@ def attach(model: nn.Module, plan: Plan, **options: Any) -> Handle:
     """Put every block of ``model`` in its home and stream it as ``plan`` says: :func:`memplan.run.attach.attach`."""
     from memplan.run.attach import attach
 
+    options.setdefault("replan", smaller)
     return attach(model, plan, **options)
+
+
+def smaller(plan: Plan, vram_bytes: int) -> Plan:
+    """Return a plan of the same model for another budget of vram, in bytes. Raises DoesNotFitError."""
+    from msgspec.structs import replace
+
+    from memplan.place.solve import place
+
+    return place(
+        plan.table,
+        replace(plan.budgets, vram_bytes=vram_bytes),
+        model=plan.model,
+        fingerprint=plan.fingerprint,
+        workload=plan.workload,
+        hardware=plan.hardware,
+        activations={module: policy for module, policy in plan.policies().items() if policy == "offload"},
+        staging_bytes=STAGING_BYTES,
+        notes=plan.notes,
+    )
 
 
 def materialise(model: nn.Module) -> AbstractContextManager[nn.Module]:

@@ -42,6 +42,8 @@ class RunRecord(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Saved activations that went to the host."""
     crowded: int
     """Forwards whose activations stayed on the device against the plan: their place was taken, or too small."""
+    recoveries: int
+    """Micro-batches that ran out of device memory and were repeated under a smaller plan."""
     vram_peak_bytes: int
     """Greatest live device bytes, 0 where nobody measured them."""
     ram_peak_bytes: int

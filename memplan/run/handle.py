@@ -3,67 +3,49 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping
+import gc
+import logging
+import traceback
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from types import TracebackType
+from typing import TypeVar
 
 import torch
 from torch import nn
 
+from memplan.errors import DoesNotFitError, RunError
 from memplan.program.record import RunRecord
-from memplan.program.schema import STAGING_BYTES, Plan
-from memplan.run.arena import Arena, Placeholders
-from memplan.run.checked import CheckedReads
-from memplan.run.conductor import Conductor, Streamed
-from memplan.run.disk import DiskReader
+from memplan.program.schema import Plan
 from memplan.run.guard import guard_of
-from memplan.run.home import Home
 from memplan.run.interrupts import held_back
+from memplan.run.parts import Parts
+from memplan.run.recovery import Before, is_out_of_memory
 from memplan.storages import StorageLedger
-from memplan.weights import Weight
+from memplan.units import format_bytes
 
+Result = TypeVar("Result")
+_LOG = logging.getLogger("memplan")
 
-class Parts:
-    """What a model under a plan runs on."""
-
-    def __init__(self, plan: Plan, device: torch.device, weights: Mapping[str, Weight]) -> None:
-        self.device = device
-        self.weights = weights
-        sizes = {tier: sum(a.size_bytes for a in plan.arenas if a.tier == tier) for tier in ("device", "host")}
-        self.arena = Arena(sizes["device"], device)
-        self.host = Arena(sizes["host"], torch.device("cpu"), pinned=device.type == "cuda")
-        on_disk = any(item.home == "disk" for item in plan.items)
-        self.host_bytes = sizes["host"] + (STAGING_BYTES if on_disk else 0)
-        self.reader = DiskReader()
-        self.placeholders = Placeholders(device)
-        self.homes: dict[int, Home] = {}
-        self.streamed: dict[int, Streamed] = {}
-        self.conductor: Conductor
-        self.checked: CheckedReads | None = None
-
-    def kept(self) -> dict[int, Callable[[], torch.Tensor]]:
-        """Return what reads each managed tensor from its home, by the tensor's id."""
-
-        def reading(home: Home, index: int) -> Callable[[], torch.Tensor]:
-            return lambda: home.tensor(home.block.tensors[index])
-
-        return {
-            id(self.weights[tensor.name].tensor): reading(home, index)
-            for home in self.homes.values()
-            for index, tensor in enumerate(home.block.tensors)
-        }
+_SMALLER = 0.9
+"""Each try after an out-of-memory is planned for this much of what the one before was to take."""
 
 
 class Handle:
     """A model under a plan. ``detach`` gives it back; so does leaving the ``with`` block."""
 
-    def __init__(self, model: nn.Module, plan: Plan, parts: Parts) -> None:
+    def __init__(self, model: nn.Module, parts: Parts) -> None:
         self.model = model
-        self.plan = plan
+        self.plan = parts.plan
+        """The one at work: another than was given once a micro-batch ran out of memory."""
+        self.recoveries = 0
         self._parts: Parts | None = parts
         """None once detached: the arenas go, though the handle may stay for its record."""
         self.undo = ExitStack()
         """What ``detach`` unwinds."""
+        self.change: Callable[[Plan], None] | None = None
+        """Has the same blocks run under another plan."""
+        self.replan: Callable[[Plan, int], Plan] | None = None
         self._vram_peak_bytes = 0
         self._readers = 0
         self._last: tuple[RunRecord, int] | None = None
@@ -86,7 +68,9 @@ class Handle:
         peak = self._vram_peak_bytes
         if parts.device.type == "cuda":
             peak = torch.cuda.max_memory_allocated(parts.device)
-        record = parts.conductor.record(vram_peak_bytes=peak, ram_peak_bytes=parts.host_bytes)
+        record = parts.conductor.record(
+            vram_peak_bytes=peak, ram_peak_bytes=parts.host_bytes, recoveries=self.recoveries
+        )
         return record, parts.checked.checked if parts.checked else 0
 
     @contextlib.contextmanager
@@ -102,6 +86,62 @@ class Handle:
         with StorageLedger.of_training(self.model, optimizer, parts.arena.bytes) as ledger:
             yield
         self._vram_peak_bytes = max(self._vram_peak_bytes, ledger.peak_bytes)
+
+    def micro_batch(self, run: Callable[[], Result], *, tries: int = 3) -> Result:
+        """Return ``run()``, a forward and backward of one micro-batch, repeated under a smaller plan if memory runs out.
+
+        Gradients, buffers and random numbers are then as they were before it, so its result is the one it would have
+        been. ``run`` is called again, up to ``tries`` times, so it must not consume what it was given, and must not step
+        an optimizer: that cannot be undone. What a record counts begins anew with each plan; ``recoveries`` goes on.
+
+        For a moment RAM holds what was on the device. Raises RunError where no smaller plan is left.
+        """
+        if self._parts is None or self.replan is None:
+            return run()
+        before = Before(self.model)
+        while True:
+            try:
+                return run()
+            except Exception as error:
+                if not is_out_of_memory(error) or not tries:
+                    raise
+                said = (str(error).splitlines() or [type(error).__name__])[0]
+                traceback.clear_frames(error.__traceback__)
+            # Outside of the except block: the error is gone, and with it all that its frames held.
+            tries -= 1
+            self._take_less(said)
+            before.restore()
+
+    def _take_less(self, said: str) -> None:
+        """Go on under a plan that takes less vram. Raises RunError, the model detached, where there is none."""
+        parts = self._parts
+        assert parts is not None
+        assert self.replan is not None
+        assert self.change is not None
+        taken = self.plan.prediction.peaks.vram_bytes
+        try:
+            plan = self.replan(self.plan, int(taken * _SMALLER))
+        except DoesNotFitError as error:
+            least = error.least_vram_bytes
+            if least is None or least >= taken:
+                raise RunError(
+                    f"the device ran out of memory ({said}) under a plan for {format_bytes(taken)}, and no plan takes less: "
+                    "end what else uses the device, or use a smaller micro-batch"
+                ) from None
+            plan = self.replan(self.plan, least)
+        parts.conductor.pause("while its plan is changed")
+        gc.collect()
+        self.change(plan)
+        if parts.device.type == "cuda":
+            torch.cuda.empty_cache()
+        self.plan = plan
+        self.recoveries += 1
+        _LOG.warning(
+            "the device ran out of memory (%s) under a plan for %s; the micro-batch is repeated under one for %s",
+            said,
+            format_bytes(taken),
+            format_bytes(plan.prediction.peaks.vram_bytes),
+        )
 
     @contextlib.contextmanager
     def materialise(self) -> Iterator[nn.Module]:

@@ -216,6 +216,10 @@ class Home:
             with torch.inference_mode(False), torch.no_grad():
                 weight.point(view(held, tensor, self.orders[tensor.name]).to(was, copy=True))
 
+    def copy_to(self, part: torch.Tensor) -> None:
+        """Write the block's layout into ``part`` (uint8). Raises TransferError."""
+        part.copy_(self._layout())
+
     def _layout(self) -> torch.Tensor:
         if isinstance(self.source, HostSource):
             return self.source.part

@@ -17,7 +17,7 @@ from torch import nn
 
 from memplan.errors import RunError
 from memplan.offload import Layout
-from memplan.program.schema import Plan
+from memplan.program.schema import Address, Plan
 from memplan.run.arena import Arena
 from memplan.run.clocks import ClockedTransfers
 from memplan.run.sequence import offload_key
@@ -59,9 +59,11 @@ class Offloaded:
 
 
 def offloaded_activations(
-    plan: Plan, modules: Mapping[str, nn.Module], arena: Arena, host: Arena
+    plan: Plan, modules: Mapping[str, nn.Module], arena: Arena, host: Arena | None
 ) -> dict[int, Offloaded]:
-    """Return what the plan offloads, by key. ``modules``: its trigger modules by name."""
+    """Return what the plan offloads, by key. ``modules``: its trigger modules by name. ``host``: the plan's host arena;
+    None: each has memory of its own there.
+    """
     tiers = {arena.id: arena.tier for arena in plan.arenas}
     found: dict[int, Offloaded] = {}
     for item in plan.items:
@@ -75,10 +77,17 @@ def offloaded_activations(
             key=key,
             module=item.module,
             part=arena.part(places["device"].offset_bytes, item.size_bytes),
-            host=None if away is None else host.part(away.offset_bytes, item.size_bytes),
+            host=None if away is None else _waiting_room(away, arena, host),
             outside=frozenset(part.untyped_storage().data_ptr() for held in still for part in plain_parts(held)),
         )
     return found
+
+
+def _waiting_room(away: Address, arena: Arena, host: Arena | None) -> torch.Tensor:
+    """Return the bytes on the host at an address."""
+    if host is not None:
+        return host.part(away.offset_bytes, away.size_bytes)
+    return Arena(away.size_bytes, torch.device("cpu"), pinned=arena.bytes.device.type == "cuda").bytes
 
 
 class _Call:

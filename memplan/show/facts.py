@@ -227,6 +227,7 @@ def _measured_dict(plan: Plan, record: RunRecord) -> dict[str, object]:
         "off_sequence": record.off_sequence,
         "offloaded_bytes": record.offloaded_bytes,
         "crowded": record.crowded,
+        "recoveries": record.recoveries,
         "peaks": {"vram_bytes": seen.vram_bytes, "ram_bytes": seen.ram_bytes},
         "unaccounted": {"vram_bytes": seen.unaccounted_vram_bytes, "ram_bytes": seen.unaccounted_ram_bytes},
         "errors": dict(seen.errors),

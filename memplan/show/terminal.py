@@ -262,6 +262,8 @@ class _Page:
         if record.crowded:
             forwards = _plural(record.crowded, "forward", "forwards")
             counts.append(f"{forwards} kept activations on the device that were to be offloaded")
+        if record.recoveries:
+            counts.append(f"ran out of memory and went on smaller {_plural(record.recoveries, 'time', 'times')}")
         title = Text.assemble(("Run", "bold"), f"  {passes} in {wall} on {self.glyphs.safe(record.device)}")
         stalled = sorted((row for row in record.blocks if row.stall_s > 0), key=lambda row: (-row.stall_s, row.block))
         total = sum(row.stall_s for row in stalled)

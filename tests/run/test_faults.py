@@ -22,8 +22,9 @@ from memplan.program.schema import Segment
 from memplan.run import transfer
 from memplan.run.attach import attach
 from memplan.run.disk import DiskReader
-from memplan.run.handle import Parts, handle_of
+from memplan.run.handle import handle_of
 from memplan.run.interrupts import held_back
+from memplan.run.parts import Parts
 from tests.run.test_parity import plan_for
 from tests.training import assert_equal, assert_only_whole_blocks, make, train
 

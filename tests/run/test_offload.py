@@ -11,7 +11,7 @@ from torch import nn
 import memplan
 from memplan.errors import InputError, PlanCheckError, RunError
 from memplan.program.check import check
-from memplan.run import attach as attach_module
+from memplan.run import install as install_module
 from memplan.run.attach import attach
 from tests.run import adversary
 from tests.run.test_memory import counted_step
@@ -64,7 +64,7 @@ def test_some_layers_only_beside_recomputed_ones(tmp_path):
 @pytest.mark.parametrize("transfers", adversary.ALL, ids=lambda kind: kind.__name__)
 @pytest.mark.parametrize("checked", [False, True], ids=["plain", "checked"])
 def test_transfers_that_do_their_worst(transfers, checked, tmp_path, monkeypatch):
-    monkeypatch.setattr(attach_module, "CpuTransfers", transfers)
+    monkeypatch.setattr(install_module, "CpuTransfers", transfers)
     compare("llama", offload="all", checked=checked, share=0.1, tmp_path=tmp_path).detach()
 
 

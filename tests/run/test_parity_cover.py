@@ -20,7 +20,7 @@ from memplan.cost.build import cost_table
 from memplan.errors import DoesNotFitError
 from memplan.place.solve import place
 from memplan.program.schema import Budgets, Workload
-from memplan.run import attach as attach_module
+from memplan.run import install as install_module
 from memplan.run.attach import attach
 from memplan.units import GIB
 from tests import families
@@ -115,7 +115,7 @@ def run(case, tmp_path, monkeypatch):
     assert any(gradient.any() for gradient in whole.gradients[0].values())
     with monkeypatch.context() as patch:
         if case.transfers not in ("normal", "checked"):
-            patch.setattr(attach_module, "CpuTransfers", getattr(adversary, case.transfers))
+            patch.setattr(install_module, "CpuTransfers", getattr(adversary, case.transfers))
         handle = attach(model, plan, checked=case.transfers == "checked", cache=tmp_path)
     with handle:
         planned = train(model, case.family, **options)

@@ -145,6 +145,7 @@ def make_record(plan: Plan, *, pass_s: float, extra_bytes: int = 0, passes: int 
         "off_sequence": 1,
         "offloaded_bytes": 0,
         "crowded": 0,
+        "recoveries": 0,
         "vram_peak_bytes": plan.prediction.peaks.vram_bytes + extra_bytes,
         "ram_peak_bytes": plan.prediction.peaks.ram_bytes,
         "blocks": tuple(

@@ -1,0 +1,115 @@
+"""Hooking a model to what it runs on: triggers, wrapped forwards, guards; and the conductor behind them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from torch import nn
+
+from memplan import offload, recompute
+from memplan.program.schema import Plan
+from memplan.run.checked import CheckedReads
+from memplan.run.clocks import ClockedTransfers
+from memplan.run.conductor import Conductor, Streamed
+from memplan.run.guard import Guard
+from memplan.run.handle import Handle
+from memplan.run.interrupts import Undo
+from memplan.run.offloads import Offloaded, offloaded_activations
+from memplan.run.parts import Parts
+from memplan.run.sequence import offload_key
+from memplan.run.transfer import CpuTransfers, CudaTransfers, Transfers
+from memplan.triggers import Triggers
+from memplan.weights import frozen_weights, keep_layout
+
+
+def install(
+    model: nn.Module, parts: Parts, handle: Handle, triggers: Mapping[str, nn.Module], *, checked: bool
+) -> None:
+    """Have ``model`` run on ``parts``; ``parts.installed`` undoes it. On failure nothing is left.
+
+    ``triggers``: the plan's trigger modules by name. ``checked``: as for ``attach``.
+    """
+    plan, device = parts.plan, parts.device
+    with Undo() as undo:
+        transfers: Transfers = (
+            CudaTransfers(device, poisoned=checked) if device.type == "cuda" else CpuTransfers(poisoned=checked)
+        )
+        undo.callback(transfers.close)
+        if checked:
+            transfers = ClockedTransfers(transfers, _names(plan))
+        offloaded = offloaded_activations(plan, triggers, parts.arena, parts.host)
+        _rivals([*parts.streamed.values(), *offloaded.values()])
+        parts.conductor = Conductor(plan, parts.streamed, transfers, offloaded, parts.arena.bytes)
+        undo.callback(parts.conductor.close)
+        for guard in _hook(model, plan, parts, triggers, undo, transfers):
+            guard.handle = handle
+        parts.conductor.begin()
+        parts.installed = undo.pop_all()
+
+
+def _hook(
+    model: nn.Module,
+    plan: Plan,
+    parts: Parts,
+    triggers: Mapping[str, nn.Module],
+    undo: Undo,
+    transfers: Transfers,
+) -> list[Guard]:
+    """Hook the model's modules, and note how to unhook them."""
+    if isinstance(transfers, ClockedTransfers):
+        parts.checked = CheckedReads(parts.arena, parts.streamed, parts.conductor, transfers)
+        undo.callback(parts.checked.remove)
+        _check_reads(model, triggers, plan, parts)
+    for module in model.modules():
+        undone = keep_layout(module)
+        if undone is not None:
+            undo.callback(undone)
+    for policy in plan.activations:
+        if policy.activations == "recompute":
+            undo.callback(recompute.wrap(triggers[policy.module]))
+    offloads = parts.conductor.offloads
+    for held in offloads.by_key.values():
+        undo.callback(offload.wrap(triggers[held.module], held.module, offloads.beginning(held.key)))
+    hooks = Triggers(triggers, parts.conductor)
+    undo.callback(hooks.remove)
+    kept = parts.kept()
+    guards = []
+    for module in model.modules():
+        if any(id(weight.tensor) in kept for weight in frozen_weights("", module, deep=True)):
+            guards.append(Guard(module, kept))
+            undo.callback(guards[-1].remove)
+    return guards
+
+
+def _rivals(owners: Sequence[Streamed | Offloaded]) -> None:
+    """Note of each what cannot be on the device beside it: what lies on the same bytes."""
+    ranges = [(one.part.data_ptr(), one.part.data_ptr() + one.part.numel(), one) for one in owners]
+    for begin, end, one in ranges:
+        one.rivals = tuple(s.key for b, e, s in ranges if s is not one and b < end and begin < e)
+
+
+def _names(plan: Plan) -> dict[int, str]:
+    """Return what is moved by what the transfers call it."""
+    names = {block.id: block.name for block in plan.table.blocks}
+    for item in plan.items:
+        if item.kind == "saved":
+            key = offload_key(plan, item.id)
+            names |= {key: f"what {item.module} saved", key + 1: f"what {item.module} saved, to the host"}
+    return names
+
+
+def _check_reads(model: nn.Module, triggers: Mapping[str, nn.Module], plan: Plan, parts: Parts) -> None:
+    """Wrap every module with streamed weights of its own, and every trigger module."""
+    assert parts.checked is not None
+    block_of = {id(p): s.block for s in parts.streamed.values() for p, _, _ in s.pointers}
+    own = {
+        module: {block_of[id(p)] for p in module.parameters(recurse=False) if id(p) in block_of}
+        for module in model.modules()
+    }
+    reads = {module: set(blocks) for module, blocks in own.items()}
+    for access in plan.table.accesses:
+        if access.module:
+            reads[triggers[access.module]].update(b for b in access.blocks if b in parts.streamed)
+    for module, blocks in reads.items():
+        if blocks:
+            parts.checked.wrap(module, frozenset(own[module]), frozenset(blocks))

@@ -1,0 +1,222 @@
+"""What a model under a plan runs on, and how its blocks come to their homes: at attach, and where the plan changes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from memplan.analyze.graph import Block
+from memplan.cache import BlockCache
+from memplan.errors import CheckpointError
+from memplan.program.schema import STAGING_BYTES, Channel, Plan
+from memplan.run.arena import Arena, Placeholders, dtype_of, view
+from memplan.run.checked import CheckedReads
+from memplan.run.conductor import Conductor, Streamed
+from memplan.run.disk import DiskReader, Extent
+from memplan.run.home import Checkpoint, Home, Weights
+from memplan.run.interrupts import Undo, held_back
+from memplan.run.transfer import DiskSource, HostSource, Source
+from memplan.weights import Weight, plain_parts, small_tensors
+
+
+class Parts:
+    """What a model under a plan runs on."""
+
+    arena: Arena
+    host_bytes: int
+    """Of the plan: arena and staging."""
+    plan: Plan
+
+    def __init__(self, plan: Plan, device: torch.device, weights: Mapping[str, Weight]) -> None:
+        self.device = device
+        self.weights = weights
+        host_bytes = sum(a.size_bytes for a in plan.arenas if a.tier == "host")
+        self.host: Arena | None = Arena(host_bytes, torch.device("cpu"), pinned=device.type == "cuda")
+        """None once another plan was taken over: what is on the host then lies where it can."""
+        self.take_over(plan)
+        self.reader = DiskReader()
+        self.placeholders = Placeholders(device)
+        self.homes: dict[int, Home] = {}
+        self.streamed: dict[int, Streamed] = {}
+        self.conductor: Conductor
+        self.checked: CheckedReads | None = None
+        self.installed = Undo()
+        """What unhooks the model and ends the transfers."""
+
+    def take_over(self, plan: Plan) -> None:
+        """Have the arena of ``plan``, and its counts. Raises RunError where it cannot be had."""
+        sizes = {tier: sum(a.size_bytes for a in plan.arenas if a.tier == tier) for tier in ("device", "host")}
+        self.arena = Arena(sizes["device"], self.device)
+        on_disk = any(item.home == "disk" for item in plan.items)
+        self.host_bytes = sizes["host"] + (STAGING_BYTES if on_disk else 0)
+        self.plan = plan
+
+    def kept(self) -> dict[int, Callable[[], torch.Tensor]]:
+        """Return what reads each managed tensor from its home, by the tensor's id."""
+
+        def reading(home: Home, index: int) -> Callable[[], torch.Tensor]:
+            return lambda: home.tensor(home.block.tensors[index])
+
+        return {
+            id(self.weights[tensor.name].tensor): reading(home, index)
+            for home in self.homes.values()
+            for index, tensor in enumerate(home.block.tensors)
+        }
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Files:
+    """What blocks may be read from, and packed into."""
+
+    stored: Checkpoint
+    """The tensors of the model's checkpoint; empty without one."""
+    cache: Path
+    verify: bool
+
+
+def settle(
+    model: nn.Module, parts: Parts, files: Files, undo: ExitStack, progress: Callable[[int], None] | None
+) -> None:
+    """Bring each block to its home, one at a time, and note how to give it back."""
+    plan, weights, device = parts.plan, parts.weights, parts.device
+    origin = Weights(weights, files.stored, parts.reader)
+    arenas = {arena.id: arena.tier for arena in plan.arenas}
+    places = {
+        (plan.items[a.item].block, arenas[a.arena]): a for a in plan.addresses if plan.items[a.item].kind == "weights"
+    }
+    homes = {item.block: item.home for item in plan.items if item.kind == "weights"}
+    own = {b.id: origin.own_files(b) for b in plan.table.blocks if homes[b.id] == "disk"}
+    packed = tuple(b for b in plan.table.blocks if b.id in own and own[b.id] is None)
+    if packed and plan.budgets.disk_bytes is None:
+        raise CheckpointError(
+            f"the block {packed[0].name} has its home on disk, but no checkpoint holds its weights as they are: give "
+            'the checkpoint\'s folder, or a disk budget (disk="20GiB") so that they may be written to the cache'
+        )
+    cache = BlockCache(files.cache)
+    if packed:
+        cache.require_room(sum(block.size_bytes for block in packed))
+    for block in plan.table.blocks:
+        home, address = homes[block.id], places[block.id, "device"]
+        slot = parts.arena.part(address.offset_bytes, block.size_bytes)
+        source: Source
+        if home == "device":
+            origin.fill(block, slot)
+            source = HostSource(slot)
+        elif home == "host":
+            assert parts.host is not None
+            kept = parts.host.part(places[block.id, "host"].offset_bytes, block.size_bytes)
+            origin.fill(block, kept)
+            source = HostSource(kept)
+        else:
+            extents = own[block.id]
+            if extents is None:
+                pieces, twice = partial(origin.layout, block), origin.is_held(block)
+                path, expected = cache.put(pieces, block.size_bytes, _about(plan, block), twice=twice)
+                source = _packed(parts, path, block, expected if files.verify else None)
+            else:
+                parts.reader.open(extent for extent, _ in extents)
+                source = DiskSource(extents, parts.reader, block.name)
+        if progress is not None:
+            progress(block.size_bytes)
+        with held_back():
+            kept_home = parts.homes[block.id] = Home(block, source, weights)
+            undo.callback(kept_home.give_back)
+            _point(parts, kept_home, slot)
+    small = (held for module in model.modules() for held in small_tensors(module))
+    with held_back():
+        for held in (*model.parameters(), *model.buffers(), *small):
+            for part in plain_parts(held):
+                if part.device != device:
+                    undo.callback(_move_back, part, part.device)
+                    part.data = part.data.to(device)
+
+
+def resettle(parts: Parts, plan: Plan, files: Files) -> None:
+    """Bring each block to its home in another plan. Nothing may be installed.
+
+    What lay on the device waits in RAM while the device arena is made anew; nothing is read or packed that has not got
+    another home. Raises RunError where an arena cannot be had, CheckpointError where blocks cannot go to the disk; each
+    block then has a home still, and may be given back.
+    """
+    pinned = parts.device.type == "cuda"
+    for index, home in parts.homes.items():
+        if index not in parts.streamed:
+            home.source = HostSource(_on_host(home, pinned))
+            for tensor in home.block.tensors:
+                parts.weights[tensor.name].point(parts.placeholders.of(tensor.shape, dtype_of(tensor.dtype)))
+    parts.streamed.clear()
+    parts.arena = Arena(0, parts.device)  # the old one goes before the new one comes
+    parts.host = None
+    parts.take_over(plan)
+    cache = BlockCache(files.cache)
+    addresses = {
+        plan.items[a.item].block: a
+        for a in plan.addresses
+        if plan.items[a.item].kind == "weights" and plan.arenas[a.arena].tier == "device"
+    }
+    for block in plan.table.blocks:
+        home, tier = parts.homes[block.id], plan.home_of(block.id)
+        slot = parts.arena.part(addresses[block.id].offset_bytes, block.size_bytes)
+        if tier == "device":
+            home.copy_to(slot)
+            home.source = HostSource(slot)
+        elif tier == "host" and isinstance(home.source, DiskSource):
+            home.source = HostSource(_on_host(home, pinned))
+        elif tier == "disk" and isinstance(home.source, HostSource):
+            if plan.budgets.disk_bytes is None:
+                raise CheckpointError(
+                    f"the block {block.name} would have to go to the disk now: give a disk budget, so that it may be "
+                    "written to the cache"
+                )
+            pieces = partial(iter, [home.source.part.numpy()])
+            path, expected = cache.put(pieces, block.size_bytes, _about(plan, block), twice=True)
+            home.source = _packed(parts, path, block, expected if files.verify else None)
+        _point(parts, home, slot)
+
+
+def _on_host(home: Home, pinned: bool) -> torch.Tensor:
+    """Return a block's bytes in RAM of their own, page-locked where a device may read them."""
+    part = Arena(home.block.size_bytes, torch.device("cpu"), pinned=pinned).bytes
+    home.copy_to(part)
+    return part
+
+
+def _point(parts: Parts, home: Home, slot: torch.Tensor) -> None:
+    """Have the model's weights lie in their slot, or be away."""
+    block = home.block
+    pointers = []
+    for tensor in block.tensors:
+        there = view(slot, tensor, home.orders[tensor.name])
+        away = parts.placeholders.of(tensor.shape, dtype_of(tensor.dtype))
+        pointers += [(pointed, there, away) for pointed in parts.weights[tensor.name].everywhere()]
+    if isinstance(home.source, HostSource) and home.source.part is slot:
+        for pointed, there, _ in pointers:
+            pointed.data = there
+        return
+    channel: Channel = "h2d" if isinstance(home.source, HostSource) else "disk"
+    streamed = Streamed(
+        block=block.id, name=block.name, channel=channel, source=home.source, part=slot, pointers=tuple(pointers)
+    )
+    streamed.unpoint()
+    parts.streamed[block.id] = streamed
+
+
+def _packed(parts: Parts, path: Path, block: Block, expected: str | None) -> DiskSource:
+    """Return a block's source in the cache."""
+    extent = Extent(path=str(path), file_offset_bytes=0, size_bytes=block.size_bytes)
+    parts.reader.open([extent])
+    return DiskSource(((extent, 0),), parts.reader, block.name, expected)
+
+
+def _about(plan: Plan, block: Block) -> str:
+    return f"the block {block.name} of {plan.model}"
+
+
+def _move_back(tensor: torch.Tensor, device: torch.device) -> None:
+    tensor.data = tensor.data.to(device)

@@ -1,0 +1,57 @@
+"""Doing a micro-batch over again after it ran out of device memory: what must be as it was before it."""
+
+from __future__ import annotations
+
+import random
+import sys
+from typing import Any
+
+import torch
+from torch import nn
+
+from memplan.weights import frozen_weights
+
+_WORDS = ("can't allocate memory", "not enough memory", "out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that device memory ran out, in torch's words or a library's."""
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+        return True
+    return isinstance(error, RuntimeError) and any(word in str(error) for word in _WORDS)
+
+
+class Before:
+    """The state that a forward and backward change: gradients of what is trained, buffers, random numbers."""
+
+    def __init__(self, model: nn.Module) -> None:
+        managed = {id(weight.tensor) for weight in frozen_weights("", model, deep=True)}
+        self._gradients = [(p, _copy(p.grad)) for p in model.parameters() if p.requires_grad]
+        self._buffers = [(b, b.detach().clone()) for b in model.buffers() if id(b) not in managed]
+        self._torch = torch.get_rng_state()
+        self._cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
+        self._python = random.getstate()
+        numpy: Any = sys.modules.get("numpy")
+        self._numpy = None if numpy is None else (numpy.random.set_state, numpy.random.get_state())
+
+    def restore(self) -> None:
+        """Have all of it as it was."""
+        with torch.no_grad():
+            for parameter, gradient in self._gradients:
+                if gradient is None or parameter.grad is None:
+                    parameter.grad = _copy(gradient)
+                else:
+                    parameter.grad.copy_(gradient)
+            for buffer, value in self._buffers:
+                buffer.copy_(value)
+        torch.set_rng_state(self._torch)
+        if self._cuda:
+            torch.cuda.set_rng_state_all(self._cuda)
+        random.setstate(self._python)
+        if self._numpy is not None:
+            put, state = self._numpy
+            put(state)
+
+
+def _copy(gradient: torch.Tensor | None) -> torch.Tensor | None:
+    return None if gradient is None else gradient.detach().clone()
