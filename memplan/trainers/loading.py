@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from memplan import api
 from memplan.checkpoint import StoredTensor
 from memplan.errors import CheckpointError, InputError, ModelError, PlanMismatchError
 from memplan.names import canonical, stored_name
@@ -81,6 +82,7 @@ def load(
             cache=cache,
             verify=verify,
             progress=advance,
+            replan=api.smaller,
         )
     return model.eval()
 

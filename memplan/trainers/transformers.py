@@ -7,6 +7,7 @@ the model with placeholders, and the Trainer that is built gets its plan and its
 from __future__ import annotations
 
 import contextlib
+import copy
 import random
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -22,6 +23,7 @@ from memplan.errors import InputError
 from memplan.program.schema import Plan
 from memplan.run.arena import dtype_of, is_placeholder
 from memplan.run.attach import attach
+from memplan.run.handle import Handle
 from memplan.skeleton import keep_in_float32
 from memplan.trainers.loading import checkpoint_of, fill_trainables, put_placeholders
 
@@ -73,7 +75,8 @@ def wrap(
     """Put a plan to work on a trainer that exists. Return the same trainer, its handle as ``trainer.memplan``.
 
     ``batch``: the largest micro-batch that will come; without it the first that the trainer's loader gives (its random
-    state is put back). ``plan``: one made before. Budgets, ``hardware`` and ``pins`` as in :func:`memplan.plan`.
+    state is put back). A micro-batch that runs out of device memory is done over under a smaller plan
+    (:meth:`memplan.Handle.micro_batch`). ``plan``: one made before. Budgets, ``hardware`` and ``pins`` as in :func:`memplan.plan`.
 
     Raises what ``plan`` and ``attach`` raise; trainer and model then are as they were.
     """
@@ -101,10 +104,21 @@ def wrap(
                 hardware=hardware,
                 pins=pins,
             )
-        handle = attach(model, plan, checkpoint=checkpoint_of(model), checked=checked)
+        handle = attach(model, plan, checkpoint=checkpoint_of(model), checked=checked, replan=api.smaller)
         undo.pop_all()
     trainer.__dict__["memplan"] = handle
+    if not args.auto_find_batch_size:  # the trainer itself then takes a smaller batch
+        trainer.__dict__["training_step"] = _done_over(trainer.training_step, handle)
     return trainer
+
+
+def _done_over(step: Callable[..., torch.Tensor], handle: Handle) -> Callable[..., torch.Tensor]:
+    """Have a trainer's forward and backward done over where memory runs out. It takes the inputs apart: a copy each time."""
+
+    def training_step(model: Any, inputs: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
+        return handle.micro_batch(lambda: step(model, copy.copy(inputs), *args, **kwargs))
+
+    return training_step
 
 
 @contextlib.contextmanager

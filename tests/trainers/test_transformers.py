@@ -199,3 +199,21 @@ def test_options_that_placing_does_not_serve(checkpoint):
             AutoModelForCausalLM.from_pretrained(checkpoint, device_map="auto")
         with pytest.raises(InputError, match="trust_remote_code"):
             LlamaForCausalLM.from_pretrained(checkpoint, trust_remote_code=True)
+
+
+def test_a_step_that_runs_out_of_memory_is_done_over(checkpoint, tmp_path):
+    """Twice, with accumulation: the losses and the adapter's file are the whole run's."""
+    arguments = {"gradient_accumulation_steps": 2}
+    whole = finish(build(checkpoint, tmp_path / "a", **arguments), tmp_path / "a")
+    trainer = build(checkpoint, tmp_path / "b", **arguments)
+    memplan.wrap(trainer, vram="3MiB", ram="1GiB", hardware=CPU)
+    calls = []
+
+    def full(module, args, output):
+        calls.append(1)
+        if len(calls) in (2, 6):
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    trainer.model.get_base_model().model.layers[3].mlp.register_forward_hook(full)
+    assert finish(trainer, tmp_path / "b") == whole
+    assert trainer.memplan.record.recoveries == 2
