@@ -177,7 +177,7 @@ class Handle:
         if self._parts is not None:
             with held_back():
                 self._last = self._measured()
-                self._parts = None
+                self._parts = self.change = self.replan = None
                 self.undo.close()
         return self.model
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from concurrent.futures import wait as wait_for
 from typing import Protocol
 
@@ -23,6 +23,8 @@ from memplan.errors import TransferError
 from memplan.program.schema import STAGING_BYTES, Channel
 from memplan.run.arena import poison
 from memplan.run.disk import Bytes, DiskReader, Extent, copy_bytes
+from memplan.run.interrupts import held_back
+from memplan.run.worker import Worker
 
 DEADLINE_S = 600
 """No wait for a block is longer: what hangs is heard."""
@@ -122,7 +124,7 @@ class CpuTransfers:
     """Worker threads and futures. ``poisoned``: each slot is filled with NaN before it is loaded (checked mode)."""
 
     def __init__(self, *, poisoned: bool = False) -> None:
-        self._channels: dict[str, ThreadPoolExecutor] = {}
+        self._channels: dict[str, Worker] = {}
         self._arrays: dict[int, Bytes] = {}  # each block's slot, made once: to make it runs an operator
         self._poisoned = poisoned
 
@@ -132,10 +134,11 @@ class CpuTransfers:
         array = self._arrays.get(block)
         if array is None:
             array = self._arrays[block] = destination.numpy()
-        pool = self._channels.get(channel)
-        if pool is None:
-            pool = self._channels[channel] = ThreadPoolExecutor(1, thread_name_prefix=f"memplan-{channel}")
-        return pool.submit(self._fill, source, array)
+        worker = self._channels.get(channel)
+        if worker is None:
+            with held_back():
+                worker = self._channels[channel] = Worker(f"memplan-{channel}")
+        return worker.submit(self._fill, source, array)
 
     @staticmethod
     def _fill(source: Source, destination: Bytes) -> None:
@@ -155,12 +158,12 @@ class CpuTransfers:
         return {}
 
     def drain(self) -> None:
-        for pool in self._channels.values():
-            _await(pool.submit(_nothing))
+        for worker in self._channels.values():
+            _await(worker.submit(_nothing))
 
     def close(self) -> None:
-        for pool in self._channels.values():
-            pool.shutdown(wait=True, cancel_futures=True)
+        for worker in self._channels.values():
+            worker.close()
         self._channels.clear()
         self._arrays.clear()
 
@@ -187,7 +190,7 @@ class CudaTransfers:
         self._stream = torch.cuda.Stream(device)
         self._back_stream = torch.cuda.Stream(device)
         self._disk_stream = torch.cuda.Stream(device)
-        self._disk: ThreadPoolExecutor | None = None
+        self._disk: Worker | None = None
         self._ring: list[tuple[torch.Tensor, torch.cuda.Event]] = []
         self._poisoned = poisoned
         self._timed: deque[tuple[int, torch.cuda.Event, torch.cuda.Event]] = deque(maxlen=self._TIMED)
@@ -210,7 +213,8 @@ class CudaTransfers:
             done.record(stream)
             return _CudaTicket(done, None)
         if self._disk is None:
-            self._disk = ThreadPoolExecutor(1, thread_name_prefix="memplan-staging")
+            with held_back():
+                self._disk = Worker("memplan-staging")
         return _CudaTicket(done, self._disk.submit(self._stage, source, destination, free, done))
 
     def _stage(
@@ -267,7 +271,7 @@ class CudaTransfers:
 
     def close(self) -> None:
         if self._disk is not None:
-            self._disk.shutdown(wait=True, cancel_futures=True)
+            self._disk.close()
         self._stream.synchronize()
         self._back_stream.synchronize()
         self._disk_stream.synchronize()

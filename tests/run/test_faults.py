@@ -172,6 +172,7 @@ def test_ctrl_c_at_any_time(tmp_path):
     attach(model, plan, cache=tmp_path).detach()
     attach_s = time.perf_counter() - began
     phases = Counter()
+    gc.collect()  # what others left
     for turn in range(120):
         threads, handle, phase = threading.active_count(), None, "attach"
         delay_s = attach_s * turn / 40 if turn < 40 else attach_s + 0.0007 * (turn - 40)

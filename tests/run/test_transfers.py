@@ -7,6 +7,7 @@ import torch
 
 from memplan.errors import StrayReadError, TransferError
 from memplan.run import install as installing
+from memplan.run.attach import attach
 from memplan.run.clocks import ClockedTransfers
 from memplan.run.conductor import Conductor
 from memplan.run.transfer import CpuTransfers, HostSource
@@ -34,7 +35,7 @@ def test_at_the_first_and_at_the_last_legal_moment(kind, checkpointing, share, t
 def test_off_the_sequence_too(way, tmp_path):
     whole, planned = wandering(way), wandering(way)
     plan = plan_of(wandering(way), 0.9, "all")
-    with installing.attach(planned, plan, cache=tmp_path, checked=True):
+    with attach(planned, plan, cache=tmp_path, checked=True):
         assert_equal(train(whole, "plain", steps=4), train(planned, "plain", steps=4))
         if way != "straight":
             return
@@ -66,7 +67,7 @@ def test_a_conductor_that_lets_two_channels_write_one_slot_is_found(tmp_path, mo
     plan = plan_of(wandering("any"), 0.9, "all")
     assert {item.home for item in plan.items} >= {"host", "disk"}
     with (
-        installing.attach(planned, plan, cache=tmp_path, checked=True),
+        attach(planned, plan, cache=tmp_path, checked=True),
         pytest.raises(TransferError, match=r"the load of .* may overtake the load of .*"),
     ):
         train(planned, "plain", steps=4)
