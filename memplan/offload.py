@@ -89,35 +89,44 @@ def wrap(module: nn.Module, name: str, begin: Callable[[], Call | None]) -> Call
         foreign = around is not None and not getattr(around[0], "is_memplans", False)
         if foreign or not torch.is_grad_enabled() or in_backward():
             return original(*args, **kwargs)
-        call = begin()
-        if call is None:
-            return original(*args, **kwargs)
-        given = {tensor.untyped_storage()._cdata for tensor in tensors_in((args, kwargs)) if _is_plain(tensor)}
-        found: list[weakref.ref[_Saved]] = []
-
-        def pack(tensor: torch.Tensor) -> Any:
-            if not _is_plain(tensor) or tensor.untyped_storage()._cdata in given or call.is_outside(tensor):
-                return around[0](tensor) if around is not None else tensor
-            saved = _Saved(tensor, call, name)
-            found.append(weakref.ref(saved))
-            return saved
-
-        def unpack(packed: Any) -> torch.Tensor:
-            if isinstance(packed, _Saved):
-                return packed.unpacked()
-            value: torch.Tensor = around[1](packed) if around is not None else packed
-            return value
-
-        pack.is_memplans = True  # type: ignore[attr-defined]
+        call: Call | None = None
         try:
-            with saved_tensors_hooks(pack, unpack):
-                output = original(*args, **kwargs)
-            _hand_over(call, found)
+            call = begin()
+            if call is None:
+                return original(*args, **kwargs)
+            return _forward(original, name, call, around, args, kwargs)
         finally:
-            call.ended()
-        return output
+            if call is not None:
+                call.ended()
 
     return replace_forward(module, forward)
+
+
+def _forward(
+    original: Callable[..., Any], name: str, call: Call, around: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Any:
+    """Return what a forward returns; what it saves is the call's."""
+    given = {tensor.untyped_storage()._cdata for tensor in tensors_in((args, kwargs)) if _is_plain(tensor)}
+    found: list[weakref.ref[_Saved]] = []
+
+    def pack(tensor: torch.Tensor) -> Any:
+        if not _is_plain(tensor) or tensor.untyped_storage()._cdata in given or call.is_outside(tensor):
+            return around[0](tensor) if around is not None else tensor
+        saved = _Saved(tensor, call, name)
+        found.append(weakref.ref(saved))
+        return saved
+
+    def unpack(packed: Any) -> torch.Tensor:
+        if isinstance(packed, _Saved):
+            return packed.unpacked()
+        value: torch.Tensor = around[1](packed) if around is not None else packed
+        return value
+
+    pack.is_memplans = True  # type: ignore[attr-defined]
+    with saved_tensors_hooks(pack, unpack):
+        output = original(*args, **kwargs)
+    _hand_over(call, found)
+    return output
 
 
 def _hand_over(call: Call, found: list[weakref.ref[_Saved]]) -> None:
