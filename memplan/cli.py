@@ -78,6 +78,9 @@ def group() -> None:
 @click.option(
     "--hardware", metavar="NAME|FILE", default="auto", show_default=True, help="A profile, or this machine, measured."
 )
+@click.option(
+    "--activations", type=click.Choice(["keep", "recompute", "offload"]), help="Of every layer.  [default: chosen]"
+)
 @click.option("--pin", "pins", multiple=True, metavar="BLOCK=TIER", help="Such as layers.3=device. Repeatable.")
 @click.option("--out", type=click.Path(dir_okay=False, path_type=Path), help="Write the plan to this file.")
 @_JSON
@@ -95,6 +98,7 @@ def plan(
     attention: str,
     optimizer: str,
     hardware: str,
+    activations: str | None,
     pins: tuple[str, ...],
     out: Path | None,
     as_json: bool,
@@ -130,6 +134,7 @@ def plan(
         optimizer=optimizer,
         hardware=hardware,
         pins=tiers,
+        activations=activations,
     )
     if out is not None:
         made.save(out)
