@@ -21,6 +21,7 @@ import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
@@ -136,7 +137,17 @@ def load_once(folder: Path, plan: Path) -> dict[str, float]:
     return found
 
 
-def main() -> None:
+def judge(name: str, found: list[dict[str, float]], budget: dict[str, Any], read_s: float) -> dict[str, Any]:
+    """The case's figures beside its limits."""
+    load_s = statistics.median(one["load_s"] for one in found)
+    rise_bytes = max(one["rise_bytes"] for one in found)
+    limit_bytes = budget["arenas_bytes"] + SLACK
+    holds = rise_bytes <= limit_bytes and load_s <= TIME_LIMIT * read_s
+    figures = {"load_s": load_s, "ratio": load_s / read_s, "rise_bytes": rise_bytes, "limit_bytes": limit_bytes}
+    return {"plan": name, **figures, "holds": holds, **budget}
+
+
+def main() -> int:
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     options.add_argument("--gib", type=float, default=3.0)
     options.add_argument("--pairs", type=int, default=3)
@@ -169,49 +180,21 @@ def main() -> None:
                 "vram_bytes": plan.budgets.vram_bytes,
             }
     read_s = statistics.median(reads)
-    table = Table(
-        title=f"{size_bytes / GIB:.2f} GiB of shards; read once in {read_s:.2f} s ({size_bytes / read_s / 1e9:.2f} GB/s)"
-    )
-    for column in ("plan", "load s", "÷ reading once", "rise of peak RSS", "arenas + 150 MiB", "holds"):
+    result = {"benchmark": "load", "checkpoint_bytes": size_bytes, "read_once_s": read_s, "reads_s": reads}
+    result |= {"cases": [judge(name, found, budgets[name], read_s) for name, found in loads.items()]}
+    table = Table(title=f"{size_bytes / GIB:.2f} GiB of shards, read once in {read_s:.2f} s")
+    for column in ("plan", "load", "÷ reading once", "rise of peak RSS", "limit", "holds"):
         table.add_column(column, justify="left" if column == "plan" else "right")
-    cases = []
-    for name, found in loads.items():
-        load_s = statistics.median(one["load_s"] for one in found)
-        rise = max(one["rise_bytes"] for one in found)
-        limit = budgets[name]["arenas_bytes"] + SLACK
-        holds = rise <= limit and load_s <= TIME_LIMIT * read_s
-        cases.append(
-            {
-                "plan": name,
-                "load_s": load_s,
-                "ratio": load_s / read_s,
-                "rise_bytes": rise,
-                "limit_bytes": limit,
-                "holds": holds,
-                **budgets[name],
-            }
-        )
-        table.add_row(
-            name,
-            f"{load_s:.2f}",
-            f"{load_s / read_s:.2f}",
-            f"{rise / MIB:.0f} MiB",
-            f"{limit / MIB:.0f} MiB",
-            "yes" if holds else "no",
-        )
+    for case in result["cases"]:
+        figures = (f"{case['load_s']:.2f} s", f"{case['ratio']:.2f}")
+        memory = (f"{case['rise_bytes'] / MIB:.0f} MiB", f"{case['limit_bytes'] / MIB:.0f} MiB")
+        table.add_row(case["plan"], *figures, *memory, "yes" if case["holds"] else "no")
     Console().print(table)
-    result = {
-        "benchmark": "load",
-        **about(),
-        "checkpoint_bytes": size_bytes,
-        "read_once_s": read_s,
-        "reads_s": reads,
-        "cases": cases,
-    }
     if given.keep:
-        keep(result)
-    print(json.dumps(result))
+        print(keep(result, "load"))
+    print(json.dumps({**about(), **result}))
+    return 0 if all(case["holds"] for case in result["cases"]) else 1
 
 
 if __name__ == "__main__":
-    main()
+    raise SystemExit(main())

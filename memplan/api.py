@@ -132,7 +132,8 @@ def smaller(plan: Plan, vram_bytes: int) -> Plan:
         fingerprint=plan.fingerprint,
         workload=plan.workload,
         hardware=plan.hardware,
-        activations={module: policy for module, policy in plan.policies().items() if policy == "offload"},
+        pins=plan.pins,
+        activations=plan.asked,
         staging_bytes=STAGING_BYTES,
         notes=plan.notes,
     )

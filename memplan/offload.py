@@ -22,6 +22,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from memplan.errors import RunError
 from memplan.recompute import replace_forward
 from memplan.triggers import in_backward, tensors_in
+from memplan.units import ALIGNMENT_BYTES
 from memplan.weights import is_wrapper_type
 
 
@@ -35,7 +36,7 @@ class Call(Protocol):
         """Keep the whole storage of a tensor; return where in the kept range, or None for no room."""
 
     def give(self, offset_bytes: int, like: Layout) -> torch.Tensor:
-        """Return a tensor over kept bytes."""
+        """Return a tensor of its own, from kept bytes."""
 
     def ended(self) -> None:
         """The forward is over: nothing more is taken."""
@@ -56,25 +57,63 @@ class Layout:
 class _Saved:
     """What autograd holds in place of a saved tensor."""
 
-    __slots__ = ("__weakref__", "call", "layout", "name", "offset_bytes", "tensor", "version")
+    __slots__ = ("__weakref__", "call", "layout", "name", "offset_bytes", "packed", "tensor", "version")
 
-    def __init__(self, tensor: torch.Tensor, call: Call, name: str) -> None:
-        self.tensor: torch.Tensor | None = tensor
-        self.version = tensor._version
+    def __init__(self, tensor: torch.Tensor, call: Call, name: str, packed: Any) -> None:
+        self.tensor: torch.Tensor | None = without_graph(tensor)
+        self.version = version_of(tensor)
         self.call = call
         self.name = name
+        self.packed = packed
+        """What the hooks around made of it, where it is theirs to keep."""
         self.layout: Layout | None = None
         self.offset_bytes = -1
 
-    def unpacked(self) -> torch.Tensor:
+    def unpacked(self, around: Any) -> torch.Tensor:
         if self.layout is not None:
             return self.call.give(self.offset_bytes, self.layout)
-        if self.tensor is None:
-            raise RunError(
-                f"an activation that {self.name} saved for backward was written to afterwards, within the same forward, "
-                "so its gradient would be wrong: make the operation that writes to it out of place"
-            )
+        if self.tensor is None or version_of(self.tensor) != self.version:
+            raise changed(self.name)
+        if self.packed is not None:
+            value: torch.Tensor = around[1](self.packed)
+            return value
         return self.tensor
+
+
+def without_graph(tensor: torch.Tensor) -> torch.Tensor:
+    """Return what a hook may keep of a saved tensor.
+
+    [Note: a circle that no one sees] A module's output that is saved holds its graph, and the graph holds what the hook
+    returned: kept as it is, it would never go where there is no backward.
+    """
+    return tensor if tensor.grad_fn is None else tensor.detach()
+
+
+def version_of(tensor: torch.Tensor) -> int:
+    """Return how often a tensor was written to. torch looks at it itself, but not at what went through hooks."""
+    return 0 if tensor.is_inference() else tensor._version
+
+
+def changed(name: str) -> RunError:
+    """Return the error of a saved tensor that was written to."""
+    return RunError(
+        f"what {name} saved for backward was written to since (an inplace operation), so a gradient would be wrong: make "
+        "that operation out of place, or run the backward before it"
+    )
+
+
+def copy_of(kept: torch.Tensor, like: Layout) -> torch.Tensor:
+    """Return a tensor of its own over the bytes (uint8) of a storage, each where it was to the alignment.
+
+    [Note: a gradient may be what was saved] A backward may return a saved tensor, or write its result there: were it a
+    view of the slot, what comes into the slot next would be the gradient.
+    """
+    item = like.dtype.itemsize
+    first = like.offset * item
+    begin = first // ALIGNMENT_BYTES * ALIGNMENT_BYTES
+    extent = 0 if 0 in like.shape else 1 + sum((n - 1) * step for n, step in zip(like.shape, like.stride, strict=True))
+    own = kept[begin : first + extent * item].clone().view(like.dtype)
+    return own.as_strided(like.shape, like.stride, (first - begin) // item)
 
 
 def wrap(module: nn.Module, name: str, begin: Callable[[], Call | None]) -> Callable[[], None]:
@@ -110,17 +149,14 @@ def _forward(
     found: list[weakref.ref[_Saved]] = []
 
     def pack(tensor: torch.Tensor) -> Any:
-        if not _is_plain(tensor) or tensor.untyped_storage()._cdata in given or call.is_outside(tensor):
-            return around[0](tensor) if around is not None else tensor
-        saved = _Saved(tensor, call, name)
-        found.append(weakref.ref(saved))
-        return saved
+        if _is_plain(tensor) and tensor.untyped_storage()._cdata not in given and not call.is_outside(tensor):
+            saved = _Saved(tensor, call, name, None)
+            found.append(weakref.ref(saved))
+            return saved
+        return _Saved(tensor, call, name, None if around is None else around[0](tensor))
 
-    def unpack(packed: Any) -> torch.Tensor:
-        if isinstance(packed, _Saved):
-            return packed.unpacked()
-        value: torch.Tensor = around[1](packed) if around is not None else packed
-        return value
+    def unpack(packed: _Saved) -> torch.Tensor:
+        return packed.unpacked(around)
 
     pack.is_memplans = True  # type: ignore[attr-defined]
     with saved_tensors_hooks(pack, unpack):
@@ -137,7 +173,7 @@ def _hand_over(call: Call, found: list[weakref.ref[_Saved]]) -> None:
         if saved is None or saved.tensor is None:
             continue
         tensor = saved.tensor
-        if tensor._version != saved.version:
+        if version_of(tensor) != saved.version:
             saved.tensor = None
             continue
         storage = tensor.untyped_storage()
@@ -152,6 +188,9 @@ def _is_plain(tensor: torch.Tensor) -> bool:
     """Whether a tensor is one strided storage that can be moved as bytes."""
     return (
         tensor.layout == torch.strided
+        and not tensor.is_nested
+        and not tensor.is_conj()
+        and not tensor.is_neg()
         and not is_wrapper_type(type(tensor))
         and not tensor.is_quantized
         and tensor.device.type != "meta"

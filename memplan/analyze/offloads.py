@@ -9,7 +9,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import _disable_current_modes
 
 from memplan.analyze.recorder import Recorder
-from memplan.offload import Layout
+from memplan.offload import Layout, copy_of
 from memplan.units import align_up
 
 
@@ -52,8 +52,7 @@ class _Call:
         return offset
 
     def give(self, offset_bytes: int, like: Layout) -> torch.Tensor:
-        values = self._kept[offset_bytes].view(like.dtype)
-        return values.as_strided(like.shape, like.stride, like.offset)
+        return copy_of(self._kept[offset_bytes], like)
 
     def ended(self) -> None:
         self._size_bytes[self._module] = max(self._size_bytes.get(self._module, 0), self._used)

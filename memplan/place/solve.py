@@ -188,6 +188,8 @@ def _plan(
         prediction=prediction,
         staging_bytes=staging,
         notes=notes,
+        pins=dict(problem.pins),
+        asked=dict(problem.activations),
     )
 
 

@@ -192,6 +192,10 @@ class Plan(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     staging_bytes: int
     """Host bytes of the ring through which the disk is read; counted in ``ram``."""
     notes: tuple[str, ...] = ()
+    pins: dict[int, Tier] = {}
+    """Homes that were asked for, by block; the others were chosen."""
+    asked: dict[str, Activations] = {}
+    """Activations that were asked for, by module; the others were chosen."""
 
     def policies(self) -> dict[str, Activations]:
         """Return the activation policy of each recomputable module."""

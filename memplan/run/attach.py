@@ -77,8 +77,8 @@ def attach(
         with held_back():
             undo.callback(lambda: parts.installed.close())
             install(model, parts, handle, triggers, checked=checked)
-        handle.change, handle.replan = change, replan
-        handle.undo = undo.pop_all()
+            handle.change, handle.replan = change, replan
+            handle.undo.enter_context(undo.pop_all())
     return handle
 
 

@@ -15,6 +15,7 @@ from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
 
 from memplan.errors import StrayReadError
+from memplan.offload import changed, version_of, without_graph
 from memplan.recompute import replace_forward
 from memplan.run.arena import Arena
 from memplan.run.clocks import ClockedTransfers
@@ -63,7 +64,9 @@ class CheckedReads:
                 if not self._conductor.is_there(block):
                     raise StrayReadError(self._message(block, "saved for backward"))
                 return ("ours", tensor, block, tensor._version)
-            return ("other", around[0](tensor) if around is not None else tensor)
+            if around is not None:
+                return ("other", around[0](tensor))
+            return ("kept", without_graph(tensor), version_of(tensor))
 
         pack.is_memplans = True  # type: ignore[attr-defined]
         return pack
@@ -71,8 +74,13 @@ class CheckedReads:
     def _unpacker(self, around: Any) -> Callable[[Any], torch.Tensor]:
         def unpack(packed: Any) -> torch.Tensor:
             if packed[0] == "other":
-                value: torch.Tensor = around[1](packed[1]) if around is not None else packed[1]
+                value: torch.Tensor = around[1](packed[1])
                 return value
+            if packed[0] == "kept":
+                if version_of(packed[1]) != packed[2]:
+                    raise changed("a module")
+                kept: torch.Tensor = packed[1]
+                return kept
             _, tensor, block, version = packed
             self.checked += 1
             if not self._conductor.is_there(block):

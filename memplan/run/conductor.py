@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from memplan.errors import RunError
+from memplan.errors import MemplanError, RunError
 from memplan.program.record import BlockRecord, RunRecord
 from memplan.program.schema import SCHEMA_VERSION, Channel, Plan
 from memplan.run.offloads import Offloaded, Offloads
@@ -94,8 +94,8 @@ class _Lock:
                 raise
             self._torn = False
 
-    def __exit__(self, kind: object, error: object, trace: object) -> None:
-        if kind is not None:
+    def __exit__(self, kind: type[BaseException] | None, error: object, trace: object) -> None:
+        if kind is not None and not issubclass(kind, MemplanError):  # a refusal has changed nothing
             self._torn = True
         self._lock.release()
 
@@ -167,7 +167,7 @@ class Conductor:
                     f"a backward came to {module} {self._paused or 'after detach()'}, but its forward was before: what it "
                     "read is no longer there. Finish the backward first"
                 )
-            if torch.is_grad_enabled() and self._streamed:
+            if torch.is_grad_enabled() and (self._streamed or self.offloads.by_key):
                 raise RunError(
                     "a backward that can itself be differentiated (create_graph=True) came to "
                     f"{module}: it reads weights again later, which no trigger would see. Pin all blocks to the device"

@@ -94,7 +94,8 @@ class Handle:
         been. ``run`` is called again, up to ``tries`` times, so it must not consume what it was given, and must not step
         an optimizer: that cannot be undone. What a record counts begins anew with each plan; ``recoveries`` goes on.
 
-        For a moment RAM holds what was on the device. Raises RunError where no smaller plan is left.
+        A copy of the gradients of what is trained is held meanwhile, beside what the plan counts (on CUDA in RAM). While
+        the plan is changed RAM holds what was on the device. Raises RunError where no smaller plan is left.
         """
         if self._parts is None or self.replan is None:
             return run()
@@ -103,17 +104,20 @@ class Handle:
             try:
                 return run()
             except Exception as error:
-                if not is_out_of_memory(error) or not tries:
+                if not is_out_of_memory(error):
+                    raise
+                if not tries:
+                    before.restore()
                     raise
                 said = (str(error).splitlines() or [type(error).__name__])[0]
                 traceback.clear_frames(error.__traceback__)
             # Outside of the except block: the error is gone, and with it all that its frames held.
             tries -= 1
-            self._take_less(said)
             before.restore()
+            self._take_less(said)
 
     def _take_less(self, said: str) -> None:
-        """Go on under a plan that takes less vram. Raises RunError, the model detached, where there is none."""
+        """Go on under a plan that takes less vram. Raises RunError where there is none."""
         parts = self._parts
         assert parts is not None
         assert self.replan is not None
@@ -129,7 +133,6 @@ class Handle:
                     "end what else uses the device, or use a smaller micro-batch"
                 ) from None
             plan = self.replan(self.plan, least)
-        parts.conductor.pause("while its plan is changed")
         gc.collect()
         self.change(plan)
         if parts.device.type == "cuda":

@@ -37,7 +37,7 @@ def install(
         undo.callback(transfers.close)
         if checked:
             transfers = ClockedTransfers(transfers, _names(plan))
-        offloaded = offloaded_activations(plan, triggers, parts.arena, parts.host)
+        offloaded = offloaded_activations(plan, triggers, parts.arena, parts.host, parts.rooms)
         _rivals([*parts.streamed.values(), *offloaded.values()])
         parts.conductor = Conductor(plan, parts.streamed, transfers, offloaded, parts.arena.bytes)
         undo.callback(parts.conductor.close)

@@ -19,6 +19,13 @@ from memplan.weights import Weight, own_weights, unready
 
 def require_supported(plan: Plan) -> None:
     """Refuse what the contract allows and this runtime does not do yet."""
+    for tier in ("device", "host"):
+        segments = [segment for arena in plan.arenas if arena.tier == tier for segment in arena.segments]
+        if len(segments) > 1 or any(segment.offset_bytes for segment in segments):
+            raise PlanMismatchError(
+                f"the plan's {tier} arena has {len(segments)} parts, and this version runs one that begins at 0: make the "
+                "plan again with this version"
+            )
     for stay in plan.residences:
         item = plan.items[stay.item]
         if item.kind == "boundary" or (item.kind == "weights" and stay.source.startswith("residence:")):

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from memplan.errors import RunError
-from memplan.offload import Layout
+from memplan.offload import Layout, copy_of
 from memplan.program.schema import Address, Plan
 from memplan.run.arena import Arena
 from memplan.run.clocks import ClockedTransfers
@@ -35,6 +35,7 @@ class Offloaded:
     module: str
     part: torch.Tensor
     """Its byte range of the device arena: its one address."""
+    size_bytes: int
     host: torch.Tensor | None
     """Its byte range of the host arena; None where the plan leaves it in its slot."""
     outside: frozenset[int]
@@ -59,10 +60,10 @@ class Offloaded:
 
 
 def offloaded_activations(
-    plan: Plan, modules: Mapping[str, nn.Module], arena: Arena, host: Arena | None
+    plan: Plan, modules: Mapping[str, nn.Module], arena: Arena, host: Arena | None, rooms: dict[str, torch.Tensor]
 ) -> dict[int, Offloaded]:
     """Return what the plan offloads, by key. ``modules``: its trigger modules by name. ``host``: the plan's host arena;
-    None: each has memory of its own there.
+    None: each has memory of its own there. ``rooms``: what they had there before, by module; what they have is put there.
     """
     tiers = {arena.id: arena.tier for arena in plan.arenas}
     found: dict[int, Offloaded] = {}
@@ -71,23 +72,29 @@ def offloaded_activations(
             continue
         places = {tiers[a.arena]: a for a in plan.addresses if a.item == item.id}
         module, away = modules[item.module], places.get("host")
-        still = (*module.parameters(), *module.buffers(), *small_tensors(module))
+        small = (tensor for inner in module.modules() for tensor in small_tensors(inner))
+        still = (*module.parameters(), *module.buffers(), *small)
         key = offload_key(plan, item.id)
         found[key] = Offloaded(
             key=key,
             module=item.module,
             part=arena.part(places["device"].offset_bytes, item.size_bytes),
-            host=None if away is None else _waiting_room(away, arena, host),
+            size_bytes=item.size_bytes,
+            host=None if away is None else _room(away, item.module, arena, host, rooms),
             outside=frozenset(part.untyped_storage().data_ptr() for held in still for part in plain_parts(held)),
         )
     return found
 
 
-def _waiting_room(away: Address, arena: Arena, host: Arena | None) -> torch.Tensor:
-    """Return the bytes on the host at an address."""
-    if host is not None:
-        return host.part(away.offset_bytes, away.size_bytes)
-    return Arena(away.size_bytes, torch.device("cpu"), pinned=arena.bytes.device.type == "cuda").bytes
+def _room(away: Address, module: str, arena: Arena, host: Arena | None, rooms: dict[str, torch.Tensor]) -> torch.Tensor:
+    """Return a module's bytes on the host."""
+    if module not in rooms:
+        if host is not None:
+            rooms[module] = host.part(away.offset_bytes, away.size_bytes)
+        else:
+            pinned = arena.bytes.device.type == "cuda"
+            rooms[module] = Arena(away.size_bytes, torch.device("cpu"), pinned=pinned).bytes
+    return rooms[module]
 
 
 class _Call:
@@ -117,11 +124,8 @@ class _Call:
 
     def give(self, offset_bytes: int, like: Layout) -> torch.Tensor:
         self._offloads.bring(self, self._held)
-        part = self._held.part
         with torch.inference_mode(False), torch.no_grad():
-            first = (part.storage_offset() + offset_bytes) // like.dtype.itemsize + like.offset
-            value = torch.empty(0, dtype=like.dtype, device=part.device)
-            return value.set_(part.untyped_storage(), first, like.shape, like.stride)
+            return copy_of(self._held.part[offset_bytes:], like)
 
     def ended(self) -> None:
         self._held.crowded += self._crowded
@@ -253,7 +257,7 @@ class Offloads:
 
     @property
     def stored_bytes(self) -> int:
-        return sum(held.stored * held.part.numel() for held in self.by_key.values())
+        return sum(held.stored * held.size_bytes for held in self.by_key.values())
 
     @property
     def crowded(self) -> int:
@@ -270,5 +274,10 @@ class Offloads:
         """Bring and take nothing any more; what is on its way is waited for."""
         self._closed = True
         for held in self.by_key.values():
-            self._clear(held)
+            for ticket, key in ((held.load, held.key), (held.store, held.key + 1)):
+                if ticket is not None:
+                    self._transfers.wait(ticket, key)
+            held.load = held.store = None
+            held.part = held.part[:0]  # a graph that is still alive must not keep the arenas
+            held.host = None
         self._evict = _nothing  # it belongs to who owns this: no circle is left

@@ -29,8 +29,6 @@ class Parts:
     """What a model under a plan runs on."""
 
     arena: Arena
-    host_bytes: int
-    """Of the plan: arena and staging."""
     plan: Plan
 
     def __init__(self, plan: Plan, device: torch.device, weights: Mapping[str, Weight]) -> None:
@@ -39,6 +37,8 @@ class Parts:
         host_bytes = sum(a.size_bytes for a in plan.arenas if a.tier == "host")
         self.host: Arena | None = Arena(host_bytes, torch.device("cpu"), pinned=device.type == "cuda")
         """None once another plan was taken over: what is on the host then lies where it can."""
+        self.rooms: dict[str, torch.Tensor] = {}
+        """Where offloaded activations wait on the host, by module."""
         self.take_over(plan)
         self.reader = DiskReader()
         self.placeholders = Placeholders(device)
@@ -49,12 +49,20 @@ class Parts:
         self.installed = Undo()
         """What unhooks the model and ends the transfers."""
 
+    @property
+    def host_bytes(self) -> int:
+        """What lies in RAM for the plan: every allocation that anything of it is in, and staging."""
+        held = [*self.rooms.values()]
+        for block, home in self.homes.items():
+            if isinstance(home.source, HostSource) and self.plan.home_of(block) == "host":
+                held.append(home.source.part)
+        storages = {tensor.untyped_storage()._cdata: tensor.untyped_storage().nbytes() for tensor in held}
+        on_disk = any(item.home == "disk" for item in self.plan.items)
+        return sum(storages.values()) + (STAGING_BYTES if on_disk else 0)
+
     def take_over(self, plan: Plan) -> None:
-        """Have the arena of ``plan``, and its counts. Raises RunError where it cannot be had."""
-        sizes = {tier: sum(a.size_bytes for a in plan.arenas if a.tier == tier) for tier in ("device", "host")}
-        self.arena = Arena(sizes["device"], self.device)
-        on_disk = any(item.home == "disk" for item in plan.items)
-        self.host_bytes = sizes["host"] + (STAGING_BYTES if on_disk else 0)
+        """Have the device arena of ``plan``. Raises RunError where it cannot be had."""
+        self.arena = Arena(sum(a.size_bytes for a in plan.arenas if a.tier == "device"), self.device)
         self.plan = plan
 
     def kept(self) -> dict[int, Callable[[], torch.Tensor]]:
@@ -147,7 +155,7 @@ def resettle(parts: Parts, plan: Plan, files: Files) -> None:
     pinned = parts.device.type == "cuda"
     for index, home in parts.homes.items():
         if index not in parts.streamed:
-            home.source = HostSource(_on_host(home, pinned))
+            home.source = HostSource(_on_host(home, pinned and plan.home_of(index) == "host"))
             for tensor in home.block.tensors:
                 parts.weights[tensor.name].point(parts.placeholders.of(tensor.shape, dtype_of(tensor.dtype)))
     parts.streamed.clear()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 import sys
-from typing import Any
+from typing import Any, overload
 
 import torch
 from torch import nn
@@ -27,7 +27,12 @@ class Before:
     def __init__(self, model: nn.Module) -> None:
         managed = {id(weight.tensor) for weight in frozen_weights("", model, deep=True)}
         self._gradients = [(p, _copy(p.grad)) for p in model.parameters() if p.requires_grad]
-        self._buffers = [(b, b.detach().clone()) for b in model.buffers() if id(b) not in managed]
+        self._buffers = [
+            (module, name, buffer, _copy(buffer))
+            for module in model.modules()
+            for name, buffer in module._buffers.items()
+            if buffer is not None and id(buffer) not in managed
+        ]
         self._torch = torch.get_rng_state()
         self._cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
         self._python = random.getstate()
@@ -38,12 +43,15 @@ class Before:
         """Have all of it as it was."""
         with torch.no_grad():
             for parameter, gradient in self._gradients:
-                if gradient is None or parameter.grad is None:
-                    parameter.grad = _copy(gradient)
+                if gradient is None:
+                    parameter.grad = None
+                elif parameter.grad is None:
+                    parameter.grad = gradient.to(parameter.device, copy=True)
                 else:
                     parameter.grad.copy_(gradient)
-            for buffer, value in self._buffers:
+            for module, name, buffer, value in self._buffers:
                 buffer.copy_(value)
+                module._buffers[name] = buffer  # a forward may have put another in its place
         torch.set_rng_state(self._torch)
         if self._cuda:
             torch.cuda.set_rng_state_all(self._cuda)
@@ -53,5 +61,12 @@ class Before:
             put(state)
 
 
-def _copy(gradient: torch.Tensor | None) -> torch.Tensor | None:
-    return None if gradient is None else gradient.detach().clone()
+@overload
+def _copy(tensor: None) -> None: ...
+@overload
+def _copy(tensor: torch.Tensor) -> torch.Tensor: ...
+def _copy(tensor: torch.Tensor | None) -> torch.Tensor | None:
+    """Return a copy, in RAM where the tensor lies on a CUDA device: in the stream's order, without waiting for it."""
+    if tensor is None or tensor.device.type != "cuda":
+        return None if tensor is None else tensor.detach().clone()
+    return torch.empty_like(tensor, device="cpu", pin_memory=True).copy_(tensor.detach(), non_blocking=True)

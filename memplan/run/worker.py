@@ -29,6 +29,8 @@ class Worker:
 
     def submit(self, job: Callable[..., None], *args: Any) -> Future[None]:
         """Have ``job(*args)`` done after all that was submitted before."""
+        if not self._end.alive:
+            raise RuntimeError("a job was given to a thread that has ended")
         done: Future[None] = Future()
         self._jobs.put((job, args, done))
         return done

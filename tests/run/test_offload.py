@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import gc
+import weakref
 
 import pytest
 import torch
+from msgspec.structs import replace
 from torch import nn
 
 import memplan
-from memplan.errors import InputError, PlanCheckError, RunError
+from memplan.errors import InputError, PlanCheckError, PlanMismatchError, RunError
 from memplan.program.check import check
+from memplan.program.schema import Arena
 from memplan.run import install as install_module
 from memplan.run.attach import attach
+from memplan.run.matching import require_supported
 from tests.run import adversary
 from tests.run.test_memory import counted_step
 from tests.run.test_parity import compare, plan_for
@@ -293,8 +297,6 @@ def test_host_room_for_activations_is_counted():
 
 
 def changed(plan, index, **fields):
-    from msgspec.structs import replace
-
     stays = list(plan.residences)
     stays[index] = replace(stays[index], **fields)
     return replace(plan, residences=tuple(stays))
@@ -338,3 +340,162 @@ def test_a_plan_with_offloads_goes_through_a_file(tmp_path):
     (tmp_path / "plan.json").write_text(text)
     with pytest.raises(PlanCheckError, match="are offloaded 0 times, by 1 items"):
         memplan.Plan.load(tmp_path / "plan.json")
+
+
+# ---- traps -----------------------------------------------------------------------------------------------------------
+
+
+class Trap(nn.Module):
+    """A stack of layers with a frozen and a trained part, and a trick of its own."""
+
+    def __init__(self, trick, depth=6):
+        super().__init__()
+        torch.manual_seed(0)
+        self.layers = nn.ModuleList(trick() for _ in range(depth))
+
+    def forward(self, x):
+        for layer in self.layers:
+            x = layer(x)
+        return x.sum()
+
+
+class Base(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.frozen = nn.Linear(16, 16)
+        self.frozen.requires_grad_(False)
+        self.trained = nn.Linear(16, 16)
+
+
+class Complex(Base):
+    """Saves a tensor that is conjugated by a bit, not in its bytes."""
+
+    def forward(self, x):
+        h = self.frozen(x)
+        product = torch.fft.rfft(self.trained(h)) * torch.fft.rfft(h * 2 + x).conj()
+        return torch.tanh(x + torch.fft.irfft(product * product.conj(), n=16))
+
+
+class SavesItsGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight):
+        gradient = x.t() @ torch.ones_like(x)
+        ctx.save_for_backward(gradient, torch.tanh(x) + 0.5)
+        return x @ weight.t()
+
+    @staticmethod
+    def backward(ctx, given):
+        gradient, slope = ctx.saved_tensors
+        slope.mul_(given)  # in place, and handed on
+        return slope, gradient  # what was saved is the gradient
+
+
+class ReturnsWhatItSaved(Base):
+    def forward(self, x):
+        return SavesItsGradient.apply(torch.sin(self.frozen(x)), self.trained.weight) + self.trained.bias
+
+
+@pytest.mark.parametrize("checked", [False, True], ids=["plain", "checked"])
+@pytest.mark.parametrize("trick", [Complex, ReturnsWhatItSaved])
+def test_tricks(trick, checked):
+    batch = {"x": torch.randn(4, 16, generator=torch.Generator().manual_seed(1))}
+
+    def run(model):
+        for _ in range(2):
+            model(**batch).backward()
+        return gradients(model)
+
+    expected = run(Trap(trick))
+    model = Trap(trick)
+    plan = memplan.plan(model, batch, vram="1GiB", ram="1GiB", activations="offload", hardware=CPU, loss=lambda x: x)
+    with memplan.attach(model, plan, checked=checked) as handle:
+        same(expected, run(model))
+        assert handle.record.offloaded_bytes > 0
+
+
+def test_a_backward_to_be_differentiated_is_refused_with_no_block_streamed():
+    model = make("llama")
+    plan = memplan.plan(model, batch_of("llama"), vram="1GiB", ram="1GiB", activations="offload", hardware=CPU)
+    assert {item.home for item in plan.items if item.kind == "weights"} == {"device"}
+    with memplan.attach(model, plan):
+        trained = [p for p in model.parameters() if p.requires_grad]
+        with pytest.raises(RunError, match="create_graph"):
+            torch.autograd.grad(model(**batch_of("llama")).loss, trained, create_graph=True)
+
+
+class AddsInPlace(Base):
+    """Saves what it was given, and then writes to it."""
+
+    spoils = False
+
+    def forward(self, x):
+        result = x * torch.sigmoid(self.trained(self.frozen(x)))
+        if self.spoils:
+            x.add_(1)
+        return result
+
+
+@pytest.mark.parametrize("checked", [False, True], ids=["plain", "checked"])
+def test_an_input_that_is_written_to_is_heard(checked):
+    batch = {"x": torch.randn(4, 16)}
+    model = Trap(AddsInPlace)
+    plan = memplan.plan(model, batch, vram="1GiB", ram="1GiB", activations="offload", hardware=CPU, loss=lambda x: x)
+    model.layers[2].spoils = True
+    with pytest.raises(RuntimeError, match="inplace operation"):
+        model(**batch).backward()
+    with memplan.attach(model, plan, checked=checked), pytest.raises(RuntimeError, match="inplace operation"):
+        model(**batch).backward()
+
+
+def test_an_adapter_that_is_stepped_before_its_backward_is_heard(tmp_path):
+    model, handle = attached(tmp_path)
+    with handle:
+        loss = model(**batch_of("llama")).loss
+        with torch.no_grad():
+            for parameter in model.parameters():
+                if parameter.requires_grad:
+                    parameter.mul_(1.5)
+        with pytest.raises(RuntimeError, match="inplace operation"):
+            loss.backward()
+
+
+@pytest.mark.parametrize("checked", [False, True], ids=["plain", "checked"])
+def test_a_forward_that_fails_leaves_nothing(checked, tmp_path):
+    """Its graph goes, its places are free again, and after detach so are the arenas."""
+
+    def fail(*args):
+        raise ValueError("not ours")
+
+    model, handle = attached(tmp_path, checked=checked)
+    arena = weakref.ref(handle._parts.arena.bytes)
+    for inside in ("mlp", "mlp.down_proj"):
+        hook = model.get_base_model().model.layers[3].get_submodule(inside).register_forward_hook(fail)
+        with pytest.raises(ValueError, match="not ours"):
+            model(**batch_of("llama"))
+        hook.remove()
+    long = model(**batch_of("llama", length=40)).loss
+    del long
+    before = handle.record.crowded
+    model(**batch_of("llama")).loss.backward()
+    assert handle.record.crowded == before
+    handle.detach()
+    gc.collect()
+    assert arena() is None
+
+
+def test_a_refusal_inside_materialise_takes_nothing_away(tmp_path):
+    model, handle = attached(tmp_path)
+    with handle, memplan.materialise(model):
+        with pytest.raises(RunError, match="only read"):
+            model(**batch_of("llama"))
+        assert handle.record.passes == 0
+        assert not any(p.isnan().any() for p in model.parameters())
+
+
+def test_more_arenas_than_this_version_runs_are_refused():
+    plan = planned()
+    other = replace(
+        plan, arenas=(*plan.arenas, Arena(id=len(plan.arenas), tier="device", segments=plan.arenas[0].segments))
+    )
+    with pytest.raises(PlanMismatchError, match="arena has 2 parts"):
+        require_supported(other)

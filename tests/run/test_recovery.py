@@ -169,6 +169,67 @@ def test_tries_are_bounded_and_other_errors_are_not_ours(tmp_path):
         assert handle.recoveries == 2
 
 
+class Counts(nn.Module):
+    """A buffer that each forward puts another in the place of."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("seen", torch.zeros(()))
+
+    def forward(self, x):
+        self.seen = self.seen + 1
+        return x
+
+
+def test_what_was_before_is_there_again(tmp_path):
+    """Also where nothing smaller is left: gradients, buffers that were replaced, random numbers."""
+    model = make("llama", dropout=0.2)
+    counts = Counts()
+    model.get_base_model().model.norm.register_module("counts", counts)
+    plan = plan_for(model, "llama", share=0.0)
+    with attach(model, plan, cache=tmp_path, replan=smaller) as handle:
+        loss_of(model(**batch_of("llama"))).backward()
+        gradients = [p.grad.clone() for p in model.parameters() if p.requires_grad]
+        state = torch.get_rng_state()
+
+        def run():
+            counts(torch.ones(()))
+            loss_of(model(**batch_of("llama", seed=1))).backward()
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+
+        for tries in (0, 3):
+            with pytest.raises(RuntimeError):
+                handle.micro_batch(run, tries=tries)
+            after = [p.grad for p in model.parameters() if p.requires_grad]
+            assert all(torch.equal(a, b) for a, b in zip(gradients, after, strict=True))
+            assert torch.equal(state, torch.get_rng_state())
+            assert counts.seen == 0
+
+
+def test_pins_and_what_was_asked_for_stay():
+    model = make("llama")
+    asked = {"pins": {"layers.4": "device"}, "activations": {"layers.5": "keep", "layers.2": "offload"}}
+    plan = memplan.plan(model, batch_of("llama"), vram="1GiB", ram="1GiB", hardware=CPU, **asked)
+    with pytest.raises(memplan.DoesNotFitError) as caught:
+        smaller(plan, 1)
+    least = smaller(plan, caught.value.least_vram_bytes)
+    block = next(b.id for b in plan.table.blocks if b.name == "model.layers.4")
+    assert least.home_of(block) == "device"
+    assert least.policies()["model.layers.5"] == "keep"
+    assert least.policies()["model.layers.2"] == "offload"
+
+
+def test_ram_is_counted_after_it_too(tmp_path):
+    model = make("llama")
+    with attach(model, plan_for(model, "llama", share=0.6, offload="all"), cache=tmp_path, replan=smaller) as handle:
+        before = handle.record.ram_peak_bytes
+        rooms = {name: room.data_ptr() for name, room in handle._parts.rooms.items()}
+        trained(model, handle, at={0: 200})
+        assert handle.record.ram_peak_bytes >= before
+        kept = handle._parts.rooms
+        assert all(kept[name].data_ptr() == address for name, address in rooms.items())
+
+
 def test_without_the_way_to_a_smaller_plan_the_error_is_torchs_own(tmp_path):
     model = make("llama")
     with attach(model, plan_for(model, "llama"), cache=tmp_path) as handle, pytest.raises(torch.OutOfMemoryError):
