@@ -17,10 +17,16 @@ from typing import Any, Protocol
 
 import torch
 from torch import nn
-from torch.autograd.graph import saved_tensors_hooks
 
 from memplan.errors import RunError
-from memplan.recompute import replace_forward
+from memplan.recompute import (
+    are_memplans,
+    drop_hooks_that_stayed,
+    hooks_around,
+    replace_forward,
+    run_hooked,
+    without_graph,
+)
 from memplan.triggers import in_backward, tensors_in
 from memplan.units import ALIGNMENT_BYTES
 from memplan.weights import is_wrapper_type
@@ -80,15 +86,6 @@ class _Saved:
         return self.tensor
 
 
-def without_graph(tensor: torch.Tensor) -> torch.Tensor:
-    """Return what a hook may keep of a saved tensor.
-
-    [Note: a circle that no one sees] A module's output that is saved holds its graph, and the graph holds what the hook
-    returned: kept as it is, it would never go where there is no backward.
-    """
-    return tensor if tensor.grad_fn is None else tensor.detach()
-
-
 def version_of(tensor: torch.Tensor) -> int:
     """Return how often a tensor was written to. torch looks at it itself, but not at what went through hooks."""
     return 0 if tensor.is_inference() else tensor._version
@@ -124,8 +121,9 @@ def wrap(module: nn.Module, name: str, begin: Callable[[], Call | None]) -> Call
     original = module.forward
 
     def forward(*args: Any, **kwargs: Any) -> Any:
-        around: Any = torch._C._autograd._top_saved_tensors_default_hooks(True)
-        foreign = around is not None and not getattr(around[0], "is_memplans", False)
+        drop_hooks_that_stayed()
+        around = hooks_around()
+        foreign = around is not None and not are_memplans(around)
         if foreign or not torch.is_grad_enabled() or in_backward():
             return original(*args, **kwargs)
         call: Call | None = None
@@ -158,9 +156,7 @@ def _forward(
     def unpack(packed: _Saved) -> torch.Tensor:
         return packed.unpacked(around)
 
-    pack.is_memplans = True  # type: ignore[attr-defined]
-    with saved_tensors_hooks(pack, unpack):
-        output = original(*args, **kwargs)
+    output = run_hooked(lambda: original(*args, **kwargs), pack, unpack)
     _hand_over(call, found)
     return output
 

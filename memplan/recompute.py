@@ -32,6 +32,58 @@ def wrap(module: nn.Module) -> Callable[[], None]:
     return replace_forward(module, forward)
 
 
+def run_hooked(
+    function: Callable[[], Any], pack: Callable[[torch.Tensor], Any], unpack: Callable[[Any], torch.Tensor]
+) -> Any:
+    """Return ``function()``, run under saved-tensor hooks of memplan's own.
+
+    [Note: hooks that stay] torch's hooks lie on a stack of the thread's. A Ctrl-C in the moment in which they come off
+    would leave them there for good; then they hand everything on as it is, and the next ones to come or go drop them.
+    """
+    live = [True]
+
+    def packing(tensor: torch.Tensor) -> tuple[bool, Any]:
+        return (True, pack(tensor)) if live[0] else (False, without_graph(tensor))
+
+    def unpacking(packed: tuple[bool, Any]) -> torch.Tensor:
+        value: torch.Tensor = unpack(packed[1]) if packed[0] else packed[1]
+        return value
+
+    packing.live = live  # type: ignore[attr-defined]
+    drop_hooks_that_stayed()
+    try:
+        torch._C._autograd._push_saved_tensors_default_hooks(packing, unpacking)
+        return function()
+    finally:
+        live[0] = False
+        drop_hooks_that_stayed()
+
+
+def drop_hooks_that_stayed() -> None:
+    """Take memplan's hooks that are over off the thread's stack."""
+    while (top := hooks_around()) is not None and getattr(top[0], "live", None) == [False]:
+        torch._C._autograd._pop_saved_tensors_default_hooks()
+
+
+def hooks_around() -> Any:
+    """Return the saved-tensor hooks at work, packing and unpacking, or None."""
+    return torch._C._autograd._top_saved_tensors_default_hooks(True)
+
+
+def are_memplans(hooks: Any) -> bool:
+    """Whether hooks are memplan's own."""
+    return hasattr(hooks[0], "live")
+
+
+def without_graph(tensor: torch.Tensor) -> torch.Tensor:
+    """Return what a hook may keep of a saved tensor.
+
+    [Note: a circle that no one sees] A module's output that is saved holds its graph, and the graph holds what the hook
+    returned: kept as it is, it would never go where there is no backward.
+    """
+    return tensor if tensor.grad_fn is None else tensor.detach()
+
+
 def replace_forward(module: nn.Module, forward: Callable[..., Any]) -> Callable[[], None]:
     """Have this one module run ``forward``; return what undoes it."""
     had = module.__dict__.get("forward")

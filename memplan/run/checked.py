@@ -12,11 +12,10 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.autograd.graph import saved_tensors_hooks
 
 from memplan.errors import StrayReadError
-from memplan.offload import changed, version_of, without_graph
-from memplan.recompute import replace_forward
+from memplan.offload import changed, version_of
+from memplan.recompute import drop_hooks_that_stayed, hooks_around, replace_forward, run_hooked, without_graph
 from memplan.run.arena import Arena
 from memplan.run.clocks import ClockedTransfers
 from memplan.run.conductor import Conductor, Streamed
@@ -46,9 +45,10 @@ class CheckedReads:
         def forward(*args: Any, **kwargs: Any) -> Any:
             for block in own:
                 self._transfers.read(block, "read in forward")
-            around = torch._C._autograd._top_saved_tensors_default_hooks(True)
-            with saved_tensors_hooks(self._packer(around, blocks), self._unpacker(around)):
-                return original(*args, **kwargs)
+            drop_hooks_that_stayed()
+            around = hooks_around()
+            hooks = self._packer(around, blocks), self._unpacker(around)
+            return run_hooked(lambda: original(*args, **kwargs), *hooks)
 
         self._undo.append(replace_forward(module, forward))
 
@@ -68,7 +68,6 @@ class CheckedReads:
                 return ("other", around[0](tensor))
             return ("kept", without_graph(tensor), version_of(tensor))
 
-        pack.is_memplans = True  # type: ignore[attr-defined]
         return pack
 
     def _unpacker(self, around: Any) -> Callable[[Any], torch.Tensor]:

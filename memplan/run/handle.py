@@ -17,6 +17,7 @@ from torch import nn
 from memplan.errors import DoesNotFitError, RunError
 from memplan.program.record import RunRecord
 from memplan.program.schema import Plan
+from memplan.recompute import drop_hooks_that_stayed
 from memplan.run.guard import guard_of
 from memplan.run.interrupts import held_back
 from memplan.run.parts import Parts
@@ -182,6 +183,7 @@ class Handle:
                 self._last = self._measured()
                 self._parts = self.change = self.replan = None
                 self.undo.close()
+                drop_hooks_that_stayed()
         return self.model
 
     def __enter__(self) -> Handle:
