@@ -6,6 +6,8 @@ forwards are counted. Every case runs plain and in the checked mode.
 
 from __future__ import annotations
 
+import re
+
 import pytest
 
 from memplan.analyze.trace import analyze
@@ -72,13 +74,22 @@ def compare(
 
 
 def assert_forwards(whole, planned, recomputed, steps):
-    """Each leaf ran as often as in the whole run, and once more a pass where memplan recomputes its layer."""
+    """Each layer ran as often as in the whole run, and once more a pass where memplan recomputes it.
+
+    Not each leaf of it: a recompute stops once it has all that is wanted, and the last leaf may save nothing but a frozen
+    weight, which the checked mode keeps out of the checkpoint's sight.
+    """
     from memplan.names import canonical
 
     assert whole.forwards.keys() == planned.forwards.keys()
+    as_often = {}
     for name, count in whole.forwards.items():
         extra = any(canonical(name).startswith(module + ".") for module in recomputed)
-        assert planned.forwards[name] == count + (steps if extra else 0), name
+        expected = count + (steps if extra else 0)
+        layer = next((name[: found.end()] for found in re.finditer(r"\.\d+\b", name)), name)
+        assert planned.forwards[name] <= expected, name
+        as_often[layer] = as_often.get(layer, False) or planned.forwards[name] == expected
+    assert all(as_often.values()), as_often
 
 
 @pytest.mark.parametrize("checked", [False, True], ids=["plain", "checked"])
