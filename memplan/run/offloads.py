@@ -278,6 +278,6 @@ class Offloads:
                 if ticket is not None:
                     self._transfers.wait(ticket, key)
             held.load = held.store = None
-            held.part = held.part[:0]  # a graph that is still alive must not keep the arenas
+            held.part = held.part.new_empty(0)  # a graph that is still alive must not keep the arenas
             held.host = None
         self._evict = _nothing  # it belongs to who owns this: no circle is left

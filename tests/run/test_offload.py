@@ -467,7 +467,7 @@ def test_a_forward_that_fails_leaves_nothing(checked, tmp_path):
         raise ValueError("not ours")
 
     model, handle = attached(tmp_path, checked=checked)
-    arena = weakref.ref(handle._parts.arena.bytes)
+    arena = weakref.ref(handle._parts.arena.bytes.untyped_storage())
     for inside in ("mlp", "mlp.down_proj"):
         hook = model.get_base_model().model.layers[3].get_submodule(inside).register_forward_hook(fail)
         with pytest.raises(ValueError, match="not ours"):

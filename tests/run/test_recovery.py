@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import weakref
 
 import numpy as np
 import pytest
@@ -223,8 +224,12 @@ def test_ram_is_counted_after_it_too(tmp_path):
     model = make("llama")
     with attach(model, plan_for(model, "llama", share=0.6, offload="all"), cache=tmp_path, replan=smaller) as handle:
         before = handle.record.ram_peak_bytes
+        arena = weakref.ref(handle._parts.arena.bytes.untyped_storage())
+        change, gone = handle.change, []
+        handle.change = lambda plan: (change(plan), gone.append(arena() is None))
         rooms = {name: room.data_ptr() for name, room in handle._parts.rooms.items()}
         trained(model, handle, at={0: 200})
+        assert gone == [True]
         assert handle.record.ram_peak_bytes >= before
         kept = handle._parts.rooms
         assert all(kept[name].data_ptr() == address for name, address in rooms.items())
