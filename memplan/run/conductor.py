@@ -20,8 +20,9 @@ import torch
 from memplan.errors import MemplanError, RunError
 from memplan.program.record import BlockRecord, RunRecord
 from memplan.program.schema import SCHEMA_VERSION, Channel, Plan
+from memplan.run.learning import Learner, Mover, sequence_of
 from memplan.run.offloads import Offloaded, Offloads
-from memplan.run.sequence import Sequence
+from memplan.run.sequence import Sequence, planned
 from memplan.run.transfer import Source, Ticket, Transfers
 
 
@@ -115,18 +116,18 @@ class Conductor:
         self._plan = plan
         self._streamed = streamed
         self._transfers = transfers
-        self._sequence = Sequence(plan)
         self._lock = _Lock(self._mend)
         self.offloads = Offloads(offloaded, transfers, self._lock, self._clear, arena)
-        self._reads = {a.index: tuple(b for b in a.blocks if b in streamed) for a in plan.table.accesses}
+        reads = {a.index: tuple(b for b in a.blocks if b in streamed) for a in plan.table.accesses}
         by_module: dict[str, set[int]] = {}
         for access in plan.table.accesses:
-            by_module.setdefault(access.module, set()).update(self._reads[access.index])
+            by_module.setdefault(access.module, set()).update(reads[access.index])
         self._module_reads = {module: tuple(sorted(blocks)) for module, blocks in by_module.items()}
-        self._now = -1  # linear position of the access under way; -1: none yet
-        self._done = 0  # accesses below this are over: what they read may be overwritten
-        # Per channel: how many loads were dealt with. From the cycle before the first: some of its loads stay for it.
-        self._next = {channel: -len(loads) for channel, loads in self._sequence.loads.items()}
+        self._learner = Learner()
+        self._learned = 0
+        self._first_call = 0  # what a forward at position 0 of this sequence is called: calls before it lie below
+        self._aside = -1  # the last name of a forward that the sequence lacks: it counts down
+        self._follow(planned(plan, reads))
         self._pinned: frozenset[int] = frozenset()
         self._closed = False
         self._paused = ""
@@ -146,17 +147,24 @@ class Conductor:
             if in_backward:
                 return self._recompute_begins(module)
             position = self._sequence.next_forward(module, self._now)
-            if self._began is not None and self._sequence.skipped_reads(self._now, position):
-                self._off_sequence += 1
-            if position // self._sequence.length != self._now // self._sequence.length or self._began is None:
-                self._pass_begins()
-            self._go_to(position)
-            return position
+            if position is None:
+                call = self._aside = self._aside - 1
+                self._serve_aside(module)
+            else:
+                call = self._first_call + position
+                if self._began is not None and self._sequence.skipped_reads(self._now, position):
+                    self._strayed()
+                if position // self._sequence.length != self._now // self._sequence.length or self._began is None:
+                    self._pass_begins()
+                self._go_to(position)
+            if self._learner.writing:
+                self._learner.forward(module, call)
+            return call
 
     def forward_ends(self, module: str, call: int, *, in_backward: bool) -> None:
         with self._lock:
-            if not in_backward and not self._closed and call == self._now:
-                self._done = call + 1
+            if not in_backward and not self._closed and call == self._first_call + self._now:
+                self._done = self._now + 1
                 self._pinned = frozenset()
                 self._start_loads()
 
@@ -172,12 +180,12 @@ class Conductor:
                     "a backward that can itself be differentiated (create_graph=True) came to "
                     f"{module}: it reads weights again later, which no trigger would see. Pin all blocks to the device"
                 )
-            cycle, index = divmod(call, self._sequence.length)
-            backward = self._sequence.backward_of.get(index)
-            position = None if backward is None else cycle * self._sequence.length + backward
+            if self._learner.writing:
+                self._learner.backward(module, call)
+            position = self._sequence.backward_at(module, call - self._first_call)
             if position is not None and position >= self._now:
                 if position > self._now and self._sequence.skipped_reads(self._now, position):
-                    self._off_sequence += 1
+                    self._strayed()
                 self._go_to(position)
             else:
                 self._serve_aside(module)
@@ -189,11 +197,12 @@ class Conductor:
             cycle, index = divmod(self._now, self._sequence.length)
             if index == self._sequence.last_backward:
                 self._done = (cycle + 1) * self._sequence.length
-                self._passes.count += 1
+                self._passes.count += self._sequence.passes
                 self._passes.complete = True
             else:
                 self._done = self._now + 1
             self._pinned = frozenset()
+            self._learn()
             self._start_loads()
             self._last = time.perf_counter()
 
@@ -203,27 +212,58 @@ class Conductor:
         Where a checkpoint spans several modules they come in forward order: only the next planned backward moves the
         position, the others are served beside it, lest what is still needed counts as over.
         """
+        if self._learner.writing:
+            self._learner.backward(module)
         position = self._sequence.next_backward(module, self._now)
         if position is None:
             self._serve_aside(module)
-            return self._now
+            return -1
         index = position % self._sequence.length
         if position == self._now or not self._sequence.skipped_reads(self._now, position):
             self._go_to(position)
         else:
             self._serve_aside(module)
-        return position - index + self._sequence.accesses[index].forward
+        return self._first_call + position - index + self._sequence.steps[index].forward
+
+    # ---- where it is -----------------------------------------------------------------------------------------------
+
+    def _follow(self, sequence: Sequence) -> None:
+        """Take a sequence for the one that accesses follow from now on. None of it has been done yet."""
+        self._sequence = sequence
+        self._now = -1  # linear position of the access under way; -1: none yet
+        self._done = 0  # accesses below this are over: what they read may be overwritten
+        # Per channel: how many loads were dealt with. From the cycle before the first: some of its loads stay for it.
+        self._next = {channel: -len(loads) for channel, loads in sequence.loads.items()}
+
+    def _strayed(self) -> None:
+        self._off_sequence += 1
+        self._learner.strayed()
+
+    def _learn(self) -> None:
+        """Follow another sequence where passes have left this one for good."""
+        way = self._learner.cycle_ends()
+        if way is None:
+            return
+        movers = {block: Mover(s.channel, s.rivals) for block, s in self._streamed.items()}
+        movers |= {key: Mover("h2d", held.rivals, held.module) for key, held in self.offloads.by_key.items()}
+        sequence = sequence_of(way, self._module_reads, movers)
+        if sequence is None or sequence.steps == self._sequence.steps:
+            return
+        self._first_call += (self._now // self._sequence.length + 2) * self._sequence.length
+        self._follow(sequence)
+        self._learned += 1
+        self._passes.began = None  # the pass that is on its way is of neither
 
     # ---- serving ---------------------------------------------------------------------------------------------------
 
     def _go_to(self, position: int) -> None:
         self._now = position
         self._done = max(self._done, position)
-        self._use(self._reads[position % self._sequence.length])
+        self._use(self._sequence.steps[position % self._sequence.length].blocks)
 
     def _serve_aside(self, module: str) -> None:
         """Serve an access that is not where the plan has it; the position stays."""
-        self._off_sequence += 1
+        self._strayed()
         self._use(self._module_reads.get(module, ()))
 
     def _use(self, blocks: tuple[int, ...]) -> None:
@@ -309,8 +349,8 @@ class Conductor:
             self._passes.stalled_s += stalled
         passes = self._passes
         if passes.began is not None and passes.complete:
-            passes.times_s.append(now - passes.began)
-            passes.stalls_s.append(passes.stalled_s)
+            passes.times_s.append((now - passes.began) / self._sequence.passes)
+            passes.stalls_s.append(passes.stalled_s / self._sequence.passes)
         passes.began, passes.complete, passes.stalled_s = now, False, 0.0
         if self._began is None:
             self._began = now
@@ -342,6 +382,7 @@ class Conductor:
                 loaded_bytes=sum(b.loaded_bytes for b in blocks),
                 misses=sum(b.misses for b in blocks),
                 off_sequence=self._off_sequence,
+                learned=self._learned,
                 offloaded_bytes=self.offloads.stored_bytes,
                 crowded=self.offloads.crowded,
                 recoveries=recoveries,

@@ -225,6 +225,7 @@ def _measured_dict(plan: Plan, record: RunRecord) -> dict[str, object]:
         "loaded_bytes_per_pass": seen.loaded_bytes_per_pass,
         "misses": record.misses,
         "off_sequence": record.off_sequence,
+        "learned": record.learned,
         "offloaded_bytes": record.offloaded_bytes,
         "crowded": record.crowded,
         "recoveries": record.recoveries,

@@ -259,6 +259,8 @@ class _Page:
         wall = self.glyphs.seconds(record.wall_s)
         counts = [f"{record.loads:,} loads", _plural(record.misses, "miss", "misses")]
         counts.append(f"{_plural(record.off_sequence, 'access', 'accesses')} off the sequence")
+        if record.learned:
+            counts.append(f"the sequence learned anew {_plural(record.learned, 'time', 'times')}")
         if record.crowded:
             forwards = _plural(record.crowded, "forward", "forwards")
             counts.append(f"{forwards} kept activations on the device that were to be offloaded")

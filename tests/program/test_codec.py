@@ -25,7 +25,7 @@ def plan():
 def record(plan):
     return RunRecord(
         schema_version=1, fingerprint=plan.fingerprint, device="cpu", passes=3, wall_s=1.0, pass_s=0.3, stall_s=0.0,
-        loads=4, loaded_bytes=4 * MIB, misses=0, off_sequence=0, offloaded_bytes=0, crowded=0, recoveries=0, vram_peak_bytes=1, ram_peak_bytes=2, blocks=(),
+        loads=4, loaded_bytes=4 * MIB, misses=0, off_sequence=0, learned=0, offloaded_bytes=0, crowded=0, recoveries=0, vram_peak_bytes=1, ram_peak_bytes=2, blocks=(),
     )  # fmt: skip
 
 

@@ -143,6 +143,7 @@ def make_record(plan: Plan, *, pass_s: float, extra_bytes: int = 0, passes: int 
         "loaded_bytes": passes * plan.prediction.loaded_bytes_per_pass,
         "misses": 3,
         "off_sequence": 1,
+        "learned": 0,
         "offloaded_bytes": 0,
         "crowded": 0,
         "recoveries": 0,
