@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Literal
 
 from torch import nn
 
+from memplan.analyze.accesses import Seen
 from memplan.analyze.batch import Batch, base_of
 from memplan.analyze.blocks import Draft, Unit, dtype_name, head_of
-from memplan.analyze.graph import Access, Activations, Block, Fixed, FixedKind, LayerGraph, Lifetime, LifetimeKind
+from memplan.analyze.graph import Access, Activations, Block, Fixed, FixedKind, LayerGraph, Lifetime, LifetimeKind, Rows
 from memplan.analyze.optimizers import state_bytes, workspace_bytes
 from memplan.analyze.recorder import Recorder, Work
 from memplan.weights import frozen_weights, small_tensors
@@ -94,6 +95,7 @@ def assemble(
                 module=access.module,
                 forward=access.forward,
                 blocks=tuple(sorted(ids_of.get(access.module, ()))),
+                rows=_rows(access, blocks, ids_of, kept.recorder),
                 flops=work.flops,
                 matmul_bytes=work.matmul_bytes,
                 other_bytes=work.other_bytes,
@@ -185,6 +187,18 @@ def _blocks(
         for trigger in draft.triggers:
             ids_of.setdefault(trigger, []).append(index)
     return tuple(blocks), ids_of
+
+
+def _rows(
+    access: Seen, blocks: Sequence[Block], ids_of: Mapping[str, Sequence[int]], recorder: Recorder
+) -> tuple[Rows, ...]:
+    """Return of which blocks an access reads rows only. A backward reads none of them: it counts no bytes."""
+    found = []
+    for block in sorted(ids_of.get(access.module, ())):
+        key = (blocks[block].name, access.module)
+        if key in recorder.rows and key not in recorder.whole:
+            found.append(Rows(block=block, size_bytes=recorder.rows[key] if access.kind == "forward" else 0))
+    return tuple(found)
 
 
 def _once(one: _Pass, sizes_bytes: Mapping[str, int]) -> dict[str, int]:

@@ -51,6 +51,14 @@ class Block(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Empty where the block may be streamed; else why it must stay on the device."""
 
 
+class Rows(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """A block of which an access reads some rows only, whatever its size: an embedding's table."""
+
+    block: int
+    size_bytes: int
+    """Of the rows."""
+
+
 class Access(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """One use of a module's weights; it lasts from its trigger to the next access's trigger."""
 
@@ -62,6 +70,8 @@ class Access(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Index of the forward access that this one belongs to (its own for a forward); -1 for loss and optimizer."""
     blocks: tuple[int, ...]
     """Ids of the blocks whose weights it reads."""
+    rows: tuple[Rows, ...] = ()
+    """Those of them of which it reads rows only: they may be read where they lie on the host."""
     flops: int
     """Of matrix products and attention. In backward without any recompute of the model's own choice included."""
     matmul_bytes: int

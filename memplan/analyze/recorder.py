@@ -12,7 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from memplan.analyze.accesses import AccessLog
 from memplan.analyze.blocks import Draft, dtype_name
-from memplan.analyze.operators import flops, operator, size_bytes, tensors, workspace_bytes
+from memplan.analyze.operators import Operator, flops, operator, size_bytes, tensors, workspace_bytes
 from memplan.analyze.values import Values
 from memplan.storages import StorageLedger, opens
 
@@ -49,6 +49,10 @@ class Recorder(StorageLedger):
         """Names of blocks that an operator read."""
         self.stray: dict[str, str] = {}
         """Names of blocks that were read outside their triggers, each with the operator."""
+        self.rows: Counter[tuple[str, str]] = Counter()
+        """Bytes of the rows of a block that were read under one of its triggers, by the names of both."""
+        self.whole: set[tuple[str, str]] = set()
+        """Blocks and triggers under which an operator read more than rows."""
         self._frozen = frozen
 
     def begin_segment(self, segment: int) -> None:
@@ -72,7 +76,7 @@ class Recorder(StorageLedger):
         for tensor in tensors(args):
             moved += size_bytes(tensor)
             if not known.reads_shape_only:
-                self._see_read(tensor, known.name)
+                self._see_read(tensor, known, result)
         made = sum(size_bytes(tensor) for tensor in tensors((result,)))
         if known.is_matmul:
             counted = flops(func, args, given, result)
@@ -84,7 +88,7 @@ class Recorder(StorageLedger):
             work.other_bytes += 2 * made if known.reads_rows else made if known.reads_shape_only else moved + made
         return result
 
-    def _see_read(self, tensor: torch.Tensor, operator_name: str) -> None:
+    def _see_read(self, tensor: torch.Tensor, known: Operator, result: object) -> None:
         try:
             draft = self._frozen.get(tensor.untyped_storage()._cdata)
         except (NotImplementedError, RuntimeError):
@@ -94,8 +98,14 @@ class Recorder(StorageLedger):
         self.read.add(draft.name)
         log, now = self.log, self.log.now
         held = {*log.active, now.module} if now is not None and now.kind == "backward" else set(log.active)
-        if not held.intersection(draft.triggers):
-            self.stray.setdefault(draft.name, operator_name)
+        under = held.intersection(draft.triggers)
+        if not under:
+            self.stray.setdefault(draft.name, known.name)
+        for trigger in under:
+            if known.reads_rows:
+                self.rows[draft.name, trigger] += sum(size_bytes(made) for made in tensors((result,)))
+            else:
+                self.whole.add((draft.name, trigger))
 
 
 def _product_dtype(args: tuple[Any, ...]) -> str:

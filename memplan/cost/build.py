@@ -42,6 +42,7 @@ def cost_table(graph: LayerGraph, hardware: HardwareProfile) -> CostTable:
             module=access.module,
             forward=access.forward,
             blocks=access.blocks,
+            rows=access.rows,
             time_s=seconds(
                 flops=access.flops,
                 matmul_bytes=access.matmul_bytes,

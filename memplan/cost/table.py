@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from msgspec import Struct
 
-from memplan.analyze.graph import AccessKind, Activations, Block, Fixed, Lifetime
+from memplan.analyze.graph import AccessKind, Activations, Block, Fixed, Lifetime, Rows
 
 
 class AccessRow(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -15,6 +15,7 @@ class AccessRow(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     module: str
     forward: int
     blocks: tuple[int, ...]
+    rows: tuple[Rows, ...] = ()
     time_s: float
     """Compute time on the device, weights being there, activations kept."""
     recompute_s: float
@@ -25,6 +26,10 @@ class AccessRow(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     offload_bytes: int = 0
     offload_s: float = 0.0
     """Forward accesses: the time in which the device sets aside what is offloaded."""
+
+    def reads_rows_of(self, block: int) -> bool:
+        """Whether it reads no more than rows of the block."""
+        return any(rows.block == block for rows in self.rows)
 
     def transient(self, policy: Activations) -> int:
         """Return the transient bytes under an activation policy of this access's module."""

@@ -52,7 +52,8 @@ def _windows(problem: Problem, room_bytes: list[int], disk_used: bool) -> Second
     together = table.host_to_device_bytes_per_s + (disk if disk_used else 0.0)
     ram_bytes = max(problem.ram_bytes - problem.staging_bytes, 0)
     sizes = [block.size_bytes for block in table.blocks]
-    reads = [tuple(dict.fromkeys(access.blocks)) for access in table.accesses]
+    # Rows may be read where they lie: they need no room.
+    reads = [tuple(b for b in dict.fromkeys(a.blocks) if not a.reads_rows_of(b)) for a in table.accesses]
     windows = np.zeros((length, length + 1))
     for p in range(length):
         needed: set[int] = set()

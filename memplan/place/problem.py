@@ -51,6 +51,8 @@ class Problem:
     """Room that each block takes in an arena, by block."""
     uses: tuple[tuple[int, ...], ...]
     """Accesses that read each block, by block."""
+    whole_uses: tuple[tuple[int, ...], ...]
+    """Those of them that read more than rows of it: these need it on the device."""
 
     @property
     def ram_bytes(self) -> int:
@@ -70,6 +72,10 @@ class Problem:
     def size(self, block: int) -> int:
         """Bytes of a block that a load moves."""
         return self.table.blocks[block].size_bytes
+
+    def needs(self, block: int, home: Tier) -> tuple[int, ...]:
+        """Return the accesses for which a streamed block must be on the device: rows are read in RAM where it is there."""
+        return self.whole_uses[block] if home == "host" else self.uses[block]
 
     def in_order(self, blocks: Iterable[int]) -> list[int]:
         """Return blocks in the order of their first access."""
@@ -130,6 +136,10 @@ def make_problem(
         forced=tuple(forced),
         sizes_bytes=tuple(align_up(block.size_bytes) for block in table.blocks),
         uses=tuple(tuple(indices) for indices in reads),
+        whole_uses=tuple(
+            tuple(index for index in indices if not table.accesses[index].reads_rows_of(block))
+            for block, indices in enumerate(reads)
+        ),
     )
 
 

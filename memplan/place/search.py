@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from memplan.place.problem import Bytes, Problem, policies_for
-from memplan.place.spread import Arrangement, Shape, arrange, channel_of, shapes, stays_of
+from memplan.place.spread import Arrangement, Key, Shape, arrange, channel_of, shapes, stays_of
 from memplan.program.timeline import Load, durations, load_s, simulate
 
 _MOST_ARRANGEMENTS = 4000
@@ -34,7 +34,7 @@ class Choice:
     recomputed: int
     pass_s: float
     moved_bytes: int
-    """Bytes loaded in a pass."""
+    """Bytes that cross the links in a pass."""
 
     @property
     def ties(self) -> tuple[int, int, int]:
@@ -51,13 +51,13 @@ def arrangements(problem: Problem) -> dict[Shape, list[Arrangement]]:
     most = len(problem.stack)
     stride = max(1, -(-len(listed) * (most + 1) // _MOST_ARRANGEMENTS))
     counts = sorted({*range(0, most + 1, stride), most})
-    seen: set[tuple[tuple[int, ...], ...]] = set()
+    seen: set[Key] = set()
     found: dict[Shape, list[Arrangement]] = {}
     for shape in listed:
         for count in counts:
             arrangement = arrange(problem, shape, count)
-            if arrangement is not None and arrangement.slots not in seen:
-                seen.add(arrangement.slots)
+            if arrangement is not None and arrangement.key not in seen:
+                seen.add(arrangement.key)
                 found.setdefault(shape, []).append(arrangement)
     return found
 
@@ -109,7 +109,7 @@ class _Search:
             for block in problem.table.blocks
             for name in (channel_of("host"), channel_of("disk"))
         }
-        self._seen: dict[tuple[tuple[tuple[int, ...], ...], int], float | None] = {}
+        self._seen: dict[tuple[Key, int], float | None] = {}
         self._near: list[Choice] = []
         self._stores, self._back = problem.saves.loads(problem.table)
         self.best_s: float | None = None
@@ -126,17 +126,21 @@ class _Search:
 
     def time(self, arrangement: Arrangement, recomputed: int) -> float | None:
         """Return the pass in s, or None where it cannot be the best."""
-        key = (arrangement.slots, recomputed)
+        key = (arrangement.key, recomputed)
         if key not in self._seen:
             self._seen[key] = self._time(arrangement, recomputed)
         return self._seen[key]
 
     def _time(self, arrangement: Arrangement, recomputed: int) -> float | None:
         times, compute_s = self._durations(recomputed)
+        if arrangement.rows_bytes:
+            on_host = {block for block, tier in arrangement.homes.items() if tier == "host"}
+            times = durations(self._problem.table, policies_for(self._problem, recomputed), on_host)
+            compute_s = sum(times)
         if self.best_s is not None and compute_s > self.best_s * (1 + _TIE):
             return None
         loads: dict[str, list[Load]] = {"d2h": self._stores} if self._stores else {}
-        moved_bytes = 0
+        moved_bytes = arrangement.rows_bytes
         for stay in stays_of(self._problem, arrangement):
             channel = channel_of(arrangement.homes[stay.block])
             load = Load(stay.load_after, stay.first_use, self._load_s[stay.block, channel], None)

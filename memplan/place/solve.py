@@ -161,8 +161,9 @@ def _plan(
         stall_s=max(timeline.pass_s - timeline.compute_s, 0.0),
         binds=_binds(timeline),
         loads_per_pass=sum(s.begins == "load" and layout.items[s.item].kind == "weights" for s in layout.residences),
-        loaded_bytes_per_pass=choice.moved_bytes,
+        loaded_bytes_per_pass=choice.moved_bytes - arrangement.rows_bytes,
         offloaded_bytes_per_pass=sum(save.size_bytes for save in saves.items if not save.stays),
+        rows_bytes_per_pass=arrangement.rows_bytes,
         peaks=Peaks(
             vram_bytes=arrangement.device_bytes + int(nonweight.max()),
             ram_bytes=arrangement.host_bytes + saves.host_bytes + staging,

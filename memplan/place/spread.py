@@ -33,13 +33,17 @@ class Shape(NamedTuple):
     apart_slots: int
 
 
+Key = tuple[tuple[tuple[int, ...], ...], frozenset[int]]
+"""Slots, and the blocks that are not always on the device."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Arrangement:
-    """Streamed blocks by slot; all others lie on the device always."""
+    """Streamed blocks by slot; of those in no slot only rows are read, on the host. All others lie on the device always."""
 
     slots: tuple[tuple[int, ...], ...]
     homes: Mapping[int, Tier]
-    """Home of each streamed block: host or disk."""
+    """Home of each block that is not always on the device: host or disk."""
     device_bytes: int
     """Of the device arena: residents and slots."""
     slots_bytes: int
@@ -47,6 +51,13 @@ class Arrangement:
     """Of the host arena."""
     disk_bytes: int
     """Of the blocks whose home is the disk."""
+    rows_bytes: int
+    """Read in a pass from blocks on the host where they lie."""
+
+    @property
+    def key(self) -> Key:
+        """What tells it from others of its problem."""
+        return (self.slots, frozenset(self.homes))
 
 
 class Stay(NamedTuple):
@@ -83,13 +94,15 @@ def shapes(problem: Problem) -> Iterator[Shape]:
 def arrange(problem: Problem, shape: Shape, count: int) -> Arrangement | None:
     """Return a shape's arrangement with ``count`` streamed layers; None where ``ram`` and ``disk`` cannot hold it."""
     layers = [problem.stack[index] for index in shape.spread(count, len(problem.stack))] if count else []
-    streamed = problem.in_order({*layers, *shape.specials, *problem.forced})
+    away = problem.in_order({*layers, *shape.specials, *problem.forced})
+    in_place = _in_place(problem, away)
+    streamed = [block for block in away if block not in in_place]
     groups = [(streamed, shape.slots)]
     if shape.apart == "specials":
-        own = set(shape.specials)
+        own = set(shape.specials) - in_place
         groups = [([b for b in streamed if b not in own], shape.slots), ([b for b in streamed if b in own], 1)]
     elif shape.apart == "disk":
-        first_homes = _homes(problem, streamed)
+        first_homes = _homes(problem, streamed, in_place)
         if first_homes is None:
             return None
         own = {block for block in streamed if first_homes[block] == "disk"}
@@ -102,15 +115,29 @@ def arrange(problem: Problem, shape: Shape, count: int) -> Arrangement | None:
     taken = [tuple(group[turn::slots]) for group, slots in groups for turn in range(slots)]
     # A block alone in a slot never leaves it: it is resident, unless it is pinned elsewhere.
     kept = tuple(slot for slot in taken if len(slot) > 1 or any(block in problem.pins for block in slot))
-    return _arranged(problem, kept)
+    return _arranged(problem, kept, in_place)
 
 
-def _arranged(problem: Problem, slots: tuple[tuple[int, ...], ...]) -> Arrangement | None:
+def _in_place(problem: Problem, away: Sequence[int]) -> set[int]:
+    """Return the blocks that stay on the host, whence rows of them are read: where RAM has room for them."""
+    left = problem.ram_bytes - (problem.staging_bytes if problem.budgets.disk_bytes != 0 else 0)
+    found = set()
+    for block in away:
+        if not problem.whole_uses[block] and problem.pins.get(block) != "disk":
+            left -= problem.sizes_bytes[block]
+            if left >= 0 or problem.pins.get(block) == "host":
+                found.add(block)
+    return found
+
+
+def _arranged(problem: Problem, slots: tuple[tuple[int, ...], ...], in_place: set[int]) -> Arrangement | None:
     sizes = problem.sizes_bytes
     moving = problem.in_order(block for slot in slots for block in slot)
-    homes = _homes(problem, moving)
+    homes = _homes(problem, moving, in_place)
     if homes is None:
         return None
+    moving = [*moving, *in_place]
+    on_host = {block for block, tier in homes.items() if tier == "host"}
     slots_bytes = sum(max([sizes[block] for block in slot]) for slot in slots)
     return Arrangement(
         slots=slots,
@@ -119,13 +146,17 @@ def _arranged(problem: Problem, slots: tuple[tuple[int, ...], ...]) -> Arrangeme
         slots_bytes=slots_bytes,
         host_bytes=sum(sizes[block] for block in moving if homes[block] == "host"),
         disk_bytes=sum(problem.size(block) for block in moving if homes[block] == "disk"),
+        rows_bytes=sum(r.size_bytes for a in problem.table.accesses for r in a.rows if r.block in on_host),
     )
 
 
-def _homes(problem: Problem, streamed: Sequence[int]) -> dict[int, Tier] | None:
-    """Return a home for each streamed block: RAM while it lasts, the disk for the rest, spread evenly among them."""
-    sizes, ram, disk_room = problem.sizes_bytes, problem.ram_bytes, problem.budgets.disk_bytes
-    pins = problem.pins
+def _homes(problem: Problem, streamed: Sequence[int], in_place: set[int]) -> dict[int, Tier] | None:
+    """Return a home for each block: RAM while it lasts, the disk for the rest, spread evenly among what is streamed."""
+    sizes, disk_room = problem.sizes_bytes, problem.budgets.disk_bytes
+    ram = problem.ram_bytes - sum(sizes[block] for block in in_place)
+    pins = dict(problem.pins)
+    # Of the others only rows are read; they come whole since RAM has no room for them.
+    pins |= {block: "disk" for block in streamed if not problem.whole_uses[block]}
     free = [block for block in streamed if block not in pins]
     pinned: dict[int, Tier] = {block: pins[block] for block in streamed if block in pins}
     disk_pinned = sum(problem.size(block) for block, tier in pinned.items() if tier == "disk")
@@ -152,12 +183,12 @@ def _homes(problem: Problem, streamed: Sequence[int]) -> dict[int, Tier] | None:
     if disk_room is not None and disk_pinned + sum(problem.size(block) for block in disk) > disk_room:
         return None
     homes: dict[int, Tier] = {block: "disk" if block in disk else "host" for block in free}
-    return homes | pinned
+    return homes | pinned | dict.fromkeys(in_place, "host")
 
 
 def stays_of(problem: Problem, arrangement: Arrangement) -> list[Stay]:
     """Return the loaded stays of an arrangement by first use: the earliest deadline first, which cannot deadlock."""
-    stays = [stay for slot in arrangement.slots for stay in _stays(problem, slot)]
+    stays = [stay for slot in arrangement.slots for stay in _stays(problem, slot, arrangement.homes)]
     stays.sort()
     return stays
 
@@ -167,10 +198,10 @@ def channel_of(tier: Tier) -> Channel:
     return "h2d" if tier == "host" else "disk"
 
 
-def _stays(problem: Problem, slot: tuple[int, ...]) -> Iterator[Stay]:
+def _stays(problem: Problem, slot: tuple[int, ...], homes: Mapping[int, Tier]) -> Iterator[Stay]:
     """Yield the stays of a slot's blocks on the cycle."""
     length = problem.length
-    uses = sorted([(index, block) for block in slot for index in problem.uses[block]])
+    uses = sorted([(index, block) for block in slot for index in problem.needs(block, homes[block])])
     if len(slot) == 1:  # pinned to the host or the disk, alone: it leaves at the end of each pass
         yield Stay(uses[0][0], slot[0], uses[-1][0] - length, uses[-1][0])
         return

@@ -58,6 +58,8 @@ def _references(plan: Plan) -> Iterator[str]:
             yield f"access number {index} calls itself {access.index}"
         if any(not 0 <= block < len(table.blocks) for block in access.blocks):
             yield f"access {index} reads a block that is not there"
+        if any(rows.block not in access.blocks for rows in access.rows):
+            yield f"access {index} reads rows of a block that it does not read"
         if access.kind in ("forward", "backward") and not 0 <= access.forward < len(table.accesses):
             yield f"access {index} belongs to forward {access.forward}, which is not there"
     if not table.accesses:
@@ -225,12 +227,17 @@ def _order(plan: Plan) -> Iterator[str]:
 def _coverage(plan: Plan) -> Iterator[str]:
     length = len(plan.table.accesses)
     spans: dict[int, list[Residence]] = {}
+    on_host: set[int] = set()
     for stay in plan.residences:
         item = plan.items[stay.item]
         if item.kind == "weights" and plan.arenas[stay.arena].tier == "device":
             spans.setdefault(item.block, []).append(stay)
+        elif item.kind == "weights" and stay.begins == "always" and item.home == "host":
+            on_host.add(item.block)
     for access in plan.table.accesses:
         for block in access.blocks:
+            if block in on_host and access.reads_rows_of(block):
+                continue
             stays = spans.get(block, [])
             if not any(
                 stay.begins == "always"
@@ -305,6 +312,10 @@ def _peaks(plan: Plan) -> Iterator[str]:
     moved = [(plan.items[stay.item], stay.channel) for stay in plan.residences if stay.begins == "load"]
     loads = [item.size_bytes for item, _ in moved if item.kind == "weights"]
     stored = sum(item.size_bytes for item, channel in moved if channel == "d2h")
+    homes = {item.block: item.home for item in plan.items if item.kind == "weights"}
+    rows = sum(r.size_bytes for access in table.accesses for r in access.rows if homes[r.block] == "host")
+    if rows != stated.rows_bytes_per_pass:
+        yield f"the prediction says {stated.rows_bytes_per_pass} bytes of rows are read on the host, the rows are {rows}"
     if stored != stated.offloaded_bytes_per_pass:
         yield f"the prediction says {stated.offloaded_bytes_per_pass} bytes are offloaded, the residences store {stored}"
     if (len(loads), sum(loads)) != (stated.loads_per_pass, stated.loaded_bytes_per_pass):

@@ -162,6 +162,8 @@ class Prediction(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Of frozen weights."""
     offloaded_bytes_per_pass: int
     """Of saved activations that go to the host in forward, and come back in backward."""
+    rows_bytes_per_pass: int = 0
+    """Of rows that are read from blocks on the host where they lie (embeddings)."""
     peaks: Peaks
     vram_peak_at: int
     """Access at which the device peak stands."""

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 from memplan.analyze.graph import Activations
-from memplan.cost.table import CostTable
+from memplan.cost.table import AccessRow, CostTable
 from memplan.errors import PlanCheckError
 from memplan.program.schema import Channel, Item, Plan, Residence
 
@@ -178,15 +178,27 @@ def _repeats(
 # ---- of a plan ------------------------------------------------------------------------------------------------------
 
 
-def durations(table: CostTable, policies: Mapping[str, Activations]) -> list[float]:
-    """Return the compute time of each access in s; the optimizer's is 0, it counts once a step and not once a pass."""
+def durations(table: CostTable, policies: Mapping[str, Activations], on_host: Container[int] = ()) -> list[float]:
+    """Return the compute time of each access in s; the optimizer's is 0, it counts once a step and not once a pass.
+
+    ``on_host``: blocks whose home is the host. A device of its own reads rows of them over the link, as it computes.
+    """
     more = {"recompute": operator.attrgetter("recompute_s"), "offload": operator.attrgetter("offload_s")}
     return [
         0.0
         if row.kind == "optimizer"
-        else row.time_s + (more[policy](row) if (policy := policies.get(row.module)) in more else 0.0)
+        else row.time_s
+        + (more[policy](row) if (policy := policies.get(row.module)) in more else 0.0)
+        + rows_s(table, row, on_host)
         for row in table.accesses
     ]
+
+
+def rows_s(table: CostTable, row: AccessRow, on_host: Container[int]) -> float:
+    """Return the time in s in which an access reads rows over the link; on the CPU they lie in its own memory."""
+    if table.device == "cpu":
+        return 0.0
+    return sum(r.size_bytes for r in row.rows if r.block in on_host) / table.host_to_device_bytes_per_s
 
 
 def load_s(table: CostTable, size_bytes: int, channel: Channel) -> float:
@@ -202,7 +214,8 @@ def replay(
     table: CostTable, items: Sequence[Item], residences: Sequence[Residence], policies: Mapping[str, Activations]
 ) -> Timeline:
     """Return the steady pass of a plan's residences. Raises PlanCheckError where they can never be loaded."""
-    times_s = durations(table, policies)
+    on_host = {item.block for item in items if item.kind == "weights" and item.home == "host"}
+    times_s = durations(table, policies, on_host)
     queues: dict[Channel, list[Residence]] = {}
     for stay in residences:
         if stay.begins == "load" and stay.channel is not None:

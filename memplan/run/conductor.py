@@ -22,6 +22,7 @@ from memplan.program.record import BlockRecord, RunRecord
 from memplan.program.schema import SCHEMA_VERSION, Channel, Plan
 from memplan.run.learning import Learner, Mover, sequence_of
 from memplan.run.offloads import Offloaded, Offloads
+from memplan.run.rows import read_in_place
 from memplan.run.sequence import Sequence, planned
 from memplan.run.transfer import Source, Ticket, Transfers
 
@@ -38,6 +39,8 @@ class Streamed:
     """Its byte range of the device arena: its one address."""
     pointers: tuple[tuple[torch.Tensor, torch.Tensor, torch.Tensor], ...]
     """Each tensor of its weights, the view of the part that it is, and its placeholder."""
+    at_home: tuple[tuple[torch.Tensor, torch.Tensor], ...] = ()
+    """Each tensor, and the view of its home that it is where rows of it are read there; empty where they never are."""
     rivals: tuple[int, ...] = ()
     """Streamed blocks whose addresses overlap this one's."""
     ticket: Ticket | None = None
@@ -59,6 +62,10 @@ class Streamed:
     def unpoint(self) -> None:
         for tensor, _, away in self.pointers:
             tensor.data = away
+
+    def point_home(self) -> None:
+        for tensor, there in self.at_home:
+            tensor.data = there
 
 
 @dataclass(slots=True)
@@ -118,7 +125,13 @@ class Conductor:
         self._transfers = transfers
         self._lock = _Lock(self._mend)
         self.offloads = Offloads(offloaded, transfers, self._lock, self._clear, arena)
-        reads = {a.index: tuple(b for b in a.blocks if b in streamed) for a in plan.table.accesses}
+        in_place = read_in_place(plan)
+        reads = {
+            a.index: tuple(b for b in a.blocks if b in streamed and b not in in_place.get(a.module, ()))
+            for a in plan.table.accesses
+        }
+        at_home = {module: tuple(streamed[b] for b in blocks if b in streamed) for module, blocks in in_place.items()}
+        self._at_home = {module: held for module, held in at_home.items() if held}
         by_module: dict[str, set[int]] = {}
         for access in plan.table.accesses:
             by_module.setdefault(access.module, set()).update(reads[access.index])
@@ -144,26 +157,34 @@ class Conductor:
                 return -1
             if self._paused:
                 raise RunError(f"the model was called {self._paused}, where its weights are only read: call it outside")
-            if in_backward:
-                return self._recompute_begins(module)
-            position = self._sequence.next_forward(module, self._now)
-            if position is None:
-                call = self._aside = self._aside - 1
-                self._serve_aside(module)
-            else:
-                call = self._first_call + position
-                if self._began is not None and self._sequence.skipped_reads(self._now, position):
-                    self._strayed()
-                if position // self._sequence.length != self._now // self._sequence.length or self._began is None:
-                    self._pass_begins()
-                self._go_to(position)
-            if self._learner.writing:
-                self._learner.forward(module, call)
+            call = self._recompute_begins(module) if in_backward else self._forward_begins(module)
+            for streamed in self._at_home.get(module, ()):
+                streamed.point_home()
             return call
+
+    def _forward_begins(self, module: str) -> int:
+        position = self._sequence.next_forward(module, self._now)
+        if position is None:
+            call = self._aside = self._aside - 1
+            self._serve_aside(module)
+        else:
+            call = self._first_call + position
+            if self._began is not None and self._sequence.skipped_reads(self._now, position):
+                self._strayed()
+            if position // self._sequence.length != self._now // self._sequence.length or self._began is None:
+                self._pass_begins()
+            self._go_to(position)
+        if self._learner.writing:
+            self._learner.forward(module, call)
+        return call
 
     def forward_ends(self, module: str, call: int, *, in_backward: bool) -> None:
         with self._lock:
-            if not in_backward and not self._closed and call == self._first_call + self._now:
+            if self._closed:
+                return
+            for streamed in self._at_home.get(module, ()):
+                (streamed.point if streamed.usable else streamed.unpoint)()
+            if not in_backward and call == self._first_call + self._now:
                 self._done = self._now + 1
                 self._pinned = frozenset()
                 self._start_loads()
@@ -276,6 +297,8 @@ class Conductor:
                     streamed.misses += self._passes.count > 0 or self._now >= self._sequence.length
                     self._load(streamed)
                 self._make_usable(streamed)
+            elif streamed.at_home:  # a forward that raised has left it there
+                streamed.point()
 
     def _make_usable(self, streamed: Streamed) -> None:
         assert streamed.ticket is not None

@@ -16,6 +16,7 @@ from memplan.run.handle import Handle
 from memplan.run.interrupts import Undo
 from memplan.run.offloads import Offloaded, offloaded_activations
 from memplan.run.parts import Parts
+from memplan.run.rows import look_up_on_host, read_in_place
 from memplan.run.sequence import offload_key
 from memplan.run.transfer import CpuTransfers, CudaTransfers, Transfers
 from memplan.triggers import Triggers
@@ -56,6 +57,7 @@ def _hook(
     transfers: Transfers,
 ) -> list[Guard]:
     """Hook the model's modules, and note how to unhook them."""
+    device = parts.device
     if isinstance(transfers, ClockedTransfers):
         parts.checked = CheckedReads(parts.arena, parts.streamed, parts.conductor, transfers)
         undo.callback(parts.checked.remove)
@@ -70,6 +72,10 @@ def _hook(
     offloads = parts.conductor.offloads
     for held in offloads.by_key.values():
         undo.callback(offload.wrap(triggers[held.module], held.module, offloads.beginning(held.key)))
+    for trigger, blocks in read_in_place(plan).items():
+        if any(parts.is_beyond_the_device(block) for block in blocks):
+            for owner in parts.owners(triggers[trigger], blocks):
+                undo.callback(look_up_on_host(owner, device))
     hooks = Triggers(triggers, parts.conductor)
     undo.callback(hooks.remove)
     kept = parts.kept()
@@ -106,10 +112,15 @@ def _check_reads(model: nn.Module, triggers: Mapping[str, nn.Module], plan: Plan
         module: {block_of[id(p)] for p in module.parameters(recurse=False) if id(p) in block_of}
         for module in model.modules()
     }
+    in_place = read_in_place(plan)
+    for trigger, rows in in_place.items():
+        for module in triggers[trigger].modules():
+            own[module].difference_update(rows)
     reads = {module: set(blocks) for module, blocks in own.items()}
     for access in plan.table.accesses:
         if access.module:
-            reads[triggers[access.module]].update(b for b in access.blocks if b in parts.streamed)
+            here = set(access.blocks) - set(in_place.get(access.module, ()))
+            reads[triggers[access.module]].update(b for b in here if b in parts.streamed)
     for module, blocks in reads.items():
         if blocks:
             parts.checked.wrap(module, frozenset(own[module]), frozenset(blocks))

@@ -13,6 +13,7 @@ from memplan.names import canonical, stored_name
 from memplan.program.schema import Plan
 from memplan.run.arena import dtype_of
 from memplan.run.home import Checkpoint, Stored
+from memplan.triggers import modules_by_name
 from memplan.units import format_bytes
 from memplan.weights import Weight, own_weights, unready
 
@@ -85,7 +86,8 @@ def match_weights(model: nn.Module, plan: Plan) -> dict[str, Weight]:
 
 
 def trigger_modules(model: nn.Module, plan: Plan) -> dict[str, nn.Module]:
-    modules = {canonical(name): module for name, module in model.named_modules()}
+    """Return the modules whose calls announce accesses, by name. Raises PlanMismatchError where one is lacking."""
+    modules = modules_by_name(model)  # as the analyzer has them: the wrapper, not what it wraps
     wanted = dict.fromkeys(access.module for access in plan.table.accesses if access.module)
     missing = [name for name in wanted if name not in modules]
     if missing:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
@@ -14,13 +14,14 @@ from torch import nn
 from memplan.analyze.graph import Block
 from memplan.cache import BlockCache
 from memplan.errors import CheckpointError
-from memplan.program.schema import STAGING_BYTES, Channel, Plan
+from memplan.program.schema import STAGING_BYTES, Address, Channel, Plan, Tier
 from memplan.run.arena import Arena, Placeholders, dtype_of, view
 from memplan.run.checked import CheckedReads
 from memplan.run.conductor import Conductor, Streamed
 from memplan.run.disk import DiskReader, Extent
 from memplan.run.home import Checkpoint, Home, Weights
 from memplan.run.interrupts import Undo, held_back
+from memplan.run.rows import as_seen_from, read_in_place
 from memplan.run.transfer import DiskSource, HostSource, Source
 from memplan.weights import Weight, plain_parts, small_tensors
 
@@ -64,6 +65,33 @@ class Parts:
         """Have the device arena of ``plan``. Raises RunError where it cannot be had."""
         self.arena = Arena(sum(a.size_bytes for a in plan.arenas if a.tier == "device"), self.device)
         self.plan = plan
+        self._slots = self.places("device")
+        self._in_place = {block for blocks in read_in_place(plan).values() for block in blocks}
+
+    def places(self, tier: Tier) -> dict[int, Address]:
+        """Return where each block lies in the arena of a tier, where it does."""
+        arenas = {arena.id for arena in self.plan.arenas if arena.tier == tier}
+        held = ((self.plan.items[a.item], a) for a in self.plan.addresses if a.arena in arenas)
+        return {item.block: address for item, address in held if item.kind == "weights"}
+
+    def slot(self, block: Block) -> torch.Tensor | None:
+        """Return a block's byte range of the device arena; None where it is only ever read on the host."""
+        address = self._slots.get(block.id)
+        return None if address is None else self.arena.part(address.offset_bytes, block.size_bytes)
+
+    def is_read_in_place(self, block: int) -> bool:
+        """Whether rows of the block are read where it lies on the host."""
+        return block in self._in_place
+
+    def is_beyond_the_device(self, block: int) -> bool:
+        """Whether a block that is read on the host lies in memory that the device cannot read."""
+        source = self.homes[block].source
+        return self.device.type == "cuda" and isinstance(source, HostSource) and not source.part.is_pinned()
+
+    def owners(self, module: nn.Module, blocks: Collection[int]) -> list[nn.Module]:
+        """Return what within a module holds parameters of blocks."""
+        held = {id(self.weights[t.name].tensor) for block in blocks for t in self.homes[block].block.tensors}
+        return [inner for inner in module.modules() if any(id(p) in held for p in inner._parameters.values())]
 
     def kept(self) -> dict[int, Callable[[], torch.Tensor]]:
         """Return what reads each managed tensor from its home, by the tensor's id."""
@@ -94,10 +122,7 @@ def settle(
     """Bring each block to its home, one at a time, and note how to give it back."""
     plan, weights, device = parts.plan, parts.weights, parts.device
     origin = Weights(weights, files.stored, parts.reader)
-    arenas = {arena.id: arena.tier for arena in plan.arenas}
-    places = {
-        (plan.items[a.item].block, arenas[a.arena]): a for a in plan.addresses if plan.items[a.item].kind == "weights"
-    }
+    places = parts.places("host")
     homes = {item.block: item.home for item in plan.items if item.kind == "weights"}
     own = {b.id: origin.own_files(b) for b in plan.table.blocks if homes[b.id] == "disk"}
     packed = tuple(b for b in plan.table.blocks if b.id in own and own[b.id] is None)
@@ -110,15 +135,15 @@ def settle(
     if packed:
         cache.require_room(sum(block.size_bytes for block in packed))
     for block in plan.table.blocks:
-        home, address = homes[block.id], places[block.id, "device"]
-        slot = parts.arena.part(address.offset_bytes, block.size_bytes)
+        home, slot = homes[block.id], parts.slot(block)
         source: Source
         if home == "device":
+            assert slot is not None
             origin.fill(block, slot)
             source = HostSource(slot)
         elif home == "host":
             assert parts.host is not None
-            kept = parts.host.part(places[block.id, "host"].offset_bytes, block.size_bytes)
+            kept = parts.host.part(places[block.id].offset_bytes, block.size_bytes)
             origin.fill(block, kept)
             source = HostSource(kept)
         else:
@@ -163,15 +188,11 @@ def resettle(parts: Parts, plan: Plan, files: Files) -> None:
     parts.host = None
     parts.take_over(plan)
     cache = BlockCache(files.cache)
-    addresses = {
-        plan.items[a.item].block: a
-        for a in plan.addresses
-        if plan.items[a.item].kind == "weights" and plan.arenas[a.arena].tier == "device"
-    }
     for block in plan.table.blocks:
         home, tier = parts.homes[block.id], plan.home_of(block.id)
-        slot = parts.arena.part(addresses[block.id].offset_bytes, block.size_bytes)
+        slot = parts.slot(block)
         if tier == "device":
+            assert slot is not None
             home.copy_to(slot)
             home.source = HostSource(slot)
         elif tier == "host" and isinstance(home.source, DiskSource):
@@ -195,24 +216,41 @@ def _on_host(home: Home, pinned: bool) -> torch.Tensor:
     return part
 
 
-def _point(parts: Parts, home: Home, slot: torch.Tensor) -> None:
-    """Have the model's weights lie in their slot, or be away."""
+def _point(parts: Parts, home: Home, slot: torch.Tensor | None) -> None:
+    """Have the model's weights lie in their slot, or be away; without a slot they lie where their home is."""
     block = home.block
-    pointers = []
-    for tensor in block.tensors:
-        there = view(slot, tensor, home.orders[tensor.name])
-        away = parts.placeholders.of(tensor.shape, dtype_of(tensor.dtype))
-        pointers += [(pointed, there, away) for pointed in parts.weights[tensor.name].everywhere()]
-    if isinstance(home.source, HostSource) and home.source.part is slot:
-        for pointed, there, _ in pointers:
+    at_home: tuple[tuple[torch.Tensor, torch.Tensor], ...] = ()
+    if parts.is_read_in_place(block.id):
+        assert isinstance(home.source, HostSource)
+        at_home = tuple(_views(parts, home, as_seen_from(parts.device, home.source.part)))
+    if slot is None or (isinstance(home.source, HostSource) and home.source.part is slot):
+        for pointed, there in at_home if slot is None else _views(parts, home, slot):
             pointed.data = there
         return
+    pointers = tuple(
+        (pointed, there, parts.placeholders.of(tuple(pointed.shape), pointed.dtype))
+        for pointed, there in _views(parts, home, slot)
+    )
     channel: Channel = "h2d" if isinstance(home.source, HostSource) else "disk"
     streamed = Streamed(
-        block=block.id, name=block.name, channel=channel, source=home.source, part=slot, pointers=tuple(pointers)
+        block=block.id,
+        name=block.name,
+        channel=channel,
+        source=home.source,
+        part=slot,
+        pointers=pointers,
+        at_home=at_home,
     )
     streamed.unpoint()
     parts.streamed[block.id] = streamed
+
+
+def _views(parts: Parts, home: Home, part: torch.Tensor) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Yield each tensor of a block's weights, and the view that it is where the block lies in ``part``."""
+    for tensor in home.block.tensors:
+        there = view(part, tensor, home.orders[tensor.name])
+        for pointed in parts.weights[tensor.name].everywhere():
+            yield pointed, there
 
 
 def _packed(parts: Parts, path: Path, block: Block, expected: str | None) -> DiskSource:

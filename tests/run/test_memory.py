@@ -11,13 +11,13 @@ from tests.run.test_parity import plan_for
 from tests.training import CHECKPOINTING, KINDS, batch_of, loss_of, make
 
 
-def counted_step(model, kind, accumulation=1):
+def counted_step(model, kind, accumulation=1, batches=batch_of):
     """Return the peak of live device bytes in the second step, when the optimizer has its state."""
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
 
     def step():
         for micro in range(accumulation):
-            loss_of(model(**batch_of(kind, seed=micro))).backward()
+            loss_of(model(**batches(kind, seed=micro))).backward()
         optimizer.step()
         optimizer.zero_grad()
 
