@@ -57,10 +57,14 @@ class StorageLedger(TorchDispatchMode):
 
     @classmethod
     def of_training(
-        cls, model: nn.Module, optimizer: torch.optim.Optimizer | None = None, *more: torch.Tensor
+        cls,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer | None = None,
+        *more: torch.Tensor,
+        ignore: Iterable[torch.Tensor] = (),
     ) -> StorageLedger:
         """Return a ledger that counts what training holds already: weights, buffers, gradients, optimizer state."""
-        ledger = cls()
+        ledger = cls(ignore)
         held: list[object] = [*more, *model.parameters(), *model.buffers()]
         held += [tensor for module in model.modules() for tensor in small_tensors(module)]
         held += [parameter.grad for parameter in model.parameters()]

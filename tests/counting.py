@@ -11,8 +11,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 class LiveBytes(TorchDispatchMode):
     """Bytes of all storages that operators return or that were told, while they are alive."""
 
-    def __init__(self, tensors=()):
+    def __init__(self, tensors=(), apart=()):
+        """``apart``: tensors whose storages are no device bytes."""
         super().__init__()
+        self.apart = {tensor.untyped_storage().data_ptr() for tensor in apart}
         self.alive = weakref.WeakKeyDictionary()
         self.peak = 0
         for tensor in tensors:
@@ -20,7 +22,8 @@ class LiveBytes(TorchDispatchMode):
         self.look()
 
     def look(self):
-        self.peak = max(self.peak, sum(storage.nbytes() for storage in self.alive))
+        counted = (storage.nbytes() for storage in self.alive if storage.data_ptr() not in self.apart)
+        self.peak = max(self.peak, sum(counted))
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if any(hasattr(kind, "__tensor_flatten__") for kind in types):

@@ -84,7 +84,8 @@ class Handle:
         if parts is None or parts.device.type == "cuda":
             yield
             return
-        with StorageLedger.of_training(self.model, optimizer, parts.arena.bytes) as ledger:
+        counted = (self.model, optimizer, parts.arena.bytes)
+        with StorageLedger.of_training(*counted, ignore=parts.on_host()) as ledger:
             yield
         self._vram_peak_bytes = max(self._vram_peak_bytes, ledger.peak_bytes)
 

@@ -53,13 +53,16 @@ class Parts:
     @property
     def host_bytes(self) -> int:
         """What lies in RAM for the plan: every allocation that anything of it is in, and staging."""
-        held = [*self.rooms.values()]
-        for block, home in self.homes.items():
-            if isinstance(home.source, HostSource) and self.plan.home_of(block) == "host":
-                held.append(home.source.part)
-        storages = {tensor.untyped_storage()._cdata: tensor.untyped_storage().nbytes() for tensor in held}
+        storages = {held.untyped_storage()._cdata: held.untyped_storage().nbytes() for held in self.on_host()}
         on_disk = any(item.home == "disk" for item in self.plan.items)
         return sum(storages.values()) + (STAGING_BYTES if on_disk else 0)
+
+    def on_host(self) -> Iterator[torch.Tensor]:
+        """Yield what lies in RAM for the plan."""
+        yield from self.rooms.values()
+        for block, home in self.homes.items():
+            if isinstance(home.source, HostSource) and self.plan.home_of(block) == "host":
+                yield home.source.part
 
     def take_over(self, plan: Plan) -> None:
         """Have the device arena of ``plan``. Raises RunError where it cannot be had."""

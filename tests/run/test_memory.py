@@ -11,7 +11,7 @@ from tests.run.test_parity import plan_for
 from tests.training import CHECKPOINTING, KINDS, batch_of, loss_of, make
 
 
-def counted_step(model, kind, accumulation=1, batches=batch_of):
+def counted_step(model, kind, accumulation=1, batches=batch_of, apart=()):
     """Return the peak of live device bytes in the second step, when the optimizer has its state."""
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
 
@@ -22,7 +22,7 @@ def counted_step(model, kind, accumulation=1, batches=batch_of):
         optimizer.zero_grad()
 
     step()
-    with LiveBytes(held_by(model, optimizer)) as count:
+    with LiveBytes(held_by(model, optimizer), apart) as count:
         step()
     return count.peak
 

@@ -103,10 +103,17 @@ def test_the_table_takes_no_room_on_the_device(kind, tmp_path):
     assert plan.home_of(table.id) == "host"  # chosen, not asked for
     assert not [a for a in plan.addresses if a.item == table.id and plan.arenas[a.arena].tier == "device"]
     assert plan.prediction.rows_bytes_per_pass == ROWS * LENGTH * WIDTH * 4
-    with attach(model, plan, cache=tmp_path):
-        peak = counted_step(model, kind, batches=batch_of)
+    with attach(model, plan, cache=tmp_path) as handle:
+        peak = counted_step(model, kind, batches=batch_of, apart=[handle._parts.host.bytes])
+        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
+        for _ in range(2):
+            with handle.watch_memory(optimizer):
+                model(**batch_of()).loss.backward()
+                optimizer.step()
+                optimizer.zero_grad()
+        assert handle.record.vram_peak_bytes == pytest.approx(peak, rel=0.001)
     assert peak <= plan.budgets.vram_bytes
-    assert plan.prediction.peaks.vram_bytes == pytest.approx(peak, rel=0.02)
+    assert plan.prediction.peaks.vram_bytes == pytest.approx(peak, rel=0.05)  # the table is 14% of it
 
 
 @pytest.mark.parametrize("checkpointing", ["inside-reentrant", "inside-other", "around-reentrant", "around-other"])
@@ -155,7 +162,8 @@ def test_from_the_disk_it_comes_whole(kind, tmp_path):
     whole = train(make(kind), kind, batches=batch_of)
     model = make(kind)
     roomy = plan_of(model)
-    for options in ({"ram": STAGING_BYTES + 64 * KIB}, {"pins": {table_of(roomy).name: "disk"}}):
+    little = {"ram": STAGING_BYTES + 64 * KIB}  # the head of a tied one needs none of it for staging
+    for options in ({"pins": {table_of(roomy).name: "disk"}}, *([little] if kind == "untied" else [])):
         plan = plan_of(model, share=0.0, **options)
         table = table_of(plan)
         assert plan.home_of(table.id) == "disk"
