@@ -25,6 +25,7 @@ class AccessRow(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     offload_bytes: int = 0
     offload_s: float = 0.0
     """Forward accesses: the time in which the device sets aside what is offloaded."""
+    derived_bytes: int = 0
 
     def transient(self, policy: Activations) -> int:
         """Return the transient bytes under an activation policy of this access's module."""
