@@ -243,6 +243,7 @@ def _measured_dict(plan: Plan, record: RunRecord) -> dict[str, object]:
         "offloaded_bytes": record.offloaded_bytes,
         "crowded": record.crowded,
         "recoveries": record.recoveries,
+        "derived_bytes": record.derived_bytes,
         "peaks": {"vram_bytes": seen.vram_bytes, "ram_bytes": seen.ram_bytes},
         "unaccounted": {"vram_bytes": seen.unaccounted_vram_bytes, "ram_bytes": seen.unaccounted_ram_bytes},
         "errors": dict(seen.errors),

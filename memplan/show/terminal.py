@@ -266,6 +266,8 @@ class _Page:
             counts.append(f"{forwards} kept activations on the device that were to be offloaded")
         if record.recoveries:
             counts.append(f"ran out of memory and went on smaller {_plural(record.recoveries, 'time', 'times')}")
+        if record.derived_bytes:
+            counts.append(f"{format_bytes(record.derived_bytes)} of copies of weights saved that are not in the plan")
         title = Text.assemble(("Run", "bold"), f"  {passes} in {wall} on {self.glyphs.safe(record.device)}")
         stalled = sorted((row for row in record.blocks if row.stall_s > 0), key=lambda row: (-row.stall_s, row.block))
         total = sum(row.stall_s for row in stalled)

@@ -244,6 +244,18 @@ def test_copies_of_weights_are_part_of_the_activations_at_the_peak() -> None:
     assert cells(terminal.text(plan), "of it copies", "Memory")[-1] == "20.0 MiB"
 
 
+def test_copies_of_weights_that_the_plan_has_not_are_shown() -> None:
+    plan = make_plan(SMALL)
+    assert "copies" not in terminal.text(plan, make_record(plan, pass_s=0.5))
+    record = make_record(plan, pass_s=0.5, derived_bytes=43 * MIB)
+    assert "43.0 MiB of copies of weights saved that are not in the plan" in " ".join(
+        terminal.text(plan, record).split()
+    )
+    measured = terminal.as_dict(plan, record)["measured"]
+    assert isinstance(measured, dict)
+    assert measured["derived_bytes"] == 43 * MIB
+
+
 def test_as_dict_with_a_record() -> None:
     plan = make_plan(SMALL, stall_s=0.02)
     record = make_record(plan, pass_s=0.5, extra_bytes=GIB)
