@@ -40,13 +40,20 @@ def autocast_dtype(given: object) -> torch.dtype | None:
 
 
 @contextlib.contextmanager
-def autocast_forward(dtype: torch.dtype | None) -> Iterator[None]:
-    """Compute as under autocast to ``dtype``, and leave none of its casts behind, as a run does after each forward."""
-    if dtype is None:
-        yield
-        return
+def outside_autocast() -> Iterator[None]:
+    """Leave the caller's autocast for a while.
+
+    torch drops the casts that it keeps for a second use when the outermost autocast is left: those of a forward as it
+    ends, those of a recompute as that ends. Within a caller's all would stay.
+    """
+    enabled = torch.is_autocast_enabled("cpu")
+    depth = torch.autocast_increment_nesting() - 1
+    for _ in range(depth + 1):
+        torch.autocast_decrement_nesting()
+    torch.set_autocast_enabled("cpu", False)
     try:
-        with torch.autocast("cpu", dtype):
-            yield
+        yield
     finally:
-        torch.clear_autocast_cache()
+        for _ in range(depth):
+            torch.autocast_increment_nesting()
+        torch.set_autocast_enabled("cpu", enabled)

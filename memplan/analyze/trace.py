@@ -6,7 +6,7 @@ Nothing is loaded and nothing computed; the model is as it was afterwards, on an
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
@@ -18,7 +18,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from memplan import offload as offloading
 from memplan import recompute
 from memplan.analyze.assemble import assemble
-from memplan.analyze.autocast import autocast_dtype, autocast_forward
+from memplan.analyze.autocast import autocast_dtype, outside_autocast
 from memplan.analyze.batch import Batch, base_of, batch_for
 from memplan.analyze.blocks import Draft, Unit, check_model, draft_blocks, find_units
 from memplan.analyze.fake import eager_transformers, faked, random_states_kept
@@ -149,7 +149,7 @@ def _trace(
         undo.enter_context(eager_transformers())
         undo.enter_context(torch.inference_mode(False))
         undo.enter_context(torch.enable_grad())
-        undo.enter_context(torch.autocast("cpu", enabled=False))  # a caller's is for the forward alone
+        undo.enter_context(outside_autocast())  # it is for the forward alone
         undo.enter_context(torch.compiler.set_stance("force_eager"))
         if torch.get_default_device().type != "cpu":
             undo.enter_context(torch.device("cpu"))
@@ -173,7 +173,7 @@ def _trace(
         undo.callback(Triggers({unit.name: unit.module for unit in units}, recorder.log).remove)
         try:
             with mode, recorder:
-                with autocast_forward(lowered):
+                with torch.autocast("cpu", lowered) if lowered is not None else nullcontext():
                     value = loss_of(model(*inputs.args, **inputs.kwargs), loss)
                 recorder.log.loss_begins()
                 value.backward()

@@ -63,16 +63,16 @@ def counted_step(model, family, precision):
 
 
 @pytest.mark.parametrize("share", [0.0, 1.0])
-@pytest.mark.parametrize(("policy", "within"), [("keep", 0.01), ("recompute", 0.05)])
+@pytest.mark.parametrize("policy", ["keep", "recompute"])
 @pytest.mark.parametrize(("family", "precision"), CASES)
-def test_peak_is_as_predicted(family, precision, policy, within, share):
+def test_peak_is_as_predicted(family, precision, policy, share):
     model = families.make(family, precision)
     plan = plan_of(model, family, precision, share=share, policy=policy)
     assert sum(row.derived_bytes for row in plan.table.accesses) > sum(b.size_bytes for b in plan.table.blocks) / 3
     with attach(model, plan):
         peak = counted_step(model, family, precision)
     assert peak <= plan.budgets.vram_bytes
-    assert plan.prediction.peaks.vram_bytes == pytest.approx(peak, rel=within)
+    assert plan.prediction.peaks.vram_bytes == pytest.approx(peak, rel=0.01)
 
 
 @pytest.mark.parametrize(("family", "precision"), CASES)
@@ -190,6 +190,13 @@ def test_activations_as_large_as_a_weight_are_no_copies(caplog):
         loss_of(model(**batch)).backward()
         assert handle.record.derived_bytes == 0
     assert not caplog.records
+
+
+def test_what_others_hooks_hold_is_theirs():
+    x, weight = torch.randn(3, 4, requires_grad=True), torch.randn(4, 4)
+    assert any(tensor is weight for tensor in copies.saved_tensors([x @ weight], [x]))
+    with torch.autograd.graph.saved_tensors_hooks(torch.clone, lambda tensor: tensor):
+        assert list(copies.saved_tensors([x @ weight], [x])) == []
 
 
 def test_nothing_is_looked_for_in_the_checked_mode_or_without_gradients(monkeypatch):
