@@ -35,6 +35,7 @@ def plan(
     adapter: Any = None,
     dtype: Any = None,
     attention: str | None = None,
+    autocast: str | None = None,
     accumulation: int = 1,
     optimizer: str = "adamw",
     hardware: str | Path | HardwareProfile = "auto",
@@ -49,7 +50,9 @@ def plan(
     ``vram``, ``ram``, ``disk``: bytes, or text such as ``"6GiB"``. ``vram="auto"``: what is free less a reserve;
     ``ram=None``: what is available less a reserve; ``disk=None``: no disk beyond the checkpoint's own files.
     ``adapter``: a PEFT configuration or ``{"rank": 16, "targets": "all-linear"}``, where the model has none yet.
-    ``dtype``, ``attention``: for a model built here from its configuration. ``accumulation``: passes of a step.
+    ``dtype``, ``attention``: for a model built here from its configuration. ``autocast``: ``"bf16"`` or ``"fp16"``, where
+    the forward will run under ``torch.autocast``, which saves casts of a float32 base for backward; None: as the autocast
+    that this is called in, if any. ``accumulation``: passes of a step.
     ``hardware``: ``"auto"`` (measured once, then cached), a shipped profile's name, or a profile's file.
     ``pins``: tier by block name. ``activations``: ``"keep"``, ``"recompute"`` or ``"offload"`` (to RAM, until backward)
     for every layer, or by layer name; None: kept or recomputed, as is fastest. ``loss``: from the model's output to a scalar, where the output holds none.
@@ -80,6 +83,7 @@ def plan(
         name=prepared.name,
         loss=loss,
         offload="offload" in wanted.values(),
+        autocast=autocast,
     )
     table = cost_table(graph, profile)
     vram_bytes, ram_bytes, disk_bytes = budgets_given["vram"], budgets_given["ram"], budgets_given["disk"]

@@ -74,6 +74,7 @@ def group() -> None:
 @click.option("--lora-targets", metavar="NAMES", default="all-linear", show_default=True, help="Such as q_proj,v_proj.")
 @click.option("--dtype", metavar="NAME", default="bf16", show_default=True, help="Of the frozen weights.")
 @click.option("--attention", metavar="NAME", default="sdpa", show_default=True, help="Attention kernel.")
+@click.option("--autocast", type=click.Choice(["bf16", "fp16"]), help="Where the forward runs under autocast.")
 @click.option("--optimizer", metavar="NAME", default="adamw", show_default=True, help="Its state counts.")
 @click.option(
     "--hardware", metavar="NAME|FILE", default="auto", show_default=True, help="A profile, or this machine, measured."
@@ -96,6 +97,7 @@ def plan(
     lora_targets: str,
     dtype: str,
     attention: str,
+    autocast: str | None,
     optimizer: str,
     hardware: str,
     activations: str | None,
@@ -130,6 +132,7 @@ def plan(
         adapter={"rank": lora_rank, "targets": "all-linear" if targets == ["all-linear"] else targets},
         dtype=dtype,
         attention=attention,
+        autocast=autocast,
         accumulation=accumulation,
         optimizer=optimizer,
         hardware=hardware,

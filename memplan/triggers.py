@@ -15,7 +15,7 @@ watcher takes each as the same access.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Protocol
 
 import torch
@@ -79,6 +79,8 @@ class Triggers:
         self._watcher = watcher
         self._calls: dict[str, int] = {}
         self._outermost = -1
+        self.look: Callable[[str, int, object, object], bool] | None = None
+        """Shown each forward as it ends (module, call, what went in, what came out) until it says that it has seen all."""
         self._handles: list[Any] = []
         try:
             for name, module in modules.items():
@@ -115,6 +117,8 @@ class Triggers:
                 produced = [t for t in tensors_in(output) if t.grad_fn is not None and id(t) not in given]
                 if produced:
                     register_multi_grad_hook(produced, self._gradient(name, call), mode="any")
+            if self.look is not None and self.look(name, call, (args, kwargs), output):
+                self.look = None
             self._watcher.forward_ends(name, call, in_backward=in_backward())
 
         return post_hook

@@ -16,6 +16,7 @@ from memplan.errors import (
     CheckpointError,
     DoesNotFitError,
     HardwareError,
+    InputError,
     MemplanError,
     ModelError,
     PlanCheckError,
@@ -62,6 +63,11 @@ def test_a_budget_that_is_too_small(model):
 @pytest.mark.parametrize("budget", ["vram", "ram", "disk"])
 def test_sizes(model, budget, size):
     refused(model, SizeError, f"{budget} was given as", lambda: planned(model, **{budget: size}))
+
+
+@pytest.mark.parametrize("given", ["fp8", "float32", ""])
+def test_autocast_to_what_is_none(model, given):
+    refused(model, InputError, "autocast was given as .*: give one of", lambda: planned(model, autocast=given))
 
 
 def test_unknown_hardware(model):

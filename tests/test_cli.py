@@ -52,7 +52,8 @@ def refuse(monkeypatch: pytest.MonkeyPatch, error: BaseException) -> None:
 def test_plan_hands_on_what_was_asked(calls: list[Any], capsys: pytest.CaptureFixture[str], solved: Plan) -> None:
     arguments = (
         "plan ./model --vram 6GiB --ram 24GiB --disk 100GB --lora-rank 8 --lora-targets q_proj,v_proj --batch 4 "
-        "--seq 1024 --accumulation 2 --dtype fp32 --attention eager --optimizer sgd --hardware rtx-3060 "
+        "--seq 1024 --accumulation 2 --dtype fp32 --attention eager --autocast fp16 --optimizer sgd "
+        "--hardware rtx-3060 "
         "--pin model.layers.3=device --pin lm_head=host --activations offload"
     )
     assert main(arguments.split()) == 0
@@ -66,6 +67,7 @@ def test_plan_hands_on_what_was_asked(calls: list[Any], capsys: pytest.CaptureFi
                 "adapter": {"rank": 8, "targets": ["q_proj", "v_proj"]},
                 "dtype": "fp32",
                 "attention": "eager",
+                "autocast": "fp16",
                 "accumulation": 2,
                 "optimizer": "sgd",
                 "hardware": "rtx-3060",
@@ -136,6 +138,7 @@ def test_does_not_fit(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.Mo
         ("plan ./model --pin layers.3", "BadParameter", "not BLOCK=TIER"),
         ("plan ./model --pin layers.3=cloud", "BadParameter", "device, host or disk"),
         ("plan ./model --pin a=host --pin a=disk", "BadParameter", "pinned to host and to disk"),
+        ("plan ./model --autocast fp8", "BadParameter", "is not one of 'bf16', 'fp16'"),
         ("plan ./model --activations away", "BadParameter", "is not one of 'keep', 'recompute', 'offload'"),
         ("plan ./model --lora-targets ,", "BadParameter", "all-linear"),
         ("plan ./model --vrm 6GiB", "NoSuchOption", "No such option"),

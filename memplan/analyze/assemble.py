@@ -14,11 +14,16 @@ from memplan.analyze.batch import Batch, base_of
 from memplan.analyze.blocks import Draft, Unit, dtype_name, head_of
 from memplan.analyze.graph import Access, Activations, Block, Fixed, FixedKind, LayerGraph, Lifetime, LifetimeKind, Rows
 from memplan.analyze.optimizers import state_bytes, workspace_bytes
+from memplan.analyze.origins import CASTS
 from memplan.analyze.recorder import Recorder, Work
+from memplan.units import KIB, format_bytes
 from memplan.weights import frozen_weights, small_tensors
 
 if TYPE_CHECKING:
     from memplan.analyze.trace import Traced
+
+TINY_DERIVED_BYTES = 64 * KIB
+"""Copies of weights below this (of norms) are counted, not named."""
 
 _Span = tuple[LifetimeKind, int, int]
 """Kind, first and last access."""
@@ -43,6 +48,12 @@ class _Pass:
             self._add("activations", owner[born], owner[died], size)
         for kind, born, size in traced.left:
             self._add(kind, owner[born], last, size)
+        self.derived = [0] * len(self.accesses)
+        self.derived_how: Counter[str] = Counter()
+        for (born, died, how), size in traced.derived.items():
+            if owner[born] < owner[died] and self.accesses[owner[born]].kind == "forward":
+                self.derived[owner[born]] += size
+                self.derived_how[how] += size
 
     def _add(self, kind: LifetimeKind, born: int, last: int, size_bytes: int) -> None:
         if born < last and size_bytes:
@@ -108,6 +119,7 @@ def assemble(
                 transient_recompute_bytes=transient_recompute,
                 transient_offload_bytes=transient_offload,
                 offload_bytes=moved.get(access.module, 0) if can and access.kind == "forward" else 0,
+                derived_bytes=one.derived[index],
             )
         )
     trainable_bytes = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
@@ -128,7 +140,7 @@ def assemble(
         tokens=batch.tokens(),
         trainable_bytes=trainable_bytes,
         matmul_dtype=max(kept.recorder.matmul_flops.items(), key=lambda item: item[1], default=("float32", 0))[0],
-        notes=(*notes, *_notes(model, blocks, kept)),
+        notes=(*notes, *_notes(model, blocks, kept), *_derived_notes(one.derived_how)),
     )
 
 
@@ -265,3 +277,18 @@ def _notes(model: nn.Module, blocks: Sequence[Block], kept: Traced) -> list[str]
             "an even choice was assumed."
         )
     return found
+
+
+def _derived_notes(how: Mapping[str, int]) -> list[str]:
+    """Say what copies of weights are saved, and the way out."""
+    total = sum(how.values())
+    if total < TINY_DERIVED_BYTES:
+        return []
+    most = max(how, key=lambda name: how[name])
+    way_out = "recompute those layers"
+    if most.removeprefix(CASTS) in ("bfloat16", "float16"):
+        way_out += f", or load the base in {most.removeprefix(CASTS)}"
+    return [
+        f"{format_bytes(total)} of what autograd saves are copies of frozen weights ({most}), counted with the "
+        f"activations: where they are too many, {way_out}."
+    ]

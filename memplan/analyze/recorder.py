@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from memplan.analyze.accesses import AccessLog
 from memplan.analyze.blocks import Draft, dtype_name
 from memplan.analyze.operators import Operator, flops, operator, size_bytes, tensors, workspace_bytes
+from memplan.analyze.origins import Origins
 from memplan.analyze.values import Values
 from memplan.storages import StorageLedger, opens
 
@@ -36,9 +37,11 @@ class Work:
 
 
 class Recorder(StorageLedger):
-    """A ledger that counts work besides, and looks who reads frozen weights when."""
+    """A ledger that counts work besides, looks who reads frozen weights when, and what copies of them live on."""
 
-    def __init__(self, ignore: Iterable[torch.Tensor], frozen: Mapping[int, Draft]) -> None:
+    def __init__(
+        self, ignore: Iterable[torch.Tensor], frozen: Mapping[int, Draft], batch: Iterable[torch.Tensor]
+    ) -> None:
         """``frozen``: the block of each frozen storage by its address."""
         super().__init__(ignore)
         self.log = AccessLog(self.begin_segment)
@@ -54,6 +57,19 @@ class Recorder(StorageLedger):
         self.whole: set[tuple[str, str]] = set()
         """Blocks and triggers under which an operator read more than rows."""
         self._frozen = frozen
+        self._origins = Origins(frozen, (tensor.untyped_storage()._cdata for tensor in batch))
+        self._derived: Counter[tuple[int, int, str]] = Counter()
+
+    def derived(self) -> dict[tuple[int, int, str], int]:
+        """Return the bytes of what was made of weights alone, by the segments of birth and death (for what is alive the
+        one under way) and by how it was made.
+        """
+        found = Counter(self._derived)
+        for address, held in self._held.items():
+            how = self._origins.derived(address)
+            if how:
+                found[held.born, self.segment, how] += held.size_bytes
+        return dict(found)
 
     def begin_segment(self, segment: int) -> None:
         super().begin_segment(segment)
@@ -70,6 +86,7 @@ class Recorder(StorageLedger):
         known = operator(func)
         if known.is_free:
             return result
+        self._origins.follow(known, args, given, result)
         work = self.work[-1]
         work.kernels += 1
         moved = 0
@@ -87,6 +104,17 @@ class Recorder(StorageLedger):
         else:
             work.other_bytes += 2 * made if known.reads_rows else made if known.reads_shape_only else moved + made
         return result
+
+    def _death_of(self, key: int) -> Callable[[object], None]:
+        died = super()._death_of(key)
+
+        def forgotten(reference: object) -> None:
+            held, how = self._held[key], self._origins.forget(key)
+            if how:
+                self._derived[held.born, self.segment, how] += held.size_bytes
+            died(reference)
+
+        return forgotten
 
     def _see_read(self, tensor: torch.Tensor, known: Operator, result: object) -> None:
         try:

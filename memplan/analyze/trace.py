@@ -6,7 +6,7 @@ Nothing is loaded and nothing computed; the model is as it was afterwards, on an
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
@@ -18,6 +18,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from memplan import offload as offloading
 from memplan import recompute
 from memplan.analyze.assemble import assemble
+from memplan.analyze.autocast import autocast_dtype, outside_autocast
 from memplan.analyze.batch import Batch, base_of, batch_for
 from memplan.analyze.blocks import Draft, Unit, check_model, draft_blocks, find_units
 from memplan.analyze.fake import eager_transformers, faked, random_states_kept
@@ -43,6 +44,8 @@ class Traced:
     """What was alive at its end: kind, segment of birth, bytes."""
     ran_again: frozenset[str]
     """Units of which something ran again in backward: the model checkpoints them itself."""
+    derived: Mapping[tuple[int, int, str], int]
+    """Bytes of what was made of weights alone, by the segments of birth and death, and by how it was made."""
     offload_bytes: Mapping[str, int]
     """What the forward of each unit saved that was offloaded in the trace."""
 
@@ -56,10 +59,12 @@ def analyze(
     name: str | None = None,
     loss: Callable[[Any], torch.Tensor] | None = None,
     offload: bool = False,
+    autocast: object = None,
 ) -> LayerGraph:
     """Return what a training pass of ``model`` on ``batch`` reads, keeps and costs.
 
-    ``model``: on any device, ``meta`` included; a caller's autocast counts. ``batch``: see :func:`batch_for`.
+    ``model``: on any device, ``meta`` included. ``batch``: see :func:`batch_for`. ``autocast``: a dtype or its name
+    ("bf16", "fp16"), where the forward will run so; None: as the caller's own autocast, which counts.
     ``accumulation``: passes of a step; where there are several, gradients are there from the first access on.
     ``loss``: from the model's output to a scalar, where the output holds none. ``offload``: look also at what would be
     saved of each layer where that is offloaded (a trace more).
@@ -70,6 +75,7 @@ def analyze(
     if accumulation < 1:
         raise InputError(f"accumulation was given as {accumulation!r}: give a whole number of passes, at least 1")
     check_optimizer(optimizer)
+    lowered = autocast_dtype(autocast)
     check_model(model)
     call = batch_for(model, batch)
     accumulates = accumulation > 1
@@ -77,7 +83,7 @@ def analyze(
     for _ in range(_DEEPEST):
         units = find_units(model, containers)
         drafts = draft_blocks(units)
-        kept = _trace(model, call, units, drafts, accumulates=accumulates, loss=loss)
+        kept = _trace(model, call, units, drafts, accumulates=accumulates, loss=loss, lowered=lowered)
         found = _containers(units, drafts, kept.recorder)
         if found <= containers:
             break
@@ -91,7 +97,9 @@ def analyze(
         if not names:
             return None
         try:
-            found = _trace(model, call, units, drafts, accumulates=accumulates, loss=loss, policies=names)
+            found = _trace(
+                model, call, units, drafts, accumulates=accumulates, loss=loss, lowered=lowered, policies=names
+            )
         except ModelError as error:
             notes.append(f"No activations can be {done}: with every layer's so {error}.")
             return None
@@ -127,9 +135,12 @@ def _trace(
     *,
     accumulates: bool,
     loss: Callable[[Any], torch.Tensor] | None,
+    lowered: torch.dtype | None,
     policies: Mapping[str, Activations] = MappingProxyType({}),
 ) -> Traced:
-    """Run one forward and backward on fake tensors. ``policies``: units whose activations are not kept, by name."""
+    """Run one forward and backward on fake tensors. ``lowered``: what autocast has the forward compute in.
+    ``policies``: units whose activations are not kept, by name.
+    """
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     ran_again: set[str] = set()
@@ -138,13 +149,14 @@ def _trace(
         undo.enter_context(eager_transformers())
         undo.enter_context(torch.inference_mode(False))
         undo.enter_context(torch.enable_grad())
+        undo.enter_context(outside_autocast())  # it is for the forward alone
         undo.enter_context(torch.compiler.set_stance("force_eager"))
         if torch.get_default_device().type != "cpu":
             undo.enter_context(torch.device("cpu"))
         fakes = undo.enter_context(faked(model, mode))
         inputs = batch.faked(mode)
         frozen = {fakes[id(w.tensor)].untyped_storage()._cdata: draft for draft in drafts for w in draft.weights}
-        recorder = Recorder((*fakes.values(), *inputs.tensors()), frozen)
+        recorder = Recorder((*fakes.values(), *inputs.tensors()), frozen, inputs.tensors())
         trainables = [fakes[id(parameter)] for parameter in trained]
         if accumulates:
             with mode:
@@ -161,7 +173,8 @@ def _trace(
         undo.callback(Triggers({unit.name: unit.module for unit in units}, recorder.log).remove)
         try:
             with mode, recorder:
-                value = loss_of(model(*inputs.args, **inputs.kwargs), loss)
+                with torch.autocast("cpu", lowered) if lowered is not None else nullcontext():
+                    value = loss_of(model(*inputs.args, **inputs.kwargs), loss)
                 recorder.log.loss_begins()
                 value.backward()
                 recorder.log.optimizer_begins()
@@ -185,6 +198,7 @@ def _trace(
             spans=dict(recorder.spans),
             left=tuple(left),
             ran_again=frozenset(ran_again),
+            derived=recorder.derived(),
             offload_bytes=dict(offloads.size_bytes),
         )
 

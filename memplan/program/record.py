@@ -51,6 +51,9 @@ class RunRecord(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     ram_peak_bytes: int
     """Host arena and staging."""
     blocks: tuple[BlockRecord, ...]
+    derived_bytes: int = 0
+    """Copies of weights that the first pass saved for backward beyond what the plan has (not looked for in the checked
+    mode)."""
 
     def save(self, path: str | Path) -> None:
         """Write the record as JSON, whole or not at all."""

@@ -379,7 +379,7 @@ class Conductor:
             self._began = now
         self._last = now
 
-    def record(self, *, vram_peak_bytes: int, ram_peak_bytes: int, recoveries: int) -> RunRecord:
+    def record(self, *, vram_peak_bytes: int, ram_peak_bytes: int, recoveries: int, derived_bytes: int) -> RunRecord:
         """Return what was measured so far."""
         with self._lock:
             blocks = tuple(
@@ -409,6 +409,7 @@ class Conductor:
                 offloaded_bytes=self.offloads.stored_bytes,
                 crowded=self.offloads.crowded,
                 recoveries=recoveries,
+                derived_bytes=derived_bytes,
                 vram_peak_bytes=vram_peak_bytes,
                 ram_peak_bytes=ram_peak_bytes,
                 blocks=blocks,

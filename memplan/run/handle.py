@@ -70,7 +70,10 @@ class Handle:
         if parts.device.type == "cuda":
             peak = torch.cuda.max_memory_allocated(parts.device)
         record = parts.conductor.record(
-            vram_peak_bytes=peak, ram_peak_bytes=parts.host_bytes, recoveries=self.recoveries
+            vram_peak_bytes=peak,
+            ram_peak_bytes=parts.host_bytes,
+            recoveries=self.recoveries,
+            derived_bytes=parts.copies.unforeseen_bytes if parts.copies else 0,
         )
         return record, parts.checked.checked if parts.checked else 0
 

@@ -11,6 +11,7 @@ from memplan.program.schema import Plan
 from memplan.run.checked import CheckedReads
 from memplan.run.clocks import ClockedTransfers
 from memplan.run.conductor import Conductor, Streamed
+from memplan.run.copies import Copies
 from memplan.run.guard import Guard
 from memplan.run.handle import Handle
 from memplan.run.interrupts import Undo
@@ -78,6 +79,9 @@ def _hook(
                 undo.callback(look_up_on_host(owner, device))
     hooks = Triggers(triggers, parts.conductor)
     undo.callback(hooks.remove)
+    if parts.checked is None:
+        parts.copies = Copies(plan, triggers, parts.arena)
+        hooks.look = parts.copies.look
     kept = parts.kept()
     guards = []
     for module in model.modules():

@@ -18,6 +18,7 @@ from memplan.program.schema import STAGING_BYTES, Address, Channel, Plan, Tier
 from memplan.run.arena import Arena, Placeholders, dtype_of, view
 from memplan.run.checked import CheckedReads
 from memplan.run.conductor import Conductor, Streamed
+from memplan.run.copies import Copies
 from memplan.run.disk import DiskReader, Extent
 from memplan.run.home import Checkpoint, Home, Weights
 from memplan.run.interrupts import Undo, held_back
@@ -47,6 +48,7 @@ class Parts:
         self.streamed: dict[int, Streamed] = {}
         self.conductor: Conductor
         self.checked: CheckedReads | None = None
+        self.copies: Copies | None = None
         self.installed = Undo()
         """What unhooks the model and ends the transfers."""
 

@@ -44,6 +44,8 @@ class Facts:
     """``pass_s / bound_s - 1``, not below 0."""
     tokens_per_s: float | None
     """Over whole steps: the optimizer's time included."""
+    derived_bytes: int
+    """Of the activations at the vram peak, copies of weights: casts, weights merged with an adapter."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -90,6 +92,18 @@ def facts(plan: Plan) -> Facts:
         stall_slowdown=_ratio(prediction.stall_s, held_s),
         bound_gap=_excess(prediction.pass_s, prediction.bound_s),
         tokens_per_s=_ratio(plan.workload.tokens * plan.workload.accumulation, prediction.step_s),
+        derived_bytes=min(_derived_at(plan, prediction.vram_peak_at), prediction.vram_parts.get("activations", 0)),
+    )
+
+
+def _derived_at(plan: Plan, index: int) -> int:
+    """Return the bytes of copies of weights that are alive in an access: each from its forward to its backward."""
+    policies, rows = plan.policies(), plan.table.accesses
+    last = {row.forward: row.index for row in rows if row.kind == "backward"}
+    return sum(
+        row.derived_bytes
+        for row in rows
+        if row.index <= index <= last.get(row.index, row.index) and policies.get(row.module, "keep") == "keep"
     )
 
 
@@ -187,6 +201,7 @@ def as_dict(plan: Plan, record: RunRecord | None = None) -> dict[str, object]:
             "disk_bytes": prediction.peaks.disk_bytes,
         },
         "vram_parts": dict(prediction.vram_parts),
+        "derived_bytes": known.derived_bytes,
         "ram_parts": dict(prediction.ram_parts),
         "blocks": [
             {"name": block.name, "home": block.home, "bytes": block.size_bytes, "activations": block.activations}
@@ -229,6 +244,7 @@ def _measured_dict(plan: Plan, record: RunRecord) -> dict[str, object]:
         "offloaded_bytes": record.offloaded_bytes,
         "crowded": record.crowded,
         "recoveries": record.recoveries,
+        "derived_bytes": record.derived_bytes,
         "peaks": {"vram_bytes": seen.vram_bytes, "ram_bytes": seen.ram_bytes},
         "unaccounted": {"vram_bytes": seen.unaccounted_vram_bytes, "ram_bytes": seen.unaccounted_ram_bytes},
         "errors": dict(seen.errors),

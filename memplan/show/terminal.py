@@ -175,6 +175,8 @@ class _Page:
             )
             if any(row):
                 table.add_row(Text(f"  {self.glyphs.safe(kind)}"), *(self.size(part or None) for part in row))
+            if kind == "activations" and self.facts.derived_bytes:
+                table.add_row(Text("  of it copies"), self.size(self.facts.derived_bytes), "", "", style="dim")
         self.line(table)
         tops = (peaks.vram_bytes, peaks.ram_bytes, peaks.disk_bytes)
         limits = (budgets.vram_bytes, budgets.ram_bytes, budgets.disk_bytes)
@@ -266,6 +268,8 @@ class _Page:
             counts.append(f"{forwards} kept activations on the device that were to be offloaded")
         if record.recoveries:
             counts.append(f"ran out of memory and went on smaller {_plural(record.recoveries, 'time', 'times')}")
+        if record.derived_bytes:
+            counts.append(f"{format_bytes(record.derived_bytes)} of copies of weights saved that are not in the plan")
         title = Text.assemble(("Run", "bold"), f"  {passes} in {wall} on {self.glyphs.safe(record.device)}")
         stalled = sorted((row for row in record.blocks if row.stall_s > 0), key=lambda row: (-row.stall_s, row.block))
         total = sum(row.stall_s for row in stalled)

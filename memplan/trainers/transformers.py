@@ -21,6 +21,7 @@ from memplan import api
 from memplan.checkpoint import StoredTensor, has_checkpoint, read_checkpoint
 from memplan.errors import InputError
 from memplan.program.schema import Plan
+from memplan.recompute import replace_forward
 from memplan.run.arena import dtype_of, is_placeholder
 from memplan.run.attach import attach
 from memplan.run.handle import Handle
@@ -76,7 +77,8 @@ def wrap(
 
     ``batch``: the largest micro-batch that will come; without it the first that the trainer's loader gives (its random
     state is put back). A micro-batch that runs out of device memory is done over under a smaller plan
-    (:meth:`memplan.Handle.micro_batch`). ``plan``: one made before. Budgets, ``hardware`` and ``pins`` as in :func:`memplan.plan`.
+    (:meth:`memplan.Handle.micro_batch`). The plan is made under the autocast that ``bf16`` or ``fp16`` among the arguments
+    will have it run in. ``plan``: one made before. Budgets, ``hardware`` and ``pins`` as in :func:`memplan.plan`.
 
     Raises what ``plan`` and ``attach`` raise; trainer and model then are as they were.
     """
@@ -93,17 +95,19 @@ def wrap(
                 raise InputError(
                     f"the optimizer {args.optim!s} has no known state size; known are: {', '.join(sorted(_OPTIMIZERS))}"
                 )
-            plan = api.plan(
-                model,
-                _first_batch(trainer) if batch is None else batch,
-                vram=vram,
-                ram=ram,
-                disk=disk,
-                accumulation=args.gradient_accumulation_steps,
-                optimizer=optimizer,
-                hardware=hardware,
-                pins=pins,
-            )
+            first = _first_batch(trainer) if batch is None else batch
+            with _autocast_as_in_training(model, trainer.accelerator):
+                plan = api.plan(
+                    model,
+                    first,
+                    vram=vram,
+                    ram=ram,
+                    disk=disk,
+                    accumulation=args.gradient_accumulation_steps,
+                    optimizer=optimizer,
+                    hardware=hardware,
+                    pins=pins,
+                )
         handle = attach(model, plan, checkpoint=checkpoint_of(model), checked=checked, replan=api.smaller)
         undo.pop_all()
     trainer.__dict__["memplan"] = handle
@@ -180,6 +184,24 @@ def _checkpoint_activations(model: Any, options: Any) -> Callable[[], None]:
     getattr(model, f"{name}_enable")(options)
     disable: Callable[[], None] = getattr(model, f"{name}_disable")
     return disable
+
+
+@contextlib.contextmanager
+def _autocast_as_in_training(model: nn.Module, accelerator: Any) -> Iterator[None]:
+    """Have the model compute as it will from ``train()`` on: accelerate then wraps its forward in autocast, and makes
+    what that returns float32 again. On the CPU here, where it is traced.
+    """
+    from accelerate.utils import convert_outputs_to_fp32
+
+    if not accelerator.native_amp:
+        yield
+        return
+    dtype = torch.float16 if accelerator.mixed_precision == "fp16" else torch.bfloat16
+    undo = replace_forward(model, convert_outputs_to_fp32(torch.autocast("cpu", dtype)(model.forward)))
+    try:
+        yield
+    finally:
+        undo()
 
 
 def _set(owner: type, name: str, value: Any) -> None:

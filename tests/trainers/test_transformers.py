@@ -89,10 +89,13 @@ CASES = [
     {CHECKPOINTING: True, f"{CHECKPOINTING}_kwargs": {"use_reentrant": False}},
     {CHECKPOINTING: True, f"{CHECKPOINTING}_kwargs": {"use_reentrant": True}},
     {"eval_strategy": "steps", "eval_steps": 2},
+    {"bf16": True},
 ]
 
 
-@pytest.mark.parametrize("arguments", CASES, ids=["plain", "accumulation", "checkpointing", "reentrant", "evaluation"])
+@pytest.mark.parametrize(
+    "arguments", CASES, ids=["plain", "accumulation", "checkpointing", "reentrant", "evaluation", "autocast"]
+)
 def test_whole_wrapped_and_placed_agree(checkpoint, tmp_path, arguments):
     whole = finish(build(checkpoint, tmp_path / "whole", **arguments), tmp_path / "whole")
     vram = budget(checkpoint, tmp_path / "budget", **arguments)
@@ -108,6 +111,22 @@ def test_whole_wrapped_and_placed_agree(checkpoint, tmp_path, arguments):
         trainer = build(checkpoint, tmp_path / "placed", **arguments)
     assert finish(trainer, tmp_path / "placed") == whole
     assert handle_of(trainer.model) is trainer.memplan
+
+
+def test_under_autocast_the_prediction_is_what_is_measured(checkpoint, tmp_path):
+    """The trainer wraps the model in autocast only once training starts; the plan is made as if it had."""
+    trainer = build(checkpoint, tmp_path / "wrapped", bf16=True)
+    forward = trainer.model.forward
+    pins = {f"layers.{index}": "host" for index in range(6)}
+    memplan.wrap(trainer, vram="1GiB", ram="1GiB", hardware=CPU, pins=pins)
+    assert trainer.model.forward == forward
+    with trainer.memplan.watch_memory():
+        trainer.train()
+    plan, record = trainer.memplan.plan, trainer.memplan.record
+    assert any(row.derived_bytes for row in plan.table.accesses)
+    assert any("casts to bfloat16" in note for note in plan.notes)
+    assert record.vram_peak_bytes <= plan.prediction.peaks.vram_bytes
+    assert plan.prediction.peaks.vram_bytes == pytest.approx(record.vram_peak_bytes, rel=0.05)
 
 
 def test_placed_from_the_disk_alone(checkpoint, tmp_path):
