@@ -217,6 +217,8 @@ class _Page:
             row("tokens/s", facts.tokens_per_s, _rate, "tokens_per_s")
         row("loads/pass", prediction.loads_per_pass, _number, "loads_per_pass")
         row("loaded/pass", prediction.loaded_bytes_per_pass, format_bytes, "loaded_bytes_per_pass")
+        if prediction.rows_bytes_per_pass:
+            row("rows/pass", prediction.rows_bytes_per_pass, format_bytes)
         remarks = [self.bound()]
         why = [
             f"{_percent(part)} {name}"

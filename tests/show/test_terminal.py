@@ -110,6 +110,18 @@ def test_time_shows_rates_loads_and_the_bound() -> None:
     assert "At the bound" in terminal.text(make_plan(SMALL))
 
 
+def test_what_is_read_at_home_or_learned_is_said() -> None:
+    plan = make_plan(SMALL)
+    prediction = msgspec.structs.replace(plan.prediction, rows_bytes_per_pass=3 * MIB)
+    record = msgspec.structs.replace(make_record(plan, pass_s=1.0), learned=2)
+    text = terminal.text(msgspec.structs.replace(plan, prediction=prediction), record)
+    assert "rows/pass" in text
+    assert "3.0 MiB" in text
+    assert "the sequence learned anew 2 times" in text.replace("\n", " ")
+    assert "rows/pass" not in terminal.text(plan, make_record(plan, pass_s=1.0))
+    assert "learned" not in terminal.text(plan, make_record(plan, pass_s=1.0))
+
+
 def test_strip_has_one_mark_a_block_and_wraps() -> None:
     plan = make_plan(LONG, recomputed=" " + "^" * 20)
     lines = terminal.text(plan).splitlines()
