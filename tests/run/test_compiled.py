@@ -135,6 +135,21 @@ def test_a_compiled_region_around_layers_is_refused(way, ran, tmp_path):
             assert torch.equal(value, function(given))
 
 
+def test_a_region_that_ran_before_is_refused_while_the_weights_are_there(tmp_path):
+    """Placeholders' strides alone would have its guards fail, not those of weights in their slot."""
+    model = make("plain")
+    plan = plan_for(model, "plain")
+    x = model.embed(batch_of("plain")["input_ids"]).detach()
+    regions = [torch.compile(lambda x, layer=layer: torch.tanh(layer(x)), backend="eager") for layer in model.layers]
+    for region in regions:
+        region(x)
+    with attach(model, plan, cache=tmp_path):
+        for layer, region in zip(model.layers, regions, strict=True):
+            layer(x)
+            with pytest.raises(RunError, match="within a compiled region"):
+                region(x)
+
+
 def test_to_compile_under_a_plan_is_refused(tmp_path):
     model = make("plain")
     with attach(model, plan_for(model, "plain"), cache=tmp_path):
