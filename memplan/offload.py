@@ -18,12 +18,12 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
+from memplan.compiled import call_of, replace_call
 from memplan.errors import RunError
 from memplan.recompute import (
     are_memplans,
     drop_hooks_that_stayed,
     hooks_around,
-    replace_forward,
     run_hooked,
     without_graph,
 )
@@ -118,7 +118,7 @@ def wrap(module: nn.Module, name: str, begin: Callable[[], Call | None]) -> Call
 
     ``begin`` returns the call that a forward is, or None where its activations are to stay where they are.
     """
-    original = module.forward
+    original = call_of(module)
 
     def forward(*args: Any, **kwargs: Any) -> Any:
         drop_hooks_that_stayed()
@@ -136,7 +136,7 @@ def wrap(module: nn.Module, name: str, begin: Callable[[], Call | None]) -> Call
             if call is not None:
                 call.ended()
 
-    return replace_forward(module, forward)
+    return replace_call(module, forward)
 
 
 def _forward(

@@ -9,6 +9,8 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from memplan.compiled import call_of, replace_call
+
 _CACHE_NAMES = ("past_key_values", "past_key_value", "layer_past")
 
 
@@ -18,7 +20,7 @@ def wrap(module: nn.Module) -> Callable[[], None]:
     A key-value cache handed in is dropped while gradients are on: the recompute would write to it twice. Training
     does not read it.
     """
-    original = module.forward
+    original = call_of(module)
 
     def forward(*args: Any, **kwargs: Any) -> Any:
         if not torch.is_grad_enabled():
@@ -29,7 +31,7 @@ def wrap(module: nn.Module) -> Callable[[], None]:
             kwargs["use_cache"] = False
         return checkpoint(original, *args, use_reentrant=False, **kwargs)
 
-    return replace_forward(module, forward)
+    return replace_call(module, forward)
 
 
 def run_hooked(
@@ -82,20 +84,6 @@ def without_graph(tensor: torch.Tensor) -> torch.Tensor:
     returned: kept as it is, it would never go where there is no backward.
     """
     return tensor if tensor.grad_fn is None else tensor.detach()
-
-
-def replace_forward(module: nn.Module, forward: Callable[..., Any]) -> Callable[[], None]:
-    """Have this one module run ``forward``; return what undoes it."""
-    had = module.__dict__.get("forward")
-    module.forward = forward
-
-    def undo() -> None:
-        if had is None:
-            del module.forward
-        else:
-            module.forward = had
-
-    return undo
 
 
 def _is_cache(value: object) -> bool:

@@ -16,12 +16,24 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from typing import Any, Protocol
 
 import torch
 from torch import nn
 from torch.autograd.graph import register_multi_grad_hook
 
+from memplan.compiled import (
+    OptimizedModule,
+    call_of,
+    hides_hooks,
+    keep_call,
+    refuse_beside,
+    refuse_region,
+    replace_call,
+    untraced,
+    untraced_deep,
+)
 from memplan.names import canonical
 
 
@@ -81,25 +93,48 @@ class Triggers:
         self._outermost = -1
         self.look: Callable[[str, int, object, object], bool] | None = None
         """Shown each forward as it ends (module, call, what went in, what came out) until it says that it has seen all."""
-        self._handles: list[Any] = []
+        self._undo: list[Callable[[], None]] = []
+        self._inside: list[str] = []
+        """Compiled modules whose calls are under way."""
+        self._beside = refuse_beside(self._inside)
         try:
             for name, module in modules.items():
-                self._handles.append(
-                    module.register_forward_pre_hook(self._before(name), with_kwargs=True, prepend=True)
-                )
-                self._handles.append(module.register_forward_hook(self._after(name), with_kwargs=True))
+                self._watch(name, module)
         except BaseException:
             self.remove()
             raise
 
     def remove(self) -> None:
         """Take the hooks away. Backwards of calls made before still reach the watcher, which must bear it."""
-        for handle in self._handles:
-            handle.remove()
-        self._handles.clear()
+        while self._undo:
+            self._undo.pop()()
+
+    def _watch(self, name: str, module: nn.Module) -> None:
+        before, after = self._before(name), self._after(name)
+        if not hides_hooks(module):
+            self._undo.append(module.register_forward_pre_hook(before, with_kwargs=True, prepend=True).remove)
+            self._undo.append(module.register_forward_hook(after, with_kwargs=True).remove)
+            return
+        call = call_of(module)
+
+        def watched(*args: Any, **kwargs: Any) -> Any:
+            before(module, args, kwargs)
+            self._inside.append(name)
+            try:
+                output = call(*args, **kwargs)
+            finally:
+                self._inside.pop()
+            after(module, args, kwargs, output)
+            return output
+
+        self._undo.append(replace_call(module, untraced(watched)))
+        self._undo.append(keep_call(module))
+        if isinstance(module, OptimizedModule):
+            self._undo.append(module._orig_mod.register_forward_pre_hook(self._beside).remove)
 
     def _before(self, name: str) -> Any:
         def pre_hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            refuse_region(name)
             backward = in_backward()
             if backward:
                 self._watch_end()
@@ -107,7 +142,7 @@ class Triggers:
                 self._outermost = -1  # a backward that raised never announced its end
             self._calls[name] = self._watcher.forward_begins(name, in_backward=backward)
 
-        return pre_hook
+        return untraced(pre_hook)
 
     def _after(self, name: str) -> Any:
         def post_hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
@@ -116,19 +151,17 @@ class Triggers:
                 given = {id(tensor) for tensor in tensors_in((args, kwargs))}
                 produced = [t for t in tensors_in(output) if t.grad_fn is not None and id(t) not in given]
                 if produced:
-                    register_multi_grad_hook(produced, self._gradient(name, call), mode="any")
+                    register_multi_grad_hook(produced, partial(_tell, self, name, call), mode="any")
             if self.look is not None and self.look(name, call, (args, kwargs), output):
                 self.look = None
             self._watcher.forward_ends(name, call, in_backward=in_backward())
 
-        return post_hook
+        return untraced(post_hook)
 
-    def _gradient(self, name: str, call: int) -> Any:
-        def gradient_hook(gradient: torch.Tensor) -> None:
-            self._watch_end()
-            self._watcher.backward_begins(name, call)
-
-        return gradient_hook
+    def backward_begins(self, name: str, call: int) -> None:
+        """Tell that a gradient of what a call produced is there."""
+        self._watch_end()
+        self._watcher.backward_begins(name, call)
 
     def _watch_end(self) -> None:
         """Have the end of the outermost backward announced.
@@ -138,8 +171,22 @@ class Triggers:
         """
         if self._outermost == -1:
             self._outermost = torch._C._current_graph_task_id()
-            torch.autograd.Variable._execution_engine.queue_callback(self._ended)
+            torch.autograd.Variable._execution_engine.queue_callback(partial(_tell_end, self))
 
-    def _ended(self) -> None:
+    def backward_ends(self) -> None:
+        """Tell that the outermost backward is over."""
         self._outermost = -1
         self._watcher.backward_ends()
+
+
+# A backward may be called from within a compiled region: dynamo leaves alone what is disabled, and what that calls.
+
+
+@untraced_deep
+def _tell(triggers: Triggers, name: str, call: int, gradient: torch.Tensor) -> None:
+    triggers.backward_begins(name, call)
+
+
+@untraced_deep
+def _tell_end(triggers: Triggers) -> None:
+    triggers.backward_ends()

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from memplan.compiled import forget_compiled
 from memplan.errors import ModelError, PlanMismatchError
 from memplan.program.check import require
 from memplan.program.schema import Plan
@@ -75,6 +76,8 @@ def attach(
                 raise
 
         with held_back():
+            undo.callback(forget_compiled)
+            forget_compiled()
             undo.callback(lambda: parts.installed.close())
             install(model, parts, handle, triggers, checked=checked)
             handle.change, handle.replan = change, replan

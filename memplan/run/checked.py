@@ -13,9 +13,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from memplan.compiled import call_of, replace_call
 from memplan.errors import StrayReadError
 from memplan.offload import changed, version_of
-from memplan.recompute import drop_hooks_that_stayed, hooks_around, replace_forward, run_hooked, without_graph
+from memplan.recompute import drop_hooks_that_stayed, hooks_around, run_hooked, without_graph
 from memplan.run.arena import Arena
 from memplan.run.clocks import ClockedTransfers
 from memplan.run.conductor import Conductor, Streamed
@@ -40,7 +41,7 @@ class CheckedReads:
 
     def wrap(self, module: nn.Module, own: frozenset[int], blocks: frozenset[int]) -> None:
         """Note that ``module``'s forward reads ``own``, and check what it saves of ``blocks``: streamed ones, both."""
-        original = module.forward
+        original = call_of(module)
 
         def forward(*args: Any, **kwargs: Any) -> Any:
             for block in own:
@@ -50,7 +51,7 @@ class CheckedReads:
             hooks = self._packer(around, blocks), self._unpacker(around)
             return run_hooked(lambda: original(*args, **kwargs), *hooks)
 
-        self._undo.append(replace_forward(module, forward))
+        self._undo.append(replace_call(module, forward))
 
     def remove(self) -> None:
         """Unwrap in the reverse order."""

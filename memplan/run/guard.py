@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import torch
 from torch import nn
 
+from memplan.compiled import WAY_OUT, OptimizedModule
 from memplan.errors import MovedWeightsError, RunError
 from memplan.weights import frozen_weights, is_wrapper, own_weights, rewrapped, wrapped_parts
 
@@ -49,6 +50,8 @@ class Guard:
             "__reduce_ex__": _refuse_copy,
         }
         merges = _MERGES + (_LAYER_MERGES if hasattr(type(module), "get_base_layer") else ())
+        if not isinstance(module, OptimizedModule):  # has no compile of its own, and says so of what it wraps
+            self._stands_before["compile"] = _refuse_compile
         self._stands_before |= {name: _refuse_merge for name in merges if hasattr(type(module), name)}
         self._hook = module.register_state_dict_post_hook(lambda *given: self.save(*given))  # torch marks the function
         module.__dict__.update(self._stands_before)
@@ -159,6 +162,10 @@ def _refuse_copy(*args: object) -> NoReturn:
         "a model whose weights memplan streams was to be copied or pickled, which would keep placeholders: detach() "
         "first, or save its state_dict()"
     )
+
+
+def _refuse_compile(*args: object, **options: object) -> NoReturn:
+    raise RunError(f"a module was to be compiled while memplan streams its weights: detach() first, and {WAY_OUT}")
 
 
 def _refuse_merge(*args: object, **options: object) -> NoReturn:

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from torch import nn
 
 from memplan import offload, recompute
+from memplan.compiled import is_compiled
 from memplan.program.schema import Plan
 from memplan.run.checked import CheckedReads
 from memplan.run.clocks import ClockedTransfers
@@ -109,12 +110,15 @@ def _names(plan: Plan) -> dict[int, str]:
 
 
 def _check_reads(model: nn.Module, triggers: Mapping[str, nn.Module], plan: Plan, parts: Parts) -> None:
-    """Wrap every module with streamed weights of its own, and every trigger module."""
+    """Wrap every module with streamed weights of its own, and every trigger module; a compiled one as a whole."""
     assert parts.checked is not None
     block_of = {id(p): s.block for s in parts.streamed.values() for p, _, _ in s.pointers}
+    compiled = [module for module in model.modules() if is_compiled(module)]
+    within = {inner for module in compiled for inner in module.modules() if inner is not module}
     own = {
-        module: {block_of[id(p)] for p in module.parameters(recurse=False) if id(p) in block_of}
+        module: {block_of[id(p)] for p in module.parameters(recurse=module in compiled) if id(p) in block_of}
         for module in model.modules()
+        if module not in within
     }
     in_place = read_in_place(plan)
     for trigger, rows in in_place.items():

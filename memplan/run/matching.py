@@ -8,6 +8,7 @@ from pathlib import Path
 from torch import nn
 
 from memplan.checkpoint import has_checkpoint, read_checkpoint
+from memplan.compiled import WAY_OUT, whole_compiled
 from memplan.errors import ModelError, PlanMismatchError
 from memplan.names import canonical, stored_name
 from memplan.program.schema import Plan
@@ -92,7 +93,14 @@ def trigger_modules(model: nn.Module, plan: Plan) -> dict[str, nn.Module]:
     missing = [name for name in wanted if name not in modules]
     if missing:
         raise PlanMismatchError(f"the plan watches the module {missing[0]}, which this model lacks: make a new plan")
-    return {name: modules[name] for name in wanted}
+    triggers = {name: modules[name] for name in wanted}
+    whole = whole_compiled(model, triggers.values())
+    if whole is not None:
+        raise ModelError(
+            f"{whole} is compiled as a whole, but memplan brings the weights of {next(iter(triggers))} and the rest one by "
+            f"one: {WAY_OUT}"
+        )
+    return triggers
 
 
 def stored_tensors(model: nn.Module, checkpoint: str | Path | Checkpoint | None) -> dict[str, Stored]:

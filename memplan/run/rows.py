@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from memplan.compiled import call_of, replace_call
 from memplan.program.schema import Plan
-from memplan.recompute import replace_forward
 
 
 def read_in_place(plan: Plan) -> dict[str, tuple[int, ...]]:
@@ -59,14 +59,14 @@ def look_up_on_host(module: nn.Module, device: torch.device) -> Callable[[], Non
 
     Returns what undoes it.
     """
-    original = module.forward
+    original = call_of(module)
 
     def forward(*args: Any, **kwargs: Any) -> Any:
         args = tuple(_on_cpu(value) for value in args)
         made = original(*args, **{name: _on_cpu(value) for name, value in kwargs.items()})
         return made.to(device, non_blocking=True)
 
-    return replace_forward(module, forward)
+    return replace_call(module, forward)
 
 
 def _on_cpu(value: Any) -> Any:

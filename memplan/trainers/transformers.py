@@ -19,9 +19,9 @@ from torch import nn
 
 from memplan import api
 from memplan.checkpoint import StoredTensor, has_checkpoint, read_checkpoint
+from memplan.compiled import WAY_OUT, call_of, replace_call
 from memplan.errors import InputError
 from memplan.program.schema import Plan
-from memplan.recompute import replace_forward
 from memplan.run.arena import dtype_of, is_placeholder
 from memplan.run.attach import attach
 from memplan.run.handle import Handle
@@ -82,10 +82,17 @@ def wrap(
 
     Raises what ``plan`` and ``attach`` raise; trainer and model then are as they were.
     """
+    from accelerate.utils import DynamoBackend
+
     if not isinstance(trainer.model, nn.Module):
         raise InputError("wrap needs a trainer with a model: build it with model=, not model_init=")
     model: Any = trainer.model
     args = trainer.args
+    if args.torch_compile or trainer.accelerator.state.dynamo_plugin.backend != DynamoBackend.NO:
+        raise InputError(
+            "the trainer was asked to compile the model (torch_compile, or accelerate's own setting), which it would do as a "
+            f"whole once training starts, while memplan brings weights layer by layer: leave it out, and {WAY_OUT}"
+        )
     with contextlib.ExitStack() as undo:
         if args.gradient_checkpointing:
             undo.callback(_checkpoint_activations(model, args.gradient_checkpointing_kwargs))
@@ -197,7 +204,7 @@ def _autocast_as_in_training(model: nn.Module, accelerator: Any) -> Iterator[Non
         yield
         return
     dtype = torch.float16 if accelerator.mixed_precision == "fp16" else torch.bfloat16
-    undo = replace_forward(model, convert_outputs_to_fp32(torch.autocast("cpu", dtype)(model.forward)))
+    undo = replace_call(model, convert_outputs_to_fp32(torch.autocast("cpu", dtype)(call_of(model))))
     try:
         yield
     finally:

@@ -12,6 +12,8 @@ from memplan.run.transfer import CpuTransfers
 from tests.run.test_parity import plan_for
 from tests.training import CPU, Plain, assert_equal, batch_of, loss_of, make, train
 
+PARTS = {"half in no_grad": torch.no_grad, "half in inference_mode": torch.inference_mode}
+
 
 class Wandering(Plain):
     """After its first call it goes another way through its layers in each."""
@@ -22,6 +24,13 @@ class Wandering(Plain):
     def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
         x = self.embed(input_ids)
         self.calls += 1
+        if self.way in PARTS and self.calls > 1:
+            with PARTS[self.way]():
+                for layer in self.layers[:3]:
+                    x = layer(x)
+            for layer in self.layers[3:]:
+                x = layer(x.clone())  # what was made in inference mode cannot be saved for a backward
+            return self.head(x)
         for index in self.indices(torch.Generator().manual_seed(self.calls)):
             x = self.layers[index](x)
         return self.head(x)
@@ -30,7 +39,7 @@ class Wandering(Plain):
         every = list(range(len(self.layers)))
         if self.way == "twice":
             return every * 2
-        if self.way == "straight" or self.calls == 1:
+        if self.way == "straight" or self.way in PARTS or self.calls == 1:
             return every
         if self.way == "drop":
             return [index for index in every if torch.rand(1, generator=generator) > 0.3]
@@ -78,8 +87,8 @@ def plan_of_wandering(request):
 
 
 @pytest.mark.parametrize("checked", [False, True], ids=["plain", "checked"])
-@pytest.mark.parametrize("way", ["drop", "repeat", "again", "exit", "any", "twice"])
-def test_layers_left_out_repeated_or_in_another_order(plan_of_wandering, way, checked, tmp_path):
+@pytest.mark.parametrize("way", ["drop", "repeat", "again", "exit", "any", "twice", *PARTS])
+def test_layers_left_out_repeated_without_gradients_or_in_another_order(plan_of_wandering, way, checked, tmp_path):
     whole, planned = wandering(way), wandering(way)
     plan = plan_of_wandering(way)
     with attach(planned, plan, cache=tmp_path, checked=checked) as handle:

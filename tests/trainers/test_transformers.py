@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from accelerate.utils import DynamoBackend
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
 
@@ -173,6 +174,18 @@ def test_a_failed_wrap_leaves_the_trainer_as_it_was(checkpoint, tmp_path):
     assert "memplan" not in trainer.__dict__
     assert not trainer.accelerator._dataloaders
     assert finish(trainer, tmp_path / "again") == whole
+
+
+@pytest.mark.parametrize("by", ["the arguments", "accelerate"])
+def test_a_trainer_that_would_compile_the_model_is_refused(checkpoint, tmp_path, monkeypatch, by):
+    trainer = build(checkpoint, tmp_path)
+    if by == "the arguments":
+        trainer.args.torch_compile = True
+    else:
+        monkeypatch.setattr(trainer.accelerator.state.dynamo_plugin, "backend", DynamoBackend.INDUCTOR)
+    with pytest.raises(InputError, match=r"asked to compile.*layer\.compile\(\)"):
+        memplan.wrap(trainer, hardware=CPU)
+    assert handle_of(trainer.model) is None
 
 
 @pytest.mark.parametrize(
