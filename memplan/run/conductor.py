@@ -317,7 +317,7 @@ class Conductor:
         self._last = now
 
     def record(self, *, vram_peak_bytes: int, ram_peak_bytes: int, recoveries: int) -> RunRecord:
-        """Return what was measured so far."""
+        """Return what was measured so far. ``ram_peak_bytes``: without what the transfers have of their own."""
         with self._lock:
             blocks = tuple(
                 BlockRecord(
@@ -346,7 +346,7 @@ class Conductor:
                 crowded=self.offloads.crowded,
                 recoveries=recoveries,
                 vram_peak_bytes=vram_peak_bytes,
-                ram_peak_bytes=ram_peak_bytes,
+                ram_peak_bytes=ram_peak_bytes + self._transfers.ring_bytes,
                 blocks=blocks,
             )
 
