@@ -317,7 +317,7 @@ class Conductor:
         self._last = now
 
     def record(self, *, vram_peak_bytes: int, ram_peak_bytes: int, recoveries: int) -> RunRecord:
-        """Return what was measured so far. ``ram_peak_bytes``: without what the transfers have of their own."""
+        """Return what was measured so far."""
         with self._lock:
             blocks = tuple(
                 BlockRecord(
