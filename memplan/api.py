@@ -11,7 +11,7 @@ from memplan import hardware as hardware_profiles
 from memplan.checkpoint import has_checkpoint
 from memplan.errors import InputError
 from memplan.program.record import RunRecord
-from memplan.program.schema import STAGING_BYTES, Budgets, Plan, Tier, Workload
+from memplan.program.schema import RING_BYTES, STAGING_BYTES, Budgets, Plan, Tier, Workload
 from memplan.units import parse_size
 
 if TYPE_CHECKING:
@@ -110,7 +110,7 @@ def plan(
         hardware=profile.name,
         pins=_pins(pins, {block.name: block.id for block in graph.blocks}),
         activations=_activations(wanted, graph.recomputable),
-        staging_bytes=STAGING_BYTES,
+        staging_bytes=_staging_bytes(table.device),
         notes=(*graph.notes, *cost_notes(graph, profile)),
     )
 
@@ -138,7 +138,7 @@ def smaller(plan: Plan, vram_bytes: int) -> Plan:
         hardware=plan.hardware,
         pins=plan.pins,
         activations=plan.asked,
-        staging_bytes=STAGING_BYTES,
+        staging_bytes=_staging_bytes(plan.table.device),
         notes=plan.notes,
     )
 
@@ -164,6 +164,11 @@ def _profile(hardware: str | Path | HardwareProfile) -> HardwareProfile:
     if isinstance(hardware, hardware_profiles.HardwareProfile):
         return hardware
     return hardware_profiles.auto() if hardware == "auto" else hardware_profiles.load(hardware)
+
+
+def _staging_bytes(device: str) -> int:
+    """Return the host bytes that the disk is read through."""
+    return STAGING_BYTES + (RING_BYTES if device == "cuda" else 0)
 
 
 def _wanted(activations: str | Mapping[str, str] | None) -> dict[str, Activations]:

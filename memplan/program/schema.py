@@ -36,6 +36,9 @@ RAM_KINDS = ("weights", "activations", "staging")
 STAGING_BYTES = 16 << 20
 """Host bytes through which a runtime reads the disk; counted in ``ram`` where any block's home is there."""
 
+RING_BYTES = 16 << 20
+"""Page-locked host bytes through which a CUDA device gets what lies on the disk or in pageable memory; counted beside."""
+
 Tier = Literal["device", "host", "disk"]
 Channel = Literal["h2d", "d2h", "disk"]
 

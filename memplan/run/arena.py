@@ -9,6 +9,7 @@ from torch import nn
 
 from memplan.analyze.graph import Tensor
 from memplan.errors import RunError
+from memplan.run.page_lock import page_locked
 from memplan.units import format_bytes
 
 _LOG = logging.getLogger("memplan")
@@ -92,12 +93,12 @@ def own_storage(part: torch.Tensor) -> torch.Tensor:
 
 def _allocate(size_bytes: int, device: torch.device, pinned: bool) -> torch.Tensor:
     """Return that many bytes. Where page-locking is refused (WSL2, containers), pageable ones. Raises RunError."""
-    if pinned:
+    if pinned and size_bytes:
         try:
-            return torch.empty(size_bytes, dtype=torch.uint8, device=device, pin_memory=True)
-        except RuntimeError as error:  # reported as CUDA's out-of-memory, whatever the limit was
+            return page_locked(size_bytes)
+        except RuntimeError as error:
             _LOG.warning(
-                "%s of page-locked memory were refused (%s): pageable memory is taken, and loads from RAM are slower",
+                "%s of page-locked memory were refused (%s): pageable memory is taken, and what comes from there is copied once more",
                 format_bytes(size_bytes),
                 str(error).splitlines()[0],
             )

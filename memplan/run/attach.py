@@ -12,6 +12,7 @@ from memplan.compiled import forget_compiled
 from memplan.errors import ModelError, PlanMismatchError
 from memplan.program.check import require
 from memplan.program.schema import Plan
+from memplan.run.first_touch import touch_ahead
 from memplan.run.handle import Handle, handle_of
 from memplan.run.home import Checkpoint
 from memplan.run.install import install
@@ -37,9 +38,10 @@ def attach(
     model (default: where the model says it came from), or its tensors by name; else they are packed into files under
     ``cache``, once, which needs ``disk`` in the plan's budgets. ``verify``: compare each packed file's checksum when it
     is first read (a checkpoint's own files have none: of those size and date are watched, always). ``progress`` is told
-    the bytes of each block that has come home. ``checked``: poison each slot before it is loaded, check every saved
-    weight at its use in backward, and the order of every load and read by vector clocks; slower, for tests and new kinds
-    of models. ``replan``: gives the same plan for less vram, in bytes (see ``Handle.micro_batch``).
+    the bytes of each block that has come home or is the one on its way. ``checked``: poison each slot before it is
+    loaded, check every saved weight at its use in backward, and the order of every load and read by vector clocks;
+    slower, for tests and new kinds of models. ``replan``: gives the same plan for less vram, in bytes (see
+    ``Handle.micro_batch``).
 
     Raises PlanCheckError, PlanMismatchError, ModelError, CheckpointError; the model then is as it was.
     """
@@ -61,7 +63,9 @@ def attach(
     with Undo() as undo:
         parts = Parts(plan, device, weights)
         undo.callback(parts.reader.close)
-        settle(model, parts, files, undo, progress)
+        with Undo() as ahead:
+            touch_ahead(parts.to_be_filled(), ahead)
+            settle(model, parts, files, undo, progress)
         handle = Handle(model, parts)
 
         def change(other: Plan) -> None:

@@ -115,6 +115,10 @@ class ClockedTransfers:
     def device_stalls(self) -> dict[int, float]:
         return self._inner.device_stalls()
 
+    @property
+    def ring_bytes(self) -> int:
+        return self._inner.ring_bytes
+
     def drain(self) -> None:
         self._inner.drain()
         for clock in self._clocks.values():

@@ -411,7 +411,7 @@ class Conductor:
                 recoveries=recoveries,
                 derived_bytes=derived_bytes,
                 vram_peak_bytes=vram_peak_bytes,
-                ram_peak_bytes=ram_peak_bytes,
+                ram_peak_bytes=ram_peak_bytes + self._transfers.ring_bytes,
                 blocks=blocks,
             )
 

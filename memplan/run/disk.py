@@ -12,8 +12,8 @@ import mmap
 import os
 import threading
 import weakref
-from collections.abc import Iterable
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 
 import numpy as np
 from msgspec import Struct
@@ -70,6 +70,25 @@ class _File:
             os.close(self.direct)
 
 
+class Reading:
+    """A read that was begun."""
+
+    def __init__(self, pieces: Sequence[Future[None]], what: str) -> None:
+        self._pieces = pieces
+        self._what = what
+
+    def wait(self) -> None:
+        """Return when all of it is there. Raises TransferError where a file cannot be read."""
+        failure: OSError | EOFError | None = None
+        for piece in self._pieces:
+            try:
+                piece.result()
+            except (OSError, EOFError) as error:
+                failure = failure or error
+        if failure is not None:
+            raise TransferError(f"{self._what} could not be read: {failure}; check the disk and the file") from failure
+
+
 class DiskReader:
     """Reads extents into memory. One for a run; ``close`` ends its threads and files.
 
@@ -100,6 +119,10 @@ class DiskReader:
 
         Raises TransferError where a file has changed or cannot be read.
         """
+        self.begin(extents, what).wait()
+
+    def begin(self, extents: Iterable[tuple[Extent, Bytes]], what: str) -> Reading:
+        """Start what ``read`` does, behind what was begun before. Raises TransferError where a file has changed."""
         pieces = []
         checked: dict[str, _File] = {}
         for extent, destination in extents:
@@ -109,14 +132,7 @@ class DiskReader:
                 pieces.append(
                     self._pool.submit(self._piece, file, extent.file_offset_bytes + start, destination[start:stop])
                 )
-        failure: OSError | EOFError | None = None
-        for piece in pieces:
-            try:
-                piece.result()
-            except (OSError, EOFError) as error:
-                failure = failure or error
-        if failure is not None:
-            raise TransferError(f"{what} could not be read: {failure}; check the disk and the file") from failure
+        return Reading(pieces, what)
 
     def mapped(self, extent: Extent, what: str) -> Bytes:
         """Return an extent mapped into memory, privately: nothing is read before it is looked at.

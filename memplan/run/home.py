@@ -1,6 +1,6 @@
 """Homes: where each block's permanent copy lies, and how it gets there.
 
-Each block goes straight to its home, one at a time: the model is never held twice. A block's bytes come from the
+Each block goes straight to its home, in turn: the model is never held twice. A block's bytes come from the
 model's own parameters, or from the checkpoint's files where the model was built without its weights.
 """
 
@@ -16,7 +16,7 @@ from memplan.analyze.graph import Block, Tensor
 from memplan.checkpoint import StoredTensor
 from memplan.errors import CheckpointError
 from memplan.run.arena import dtype_of, is_placeholder, memory_order, own_storage, shaped, view
-from memplan.run.disk import Bytes, DiskReader, Extent
+from memplan.run.disk import Bytes, DiskReader, Extent, Reading
 from memplan.run.transfer import HostSource, Source
 from memplan.units import MIB
 from memplan.weights import Weight
@@ -67,9 +67,14 @@ class Weights:
         self._weights = weights
         self._checkpoint = checkpoint
         self._reader = reader
+        self._coming: Reading | None = None
 
     def fill(self, block: Block, part: torch.Tensor) -> None:
-        """Write a block's layout into ``part`` (uint8, on the host or the device). Raises CheckpointError."""
+        """Write a block's layout into ``part`` (uint8, on the host or the device). Raises CheckpointError.
+
+        One block may still be on its way from the disk when this returns, so that the disk has the next to go on with:
+        all have come when ``finish`` has returned.
+        """
         direct = []
         for tensor in block.tensors:
             target = part[tensor.offset_bytes : tensor.offset_bytes + tensor.size_bytes]
@@ -86,7 +91,15 @@ class Weights:
                 target[done : done + piece.numel()].copy_(piece)
                 done += piece.numel()
         self._reader.open(extent for extent, _ in direct)
-        self._reader.read(direct, f"the block {block.name}")
+        reading = self._reader.begin(direct, f"the block {block.name}")
+        self.finish()
+        self._coming = reading
+
+    def finish(self) -> None:
+        """Wait for what is still on its way. Raises TransferError."""
+        if self._coming is not None:
+            self._coming.wait()
+            self._coming = None
 
     def is_held(self, block: Block) -> bool:
         """Whether the model itself holds all of a block's weights."""

@@ -98,6 +98,17 @@ class Parts:
         held = {id(self.weights[t.name].tensor) for block in blocks for t in self.homes[block].block.tensors}
         return [inner for inner in module.modules() if any(id(p) in held for p in inner._parameters.values())]
 
+    def to_be_filled(self) -> list[torch.Tensor]:
+        """Return the byte ranges of the arenas in which blocks have their homes, as ``settle`` fills them in turn."""
+        tiers = {arena.id: arena.tier for arena in self.plan.arenas}
+        found: dict[int, torch.Tensor] = {}
+        for address in self.plan.addresses:
+            item, tier = self.plan.items[address.item], tiers[address.arena]
+            arena = self.arena if tier == "device" else self.host
+            if item.kind == "weights" and item.home == tier and arena is not None:
+                found[item.block] = arena.part(address.offset_bytes, address.size_bytes)
+        return [found[block.id] for block in self.plan.table.blocks if block.id in found]
+
     def kept(self) -> dict[int, Callable[[], torch.Tensor]]:
         """Return what reads each managed tensor from its home, by the tensor's id."""
 
@@ -124,7 +135,7 @@ class Files:
 def settle(
     model: nn.Module, parts: Parts, files: Files, undo: ExitStack, progress: Callable[[int], None] | None
 ) -> None:
-    """Bring each block to its home, one at a time, and note how to give it back."""
+    """Bring each block to its home, in turn, and note how to give it back."""
     plan, weights, device = parts.plan, parts.weights, parts.device
     origin = Weights(weights, files.stored, parts.reader)
     places = parts.places("host")
@@ -166,6 +177,7 @@ def settle(
             kept_home = parts.homes[block.id] = Home(block, source, weights)
             undo.callback(kept_home.give_back)
             _point(parts, kept_home, slot)
+    origin.finish()
     small = (held for module in model.modules() for held in small_tensors(module))
     with held_back():
         for held in (*model.parameters(), *model.buffers(), *small):

@@ -12,16 +12,18 @@ from __future__ import annotations
 
 import time
 from collections import deque
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from concurrent.futures import wait as wait_for
+from functools import partial
 from typing import Protocol
 
 import torch
 
 from memplan.cache import checksum
 from memplan.errors import TransferError
-from memplan.program.schema import STAGING_BYTES, Channel
-from memplan.run.arena import poison
+from memplan.program.schema import RING_BYTES, Channel
+from memplan.run.arena import Arena, poison
 from memplan.run.disk import Bytes, DiskReader, Extent, copy_bytes
 from memplan.run.interrupts import held_back
 from memplan.run.worker import Worker
@@ -30,11 +32,21 @@ DEADLINE_S = 600
 """No wait for a block is longer: what hangs is heard."""
 
 
+Piece = tuple[int, int, Callable[[Bytes], None]]
+"""Where bytes go in a block's layout, how many they are, and what fills as many with them."""
+
+
 class HostSource:
     """A block's bytes in the host arena."""
 
     def __init__(self, part: torch.Tensor) -> None:
         self.part = part
+
+    def pieces(self, most_bytes: int) -> Iterator[Piece]:
+        """Yield the block's layout piece by piece."""
+        for start in range(0, self.part.numel(), most_bytes):
+            held = self.part[start : start + most_bytes].numpy()
+            yield start, held.nbytes, partial(copy_bytes, source=held)
 
 
 class DiskSource:
@@ -60,6 +72,26 @@ class DiskSource:
             found.update(destination.data)
             self.verify(found.hexdigest())
 
+    def pieces(self, most_bytes: int) -> Iterator[Piece]:
+        """Yield the block's layout piece by piece, without what lies between its tensors.
+
+        Its first read is compared with its checksum once the last piece was read. Raises TransferError.
+        """
+        found = checksum() if self.expected is not None else None
+
+        def read(destination: Bytes, part: Extent) -> None:
+            self.reader.read([(part, destination)], f"the block {self.block}")
+            if found is not None:
+                found.update(destination.data)
+
+        for extent, offset in self.extents:
+            for start in range(0, extent.size_bytes, most_bytes):
+                size = min(most_bytes, extent.size_bytes - start)
+                part = Extent(path=extent.path, file_offset_bytes=extent.file_offset_bytes + start, size_bytes=size)
+                yield offset + start, size, partial(read, part=part)
+        if found is not None:
+            self.verify(found.hexdigest())
+
     def verify(self, found: str) -> None:
         """Compare the checksum of a whole read with what it must be; later reads need not. Raises TransferError."""
         if found != self.expected:
@@ -72,6 +104,13 @@ class DiskSource:
 
 
 Source = HostSource | DiskSource
+
+
+def is_staged(source: Source, destination: torch.Tensor) -> bool:
+    """Whether the copy engine of a CUDA device cannot go between the two by itself: page-locked memory is asked for."""
+    if isinstance(source, DiskSource):
+        return True
+    return any(not part.is_pinned() for part in (source.part, destination) if part.device.type == "cpu")
 
 
 class Ticket(Protocol):
@@ -95,6 +134,10 @@ class Transfers(Protocol):
 
     def device_stalls(self) -> dict[int, float]:
         """Return the seconds, by block, that the device stood still and that are known since the last call."""
+
+    @property
+    def ring_bytes(self) -> int:
+        """Host bytes of its own that loads pass through."""
 
     def drain(self) -> None:
         """Return when nothing is on its way any more, started by whomever. What was failing fails unheard."""
@@ -157,6 +200,10 @@ class CpuTransfers:
     def device_stalls(self) -> dict[int, float]:
         return {}
 
+    @property
+    def ring_bytes(self) -> int:
+        return 0
+
     def drain(self) -> None:
         for worker in self._channels.values():
             _await(worker.submit(_nothing))
@@ -179,8 +226,9 @@ class _CudaTicket:
 class CudaTransfers:
     """Streams and events. Unproven: no GPU has run it yet.
 
-    The host never synchronises with the device here, except in a staging thread, which waits until its own piece of
-    the page-locked ring is free again.
+    The host never synchronises with the device here, except in staging threads. What lies on the disk or in pageable
+    memory goes through a page-locked ring, whose thread waits until its own piece of it is free again. What goes back to
+    pageable memory is waited for by another thread: one that waits for the compute must not hold up loads.
     """
 
     _TIMED = 256
@@ -189,14 +237,15 @@ class CudaTransfers:
         self._device = device
         self._stream = torch.cuda.Stream(device)
         self._back_stream = torch.cuda.Stream(device)
-        self._disk_stream = torch.cuda.Stream(device)
-        self._disk: Worker | None = None
+        self._staging_stream = torch.cuda.Stream(device)
+        self._staged: set[Channel] = set()
+        self._workers: dict[str, Worker] = {}
         self._ring: list[tuple[torch.Tensor, torch.cuda.Event]] = []
         self._poisoned = poisoned
         self._timed: deque[tuple[int, torch.cuda.Event, torch.cuda.Event]] = deque(maxlen=self._TIMED)
         # The arena was allocated on the compute stream: what was enqueued there comes before any copy into it.
         self._stream.wait_stream(torch.cuda.current_stream(device))
-        self._disk_stream.wait_stream(torch.cuda.current_stream(device))
+        self._staging_stream.wait_stream(torch.cuda.current_stream(device))
         self._back_stream.wait_stream(torch.cuda.current_stream(device))
 
     def load(self, channel: Channel, block: int, source: Source, destination: torch.Tensor) -> _CudaTicket:
@@ -205,43 +254,57 @@ class CudaTransfers:
         free = torch.cuda.Event()
         free.record(torch.cuda.current_stream(self._device))
         done = torch.cuda.Event()
-        if isinstance(source, HostSource):
-            stream = self._back_stream if channel == "d2h" else self._stream
-            stream.wait_event(free)
-            with torch.cuda.stream(stream), torch.inference_mode(False), torch.no_grad():
-                destination.copy_(source.part, non_blocking=True)
-            done.record(stream)
+        if channel not in self._staged and is_staged(source, destination):
+            self._staged.add(channel)  # for good, as its loads run in turn
+            self._staging_stream.wait_stream(self._stream)
+        if channel not in self._staged:
+            assert isinstance(source, HostSource)
+            self._copy(self._back_stream if channel == "d2h" else self._stream, source, destination, free, done)
             return _CudaTicket(done, None)
-        if self._disk is None:
-            with held_back():
-                self._disk = Worker("memplan-staging")
-        return _CudaTicket(done, self._disk.submit(self._stage, source, destination, free, done))
+        if channel == "d2h":
+            assert isinstance(source, HostSource)
+            filled = self._worker("back").submit(self._copy, self._back_stream, source, destination, free, done)
+        else:
+            filled = self._worker("staging").submit(self._stage, source, destination, free, done)
+        return _CudaTicket(done, filled)
 
-    def _stage(
-        self, source: DiskSource, destination: torch.Tensor, free: torch.cuda.Event, done: torch.cuda.Event
+    def _worker(self, name: str) -> Worker:
+        worker = self._workers.get(name)
+        if worker is None:
+            with held_back():
+                worker = self._workers[name] = Worker(f"memplan-{name}")
+        return worker
+
+    @staticmethod
+    def _copy(
+        stream: torch.cuda.Stream,
+        source: HostSource,
+        destination: torch.Tensor,
+        free: torch.cuda.Event,
+        done: torch.cuda.Event,
     ) -> None:
-        if not self._ring:
-            half = STAGING_BYTES // 2
-            self._ring = [(torch.empty(half, dtype=torch.uint8, pin_memory=True), torch.cuda.Event()) for _ in range(2)]
-        self._disk_stream.wait_event(free)
-        found = checksum() if source.expected is not None else None
-        turn = 0
-        for extent, offset in source.extents:
-            for start in range(0, extent.size_bytes, self._ring[0][0].numel()):
-                buffer, empty = self._ring[turn]
-                turn = 1 - turn
-                empty.synchronize()
-                size = min(buffer.numel(), extent.size_bytes - start)
-                part = Extent(path=extent.path, file_offset_bytes=extent.file_offset_bytes + start, size_bytes=size)
-                source.reader.read([(part, buffer.numpy()[:size])], f"the block {source.block}")
-                if found is not None:
-                    found.update(buffer.numpy()[:size].data)
-                with torch.cuda.stream(self._disk_stream), torch.inference_mode(False), torch.no_grad():
-                    destination[offset + start : offset + start + size].copy_(buffer[:size], non_blocking=True)
-                empty.record(self._disk_stream)
-        if found is not None:
-            source.verify(found.hexdigest())
-        done.record(self._disk_stream)
+        """Enqueue a copy. Into pageable memory this returns when it is done."""
+        stream.wait_event(free)
+        with torch.cuda.stream(stream), torch.inference_mode(False), torch.no_grad():
+            destination.copy_(source.part, non_blocking=True)
+        done.record(stream)
+
+    def _stage(self, source: Source, destination: torch.Tensor, free: torch.cuda.Event, done: torch.cuda.Event) -> None:
+        if not self._ring:  # where even this is refused, a copy from it returns when the driver has taken it
+            ring = Arena(RING_BYTES, torch.device("cpu"), pinned=True)
+            half = RING_BYTES // 2
+            self._ring = [(ring.part(turn * half, half), torch.cuda.Event()) for turn in range(2)]
+        self._staging_stream.wait_event(free)
+        if isinstance(source, HostSource):  # the processor reads it: what was sent there must have come
+            free.synchronize()
+        for turn, (offset, size, fill) in enumerate(source.pieces(self._ring[0][0].numel())):
+            buffer, empty = self._ring[turn % 2]
+            empty.synchronize()
+            fill(buffer.numpy()[:size])
+            with torch.cuda.stream(self._staging_stream), torch.inference_mode(False), torch.no_grad():
+                destination[offset : offset + size].copy_(buffer[:size], non_blocking=True)
+            empty.record(self._staging_stream)
+        done.record(self._staging_stream)
 
     def wait(self, ticket: Ticket, block: int) -> float:
         assert isinstance(ticket, _CudaTicket)
@@ -264,15 +327,20 @@ class CudaTransfers:
             stalls[block] = stalls.get(block, 0.0) + before.elapsed_time(after) / 1e3
         return stalls
 
+    @property
+    def ring_bytes(self) -> int:
+        return sum(buffer.numel() for buffer, _ in self._ring)
+
     def drain(self) -> None:
-        if self._disk is not None:
-            _await(self._disk.submit(_nothing))
+        for worker in self._workers.values():
+            _await(worker.submit(_nothing))
         torch.cuda.synchronize(self._device)
 
     def close(self) -> None:
-        if self._disk is not None:
-            self._disk.close()
+        for worker in self._workers.values():
+            worker.close()
         self._stream.synchronize()
         self._back_stream.synchronize()
-        self._disk_stream.synchronize()
+        self._staging_stream.synchronize()
+        self._workers.clear()
         self._ring.clear()

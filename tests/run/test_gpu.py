@@ -7,6 +7,8 @@ import torch
 from msgspec.structs import replace
 
 from memplan.errors import StrayReadError
+from memplan.program.schema import RING_BYTES
+from memplan.run import arena, page_lock
 from memplan.run.attach import attach
 from tests.run.test_parity import assert_forwards
 from tests.training import CPU, assert_equal, batch_of, loss_of, make, train
@@ -25,11 +27,11 @@ def deterministic(monkeypatch):
     torch.use_deterministic_algorithms(False)
 
 
-def plan_on_cuda(model, kind, share, monkeypatch):
+def plan_on_cuda(model, kind, share, monkeypatch, **options):
     from tests.run import test_parity
 
     monkeypatch.setattr(test_parity, "CPU", CUDA)
-    return test_parity.plan_for(model, kind, share=share)
+    return test_parity.plan_for(model, kind, share=share, **options)
 
 
 def train_on_cuda(model, kind, monkeypatch, **options):
@@ -95,3 +97,48 @@ def test_a_stray_read_raises(tmp_path, monkeypatch):
         handle._parts.conductor.backward_begins = lambda module, call: None
         with pytest.raises(StrayReadError):
             loss.backward()
+
+
+def refused(*args):
+    raise RuntimeError("out of memory")
+
+
+@pytest.mark.parametrize("offload", [(), "all"], ids=["kept", "offloaded"])
+@pytest.mark.parametrize("checked", [False, True], ids=["plain", "checked"])
+def test_where_page_locking_is_refused(checked, offload, tmp_path, monkeypatch, caplog):
+    """Even the ring's: results are the same, and the ring is counted."""
+    whole = train_on_cuda(make("llama").cuda(), "llama", monkeypatch)
+    model = make("llama")
+    plan = plan_on_cuda(model, "llama", 0.2, monkeypatch, offload=offload)
+    monkeypatch.setattr(arena, "page_locked", refused)
+    with attach(model, plan, checked=checked, cache=tmp_path) as handle:
+        assert_equal(whole, train_on_cuda(model, "llama", monkeypatch))
+        assert handle.record.loads > 0
+        assert handle.record.ram_peak_bytes == handle._parts.host_bytes + RING_BYTES
+    assert sum("page-locked memory were refused" in record.message for record in caplog.records) == 2
+
+
+def test_a_ring_between_pageable_memory_and_the_device(tmp_path, monkeypatch):
+    """The arena is refused, the ring is not: as where a limit lies between the two."""
+    whole = train_on_cuda(make("llama").cuda(), "llama", monkeypatch)
+    model = make("llama")
+    plan = plan_on_cuda(model, "llama", 0.2, monkeypatch, offload="all")
+    lock = page_lock.page_locked
+    monkeypatch.setattr(arena, "page_locked", lambda size: lock(size) if size == RING_BYTES else refused())
+    with attach(model, plan, checked=True, cache=tmp_path) as handle:
+        assert not handle._parts.host.bytes.is_pinned()
+        assert_equal(whole, train_on_cuda(model, "llama", monkeypatch))
+
+
+def test_page_locked_memory_has_its_exact_size_and_is_let_go(monkeypatch):
+    let_go, unregister = [], page_lock._unregister
+    monkeypatch.setattr(page_lock, "_unregister", lambda *given: (unregister(*given), let_go.append(given[0])))
+    size = 3 * 2**20 + 5
+    held = page_lock.page_locked(size)
+    assert held.untyped_storage().nbytes() == size
+    address, part = held.data_ptr(), held[7:9]
+    del held
+    assert part.is_pinned()
+    assert not let_go
+    del part
+    assert let_go == [address]

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import gc
+import itertools
 import json
 import shutil
+import threading
 import weakref
 
 import pytest
@@ -22,8 +24,9 @@ from transformers import (
 )
 
 import memplan
-from memplan.errors import CheckpointError, InputError, ModelError, PlanMismatchError
+from memplan.errors import CheckpointError, InputError, ModelError, PlanMismatchError, TransferError
 from memplan.run.arena import is_placeholder
+from memplan.run.disk import DiskReader
 from tests.training import CPU, assert_equal, batch_of, train
 
 SMALL = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2}
@@ -157,6 +160,26 @@ def test_blocks_on_the_disk_are_the_checkpoints_own_files(checkpoints, tmp_path)
     model = loaded("llama", folder, plan, cache=tmp_path)
     assert not list(tmp_path.rglob("*.block"))
     assert_equal(train(whole("llama", folder), "llama"), train(model, "llama"))
+
+
+def test_a_read_that_fails_in_a_load(checkpoints, monkeypatch):
+    """The disk's error is heard, whichever block was on its way, and no thread is left."""
+    folder = checkpoints("llama")
+    plan, piece = plan_of("llama", folder), DiskReader._piece
+    reads = sum(len(block.tensors) for block in plan.table.blocks if plan.home_of(block.id) != "disk")
+    for at in range(0, reads, 3):
+        calls, threads = itertools.count(), threading.active_count()
+
+        def failing(self, *given, at=at, calls=calls):
+            if next(calls) == at:
+                raise OSError(5, "Input/output error")
+            piece(self, *given)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(DiskReader, "_piece", failing)
+            with pytest.raises(TransferError, match=r"the block .* could not be read: .*Input/output error"):
+                loaded("llama", folder, plan)
+        assert threading.active_count() == threads
 
 
 @pytest.mark.parametrize("more", [{"use_dora": True}, {"init_lora_weights": "pissa"}], ids=str)
