@@ -49,6 +49,8 @@ class Recorder(StorageLedger):
         """Names of blocks that an operator read."""
         self.stray: dict[str, str] = {}
         """Names of blocks that were read outside their triggers, each with the operator."""
+        self.deciding: set[str] = set()
+        """Triggers in whose forward something was decided by values that a trace does not have."""
         self._frozen = frozen
 
     def begin_segment(self, segment: int) -> None:
@@ -61,7 +63,10 @@ class Recorder(StorageLedger):
         given = kwargs or {}
         if func is _DEVICE:  # asked of every fake tensor, many times an operator
             return args[0].fake_device if type(args[0]) is FakeTensor else func(*args, **given)
+        decisions = self.values.decisions
         result = self.values.run(func, args, given)
+        if self.values.decisions > decisions:
+            self.deciding.update(self.log.active)
         self.note_all(result)
         known = operator(func)
         if known.is_free:
