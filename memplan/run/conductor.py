@@ -20,6 +20,7 @@ import torch
 from memplan.errors import MemplanError, RunError
 from memplan.program.record import BlockRecord, RunRecord
 from memplan.program.schema import SCHEMA_VERSION, Channel, Plan
+from memplan.run.choices import Choices
 from memplan.run.offloads import Offloaded, Offloads
 from memplan.run.sequence import Sequence
 from memplan.run.transfer import Source, Ticket, Transfers
@@ -116,6 +117,7 @@ class Conductor:
         self._streamed = streamed
         self._transfers = transfers
         self._sequence = Sequence(plan)
+        self._choices = Choices(self._sequence)
         self._lock = _Lock(self._mend)
         self.offloads = Offloads(offloaded, transfers, self._lock, self._clear, arena)
         self._reads = {a.index: tuple(b for b in a.blocks if b in streamed) for a in plan.table.accesses}
@@ -145,12 +147,19 @@ class Conductor:
                 raise RunError(f"the model was called {self._paused}, where its weights are only read: call it outside")
             if in_backward:
                 return self._recompute_begins(module)
+            passed = self._sequence.passed_expert(module, self._now)
+            if passed is not None:
+                self._serve_aside(module)
+                self._choices.note(passed)
+                return passed
             position = self._sequence.next_forward(module, self._now)
             if self._began is not None and self._sequence.skipped_reads(self._now, position):
                 self._off_sequence += 1
             if position // self._sequence.length != self._now // self._sequence.length or self._began is None:
                 self._pass_begins()
+                self._choices.cycle_begins(position // self._sequence.length)
             self._go_to(position)
+            self._choices.note(position)  # only now: what is loaded when it is called was not foreseen
             return position
 
     def forward_ends(self, module: str, call: int, *, in_backward: bool) -> None:
@@ -186,8 +195,8 @@ class Conductor:
         with self._lock:
             if self._closed or self._now < 0:
                 return
-            cycle, index = divmod(self._now, self._sequence.length)
-            if index == self._sequence.last_backward:
+            cycle = self._now // self._sequence.length
+            if self._sequence.is_over(self._now):
                 self._done = (cycle + 1) * self._sequence.length
                 self._passes.count += 1
                 self._passes.complete = True
@@ -258,7 +267,8 @@ class Conductor:
                 due = loads[turn]
                 if cycle * length + due.load_after >= self._done:
                     break
-                if cycle * length + due.last_use >= max(self._now, 0) and not self._start(due.key):
+                is_ahead = cycle * length + due.last_use >= max(self._now, 0)
+                if is_ahead and self._choices.wants(cycle, due) and not self._start(due.key):
                     break
                 self._next[channel] += 1
 

@@ -21,6 +21,8 @@ class Due:
     load_after: int
     first_use: int
     last_use: int
+    uses: tuple[int, ...]
+    """Accesses that read it meanwhile, from ``first_use`` to ``last_use``; none for offloaded activations."""
 
 
 def offload_key(plan: Plan, item: int) -> int:
@@ -45,21 +47,23 @@ class Sequence:
                 self.backward_of[access.forward] = access.index
         self.first_access = min((i for indices in self.forwards.values() for i in indices), default=0)
         self.last_backward = max(self.backward_of.values(), default=-1)
+        self.experts = frozenset(block.id for block in plan.table.blocks if block.kind == "expert")
         self.loads = self._loads(plan)
 
-    @staticmethod
-    def _loads(plan: Plan) -> dict[Channel, tuple[Due, ...]]:
+    def _loads(self, plan: Plan) -> dict[Channel, tuple[Due, ...]]:
         device = {arena.id for arena in plan.arenas if arena.tier == "device"}
         found: dict[Channel, list[tuple[int, Due]]] = {}
         for stay in plan.residences:
             if stay.begins == "load" and stay.arena in device and stay.channel is not None:
                 item = plan.items[stay.item]
+                stays = range(stay.first_use, stay.last_use + 1) if item.kind == "weights" else ()
                 due = Due(
                     key=item.block if item.kind == "weights" else offload_key(plan, item.id),
                     channel=stay.channel,
                     load_after=stay.load_after,
                     first_use=stay.first_use,
                     last_use=stay.last_use,
+                    uses=tuple(use for use in stays if item.block in self.accesses[use % self.length].blocks),
                 )
                 found.setdefault(stay.channel, []).append((stay.order, due))
         return {
@@ -74,6 +78,19 @@ class Sequence:
                 return cycle * self.length + candidate
         return (cycle + 1) * self.length + self.forwards[module][0]
 
+    def passed_expert(self, module: str, now: int) -> int | None:
+        """Return the linear position of the module's forward that the experts just called stand in place of, or None.
+
+        A router may call its experts in any order, and one more than once: as long as nothing but experts has come since
+        where the plan has this one, it is a call of this pass.
+        """
+        cycle, index = divmod(now, self.length)
+        for candidate in self.forwards.get(module, ()):
+            since = range(candidate, index + 1)
+            if since and all(self.accesses[i].kind == "forward" and self._is_left(i) for i in since):
+                return cycle * self.length + candidate
+        return None
+
     def next_backward(self, module: str, now: int) -> int | None:
         """Return the linear position of the module's next backward access in this cycle, now's included, or None."""
         cycle, index = divmod(now, self.length)
@@ -83,7 +100,18 @@ class Sequence:
         return None
 
     def skipped_reads(self, now: int, position: int) -> bool:
-        """Whether accesses that read weights lie strictly between the two."""
+        """Whether accesses that read weights lie strictly between the two. Experts may be passed over: so they are
+        meant.
+        """
         if position - now > self.length:
             return True
-        return any(self.accesses[linear % self.length].blocks for linear in range(now + 1, position))
+        return not all(self._is_left(linear % self.length) for linear in range(now + 1, position))
+
+    def is_over(self, now: int) -> bool:
+        """Whether no backward is to come in this cycle, unless of experts that nobody called."""
+        end = now // self.length * self.length + self.last_backward
+        return now >= end or not self.skipped_reads(now, end + 1)
+
+    def _is_left(self, index: int) -> bool:
+        """Whether an access may be left out without a word: it reads no weights, or an expert's alone."""
+        return self.experts.issuperset(self.accesses[index].blocks)
