@@ -14,7 +14,7 @@ from transformers import (
 
 from tests.training import VOCABULARY, checkpoint_layer
 
-WIDTH, EXPERTS, DEPTH = 48, 6, 3
+WIDTH, EXPERTS, DEPTH = 48, 6, 2
 KINDS = ("routed", "nllb", "switch")
 
 

@@ -237,7 +237,7 @@ def _notes(model: nn.Module, blocks: Sequence[Block], kept: Traced) -> list[str]
             f"The adapters are float32 on a {base} base: float32 copies of their inputs add to the saved activations."
         )
     if kept.ran_again:
-        found.append(f"The model checkpoints {len(kept.ran_again)} of its layers itself.")
+        found.append(f"The model checkpoints {len(kept.ran_again)} of its layers, or of their parts, itself.")
     pinned = [block for block in blocks if block.pinned_because]
     if pinned:
         found.append(

@@ -181,10 +181,8 @@ class Conductor:
                     "a backward that can itself be differentiated (create_graph=True) came to "
                     f"{module}: it reads weights again later, which no trigger would see. Pin all blocks to the device"
                 )
-            cycle, index = divmod(call, self._sequence.length)
-            backward = self._sequence.backward_of.get(index)
-            position = None if backward is None else cycle * self._sequence.length + backward
-            if position is not None and position >= self._now:
+            position = self._sequence.backward_of(call, self._now)
+            if position is not None:
                 if position > self._now and self._sequence.skipped_reads(self._now, position):
                     self._off_sequence += 1
                 self._go_to(position)

@@ -38,15 +38,16 @@ class Sequence:
         self.length = len(self.accesses)
         self.forwards: dict[str, tuple[int, ...]] = {}
         self.backwards: dict[str, tuple[int, ...]] = {}
-        self.backward_of: dict[int, int] = {}
+        self._backwards_of: dict[int, tuple[int, ...]] = {}
+        """Backward accesses of each forward: two where it runs again among others before its backward."""
         for access in self.accesses:
             if access.kind == "forward":
                 self.forwards[access.module] = (*self.forwards.get(access.module, ()), access.index)
             elif access.kind == "backward":
                 self.backwards[access.module] = (*self.backwards.get(access.module, ()), access.index)
-                self.backward_of[access.forward] = access.index
+                self._backwards_of[access.forward] = (*self._backwards_of.get(access.forward, ()), access.index)
         self.first_access = min((i for indices in self.forwards.values() for i in indices), default=0)
-        self.last_backward = max(self.backward_of.values(), default=-1)
+        self.last_backward = max((i for indices in self.backwards.values() for i in indices), default=-1)
         self.experts = frozenset(block.id for block in plan.table.blocks if block.kind == "expert")
         self.loads = self._loads(plan)
 
@@ -90,6 +91,12 @@ class Sequence:
             if since and all(self.accesses[i].kind == "forward" and self._is_left(i) for i in since):
                 return cycle * self.length + candidate
         return None
+
+    def backward_of(self, call: int, now: int) -> int | None:
+        """Return the linear position of the next backward access that belongs to a forward, now's included, or None."""
+        cycle, index = divmod(call, self.length)
+        positions = (cycle * self.length + candidate for candidate in self._backwards_of.get(index, ()))
+        return next((position for position in positions if position >= now), None)
 
     def next_backward(self, module: str, now: int) -> int | None:
         """Return the linear position of the module's next backward access in this cycle, now's included, or None."""

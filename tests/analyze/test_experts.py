@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 import pytest
 import torch
 from torch import nn
@@ -103,7 +105,16 @@ def test_other_layers_stay_whole(kind):
     assert [name for name, found in kinds_of(graph).items() if found == "layer"] == ["layers.0", "layers.1"]
 
 
-def test_layers_that_the_model_checkpoints_stay_whole():
-    """Their backward would read all parts again before it begins."""
-    kinds = kinds_of(analyzed(make(checkpointing="inside-other")))
-    assert [name for name, found in kinds.items() if found == "layer"] == [f"layers.{n}" for n in range(DEPTH)]
+@pytest.mark.parametrize("checkpointing", ["inside-other", "around-reentrant"])
+def test_parts_of_a_checkpointed_layer_are_read_twice_in_backward(checkpointing):
+    """All but the last, which runs again just before its backward; and so they are in a real step."""
+    model, batch = make(checkpointing=checkpointing), batch_of("routed", shape=(2, 24))
+    graph = analyze(model, batch, loss=loss_of)
+    backwards = Counter(a.module for a in graph.accesses if a.kind == "backward")
+    assert {backwards[f"layers.1.mlp.experts.{index}"] for index in range(EXPERTS)} == {2}
+    assert backwards["layers.1.mlp.shared"] == (2 if checkpointing == "inside-other" else 1)
+    assert not any(block.pinned_because for block in graph.blocks)
+    assert graph.recomputable == ()
+    modules = {a.module: modules_by_name(model)[a.module] for a in graph.accesses if a.module}
+    seen = [(a.kind, a.module) for a in graph.accesses if a.module]
+    assert seen == real_order(model, batch, modules, loss_of)

@@ -23,17 +23,18 @@ from tests.training import CHECKPOINTING, CPU, assert_equal, loss_of, train
 
 
 @cache
-def graph_of(kind, shape=(1, 4)):
-    return analyze(make(kind), batch_of(kind, shape=shape), loss=loss_of, offload=kind == "routed")
+def graph_of(kind, shape=(1, 4), checkpointing="off"):
+    model, offload = make(kind, checkpointing=checkpointing), kind == "routed" and checkpointing == "off"
+    return analyze(model, batch_of(kind, shape=shape), loss=loss_of, offload=offload)
 
 
 @cache
-def plan_for(kind, share=0.1, *, policy=None, shape=(1, 4)):
+def plan_for(kind, share=0.1, *, policy=None, shape=(1, 4), checkpointing="off"):
     """A plan with that share of the way from the least vram to all of it, every other streamed block on the disk.
 
     ``policy``: of all activations that memplan has a say in.
     """
-    graph = graph_of(kind, shape)
+    graph = graph_of(kind, shape, checkpointing)
     table = cost_table(graph, CPU)
     workload = Workload(batch={}, tokens=graph.tokens, accumulation=1, optimizer="adamw", adapter="")
     activations = dict.fromkeys(graph.recomputable, policy) if policy else {}
@@ -64,17 +65,30 @@ def compare(kind, plan, tmp_path, *, checked=False, **options):
         return handle.record
 
 
-@pytest.mark.parametrize("checkpointing", CHECKPOINTING)
+@pytest.mark.parametrize("checked", [False, True], ids=["plain", "checked"])
 @pytest.mark.parametrize(
-    ("kind", "checked"),
-    [("routed", False), *((kind, True) for kind in KINDS)],
-    ids=["plain", *(f"{kind}-checked" for kind in KINDS)],
+    ("kind", "checkpointing"),
+    [*(("routed", how) for how in CHECKPOINTING), ("nllb", "off"), ("nllb", "inside-other"), ("switch", "off")],
 )
-def test_a_run_is_a_whole_run(kind, checked, checkpointing, tmp_path):
-    """However it is checkpointed: the plan may not have known."""
+def test_a_run_is_a_whole_run(kind, checkpointing, checked, tmp_path):
+    """However it is checkpointed, though the plan did not know."""
     record = compare(kind, plan_for(kind), tmp_path, checked=checked, checkpointing=checkpointing)
     assert record.passes == 4
     assert (record.off_sequence > 0) == (checkpointing != "off")
+
+
+@pytest.mark.parametrize(
+    ("kind", "checkpointing"),
+    [
+        *(("routed", how) for how in CHECKPOINTING if how != "off"),
+        ("nllb", "inside-reentrant"),
+    ],
+)
+def test_checkpoints_that_the_plan_knew(kind, checkpointing, tmp_path):
+    plan = plan_for(kind, checkpointing=checkpointing)
+    record = compare(kind, plan, tmp_path, checked=True, checkpointing=checkpointing)
+    assert record.passes == 4
+    assert record.off_sequence == 0
 
 
 @pytest.mark.parametrize("way", ["reversed", "twice", "none"])
