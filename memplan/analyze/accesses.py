@@ -2,6 +2,9 @@
 
 Forward accesses in the order seen, the loss, backward accesses in the order seen, the optimizer. Code between the end
 of a trigger's forward and the next trigger counts toward the former, unless it was the last: then it is the loss.
+
+[Note: recomputed together] A checkpoint around several triggers runs the forwards of all before the backward of any goes
+on. So each then has two backward accesses, but for the last, whose recompute and backward are one.
 """
 
 from __future__ import annotations
@@ -38,7 +41,10 @@ class AccessLog:
         """Modules whose forward is under way, outermost first."""
         self._switch = switch
         self._owners: list[int | None] = [0]  # access of each segment; None: known later
-        self._backward_of: dict[int, int] = {}
+        self._begun: set[int] = set()
+        """Forwards whose backward was announced by a gradient."""
+        self._recomputed: set[int] = set()
+        """Forwards that ran again."""
         self._loss = -1
 
     @property
@@ -89,11 +95,12 @@ class AccessLog:
 
     def backward_begins(self, module: str, call: int) -> None:
         now = self.now
-        if call < 0 or (now is not None and now.kind == "backward" and now.forward == call):
+        if call < 0 or call in self._begun:
             return
-        if call not in self._backward_of:
+        self._begun.add(call)
+        if now is None or now.kind != "backward" or now.forward != call:
             self.active.clear()  # a recompute that stopped early has left its forwards open
-            self._begin_backward(module, call)
+            self._begin("backward", module, call)
 
     def backward_ends(self) -> None:
         self.active.clear()
@@ -114,21 +121,22 @@ class AccessLog:
     # ---- within ----------------------------------------------------------------------------------------------------
 
     def _recompute_begins(self, module: str) -> int:
-        """A forward in backward: the access under way if it is this module's, else one that the backward lacks yet."""
+        """A forward in backward: the access under way if it is this module's, else another: of a forward that the backward
+        lacks yet, or of one whose backward had others run again first (see [Note: recomputed together]).
+        """
         now = self.now
         if now is not None and now.kind == "backward" and now.module == module and not now.recomputed:
             now.recomputed = True
+            self._recomputed.add(now.forward)
             return now.forward
-        for index in range(len(self.accesses) - 1, -1, -1):
-            access = self.accesses[index]
-            if access.kind == "forward" and access.module == module and index not in self._backward_of:
-                self._begin_backward(module, index)
-                self.accesses[-1].recomputed = True
-                return index
-        return -1
-
-    def _begin_backward(self, module: str, forward: int) -> None:
-        self._backward_of[forward] = self._begin("backward", module, forward)
+        calls = [i for i, a in enumerate(self.accesses) if a.kind == "forward" and a.module == module]
+        calls = [call for call in calls if call not in self._recomputed]
+        call = max((c for c in calls if c not in self._begun), default=max(calls, default=-1))
+        if call >= 0:
+            self._recomputed.add(call)
+            self._begin("backward", module, call)
+            self.accesses[-1].recomputed = True
+        return call
 
     def _begin(self, kind: AccessKind, module: str, forward: int) -> int:
         self.accesses.append(Seen(kind=kind, module=module, forward=forward))

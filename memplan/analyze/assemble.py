@@ -75,11 +75,10 @@ def assemble(
     notes: list[str],
 ) -> LayerGraph:
     """Return the graph of a model: ``kept`` is its trace as it is, ``recomputed`` with ``recomputable`` checkpointed,
-    ``offloaded`` with what those save offloaded.
+    ``offloaded`` with what those save offloaded. ``drafts``: with what is pinned.
     """
     one, two, three = _Pass(kept), _Pass(recomputed), None if offloaded is None else _Pass(offloaded)
     moved = {} if offloaded is None else _once(one, offloaded.offload_bytes)
-    _pin(drafts, kept.recorder)
     blocks, ids_of = _blocks(model, drafts, kept.recorder)
     trained = [(tuple(p.shape), p.element_size()) for p in model.parameters() if p.requires_grad]
     traces: dict[Activations, _Pass] = {"keep": one, "recompute": two}
@@ -155,7 +154,7 @@ def _buffer_bytes(model: nn.Module) -> int:
     return sum(elements.values()) + sum(t.numel() * t.element_size() for t in held if id(t) not in weights)
 
 
-def _pin(drafts: Sequence[Draft], recorder: Recorder) -> None:
+def pin(drafts: Sequence[Draft], recorder: Recorder) -> None:
     """Note which blocks cannot be streamed, for a read of them would not be seen before it happens."""
     called, nested = recorder.log.called(), recorder.log.nested
     for draft in drafts:
@@ -264,11 +263,17 @@ def _notes(model: nn.Module, blocks: Sequence[Block], kept: Traced) -> list[str]
             f"The adapters are float32 on a {base} base: float32 copies of their inputs add to the saved activations."
         )
     if kept.ran_again:
-        found.append(f"The model checkpoints {len(kept.ran_again)} of its layers itself.")
+        found.append(f"The model checkpoints {len(kept.ran_again)} of its layers, or of their parts, itself.")
     pinned = [block for block in blocks if block.pinned_because]
     if pinned:
         found.append(
             f"{len(pinned)} blocks must stay on the device: {pinned[0].name}, since {pinned[0].pinned_because}."
+        )
+    experts = sum(block.kind == "expert" for block in blocks)
+    if experts:
+        found.append(
+            f"Its {experts} experts are loaded only where they are chosen: the plan counts with every one that an even "
+            "routing calls, so its loads are the most there can be."
         )
     assumed = sorted(kept.recorder.values.assumed)
     if assumed:

@@ -1,7 +1,8 @@
 """Module tree -> blocks. Found by structure, not by class names.
 
 An element of a repeated stack is one block; every other module with frozen parameters of its own is one; parameters
-that several of those share are a block that all of them read.
+that several of those share are a block that all of them read. A layer that chooses among experts is taken apart: what
+is not chosen need not be loaded (``experts.py`` says which layers these are).
 """
 
 from __future__ import annotations
@@ -18,6 +19,9 @@ from memplan.names import canonical
 from memplan.triggers import modules_by_name
 from memplan.units import align_up, format_bytes
 from memplan.weights import Weight, frozen_weights, unknown_kind, unready
+
+_SMALL = 8
+"""A part of a layer with experts is worth loads of its own from this fraction of its largest expert on."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -119,10 +123,13 @@ def check_model(model: nn.Module) -> None:
                 raise ModelError(f"the quantized parameter {full} {why}")
 
 
-def find_units(model: nn.Module, containers: frozenset[str] = frozenset()) -> tuple[Unit, ...]:
+def find_units(
+    model: nn.Module, containers: frozenset[str] = frozenset(), routed: frozenset[str] = frozenset()
+) -> tuple[Unit, ...]:
     """Return the trigger modules in module order.
 
     ``containers``: units whose forward is never called though their weights are read: their children are units.
+    ``routed``: layers that choose among experts: their parts are units, down to each expert.
     """
     outermost = modules_by_name(model)
     units: list[Unit] = []
@@ -135,11 +142,30 @@ def find_units(model: nn.Module, containers: frozenset[str] = frozenset()) -> tu
             own(name, module, stack)
             for part, child in module.named_children():
                 element(f"{name}.{part}", child, stack)
-            return
+        elif canonical(name) in routed:
+            experts = [child for held in expert_lists(module) for child in held.children()]
+            apart(name, module, stack, max(_frozen_bytes(expert) for expert in experts) // _SMALL)
+        else:
+            whole(name, module, stack, "layer")
+
+    def whole(name: str, module: nn.Module, stack: str, kind: BlockKind) -> None:
         frozen = frozen_weights(name, module, deep=True)
         seen.update(id(inner) for inner in module.modules())
         if frozen:
-            units.append(Unit(name=canonical(name), module=module, kind="layer", stack=stack, weights=frozen))
+            units.append(Unit(name=canonical(name), module=module, kind=kind, stack=stack, weights=frozen))
+
+    def apart(name: str, module: nn.Module, stack: str, least_bytes: int) -> None:
+        own(name, module, stack)
+        for part, child in module.named_children():
+            inner = f"{name}.{part}"
+            if id(child) in seen:
+                continue
+            if canonical(inner) in containers or expert_lists(child):
+                apart(inner, child, stack, least_bytes)
+            elif _holds_alike(module):
+                whole(inner, child, stack, "expert")
+            else:
+                whole(inner, child, stack, "layer" if _frozen_bytes(child) >= least_bytes else "other")
 
     def own(name: str, module: nn.Module, stack: str) -> None:
         seen.add(id(module))
@@ -173,6 +199,28 @@ def is_stack(module: nn.Module) -> bool:
         return False
     classes = [type(child) for child in module if next(child.parameters(), None) is not None]
     return len(classes) > len(set(classes))
+
+
+def expert_lists(layer: nn.Module) -> list[nn.Module]:
+    """Return the innermost lists within a layer that a router may choose from: of two or more modules alike."""
+    found = [module for module in layer.modules() if _holds_alike(module)]
+    outer = {id(m) for m in found for child in m.children() for i in child.modules() if _holds_alike(i)}
+    return [module for module in found if id(module) not in outer]
+
+
+def _holds_alike(module: nn.Module) -> bool:
+    if not isinstance(module, (nn.ModuleList, nn.ModuleDict)):
+        return False
+    alike = [
+        (type(child), tuple((tuple(w.tensor.shape), w.tensor.dtype) for w in weights))
+        for child in module.children()
+        if (weights := frozen_weights("", child, deep=True))
+    ]
+    return len(alike) > 1 and len(set(alike)) == 1
+
+
+def _frozen_bytes(module: nn.Module) -> int:
+    return sum(w.tensor.numel() * w.tensor.element_size() for w in frozen_weights("", module, deep=True))
 
 
 def draft_blocks(units: tuple[Unit, ...]) -> tuple[Draft, ...]:

@@ -10,12 +10,13 @@ import contextlib
 import copy
 import random
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from memplan.analyze.values import remember
 from memplan.weights import Weight, frozen_weights, is_quantized, is_quantizer_state, is_wrapper, rewrapped
@@ -44,6 +45,7 @@ def faked(model: nn.Module, mode: FakeTensorMode) -> Iterator[dict[int, torch.Te
                     if isinstance(value, torch.Tensor) or is_quantizer_state(value):
                         module.__dict__[name] = stand_ins.of(value)
                 _refresh_recurrent(module)
+                module.__dict__["_apply"] = partial(_apply_where_it_changes, module)
         model.train()
         yield stand_ins.fakes
     finally:
@@ -158,6 +160,20 @@ def eager_transformers() -> Iterator[None]:
         utils.is_fake_tensor = asked
 
 
+@contextlib.contextmanager
+def numbers_in_text() -> Iterator[None]:
+    """Have a fake tensor of one number written out in an f-string as a real one is: experts are found by such names."""
+
+    def written(tensor: torch.Tensor, spec: str) -> str:
+        return format(tensor.item(), spec) if tensor.dim() == 0 else object.__format__(tensor, spec)
+
+    FakeTensor.__format__ = written  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        del FakeTensor.__format__
+
+
 class _Saved:
     """A module's attributes, and what its lists and mappings held."""
 
@@ -185,6 +201,21 @@ def _same(mapping: dict[Any, Any], held: dict[Any, Any]) -> bool:
     return len(mapping) == len(held) and all(
         a is b and v is w for (a, v), (b, w) in zip(mapping.items(), held.items(), strict=True)
     )
+
+
+def _apply_where_it_changes(module: nn.Module, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Any:
+    """Stand for ``_apply``: torch would swap a fake parameter even with itself, which our weak references forbid.
+
+    Routers have a forward that casts them to the dtype that they have.
+    """
+    own = [tensor for held in (module._parameters, module._buffers) for tensor in held.values() if tensor is not None]
+    with torch.no_grad():
+        changed = any(moved.dtype != tensor.dtype for tensor in own for moved in (fn(tensor),))
+    if changed:
+        return type(module)._apply(module, fn, recurse)
+    for child in module.children() if recurse else ():
+        child._apply(fn)
+    return module
 
 
 def _refresh_recurrent(module: nn.Module) -> None:

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     import networkx
 
 AccessKind = Literal["forward", "loss", "backward", "optimizer"]
-BlockKind = Literal["layer", "embedding", "head", "shared", "other"]
+BlockKind = Literal["layer", "expert", "embedding", "head", "shared", "other"]
 Activations = Literal["keep", "recompute", "offload"]
 FixedKind = Literal["adapters", "optimizer", "buffers", "batch", "context"]
 LifetimeKind = Literal["activations", "gradients"]

@@ -56,6 +56,8 @@ class Recorder(StorageLedger):
         """Bytes of the rows of a block that were read under one of its triggers, by the names of both."""
         self.whole: set[tuple[str, str]] = set()
         """Blocks and triggers under which an operator read more than rows."""
+        self.deciding: set[str] = set()
+        """Triggers in whose forward something was decided by values that a trace does not have."""
         self._frozen = frozen
         self._origins = Origins(frozen, (tensor.untyped_storage()._cdata for tensor in batch))
         self._derived: Counter[tuple[int, int, str]] = Counter()
@@ -81,7 +83,10 @@ class Recorder(StorageLedger):
         given = kwargs or {}
         if func is _DEVICE:  # asked of every fake tensor, many times an operator
             return args[0].fake_device if type(args[0]) is FakeTensor else func(*args, **given)
+        decisions = self.values.decisions
         result = self.values.run(func, args, given)
+        if self.values.decisions > decisions:
+            self.deciding.update(self.log.active)
         self.note_all(result)
         known = operator(func)
         if known.is_free:

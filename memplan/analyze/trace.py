@@ -17,11 +17,12 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from memplan import offload as offloading
 from memplan import recompute
-from memplan.analyze.assemble import assemble
+from memplan.analyze.assemble import assemble, pin
 from memplan.analyze.autocast import autocast_dtype, outside_autocast
 from memplan.analyze.batch import Batch, base_of, batch_for
 from memplan.analyze.blocks import Draft, Unit, check_model, draft_blocks, find_units
-from memplan.analyze.fake import eager_transformers, faked, random_states_kept
+from memplan.analyze.experts import pinned_layers, routed_layers
+from memplan.analyze.fake import eager_transformers, faked, numbers_in_text, random_states_kept
 from memplan.analyze.graph import Activations, LayerGraph, LifetimeKind
 from memplan.analyze.offloads import Offloads
 from memplan.analyze.optimizers import check_optimizer
@@ -79,15 +80,33 @@ def analyze(
     check_model(model)
     call = batch_for(model, batch)
     accumulates = accumulation > 1
-    containers: frozenset[str] = frozenset()
-    for _ in range(_DEEPEST):
-        units = find_units(model, containers)
-        drafts = draft_blocks(units)
-        kept = _trace(model, call, units, drafts, accumulates=accumulates, loss=loss, lowered=lowered)
-        found = _containers(units, drafts, kept.recorder)
-        if found <= containers:
+
+    def traced_apart(routed: frozenset[str]) -> tuple[tuple[Unit, ...], tuple[Draft, ...], Traced]:
+        """Trace the model as it is, with its containers and the ``routed`` layers taken apart."""
+        containers: frozenset[str] = frozenset()
+        for _ in range(_DEEPEST):
+            units = find_units(model, containers, routed)
+            drafts = draft_blocks(units)
+            kept = _trace(model, call, units, drafts, accumulates=accumulates, loss=loss, lowered=lowered)
+            found = _containers(units, drafts, kept.recorder)
+            if found <= containers:
+                break
+            containers |= found
+        pin(drafts, kept.recorder)
+        return units, drafts, kept
+
+    units, drafts, kept = traced_apart(frozenset())
+    routed = routed_layers(units, kept.recorder)
+    while routed:
+        try:
+            apart = traced_apart(routed)
+        except ModelError:  # it can be traced whole: so it stays
             break
-        containers |= found
+        too_much = pinned_layers(routed, drafts, apart[1])
+        if not too_much:
+            units, drafts, kept = apart
+            break
+        routed -= too_much
     recomputable = _recomputable(units, kept)
     notes: list[str] = []
 
@@ -147,6 +166,7 @@ def _trace(
     with ExitStack() as undo:
         undo.enter_context(random_states_kept())
         undo.enter_context(eager_transformers())
+        undo.enter_context(numbers_in_text())
         undo.enter_context(torch.inference_mode(False))
         undo.enter_context(torch.enable_grad())
         undo.enter_context(outside_autocast())  # it is for the forward alone
@@ -222,7 +242,7 @@ def loss_of(output: Any, loss: Callable[[Any], torch.Tensor] | None) -> torch.Te
 
 
 def _notice_recomputes(units: Sequence[Unit], ran_again: set[str]) -> None:
-    """Hook all modules within layers, to see which run in backward. ``faked`` takes the hooks away."""
+    """Hook all modules within layers and experts, to see which run in backward. ``faked`` takes the hooks away."""
 
     def notice(unit: str) -> Callable[..., None]:
         def pre_hook(module: nn.Module, args: object) -> None:
@@ -232,7 +252,7 @@ def _notice_recomputes(units: Sequence[Unit], ran_again: set[str]) -> None:
         return pre_hook
 
     for unit in units:
-        if unit.kind == "layer":
+        if unit.kind in ("layer", "expert"):
             hook = notice(unit.name)
             for module in unit.module.modules():
                 module.register_forward_pre_hook(hook)
@@ -250,13 +270,13 @@ def _containers(units: Sequence[Unit], drafts: Sequence[Draft], recorder: Record
 
 
 def _recomputable(units: Sequence[Unit], kept: Traced) -> tuple[str, ...]:
-    """Return the layers that a recompute could spare memory for: with a backward, and not checkpointed already."""
+    """Return the layers and experts that a recompute could spare memory for: with a backward, and not checkpointed already."""
     log = kept.recorder.log
     backward = {access.module for access in log.accesses if access.kind == "backward"}
     return tuple(
         unit.name
         for unit in units
-        if unit.kind == "layer"
+        if unit.kind in ("layer", "expert")
         and unit.name in backward
         and unit.name not in kept.ran_again
         and unit.name not in log.nested

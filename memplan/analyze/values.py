@@ -63,6 +63,8 @@ class Values:
     def __init__(self) -> None:
         self.assumed: set[str] = set()
         """Operators whose answer was made up."""
+        self.decisions = 0
+        """How often what runs next, or on how much, rested on values of activations."""
 
     def run(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run ``func`` under the fake tensor mode that is active."""
@@ -95,7 +97,7 @@ class Values:
         if known is not None:
             with unset_fake_temporarily():
                 return func(*known[0], **known[1])
-        self.assumed.add(".item()")
+        self._decide(".item()")
         dtype = args[0].dtype
         if func is not _aten._local_scalar_dense.default or dtype is torch.bool:
             return False
@@ -106,7 +108,7 @@ class Values:
         invented = _with_values(args, kwargs, invent=True)
         assert invented is not None
         if _with_values(args, kwargs) is None:
-            self.assumed.add(func._overloadpacket.__name__)
+            self._decide(func._overloadpacket.__name__)
         with unset_fake_temporarily(), torch.no_grad():
             values = func(*invented[0], **invented[1])
         several = values if isinstance(values, tuple) else (values,)
@@ -126,8 +128,12 @@ class Values:
         if indices.numel() <= _MOST_ELEMENTS and not indices.dtype.is_floating_point:
             with unset_fake_temporarily():
                 value = (torch.arange(indices.numel()) % max(1, size)).reshape(indices.shape)
-            self.assumed.add(func._overloadpacket.__name__)
+            self._decide(func._overloadpacket.__name__)
             remember(indices, value)
+
+    def _decide(self, name: str) -> None:
+        self.assumed.add(name)
+        self.decisions += 1
 
 
 def _grouped_product(left: torch.Tensor, right: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:

@@ -116,7 +116,7 @@ def make_problem(
             resident.append(block.id)
         elif pin is not None:
             forced.append(block.id)
-        elif block.kind == "layer":
+        elif block.kind in ("layer", "expert"):
             stack.append(block.id)
         elif block.size_bytes < max(TINY_BYTES, total // 200):
             resident.append(block.id)

@@ -20,6 +20,7 @@ import torch
 from memplan.errors import MemplanError, RunError
 from memplan.program.record import BlockRecord, RunRecord
 from memplan.program.schema import SCHEMA_VERSION, Channel, Plan
+from memplan.run.choices import Choices
 from memplan.run.learning import Learner, Mover, sequence_of
 from memplan.run.offloads import Offloaded, Offloads
 from memplan.run.rows import read_in_place
@@ -127,8 +128,7 @@ class Conductor:
         self.offloads = Offloads(offloaded, transfers, self._lock, self._clear, arena)
         in_place = read_in_place(plan)
         reads = {
-            a.index: tuple(b for b in a.blocks if b in streamed and b not in in_place.get(a.module, ()))
-            for a in plan.table.accesses
+            a.index: tuple(b for b in a.blocks if b not in in_place.get(a.module, ())) for a in plan.table.accesses
         }
         at_home = {module: tuple(streamed[b] for b in blocks if b in streamed) for module, blocks in in_place.items()}
         self._at_home = {module: held for module, held in at_home.items() if held}
@@ -163,20 +163,30 @@ class Conductor:
             return call
 
     def _forward_begins(self, module: str) -> int:
-        position = self._sequence.next_forward(module, self._now)
+        passed = self._sequence.passed_expert(module, self._now)
+        position = self._sequence.next_forward(module, self._now) if passed is None else passed
         if position is None:
             call = self._aside = self._aside - 1
             self._serve_aside(module)
         else:
             call = self._first_call + position
-            if self._began is not None and self._sequence.skipped_reads(self._now, position):
-                self._strayed()
-            if position // self._sequence.length != self._now // self._sequence.length or self._began is None:
-                self._pass_begins()
-            self._go_to(position)
+            if passed is None:
+                self._move_on(position)
+            else:
+                self._serve_aside(module)
+            self._choices.note(position)  # only now: what is loaded when it is called was not foreseen
         if self._learner.writing:
             self._learner.forward(module, call)
         return call
+
+    def _move_on(self, position: int) -> None:
+        """Go to a forward that is ahead."""
+        if self._began is not None and self._sequence.skipped_reads(self._now, position):
+            self._strayed()
+        if position // self._sequence.length != self._now // self._sequence.length or self._began is None:
+            self._pass_begins()
+            self._choices.cycle_begins(position // self._sequence.length)
+        self._go_to(position)
 
     def forward_ends(self, module: str, call: int, *, in_backward: bool) -> None:
         with self._lock:
@@ -203,8 +213,8 @@ class Conductor:
                 )
             if self._learner.writing:
                 self._learner.backward(module, call)
-            position = self._sequence.backward_at(module, call - self._first_call)
-            if position is not None and position >= self._now:
+            position = self._sequence.backward_at(module, call - self._first_call, self._now)
+            if position is not None:
                 if position > self._now and self._sequence.skipped_reads(self._now, position):
                     self._strayed()
                 self._go_to(position)
@@ -215,8 +225,8 @@ class Conductor:
         with self._lock:
             if self._closed or self._now < 0:
                 return
-            cycle, index = divmod(self._now, self._sequence.length)
-            if index == self._sequence.last_backward:
+            cycle = self._now // self._sequence.length
+            if self._sequence.is_over(self._now):
                 self._done = (cycle + 1) * self._sequence.length
                 self._passes.count += self._sequence.passes
                 self._passes.complete = True
@@ -251,6 +261,7 @@ class Conductor:
     def _follow(self, sequence: Sequence) -> None:
         """Take a sequence for the one that accesses follow from now on. None of it has been done yet."""
         self._sequence = sequence
+        self._choices = Choices(sequence)
         self._now = -1  # linear position of the access under way; -1: none yet
         self._done = 0  # accesses below this are over: what they read may be overwritten
         # Per channel: how many loads were dealt with. From the cycle before the first: some of its loads stay for it.
@@ -267,7 +278,7 @@ class Conductor:
             return
         movers = {block: Mover(s.channel, s.rivals) for block, s in self._streamed.items()}
         movers |= {key: Mover("h2d", held.rivals, held.module) for key, held in self.offloads.by_key.items()}
-        sequence = sequence_of(way, self._module_reads, movers)
+        sequence = sequence_of(way, self._module_reads, movers, self._sequence.experts)
         if sequence is None or sequence.steps == self._sequence.steps:
             return
         self._first_call += (self._now // self._sequence.length + 2) * self._sequence.length
@@ -291,7 +302,9 @@ class Conductor:
         self._pinned = frozenset(blocks)
         self._start_loads()
         for block in blocks:
-            streamed = self._streamed[block]
+            streamed = self._streamed.get(block)
+            if streamed is None:
+                continue
             if not streamed.usable:
                 if streamed.ticket is None:
                     streamed.misses += self._passes.count > 0 or self._now >= self._sequence.length
@@ -321,7 +334,8 @@ class Conductor:
                 due = loads[turn]
                 if cycle * length + due.load_after >= self._done:
                     break
-                if cycle * length + due.last_use >= max(self._now, 0) and not self._start(due.key):
+                is_ahead = cycle * length + due.last_use >= max(self._now, 0)
+                if is_ahead and self._choices.wants(cycle, due) and not self._start(due.key):
                     break
                 self._next[channel] += 1
 

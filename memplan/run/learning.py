@@ -129,10 +129,12 @@ class Mover(NamedTuple):
     """Whose saved activations it is; empty for a block."""
 
 
-def sequence_of(way: Way, reads: Mapping[str, tuple[int, ...]], movers: Mapping[int, Mover]) -> Sequence | None:
+def sequence_of(
+    way: Way, reads: Mapping[str, tuple[int, ...]], movers: Mapping[int, Mover], experts: frozenset[int]
+) -> Sequence | None:
     """Return the sequence of a way; None where a backward's forward is not in it.
 
-    ``reads``: streamed blocks by the module that reads them. ``movers``: what comes into slots, by key.
+    ``reads``: blocks by the module that reads them. ``movers``: what comes into slots, by key.
     """
     steps = []
     for index, one in enumerate(way.accesses):
@@ -140,7 +142,7 @@ def sequence_of(way: Way, reads: Mapping[str, tuple[int, ...]], movers: Mapping[
         if forward < 0 or (way.accesses[forward].kind, way.accesses[forward].module) != ("forward", one.module):
             return None
         steps.append(Step(one.kind, one.module, forward, reads.get(one.module, ())))
-    return Sequence(tuple(steps), loads_of(steps, movers), way.passes)
+    return Sequence(tuple(steps), loads_of(steps, movers), experts, way.passes)
 
 
 def loads_of(steps: Collection[Step], movers: Mapping[int, Mover]) -> dict[Channel, tuple[Due, ...]]:
@@ -149,8 +151,9 @@ def loads_of(steps: Collection[Step], movers: Mapping[int, Mover]) -> dict[Chann
     of_module = {mover.module: key for key, mover in movers.items() if mover.module}
     uses: dict[int, list[int]] = {key: [] for key in movers}
     for index, step in enumerate(steps):
-        for key in (*step.blocks, *((of_module[step.module],) if step.module in of_module else ())):
-            uses[key].append(index)
+        for key in (*step.blocks, of_module.get(step.module, -1)):
+            if key in uses:
+                uses[key].append(index)
     made = {(key, i) for module, key in of_module.items() for i in uses[key] if steps[i].kind == "forward"}
     around = {key: [at + shift for shift in (-length, 0, length) for at in own] for key, own in uses.items()}
     found: dict[Channel, list[Due]] = {}
@@ -162,6 +165,13 @@ def loads_of(steps: Collection[Step], movers: Mapping[int, Mover]) -> dict[Chann
                 continue  # it is there still, or comes to be there
             until = others[bisect_left(others, first + 1)]
             last_use = first if mover.module else around[key][bisect_left(around[key], until) - 1]
-            due = Due(key=key, channel=mover.channel, load_after=load_after, first_use=first, last_use=last_use)
+            due = Due(
+                key=key,
+                channel=mover.channel,
+                load_after=load_after,
+                first_use=first,
+                last_use=last_use,
+                uses=() if mover.module else tuple(at for at in around[key] if first <= at <= last_use),
+            )
             found.setdefault(mover.channel, []).append(due)
     return {channel: tuple(sorted(dues, key=lambda due: (due.first_use, due.key))) for channel, dues in found.items()}

@@ -21,7 +21,7 @@ class Step(NamedTuple):
     forward: int
     """Index of the forward access that it belongs to; -1 for loss and optimizer."""
     blocks: tuple[int, ...]
-    """What it reads that is streamed."""
+    """What it reads on the device."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -34,6 +34,8 @@ class Due:
     load_after: int
     first_use: int
     last_use: int
+    uses: tuple[int, ...]
+    """Accesses that read it meanwhile, from ``first_use`` to ``last_use``; none for offloaded activations."""
 
 
 Loads = Mapping[Channel, tuple[Due, ...]]
@@ -48,22 +50,24 @@ def offload_key(plan: Plan, item: int) -> int:
 class Sequence:
     """The accesses of a cycle by module, and its loads by channel."""
 
-    def __init__(self, steps: tuple[Step, ...], loads: Loads, passes: int = 1) -> None:
-        """``passes``: how many outermost backwards the cycle has."""
+    def __init__(self, steps: tuple[Step, ...], loads: Loads, experts: frozenset[int], passes: int = 1) -> None:
+        """``experts``: blocks that are only read where they are chosen. ``passes``: its number of outermost backwards."""
         self.steps = steps
         self.length = len(steps)
         self.loads = loads
+        self.experts = experts
         self.passes = passes
         self.forwards: dict[str, tuple[int, ...]] = {}
         self.backwards: dict[str, tuple[int, ...]] = {}
-        self.backward_of: dict[int, int] = {}
+        self._backwards_of: dict[int, tuple[int, ...]] = {}
+        """Backward accesses of each forward: two where it runs again among others before its backward."""
         for index, step in enumerate(steps):
             if step.kind == "forward":
                 self.forwards[step.module] = (*self.forwards.get(step.module, ()), index)
             elif step.kind == "backward":
                 self.backwards[step.module] = (*self.backwards.get(step.module, ()), index)
-                self.backward_of[step.forward] = index
-        self.last_backward = max(self.backward_of.values(), default=-1)
+                self._backwards_of[step.forward] = (*self._backwards_of.get(step.forward, ()), index)
+        self.last_backward = max((i for indices in self.backwards.values() for i in indices), default=-1)
 
     def next_forward(self, module: str, now: int) -> int | None:
         """Return the linear position of the module's next forward access after ``now``; None where it has none."""
@@ -76,6 +80,19 @@ class Sequence:
                 return cycle * self.length + candidate
         return (cycle + 1) * self.length + indices[0]
 
+    def passed_expert(self, module: str, now: int) -> int | None:
+        """Return the linear position of the module's forward that the experts just called stand in place of, or None.
+
+        A router may call its experts in any order, and one more than once: as long as nothing but experts has come since
+        where the plan has this one, it is a call of this pass.
+        """
+        cycle, index = divmod(now, self.length)
+        for candidate in self.forwards.get(module, ()) if self.experts else ():
+            since = range(candidate, index + 1)
+            if since and all(self.steps[i].kind == "forward" and self._is_left(i) for i in since):
+                return cycle * self.length + candidate
+        return None
+
     def next_backward(self, module: str, now: int) -> int | None:
         """Return the linear position of the module's next backward access in this cycle, now's included, or None."""
         cycle, index = divmod(now, self.length)
@@ -84,36 +101,54 @@ class Sequence:
                 return cycle * self.length + candidate
         return None
 
-    def backward_at(self, module: str, call: int) -> int | None:
-        """Return the linear position of the backward of a forward of the module at ``call``, or None."""
-        cycle, index = divmod(call, self.length)
-        backward = self.backward_of.get(index)
-        if call < 0 or backward is None or self.steps[backward].module != module:
+    def backward_at(self, module: str, call: int, now: int) -> int | None:
+        """Return the linear position of the next backward access of the module's forward at ``call``, now's included, or
+        None.
+        """
+        if call < 0:
             return None
-        return cycle * self.length + backward
+        cycle, index = divmod(call, self.length)
+        for candidate in self._backwards_of.get(index, ()):
+            position = cycle * self.length + candidate
+            if position >= now and self.steps[candidate].module == module:
+                return position
+        return None
 
     def skipped_reads(self, now: int, position: int) -> bool:
-        """Whether accesses that read weights lie strictly between the two."""
+        """Whether accesses that read weights lie strictly between the two. Experts may be passed over: so they are
+        meant.
+        """
         if position - now > self.length:
             return True
-        return any(self.steps[linear % self.length].blocks for linear in range(now + 1, position))
+        return not all(self._is_left(linear % self.length) for linear in range(now + 1, position))
+
+    def is_over(self, now: int) -> bool:
+        """Whether no backward is to come in this cycle, unless of experts that nobody called."""
+        end = now // self.length * self.length + self.last_backward
+        return now >= end or not self.skipped_reads(now, end + 1)
+
+    def _is_left(self, index: int) -> bool:
+        """Whether an access may be left out without a word: it reads no weights, or an expert's alone."""
+        return self.experts.issuperset(self.steps[index].blocks)
 
 
 def planned(plan: Plan, reads: Mapping[int, tuple[int, ...]]) -> Sequence:
-    """Return the plan's own sequence. ``reads``: what each access reads that is streamed."""
+    """Return the plan's own sequence. ``reads``: the blocks that each access reads on the device."""
     steps = tuple(Step(a.kind, a.module, a.forward, reads[a.index]) for a in plan.table.accesses)
     device = {arena.id for arena in plan.arenas if arena.tier == "device"}
     found: dict[Channel, list[tuple[int, Due]]] = {}
     for stay in plan.residences:
         if stay.begins == "load" and stay.arena in device and stay.channel is not None:
             item = plan.items[stay.item]
+            stays = range(stay.first_use, stay.last_use + 1) if item.kind == "weights" else ()
             due = Due(
                 key=item.block if item.kind == "weights" else offload_key(plan, item.id),
                 channel=stay.channel,
                 load_after=stay.load_after,
                 first_use=stay.first_use,
                 last_use=stay.last_use,
+                uses=tuple(use for use in stays if item.block in steps[use % len(steps)].blocks),
             )
             found.setdefault(stay.channel, []).append((stay.order, due))
     loads = {channel: tuple(due for _, due in sorted(rows, key=lambda row: row[0])) for channel, rows in found.items()}
-    return Sequence(steps, loads)
+    return Sequence(steps, loads, frozenset(block.id for block in plan.table.blocks if block.kind == "expert"))

@@ -43,6 +43,8 @@ class Wandering(Plain):
             return every
         if self.way == "drop":
             return [index for index in every if torch.rand(1, generator=generator) > 0.3]
+        if self.way == "without":
+            return [index for index in every if index != 2]
         if self.way == "repeat":
             return sorted([*every, 2, 4, 4])
         if self.way == "again":
@@ -94,6 +96,19 @@ def test_layers_left_out_repeated_without_gradients_or_in_another_order(plan_of_
     with attach(planned, plan, cache=tmp_path, checked=checked) as handle:
         assert_equal(train(whole, "plain", steps=5), train(planned, "plain", steps=5))
         assert (handle.record.off_sequence > 0) == (way != "twice")
+
+
+def test_what_a_forward_left_out_is_not_loaded_for_its_backward(tmp_path):
+    model = wandering("without")
+    plan = plan_of(model, 0.75, "host")
+    with attach(model, plan, cache=tmp_path) as handle:
+        loads = []
+        for steps in (1, 1, 3):
+            train(model, "plain", steps=steps)
+            loads.append({plan.table.blocks[row.block].name: row.loads for row in handle.record.blocks})
+    # Ahead of each forward, in which it might have come.
+    assert loads[2]["layers.2"] - loads[1]["layers.2"] == 3
+    assert loads[2]["layers.3"] - loads[1]["layers.3"] == 6
 
 
 def ways_of_autograd(model):
