@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import cache
+
 import pytest
 import torch
 from msgspec.structs import replace
@@ -10,15 +12,17 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM, T5Config, T5ForConditionalGeneration
 
 import memplan
+from memplan.analyze.trace import analyze
+from memplan.cost.build import cost_table
 from memplan.errors import DoesNotFitError, PlanCheckError
 from memplan.place.solve import place
 from memplan.program.check import check, require
-from memplan.program.schema import STAGING_BYTES
+from memplan.program.schema import STAGING_BYTES, Budgets, Workload
 from memplan.program.timeline import durations, timeline_of
 from memplan.run import install as install_module
 from memplan.run.attach import attach
 from memplan.run.rows import look_up_on_host
-from memplan.units import KIB
+from memplan.units import GIB, KIB
 from tests.run import adversary
 from tests.run.test_memory import counted_step
 from tests.training import CPU, assert_equal, checkpoint_layer, loss_of, train
@@ -63,27 +67,40 @@ def make(kind, checkpointing="off"):
     return model.train()
 
 
-def plan_of(model, *, share=0.3, **options):
-    """A plan ``share`` of the way from the least vram to what has use for no more."""
-    given = {"ram": "1GiB", "disk": "1GiB", "hardware": CPU, "loss": loss_of, **options}
+@cache
+def rows_of(kind, checkpointing):
+    """What is planned from: each model is traced once."""
+    return analyze(make(kind, checkpointing), batch_of(), loss=loss_of)
+
+
+def plan_of(kind, *, share=0.3, checkpointing="off", ram=GIB, table_at=None):
+    """A plan ``share`` of the way from the least vram to what has use for no more. ``table_at``: a pin of the table."""
+    graph = rows_of(kind, checkpointing)
+    rows = cost_table(graph, CPU)
+    workload = Workload(batch={}, tokens=graph.tokens, accumulation=1, optimizer="adamw", adapter="")
+    pins = {} if table_at is None else {table_of(graph).id: table_at}
+
+    def placed(vram, pins=pins):
+        budgets = Budgets(vram_bytes=vram, ram_bytes=ram, disk_bytes=GIB)
+        names = {"model": graph.model, "fingerprint": graph.fingerprint, "hardware": CPU.name}
+        return place(rows, budgets, workload=workload, pins=pins, **names)
+
     with pytest.raises(DoesNotFitError) as caught:
-        memplan.plan(model, batch_of(), vram=1, **given)
-    least = caught.value.least_vram_bytes
-    most = memplan.plan(model, batch_of(), vram="1GiB", **given | {"pins": None}).prediction.peaks.vram_bytes
-    return memplan.plan(model, batch_of(), vram=int(least + share * (most - least)), **given)
+        placed(1)
+    least, most = caught.value.least_vram_bytes, placed(GIB, {}).prediction.peaks.vram_bytes
+    return placed(int(least + share * (most - least)))
 
 
-def table_of(plan):
-    return next(b for b in plan.table.blocks if b.kind in ("embedding", "shared") and b.size_bytes == TABLE_BYTES)
+def table_of(graph):
+    return next(b for b in graph.blocks if b.kind in ("embedding", "shared") and b.size_bytes == TABLE_BYTES)
 
 
 @pytest.mark.parametrize(("kind", "transfers"), CASES)
 def test_three_steps(kind, transfers, tmp_path, monkeypatch):
     whole = train(make(kind), kind, batches=batch_of)
     model = make(kind)
-    pins = {table_of(plan_of(model)).name: "host"}
-    plan = plan_of(model, share=0.0, pins=pins)
-    assert plan.home_of(table_of(plan).id) == "host"
+    plan = plan_of(kind, share=0.0, table_at="host")
+    assert plan.home_of(table_of(plan.table).id) == "host"
     if transfers in ADVERSARIES:
         monkeypatch.setattr(install_module, "CpuTransfers", ADVERSARIES[transfers])
     with attach(model, plan, cache=tmp_path, checked=transfers == "checked") as handle:
@@ -92,14 +109,14 @@ def test_three_steps(kind, transfers, tmp_path, monkeypatch):
         assert (record.misses, record.off_sequence) == (0, 0)
         assert record.loads / record.passes == pytest.approx(plan.prediction.loads_per_pass, abs=2)
         read = {row.block for row in record.blocks}
-        assert (table_of(plan).id in read) == (kind in ("tied", "t5"))  # the head needs all of it
+        assert (table_of(plan.table).id in read) == (kind in ("tied", "t5"))  # the head needs all of it
 
 
 @pytest.mark.parametrize("kind", ["untied", "adapted"])
 def test_the_table_takes_no_room_on_the_device(kind, tmp_path):
     model = make(kind)
-    plan = plan_of(model, share=0.5)
-    table = table_of(plan)
+    plan = plan_of(kind, share=0.5)
+    table = table_of(plan.table)
     assert plan.home_of(table.id) == "host"  # chosen, not asked for
     assert not [a for a in plan.addresses if a.item == table.id and plan.arenas[a.arena].tier == "device"]
     assert plan.prediction.rows_bytes_per_pass == ROWS * LENGTH * WIDTH * 4
@@ -121,7 +138,7 @@ def test_the_table_takes_no_room_on_the_device(kind, tmp_path):
 def test_under_checkpoints(kind, checkpointing, tmp_path):
     whole = train(make(kind, checkpointing), kind, batches=batch_of)
     model = make(kind, checkpointing)
-    plan = plan_of(model, share=0.0, pins={table_of(plan_of(model)).name: "host"})
+    plan = plan_of(kind, share=0.0, checkpointing=checkpointing, table_at="host")
     with attach(model, plan, cache=tmp_path, checked=True):
         assert_equal(whole, train(model, kind, batches=batch_of))
 
@@ -142,7 +159,7 @@ def test_off_the_sequence_too(kind, tmp_path):
         return [*found, *(p.grad for p in model.parameters() if p.requires_grad)]
 
     whole, model = make(kind), make(kind)
-    plan = plan_of(model, share=0.0, pins={table_of(plan_of(model)).name: "host"})
+    plan = plan_of(kind, share=0.0, table_at="host")
     with attach(model, plan, cache=tmp_path, checked=True):
         one, other = results(whole), results(model)
         assert [torch.equal(a, b) for a, b in zip(one, other, strict=True)] == [True] * len(one)
@@ -161,11 +178,10 @@ def test_from_the_disk_it_comes_whole(kind, tmp_path):
     """RAM that has no room for the table, and a pin to the disk."""
     whole = train(make(kind), kind, batches=batch_of)
     model = make(kind)
-    roomy = plan_of(model)
     little = {"ram": STAGING_BYTES + 64 * KIB}  # the head of a tied one needs none of it for staging
-    for options in ({"pins": {table_of(roomy).name: "disk"}}, *([little] if kind == "untied" else [])):
-        plan = plan_of(model, share=0.0, **options)
-        table = table_of(plan)
+    for options in ({"table_at": "disk"}, *([little] if kind == "untied" else [])):
+        plan = plan_of(kind, share=0.0, **options)
+        table = table_of(plan.table)
         assert plan.home_of(table.id) == "disk"
         assert plan.prediction.rows_bytes_per_pass == 0
         with attach(model, plan, cache=tmp_path, checked=True) as handle:
@@ -178,8 +194,8 @@ def test_from_the_disk_it_comes_whole(kind, tmp_path):
 def test_a_smaller_plan_after_running_out_of_memory(kind, tmp_path):
     whole = train(make(kind), kind, steps=4, batches=batch_of)
     model = make(kind)
-    plan = plan_of(model, share=0.9)
-    smaller = plan_of(model, share=0.0, pins={table_of(plan).name: "host"})
+    plan = plan_of(kind, share=0.9)
+    smaller = plan_of(kind, share=0.0, table_at="host")
     with attach(model, plan, cache=tmp_path, checked=True, replan=lambda plan, vram: smaller) as handle:
         steps = iter(range(100))
 
@@ -189,7 +205,7 @@ def test_a_smaller_plan_after_running_out_of_memory(kind, tmp_path):
             return model(**batch)
 
         planned = train(_Called(model, stepped), kind, steps=4, batches=batch_of)
-        assert handle.plan.home_of(table_of(plan).id) == "host"
+        assert handle.plan.home_of(table_of(plan.table).id) == "host"
     assert_equal(whole, replace_names(planned))
 
 
@@ -211,10 +227,10 @@ def replace_names(run):
 
 
 def test_a_device_of_its_own_reads_the_rows_over_the_link():
-    plan = plan_of(make("untied"), share=0.5)
+    plan = plan_of("untied", share=0.5)
     table = replace(plan.table, device="cuda")
     assert timeline_of(plan).pass_s == pytest.approx(plan.prediction.pass_s)
-    here, there = (sum(durations(t, plan.policies(), {table_of(plan).id})) for t in (plan.table, table))
+    here, there = (sum(durations(t, plan.policies(), {table_of(plan.table).id})) for t in (plan.table, table))
     assert there - here == pytest.approx(plan.prediction.rows_bytes_per_pass / table.host_to_device_bytes_per_s)
     remade = place(
         table, plan.budgets, model="m", fingerprint="f", workload=plan.workload, hardware="h", pins=plan.pins
@@ -224,8 +240,8 @@ def test_a_device_of_its_own_reads_the_rows_over_the_link():
 
 
 def test_the_judge_wants_the_table_where_it_is_read(tmp_path):
-    plan = plan_of(make("untied"), share=0.5)
-    table = table_of(plan)
+    plan = plan_of("untied", share=0.5)
+    table = table_of(plan.table)
     away = tuple(replace(i, home="disk") if i.block == table.id else i for i in plan.items)
     with pytest.raises(PlanCheckError, match=r"reads model\.embed_tokens, which no residence has on the device"):
         require(replace(plan, items=away))
