@@ -19,7 +19,8 @@ from memplan.offload import changed, version_of
 from memplan.recompute import drop_hooks_that_stayed, hooks_around, run_hooked, without_graph
 from memplan.run.arena import Arena
 from memplan.run.clocks import ClockedTransfers
-from memplan.run.conductor import Conductor, Streamed
+from memplan.run.conductor import Conductor
+from memplan.run.streamed import Streamed
 from memplan.weights import plain_parts
 
 

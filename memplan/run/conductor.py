@@ -9,104 +9,20 @@ counted. So the plan's order is only ever a matter of speed; what is right does 
 
 from __future__ import annotations
 
-import statistics
-import threading
-import time
-from collections.abc import Callable
-from dataclasses import dataclass, field
-
 import torch
 
-from memplan.errors import MemplanError, RunError
-from memplan.program.record import BlockRecord, RunRecord
-from memplan.program.schema import SCHEMA_VERSION, Channel, Plan
+from memplan.errors import RunError
+from memplan.program.record import RunRecord
+from memplan.program.schema import Plan
 from memplan.run.choices import Choices
 from memplan.run.learning import Learner, Mover, sequence_of
+from memplan.run.lock import Lock
+from memplan.run.measured import Measured
 from memplan.run.offloads import Offloaded, Offloads
 from memplan.run.rows import read_in_place
 from memplan.run.sequence import Sequence, planned
-from memplan.run.transfer import Source, Ticket, Transfers
-
-
-@dataclass(slots=True, kw_only=True)
-class Streamed:
-    """One streamed block: where it comes from, where it goes, and whether it is there."""
-
-    block: int
-    name: str
-    channel: Channel
-    source: Source
-    part: torch.Tensor
-    """Its byte range of the device arena: its one address."""
-    pointers: tuple[tuple[torch.Tensor, torch.Tensor, torch.Tensor], ...]
-    """Each tensor of its weights, the view of the part that it is, and its placeholder."""
-    at_home: tuple[tuple[torch.Tensor, torch.Tensor], ...] = ()
-    """Each tensor, and the view of its home that it is where rows of it are read there; empty where they never are."""
-    rivals: tuple[int, ...] = ()
-    """Streamed blocks whose addresses overlap this one's."""
-    ticket: Ticket | None = None
-    """There or on its way; None: away."""
-    usable: bool = False
-    """The compute has waited for it and the parameters point at it."""
-    loads: int = 0
-    misses: int = 0
-    stall_s: float = 0.0
-
-    @property
-    def key(self) -> int:
-        return self.block
-
-    def point(self) -> None:
-        for tensor, there, _ in self.pointers:
-            tensor.data = there
-
-    def unpoint(self) -> None:
-        for tensor, _, away in self.pointers:
-            tensor.data = away
-
-    def point_home(self) -> None:
-        for tensor, there in self.at_home:
-            tensor.data = there
-
-
-@dataclass(slots=True)
-class _Passes:
-    """Times of passes in the steady state: from a cycle's first access to the next cycle's, with a backward between."""
-
-    count: int = 0
-    began: float | None = None
-    complete: bool = False
-    stalled_s: float = 0.0
-    times_s: list[float] = field(default_factory=list)
-    stalls_s: list[float] = field(default_factory=list)
-
-
-class _Lock:
-    """A lock that may be taken again by who has it. What raised under it is mended by who takes it next.
-
-    [Note: half done] An error, or a Ctrl-C in a notebook, may come between the start of a load and the note of it; where
-    training goes on then, that load must not write to what has come into its slot since.
-    """
-
-    def __init__(self, mend: Callable[[], None]) -> None:
-        self._lock = threading.RLock()
-        self.mend: Callable[[], None] | None = mend
-        self._torn = False
-
-    def __enter__(self) -> None:
-        self._lock.acquire()
-        if self._torn and self.mend is not None:
-            try:
-                self.mend()
-            except BaseException:
-                self._lock.release()
-                raise
-            self._torn = False
-
-    def __exit__(self, kind: type[BaseException] | None, error: object, trace: object) -> None:
-        if kind is not None and not issubclass(kind, MemplanError):  # a refusal has changed nothing
-            self._torn = True
-        self._lock.release()
+from memplan.run.streamed import Streamed
+from memplan.run.transfer import Transfers
 
 
 class Conductor:
@@ -124,7 +40,7 @@ class Conductor:
         self._plan = plan
         self._streamed = streamed
         self._transfers = transfers
-        self._lock = _Lock(self._mend)
+        self._lock = Lock(self._mend)
         self.offloads = Offloads(offloaded, transfers, self._lock, self._clear, arena)
         in_place = read_in_place(plan)
         reads = {
@@ -137,17 +53,13 @@ class Conductor:
             by_module.setdefault(access.module, set()).update(reads[access.index])
         self._module_reads = {module: tuple(sorted(blocks)) for module, blocks in by_module.items()}
         self._learner = Learner()
-        self._learned = 0
         self._first_call = 0  # what a forward at position 0 of this sequence is called: calls before it lie below
         self._aside = -1  # the last name of a forward that the sequence lacks: it counts down
         self._follow(planned(plan, reads))
         self._pinned: frozenset[int] = frozenset()
         self._closed = False
         self._paused = ""
-        self._passes = _Passes()
-        self._off_sequence = 0
-        self._began: float | None = None
-        self._last = 0.0
+        self._measured = Measured()
 
     # ---- what the triggers say -------------------------------------------------------------------------------------
 
@@ -181,10 +93,11 @@ class Conductor:
 
     def _move_on(self, position: int) -> None:
         """Go to a forward that is ahead."""
-        if self._began is not None and self._sequence.skipped_reads(self._now, position):
+        begun = self._measured.has_begun
+        if begun and self._sequence.skipped_reads(self._now, position):
             self._strayed()
-        if position // self._sequence.length != self._now // self._sequence.length or self._began is None:
-            self._pass_begins()
+        if position // self._sequence.length != self._now // self._sequence.length or not begun:
+            self._cycle_begins()
             self._choices.cycle_begins(position // self._sequence.length)
         self._go_to(position)
 
@@ -226,16 +139,12 @@ class Conductor:
             if self._closed or self._now < 0:
                 return
             cycle = self._now // self._sequence.length
-            if self._sequence.is_over(self._now):
-                self._done = (cycle + 1) * self._sequence.length
-                self._passes.count += self._sequence.passes
-                self._passes.complete = True
-            else:
-                self._done = self._now + 1
+            is_over = self._sequence.is_over(self._now)
+            self._done = (cycle + 1) * self._sequence.length if is_over else self._now + 1
+            self._measured.backward_ends(self._sequence.passes if is_over else 0)
             self._pinned = frozenset()
             self._learn()
             self._start_loads()
-            self._last = time.perf_counter()
 
     def _recompute_begins(self, module: str) -> int:
         """A forward inside a backward: a checkpoint recomputes. It is the same access as the backward it belongs to.
@@ -268,7 +177,7 @@ class Conductor:
         self._next = {channel: -len(loads) for channel, loads in sequence.loads.items()}
 
     def _strayed(self) -> None:
-        self._off_sequence += 1
+        self._measured.off_sequence += 1
         self._learner.strayed()
 
     def _learn(self) -> None:
@@ -283,8 +192,7 @@ class Conductor:
             return
         self._first_call += (self._now // self._sequence.length + 2) * self._sequence.length
         self._follow(sequence)
-        self._learned += 1
-        self._passes.began = None  # the pass that is on its way is of neither
+        self._measured.sequence_changes()
 
     # ---- serving ---------------------------------------------------------------------------------------------------
 
@@ -307,7 +215,7 @@ class Conductor:
                 continue
             if not streamed.usable:
                 if streamed.ticket is None:
-                    streamed.misses += self._passes.count > 0 or self._now >= self._sequence.length
+                    streamed.misses += self._measured.passes > 0 or self._now >= self._sequence.length
                     self._load(streamed)
                 self._make_usable(streamed)
             elif streamed.at_home:  # a forward that raised has left it there
@@ -321,7 +229,7 @@ class Conductor:
             streamed.ticket = None
             raise
         streamed.stall_s += stalled
-        self._passes.stalled_s += stalled
+        self._measured.stalled_s += stalled
         streamed.point()
         streamed.usable = True
 
@@ -378,55 +286,24 @@ class Conductor:
 
     # ---- the record ------------------------------------------------------------------------------------------------
 
-    def _pass_begins(self) -> None:
-        now = time.perf_counter()
+    def _cycle_begins(self) -> None:
         for block, stalled in self._transfers.device_stalls().items():
             if block in self._streamed:
                 self._streamed[block].stall_s += stalled
-            self._passes.stalled_s += stalled
-        passes = self._passes
-        if passes.began is not None and passes.complete:
-            passes.times_s.append((now - passes.began) / self._sequence.passes)
-            passes.stalls_s.append(passes.stalled_s / self._sequence.passes)
-        passes.began, passes.complete, passes.stalled_s = now, False, 0.0
-        if self._began is None:
-            self._began = now
-        self._last = now
+            self._measured.stalled_s += stalled
+        self._measured.cycle_begins(self._sequence.passes)
 
     def record(self, *, vram_peak_bytes: int, ram_peak_bytes: int, recoveries: int, derived_bytes: int) -> RunRecord:
-        """Return what was measured so far."""
+        """Return what was measured so far. ``ram_peak_bytes``: without what transfers hold of their own."""
         with self._lock:
-            blocks = tuple(
-                BlockRecord(
-                    block=s.block,
-                    loads=s.loads,
-                    loaded_bytes=s.loads * s.part.numel(),
-                    stall_s=s.stall_s,
-                    misses=s.misses,
-                )
-                for s in self._streamed.values()
-            )
-            passes = self._passes
-            return RunRecord(
-                schema_version=SCHEMA_VERSION,
-                fingerprint=self._plan.fingerprint,
-                device=self._plan.table.device,
-                passes=passes.count,
-                wall_s=0.0 if self._began is None else self._last - self._began,
-                pass_s=statistics.median(passes.times_s[1:] or passes.times_s or [0.0]),
-                stall_s=statistics.median(passes.stalls_s[1:] or passes.stalls_s or [0.0]),
-                loads=sum(b.loads for b in blocks),
-                loaded_bytes=sum(b.loaded_bytes for b in blocks),
-                misses=sum(b.misses for b in blocks),
-                off_sequence=self._off_sequence,
-                learned=self._learned,
-                offloaded_bytes=self.offloads.stored_bytes,
-                crowded=self.offloads.crowded,
-                recoveries=recoveries,
-                derived_bytes=derived_bytes,
+            return self._measured.record(
+                self._plan,
+                self._streamed.values(),
+                self.offloads,
                 vram_peak_bytes=vram_peak_bytes,
                 ram_peak_bytes=ram_peak_bytes + self._transfers.ring_bytes,
-                blocks=blocks,
+                recoveries=recoveries,
+                derived_bytes=derived_bytes,
             )
 
     # ---- beginning and end -----------------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ from memplan.compiled import is_compiled
 from memplan.program.schema import Plan
 from memplan.run.checked import CheckedReads
 from memplan.run.clocks import ClockedTransfers
-from memplan.run.conductor import Conductor, Streamed
+from memplan.run.conductor import Conductor
 from memplan.run.copies import Copies
 from memplan.run.guard import Guard
 from memplan.run.handle import Handle
@@ -20,6 +20,7 @@ from memplan.run.offloads import Offloaded, offloaded_activations
 from memplan.run.parts import Parts
 from memplan.run.rows import look_up_on_host, read_in_place
 from memplan.run.sequence import offload_key
+from memplan.run.streamed import Streamed
 from memplan.run.transfer import CpuTransfers, CudaTransfers, Transfers
 from memplan.triggers import Triggers
 from memplan.weights import frozen_weights, keep_layout

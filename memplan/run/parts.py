@@ -17,12 +17,13 @@ from memplan.errors import CheckpointError
 from memplan.program.schema import STAGING_BYTES, Address, Channel, Plan, Tier
 from memplan.run.arena import Arena, Placeholders, dtype_of, view
 from memplan.run.checked import CheckedReads
-from memplan.run.conductor import Conductor, Streamed
+from memplan.run.conductor import Conductor
 from memplan.run.copies import Copies
 from memplan.run.disk import DiskReader, Extent
 from memplan.run.home import Checkpoint, Home, Weights
 from memplan.run.interrupts import Undo, held_back
 from memplan.run.rows import as_seen_from, read_in_place
+from memplan.run.streamed import Streamed
 from memplan.run.transfer import DiskSource, HostSource, Source
 from memplan.weights import Weight, plain_parts, small_tensors
 
