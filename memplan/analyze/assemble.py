@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Literal
 
 from torch import nn
 
-from memplan.analyze.accesses import Seen
 from memplan.analyze.batch import Batch, base_of
 from memplan.analyze.blocks import Draft, Unit, dtype_name, head_of
 from memplan.analyze.graph import Access, Activations, Block, Fixed, FixedKind, LayerGraph, Lifetime, LifetimeKind, Rows
@@ -43,6 +42,12 @@ class _Pass:
         self.peaks = [0] * len(self.accesses)
         for segment, peak in recorder.segment_peaks.items():
             self.peaks[owner[segment]] = max(self.peaks[owner[segment]], peak)
+        self.rows: Counter[tuple[int, str]] = Counter()
+        """Bytes of the rows of a block that an access reads, by the access and the block's name."""
+        for (block, _, segment), size in recorder.rows.items():
+            self.rows[owner[segment], block] += size
+        self.of_rows = {(block, trigger) for block, trigger, _ in recorder.rows} - recorder.whole
+        """Blocks and triggers under which no more than rows are read."""
         self.spans: Counter[_Span] = Counter()
         for (born, died), size in traced.spans.items():
             self._add("activations", owner[born], owner[died], size)
@@ -105,7 +110,7 @@ def assemble(
                 module=access.module,
                 forward=access.forward,
                 blocks=tuple(sorted(ids_of.get(access.module, ()))),
-                rows=_rows(access, blocks, ids_of, kept.recorder),
+                rows=_rows(one, index, blocks, ids_of),
                 flops=work.flops,
                 matmul_bytes=work.matmul_bytes,
                 other_bytes=work.other_bytes,
@@ -200,16 +205,14 @@ def _blocks(
     return tuple(blocks), ids_of
 
 
-def _rows(
-    access: Seen, blocks: Sequence[Block], ids_of: Mapping[str, Sequence[int]], recorder: Recorder
-) -> tuple[Rows, ...]:
-    """Return of which blocks an access reads rows only. A backward reads none of them: it counts no bytes."""
-    found = []
-    for block in sorted(ids_of.get(access.module, ())):
-        key = (blocks[block].name, access.module)
-        if key in recorder.rows and key not in recorder.whole:
-            found.append(Rows(block=block, size_bytes=recorder.rows[key] if access.kind == "forward" else 0))
-    return tuple(found)
+def _rows(one: _Pass, index: int, blocks: Sequence[Block], ids_of: Mapping[str, Sequence[int]]) -> tuple[Rows, ...]:
+    """Return of which blocks an access reads rows only. Mostly its backward reads none of them: no bytes."""
+    module = one.accesses[index].module
+    return tuple(
+        Rows(block=block, size_bytes=one.rows[index, blocks[block].name])
+        for block in sorted(ids_of.get(module, ()))
+        if (blocks[block].name, module) in one.of_rows
+    )
 
 
 def _once(one: _Pass, sizes_bytes: Mapping[str, int]) -> dict[str, int]:
@@ -273,7 +276,7 @@ def _notes(model: nn.Module, blocks: Sequence[Block], kept: Traced) -> list[str]
     if experts:
         found.append(
             f"Its {experts} experts are loaded only where they are chosen: the plan counts with every one that an even "
-            "routing calls, so its loads are the most there can be."
+            "routing calls, so its loads are about the most there can be."
         )
     assumed = sorted(kept.recorder.values.assumed)
     if assumed:

@@ -156,13 +156,14 @@ def find_units(
 
     def apart(name: str, module: nn.Module, stack: str, least_bytes: int) -> None:
         own(name, module, stack)
+        holds_experts = _holds_alike(module)
         for part, child in module.named_children():
             inner = f"{name}.{part}"
             if id(child) in seen:
                 continue
             if canonical(inner) in containers or expert_lists(child):
                 apart(inner, child, stack, least_bytes)
-            elif _holds_alike(module):
+            elif holds_experts:
                 whole(inner, child, stack, "expert")
             else:
                 whole(inner, child, stack, "layer" if _frozen_bytes(child) >= least_bytes else "other")

@@ -167,11 +167,15 @@ def numbers_in_text() -> Iterator[None]:
     def written(tensor: torch.Tensor, spec: str) -> str:
         return format(tensor.item(), spec) if tensor.dim() == 0 else object.__format__(tensor, spec)
 
+    had = FakeTensor.__dict__.get("__format__")
     FakeTensor.__format__ = written  # type: ignore[method-assign]
     try:
         yield
     finally:
-        del FakeTensor.__format__
+        if had is None:
+            del FakeTensor.__format__
+        else:
+            FakeTensor.__format__ = had  # type: ignore[method-assign]
 
 
 class _Saved:

@@ -4,7 +4,8 @@ What is made of frozen weights alone, whatever the batch, is *derived*: autocast
 transposed copies, dequantized weights. Where autograd saves it, weights are held once more.
 
 [Note: rows are no copies] What a lookup gathers (an embedding's rows, a table of positions) is as large as what was asked
-for, so it counts as the batch's, whoever made the indices.
+for, so it counts as the batch's, whoever made the indices. So does a product of frozen weights that is as large as none of
+them (queries of the model's own that go through its layers).
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ class Origins:
             return
         given = (self._of.get(address, 0) for address in _addresses((*args, *kwargs.values())))
         origin = max(given, default=0)
-        if origin and known.reads_rows:
+        if origin and (known.reads_rows or (known.is_matmul and not _is_as_large(result, args))):
             origin = _BATCH
         if not origin:
             return
@@ -55,6 +56,12 @@ class Origins:
     def derived(self, address: int) -> str:
         """Return how a storage was made if weights alone went into it, else nothing."""
         return self._made_by.get(address, "") if self._of.get(address) == _WEIGHTS else ""
+
+
+def _is_as_large(result: Any, args: tuple[Any, ...]) -> bool:
+    """Whether a product is as large as something that went into it: a weight that another was added to."""
+    sizes = {tensor.numel() for tensor in tensors(args)}
+    return any(made.numel() in sizes for made in tensors((result,)))
 
 
 def _addresses(arguments: Iterable[Any]) -> Iterable[int]:

@@ -52,8 +52,8 @@ class Recorder(StorageLedger):
         """Names of blocks that an operator read."""
         self.stray: dict[str, str] = {}
         """Names of blocks that were read outside their triggers, each with the operator."""
-        self.rows: Counter[tuple[str, str]] = Counter()
-        """Bytes of the rows of a block that were read under one of its triggers, by the names of both."""
+        self.rows: Counter[tuple[str, str, int]] = Counter()
+        """Bytes of the rows of a block that were read under one of its triggers, by the names of both and the segment."""
         self.whole: set[tuple[str, str]] = set()
         """Blocks and triggers under which an operator read more than rows."""
         self.deciding: set[str] = set()
@@ -136,7 +136,7 @@ class Recorder(StorageLedger):
             self.stray.setdefault(draft.name, known.name)
         for trigger in under:
             if known.reads_rows:
-                self.rows[draft.name, trigger] += sum(size_bytes(made) for made in tensors((result,)))
+                self.rows[draft.name, trigger, self.segment] += sum(size_bytes(made) for made in tensors((result,)))
             else:
                 self.whole.add((draft.name, trigger))
 

@@ -19,6 +19,9 @@ from memplan.units import KIB, align_up
 TINY_BYTES = 64 * KIB
 """A block below this stays on the device: a load of its own would cost more than its room."""
 
+MOST_LEVELS = 256
+"""Numbers of recomputed modules that are looked at, beside none: each expert is a module."""
+
 MOST_SPECIALS = 4
 """Every subset of these is tried, streamed or not."""
 
@@ -62,7 +65,15 @@ class Problem:
     @property
     def levels(self) -> int:
         """How many numbers of recomputed modules there are to choose from: none to all of those that are free."""
-        return 1 + len(set(self.table.recomputable) - self.activations.keys())
+        return 1 + min(self._free_modules, MOST_LEVELS)
+
+    @property
+    def _free_modules(self) -> int:
+        return len(set(self.table.recomputable) - self.activations.keys())
+
+    def recomputed_at(self, level: int) -> int:
+        """Return how many modules are recomputed at a level: as many as it says, or in even steps where there are many."""
+        return level if self._free_modules <= MOST_LEVELS else -(-level * self._free_modules // MOST_LEVELS)
 
     @property
     def length(self) -> int:
@@ -221,9 +232,9 @@ def to_the_ends(count: int, of: int) -> tuple[int, ...]:
     return tuple(index * (of - 1) // max(count - 1, 1) for index in range(count))
 
 
-def policies_for(problem: Problem, recomputed: int) -> dict[str, Activations]:
-    """Return the policies that recompute that many of the modules whose activations are free, spread evenly."""
-    modules, given = problem.table.recomputable, problem.activations
+def policies_for(problem: Problem, level: int) -> dict[str, Activations]:
+    """Return the policies that recompute as many of the modules whose activations are free as a level says, spread evenly."""
+    modules, given, recomputed = problem.table.recomputable, problem.activations, problem.recomputed_at(level)
     free = [module for module in modules if module not in given]
     chosen = {free[index] for index in evenly(recomputed, len(free))} if recomputed else set()
     return {module: given.get(module, "recompute" if module in chosen else "keep") for module in modules}

@@ -133,7 +133,7 @@ class _Search:
 
     def _time(self, arrangement: Arrangement, recomputed: int) -> float | None:
         times, compute_s = self._durations(recomputed)
-        if arrangement.rows_bytes:
+        if arrangement.rows_bytes and self._problem.table.device != "cpu":
             on_host = {block for block, tier in arrangement.homes.items() if tier == "host"}
             times = durations(self._problem.table, policies_for(self._problem, recomputed), on_host)
             compute_s = sum(times)

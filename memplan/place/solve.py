@@ -53,7 +53,7 @@ def place(
     problem = make_problem(table, budgets, staging_bytes, pins or {}, activations or {})
     memory = Memory(table)
     slots_bytes = problem.saves.device_bytes
-    nonweight = [memory.at(policies_for(problem, count)) + slots_bytes for count in range(problem.levels)]
+    nonweight = [memory.at(policies_for(problem, level)) + slots_bytes for level in range(problem.levels)]
     options = arrangements(problem)
     choice = best(problem, options, nonweight)
     if choice is None:
@@ -94,7 +94,7 @@ def _does_not_fit(
         shown = f"{least - budgets.vram_bytes} bytes more"
     access = problem.table.accesses[int(nonweight[level].argmax())]
     where = f"the {access.kind}" + (f" of {access.module}" if access.module else "")
-    how = f", {level} of {len(problem.table.recomputable)} modules recomputed" if level else ""
+    how = f", {problem.recomputed_at(level)} of {len(problem.table.recomputable)} modules recomputed" if level else ""
     limited = (
         f"{format_bytes(peak)} of activations, adapters and optimizer state at {where}{how}, beside weights of "
         f"{format_bytes(smallest.device_bytes)} ({format_bytes(smallest.slots_bytes)} of it slots)"
@@ -151,13 +151,14 @@ def _plan(
     parts = _vram_parts(table, policies, at)
     parts["weights"] = arrangement.device_bytes - arrangement.slots_bytes
     parts["slots"] = arrangement.slots_bytes + saves.device_bytes
-    bound = window_bound(problem, durations(table, policies), nonweight, on_disk > 0)
+    times_s = durations(table, policies)  # that rows are read on the host is this plan's choice
+    bound = max(window_bound(problem, times_s, nonweight, on_disk > 0), sum(times_s))
     optimizer_s = sum(row.time_s for row in table.accesses if row.kind == "optimizer")
     prediction = Prediction(
         compute_s=timeline.compute_s,
         pass_s=timeline.pass_s,
         step_s=workload.accumulation * timeline.pass_s + optimizer_s,
-        bound_s=max(bound, timeline.compute_s),
+        bound_s=bound,
         stall_s=max(timeline.pass_s - timeline.compute_s, 0.0),
         binds=_binds(timeline),
         loads_per_pass=sum(s.begins == "load" and layout.items[s.item].kind == "weights" for s in layout.residences),

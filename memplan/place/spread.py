@@ -120,13 +120,17 @@ def arrange(problem: Problem, shape: Shape, count: int) -> Arrangement | None:
 
 def _in_place(problem: Problem, away: Sequence[int]) -> set[int]:
     """Return the blocks that stay on the host, whence rows of them are read: where RAM has room for them."""
-    left = problem.ram_bytes - (problem.staging_bytes if problem.budgets.disk_bytes != 0 else 0)
-    found = set()
-    for block in away:
-        if not problem.whole_uses[block] and problem.pins.get(block) != "disk":
-            left -= problem.sizes_bytes[block]
-            if left >= 0 or problem.pins.get(block) == "host":
-                found.add(block)
+    sizes, pins = problem.sizes_bytes, problem.pins
+    rows_only = [block for block in away if not problem.whole_uses[block]]
+    pinned = [block for block in away if pins.get(block) == "host"]
+    on_disk = any(pins.get(block) == "disk" for block in away)
+    on_disk = on_disk or (problem.budgets.disk_bytes != 0 and sum(sizes[block] for block in away) > problem.ram_bytes)
+    left = problem.ram_bytes - sum(sizes[block] for block in pinned) - (problem.staging_bytes if on_disk else 0)
+    found = {block for block in rows_only if block in pinned}
+    for block in rows_only:
+        if block not in pins and sizes[block] <= left:
+            left -= sizes[block]
+            found.add(block)
     return found
 
 

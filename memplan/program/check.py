@@ -60,8 +60,16 @@ def _references(plan: Plan) -> Iterator[str]:
             yield f"access {index} reads a block that is not there"
         if any(rows.block not in access.blocks for rows in access.rows):
             yield f"access {index} reads rows of a block that it does not read"
+        if any(rows.size_bytes < 0 for rows in access.rows):
+            yield f"access {index} reads less than nothing of rows"
         if access.kind in ("forward", "backward") and not 0 <= access.forward < len(table.accesses):
             yield f"access {index} belongs to forward {access.forward}, which is not there"
+    rows_of: dict[str, set[frozenset[int]]] = {}
+    for access in table.accesses:
+        rows_of.setdefault(access.module, set()).add(frozenset(rows.block for rows in access.rows))
+    for module, kinds in rows_of.items():
+        if len(kinds) > 1:  # a module's weights are pointed in one way for all of its calls
+            yield f"{module} reads rows of a block in one access, and all of it or nothing in another"
     if not table.accesses:
         yield "there are no accesses"
     for item in plan.items:
@@ -313,7 +321,7 @@ def _peaks(plan: Plan) -> Iterator[str]:
     loads = [item.size_bytes for item, _ in moved if item.kind == "weights"]
     stored = sum(item.size_bytes for item, channel in moved if channel == "d2h")
     homes = {item.block: item.home for item in plan.items if item.kind == "weights"}
-    rows = sum(r.size_bytes for access in table.accesses for r in access.rows if homes[r.block] == "host")
+    rows = sum(r.size_bytes for access in table.accesses for r in access.rows if homes.get(r.block) == "host")
     if rows != stated.rows_bytes_per_pass:
         yield f"the prediction says {stated.rows_bytes_per_pass} bytes of rows are read on the host, the rows are {rows}"
     if stored != stated.offloaded_bytes_per_pass:

@@ -38,7 +38,7 @@ class RunRecord(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     misses: int
     off_sequence: int
     """Accesses that did not follow the plan's order (evaluation, generation, …); each was served on demand."""
-    learned: int
+    learned: int = 0
     """Times that accesses had left the sequence for good and the one that they then followed was learned."""
     offloaded_bytes: int
     """Saved activations that went to the host."""
