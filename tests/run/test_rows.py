@@ -17,12 +17,12 @@ from memplan.cost.build import cost_table
 from memplan.errors import DoesNotFitError, PlanCheckError
 from memplan.place.solve import place
 from memplan.program.check import check, require
-from memplan.program.schema import STAGING_BYTES, Budgets, Workload
+from memplan.program.schema import Budgets, Workload
 from memplan.program.timeline import durations, timeline_of
 from memplan.run import install as install_module
 from memplan.run.attach import attach
 from memplan.run.rows import look_up_on_host
-from memplan.units import GIB, KIB
+from memplan.units import GIB
 from tests.run import adversary
 from tests.run.test_memory import counted_step
 from tests.training import CPU, assert_equal, checkpoint_layer, loss_of, train
@@ -73,7 +73,7 @@ def rows_of(kind, checkpointing):
     return analyze(make(kind, checkpointing), batch_of(), loss=loss_of)
 
 
-def plan_of(kind, *, share=0.3, checkpointing="off", ram=GIB, table_at=None):
+def plan_of(kind, *, share=0.3, checkpointing="off", table_at=None):
     """A plan ``share`` of the way from the least vram to what has use for no more. ``table_at``: a pin of the table."""
     graph = rows_of(kind, checkpointing)
     rows = cost_table(graph, CPU)
@@ -81,7 +81,7 @@ def plan_of(kind, *, share=0.3, checkpointing="off", ram=GIB, table_at=None):
     pins = {} if table_at is None else {table_of(graph).id: table_at}
 
     def placed(vram, pins=pins):
-        budgets = Budgets(vram_bytes=vram, ram_bytes=ram, disk_bytes=GIB)
+        budgets = Budgets(vram_bytes=vram, ram_bytes=GIB, disk_bytes=GIB)
         names = {"model": graph.model, "fingerprint": graph.fingerprint, "hardware": CPU.name}
         return place(rows, budgets, workload=workload, pins=pins, **names)
 
@@ -175,19 +175,14 @@ def test_off_the_sequence_too(kind, tmp_path):
 
 @pytest.mark.parametrize("kind", ["untied", "tied"])
 def test_from_the_disk_it_comes_whole(kind, tmp_path):
-    """RAM that has no room for the table, and a pin to the disk."""
-    whole = train(make(kind), kind, batches=batch_of)
-    model = make(kind)
-    little = {"ram": STAGING_BYTES + 64 * KIB}  # the head of a tied one needs none of it for staging
-    for options in ({"table_at": "disk"}, *([little] if kind == "untied" else [])):
-        plan = plan_of(kind, share=0.0, **options)
-        table = table_of(plan.table)
-        assert plan.home_of(table.id) == "disk"
-        assert plan.prediction.rows_bytes_per_pass == 0
-        with attach(model, plan, cache=tmp_path, checked=True) as handle:
-            assert_equal(whole, train(model, kind, batches=batch_of))
-            assert any(row.block == table.id and row.loads for row in handle.record.blocks)
-        model = make(kind)
+    whole, model = train(make(kind), kind, batches=batch_of), make(kind)
+    plan = plan_of(kind, share=0.0, table_at="disk")
+    table = table_of(plan.table)
+    assert plan.home_of(table.id) == "disk"
+    assert plan.prediction.rows_bytes_per_pass == 0
+    with attach(model, plan, cache=tmp_path, checked=True) as handle:
+        assert_equal(whole, train(model, kind, batches=batch_of))
+        assert any(row.block == table.id and row.loads for row in handle.record.blocks)
 
 
 @pytest.mark.parametrize("kind", ["untied", "tied"])
