@@ -66,7 +66,11 @@ def keep_call(module: nn.Module) -> Callable[[], None]:
     if "forward" in module.__dict__:
         return lambda: None
     module.forward = types.MethodType(type(module).forward, module)
-    return lambda: module.__dict__.pop("forward", None) and None
+
+    def undo() -> None:
+        module.__dict__.pop("forward", None)
+
+    return undo
 
 
 def untraced(function: _Function) -> _Function:

@@ -141,10 +141,9 @@ class StorageLedger(TorchDispatchMode):
                 self.note_all(value)
 
     def _note(self, tensor: torch.Tensor) -> None:
-        try:
-            storage = tensor.untyped_storage()
-        except (NotImplementedError, RuntimeError):
-            return  # sparse and opaque tensors have none
+        storage = storage_of(tensor)
+        if storage is None:
+            return
         key = storage._cdata
         if key in self._ignored:
             return
@@ -177,6 +176,14 @@ class StorageLedger(TorchDispatchMode):
 
     def _segment_ends(self) -> None:
         self.segment_peaks[self._segment] = max(self.segment_peaks.get(self._segment, 0), self._segment_peak)
+
+
+def storage_of(tensor: torch.Tensor) -> torch.UntypedStorage | None:
+    """Return a tensor's storage, or None: sparse and opaque tensors have none."""
+    try:
+        return tensor.untyped_storage()
+    except (NotImplementedError, RuntimeError):
+        return None
 
 
 def opens(types: Any) -> bool:

@@ -17,6 +17,7 @@ import torch
 
 from memplan.analyze.blocks import dtype_name
 from memplan.analyze.operators import Operator, tensors
+from memplan.storages import storage_of
 
 CASTS = "casts to "
 """How a copy was made that only has another dtype, before the name of that."""
@@ -66,10 +67,9 @@ def _is_as_large(result: Any, args: tuple[Any, ...]) -> bool:
 
 def _addresses(arguments: Iterable[Any]) -> Iterable[int]:
     for tensor in tensors(arguments):
-        try:
-            yield tensor.untyped_storage()._cdata
-        except (NotImplementedError, RuntimeError):
-            continue  # sparse and opaque tensors have none
+        storage = storage_of(tensor)
+        if storage is not None:
+            yield storage._cdata
 
 
 def _how(known: Operator, made: torch.Tensor) -> str:

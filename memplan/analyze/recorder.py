@@ -15,7 +15,7 @@ from memplan.analyze.blocks import Draft, dtype_name
 from memplan.analyze.operators import Operator, flops, operator, size_bytes, tensors, workspace_bytes
 from memplan.analyze.origins import Origins
 from memplan.analyze.values import Values
-from memplan.storages import StorageLedger, opens
+from memplan.storages import StorageLedger, opens, storage_of
 
 _DEVICE = torch.ops.prim.device.default
 
@@ -122,10 +122,8 @@ class Recorder(StorageLedger):
         return forgotten
 
     def _see_read(self, tensor: torch.Tensor, known: Operator, result: object) -> None:
-        try:
-            draft = self._frozen.get(tensor.untyped_storage()._cdata)
-        except (NotImplementedError, RuntimeError):
-            return
+        storage = storage_of(tensor)
+        draft = None if storage is None else self._frozen.get(storage._cdata)
         if draft is None:
             return
         self.read.add(draft.name)

@@ -12,12 +12,12 @@ from __future__ import annotations
 import torch
 
 from memplan.errors import RunError
-from memplan.program.record import RunRecord
+from memplan.program.record import BlockRecord, RunRecord
 from memplan.program.schema import Plan
 from memplan.run.choices import Choices
 from memplan.run.learning import Learner, Mover, sequence_of
 from memplan.run.lock import Lock
-from memplan.run.measured import Measured
+from memplan.run.measured import Measured, blocks_of
 from memplan.run.offloads import Offloaded, Offloads
 from memplan.run.rows import read_in_place
 from memplan.run.sequence import Sequence, planned
@@ -60,6 +60,7 @@ class Conductor:
         self._closed = False
         self._paused = ""
         self._measured = Measured()
+        self._blocks: tuple[BlockRecord, ...] = ()  # as they were when it was closed
 
     # ---- what the triggers say -------------------------------------------------------------------------------------
 
@@ -136,13 +137,13 @@ class Conductor:
 
     def backward_ends(self) -> None:
         with self._lock:
+            self._pinned = frozenset()
             if self._closed or self._now < 0:
                 return
             cycle = self._now // self._sequence.length
             is_over = self._sequence.is_over(self._now)
             self._done = (cycle + 1) * self._sequence.length if is_over else self._now + 1
             self._measured.backward_ends(self._sequence.passes if is_over else 0)
-            self._pinned = frozenset()
             self._learn()
             self._start_loads()
 
@@ -169,12 +170,12 @@ class Conductor:
 
     def _follow(self, sequence: Sequence) -> None:
         """Take a sequence for the one that accesses follow from now on. None of it has been done yet."""
-        self._sequence = sequence
         self._choices = Choices(sequence)
         self._now = -1  # linear position of the access under way; -1: none yet
         self._done = 0  # accesses below this are over: what they read may be overwritten
         # Per channel: how many loads were dealt with. From the cycle before the first: some of its loads stay for it.
         self._next = {channel: -len(loads) for channel, loads in sequence.loads.items()}
+        self._sequence = sequence  # last: a Ctrl-C before it leaves the old one at its beginning
 
     def _strayed(self) -> None:
         self._measured.off_sequence += 1
@@ -188,11 +189,12 @@ class Conductor:
         movers = {block: Mover(s.channel, s.rivals) for block, s in self._streamed.items()}
         movers |= {key: Mover("h2d", held.rivals, held.module) for key, held in self.offloads.by_key.items()}
         sequence = sequence_of(way, self._module_reads, movers, self._sequence.experts)
-        if sequence is None or sequence.steps == self._sequence.steps:
+        if sequence is None:
             return
+        is_new = sequence.steps != self._sequence.steps  # else an odd forward has put it out of step for good
         self._first_call += (self._now // self._sequence.length + 2) * self._sequence.length
-        self._follow(sequence)
-        self._measured.sequence_changes()
+        self._follow(sequence if is_new else self._sequence)
+        self._measured.sequence_begins_anew(is_new)
 
     # ---- serving ---------------------------------------------------------------------------------------------------
 
@@ -298,7 +300,7 @@ class Conductor:
         with self._lock:
             return self._measured.record(
                 self._plan,
-                self._streamed.values(),
+                self._blocks if self._closed else blocks_of(self._streamed.values()),
                 self.offloads,
                 vram_peak_bytes=vram_peak_bytes,
                 ram_peak_bytes=ram_peak_bytes + self._transfers.ring_bytes,
@@ -315,7 +317,8 @@ class Conductor:
 
     def is_there(self, block: int) -> bool:
         """Whether a streamed block may be read now (checked mode)."""
-        return self._streamed[block].usable
+        streamed = self._streamed.get(block)
+        return streamed is not None and streamed.usable
 
     def pause(self, where: str) -> None:
         """Have every load finish, every block away, and every access refused until ``resume``."""
@@ -349,5 +352,7 @@ class Conductor:
                 self.offloads.close()
             finally:
                 self._closed = True
+                self._blocks = blocks_of(self._streamed.values())
+                self._streamed, self._at_home = {}, {}  # a graph that is still alive must not keep the arenas
                 self._lock.mend = None  # no circle is left
                 self._transfers.close()

@@ -19,6 +19,7 @@ from torch import nn
 
 from memplan.program.schema import Plan
 from memplan.run.arena import Arena
+from memplan.storages import storage_of
 from memplan.triggers import in_backward, tensors_in
 from memplan.units import format_bytes
 from memplan.weights import plain_parts
@@ -63,7 +64,9 @@ class Copies:
         copies: dict[int, int] = {}
         for tensor in (*saved_tensors(output, given), *output):
             for part in plain_parts(tensor):
-                storage = part.untyped_storage()
+                storage = storage_of(part)
+                if storage is None:
+                    continue
                 address, size_bytes = storage.data_ptr(), storage.nbytes()
                 if address in held or self._weights[0] <= address < self._weights[1]:
                     continue
@@ -122,4 +125,6 @@ def saved_tensors(output: Iterable[torch.Tensor], given: Iterable[torch.Tensor])
 def _addresses(tensors: Iterable[torch.Tensor]) -> Iterator[int]:
     for tensor in tensors:
         for part in plain_parts(tensor):
-            yield part.untyped_storage().data_ptr()
+            storage = storage_of(part)
+            if storage is not None:
+                yield storage.data_ptr()

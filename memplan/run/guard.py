@@ -25,14 +25,16 @@ _LAYER_MERGES = ("merge", "unmerge")
 
 
 class Guard:
-    """Stands before one module. ``kept``: what reads each managed tensor from its home, by the tensor's id."""
+    """Stands before one module. ``kept``: what reads each managed tensor from its home, by the tensor's id. ``device``:
+    where they are for whoever would move them, though one may be read on the host.
+    """
 
-    def __init__(self, module: nn.Module, kept: Mapping[int, Callable[[], torch.Tensor]]) -> None:
+    def __init__(self, module: nn.Module, kept: Mapping[int, Callable[[], torch.Tensor]], device: torch.device) -> None:
         self._module = module
         self._kept = kept
         self.handle: Handle | None = None
         within = [weight.tensor for weight in frozen_weights("", module, deep=True) if id(weight.tensor) in kept]
-        self._kinds = tuple(sorted({(tensor.dtype, tensor.device) for tensor in within}, key=str))
+        self._kinds = tuple(sorted({(tensor.dtype, device) for tensor in within}, key=str))
         self._own = tuple(weight for weight in own_weights(module) if id(weight.tensor) in kept)
         ids = {id(weight.tensor) for weight in self._own}
         held = [*module._parameters.items(), *module._buffers.items()]

@@ -88,7 +88,7 @@ def _hook(
     guards = []
     for module in model.modules():
         if any(id(weight.tensor) in kept for weight in frozen_weights("", module, deep=True)):
-            guards.append(Guard(module, kept))
+            guards.append(Guard(module, kept, device))
             undo.callback(guards[-1].remove)
     return guards
 
@@ -124,7 +124,8 @@ def _check_reads(model: nn.Module, triggers: Mapping[str, nn.Module], plan: Plan
     in_place = read_in_place(plan)
     for trigger, rows in in_place.items():
         for module in triggers[trigger].modules():
-            own[module].difference_update(rows)
+            if module in own:
+                own[module].difference_update(rows)
     reads = {module: set(blocks) for module, blocks in own.items()}
     for access in plan.table.accesses:
         if access.module:

@@ -4,12 +4,30 @@ from __future__ import annotations
 
 import statistics
 import time
+from collections import deque
 from collections.abc import Iterable
 
 from memplan.program.record import BlockRecord, RunRecord
 from memplan.program.schema import SCHEMA_VERSION, Plan
 from memplan.run.offloads import Offloads
 from memplan.run.streamed import Streamed
+
+_MOST_TIMES = 4096
+"""Passes of which the times are kept: the last ones."""
+
+
+def blocks_of(streamed: Iterable[Streamed]) -> tuple[BlockRecord, ...]:
+    """Return what became of each streamed block so far."""
+    return tuple(
+        BlockRecord(
+            block=s.block,
+            loads=s.loads,
+            loaded_bytes=s.loads * s.part.numel(),
+            stall_s=s.stall_s,
+            misses=s.misses,
+        )
+        for s in streamed
+    )
 
 
 class Measured:
@@ -27,8 +45,8 @@ class Measured:
         self._last = 0.0
         self._began: float | None = None
         self._complete = False
-        self._times_s: list[float] = []
-        self._stalls_s: list[float] = []
+        self._times_s: deque[float] = deque(maxlen=_MOST_TIMES)
+        self._stalls_s: deque[float] = deque(maxlen=_MOST_TIMES)
 
     @property
     def has_begun(self) -> bool:
@@ -52,15 +70,15 @@ class Measured:
         self._complete = self._complete or passes > 0
         self._last = time.perf_counter()
 
-    def sequence_changes(self) -> None:
-        """The cycle that is under way is of neither sequence."""
-        self.learned += 1
+    def sequence_begins_anew(self, is_new: bool) -> None:
+        """The cycle that is under way is none. ``is_new``: another sequence begins than was followed."""
+        self.learned += is_new
         self._began = None
 
     def record(
         self,
         plan: Plan,
-        streamed: Iterable[Streamed],
+        blocks: tuple[BlockRecord, ...],
         offloads: Offloads,
         *,
         vram_peak_bytes: int,
@@ -69,24 +87,15 @@ class Measured:
         derived_bytes: int,
     ) -> RunRecord:
         """Return what was measured so far."""
-        blocks = tuple(
-            BlockRecord(
-                block=s.block,
-                loads=s.loads,
-                loaded_bytes=s.loads * s.part.numel(),
-                stall_s=s.stall_s,
-                misses=s.misses,
-            )
-            for s in streamed
-        )
+        times_s, stalls_s = list(self._times_s), list(self._stalls_s)
         return RunRecord(
             schema_version=SCHEMA_VERSION,
             fingerprint=plan.fingerprint,
             device=plan.table.device,
             passes=self.passes,
             wall_s=0.0 if self._first is None else self._last - self._first,
-            pass_s=statistics.median(self._times_s[1:] or self._times_s or [0.0]),
-            stall_s=statistics.median(self._stalls_s[1:] or self._stalls_s or [0.0]),
+            pass_s=statistics.median(times_s[1:] or times_s or [0.0]),
+            stall_s=statistics.median(stalls_s[1:] or stalls_s or [0.0]),
             loads=sum(b.loads for b in blocks),
             loaded_bytes=sum(b.loaded_bytes for b in blocks),
             misses=sum(b.misses for b in blocks),

@@ -51,7 +51,7 @@ def _register(address: int, size_bytes: int, device: int) -> None:
 
 
 def _unregister(address: int, device: int, process: int) -> None:
-    """Let pages go. Nothing is on its way from or to them: transfers are closed before the arenas go."""
+    """Let pages go. Transfers are closed before the arenas go: nothing copies or reads these any more."""
     if os.getpid() == process:
         with torch.cuda.device(device):
             torch.cuda.check_error(torch.cuda.cudart().cudaHostUnregister(address))

@@ -179,11 +179,12 @@ def settle(
             undo.callback(kept_home.give_back)
             _point(parts, kept_home, slot)
     origin.finish()
+    managed = parts.kept().keys()
     small = (held for module in model.modules() for held in small_tensors(module))
     with held_back():
         for held in (*model.parameters(), *model.buffers(), *small):
             for part in plain_parts(held):
-                if part.device != device:
+                if part.device != device and id(part) not in managed:
                     undo.callback(_move_back, part, part.device)
                     part.data = part.data.to(device)
 
@@ -197,7 +198,7 @@ def resettle(parts: Parts, plan: Plan, files: Files) -> None:
     """
     pinned = parts.device.type == "cuda"
     for index, home in parts.homes.items():
-        if index not in parts.streamed:
+        if index not in parts.streamed and parts.plan.home_of(index) != "host":
             home.source = HostSource(_on_host(home, pinned and plan.home_of(index) == "host"))
             for tensor in home.block.tensors:
                 parts.weights[tensor.name].point(parts.placeholders.of(tensor.shape, dtype_of(tensor.dtype)))

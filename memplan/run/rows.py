@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from memplan.compiled import call_of, replace_call
+from memplan.errors import RunError
 from memplan.program.schema import Plan
 
 
@@ -57,8 +58,13 @@ class _PageLocked:
 def look_up_on_host(module: nn.Module, device: torch.device) -> Callable[[], None]:
     """Have ``module``, whose weights lie on the host, take its inputs there and send what it makes to ``device``.
 
-    Returns what undoes it.
+    Returns what undoes it. Raises RunError for what does more than a lookup: the rest of it lies on the device.
     """
+    if type(module).forward is not nn.Embedding.forward:
+        raise RunError(
+            f"rows of a {type(module).__name__} were to be read in RAM, but page-locked memory was refused, and its forward "
+            "does more than look them up: pin its block to the device (pins={...: 'device'})"
+        )
     original = call_of(module)
 
     def forward(*args: Any, **kwargs: Any) -> Any:

@@ -291,7 +291,8 @@ class CudaTransfers:
 
     def _stage(self, source: Source, destination: torch.Tensor, free: torch.cuda.Event, done: torch.cuda.Event) -> None:
         if not self._ring:  # where even this is refused, a copy from it returns when the driver has taken it
-            ring = Arena(RING_BYTES, torch.device("cpu"), pinned=True)
+            with torch.cuda.device(self._device):  # this thread's own is the first one
+                ring = Arena(RING_BYTES, torch.device("cpu"), pinned=True)
             half = RING_BYTES // 2
             self._ring = [(ring.part(turn * half, half), torch.cuda.Event()) for turn in range(2)]
         self._staging_stream.wait_event(free)
@@ -339,8 +340,6 @@ class CudaTransfers:
     def close(self) -> None:
         for worker in self._workers.values():
             worker.close()
-        self._stream.synchronize()
-        self._back_stream.synchronize()
-        self._staging_stream.synchronize()
+        torch.cuda.synchronize(self._device)  # the compute too: it reads rows in page-locked memory
         self._workers.clear()
         self._ring.clear()

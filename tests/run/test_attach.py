@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
+import weakref
 
 import pytest
 import torch
@@ -248,3 +249,15 @@ def test_optimizer_built_before_attach_trains_the_same(tmp_path):
                 optimizer.zero_grad()
         for a, b in zip(whole.parameters(), planned.parameters(), strict=True):
             assert not a.requires_grad or torch.equal(a, b)
+
+
+def test_a_loss_that_is_kept_does_not_keep_the_arenas(tmp_path):
+    model = make("llama")
+    with attach(model, plan_for(model, "llama"), cache=tmp_path) as handle:
+        arena = weakref.ref(handle._parts.arena.bytes.untyped_storage())
+        loss = model(**batch_of("llama")).loss
+        loss.backward()
+        loads = handle.record.loads
+    assert handle.record.loads == loads > 0
+    assert arena() is None
+    del loss

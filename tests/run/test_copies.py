@@ -4,6 +4,7 @@ plan did not foresee of them a run's first pass finds.
 
 from __future__ import annotations
 
+import copy
 import re
 
 import pytest
@@ -20,7 +21,8 @@ from memplan.run.attach import attach
 from memplan.units import GIB
 from tests import families
 from tests.counting import LiveBytes, held_by
-from tests.training import CHECKPOINTING, CPU, assert_equal, batch_of, loss_of, train
+from tests.run.test_parity import plan_for
+from tests.training import CHECKPOINTING, CPU, Plain, assert_equal, batch_of, loss_of, make, train
 
 CASES = [("llama", "autocast"), ("mixtral-experts", "float32")]
 
@@ -213,3 +215,28 @@ def test_nothing_is_looked_for_in_the_checked_mode_or_without_gradients(monkeypa
         assert looked == []
         train_short(model, steps=2)
         assert looked == [row.index for row in plan.table.accesses if row.kind == "forward"]
+
+
+class WithSparse(Plain):
+    """A buffer that has no storage goes into every layer's product."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("mixing", torch.eye(48).to_sparse())
+        self.layers[2].register_buffer("mixing", torch.eye(48).to_sparse())
+
+    def forward(self, input_ids):
+        x = self.embed(input_ids)
+        for layer in self.layers:
+            x = layer(torch.sparse.mm(self.mixing, x.flatten(0, 1).T).T.view_as(x))
+        return self.head(x)
+
+
+def test_tensors_without_storage_are_passed_over(tmp_path):
+    torch.manual_seed(0)
+    whole = WithSparse().train()
+    model = copy.deepcopy(whole)
+    plan = plan_for(make("plain"), "plain")
+    with attach(model, plan, cache=tmp_path) as handle:
+        assert_equal(train(whole, "plain"), train(model, "plain"))
+        assert handle.record.derived_bytes == 0

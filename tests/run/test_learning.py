@@ -118,6 +118,21 @@ def test_the_plans_own_way_is_learned_back(plan, tmp_path):
         assert handle.record.loads - before.loads == 3 * handle.plan.prediction.loads_per_pass
 
 
+def test_an_odd_forward_puts_it_out_of_step_for_a_while_only(plan, tmp_path):
+    """Two forwards of which one has a backward: one more, and each would come where the other is due."""
+    whole, model = wandering("straight"), wandering("straight")
+    with attach(model, plan, cache=tmp_path, checked=True) as handle:
+        assert same(trained(whole, evaluation_before_each), trained(model, evaluation_before_each))
+        with torch.no_grad():
+            assert torch.equal(whole(**batch_of("plain")), model(**batch_of("plain")))
+        assert same(trained(whole, evaluation_before_each), trained(model, evaluation_before_each))
+        before = handle.record
+        assert same(trained(whole, evaluation_before_each, steps=4), trained(model, evaluation_before_each, steps=4))
+        after = handle.record
+        assert (after.learned, after.misses, after.off_sequence) == (1, before.misses, before.off_sequence)
+        assert after.passes == before.passes + 4
+
+
 @pytest.mark.parametrize("way", ["drop", "any"])
 def test_what_is_another_way_each_time_is_not_learned(way, tmp_path):
     model = wandering(way)

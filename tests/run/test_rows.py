@@ -14,7 +14,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, T5Config, T5ForCondition
 import memplan
 from memplan.analyze.trace import analyze
 from memplan.cost.build import cost_table
-from memplan.errors import DoesNotFitError, PlanCheckError
+from memplan.errors import DoesNotFitError, PlanCheckError, RunError
 from memplan.place.solve import place
 from memplan.program.check import check, require
 from memplan.program.schema import Budgets, Workload
@@ -201,6 +201,12 @@ def test_a_smaller_plan_after_running_out_of_memory(kind, tmp_path):
 
         planned = train(_Called(model, stepped), kind, steps=4, batches=batch_of)
         assert handle.plan.home_of(table_of(plan.table).id) == "host"
+        assert handle.record.recoveries == 1
+        held = [handle.record.ram_peak_bytes]
+        for _ in range(2):
+            handle._take_less("the test")
+            held.append(handle.record.ram_peak_bytes)
+        assert len(set(held)) == 1  # what lies in RAM is not copied there again
     assert_equal(whole, replace_names(planned))
 
 
@@ -245,6 +251,22 @@ def test_the_judge_wants_the_table_where_it_is_read(tmp_path):
         require(replace(plan, prediction=claimed))
 
 
+def test_a_compiled_table_in_the_checked_mode(tmp_path):
+    """What torch.compile has wrapped is one module to those who watch."""
+
+    def compiled():
+        model = make("untied")
+        base = model.get_base_model()
+        base.set_input_embeddings(torch.compile(base.get_input_embeddings(), backend="eager"))
+        return model
+
+    whole = train(make("untied"), "untied", batches=batch_of)
+    model = compiled()
+    with attach(model, plan_of("untied", share=0.0, table_at="host"), cache=tmp_path, checked=True):
+        planned = train(model, "untied", batches=batch_of)
+    assert_equal(whole, planned)
+
+
 def test_looking_up_on_the_host():
     """What page-locking's refusal leaves: the module runs on the CPU, and what it makes goes to the device."""
     table = nn.Embedding(WORDS, WIDTH)
@@ -257,3 +279,10 @@ def test_looking_up_on_the_host():
     assert torch.equal(table(input=tokens), expected)
     undo()
     assert "forward" not in table.__dict__
+
+    class Scaled(nn.Embedding):
+        def forward(self, input):
+            return super().forward(input) * 2
+
+    with pytest.raises(RunError, match="pin its block to the device"):
+        look_up_on_host(Scaled(WORDS, WIDTH), torch.device("cpu"))
