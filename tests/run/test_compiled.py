@@ -14,8 +14,9 @@ from tests.training import assert_equal, batch_of, loss_of, make, train
 
 WAYS = ("call", "wrapped")
 pytestmark = pytest.mark.filterwarnings(
-    "ignore:The .grad attribute of a Tensor:UserWarning"
-)  # dynamo looks at it itself
+    "ignore:The .grad attribute of a Tensor:UserWarning",  # dynamo looks at it itself
+    "ignore:.torch.jit.script_method. is deprecated:DeprecationWarning",  # inductor uses it as it is imported
+)
 
 
 @pytest.fixture(autouse=True)
