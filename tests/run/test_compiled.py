@@ -67,7 +67,7 @@ def compare(kind, way, backend, cache, *, checked=False, around_forward=torch.en
 
 @pytest.mark.parametrize("checked", [False, True], ids=["plain", "checked"])
 @pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+@pytest.mark.parametrize("backend", [pytest.param("eager", marks=pytest.mark.full), "aot_eager"])
 def test_compiled_layers_are_equal(backend, way, checked, tmp_path):
     handle = compare("plain", way, backend, tmp_path, checked=checked, dropout=0.1)
     assert handle.record.misses == handle.record.off_sequence == 0
