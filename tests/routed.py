@@ -12,7 +12,7 @@ from transformers import (
     SwitchTransformersForConditionalGeneration,
 )
 
-from tests.training import VOCABULARY, checkpoint_layer
+from tests.training import VOCABULARY, Decoder, checkpoint_layer
 
 WIDTH, EXPERTS, DEPTH = 48, 6, 2
 KINDS = ("routed", "nllb", "switch")
@@ -87,22 +87,11 @@ class Layer(nn.Module):
         return x + self.mlp(self.between(x))
 
 
-class Routed(nn.Module):
-    """A decoder; returns logits, not a loss."""
+class Routed(Decoder):
+    """A decoder of such layers."""
 
     def __init__(self) -> None:
-        super().__init__()
-        self.embed = nn.Embedding(VOCABULARY, WIDTH)
-        self.layers = nn.ModuleList(Layer() for _ in range(DEPTH))
-        self.head = nn.Linear(WIDTH, VOCABULARY, bias=False)
-        for name, parameter in self.named_parameters():
-            parameter.requires_grad_("lora" in name)
-
-    def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
-        x = self.embed(input_ids)
-        for layer in self.layers:
-            x = layer(x)
-        return self.head(x)
+        super().__init__((Layer() for _ in range(DEPTH)), WIDTH)
 
 
 def make(kind: str = "routed", *, checkpointing: str = "off", way: str = "in-order", never: tuple[int, ...] = ()):

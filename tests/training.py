@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
+from collections.abc import Iterable
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import cache, partial
@@ -45,13 +46,13 @@ class PlainLayer(nn.Module):
         return x + self.down(torch.tanh(self.up(h))) + self.lora_b(self.lora_a(self.dropout(h)))
 
 
-class Plain(nn.Module):
-    """No transformers, no PEFT: a ModuleList between an embedding and a head; returns logits, not a loss."""
+class Decoder(nn.Module):
+    """No transformers, no PEFT: ``layers`` between an embedding and a head; returns logits, not a loss."""
 
-    def __init__(self, width: int = 48, depth: int = 6, dropout: float = 0.0) -> None:
+    def __init__(self, layers: Iterable[nn.Module], width: int) -> None:
         super().__init__()
         self.embed = nn.Embedding(VOCABULARY, width)
-        self.layers = nn.ModuleList(PlainLayer(width, dropout) for _ in range(depth))
+        self.layers = nn.ModuleList(layers)
         self.head = nn.Linear(width, VOCABULARY, bias=False)
         for name, parameter in self.named_parameters():
             parameter.requires_grad_("lora" in name)
@@ -61,6 +62,13 @@ class Plain(nn.Module):
         for layer in self.layers:
             x = layer(x)
         return self.head(x)
+
+
+class Plain(Decoder):
+    """A decoder of plain layers."""
+
+    def __init__(self, width: int = 48, depth: int = 6, dropout: float = 0.0) -> None:
+        super().__init__((PlainLayer(width, dropout) for _ in range(depth)), width)
 
 
 def make(kind: str, *, dropout: float = 0.0, checkpointing: str = "off", seed: int = 0) -> nn.Module:

@@ -16,7 +16,7 @@ import memplan
 from memplan.errors import MovedWeightsError, RunError
 from memplan.run.attach import attach
 from tests.run.test_parity import plan_for
-from tests.training import CPU, VOCABULARY, assert_equal, assert_only_whole_blocks, batch_of, loss_of, make, train
+from tests.training import CPU, Decoder, assert_equal, assert_only_whole_blocks, batch_of, loss_of, make, train
 
 
 @pytest.fixture
@@ -169,23 +169,12 @@ class OddLayer(nn.Module):
         return x + self.down(torch.tanh(self.up(y))) * self.scale + self.lora_b(self.lora_a(x))
 
 
-class Odd(nn.Module):
+class Odd(Decoder):
     """A tied head on a stack of them."""
 
     def __init__(self, width: int = 48) -> None:
-        super().__init__()
-        self.embed = nn.Embedding(VOCABULARY, width)
-        self.layers = nn.ModuleList(OddLayer(width) for _ in range(6))
-        self.head = nn.Linear(width, VOCABULARY, bias=False)
+        super().__init__((OddLayer(width) for _ in range(6)), width)
         self.head.weight = self.embed.weight
-        for name, parameter in self.named_parameters():
-            parameter.requires_grad_("lora" in name)
-
-    def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
-        x = self.embed(input_ids)
-        for layer in self.layers:
-            x = layer(x)
-        return self.head(x)
 
 
 def test_parameters_of_odd_shapes_and_orders(tmp_path):
