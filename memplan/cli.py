@@ -6,6 +6,8 @@ What a command needs is imported inside it, so that ``memplan report`` starts wi
 from __future__ import annotations
 
 import json
+import os
+import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -32,7 +34,7 @@ _JSON = click.option("--json", "as_json", is_flag=True, help="Print one JSON obj
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit code. ``arguments``: else those of the process."""
     given = sys.argv[1:] if arguments is None else list(arguments)
-    as_json = "--json" in given
+    as_json = "--json" in (given[: given.index("--")] if "--" in given else given)  # else it is a script's
     try:
         return int(group.main(args=given, prog_name="memplan", standalone_mode=False) or OK)
     except click.Abort:
@@ -158,6 +160,63 @@ def report(plan: Path, record: Path | None, as_json: bool) -> int:
 
     _show(Plan.load(plan), None if record is None else RunRecord.load(record), as_json)
     return OK
+
+
+@group.command(
+    short_help="Train with a script as it is, under a plan.", context_settings={"allow_interspersed_args": False}
+)
+@click.option("--vram", metavar="SIZE", default="auto", show_default=True, help="Device memory, such as 8GiB.")
+@click.option("--ram", metavar="SIZE", help="Host memory, such as 24GiB.  [default: what is available]")
+@click.option("--disk", metavar="SIZE", help="Disk for packed blocks.  [default: the checkpoint's own files only]")
+@click.option(
+    "--hardware", metavar="NAME|FILE", default="auto", show_default=True, help="A profile, or this machine, measured."
+)
+@click.option("--plan", "plan_file", type=_FILE, help="A plan made before, in place of one made for the script.")
+@click.option("--report", "report_file", type=click.Path(dir_okay=False, path_type=Path), help="Write the report here.")
+@click.argument("command", nargs=-1, required=True, type=click.UNPROCESSED)
+def run(
+    vram: str,
+    ram: str | None,
+    disk: str | None,
+    hardware: str,
+    plan_file: Path | None,
+    report_file: Path | None,
+    command: tuple[str, ...],
+) -> int:
+    """Run COMMAND, such as -- python train.py, with its trainer's model under a plan.
+
+    The script is not changed. What cannot be served runs as it would without memplan, and a line on standard error says
+    why. The exit code is the script's.
+    """
+    for size, option in ((vram, "--vram"), (ram, "--ram"), (disk, "--disk")):
+        if size not in (None, "auto"):
+            parse_size(size, option)
+    if report_file is not None and not report_file.parent.is_dir():
+        raise click.BadParameter(f"the folder {report_file.parent} does not exist.", param_hint="--report")
+    if plan_file is not None:
+        from memplan.program.schema import Plan
+
+        Plan.load(plan_file)
+    program = shutil.which(command[0])
+    if program is None:
+        raise click.BadParameter(f"there is no program {command[0]!r}.", param_hint="COMMAND")
+    if Path(hardware).is_file():
+        hardware = str(Path(hardware).resolve())
+
+    from memplan.trainers.launch import Settings, environment
+
+    settings = Settings(
+        vram=vram,
+        ram=ram,
+        disk=disk,
+        hardware=hardware,
+        plan=None if plan_file is None else str(plan_file.resolve()),
+        report=None if report_file is None else str(report_file.resolve()),
+    )
+    sys.stdout.flush()
+    sys.stderr.flush()
+    # In place of this process: signals, exit code and terminal are the script's own.
+    os.execve(program, command, environment(settings, os.environ))
 
 
 @group.group(short_help="Look at packed blocks, or remove them.")

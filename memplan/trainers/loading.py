@@ -25,7 +25,7 @@ from memplan.run.home import Checkpoint, Stored
 from memplan.skeleton import from_configuration, with_adapter
 from memplan.trainers.conversion import stored_for
 
-_SOME_BYTES = 4096
+SOME_BYTES = 4096
 """Enough to see that a weight was changed: what changes one changes all of it."""
 
 _CHECKPOINTS: weakref.WeakKeyDictionary[nn.Module, Checkpoint] = weakref.WeakKeyDictionary()
@@ -92,12 +92,11 @@ def put_placeholders(model: nn.Module, folder: str | Path, device: torch.device)
 
     Raises CheckpointError where the checkpoint is not the model's; the model then is as it was.
     """
-    stored = stored_for(model, folder)
-    _check_names(model, stored, folder)
+    stored = stored_weights(model, folder)
     placeholders = Placeholders(device)
     made: dict[int, nn.Parameter] = {}
     with contextlib.closing(DiskReader()) as reader:
-        values = {name: _read(reader, stored[name]) for name, _ in model.named_buffers() if name in stored}
+        values = {name: read_stored(reader, stored[name]) for name, _ in model.named_buffers() if name in stored}
     for module in model.modules():
         for name, parameter in module._parameters.items():
             if parameter is not None and parameter.device.type == "meta":
@@ -108,7 +107,7 @@ def put_placeholders(model: nn.Module, folder: str | Path, device: torch.device)
     for name, buffer in model.named_buffers():
         if name in values:
             buffer.data = values[name].to(buffer.dtype)
-    _CHECKPOINTS[model] = stored
+    come_from(model, stored)
 
 
 def checkpoint_of(model: nn.Module) -> Checkpoint | None:
@@ -134,7 +133,7 @@ def fill_trainables(model: nn.Module) -> None:
                         f"{full} is trained, but the checkpoint holds no weights for it: load the model outside of "
                         "memplan and use memplan.wrap or memplan.attach"
                     )
-                parameter.data = _read(reader, source).to(parameter.device, parameter.dtype)
+                parameter.data = read_stored(reader, source).to(parameter.device, parameter.dtype)
             elif not bool(torch.isfinite(parameter.detach()).all()):
                 raise ModelError(
                     f"{full} was made of weights that were not there yet: an adapter whose beginning rests on the "
@@ -176,22 +175,21 @@ def _readable(model: nn.Module) -> Iterator[None]:
     (PiSSA takes its part out of them).
     """
     stored = checkpoint_of(model) or {}
-    aliases: dict[int, list[str]] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        aliases.setdefault(id(parameter), []).append(name)
     away: list[tuple[nn.Parameter, torch.Tensor, torch.Tensor, StoredTensor]] = []
     with contextlib.closing(DiskReader()) as reader:
-        for parameter in model.parameters():
-            held = next((stored[name] for name in aliases[id(parameter)] if name in stored), None)
+        for parameter, names in names_of(model):
+            held = next((stored[name] for name in names if name in stored), None)
             if isinstance(held, StoredTensor) and dtype_of(held.dtype) == parameter.dtype:
-                raw = _mapped(reader, held, held.size_bytes)
+                raw = map_stored(reader, held, held.size_bytes)
                 away.append((parameter, parameter.data, raw, held))
                 parameter.data = raw.view(parameter.dtype).view(held.shape)
         try:
             yield
             for parameter, _, raw, held in away:
-                some = min(_SOME_BYTES, held.size_bytes)
-                if parameter.data_ptr() != raw.data_ptr() or not torch.equal(raw[:some], _mapped(reader, held, some)):
+                some = min(SOME_BYTES, held.size_bytes)
+                if parameter.data_ptr() != raw.data_ptr() or not torch.equal(
+                    raw[:some], map_stored(reader, held, some)
+                ):
                     raise ModelError(
                         f"the adapter has changed the weight {held.name} that it was added to (as PiSSA, OLoRA and "
                         "CorDA do), and memplan only ever reads those: save the changed model, or begin the adapter "
@@ -202,20 +200,27 @@ def _readable(model: nn.Module) -> Iterator[None]:
                 parameter.data = placeholder
 
 
-def _mapped(reader: DiskReader, stored: StoredTensor, size_bytes: int) -> torch.Tensor:
+def map_stored(reader: DiskReader, stored: StoredTensor, size_bytes: int) -> torch.Tensor:
     """Return the first bytes of a stored tensor as a private mapping of the file (uint8)."""
     extent = Extent(path=stored.path, file_offset_bytes=stored.file_offset_bytes, size_bytes=size_bytes)
     reader.open([extent])
     return torch.from_numpy(reader.mapped(extent, stored.name))
 
 
-def _check_names(model: nn.Module, stored: Checkpoint, folder: str | Path) -> None:
-    aliases: dict[int, list[str]] = {}
+def names_of(model: nn.Module) -> list[tuple[nn.Parameter, list[str]]]:
+    """Return each parameter with all the names it goes by."""
+    names: dict[int, tuple[nn.Parameter, list[str]]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
-        aliases.setdefault(id(parameter), []).append(name)
-    for names in aliases.values():
+        names.setdefault(id(parameter), (parameter, []))[1].append(name)
+    return list(names.values())
+
+
+def stored_weights(model: nn.Module, folder: str | Path) -> Checkpoint:
+    """Return what a folder holds of a model on ``meta``, by name. Raises CheckpointError where that is not all of it."""
+    stored = stored_for(model, folder)
+    for parameter, names in names_of(model):
         held = [stored[name] for name in names if name in stored]
-        shape = tuple(model.get_parameter(names[0]).shape)
+        shape = tuple(parameter.shape)
         if not held:
             raise CheckpointError(
                 f"{folder} holds no tensor {names[0]}, which {type(model).__name__} needs: give the checkpoint of this "
@@ -226,11 +231,18 @@ def _check_names(model: nn.Module, stored: Checkpoint, folder: str | Path) -> No
                 f"{held[0].path} holds {names[0]} with shape {held[0].shape}, its config.json says {shape}: the two do "
                 "not belong together"
             )
+    return stored
 
 
-def _read(reader: DiskReader, stored: Stored) -> torch.Tensor:
+def come_from(model: nn.Module, stored: Checkpoint) -> None:
+    """Remember what the placeholders of a model stand for."""
+    _CHECKPOINTS[model] = stored
+
+
+def read_stored(reader: DiskReader, stored: Stored) -> torch.Tensor:
+    """Return a stored tensor in RAM. Raises TransferError."""
     if not isinstance(stored, StoredTensor):
-        return stored.make(lambda part: _read(reader, part))
+        return stored.make(lambda part: read_stored(reader, part))
     raw = torch.empty(stored.size_bytes, dtype=torch.uint8)
     extent = _extent(stored)
     reader.open([extent])

@@ -97,30 +97,35 @@ def wrap(
         if args.gradient_checkpointing:
             undo.callback(_checkpoint_activations(model, args.gradient_checkpointing_kwargs))
         if plan is None:
-            optimizer = _OPTIMIZERS.get(str(getattr(args.optim, "value", args.optim)))
-            if optimizer is None:
-                raise InputError(
-                    f"the optimizer {args.optim!s} has no known state size; known are: {', '.join(sorted(_OPTIMIZERS))}"
-                )
-            first = _first_batch(trainer) if batch is None else batch
-            with _autocast_as_in_training(model, trainer.accelerator):
-                plan = api.plan(
-                    model,
-                    first,
-                    vram=vram,
-                    ram=ram,
-                    disk=disk,
-                    accumulation=args.gradient_accumulation_steps,
-                    optimizer=optimizer,
-                    hardware=hardware,
-                    pins=pins,
-                )
+            plan = _plan(trainer, batch, vram=vram, ram=ram, disk=disk, hardware=hardware, pins=pins)
         handle = attach(model, plan, checkpoint=checkpoint_of(model), checked=checked, replan=api.smaller)
         undo.pop_all()
     trainer.__dict__["memplan"] = handle
     if not args.auto_find_batch_size:  # the trainer itself then takes a smaller batch
         trainer.__dict__["training_step"] = _done_over(trainer.training_step, handle)
     return trainer
+
+
+def plan_for(trainer: Trainer, **options: Any) -> Plan:
+    """Return the plan that :func:`wrap` would make, and change nothing. ``options``: as for :func:`memplan.plan`."""
+    with contextlib.ExitStack() as undo:
+        if trainer.args.gradient_checkpointing:
+            undo.callback(_checkpoint_activations(trainer.model, trainer.args.gradient_checkpointing_kwargs))
+        return _plan(trainer, None, **options)
+
+
+def _plan(trainer: Trainer, batch: Mapping[str, torch.Tensor] | None, **options: Any) -> Plan:
+    """Return a plan of what the trainer will do."""
+    args = trainer.args
+    optimizer = _OPTIMIZERS.get(str(getattr(args.optim, "value", args.optim)))
+    if optimizer is None:
+        raise InputError(
+            f"the optimizer {args.optim!s} has no known state size; known are: {', '.join(sorted(_OPTIMIZERS))}"
+        )
+    first = _first_batch(trainer) if batch is None else batch
+    model: Any = trainer.model
+    with _autocast_as_in_training(model, trainer.accelerator):
+        return api.plan(model, first, accumulation=args.gradient_accumulation_steps, optimizer=optimizer, **options)
 
 
 def _done_over(step: Callable[..., torch.Tensor], handle: Handle) -> Callable[..., torch.Tensor]:
@@ -235,16 +240,30 @@ def _first_batch(trainer: Trainer) -> dict[str, torch.Tensor]:
 
 def _load_placeholders(cls: Any, folder: Path, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Build the folder's model with a placeholder for each weight that its checkpoint holds."""
+    unknown = not_served(args, kwargs)
+    if unknown:
+        raise InputError(
+            f"from_pretrained({str(folder)!r}) was called with {', '.join(unknown)}, which memplan.placing does not serve "
+            "yet: leave it out, or load the model first and use memplan.wrap"
+        )
+    model = skeleton_of(cls, folder, kwargs)
+    # PEFT and the trainer look where the weights are: placeholders lie on the compute device from the start.
+    put_placeholders(model, folder, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    return model
+
+
+def not_served(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[str]:
+    """Return what of the arguments of ``from_pretrained`` is not understood here."""
     unknown = sorted(
         name for name, value in kwargs.items() if value is not None and name not in _LOADING | _PASSED_BY_AUTO
     )
     if kwargs.get("trust_remote_code"):
         unknown.append("trust_remote_code")
-    if args or unknown:
-        raise InputError(
-            f"from_pretrained({str(folder)!r}) was called with {', '.join(unknown) or 'positional arguments'}, which "
-            "memplan.placing does not serve yet: leave it out, or load the model first and use memplan.wrap"
-        )
+    return ["positional arguments"] * bool(args) + unknown
+
+
+def skeleton_of(cls: Any, folder: Path, kwargs: Mapping[str, Any]) -> Any:
+    """Return the model that ``from_pretrained`` would, with its parameters on ``meta``, in evaluation mode."""
     from accelerate import init_empty_weights
 
     stored = read_checkpoint(folder)
@@ -257,9 +276,11 @@ def _load_placeholders(cls: Any, folder: Path, args: tuple[Any, ...], kwargs: di
         model = cls._from_config(config, dtype=dtype, **more)
     keep_in_float32(model, dtype)
     model.tie_weights()
-    # PEFT and the trainer look where the weights are: placeholders lie on the compute device from the start.
-    put_placeholders(model, folder, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     model.config._name_or_path = str(folder)
+    if model.can_generate() and (folder / "generation_config.json").is_file():
+        from transformers import GenerationConfig
+
+        model.generation_config = GenerationConfig.from_pretrained(folder)
     return model.eval()
 
 

@@ -1,0 +1,106 @@
+"""``memplan run``: what a script is started with, and what then waits in its process for the libraries to be imported.
+
+Nothing but the standard library is imported here: every Python under ``memplan run`` reads this as it starts.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from importlib.abc import Loader, MetaPathFinder
+from importlib.machinery import ModuleSpec
+from pathlib import Path
+from types import ModuleType
+
+VARIABLE = "MEMPLAN_RUN"
+STARTUP = Path(__file__).with_name("startup")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Settings:
+    """What ``memplan run`` was asked for; each as in :func:`memplan.plan`. ``plan``, ``report``: files."""
+
+    vram: str = "auto"
+    ram: str | None = None
+    disk: str | None = None
+    hardware: str = "auto"
+    plan: str | None = None
+    report: str | None = None
+
+
+def environment(settings: Settings, given: Mapping[str, str]) -> dict[str, str]:
+    """Return the environment in which every Python that is started does as the settings say."""
+    path = given.get("PYTHONPATH")
+    return {
+        **given,
+        VARIABLE: json.dumps(asdict(settings)),
+        "PYTHONPATH": f"{STARTUP}{os.pathsep}{path}" if path else str(STARTUP),
+    }
+
+
+def settings() -> Settings:
+    """Return what the environment says."""
+    return Settings(**json.loads(os.environ[VARIABLE]))
+
+
+def say(text: str) -> None:
+    """Tell the user, apart from what the script itself prints."""
+    print(f"memplan: {text}", file=sys.stderr, flush=True)  # noqa: T201
+
+
+def install() -> None:
+    """Have the libraries that memplan serves changed when, and only if, the script imports them."""
+    if VARIABLE in os.environ and not any(isinstance(finder, _Finder) for finder in sys.meta_path):
+        sys.meta_path.insert(0, _Finder({"transformers.modeling_utils": _models, "transformers.trainer": _trainer}))
+
+
+def _models(module: ModuleType) -> None:
+    from memplan.trainers.script import serve_models
+
+    serve_models(module.PreTrainedModel)
+
+
+def _trainer(module: ModuleType) -> None:
+    from memplan.trainers.script import serve_trainer
+
+    serve_trainer(module.Trainer)
+
+
+class _Finder(MetaPathFinder):
+    """Finds what the others find, and has something done once it has been imported."""
+
+    def __init__(self, after: dict[str, Callable[[ModuleType], None]]) -> None:
+        self._after = after
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        then = self._after.pop(fullname, None)
+        if then is None:
+            return None
+        for finder in sys.meta_path:
+            spec = None if finder is self else finder.find_spec(fullname, path, target)
+            if spec is not None:
+                if spec.loader is not None:
+                    spec.loader = _Loader(spec.loader, then)
+                return spec
+        return None
+
+
+class _Loader(Loader):
+    def __init__(self, loader: Loader, then: Callable[[ModuleType], None]) -> None:
+        self._loader, self._then = loader, then
+
+    def create_module(self, spec: ModuleSpec) -> ModuleType | None:
+        return self._loader.create_module(spec)
+
+    def exec_module(self, module: ModuleType) -> None:
+        # From here on the module's loader is the true one: pickle, inspect and pkgutil ask it for more than this.
+        module.__loader__ = self._loader
+        if module.__spec__ is not None:
+            module.__spec__.loader = self._loader
+        self._loader.exec_module(module)
+        self._then(module)

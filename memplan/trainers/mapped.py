@@ -1,0 +1,94 @@
+"""Models whose weights are mapped from the checkpoint's files until they are placed.
+
+A script that does not know of memplan may do anything between loading its model and training it: generate, resize the
+embeddings, begin an adapter from the weights. So the weights are true from the start, and take no RAM that the kernel
+cannot take back: a private mapping, of which only what is written to is copied.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import nn
+from torch.utils.weak import WeakIdKeyDictionary
+
+from memplan.checkpoint import StoredTensor
+from memplan.run.arena import Placeholders, dtype_of
+from memplan.run.disk import DiskReader
+from memplan.trainers.loading import SOME_BYTES, come_from, map_stored, names_of, read_stored, stored_weights
+
+_MAPPED = WeakIdKeyDictionary()
+"""Of each parameter that was mapped here, what of the files it holds."""
+
+
+def map_weights(model: nn.Module, folder: str | Path) -> None:
+    """Have every parameter on ``meta`` read its checkpoint, mapped; what is cast or converted comes into RAM.
+
+    Raises CheckpointError where the checkpoint is not the model's; the model then is as it was.
+    """
+    stored = stored_weights(model, folder)
+    values: dict[int, nn.Parameter] = {}
+    mapped: list[tuple[nn.Parameter, StoredTensor]] = []
+    with contextlib.closing(DiskReader()) as reader:
+        for parameter, names in names_of(model):
+            if parameter.device.type != "meta":
+                continue
+            held = next(stored[name] for name in names if name in stored)
+            wanted = parameter.dtype
+            if isinstance(held, StoredTensor) and dtype_of(held.dtype) == wanted:
+                data = map_stored(reader, held, held.size_bytes).view(wanted).view(held.shape)
+            else:
+                data = read_stored(reader, held).to(wanted)
+            made = values[id(parameter)] = nn.Parameter(data, requires_grad=parameter.requires_grad)
+            if isinstance(held, StoredTensor) and dtype_of(held.dtype) == wanted:
+                mapped.append((made, held))
+        buffers = {name: read_stored(reader, stored[name]) for name, _ in model.named_buffers() if name in stored}
+    for module in model.modules():
+        for name, own in module._parameters.items():
+            if own is not None and id(own) in values:
+                module._parameters[name] = values[id(own)]
+    for name, buffer in model.named_buffers():
+        if name in buffers:
+            buffer.data = buffers[name].to(buffer.dtype)
+    come_from(model, stored)
+    for made, held in mapped:
+        _MAPPED[made] = held
+
+
+def is_mapped(model: nn.Module) -> bool:
+    """Whether weights of a model were mapped here."""
+    return any(parameter in _MAPPED for parameter in model.parameters())
+
+
+def give_way(model: nn.Module, device: torch.device) -> Callable[[], None]:
+    """Put placeholders on ``device`` for the frozen weights that are still what the files hold; return what undoes it.
+
+    What the script has changed, replaced or trains stays as it is.
+    """
+    placeholders = Placeholders(device)
+    away: list[tuple[nn.Parameter, torch.Tensor]] = []
+    with contextlib.closing(DiskReader()) as reader:
+        for parameter in model.parameters():
+            held = _MAPPED.get(parameter)
+            if held is not None and not parameter.requires_grad and _unchanged(parameter, held, reader):
+                away.append((parameter, parameter.data))
+                parameter.data = placeholders.of(held.shape, parameter.dtype)
+
+    def undo() -> None:
+        for parameter, data in away:
+            parameter.data = data
+
+    return undo
+
+
+def _unchanged(parameter: nn.Parameter, held: StoredTensor, reader: DiskReader) -> bool:
+    """Whether a weight still holds the file's bytes, by the first of them: what changes a weight changes all of it."""
+    shape, dtype = held.shape, dtype_of(held.dtype)
+    if (tuple(parameter.shape), parameter.dtype, parameter.device.type) != (shape, dtype, "cpu"):
+        return False
+    some = min(SOME_BYTES, held.size_bytes)
+    own = parameter.detach()
+    return own.is_contiguous() and torch.equal(own.view(-1).view(torch.uint8)[:some], map_stored(reader, held, some))

@@ -1,0 +1,65 @@
+"""A script that knows nothing of memplan: ``python script.py FOLDER OUT [MODE]``. Prints its losses to the last bit.
+
+MODE: ``lora`` (default), ``dora`` begins from the weights, ``resized`` has a new token, ``full`` trains all, ``hooks``
+has accelerate place a layer, ``generate`` asks the model before it is trained, ``never`` trains nothing, ``fail`` raises.
+"""
+
+from __future__ import annotations
+
+import sys
+
+import torch
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
+
+
+class Rows(torch.utils.data.Dataset):
+    def __len__(self):
+        return 12
+
+    def __getitem__(self, index):
+        row = (torch.arange(24) * (index + 3)) % 90 + 3
+        return {"input_ids": row, "labels": row}
+
+
+class Exact(Trainer):
+    def training_step(self, *args, **kwargs):
+        loss = super().training_step(*args, **kwargs)
+        print("loss", loss.item().hex(), flush=True)
+        return loss
+
+
+def main() -> None:
+    folder, out, mode = (*sys.argv[1:], "lora")[:3]
+    torch.set_num_threads(1)
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    if mode == "never":
+        print("sum", sum(p.double().sum().item() for p in model.parameters()).hex())
+        return
+    if mode == "fail":
+        raise SystemExit(7)
+    if mode == "generate":
+        print("made", model.generate(torch.tensor([[3, 4, 5]]), max_new_tokens=5, do_sample=False).tolist())
+    if mode == "resized":
+        torch.manual_seed(3)
+        model.resize_token_embeddings(101)
+    if mode == "hooks":
+        from accelerate.hooks import AlignDevicesHook, add_hook_to_module
+
+        add_hook_to_module(model.model.layers[2], AlignDevicesHook("cpu", io_same_device=True))
+    torch.manual_seed(6)
+    if mode != "full":
+        lora = LoraConfig(r=4, lora_dropout=0.1, target_modules="all-linear", use_dora=mode == "dora")
+        model = get_peft_model(model, lora)
+    args = TrainingArguments(
+        output_dir=out, max_steps=4, per_device_train_batch_size=2, learning_rate=1e-2, save_strategy="no", use_cpu=True,
+        report_to=[], disable_tqdm=True, seed=7, eval_strategy="steps", eval_steps=2, logging_steps=100,
+    )  # fmt: skip
+    trainer = Exact(model=model, args=args, train_dataset=Rows(), eval_dataset=Rows())
+    trainer.train()
+    print("eval", trainer.evaluate()["eval_loss"].hex())
+    trainer.model.save_pretrained(out)
+
+
+if __name__ == "__main__":
+    main()

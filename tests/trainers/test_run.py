@@ -1,0 +1,183 @@
+"""``memplan run``: the script is not changed, and what it makes is the same, byte for byte."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import struct
+import subprocess
+import sys
+from pathlib import Path
+
+import msgspec
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from memplan.trainers.launch import STARTUP, VARIABLE
+from tests.training import CPU
+
+ROOT = Path(__file__).parents[2]
+SCRIPT = Path(__file__).with_name("script.py")
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    """Several shards whose tensors lie at multiples of 64 bytes, as they do in RAM: alignment changes bits."""
+    folder = tmp_path_factory.mktemp("model")
+    torch.manual_seed(5)
+    config = LlamaConfig(
+        hidden_size=64, intermediate_size=176, num_hidden_layers=6, num_attention_heads=4, num_key_value_heads=2,
+        vocab_size=96, max_position_embeddings=64, dtype="float32", use_cache=False, tie_word_embeddings=False,
+        pad_token_id=0, bos_token_id=1, eos_token_id=2,
+    )  # fmt: skip
+    LlamaForCausalLM(config).save_pretrained(folder, max_shard_size="400KB")
+    shards = list(folder.glob("*.safetensors"))
+    assert len(shards) > 2
+    for shard in shards:
+        raw = shard.read_bytes()
+        (size,) = struct.unpack("<Q", raw[:8])
+        padded = -(-(size + 8) // 64) * 64 - 8
+        shard.write_bytes(struct.pack("<Q", padded) + raw[8 : 8 + size].ljust(padded) + raw[8 + size :])
+    return folder
+
+
+@pytest.fixture(scope="module")
+def hardware(tmp_path_factory):
+    file = tmp_path_factory.mktemp("profile") / "cpu.json"
+    file.write_bytes(msgspec.json.encode(CPU))
+    return file
+
+
+def clean(path: str = "") -> dict[str, str]:
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), path])), "OMP_NUM_THREADS": "1"}
+
+
+def whole(checkpoint, out, mode="lora"):
+    command = [sys.executable, SCRIPT, checkpoint, out, mode]
+    return subprocess.run(command, capture_output=True, text=True, env=clean(), timeout=200, check=False)
+
+
+def under(checkpoint, out, hardware, mode="lora", vram="2500KiB", *options, path=""):
+    command = [
+        sys.executable, "-m", "memplan", "run", "--vram", vram, "--ram", "64MiB", "--hardware", hardware, *options,
+        "--", sys.executable, SCRIPT, checkpoint, out, mode,
+    ]  # fmt: skip
+    return subprocess.run(command, capture_output=True, text=True, env=clean(path), timeout=200, check=False)
+
+
+def adapter(out):
+    return (out / "adapter_model.safetensors").read_bytes()
+
+
+def exact(done):
+    """What a script printed that does not change from run to run."""
+    return [line for line in done.stdout.splitlines() if line.startswith(("loss", "eval", "made", "sum"))]
+
+
+@pytest.mark.parametrize("mode", ["lora", "dora", "generate", "resized"])
+def test_the_same_as_without(checkpoint, hardware, tmp_path, mode):
+    alone = whole(checkpoint, tmp_path / "whole", mode)
+    assert alone.returncode == 0, alone.stderr[-3000:]
+    report = tmp_path / "report.txt"
+    done = under(checkpoint, tmp_path / "run", hardware, mode, "2500KiB", "--report", report)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert exact(done) == exact(alone)
+    assert len(exact(done)) == (6 if mode == "generate" else 5)
+    assert adapter(tmp_path / "run") == adapter(tmp_path / "whole")
+    assert "streamed from" in done.stderr
+    assert "measured" in report.read_text()
+
+
+@pytest.mark.parametrize(
+    ("mode", "vram", "why"),
+    [
+        ("full", "2500KiB", "nothing in the model is frozen"),
+        ("hooks", "2500KiB", "accelerate offloads the model already"),
+        ("lora", "1GiB", "the whole model fits"),
+    ],
+)
+def test_what_it_cannot_help_runs_as_without_it(checkpoint, hardware, tmp_path, mode, vram, why):
+    alone = whole(checkpoint, tmp_path / "whole", mode)
+    done = under(checkpoint, tmp_path / "run", hardware, mode, vram)
+    assert (done.returncode, alone.returncode) == (0, 0), done.stderr[-3000:]
+    assert exact(done) == exact(alone)
+    name = "model.safetensors" if mode == "full" else "adapter_model.safetensors"
+    assert (tmp_path / "run" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+    told = [line for line in done.stderr.splitlines() if line.startswith("memplan:")]
+    assert len(told) == 1
+    assert why in told[0]
+
+
+@pytest.mark.parametrize(("mode", "code"), [("never", 0), ("fail", 7)])
+def test_a_script_that_never_trains_is_left_alone(checkpoint, hardware, tmp_path, mode, code):
+    alone = whole(checkpoint, tmp_path, mode)
+    done = under(checkpoint, tmp_path, hardware, mode)
+    assert (done.returncode, alone.returncode) == (code, code)
+    assert done.stdout == alone.stdout
+    assert "memplan" not in done.stderr
+
+
+def test_what_does_not_fit_ends_with_one(checkpoint, hardware, tmp_path):
+    done = under(checkpoint, tmp_path / "run", hardware, "lora", "100KiB")
+    assert done.returncode == 1
+    assert "DoesNotFitError" in done.stderr
+    assert exact(done) == []
+
+
+def test_an_other_sitecustomize_runs_too(checkpoint, hardware, tmp_path):
+    (tmp_path / "sitecustomize.py").write_text("print('theirs')\n")
+    done = under(checkpoint, tmp_path, hardware, "fail", path=str(tmp_path))
+    assert done.stdout == "theirs\n" * 2  # the command's own Python, and the script's
+    assert done.returncode == 7
+
+
+def test_ctrl_c_ends_a_script_as_ever(tmp_path):
+    script = tmp_path / "waits.py"
+    script.write_text("import time\nprint('now', flush=True)\ntime.sleep(60)\n")
+    command = [sys.executable, "-m", "memplan", "run", "--", sys.executable, str(script)]
+    running = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=clean())
+    assert running.stdout is not None
+    assert running.stdout.readline() == "now\n"
+    running.send_signal(signal.SIGINT)
+    _, errors = running.communicate(timeout=30)
+    assert running.returncode == -signal.SIGINT
+    assert "KeyboardInterrupt" in errors
+    assert "memplan" not in errors
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["--vram", "much", "--", "true"], "--vram"),
+        (["--", "no-such-program"], "no-such-program"),
+        (["--report", "/no/such/folder/report.txt", "--", "true"], "does not exist"),
+        ([], "COMMAND"),
+    ],
+)
+def test_bad_input_starts_nothing(arguments, told):
+    command = [sys.executable, "-m", "memplan", "run", *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, env=clean(), timeout=60, check=False)
+    assert done.returncode == 2
+    assert told in done.stderr
+
+
+def test_options_of_the_script_are_its_own(tmp_path):
+    script = tmp_path / "says.py"
+    script.write_text("import sys\nprint(sys.argv[1:])\n")
+    command = [sys.executable, "-m", "memplan", "run", sys.executable, str(script), "--vram", "x", "--json"]
+    done = subprocess.run(command, capture_output=True, text=True, env=clean(), timeout=60, check=False)
+    assert done.stdout == "['--vram', 'x', '--json']\n"
+    assert done.returncode == 0
+
+
+def test_modules_keep_their_own_loaders():
+    """Those who ask a module for its source or its loader find what they would without memplan."""
+    code = "import inspect, transformers.trainer as t; print(type(t.__spec__.loader).__name__, len(inspect.getsource(t)) > 9)"
+    env = clean(str(STARTUP)) | {VARIABLE: json.dumps({})}
+    env["PYTHONPATH"] = os.pathsep.join([str(STARTUP), str(ROOT)])
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env=env, timeout=100, check=False
+    )
+    assert done.stdout == "SourceFileLoader True\n", done.stderr[-2000:]
