@@ -27,6 +27,7 @@ from memplan.run.attach import attach
 from memplan.run.handle import Handle
 from memplan.skeleton import keep_in_float32
 from memplan.trainers.loading import checkpoint_of, fill_trainables, put_placeholders
+from memplan.triggers import tensors_in
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, Trainer
@@ -122,10 +123,12 @@ def _plan(trainer: Trainer, batch: Mapping[str, torch.Tensor] | None, **options:
         raise InputError(
             f"the optimizer {args.optim!s} has no known state size; known are: {', '.join(sorted(_OPTIMIZERS))}"
         )
-    first = _first_batch(trainer) if batch is None else batch
+    first = _first_call(trainer) if batch is None else batch
     model: Any = trainer.model
     with _autocast_as_in_training(model, trainer.accelerator):
-        return api.plan(model, first, accumulation=args.gradient_accumulation_steps, optimizer=optimizer, **options)
+        return api.plan(
+            model, first, accumulation=args.gradient_accumulation_steps, optimizer=optimizer, loss=_loss_of, **options
+        )
 
 
 def _done_over(step: Callable[..., torch.Tensor], handle: Handle) -> Callable[..., torch.Tensor]:
@@ -220,14 +223,22 @@ def _set(owner: type, name: str, value: Any) -> None:
     setattr(owner, name, value)
 
 
-def _first_batch(trainer: Trainer) -> dict[str, torch.Tensor]:
-    """Return the first micro-batch of the trainer's loader and leave every random state as it was."""
+class _Called(Exception):
+    """A model was called, and that is all that was to be known."""
+
+
+def _first_call(trainer: Trainer) -> Mapping[str, Any]:
+    """Return what the model will first be called with in training; every random state stays as it was.
+
+    That is what the trainer's loss makes of its loader's first micro-batch: TRL's name other things than the model knows.
+    """
     states = (torch.get_rng_state(), np.random.get_state(), random.getstate())
     cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else None
     loaders = getattr(trainer.accelerator, "_dataloaders", [])
     known = len(loaders)
     try:
         batch = next(iter(trainer.get_train_dataloader()))
+        call = _call_of_loss(trainer, batch)
     finally:
         del loaders[known:]  # the trainer prepares its own again; a second one would be saved with its state
         torch.set_rng_state(states[0])
@@ -235,7 +246,39 @@ def _first_batch(trainer: Trainer) -> dict[str, torch.Tensor]:
         random.setstate(states[2])
         if cuda is not None:
             torch.cuda.set_rng_state_all(cuda)
-    return {name: value for name, value in batch.items() if isinstance(value, torch.Tensor)}
+    return {name: value for name, value in batch.items() if isinstance(value, torch.Tensor)} if call is None else call
+
+
+def _call_of_loss(trainer: Trainer, batch: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    """Return the keywords that the trainer's loss first calls the model with, or None where that cannot be seen."""
+    from transformers import Trainer
+
+    if type(trainer)._prepare_inputs is not Trainer._prepare_inputs:  # may generate: not to be done twice
+        return None
+    seen: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+
+    def called(*args: Any, **kwargs: Any) -> None:
+        seen.append((args, kwargs))
+        raise _Called
+
+    model: Any = trainer.model
+    undo = replace_call(model, called)
+    try:
+        trainer.compute_loss(model, trainer._prepare_inputs(dict(batch)))
+    except Exception:
+        pass
+    finally:
+        undo()
+    return seen[0][1] if seen and not seen[0][0] else None
+
+
+def _loss_of(output: Any) -> torch.Tensor:
+    """Return the model's loss, or where the trainer makes its own something that has a gradient for as much."""
+    held = output.get("loss") if isinstance(output, Mapping) else getattr(output, "loss", None)
+    if isinstance(held, torch.Tensor):
+        return held
+    made = [tensor for tensor in tensors_in(output) if tensor.is_floating_point() and tensor.requires_grad]
+    return torch.stack([tensor.float().square().mean() for tensor in made]).sum()
 
 
 def _load_placeholders(cls: Any, folder: Path, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
