@@ -54,7 +54,12 @@ def say(text: str) -> None:
 def install() -> None:
     """Have the libraries that memplan serves changed when, and only if, the script imports them."""
     if VARIABLE in os.environ and not any(isinstance(finder, _Finder) for finder in sys.meta_path):
-        sys.meta_path.insert(0, _Finder({"transformers.modeling_utils": _models, "transformers.trainer": _trainer}))
+        after: dict[str, Callable[[ModuleType], None]] = {
+            "transformers.modeling_utils": _models,
+            "transformers.trainer": _trainer,
+            "peft.peft_model": _adapters,
+        }
+        sys.meta_path.insert(0, _Finder(after))
 
 
 def _models(module: ModuleType) -> None:
@@ -67,6 +72,12 @@ def _trainer(module: ModuleType) -> None:
     from memplan.trainers.script import serve_trainer
 
     serve_trainer(module.Trainer)
+
+
+def _adapters(module: ModuleType) -> None:
+    from memplan.trainers.script import serve_adapters
+
+    serve_adapters(module.PeftModel)
 
 
 class _Finder(MetaPathFinder):

@@ -5,9 +5,11 @@ Whatever cannot be served is left as it would be without memplan, and one line s
 
 from __future__ import annotations
 
+import atexit
 import functools
 import os
 import sys
+import types
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,16 +21,20 @@ from memplan import api
 from memplan.checkpoint import has_checkpoint
 from memplan.errors import CheckpointError, DoesNotFitError, InputError, MemplanError, ModelError
 from memplan.program.schema import Plan
-from memplan.run.handle import handle_of
-from memplan.trainers.launch import Settings, say, settings
+from memplan.run.handle import Handle, handle_of
+from memplan.trainers.launch import say, settings
+from memplan.trainers.loading import checkpoint_of
 from memplan.trainers.mapped import give_way, is_mapped, map_weights
-from memplan.trainers.transformers import not_served, plan_for, skeleton_of, wrap
+from memplan.trainers.transformers import loss_of, not_served, plan_for, skeleton_of, wrap
 
 if TYPE_CHECKING:
+    from peft import PeftModel
     from transformers import PreTrainedModel, Trainer
 
 _ENTRIES = ("train", "evaluate", "predict")
 _ANY_PLACE = ("auto", {"": "auto"})
+_LAST: list[Handle] = []
+"""The handle of the model that was last placed for a loop of the script's own, to tell of it at the end."""
 _DISTRIBUTED = ("ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_FSDP")
 
 
@@ -41,6 +47,18 @@ def serve_models(kind: type[PreTrainedModel]) -> None:
         return _mapped(cls, name, args, kwargs) or original.__get__(None, cls)(name, *args, **kwargs)
 
     setattr(kind, "from_pretrained", classmethod(from_pretrained))  # noqa: B010
+
+
+def serve_adapters(kind: type[PeftModel]) -> None:
+    """Have the model with its adapter be what is placed, not the one within it, which it does not even call."""
+    original = kind.__init__
+
+    @functools.wraps(original)
+    def init(model: PeftModel, *args: Any, **kwargs: Any) -> None:
+        original(model, *args, **kwargs)
+        _arm(model)
+
+    setattr(kind, "__init__", init)  # noqa: B010
 
 
 def serve_trainer(kind: type[Trainer]) -> None:
@@ -72,7 +90,65 @@ def _mapped(cls: type[PreTrainedModel], name: Any, args: tuple[Any, ...], kwargs
     except (CheckpointError, InputError, ModelError) as error:
         say(f"{name} is loaded whole: {error}")
         return None
+    _arm(model)
     return model
+
+
+def _arm(model: nn.Module) -> None:
+    """Have a mapped model placed when it is first called to be trained, where no trainer has done so by then."""
+    armed = [module for module in model.modules() if "_call_impl" in module.__dict__]
+    for module in armed:
+        del module.__dict__["_call_impl"]
+    if armed or is_mapped(model):
+        # A bound method: a deep copy of the model has its own.
+        model.__dict__["_call_impl"] = types.MethodType(_first_call, model)
+
+
+def _disarm(model: nn.Module) -> None:
+    for module in model.modules():
+        module.__dict__.pop("_call_impl", None)
+
+
+def _first_call(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    """Stand for ``_call_impl``, which a module's call comes to before its hooks are looked at."""
+    if model.training and torch.is_grad_enabled():
+        _disarm(model)
+        _place_for_loop(model, args, kwargs)
+    return nn.Module._call_impl(model, *args, **kwargs)
+
+
+def _place_for_loop(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Plan for a call that a loop of the script's own makes, and attach."""
+    why = _nothing_to_do(model)
+    if why is None and args and kwargs:
+        why = "the model is called with both positional arguments and keywords: call it with keywords"
+    if why is None:
+        from accelerate.state import GradientState
+
+        given = settings()
+        accumulation = int(GradientState().num_steps) if GradientState._shared_state else 1
+
+        def planned() -> Plan:
+            return api.plan(
+                model,
+                kwargs or args,
+                vram=given.vram,
+                ram=given.ram,
+                disk=given.disk,
+                hardware=given.hardware,
+                accumulation=accumulation,
+                loss=loss_of,
+            )
+
+        def attach(plan: Plan) -> None:
+            handle = api.attach(model, plan, checkpoint=checkpoint_of(model))
+            if not _LAST:
+                atexit.register(lambda: _report(_LAST[0]))
+            _LAST[:] = [handle]
+
+        why = _served(model, planned, attach)
+    if why is not None:
+        say(f"stands aside: {why}")
 
 
 def _placed_first(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -84,8 +160,8 @@ def _placed_first(original: Callable[..., Any]) -> Callable[..., Any]:
         try:
             return original(trainer, *args, **kwargs)
         finally:
-            if original.__name__ == "train":
-                _report(trainer)
+            if original.__name__ == "train" and "memplan" in trainer.__dict__:
+                _report(trainer.__dict__["memplan"])
 
     return entry
 
@@ -100,14 +176,12 @@ def _place(trainer: Trainer) -> None:
     model = trainer.model
     if not isinstance(model, nn.Module) or handle_of(model) is not None:
         return
+    _disarm(model)
     why = _why_not(trainer, model)
     if why is None:
-        try:
-            why = _attach(trainer, model, settings())
-        except DoesNotFitError:
-            raise
-        except MemplanError as error:
-            why = str(error)
+        given = settings()
+        options = {"vram": given.vram, "ram": given.ram, "disk": given.disk, "hardware": given.hardware}
+        why = _served(model, lambda: plan_for(trainer, **options), lambda plan: wrap(trainer, plan=plan))
     if why is not None:
         say(f"stands aside: {why}")
         if is_mapped(model) and trainer.place_model_on_device:
@@ -115,46 +189,53 @@ def _place(trainer: Trainer) -> None:
 
 
 def _why_not(trainer: Trainer, model: nn.Module) -> str | None:
-    frozen = [not parameter.requires_grad for parameter in model.parameters()]
-    if not any(frozen):
-        return "nothing in the model is frozen, so there is nothing to stream"
-    if all(frozen):
-        return "nothing in the model is trained"
     if trainer.train_dataset is None:
         return "the trainer has no data to train on"
     if trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled:
         return "DeepSpeed or FSDP places the model"
     if trainer.args.world_size > 1:
         return "it serves one process, and this is one of several"
+    return _nothing_to_do(model)
+
+
+def _nothing_to_do(model: nn.Module) -> str | None:
+    frozen = [not parameter.requires_grad for parameter in model.parameters()]
+    if not any(frozen):
+        return "nothing in the model is frozen, so there is nothing to stream"
+    if all(frozen):
+        return "nothing in the model is trained"
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        return "it serves one process, and this is one of several"
     if any(hasattr(module, "_hf_hook") for module in model.modules()):
         return "accelerate offloads the model already (device_map)"
     return "unsloth offloads by itself" if "unsloth" in sys.modules else None
 
 
-def _attach(trainer: Trainer, model: nn.Module, given: Settings) -> str | None:
-    """Put the model under a plan; return why it had better stay as it is, if so."""
-    plan = Plan.load(given.plan) if given.plan else None
-    if plan is None:
-        plan = plan_for(trainer, vram=given.vram, ram=given.ram, disk=given.disk, hardware=given.hardware)
-    if all(residence.begins == "always" for residence in plan.residences):
-        return "the whole model fits"
-    device = torch.device(plan.table.device)
-    undo = give_way(model, device)
+def _served(model: nn.Module, planned: Callable[[], Plan], attach: Callable[[Plan], Any]) -> str | None:
+    """Put a model under a plan; return why it had better stay as it is, if so. Raises DoesNotFitError."""
+    file = settings().plan
     try:
-        wrap(trainer, plan=plan)
-    except BaseException:
-        undo()
+        plan = Plan.load(file) if file else planned()
+        if all(residence.begins == "always" for residence in plan.residences):
+            return "the whole model fits"
+        undo = give_way(model, torch.device(plan.table.device))
+        try:
+            attach(plan)
+        except BaseException:
+            undo()
+            raise
+    except DoesNotFitError:
         raise
+    except MemplanError as error:
+        return str(error)
     api.report(plan, file=sys.stderr)
     return None
 
 
-def _report(trainer: Trainer) -> None:
-    handle = trainer.__dict__.get("memplan")
-    if handle is None:
-        return
+def _report(handle: Handle) -> None:
+    """Tell what was measured, at the end."""
     api.report(handle.plan, handle.record, file=sys.stderr)
-    report = settings().report
-    if report is not None:
-        with Path(report).open("w", encoding="utf-8") as file:
-            api.report(handle.plan, handle.record, file=file)
+    file = settings().report
+    if file is not None:
+        with Path(file).open("w", encoding="utf-8") as opened:
+            api.report(handle.plan, handle.record, file=opened)

@@ -127,7 +127,7 @@ def _plan(trainer: Trainer, batch: Mapping[str, torch.Tensor] | None, **options:
     model: Any = trainer.model
     with _autocast_as_in_training(model, trainer.accelerator):
         return api.plan(
-            model, first, accumulation=args.gradient_accumulation_steps, optimizer=optimizer, loss=_loss_of, **options
+            model, first, accumulation=args.gradient_accumulation_steps, optimizer=optimizer, loss=loss_of, **options
         )
 
 
@@ -272,7 +272,7 @@ def _call_of_loss(trainer: Trainer, batch: Mapping[str, Any]) -> Mapping[str, An
     return seen[0][1] if seen and not seen[0][0] else None
 
 
-def _loss_of(output: Any) -> torch.Tensor:
+def loss_of(output: Any) -> torch.Tensor:
     """Return the model's loss, or where the trainer makes its own something that has a gradient for as much."""
     held = output.get("loss") if isinstance(output, Mapping) else getattr(output, "loss", None)
     if isinstance(held, torch.Tensor):

@@ -181,3 +181,22 @@ def test_modules_keep_their_own_loaders():
         [sys.executable, "-c", code], capture_output=True, text=True, env=env, timeout=100, check=False
     )
     assert done.stdout == "SourceFileLoader True\n", done.stderr[-2000:]
+
+
+@pytest.mark.parametrize("kind", ["plain", "accelerate", "autocast"])
+def test_loops_of_the_scripts_own(checkpoint, hardware, tmp_path, kind):
+    def script(out, *before):
+        command = [*before, sys.executable, SCRIPT.with_name("script_loop.py"), checkpoint, out, kind]
+        return subprocess.run(command, capture_output=True, text=True, env=clean(), timeout=200, check=False)
+
+    alone = script(tmp_path / "whole")
+    assert alone.returncode == 0, alone.stderr[-3000:]
+    run = [sys.executable, "-m", "memplan", "run", "--vram", "3000KiB", "--ram", "64MiB", "--hardware", hardware]
+    report = tmp_path / "report.txt"
+    done = script(tmp_path / "run", *run, "--report", report, "--")
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert exact(done) == exact(alone)
+    assert len(exact(done)) >= 6
+    assert adapter(tmp_path / "run") == adapter(tmp_path / "whole")
+    assert "streamed from" in done.stderr
+    assert "measured" in report.read_text()
