@@ -172,6 +172,13 @@ def test_options_of_the_script_are_its_own(tmp_path):
     assert done.returncode == 0
 
 
+def test_a_script_without_torch_stays_without(tmp_path):
+    code = "import sys; print(sorted({'torch', 'numpy', 'click'} & set(sys.modules)), 'memplan' in sys.modules)"
+    command = [sys.executable, "-m", "memplan", "run", "--", sys.executable, "-c", code]
+    done = subprocess.run(command, capture_output=True, text=True, env=clean(), timeout=60, check=False)
+    assert (done.stdout, done.stderr, done.returncode) == ("[] True\n", "", 0)
+
+
 def test_modules_keep_their_own_loaders():
     """Those who ask a module for its source or its loader find what they would without memplan."""
     code = "import inspect, transformers.trainer as t; print(type(t.__spec__.loader).__name__, len(inspect.getsource(t)) > 9)"
