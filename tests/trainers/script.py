@@ -1,12 +1,16 @@
 """A script that knows nothing of memplan: ``python script.py FOLDER OUT [MODE]``. Prints its losses to the last bit.
 
 MODE: ``lora`` (default), ``dora`` begins from the weights, ``resized`` has a new token, ``full`` trains all, ``hooks``
-has accelerate place a layer, ``generate`` asks the model before it is trained, ``never`` trains nothing, ``fail`` raises.
+has accelerate place a layer, ``generate`` asks the model before it is trained, ``never`` trains nothing, ``fail`` raises;
+``saved`` saves each step and begins from what is saved, ``killed`` does so and is killed in the third step.
 """
 
 from __future__ import annotations
 
+import os
+import signal
 import sys
+from pathlib import Path
 
 import torch
 from peft import LoraConfig, get_peft_model
@@ -26,6 +30,8 @@ class Exact(Trainer):
     def training_step(self, *args, **kwargs):
         loss = super().training_step(*args, **kwargs)
         print("loss", loss.item().hex(), flush=True)
+        if "killed" in sys.argv and self.state.global_step == 2:
+            os.kill(os.getpid(), signal.SIGKILL)
         return loss
 
 
@@ -51,12 +57,14 @@ def main() -> None:
     if mode != "full":
         lora = LoraConfig(r=4, lora_dropout=0.1, target_modules="all-linear", use_dora=mode == "dora")
         model = get_peft_model(model, lora)
+    saves = mode in ("saved", "killed")
     args = TrainingArguments(
-        output_dir=out, max_steps=4, per_device_train_batch_size=2, learning_rate=1e-2, save_strategy="no", use_cpu=True,
+        output_dir=out, max_steps=4, per_device_train_batch_size=2, learning_rate=1e-2, use_cpu=True,
+        save_strategy="steps" if saves else "no", save_steps=1,
         report_to=[], disable_tqdm=True, seed=7, eval_strategy="steps", eval_steps=2, logging_steps=100,
     )  # fmt: skip
     trainer = Exact(model=model, args=args, train_dataset=Rows(), eval_dataset=Rows())
-    trainer.train()
+    trainer.train(resume_from_checkpoint=any(Path(out).glob("checkpoint-*")))
     print("eval", trainer.evaluate()["eval_loss"].hex())
     trainer.model.save_pretrained(out)
 

@@ -190,10 +190,25 @@ def test_modules_keep_their_own_loaders():
     assert done.stdout == "SourceFileLoader True\n", done.stderr[-2000:]
 
 
-@pytest.mark.parametrize("kind", ["plain", "accelerate", "autocast"])
+def test_killed_and_resumed_under_another_budget(checkpoint, hardware, tmp_path):
+    alone = whole(checkpoint, tmp_path / "whole", "saved")
+    assert alone.returncode == 0, alone.stderr[-3000:]
+    killed = under(checkpoint, tmp_path / "run", hardware, "killed", "2500KiB")
+    assert killed.returncode == -signal.SIGKILL
+    assert "streamed from" in killed.stderr
+    done = under(checkpoint, tmp_path / "run", hardware, "saved", "3000KiB")
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "streamed from" in done.stderr
+    assert exact(killed)[:2] + exact(done) == exact(alone)
+    assert adapter(tmp_path / "run") == adapter(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("kind", ["plain", "accelerate", "autocast", "lightning"])
 def test_loops_of_the_scripts_own(checkpoint, hardware, tmp_path, kind):
+    file, *more = ("script_lightning.py",) if kind == "lightning" else ("script_loop.py", kind)
+
     def script(out, *before):
-        command = [*before, sys.executable, SCRIPT.with_name("script_loop.py"), checkpoint, out, kind]
+        command = [*before, sys.executable, SCRIPT.with_name(file), checkpoint, out, *more]
         return subprocess.run(command, capture_output=True, text=True, env=clean(), timeout=200, check=False)
 
     alone = script(tmp_path / "whole")
