@@ -20,7 +20,8 @@ from memplan.weights import frozen_weights, is_wrapper, own_weights, rewrapped, 
 if TYPE_CHECKING:
     from memplan.run.handle import Handle
 
-_MERGES = ("merge_adapter", "unmerge_adapter", "merge_and_unload")
+MERGES = ("merge_adapter", "unmerge_adapter", "merge_and_unload")
+"""What PEFT's models write an adapter into the weights by."""
 _LAYER_MERGES = ("merge", "unmerge")
 
 
@@ -51,7 +52,7 @@ class Guard:
             "__deepcopy__": _refuse_copy,
             "__reduce_ex__": _refuse_copy,
         }
-        merges = _MERGES + (_LAYER_MERGES if hasattr(type(module), "get_base_layer") else ())
+        merges = MERGES + (_LAYER_MERGES if hasattr(type(module), "get_base_layer") else ())
         if not isinstance(module, OptimizedModule):  # has no compile of its own, and says so of what it wraps
             self._stands_before["compile"] = _refuse_compile
         self._stands_before |= {name: _refuse_merge for name in merges if hasattr(type(module), name)}

@@ -21,6 +21,7 @@ from memplan import api
 from memplan.checkpoint import has_checkpoint
 from memplan.errors import CheckpointError, DoesNotFitError, InputError, MemplanError, ModelError
 from memplan.program.schema import Plan
+from memplan.run.guard import MERGES
 from memplan.run.handle import Handle, handle_of
 from memplan.trainers.launch import say, settings
 from memplan.trainers.loading import checkpoint_of
@@ -224,12 +225,33 @@ def _served(model: nn.Module, planned: Callable[[], Plan], attach: Callable[[Pla
         except BaseException:
             undo()
             raise
+        _let_merge(model, undo)
     except DoesNotFitError:
         raise
     except MemplanError as error:
         return str(error)
     api.report(plan, file=sys.stderr)
     return None
+
+
+def _let_merge(model: nn.Module, give_back: Callable[[], None]) -> None:
+    """Have an adapter merged as without memplan: the weights are then mapped from the files again, and written to."""
+
+    def merging(module: nn.Module, name: str) -> Callable[..., Any]:
+        def merge(*args: Any, **kwargs: Any) -> Any:
+            handle = handle_of(model)
+            if handle is not None:
+                handle.detach()
+                give_back()
+                say("the adapter is merged: from here on the model is whole")
+            return getattr(module, name)(*args, **kwargs)
+
+        return merge
+
+    for module in model.modules():
+        for name in MERGES:
+            if name in module.__dict__:
+                module.__dict__[name] = merging(module, name)
 
 
 def _report(handle: Handle) -> None:

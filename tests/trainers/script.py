@@ -2,7 +2,7 @@
 
 MODE: ``lora`` (default), ``dora`` begins from the weights, ``resized`` has a new token, ``full`` trains all, ``hooks``
 has accelerate place a layer, ``generate`` asks the model before it is trained, ``never`` trains nothing, ``fail`` raises;
-``saved`` saves each step and begins from what is saved, ``killed`` does so and is killed in the third step.
+``merged`` merges its adapter at the end, ``saved`` saves each step and begins from what is saved, ``killed`` does so and is killed in the third step.
 """
 
 from __future__ import annotations
@@ -67,6 +67,8 @@ def main() -> None:
     trainer.train(resume_from_checkpoint=any(Path(out).glob("checkpoint-*")))
     print("eval", trainer.evaluate()["eval_loss"].hex())
     trainer.model.save_pretrained(out)
+    if mode == "merged":
+        trainer.model.merge_and_unload().save_pretrained(out + "/merged")
 
 
 if __name__ == "__main__":

@@ -76,7 +76,7 @@ def exact(done):
     return [line for line in done.stdout.splitlines() if line.startswith(("loss", "eval", "made", "sum"))]
 
 
-@pytest.mark.parametrize("mode", ["lora", "dora", "generate", "resized"])
+@pytest.mark.parametrize("mode", ["lora", "dora", "generate", "resized", "merged"])
 def test_the_same_as_without(checkpoint, hardware, tmp_path, mode):
     alone = whole(checkpoint, tmp_path / "whole", mode)
     assert alone.returncode == 0, alone.stderr[-3000:]
@@ -88,6 +88,9 @@ def test_the_same_as_without(checkpoint, hardware, tmp_path, mode):
     assert adapter(tmp_path / "run") == adapter(tmp_path / "whole")
     assert "streamed from" in done.stderr
     assert "measured" in report.read_text()
+    if mode == "merged":
+        name = "merged/model.safetensors"
+        assert (tmp_path / "run" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
 
 
 @pytest.mark.parametrize(
