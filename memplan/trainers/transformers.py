@@ -27,6 +27,7 @@ from memplan.run.attach import attach
 from memplan.run.handle import Handle
 from memplan.skeleton import keep_in_float32
 from memplan.trainers.loading import checkpoint_of, fill_trainables, put_placeholders
+from memplan.trainers.longest import longest_batch
 from memplan.triggers import tensors_in
 
 if TYPE_CHECKING:
@@ -76,8 +77,8 @@ def wrap(
 ) -> Trainer:
     """Put a plan to work on a trainer that exists. Return the same trainer, its handle as ``trainer.memplan``.
 
-    ``batch``: the largest micro-batch that will come; without it the first that the trainer's loader gives (its random
-    state is put back). A micro-batch that runs out of device memory is done over under a smaller plan
+    ``batch``: the largest micro-batch that will come; without it that of the longest rows of a dataset of ``datasets``, or
+    else the first that the trainer's loader gives (its random state is put back). A micro-batch that runs out of device memory is done over under a smaller plan
     (:meth:`memplan.Handle.micro_batch`). The plan is made under the autocast that ``bf16`` or ``fp16`` among the arguments
     will have it run in. ``plan``: one made before. Budgets, ``hardware`` and ``pins`` as in :func:`memplan.plan`.
 
@@ -228,16 +229,18 @@ class _Called(Exception):
 
 
 def _first_call(trainer: Trainer) -> Mapping[str, Any]:
-    """Return what the model will first be called with in training; every random state stays as it was.
+    """Return what the model will be called with in training; every random state stays as it was.
 
-    That is what the trainer's loss makes of its loader's first micro-batch: TRL's name other things than the model knows.
+    That is what the trainer's loss makes of its loader's largest micro-batch, or of the first where no lengths are known:
+    TRL's batches name other things than the model knows.
     """
     states = (torch.get_rng_state(), np.random.get_state(), random.getstate())
     cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else None
     loaders = getattr(trainer.accelerator, "_dataloaders", [])
     known = len(loaders)
     try:
-        batch = next(iter(trainer.get_train_dataloader()))
+        loader = trainer.get_train_dataloader()
+        batch = longest_batch(loader) or next(iter(loader))
         call = _call_of_loss(trainer, batch)
     finally:
         del loaders[known:]  # the trainer prepares its own again; a second one would be saved with its state
