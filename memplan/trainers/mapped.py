@@ -8,6 +8,7 @@ cannot take back: a private mapping, of which only what is written to is copied.
 from __future__ import annotations
 
 import contextlib
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -20,6 +21,8 @@ from memplan.run.arena import Placeholders, dtype_of
 from memplan.run.disk import DiskReader
 from memplan.trainers.loading import SOME_BYTES, come_from, map_stored, names_of, read_stored, stored_weights
 
+_SMAPS = Path("/proc/self/smaps")
+_AREA = re.compile(r"([0-9a-f]+)-([0-9a-f]+) \S+ [0-9a-f]+ \S+ (\d+)")
 _MAPPED = WeakIdKeyDictionary()
 """Of each parameter that was mapped here, what of the files it holds."""
 
@@ -70,10 +73,13 @@ def give_way(model: nn.Module, device: torch.device) -> Callable[[], None]:
     """
     placeholders = Placeholders(device)
     away: list[tuple[nn.Parameter, torch.Tensor]] = []
+    written = _Written()
     with contextlib.closing(DiskReader()) as reader:
         for parameter in model.parameters():
             held = _MAPPED.get(parameter)
-            if held is not None and not parameter.requires_grad and _unchanged(parameter, held, reader):
+            if held is None or parameter.requires_grad or not _is_as_mapped(parameter, held, reader):
+                continue
+            if not written.within(parameter.data_ptr(), held.size_bytes):
                 away.append((parameter, parameter.data))
                 parameter.data = placeholders.of(held.shape, parameter.dtype)
 
@@ -84,11 +90,34 @@ def give_way(model: nn.Module, device: torch.device) -> Callable[[], None]:
     return undo
 
 
-def _unchanged(parameter: nn.Parameter, held: StoredTensor, reader: DiskReader) -> bool:
-    """Whether a weight still holds the file's bytes, by the first of them: what changes a weight changes all of it."""
+def _is_as_mapped(parameter: nn.Parameter, held: StoredTensor, reader: DiskReader) -> bool:
+    """Whether a weight has the file's form, and its first bytes: it was not cast, moved or given another tensor."""
     shape, dtype = held.shape, dtype_of(held.dtype)
     if (tuple(parameter.shape), parameter.dtype, parameter.device.type) != (shape, dtype, "cpu"):
         return False
     some = min(SOME_BYTES, held.size_bytes)
     own = parameter.detach()
     return own.is_contiguous() and torch.equal(own.view(-1).view(torch.uint8)[:some], map_stored(reader, held, some))
+
+
+class _Written:
+    """Which of this process's memory is not a file's: pages of a private mapping become the process's own when written."""
+
+    def __init__(self) -> None:
+        self._files: list[tuple[int, int]] = []
+        begin, end, inode = 0, 0, 0
+        own = False
+        for line in _SMAPS.read_text().splitlines():
+            head = _AREA.match(line)
+            if head:
+                if inode and not own:
+                    self._files.append((begin, end))
+                begin, end, inode, own = int(head[1], 16), int(head[2], 16), int(head[3]), False
+            elif line.startswith(("Anonymous:", "Swap:")):
+                own = own or int(line.split()[1]) > 0
+        if inode and not own:
+            self._files.append((begin, end))
+
+    def within(self, address: int, size_bytes: int) -> bool:
+        """Whether any of these bytes may be other than those of the file that is mapped there."""
+        return not any(begin <= address and address + size_bytes <= end for begin, end in self._files)

@@ -83,6 +83,8 @@ def _mapped(cls: type[PreTrainedModel], name: Any, args: tuple[Any, ...], kwargs
     given = {key: value for key, value in kwargs.items() if key != "device_map" or value not in _ANY_PLACE}
     if not isinstance(name, (str, Path)) or not has_checkpoint(name) or not_served(args, given):
         return None
+    if (Path(name) / "adapter_config.json").is_file():  # transformers then adds the adapter itself
+        return None
     try:
         model = skeleton_of(cls, Path(name), given)
         if getattr(model.config, "quantization_config", None) is not None:
@@ -157,7 +159,11 @@ def _placed_first(original: Callable[..., Any]) -> Callable[..., Any]:
     def entry(trainer: Trainer, *args: Any, **kwargs: Any) -> Any:
         if not trainer.__dict__.get("_memplan_seen"):
             trainer.__dict__["_memplan_seen"] = True
-            _place(trainer)
+            try:
+                _place(trainer)
+            except BaseException:
+                del trainer.__dict__["_memplan_seen"]
+                raise
         try:
             return original(trainer, *args, **kwargs)
         finally:
@@ -216,7 +222,12 @@ def _served(model: nn.Module, planned: Callable[[], Plan], attach: Callable[[Pla
     """Put a model under a plan; return why it had better stay as it is, if so. Raises DoesNotFitError."""
     file = settings().plan
     try:
-        plan = Plan.load(file) if file else planned()
+        try:
+            plan = Plan.load(file) if file else planned()
+        except MemplanError:
+            raise
+        except Exception as error:  # the trace runs the script's own code, and the script is to run all the same
+            return f"the model cannot be planned for ({type(error).__name__}: {error})"
         if all(residence.begins == "always" for residence in plan.residences):
             return "the whole model fits"
         undo = give_way(model, torch.device(plan.table.device))

@@ -315,7 +315,8 @@ def skeleton_of(cls: Any, folder: Path, kwargs: Mapping[str, Any]) -> Any:
     stored = read_checkpoint(folder)
     config = kwargs.get("config")
     if config is None:
-        config = cls.config_class.from_pretrained(folder)
+        wanted = {} if kwargs.get("use_cache") is None else {"use_cache": kwargs["use_cache"]}
+        config = cls.config_class.from_pretrained(folder, **wanted)
     dtype = _dtype(kwargs.get("dtype") or kwargs.get("torch_dtype"), config, stored)
     more = {"attn_implementation": kwargs["attn_implementation"]} if kwargs.get("attn_implementation") else {}
     with torch.random.fork_rng(devices=[]), init_empty_weights(include_buffers=False):

@@ -2,7 +2,7 @@
 
 MODE: ``lora`` (default), ``dora`` begins from the weights, ``resized`` has a new token, ``full`` trains all, ``hooks``
 has accelerate place a layer, ``generate`` asks the model before it is trained, ``never`` trains nothing, ``fail`` raises;
-``merged`` merges its adapter at the end, ``saved`` saves each step and begins from what is saved, ``killed`` does so and is killed in the third step.
+``written`` has a weight changed in its last bytes, ``merged`` merges its adapter at the end, ``saved`` saves each step and begins from what is saved, ``killed`` does so and is killed in the third step.
 """
 
 from __future__ import annotations
@@ -49,6 +49,10 @@ def main() -> None:
     if mode == "resized":
         torch.manual_seed(3)
         model.resize_token_embeddings(101)
+    if mode == "written":
+        with torch.no_grad():
+            model.lm_head.weight[-1].zero_()
+            model.model.layers[3].mlp.up_proj.weight[-1, -1] += 0.5
     if mode == "hooks":
         from accelerate.hooks import AlignDevicesHook, add_hook_to_module
 

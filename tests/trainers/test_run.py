@@ -76,7 +76,7 @@ def exact(done):
     return [line for line in done.stdout.splitlines() if line.startswith(("loss", "eval", "made", "sum"))]
 
 
-@pytest.mark.parametrize("mode", ["lora", "dora", "generate", "resized", "merged"])
+@pytest.mark.parametrize("mode", ["lora", "dora", "generate", "resized", "written", "merged"])
 def test_the_same_as_without(checkpoint, hardware, tmp_path, mode):
     alone = whole(checkpoint, tmp_path / "whole", mode)
     assert alone.returncode == 0, alone.stderr[-3000:]
