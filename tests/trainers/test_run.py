@@ -76,7 +76,10 @@ def exact(done):
     return [line for line in done.stdout.splitlines() if line.startswith(("loss", "eval", "made", "sum"))]
 
 
-@pytest.mark.parametrize("mode", ["lora", "dora", "generate", "resized", "written", "merged"])
+LONG = [pytest.param(mode, marks=pytest.mark.full) for mode in ("lora", "generate", "resized")]
+
+
+@pytest.mark.parametrize("mode", ["dora", "written", "merged", *LONG])
 def test_the_same_as_without(checkpoint, hardware, tmp_path, mode):
     alone = whole(checkpoint, tmp_path / "whole", mode)
     assert alone.returncode == 0, alone.stderr[-3000:]
@@ -206,7 +209,7 @@ def test_killed_and_resumed_under_another_budget(checkpoint, hardware, tmp_path)
     assert adapter(tmp_path / "run") == adapter(tmp_path / "whole")
 
 
-@pytest.mark.parametrize("kind", ["plain", "accelerate", "autocast", "lightning"])
+@pytest.mark.parametrize("kind", ["plain", pytest.param("accelerate", marks=pytest.mark.full), "autocast", "lightning"])
 def test_loops_of_the_scripts_own(checkpoint, hardware, tmp_path, kind):
     file, *more = ("script_lightning.py",) if kind == "lightning" else ("script_loop.py", kind)
 

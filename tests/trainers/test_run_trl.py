@@ -48,7 +48,10 @@ def data(tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("kind", ["sft", "packed", "dpo", "reward"])
+LONG = [pytest.param(kind, marks=pytest.mark.full) for kind in ("packed", "reward")]
+
+
+@pytest.mark.parametrize("kind", ["sft", "dpo", *LONG])
 def test_the_same_as_without(base, data, hardware, tmp_path, kind):
     def script(out, *before):
         command = [*before, sys.executable, SCRIPT, base, data, out, kind]
