@@ -17,14 +17,17 @@ from torch import nn
 from torch.utils.weak import WeakIdKeyDictionary
 
 from memplan.checkpoint import StoredTensor
+from memplan.errors import CheckpointError
+from memplan.names import canonical
 from memplan.run.arena import Placeholders, dtype_of
 from memplan.run.disk import DiskReader
-from memplan.trainers.loading import SOME_BYTES, come_from, map_stored, names_of, read_stored, stored_weights
+from memplan.run.matching import stored_tensors
+from memplan.trainers.loading import checkpoint_of, come_from, map_stored, names_of, read_stored, stored_weights
 
 _SMAPS = Path("/proc/self/smaps")
 _AREA = re.compile(r"([0-9a-f]+)-([0-9a-f]+) \S+ [0-9a-f]+ \S+ (\d+)")
 _MAPPED = WeakIdKeyDictionary()
-"""Of each parameter that was mapped here, what of the files it holds."""
+"""Of each parameter that was mapped here, what of the files it holds and at which address."""
 
 
 def map_weights(model: nn.Module, folder: str | Path) -> None:
@@ -33,6 +36,9 @@ def map_weights(model: nn.Module, folder: str | Path) -> None:
     Raises CheckpointError where the checkpoint is not the model's; the model then is as it was.
     """
     stored = stored_weights(model, folder)
+    for _, names in names_of(model):
+        if len({id(stored[name]) for name in names if name in stored}) > 1:
+            raise CheckpointError(f"{folder} holds {' and '.join(names)} apart, which its config.json says are one")
     values: dict[int, nn.Parameter] = {}
     mapped: list[tuple[nn.Parameter, StoredTensor]] = []
     with contextlib.closing(DiskReader()) as reader:
@@ -58,7 +64,7 @@ def map_weights(model: nn.Module, folder: str | Path) -> None:
             buffer.data = buffers[name].to(buffer.dtype)
     come_from(model, stored)
     for made, held in mapped:
-        _MAPPED[made] = held
+        _MAPPED[made] = (held, made.data_ptr())
 
 
 def is_mapped(model: nn.Module) -> bool:
@@ -74,14 +80,17 @@ def give_way(model: nn.Module, device: torch.device) -> Callable[[], None]:
     placeholders = Placeholders(device)
     away: list[tuple[nn.Parameter, torch.Tensor]] = []
     written = _Written()
-    with contextlib.closing(DiskReader()) as reader:
-        for parameter in model.parameters():
-            held = _MAPPED.get(parameter)
-            if held is None or parameter.requires_grad or not _is_as_mapped(parameter, held, reader):
-                continue
-            if not written.within(parameter.data_ptr(), held.size_bytes):
-                away.append((parameter, parameter.data))
-                parameter.data = placeholders.of(held.shape, parameter.dtype)
+    # What the placeholder of each name will be filled from: a layer that was put elsewhere is not that of its name.
+    named = stored_tensors(model, checkpoint_of(model))
+    for parameter, names in names_of(model):
+        mapped = _MAPPED.get(parameter)
+        if mapped is None or parameter.requires_grad or not _is_as_mapped(parameter, *mapped):
+            continue
+        held, address = mapped
+        known = all(named.get(canonical(name)) == held for name in names)
+        if known and not written.within(address, held.size_bytes):
+            away.append((parameter, parameter.data))
+            parameter.data = placeholders.of(held.shape, parameter.dtype)
 
     def undo() -> None:
         for parameter, data in away:
@@ -90,14 +99,10 @@ def give_way(model: nn.Module, device: torch.device) -> Callable[[], None]:
     return undo
 
 
-def _is_as_mapped(parameter: nn.Parameter, held: StoredTensor, reader: DiskReader) -> bool:
-    """Whether a weight has the file's form, and its first bytes: it was not cast, moved or given another tensor."""
-    shape, dtype = held.shape, dtype_of(held.dtype)
-    if (tuple(parameter.shape), parameter.dtype, parameter.device.type) != (shape, dtype, "cpu"):
-        return False
-    some = min(SOME_BYTES, held.size_bytes)
-    own = parameter.detach()
-    return own.is_contiguous() and torch.equal(own.view(-1).view(torch.uint8)[:some], map_stored(reader, held, some))
+def _is_as_mapped(parameter: nn.Parameter, held: StoredTensor, address: int) -> bool:
+    """Whether a weight is the very memory that was mapped for it: not cast, moved or given another tensor."""
+    form = (tuple(parameter.shape), parameter.dtype, parameter.device.type, parameter.data_ptr())
+    return form == (held.shape, dtype_of(held.dtype), "cpu", address) and parameter.is_contiguous()
 
 
 class _Written:

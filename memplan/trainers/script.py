@@ -83,7 +83,9 @@ def _mapped(cls: type[PreTrainedModel], name: Any, args: tuple[Any, ...], kwargs
     given = {key: value for key, value in kwargs.items() if key != "device_map" or value not in _ANY_PLACE}
     if not isinstance(name, (str, Path)) or not has_checkpoint(name) or not_served(args, given):
         return None
-    if (Path(name) / "adapter_config.json").is_file():  # transformers then adds the adapter itself
+    if (Path(name) / "adapter_config.json").is_file() or "_adapter_model_path" in (kwargs.get("adapter_kwargs") or {}):
+        return None  # transformers then adds the adapter itself
+    if kwargs.get("use_safetensors") is False:
         return None
     try:
         model = skeleton_of(cls, Path(name), given)

@@ -2,7 +2,8 @@
 
 MODE: ``lora`` (default), ``dora`` begins from the weights, ``resized`` has a new token, ``full`` trains all, ``hooks``
 has accelerate place a layer, ``generate`` asks the model before it is trained, ``never`` trains nothing, ``fail`` raises;
-``written`` has a weight changed in its last bytes, ``merged`` merges its adapter at the end, ``saved`` saves each step and begins from what is saved, ``killed`` does so and is killed in the third step.
+``written`` has a weight changed in its last bytes, ``reordered`` has its layers in another order,
+``swapped`` the weights of another model, ``merged`` merges its adapter at the end, ``saved`` saves each step and begins from what is saved, ``killed`` does so and is killed in the third step.
 """
 
 from __future__ import annotations
@@ -39,6 +40,13 @@ def main() -> None:
     folder, out, mode = (*sys.argv[1:], "lora")[:3]
     torch.set_num_threads(1)
     model = AutoModelForCausalLM.from_pretrained(folder)
+    if mode == "adapter":
+        print(
+            "sum",
+            model(torch.tensor([[3, 4, 5]])).logits.double().sum().item().hex(),
+            sum(1 for _ in model.parameters()),
+        )
+        return
     if mode == "never":
         print("sum", sum(p.double().sum().item() for p in model.parameters()).hex())
         return
@@ -53,6 +61,13 @@ def main() -> None:
         with torch.no_grad():
             model.lm_head.weight[-1].zero_()
             model.model.layers[3].mlp.up_proj.weight[-1, -1] += 0.5
+    if mode == "reordered":
+        layers = model.model.layers
+        model.model.layers = torch.nn.ModuleList(layers[index] for index in (0, 2, 1, 3, 5, 4))
+    if mode == "swapped":
+        other = AutoModelForCausalLM.from_pretrained(Path(folder) / "other")
+        for parameter, its in zip(model.parameters(), other.parameters(), strict=True):
+            parameter.data = its.data
     if mode == "hooks":
         from accelerate.hooks import AlignDevicesHook, add_hook_to_module
 

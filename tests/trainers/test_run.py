@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import struct
 import subprocess
@@ -13,6 +14,8 @@ from pathlib import Path
 import msgspec
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from memplan.trainers.launch import STARTUP, VARIABLE
@@ -40,6 +43,16 @@ def checkpoint(tmp_path_factory):
         (size,) = struct.unpack("<Q", raw[:8])
         padded = -(-(size + 8) // 64) * 64 - 8
         shard.write_bytes(struct.pack("<Q", padded) + raw[8 : 8 + size].ljust(padded) + raw[8 + size :])
+    # Another model, of which each weight begins with the same 4096 bytes.
+    (folder / "other").mkdir()
+    for file in folder.iterdir():
+        if file.suffix == ".json":
+            shutil.copy(file, folder / "other")
+    for shard in shards:
+        tensors = load_file(shard)
+        for tensor in tensors.values():
+            tensor.view(-1)[1024:] += 0.01
+        save_file(tensors, folder / "other" / shard.name, metadata={"format": "pt"})
     return folder
 
 
@@ -79,7 +92,7 @@ def exact(done):
 LONG = [pytest.param(mode, marks=pytest.mark.full) for mode in ("lora", "generate", "resized")]
 
 
-@pytest.mark.parametrize("mode", ["dora", "written", "merged", *LONG])
+@pytest.mark.parametrize("mode", ["dora", "written", "reordered", "swapped", "merged", *LONG])
 def test_the_same_as_without(checkpoint, hardware, tmp_path, mode):
     alone = whole(checkpoint, tmp_path / "whole", mode)
     assert alone.returncode == 0, alone.stderr[-3000:]
@@ -123,6 +136,30 @@ def test_a_script_that_never_trains_is_left_alone(checkpoint, hardware, tmp_path
     assert (done.returncode, alone.returncode) == (code, code)
     assert done.stdout == alone.stdout
     assert "memplan" not in done.stderr
+
+
+def test_an_adapters_folder_is_loaded_as_ever(checkpoint, hardware, tmp_path):
+    model = get_peft_model(
+        LlamaForCausalLM.from_pretrained(checkpoint),
+        LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False),
+    )
+    model.save_pretrained(tmp_path / "adapter")
+    alone = whole(tmp_path / "adapter", tmp_path, "adapter")
+    done = under(tmp_path / "adapter", tmp_path, hardware, "adapter")
+    assert (done.returncode, alone.returncode) == (0, 0), done.stderr[-2000:]
+    assert exact(done) == exact(alone)
+    assert len(exact(done)) == 1
+
+
+def test_weights_that_are_stored_apart_stay_apart(checkpoint, hardware, tmp_path):
+    """Though the configuration says that they are tied: as without memplan, whatever that is."""
+    shutil.copytree(checkpoint, tmp_path / "model")
+    config = json.loads((tmp_path / "model" / "config.json").read_text())
+    (tmp_path / "model" / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": True}))
+    alone = whole(tmp_path / "model", tmp_path, "adapter")
+    done = under(tmp_path / "model", tmp_path, hardware, "adapter")
+    assert (done.returncode, alone.returncode) == (0, 0), done.stderr[-2000:]
+    assert exact(done) == exact(alone)
 
 
 def test_what_does_not_fit_ends_with_one(checkpoint, hardware, tmp_path):
