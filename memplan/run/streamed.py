@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
+from memplan.errors import RunError
 from memplan.program.schema import Channel
 from memplan.run.transfer import Source, Ticket
 
@@ -39,7 +40,13 @@ class Streamed:
         return self.block
 
     def point(self) -> None:
+        """Point the parameters at the block. Raises RunError where one is trained by now: what it learned would be lost."""
         for tensor, there, _ in self.pointers:
+            if tensor.requires_grad:
+                raise RunError(
+                    f"a weight of {self.name} was frozen when it was placed and is trained now, but memplan only ever "
+                    "reads it: detach() first, then plan and attach anew"
+                )
             tensor.data = there
 
     def unpoint(self) -> None:

@@ -89,7 +89,7 @@ class _Finder(MetaPathFinder):
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        then = self._after.pop(fullname, None)
+        then = self._after.get(fullname)  # may be looked for long before it is imported
         if then is None:
             return None
         for finder in sys.meta_path:
@@ -115,4 +115,7 @@ class _Loader(Loader):
         if module.__spec__ is not None:
             module.__spec__.loader = self._loader
         self._loader.exec_module(module)
-        self._then(module)
+        try:
+            self._then(module)
+        except Exception as error:  # the script is to run all the same
+            say(f"stands aside: {module.__name__} cannot be served ({type(error).__name__}: {error})")

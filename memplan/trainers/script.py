@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import atexit
 import functools
+import inspect
 import os
 import sys
 import types
@@ -177,7 +178,8 @@ def _placed_first(original: Callable[..., Any]) -> Callable[..., Any]:
 
 def _waits(trainer: Trainer, model: nn.Module) -> bool:
     """Whether a model is not to be moved, because it is still to be placed."""
-    return not trainer.__dict__.get("_memplan_seen") and is_mapped(model)
+    armed = any("_call_impl" in module.__dict__ for module in model.modules())
+    return is_mapped(model) and (armed or not trainer.__dict__.get("_memplan_seen"))
 
 
 def _place(trainer: Trainer) -> None:
@@ -185,8 +187,10 @@ def _place(trainer: Trainer) -> None:
     model = trainer.model
     if not isinstance(model, nn.Module) or handle_of(model) is not None:
         return
-    _disarm(model)
     why = _why_not(trainer, model)
+    if why is None and is_mapped(model) and not _may_be_asked(trainer):
+        return  # placed at its first call, as for a loop
+    _disarm(model)
     if why is None:
         given = settings()
         options = {"vram": given.vram, "ram": given.ram, "disk": given.disk, "hardware": given.hardware}
@@ -204,7 +208,33 @@ def _why_not(trainer: Trainer, model: nn.Module) -> str | None:
         return "DeepSpeed or FSDP places the model"
     if trainer.args.world_size > 1:
         return "it serves one process, and this is one of several"
+    if trainer.args.n_gpu > 1:
+        return "the trainer copies the model to several devices: let it see one"
+    if trainer.args.bf16_full_eval or trainer.args.fp16_full_eval:
+        return "the trainer casts the model to evaluate it (bf16_full_eval, fp16_full_eval)"
+    if getattr(trainer, "model_init", None) is not None:
+        return "the trainer makes its model anew as it trains (model_init)"
     return _nothing_to_do(model)
+
+
+def _may_be_asked(trainer: Trainer) -> bool:
+    """Whether a batch and what the loss makes of it can be had before training without the script's own code seeing it.
+
+    A dataset, a collator or a loss of the script's own may count, print, or draw random numbers of its own.
+    """
+    dataset, collator = trainer.train_dataset, trainer.data_collator
+    of_libraries = [
+        type(trainer).compute_loss,
+        type(trainer).get_train_dataloader,
+        collator if inspect.isfunction(collator) else type(collator),
+    ]
+    return (
+        all(one.__module__.partition(".")[0] in ("transformers", "trl") for one in of_libraries)
+        and trainer.compute_loss_func is None
+        and getattr(collator, "seed", None) is None
+        and hasattr(getattr(dataset, "data", None), "column_names")
+        and getattr(dataset, "format", {}).get("type") != "custom"
+    )
 
 
 def _nothing_to_do(model: nn.Module) -> str | None:

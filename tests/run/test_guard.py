@@ -196,3 +196,18 @@ def test_parameters_of_odd_shapes_and_orders(tmp_path):
         assert {n: p.stride() for n, p in model.named_parameters() if "column" not in n} == strides
         assert model.head.weight is model.embed.weight
     assert_holds(model.state_dict(), whole.state_dict())
+
+
+def test_what_is_unfrozen_in_mid_training_is_told_before_it_is_lost(tmp_path):
+    model = make("llama")
+    with attach(model, plan_for(model, "llama"), cache=tmp_path) as handle:
+        train(model, "llama", steps=1)
+        streamed = [block.name for block in handle._parts.streamed.values()]
+        layer = next(name for name in streamed if ".layers." in f".{name}")
+        for module_name, module in model.named_modules():
+            if module_name.endswith(layer):
+                module.requires_grad_(True)
+        with pytest.raises(RunError, match="is trained now"):
+            train(model, "llama", steps=1)
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_("lora" in name)

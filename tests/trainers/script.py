@@ -3,12 +3,13 @@
 MODE: ``lora`` (default), ``dora`` begins from the weights, ``resized`` has a new token, ``full`` trains all, ``hooks``
 has accelerate place a layer, ``generate`` asks the model before it is trained, ``never`` trains nothing, ``fail`` raises;
 ``written`` has a weight changed in its last bytes, ``reordered`` has its layers in another order,
-``swapped`` the weights of another model, ``merged`` merges its adapter at the end, ``saved`` saves each step and begins from what is saved, ``killed`` does so and is killed in the third step.
+``swapped`` the weights of another model, ``counted`` has data and a loss that notice each use, ``merged`` merges its adapter at the end, ``saved`` saves each step and begins from what is saved, ``killed`` does so and is killed in the third step.
 """
 
 from __future__ import annotations
 
 import os
+import random
 import signal
 import sys
 from pathlib import Path
@@ -34,6 +35,22 @@ class Exact(Trainer):
         if "killed" in sys.argv and self.state.global_step == 2:
             os.kill(os.getpid(), signal.SIGKILL)
         return loss
+
+
+class Counting(Exact):
+    """Its loss prints, and its data draws random numbers: not to be asked once more than without memplan."""
+
+    def compute_loss(self, *args, **kwargs):
+        print("made a loss", flush=True)
+        return super().compute_loss(*args, **kwargs)
+
+
+class Drawn(Rows):
+    drawn = random.Random(0)
+
+    def __getitem__(self, index):
+        row = (torch.arange(24) * self.drawn.randrange(3, 9)) % 90 + 3
+        return {"input_ids": row, "labels": row}
 
 
 def main() -> None:
@@ -82,7 +99,8 @@ def main() -> None:
         save_strategy="steps" if saves else "no", save_steps=1,
         report_to=[], disable_tqdm=True, seed=7, eval_strategy="steps", eval_steps=2, logging_steps=100,
     )  # fmt: skip
-    trainer = Exact(model=model, args=args, train_dataset=Rows(), eval_dataset=Rows())
+    kind, rows = (Counting, Drawn()) if mode == "counted" else (Exact, Rows())
+    trainer = kind(model=model, args=args, train_dataset=rows, eval_dataset=Rows())
     trainer.train(resume_from_checkpoint=any(Path(out).glob("checkpoint-*")))
     print("eval", trainer.evaluate()["eval_loss"].hex())
     trainer.model.save_pretrained(out)

@@ -92,7 +92,7 @@ def exact(done):
 LONG = [pytest.param(mode, marks=pytest.mark.full) for mode in ("lora", "generate", "resized")]
 
 
-@pytest.mark.parametrize("mode", ["dora", "written", "reordered", "swapped", "merged", *LONG])
+@pytest.mark.parametrize("mode", ["dora", "written", "reordered", "swapped", "counted", "merged", *LONG])
 def test_the_same_as_without(checkpoint, hardware, tmp_path, mode):
     alone = whole(checkpoint, tmp_path / "whole", mode)
     assert alone.returncode == 0, alone.stderr[-3000:]
@@ -100,7 +100,7 @@ def test_the_same_as_without(checkpoint, hardware, tmp_path, mode):
     done = under(checkpoint, tmp_path / "run", hardware, mode, "2500KiB", "--report", report)
     assert done.returncode == 0, done.stderr[-3000:]
     assert exact(done) == exact(alone)
-    assert len(exact(done)) == (6 if mode == "generate" else 5)
+    assert len(exact(done)) == {"generate": 6, "counted": 15}.get(mode, 5)
     assert adapter(tmp_path / "run") == adapter(tmp_path / "whole")
     assert "streamed from" in done.stderr
     assert "measured" in report.read_text()
