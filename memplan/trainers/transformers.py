@@ -305,6 +305,8 @@ def not_served(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[str]:
     )
     if kwargs.get("trust_remote_code"):
         unknown.append("trust_remote_code")
+    if isinstance(kwargs.get("config"), (str, Path)) or isinstance(kwargs.get("dtype"), dict):
+        unknown.append("a path as config, or a dtype for each part")
     return ["positional arguments"] * bool(args) + unknown
 
 
@@ -314,7 +316,9 @@ def skeleton_of(cls: Any, folder: Path, kwargs: Mapping[str, Any]) -> Any:
 
     stored = read_checkpoint(folder)
     config = kwargs.get("config")
-    if config is None:
+    if config is not None:
+        config = copy.deepcopy(config)
+    else:
         wanted = {} if kwargs.get("use_cache") is None else {"use_cache": kwargs["use_cache"]}
         config = cls.config_class.from_pretrained(folder, **wanted)
     dtype = _dtype(kwargs.get("dtype") or kwargs.get("torch_dtype"), config, stored)
