@@ -28,6 +28,14 @@ OK, DOES_NOT_FIT, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
 _TIERS = ("device", "host", "disk")
 _FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 _COUNT = click.IntRange(min=1)
+_VRAM = click.option("--vram", metavar="SIZE", default="auto", show_default=True, help="Device memory, such as 6GiB.")
+_RAM = click.option("--ram", metavar="SIZE", help="Host memory, such as 24GiB.  [default: what is available]")
+_DISK = click.option(
+    "--disk", metavar="SIZE", help="Disk for packed blocks.  [default: the checkpoint's own files only]"
+)
+_HARDWARE = click.option(
+    "--hardware", metavar="NAME|FILE", default="auto", show_default=True, help="A profile, or this machine, measured."
+)
 _JSON = click.option("--json", "as_json", is_flag=True, help="Print one JSON object and nothing else.")
 
 
@@ -66,9 +74,9 @@ def group() -> None:
 
 @group.command(short_help="Say what fits, where each block goes, and the time of a step.")
 @click.argument("model")
-@click.option("--vram", metavar="SIZE", default="auto", show_default=True, help="Device memory, such as 6GiB.")
-@click.option("--ram", metavar="SIZE", help="Host memory, such as 24GiB.  [default: what is available]")
-@click.option("--disk", metavar="SIZE", help="Disk for packed blocks.  [default: the checkpoint's own files only]")
+@_VRAM
+@_RAM
+@_DISK
 @click.option("--batch", metavar="N", type=_COUNT, default=1, show_default=True, help="Sequences of a micro-batch.")
 @click.option("--seq", metavar="N", type=_COUNT, default=512, show_default=True, help="Tokens of a sequence.")
 @click.option("--accumulation", metavar="N", type=_COUNT, default=1, show_default=True, help="Micro-batches of a step.")
@@ -78,9 +86,7 @@ def group() -> None:
 @click.option("--attention", metavar="NAME", default="sdpa", show_default=True, help="Attention kernel.")
 @click.option("--autocast", type=click.Choice(["bf16", "fp16"]), help="Where the forward runs under autocast.")
 @click.option("--optimizer", metavar="NAME", default="adamw", show_default=True, help="Its state counts.")
-@click.option(
-    "--hardware", metavar="NAME|FILE", default="auto", show_default=True, help="A profile, or this machine, measured."
-)
+@_HARDWARE
 @click.option(
     "--activations", type=click.Choice(["keep", "recompute", "offload"]), help="Of every layer.  [default: chosen]"
 )
@@ -165,12 +171,10 @@ def report(plan: Path, record: Path | None, as_json: bool) -> int:
 @group.command(
     short_help="Train with a script as it is, under a plan.", context_settings={"allow_interspersed_args": False}
 )
-@click.option("--vram", metavar="SIZE", default="auto", show_default=True, help="Device memory, such as 8GiB.")
-@click.option("--ram", metavar="SIZE", help="Host memory, such as 24GiB.  [default: what is available]")
-@click.option("--disk", metavar="SIZE", help="Disk for packed blocks.  [default: the checkpoint's own files only]")
-@click.option(
-    "--hardware", metavar="NAME|FILE", default="auto", show_default=True, help="A profile, or this machine, measured."
-)
+@_VRAM
+@_RAM
+@_DISK
+@_HARDWARE
 @click.option("--plan", "plan_file", type=_FILE, help="A plan made before, in place of one made for the script.")
 @click.option("--report", "report_file", type=click.Path(dir_okay=False, path_type=Path), help="Write the report here.")
 @click.argument("command", nargs=-1, required=True, type=click.UNPROCESSED)

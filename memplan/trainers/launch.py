@@ -14,6 +14,7 @@ from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 VARIABLE = "MEMPLAN_RUN"
 STARTUP = Path(__file__).with_name("startup")
@@ -29,6 +30,10 @@ class Settings:
     hardware: str = "auto"
     plan: str | None = None
     report: str | None = None
+
+    def planning(self) -> dict[str, Any]:
+        """Return what of it :func:`memplan.plan` is to know."""
+        return {"vram": self.vram, "ram": self.ram, "disk": self.disk, "hardware": self.hardware}
 
 
 def environment(settings: Settings, given: Mapping[str, str]) -> dict[str, str]:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import sys
-import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.weak import WeakIdKeyDictionary
 
 from memplan import api
 from memplan.checkpoint import StoredTensor
@@ -25,11 +25,11 @@ from memplan.run.home import Checkpoint, Stored
 from memplan.skeleton import from_configuration, with_adapter
 from memplan.trainers.conversion import stored_for
 
-SOME_BYTES = 4096
+_SOME_BYTES = 4096
 """Enough to see that a weight was changed: what changes one changes all of it."""
 
-_CHECKPOINTS: weakref.WeakKeyDictionary[nn.Module, Checkpoint] = weakref.WeakKeyDictionary()
-"""What the placeholders of a model stand for."""
+_ORIGINS = WeakIdKeyDictionary()
+"""What of a checkpoint each parameter is that was made here, wherever in a model it is put afterwards."""
 
 
 def load(
@@ -92,27 +92,47 @@ def put_placeholders(model: nn.Module, folder: str | Path, device: torch.device)
 
     Raises CheckpointError where the checkpoint is not the model's; the model then is as it was.
     """
-    stored = stored_weights(model, folder)
     placeholders = Placeholders(device)
+    put_weights(model, folder, lambda reader, meta, stored: placeholders.of(tuple(meta.shape), meta.dtype))
+
+
+def put_weights(
+    model: nn.Module, folder: str | Path, data_of: Callable[[DiskReader, nn.Parameter, Stored], torch.Tensor]
+) -> None:
+    """Put what ``data_of`` gives in the place of each parameter on ``meta``, and read the buffers.
+
+    ``data_of``: from what reads the files, the parameter and what the checkpoint holds of it. Raises CheckpointError
+    where the checkpoint is not the model's; the model then is as it was.
+    """
+    stored = stored_for(model, folder)
     made: dict[int, nn.Parameter] = {}
     with contextlib.closing(DiskReader()) as reader:
+        for parameter, names in names_of(model):
+            held = _held(reader, stored, parameter, names, model, folder)
+            if parameter.device.type == "meta":
+                own = nn.Parameter(data_of(reader, parameter, held), requires_grad=parameter.requires_grad)
+                made[id(parameter)] = own
+                _ORIGINS[own] = held
         values = {name: read_stored(reader, stored[name]) for name, _ in model.named_buffers() if name in stored}
     for module in model.modules():
-        for name, parameter in module._parameters.items():
-            if parameter is not None and parameter.device.type == "meta":
-                if id(parameter) not in made:
-                    data = placeholders.of(tuple(parameter.shape), parameter.dtype)
-                    made[id(parameter)] = nn.Parameter(data, requires_grad=parameter.requires_grad)
-                module._parameters[name] = made[id(parameter)]
+        for name, before in module._parameters.items():
+            if before is not None:
+                module._parameters[name] = made.get(id(before), before)
     for name, buffer in model.named_buffers():
         if name in values:
             buffer.data = values[name].to(buffer.dtype)
-    come_from(model, stored)
+
+
+def origin_of(parameter: nn.Parameter) -> Stored | None:
+    """Return what of a checkpoint a parameter is; None for one that was not made here."""
+    found: Stored | None = _ORIGINS.get(parameter)
+    return found
 
 
 def checkpoint_of(model: nn.Module) -> Checkpoint | None:
-    """Return what the placeholders of a model stand for; None for one that was not loaded here."""
-    return next((_CHECKPOINTS[module] for module in model.modules() if module in _CHECKPOINTS), None)
+    """Return what of a checkpoint the parameters of a model are, by their names of now; None where none was made here."""
+    found = {name: origin for parameter, names in names_of(model) if (origin := origin_of(parameter)) for name in names}
+    return found or None
 
 
 def fill_trainables(model: nn.Module) -> None:
@@ -120,7 +140,7 @@ def fill_trainables(model: nn.Module) -> None:
 
     Raises ModelError where there are none for it, or where an adapter was made of weights that were not there.
     """
-    stored = {canonical(name): tensor for name, tensor in (checkpoint_of(model) or {}).items()}
+    stored = {stored_name(canonical(name)): tensor for name, tensor in (checkpoint_of(model) or {}).items()}
     with contextlib.closing(DiskReader()) as reader:
         for name, parameter in model.named_parameters():
             if not parameter.requires_grad:
@@ -186,7 +206,7 @@ def _readable(model: nn.Module) -> Iterator[None]:
         try:
             yield
             for parameter, _, raw, held in away:
-                some = min(SOME_BYTES, held.size_bytes)
+                some = min(_SOME_BYTES, held.size_bytes)
                 if parameter.data_ptr() != raw.data_ptr() or not torch.equal(
                     raw[:some], map_stored(reader, held, some)
                 ):
@@ -215,28 +235,40 @@ def names_of(model: nn.Module) -> list[tuple[nn.Parameter, list[str]]]:
     return list(names.values())
 
 
-def stored_weights(model: nn.Module, folder: str | Path) -> Checkpoint:
-    """Return what a folder holds of a model on ``meta``, by name. Raises CheckpointError where that is not all of it."""
-    stored = stored_for(model, folder)
-    for parameter, names in names_of(model):
-        held = [stored[name] for name in names if name in stored]
-        shape = tuple(parameter.shape)
-        if not held:
+def _held(
+    reader: DiskReader,
+    stored: Checkpoint,
+    parameter: nn.Parameter,
+    names: list[str],
+    model: nn.Module,
+    folder: str | Path,
+) -> Stored:
+    """Return what a checkpoint holds of a parameter. Raises CheckpointError where that is nothing, or not one thing."""
+    held = [stored[name] for name in names if name in stored]
+    shape = tuple(parameter.shape)
+    if not held:
+        raise CheckpointError(
+            f"{folder} holds no tensor {names[0]}, which {type(model).__name__} needs: give the checkpoint of this "
+            "model"
+        )
+    if held[0].shape != shape:
+        raise CheckpointError(
+            f"{held[0].path} holds {names[0]} with shape {held[0].shape}, its config.json says {shape}: the two do "
+            "not belong together"
+        )
+    for other in held[1:]:
+        if other != held[0] and not torch.equal(_bytes(reader, held[0]), _bytes(reader, other)):
             raise CheckpointError(
-                f"{folder} holds no tensor {names[0]}, which {type(model).__name__} needs: give the checkpoint of this "
-                "model"
+                f"{folder} holds different weights for {' and '.join(names)}, which its config.json says are tied: set "
+                "tie_word_embeddings to false there, if they are not"
             )
-        if held[0].shape != shape:
-            raise CheckpointError(
-                f"{held[0].path} holds {names[0]} with shape {held[0].shape}, its config.json says {shape}: the two do "
-                "not belong together"
-            )
-    return stored
+    return held[0]
 
 
-def come_from(model: nn.Module, stored: Checkpoint) -> None:
-    """Remember what the placeholders of a model stand for."""
-    _CHECKPOINTS[model] = stored
+def _bytes(reader: DiskReader, stored: Stored) -> torch.Tensor:
+    if isinstance(stored, StoredTensor):
+        return map_stored(reader, stored, stored.size_bytes)
+    return read_stored(reader, stored).contiguous().view(torch.uint8)
 
 
 def read_stored(reader: DiskReader, stored: Stored) -> torch.Tensor:

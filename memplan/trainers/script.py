@@ -27,7 +27,15 @@ from memplan.run.handle import Handle, handle_of
 from memplan.trainers.launch import say, settings
 from memplan.trainers.loading import checkpoint_of
 from memplan.trainers.mapped import give_way, is_mapped, map_weights
-from memplan.trainers.transformers import loss_of, not_served, plan_for, skeleton_of, wrap
+from memplan.trainers.transformers import (
+    is_of_library,
+    loss_may_be_asked,
+    loss_of,
+    not_served,
+    plan_for,
+    skeleton_of,
+    wrap,
+)
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -131,17 +139,13 @@ def _place_for_loop(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, A
     if why is None:
         from accelerate.state import GradientState
 
-        given = settings()
         accumulation = int(GradientState().num_steps) if GradientState._shared_state else 1
 
         def planned() -> Plan:
             return api.plan(
                 model,
                 kwargs or args,
-                vram=given.vram,
-                ram=given.ram,
-                disk=given.disk,
-                hardware=given.hardware,
+                **settings().planning(),
                 accumulation=accumulation,
                 loss=loss_of,
             )
@@ -192,8 +196,7 @@ def _place(trainer: Trainer) -> None:
         return  # placed at its first call, as for a loop
     _disarm(model)
     if why is None:
-        given = settings()
-        options = {"vram": given.vram, "ram": given.ram, "disk": given.disk, "hardware": given.hardware}
+        options = settings().planning()
         why = _served(model, lambda: plan_for(trainer, **options), lambda plan: wrap(trainer, plan=plan))
     if why is not None:
         say(f"stands aside: {why}")
@@ -223,14 +226,10 @@ def _may_be_asked(trainer: Trainer) -> bool:
     A dataset, a collator or a loss of the script's own may count, print, or draw random numbers of its own.
     """
     dataset, collator = trainer.train_dataset, trainer.data_collator
-    of_libraries = [
-        type(trainer).compute_loss,
-        type(trainer).get_train_dataloader,
-        collator if inspect.isfunction(collator) else type(collator),
-    ]
     return (
-        all(one.__module__.partition(".")[0] in ("transformers", "trl") for one in of_libraries)
-        and trainer.compute_loss_func is None
+        loss_may_be_asked(trainer)
+        and is_of_library(type(trainer).get_train_dataloader)
+        and is_of_library(collator if inspect.isfunction(collator) else type(collator))
         and getattr(collator, "seed", None) is None
         and hasattr(getattr(dataset, "data", None), "column_names")
         and getattr(dataset, "format", {}).get("type") != "custom"

@@ -78,9 +78,9 @@ def wrap(
     """Put a plan to work on a trainer that exists. Return the same trainer, its handle as ``trainer.memplan``.
 
     ``batch``: the largest micro-batch that will come; without it that of the longest rows of a dataset of ``datasets``, or
-    else the first that the trainer's loader gives (its random state is put back). A micro-batch that runs out of device memory is done over under a smaller plan
-    (:meth:`memplan.Handle.micro_batch`). The plan is made under the autocast that ``bf16`` or ``fp16`` among the arguments
-    will have it run in. ``plan``: one made before. Budgets, ``hardware`` and ``pins`` as in :func:`memplan.plan`.
+    else the first that the trainer's loader gives (its random state is put back). A micro-batch that runs out of device
+    memory is done over under a smaller plan (:meth:`memplan.Handle.micro_batch`). The plan is made under the autocast
+    that ``bf16`` or ``fp16`` among the arguments will have it run in. ``plan``: one made before. Budgets, ``hardware`` and ``pins`` as in :func:`memplan.plan`.
 
     Raises what ``plan`` and ``attach`` raise; trainer and model then are as they were.
     """
@@ -254,9 +254,7 @@ def _first_call(trainer: Trainer) -> Mapping[str, Any]:
 
 def _call_of_loss(trainer: Trainer, batch: Mapping[str, Any]) -> Mapping[str, Any] | None:
     """Return the keywords that the trainer's loss first calls the model with, or None where that cannot be seen."""
-    from transformers import Trainer
-
-    if type(trainer)._prepare_inputs is not Trainer._prepare_inputs:  # may generate: not to be done twice
+    if not loss_may_be_asked(trainer):
         return None
     seen: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
 
@@ -273,6 +271,22 @@ def _call_of_loss(trainer: Trainer, batch: Mapping[str, Any]) -> Mapping[str, An
     finally:
         undo()
     return seen[0][1] if seen and not seen[0][0] else None
+
+
+def loss_may_be_asked(trainer: Trainer) -> bool:
+    """Whether a trainer's loss is its library's, which nobody notices the use of: one of a script's own may count or print."""
+    from transformers import Trainer
+
+    return (
+        is_of_library(type(trainer).compute_loss)
+        and trainer.compute_loss_func is None
+        and type(trainer)._prepare_inputs is Trainer._prepare_inputs  # others may generate in it
+    )
+
+
+def is_of_library(what: Any) -> bool:
+    """Whether a class or function is of transformers or TRL."""
+    return what.__module__.partition(".")[0] in ("transformers", "trl")
 
 
 def loss_of(output: Any) -> torch.Tensor:

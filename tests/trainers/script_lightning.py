@@ -9,14 +9,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
-
-class Rows(torch.utils.data.Dataset):
-    def __len__(self):
-        return 12
-
-    def __getitem__(self, index):
-        row = (torch.arange(24) * (index + 3)) % 90 + 3
-        return {"input_ids": row, "labels": row}
+from tests.trainers.script import Rows
 
 
 class Adapted(lightning.LightningModule):

@@ -13,12 +13,12 @@ from pathlib import Path
 
 import msgspec
 import pytest
-import torch
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaForCausalLM
 
 from memplan.trainers.launch import STARTUP, VARIABLE
+from tests.trainers.small import save_small_llama
 from tests.training import CPU
 
 ROOT = Path(__file__).parents[2]
@@ -29,15 +29,7 @@ SCRIPT = Path(__file__).with_name("script.py")
 def checkpoint(tmp_path_factory):
     """Several shards whose tensors lie at multiples of 64 bytes, as they do in RAM: alignment changes bits."""
     folder = tmp_path_factory.mktemp("model")
-    torch.manual_seed(5)
-    config = LlamaConfig(
-        hidden_size=64, intermediate_size=176, num_hidden_layers=6, num_attention_heads=4, num_key_value_heads=2,
-        vocab_size=96, max_position_embeddings=64, dtype="float32", use_cache=False, tie_word_embeddings=False,
-        pad_token_id=0, bos_token_id=1, eos_token_id=2,
-    )  # fmt: skip
-    LlamaForCausalLM(config).save_pretrained(folder, max_shard_size="400KB")
-    shards = list(folder.glob("*.safetensors"))
-    assert len(shards) > 2
+    shards = save_small_llama(folder)
     for shard in shards:
         raw = shard.read_bytes()
         (size,) = struct.unpack("<Q", raw[:8])

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 from accelerate.utils import DynamoBackend
 from peft import LoraConfig, PeftModel, get_peft_model
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
+from transformers import AutoModelForCausalLM, LlamaForCausalLM, Trainer, TrainingArguments
 
 import memplan
 from memplan.errors import CheckpointError, DoesNotFitError, InputError
 from memplan.run.arena import is_placeholder
 from memplan.run.handle import handle_of
 from memplan.units import MIB
+from tests.trainers.small import save_small_llama
 from tests.training import CPU
 
 ROWS, LENGTH = 12, 24
@@ -41,14 +44,7 @@ class Exact(Trainer):
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
     folder = tmp_path_factory.mktemp("model")
-    torch.manual_seed(5)
-    config = LlamaConfig(
-        hidden_size=64, intermediate_size=176, num_hidden_layers=6, num_attention_heads=4, num_key_value_heads=2,
-        vocab_size=96, max_position_embeddings=64, dtype="float32", use_cache=False, tie_word_embeddings=False,
-        pad_token_id=0, bos_token_id=1, eos_token_id=2,
-    )  # fmt: skip
-    LlamaForCausalLM(config).save_pretrained(folder, max_shard_size="400KB")
-    assert len(list(folder.glob("*.safetensors"))) > 2
+    save_small_llama(folder)
     return folder
 
 
@@ -140,6 +136,42 @@ def test_placed_from_the_disk_alone(checkpoint, tmp_path):
     assert [item.home for item in plan.items].count("disk") == 6
     assert plan.budgets.disk_bytes is None
     assert finish(trainer, tmp_path / "placed") == whole
+
+
+def test_layers_that_are_put_elsewhere_keep_their_weights(checkpoint, tmp_path, monkeypatch):
+    """A placeholder stands for what it was made for, not for what now has its name."""
+    load = AutoModelForCausalLM.from_pretrained
+
+    def reordered(folder):
+        model = load(folder)
+        model.model.layers = torch.nn.ModuleList(model.model.layers[index] for index in (0, 2, 1, 3, 5, 4))
+        return model
+
+    plain = finish(build(checkpoint, tmp_path / "plain"), tmp_path / "plain")
+    vram = budget(checkpoint, tmp_path / "budget")
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", reordered)
+    whole = finish(build(checkpoint, tmp_path / "whole"), tmp_path / "whole")
+    assert whole != plain
+    with memplan.placing(vram=vram, ram="1GiB", hardware=CPU, checked=True):
+        trainer = build(checkpoint, tmp_path / "placed")
+    assert finish(trainer, tmp_path / "placed") == whole
+
+
+@pytest.mark.parametrize("same", [True, False])
+def test_weights_that_are_stored_twice_though_tied(checkpoint, tmp_path, same):
+    """Equal ones are one; of different ones none is taken for the other."""
+    model = LlamaForCausalLM.from_pretrained(checkpoint)
+    if same:
+        model.lm_head.weight.data = model.model.embed_tokens.weight.data.clone()
+    model.save_pretrained(tmp_path / "model")
+    config = json.loads((tmp_path / "model" / "config.json").read_text())
+    (tmp_path / "model" / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": True}))
+    with memplan.placing(vram="1GiB", ram="1GiB", hardware=CPU):
+        if same:
+            assert is_placeholder(LlamaForCausalLM.from_pretrained(tmp_path / "model").lm_head.weight)
+        else:
+            with pytest.raises(CheckpointError, match="different weights for"):
+                LlamaForCausalLM.from_pretrained(tmp_path / "model")
 
 
 def test_the_adapter_loads_in_stock_peft(checkpoint, tmp_path):
