@@ -1,42 +1,64 @@
-"""LoRA with transformers' Trainer on a model that need not fit: python transformers_trainer.py MODEL_FOLDER VRAM RAM OUT
+"""LoRA with transformers' Trainer on lines of {"text": ...}: python transformers_trainer.py MODEL DATA.jsonl OUT [--vram 10GiB]
 
-Three lines differ from a script without memplan: the import, and the ``with`` around loading and building.
+Three lines differ from a script without memplan: the import, the ``with`` and the report. ``memplan run`` needs none of them.
 """
 
 from __future__ import annotations
 
-import sys
+import argparse
+from contextlib import nullcontext
 
 import torch
+from datasets import load_dataset
 from peft import LoraConfig, get_peft_model
-from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    DataCollatorForLanguageModeling,
+    Trainer,
+    TrainingArguments,
+)
 
 import memplan
 
 
-class Counting(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
-    """Sequences that count upward: something a model can learn."""
-
-    def __len__(self) -> int:
-        return 64
-
-    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
-        row = (torch.arange(32) + index) % 90 + 3
-        return {"input_ids": row, "labels": row}
-
-
 def main() -> None:
-    folder, vram, ram, out = sys.argv[1:]
-    args = TrainingArguments(
-        output_dir=out, max_steps=4, per_device_train_batch_size=2, learning_rate=1e-3, report_to=[], save_strategy="no"
+    given = argparse.ArgumentParser(description=__doc__)
+    for name in ("model", "data", "out"):
+        given.add_argument(name)
+    given.add_argument("--vram", help="budget of the device, as 10GiB; without it memplan is not used")
+    given.add_argument("--ram", help="budget of RAM")
+    given.add_argument("--steps", type=int, default=20)
+    args = given.parse_args()
+
+    tokenizer = AutoTokenizer.from_pretrained(args.model)
+    rows = load_dataset("json", data_files=args.data, split="train")
+    rows = rows.map(lambda row: tokenizer(row["text"], truncation=True, max_length=32), remove_columns=["text"])
+    config = TrainingArguments(
+        output_dir=args.out,
+        max_steps=args.steps,
+        per_device_train_batch_size=2,
+        gradient_accumulation_steps=2,
+        learning_rate=1e-3,
+        bf16=torch.cuda.is_available() and torch.cuda.is_bf16_supported(),
+        report_to=[],
+        save_strategy="no",
+        logging_steps=5,
     )
-    with memplan.placing(vram=vram, ram=ram):
-        model = AutoModelForCausalLM.from_pretrained(folder)
-        model = get_peft_model(model, LoraConfig(r=8, target_modules="all-linear"))
-        trainer = Trainer(model=model, args=args, train_dataset=Counting())
+    torch.manual_seed(0)
+    with memplan.placing(vram=args.vram, ram=args.ram) if args.vram else nullcontext():
+        model = AutoModelForCausalLM.from_pretrained(args.model)
+        model = get_peft_model(model, LoraConfig(r=8, lora_dropout=0.05, target_modules="all-linear"))
+        trainer = Trainer(
+            model=model,
+            args=config,
+            train_dataset=rows,
+            data_collator=DataCollatorForLanguageModeling(tokenizer, mlm=False),
+        )
     trainer.train()
-    model.save_pretrained(out)
-    memplan.report(trainer.memplan.plan, trainer.memplan.record)
+    model.save_pretrained(args.out)
+    if args.vram:
+        memplan.report(trainer.memplan.plan, trainer.memplan.record)
 
 
 if __name__ == "__main__":

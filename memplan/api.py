@@ -42,6 +42,7 @@ def plan(
     pins: Mapping[str, str] | None = None,
     activations: str | Mapping[str, str] | None = None,
     loss: Callable[[Any], Any] | None = None,
+    checkpoint: str | Path | None = None,
 ) -> Plan:
     """Say where each frozen block lives and when it moves, before any weight is loaded.
 
@@ -56,6 +57,7 @@ def plan(
     ``hardware``: ``"auto"`` (measured once, then cached), a shipped profile's name, or a profile's file.
     ``pins``: tier by block name. ``activations``: ``"keep"``, ``"recompute"`` or ``"offload"`` (to RAM, until backward)
     for every layer, or by layer name; None: kept or recomputed, as is fastest. ``loss``: from the model's output to a scalar, where the output holds none.
+    ``checkpoint``: folder of safetensors that blocks may be read from (default: where the model says it came from).
 
     Raises DoesNotFitError (with the least vram that would), InputError and its children. The model is unchanged.
     """
@@ -87,7 +89,7 @@ def plan(
     )
     table = cost_table(graph, profile)
     vram_bytes, ram_bytes, disk_bytes = budgets_given["vram"], budgets_given["ram"], budgets_given["disk"]
-    if disk_bytes is None and not has_checkpoint(prepared.folder):
+    if disk_bytes is None and not has_checkpoint(checkpoint or prepared.folder):
         disk_bytes = 0
     budgets = Budgets(
         vram_bytes=hardware_profiles.auto_vram_bytes(profile) if vram_bytes is None else vram_bytes,

@@ -31,6 +31,10 @@ DTYPES = {
 }
 
 
+_STEMS = ("model", "diffusion_pytorch_model")
+"""What transformers and diffusers name their files by."""
+
+
 class StoredTensor(Struct, frozen=True, kw_only=True):
     """One tensor of a checkpoint and where its bytes lie."""
 
@@ -43,13 +47,15 @@ class StoredTensor(Struct, frozen=True, kw_only=True):
 
 
 def read_checkpoint(folder: str | Path) -> dict[str, StoredTensor]:
-    """Return every tensor of the folder's ``model.safetensors`` or sharded index, by name.
+    """Return every tensor of the folder's ``model.safetensors`` or sharded index (or diffusers' own names), by name.
 
     Raises CheckpointError for a missing, truncated or inconsistent file, and for an index that leads out of its folder.
     """
     folder = Path(folder)
-    index, single = folder / "model.safetensors.index.json", folder / "model.safetensors"
-    if index.is_file():
+    index, single = next(
+        (files for files in _weight_files(folder) if any(file.is_file() for file in files)), (None, None)
+    )
+    if index is not None and index.is_file():
         try:
             weight_map: dict[str, str] = json.loads(index.read_bytes())["weight_map"]
             shards = sorted(set(weight_map.values()))
@@ -65,7 +71,7 @@ def read_checkpoint(folder: str | Path) -> dict[str, StoredTensor]:
                 f"{index} promises the tensor {missing[0]}, which no shard holds: fetch the files again"
             )
         return tensors
-    if single.is_file():
+    if single is not None:
         return read_header(single)
     raise CheckpointError(
         f"{folder} holds neither model.safetensors nor its index: give a folder with safetensors weights"
@@ -76,8 +82,12 @@ def has_checkpoint(folder: str | Path | None) -> bool:
     """Whether the folder holds safetensors weights under their usual names."""
     if not folder:
         return False
-    folder = Path(folder)
-    return (folder / "model.safetensors.index.json").is_file() or (folder / "model.safetensors").is_file()
+    return any(file.is_file() for files in _weight_files(Path(folder)) for file in files)
+
+
+def _weight_files(folder: Path) -> list[tuple[Path, Path]]:
+    """Return the index and the single file that a checkpoint may have, under each usual name."""
+    return [(folder / f"{stem}.safetensors.index.json", folder / f"{stem}.safetensors") for stem in _STEMS]
 
 
 def read_header(path: Path) -> dict[str, StoredTensor]:

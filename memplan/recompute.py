@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -11,25 +12,47 @@ from torch.utils.checkpoint import checkpoint
 
 from memplan.compiled import call_of, replace_call
 
-_CACHE_NAMES = ("past_key_values", "past_key_value", "layer_past")
-
 
 def wrap(module: nn.Module) -> Callable[[], None]:
     """Checkpoint ``module``'s forward (non-reentrant, random state kept) inside its hooks; return what undoes it.
 
-    A key-value cache handed in is dropped while gradients are on: the recompute would write to it twice. Training
-    does not read it.
+    [Note: caches] A key-value cache handed in is written to by the forward, as ever. The recompute is given one that is
+    as that was before: it may hold what came before (a trained prefix), and what is taken from a cache lies otherwise
+    in memory, which changes bits.
     """
     original = call_of(module)
+    numbers = (getattr(part, "layer_idx", None) for part in module.modules())
+    layers = sorted({number for number in numbers if isinstance(number, int)})
 
     def forward(*args: Any, **kwargs: Any) -> Any:
         if not torch.is_grad_enabled():
             return original(*args, **kwargs)
-        args = tuple(None if _is_cache(value) else value for value in args)
-        kwargs = {name: None if _is_cache(value) else value for name, value in kwargs.items()}
-        if any(name in kwargs for name in _CACHE_NAMES) and kwargs.get("use_cache"):
-            kwargs["use_cache"] = False
-        return checkpoint(original, *args, use_reentrant=False, **kwargs)
+        now: dict[int, Any] = {}
+        """The caches themselves, by the id of what stands for them: held no longer than the forward."""
+
+        def keep(value: Any) -> Any:
+            if not _is_cache(value):
+                return value
+            before = _as_it_is(value, layers)
+            now[id(before)] = value
+            return before
+
+        args, kwargs = tuple(map(keep, args)), {name: keep(value) for name, value in kwargs.items()}
+        if not now:
+            return checkpoint(original, *args, use_reentrant=False, **kwargs)
+
+        def run(*args: Any, **kwargs: Any) -> Any:
+            given = dict(now)
+            now.clear()
+
+            def cache_of(value: Any) -> Any:
+                if id(value) in given:
+                    return given[id(value)]
+                return _as_it_is(value, layers) if _is_cache(value) else value
+
+            return original(*map(cache_of, args), **{name: cache_of(value) for name, value in kwargs.items()})
+
+        return checkpoint(run, *args, use_reentrant=False, **kwargs)
 
     return replace_call(module, forward)
 
@@ -84,6 +107,23 @@ def without_graph(tensor: torch.Tensor) -> torch.Tensor:
     returned: kept as it is, it would never go where there is no backward.
     """
     return tensor if tensor.grad_fn is None else tensor.detach()
+
+
+def _as_it_is(cache: Any, layers: list[int]) -> Any:
+    """Return a copy of a cache that may be written to for these layers (none: for all). The tensors in it are its own."""
+    made = copy.copy(cache)
+    for name, held in vars(made).items():
+        if _is_cache(held):
+            setattr(made, name, _as_it_is(held, layers))
+        elif isinstance(held, dict):
+            setattr(made, name, dict(held))
+        elif isinstance(held, list):
+            own = list(held)
+            for index in layers or range(len(own)):
+                if index < len(own) and not isinstance(own[index], torch.Tensor):
+                    own[index] = copy.copy(own[index])
+            setattr(made, name, own)
+    return made
 
 
 def _is_cache(value: object) -> bool:

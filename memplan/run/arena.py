@@ -129,10 +129,16 @@ class Placeholders:
             if element is None:
                 element = torch.empty(1, dtype=dtype, device=self._device)
                 element.view(torch.uint8).fill_(_POISON)
-                self._elements[dtype] = element
+                self._elements[dtype] = _ELEMENTS[element.data_ptr()] = element
             return element.expand(shape) if shape else element[0]
 
 
+_ELEMENTS: dict[int, torch.Tensor] = {}
+"""The element of every placeholder by its address, kept: of a weight of one element nothing else tells."""
+
+
 def is_placeholder(parameter: nn.Parameter | torch.Tensor) -> bool:
-    """Whether a tensor is one element expanded over several."""
-    return parameter.numel() > 1 and all(stride == 0 for stride in parameter.stride())
+    """Whether a tensor is one element expanded over several, or the one of a placeholder."""
+    if any(stride for stride, size in zip(parameter.stride(), parameter.shape, strict=True) if size > 1):
+        return False
+    return parameter.numel() > 1 or (parameter.numel() == 1 and parameter.data_ptr() in _ELEMENTS)

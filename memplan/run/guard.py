@@ -7,7 +7,7 @@ through, the rest is refused before it begins. A ``state_dict`` reads true weigh
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
@@ -131,17 +131,7 @@ class Guard:
 
     def _without_kept(self, act: Callable[[], object]) -> None:
         """Act on the module as though it had none of the managed weights."""
-        before = [(held, dict(held)) for held in (self._module._parameters, self._module._buffers)]
-        for held, _ in before:
-            for name in self._hidden:
-                held.pop(name, None)
-        try:
-            act()
-        finally:
-            for held, everything in before:
-                left = dict(held)
-                held.clear()
-                held.update({name: left.get(name, tensor) for name, tensor in everything.items()})  # type: ignore[misc]
+        without(self._module, self._hidden, act)
 
     def remove(self) -> None:
         """Step aside."""
@@ -152,6 +142,22 @@ class Guard:
         self._stands_before = {}
         self._kept = {}
         self._own = ()
+
+
+def without(module: nn.Module, names: Iterable[str], act: Callable[[], object]) -> None:
+    """Act on a module as though it had none of the parameters and buffers of these names."""
+    hidden = set(names)
+    before = [(held, dict(held)) for held in (module._parameters, module._buffers)]
+    for held, _ in before:
+        for name in hidden:
+            held.pop(name, None)
+    try:
+        act()
+    finally:
+        for held, everything in before:
+            left = dict(held)
+            held.clear()
+            held.update({name: left.get(name, tensor) for name, tensor in everything.items()})  # type: ignore[misc]
 
 
 def guard_of(module: nn.Module) -> Guard | None:

@@ -63,14 +63,30 @@ def install() -> None:
             "transformers.modeling_utils": _models,
             "transformers.trainer": _trainer,
             "peft.peft_model": _adapters,
+            "diffusers.models.modeling_utils": _diffusers,
         }
         sys.meta_path.insert(0, _Finder(after))
+
+
+def lightning_callbacks() -> list[Any]:
+    """Return what Lightning is to add to each Trainer's callbacks: nothing but under ``memplan run``."""
+    if VARIABLE not in os.environ:
+        return []
+    from memplan.trainers.lightning import PlacementAtFirstCall
+
+    return [PlacementAtFirstCall()]
 
 
 def _models(module: ModuleType) -> None:
     from memplan.trainers.script import serve_models
 
     serve_models(module.PreTrainedModel)
+
+
+def _diffusers(module: ModuleType) -> None:
+    from memplan.trainers.script import serve_diffusers
+
+    serve_diffusers(module.ModelMixin)
 
 
 def _trainer(module: ModuleType) -> None:

@@ -47,6 +47,12 @@ def is_mapped(model: nn.Module) -> bool:
     return any(origin_of(parameter) is not None for parameter in model.parameters())
 
 
+def folder_of(model: nn.Module) -> Path | None:
+    """Return the folder that a mapped model's weights are in."""
+    origins = (origin_of(parameter) for parameter in model.parameters())
+    return next((Path(origin.path).parent for origin in origins if origin is not None), None)
+
+
 def give_way(model: nn.Module, device: torch.device) -> Callable[[], None]:
     """Put placeholders on ``device`` for the frozen weights that are still the files' own bytes; return what undoes it.
 

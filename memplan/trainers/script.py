@@ -10,7 +10,6 @@ import functools
 import inspect
 import os
 import sys
-import types
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,44 +18,34 @@ import torch
 from torch import nn
 
 from memplan import api
-from memplan.checkpoint import has_checkpoint
-from memplan.errors import CheckpointError, DoesNotFitError, InputError, MemplanError, ModelError
+from memplan.errors import DoesNotFitError, MemplanError
 from memplan.program.schema import Plan
 from memplan.run.guard import MERGES
 from memplan.run.handle import Handle, handle_of
 from memplan.trainers.launch import say, settings
 from memplan.trainers.loading import checkpoint_of
-from memplan.trainers.mapped import give_way, is_mapped, map_weights
-from memplan.trainers.transformers import (
-    is_of_library,
-    loss_may_be_asked,
-    loss_of,
-    not_served,
-    plan_for,
-    skeleton_of,
-    wrap,
-)
+from memplan.trainers.mapped import folder_of, give_way, is_mapped
+from memplan.trainers.mapping import map_loaded, of_diffusers, of_transformers
+from memplan.trainers.transformers import is_of_library, loss_may_be_asked, loss_of, plan_for, wrap
+from memplan.trainers.waiting import asked_device, forget, move, wait, waits
 
 if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PreTrainedModel, Trainer
 
 _ENTRIES = ("train", "evaluate", "predict")
-_ANY_PLACE = ("auto", {"": "auto"})
 _LAST: list[Handle] = []
 """The handle of the model that was last placed for a loop of the script's own, to tell of it at the end."""
-_DISTRIBUTED = ("ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_FSDP")
 
 
 def serve_models(kind: type[PreTrainedModel]) -> None:
-    """Have ``from_pretrained`` map the weights that it can."""
-    original = kind.__dict__["from_pretrained"]
+    """Have transformers' ``from_pretrained`` map the weights that it can."""
+    map_loaded(kind, of_transformers, _wait)
 
-    @functools.wraps(original.__func__)
-    def from_pretrained(cls: type[PreTrainedModel], name: Any, *args: Any, **kwargs: Any) -> Any:
-        return _mapped(cls, name, args, kwargs) or original.__get__(None, cls)(name, *args, **kwargs)
 
-    setattr(kind, "from_pretrained", classmethod(from_pretrained))  # noqa: B010
+def serve_diffusers(kind: Any) -> None:
+    """Have diffusers' ``from_pretrained`` map the weights that it can."""
+    map_loaded(kind, of_diffusers, _wait)
 
 
 def serve_adapters(kind: type[PeftModel]) -> None:
@@ -66,7 +55,7 @@ def serve_adapters(kind: type[PeftModel]) -> None:
     @functools.wraps(original)
     def init(model: PeftModel, *args: Any, **kwargs: Any) -> None:
         original(model, *args, **kwargs)
-        _arm(model)
+        _wait(model)
 
     setattr(kind, "__init__", init)  # noqa: B010
 
@@ -85,50 +74,14 @@ def serve_trainer(kind: type[Trainer]) -> None:
     setattr(kind, "_move_model_to_device", _move_model_to_device)  # noqa: B010
 
 
-def _mapped(cls: type[PreTrainedModel], name: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Return the model with its weights mapped, or None where the script had better load it as ever."""
-    if any(os.environ.get(variable, "").lower() in ("1", "true") for variable in _DISTRIBUTED):
-        return None
-    given = {key: value for key, value in kwargs.items() if key != "device_map" or value not in _ANY_PLACE}
-    if not isinstance(name, (str, Path)) or not has_checkpoint(name) or not_served(args, given):
-        return None
-    if (Path(name) / "adapter_config.json").is_file() or "_adapter_model_path" in (kwargs.get("adapter_kwargs") or {}):
-        return None  # transformers then adds the adapter itself
-    if kwargs.get("use_safetensors") is False:
-        return None
-    try:
-        model = skeleton_of(cls, Path(name), given)
-        if getattr(model.config, "quantization_config", None) is not None:
-            return None
-        map_weights(model, name)
-    except (CheckpointError, InputError, ModelError) as error:
-        say(f"{name} is loaded whole: {error}")
-        return None
-    _arm(model)
-    return model
+def serve_model(model: nn.Module) -> None:
+    """Have a model placed when it is first called to be trained, where that has not happened by then."""
+    wait(model, _place_for_loop)
 
 
-def _arm(model: nn.Module) -> None:
-    """Have a mapped model placed when it is first called to be trained, where no trainer has done so by then."""
-    armed = [module for module in model.modules() if "_call_impl" in module.__dict__]
-    for module in armed:
-        del module.__dict__["_call_impl"]
-    if armed or is_mapped(model):
-        # A bound method: a deep copy of the model has its own.
-        model.__dict__["_call_impl"] = types.MethodType(_first_call, model)
-
-
-def _disarm(model: nn.Module) -> None:
-    for module in model.modules():
-        module.__dict__.pop("_call_impl", None)
-
-
-def _first_call(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
-    """Stand for ``_call_impl``, which a module's call comes to before its hooks are looked at."""
-    if model.training and torch.is_grad_enabled():
-        _disarm(model)
-        _place_for_loop(model, args, kwargs)
-    return nn.Module._call_impl(model, *args, **kwargs)
+def _wait(model: nn.Module) -> None:
+    if waits(model) or is_mapped(model):
+        serve_model(model)
 
 
 def _place_for_loop(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -148,6 +101,7 @@ def _place_for_loop(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, A
                 **settings().planning(),
                 accumulation=accumulation,
                 loss=loss_of,
+                checkpoint=folder_of(model),
             )
 
         def attach(plan: Plan) -> None:
@@ -158,6 +112,7 @@ def _place_for_loop(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, A
 
         why = _served(model, planned, attach)
     if why is not None:
+        move(model)
         say(f"stands aside: {why}")
 
 
@@ -182,8 +137,7 @@ def _placed_first(original: Callable[..., Any]) -> Callable[..., Any]:
 
 def _waits(trainer: Trainer, model: nn.Module) -> bool:
     """Whether a model is not to be moved, because it is still to be placed."""
-    armed = any("_call_impl" in module.__dict__ for module in model.modules())
-    return is_mapped(model) and (armed or not trainer.__dict__.get("_memplan_seen"))
+    return is_mapped(model) and (waits(model) or not trainer.__dict__.get("_memplan_seen"))
 
 
 def _place(trainer: Trainer) -> None:
@@ -194,7 +148,7 @@ def _place(trainer: Trainer) -> None:
     why = _why_not(trainer, model)
     if why is None and is_mapped(model) and not _may_be_asked(trainer):
         return  # placed at its first call, as for a loop
-    _disarm(model)
+    forget(model)
     if why is None:
         options = settings().planning()
         why = _served(model, lambda: plan_for(trainer, **options), lambda plan: wrap(trainer, plan=plan))
@@ -261,11 +215,14 @@ def _served(model: nn.Module, planned: Callable[[], Plan], attach: Callable[[Pla
             return f"the model cannot be planned for ({type(error).__name__}: {error})"
         if all(residence.begins == "always" for residence in plan.residences):
             return "the whole model fits"
+        asked = asked_device(model)
         undo = give_way(model, torch.device(plan.table.device))
         try:
+            move(model)
             attach(plan)
         except BaseException:
             undo()
+            move(model, asked)
             raise
         _let_merge(model, undo)
     except DoesNotFitError:
@@ -285,6 +242,7 @@ def _let_merge(model: nn.Module, give_back: Callable[[], None]) -> None:
             if handle is not None:
                 handle.detach()
                 give_back()
+                model.to("cpu")  # where the weights are mapped
                 say("the adapter is merged: from here on the model is whole")
             return getattr(module, name)(*args, **kwargs)
 

@@ -324,8 +324,11 @@ def not_served(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[str]:
     return ["positional arguments"] * bool(args) + unknown
 
 
-def skeleton_of(cls: Any, folder: Path, kwargs: Mapping[str, Any]) -> Any:
-    """Return the model that ``from_pretrained`` would, with its parameters on ``meta``, in evaluation mode."""
+def skeleton_of(cls: Any, folder: Path, kwargs: Mapping[str, Any], *, name: str | None = None) -> Any:
+    """Return the model that ``from_pretrained`` would, with its parameters on ``meta``, in evaluation mode.
+
+    ``name``: what it says it came from (default: the folder).
+    """
     from accelerate import init_empty_weights
 
     stored = read_checkpoint(folder)
@@ -341,7 +344,7 @@ def skeleton_of(cls: Any, folder: Path, kwargs: Mapping[str, Any]) -> Any:
         model = cls._from_config(config, dtype=dtype, **more)
     keep_in_float32(model, dtype)
     model.tie_weights()
-    model.config._name_or_path = str(folder)
+    model.config._name_or_path = name or str(folder)
     if model.can_generate() and (folder / "generation_config.json").is_file():
         from transformers import GenerationConfig
 

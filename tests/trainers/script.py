@@ -1,4 +1,4 @@
-"""A script that knows nothing of memplan: ``python script.py FOLDER OUT [MODE]``. Prints its losses to the last bit.
+"""A script that knows nothing of memplan: ``python script.py FOLDER OUT [MODE]``.
 
 MODE: ``lora`` (default), ``dora`` begins from the weights, ``resized`` has a new token, ``full`` trains all, ``hooks``
 has accelerate place a layer, ``generate`` asks the model before it is trained, ``never`` trains nothing, ``fail`` raises;
@@ -28,16 +28,15 @@ class Rows(torch.utils.data.Dataset):
         return {"input_ids": row, "labels": row}
 
 
-class Exact(Trainer):
+class Killed(Trainer):
     def training_step(self, *args, **kwargs):
         loss = super().training_step(*args, **kwargs)
-        print("loss", loss.item().hex(), flush=True)
-        if "killed" in sys.argv and self.state.global_step == 2:
+        if self.state.global_step == 2:
             os.kill(os.getpid(), signal.SIGKILL)
         return loss
 
 
-class Counting(Exact):
+class Counting(Trainer):
     """Its loss prints, and its data draws random numbers: not to be asked once more than without memplan."""
 
     def compute_loss(self, *args, **kwargs):
@@ -99,7 +98,8 @@ def main() -> None:
         save_strategy="steps" if saves else "no", save_steps=1,
         report_to=[], disable_tqdm=True, seed=7, eval_strategy="steps", eval_steps=2, logging_steps=100,
     )  # fmt: skip
-    kind, rows = (Counting, Drawn()) if mode == "counted" else (Exact, Rows())
+    kind = {"counted": Counting, "killed": Killed}.get(mode, Trainer)
+    rows = Drawn() if mode == "counted" else Rows()
     trainer = kind(model=model, args=args, train_dataset=rows, eval_dataset=Rows())
     trainer.train(resume_from_checkpoint=any(Path(out).glob("checkpoint-*")))
     print("eval", trainer.evaluate()["eval_loss"].hex())

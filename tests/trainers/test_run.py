@@ -6,70 +6,27 @@ import json
 import os
 import shutil
 import signal
-import struct
 import subprocess
 import sys
 from pathlib import Path
 
-import msgspec
 import pytest
 from peft import LoraConfig, get_peft_model
-from safetensors.torch import load_file, save_file
 from transformers import LlamaForCausalLM
 
 from memplan.trainers.launch import STARTUP, VARIABLE
-from tests.trainers.small import save_small_llama
-from tests.training import CPU
+from tests.trainers.forked import ROOT, clean
 
-ROOT = Path(__file__).parents[2]
 SCRIPT = Path(__file__).with_name("script.py")
 
 
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory):
-    """Several shards whose tensors lie at multiples of 64 bytes, as they do in RAM: alignment changes bits."""
-    folder = tmp_path_factory.mktemp("model")
-    shards = save_small_llama(folder)
-    for shard in shards:
-        raw = shard.read_bytes()
-        (size,) = struct.unpack("<Q", raw[:8])
-        padded = -(-(size + 8) // 64) * 64 - 8
-        shard.write_bytes(struct.pack("<Q", padded) + raw[8 : 8 + size].ljust(padded) + raw[8 + size :])
-    # Another model, of which each weight begins with the same 4096 bytes.
-    (folder / "other").mkdir()
-    for file in folder.iterdir():
-        if file.suffix == ".json":
-            shutil.copy(file, folder / "other")
-    for shard in shards:
-        tensors = load_file(shard)
-        for tensor in tensors.values():
-            tensor.view(-1)[1024:] += 0.01
-        save_file(tensors, folder / "other" / shard.name, metadata={"format": "pt"})
-    return folder
-
-
-@pytest.fixture(scope="module")
-def hardware(tmp_path_factory):
-    file = tmp_path_factory.mktemp("profile") / "cpu.json"
-    file.write_bytes(msgspec.json.encode(CPU))
-    return file
-
-
-def clean(path: str = "") -> dict[str, str]:
-    return {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), path])), "OMP_NUM_THREADS": "1"}
-
-
-def whole(checkpoint, out, mode="lora"):
-    command = [sys.executable, SCRIPT, checkpoint, out, mode]
-    return subprocess.run(command, capture_output=True, text=True, env=clean(), timeout=200, check=False)
-
-
-def under(checkpoint, out, hardware, mode="lora", vram="2500KiB", *options, path=""):
-    command = [
+def command(checkpoint, out, hardware, vram, mode="lora", *options, path=""):
+    """The whole command, with its own start."""
+    given = [
         sys.executable, "-m", "memplan", "run", "--vram", vram, "--ram", "64MiB", "--hardware", hardware, *options,
         "--", sys.executable, SCRIPT, checkpoint, out, mode,
     ]  # fmt: skip
-    return subprocess.run(command, capture_output=True, text=True, env=clean(path), timeout=200, check=False)
+    return subprocess.run(given, capture_output=True, text=True, env=clean(path), timeout=200, check=False)
 
 
 def adapter(out):
@@ -81,17 +38,17 @@ def exact(done):
     return [line for line in done.stdout.splitlines() if line.startswith(("loss", "eval", "made", "sum"))]
 
 
-LONG = [pytest.param(mode, marks=pytest.mark.full) for mode in ("lora", "generate", "resized")]
+MODES = ["lora", "generate", "resized", "dora", "written", "reordered", "swapped", "counted", "merged"]
 
 
-@pytest.mark.parametrize("mode", ["dora", "written", "reordered", "swapped", "counted", "merged", *LONG])
-def test_the_same_as_without(checkpoint, hardware, tmp_path, mode):
-    alone = whole(checkpoint, tmp_path / "whole", mode)
-    assert alone.returncode == 0, alone.stderr[-3000:]
+@pytest.mark.parametrize("mode", MODES)
+def test_the_same_as_without(checkpoint, alone, under, tmp_path, mode):
+    whole = alone(SCRIPT, checkpoint, tmp_path / "whole", mode)
+    assert whole.returncode == 0, whole.stderr[-3000:]
     report = tmp_path / "report.txt"
-    done = under(checkpoint, tmp_path / "run", hardware, mode, "2500KiB", "--report", report)
+    done = under("2500KiB", SCRIPT, checkpoint, tmp_path / "run", mode, report=report)
     assert done.returncode == 0, done.stderr[-3000:]
-    assert exact(done) == exact(alone)
+    assert exact(done) == exact(whole)
     assert len(exact(done)) == {"generate": 6, "counted": 15}.get(mode, 5)
     assert adapter(tmp_path / "run") == adapter(tmp_path / "whole")
     assert "streamed from" in done.stderr
@@ -109,11 +66,11 @@ def test_the_same_as_without(checkpoint, hardware, tmp_path, mode):
         ("lora", "1GiB", "the whole model fits"),
     ],
 )
-def test_what_it_cannot_help_runs_as_without_it(checkpoint, hardware, tmp_path, mode, vram, why):
-    alone = whole(checkpoint, tmp_path / "whole", mode)
-    done = under(checkpoint, tmp_path / "run", hardware, mode, vram)
-    assert (done.returncode, alone.returncode) == (0, 0), done.stderr[-3000:]
-    assert exact(done) == exact(alone)
+def test_what_it_cannot_help_runs_as_without_it(checkpoint, alone, under, tmp_path, mode, vram, why):
+    whole = alone(SCRIPT, checkpoint, tmp_path / "whole", mode)
+    done = under(vram, SCRIPT, checkpoint, tmp_path / "run", mode)
+    assert (done.returncode, whole.returncode) == (0, 0), done.stderr[-3000:]
+    assert exact(done) == exact(whole)
     name = "model.safetensors" if mode == "full" else "adapter_model.safetensors"
     assert (tmp_path / "run" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
     told = [line for line in done.stderr.splitlines() if line.startswith("memplan:")]
@@ -122,40 +79,50 @@ def test_what_it_cannot_help_runs_as_without_it(checkpoint, hardware, tmp_path, 
 
 
 @pytest.mark.parametrize(("mode", "code"), [("never", 0), ("fail", 7)])
-def test_a_script_that_never_trains_is_left_alone(checkpoint, hardware, tmp_path, mode, code):
-    alone = whole(checkpoint, tmp_path, mode)
-    done = under(checkpoint, tmp_path, hardware, mode)
-    assert (done.returncode, alone.returncode) == (code, code)
-    assert done.stdout == alone.stdout
+def test_a_script_that_never_trains_is_left_alone(checkpoint, alone, under, tmp_path, mode, code):
+    whole = alone(SCRIPT, checkpoint, tmp_path, mode)
+    done = under("2500KiB", SCRIPT, checkpoint, tmp_path, mode)
+    assert (done.returncode, whole.returncode) == (code, code)
+    assert done.stdout == whole.stdout
     assert "memplan" not in done.stderr
 
 
-def test_an_adapters_folder_is_loaded_as_ever(checkpoint, hardware, tmp_path):
+def test_an_adapters_folder_is_loaded_as_ever(checkpoint, alone, under, tmp_path):
     model = get_peft_model(
         LlamaForCausalLM.from_pretrained(checkpoint),
         LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False),
     )
     model.save_pretrained(tmp_path / "adapter")
-    alone = whole(tmp_path / "adapter", tmp_path, "adapter")
-    done = under(tmp_path / "adapter", tmp_path, hardware, "adapter")
-    assert (done.returncode, alone.returncode) == (0, 0), done.stderr[-2000:]
-    assert exact(done) == exact(alone)
+    whole = alone(SCRIPT, tmp_path / "adapter", tmp_path, "adapter")
+    done = under("2500KiB", SCRIPT, tmp_path / "adapter", tmp_path, "adapter")
+    assert (done.returncode, whole.returncode) == (0, 0), done.stderr[-2000:]
+    assert exact(done) == exact(whole)
     assert len(exact(done)) == 1
 
 
-def test_weights_that_are_stored_apart_stay_apart(checkpoint, hardware, tmp_path):
+def test_weights_that_are_stored_apart_stay_apart(checkpoint, alone, under, tmp_path):
     """Though the configuration says that they are tied: as without memplan, whatever that is."""
     shutil.copytree(checkpoint, tmp_path / "model")
     config = json.loads((tmp_path / "model" / "config.json").read_text())
     (tmp_path / "model" / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": True}))
-    alone = whole(tmp_path / "model", tmp_path, "adapter")
-    done = under(tmp_path / "model", tmp_path, hardware, "adapter")
-    assert (done.returncode, alone.returncode) == (0, 0), done.stderr[-2000:]
-    assert exact(done) == exact(alone)
+    whole = alone(SCRIPT, tmp_path / "model", tmp_path, "adapter")
+    done = under("2500KiB", SCRIPT, tmp_path / "model", tmp_path, "adapter")
+    assert (done.returncode, whole.returncode) == (0, 0), done.stderr[-2000:]
+    assert exact(done) == exact(whole)
+
+
+def test_the_whole_command(checkpoint, alone, hardware, tmp_path):
+    whole = alone(SCRIPT, checkpoint, tmp_path / "whole")
+    report = tmp_path / "report.txt"
+    done = command(checkpoint, tmp_path / "run", hardware, "2500KiB", "lora", "--report", report)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert exact(done) == exact(whole)[-1:]
+    assert adapter(tmp_path / "run") == adapter(tmp_path / "whole")
+    assert "measured" in report.read_text()
 
 
 def test_what_does_not_fit_ends_with_one(checkpoint, hardware, tmp_path):
-    done = under(checkpoint, tmp_path / "run", hardware, "lora", "100KiB")
+    done = command(checkpoint, tmp_path / "run", hardware, "100KiB")
     assert done.returncode == 1
     assert "DoesNotFitError" in done.stderr
     assert exact(done) == []
@@ -163,7 +130,7 @@ def test_what_does_not_fit_ends_with_one(checkpoint, hardware, tmp_path):
 
 def test_an_other_sitecustomize_runs_too(checkpoint, hardware, tmp_path):
     (tmp_path / "sitecustomize.py").write_text("print('theirs')\n")
-    done = under(checkpoint, tmp_path, hardware, "fail", path=str(tmp_path))
+    done = command(checkpoint, tmp_path, hardware, "2500KiB", "fail", path=str(tmp_path))
     assert done.stdout == "theirs\n" * 2  # the command's own Python, and the script's
     assert done.returncode == 7
 
@@ -225,35 +192,14 @@ def test_modules_keep_their_own_loaders():
     assert done.stdout == "SourceFileLoader True\n", done.stderr[-2000:]
 
 
-def test_killed_and_resumed_under_another_budget(checkpoint, hardware, tmp_path):
-    alone = whole(checkpoint, tmp_path / "whole", "saved")
-    assert alone.returncode == 0, alone.stderr[-3000:]
-    killed = under(checkpoint, tmp_path / "run", hardware, "killed", "2500KiB")
+def test_killed_and_resumed_under_another_budget(checkpoint, alone, under, tmp_path):
+    whole = alone(SCRIPT, checkpoint, tmp_path / "whole", "saved")
+    assert whole.returncode == 0, whole.stderr[-3000:]
+    killed = under("2500KiB", SCRIPT, checkpoint, tmp_path / "run", "killed")
     assert killed.returncode == -signal.SIGKILL
     assert "streamed from" in killed.stderr
-    done = under(checkpoint, tmp_path / "run", hardware, "saved", "3000KiB")
+    done = under("3000KiB", SCRIPT, checkpoint, tmp_path / "run", "saved")
     assert done.returncode == 0, done.stderr[-3000:]
     assert "streamed from" in done.stderr
-    assert exact(killed)[:2] + exact(done) == exact(alone)
+    assert exact(killed)[:2] + exact(done) == exact(whole)
     assert adapter(tmp_path / "run") == adapter(tmp_path / "whole")
-
-
-@pytest.mark.parametrize("kind", ["plain", pytest.param("accelerate", marks=pytest.mark.full), "autocast", "lightning"])
-def test_loops_of_the_scripts_own(checkpoint, hardware, tmp_path, kind):
-    file, *more = ("script_lightning.py",) if kind == "lightning" else ("script_loop.py", kind)
-
-    def script(out, *before):
-        command = [*before, sys.executable, SCRIPT.with_name(file), checkpoint, out, *more]
-        return subprocess.run(command, capture_output=True, text=True, env=clean(), timeout=200, check=False)
-
-    alone = script(tmp_path / "whole")
-    assert alone.returncode == 0, alone.stderr[-3000:]
-    run = [sys.executable, "-m", "memplan", "run", "--vram", "3000KiB", "--ram", "64MiB", "--hardware", hardware]
-    report = tmp_path / "report.txt"
-    done = script(tmp_path / "run", *run, "--report", report, "--")
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert exact(done) == exact(alone)
-    assert len(exact(done)) >= 6
-    assert adapter(tmp_path / "run") == adapter(tmp_path / "whole")
-    assert "streamed from" in done.stderr
-    assert "measured" in report.read_text()

@@ -1,0 +1,65 @@
+"""A loop with accelerate on lines of {"text": ...}: python accelerate_loop.py MODEL DATA.jsonl OUT [--vram 10GiB --ram 24GiB]
+
+It accumulates, clips, saves its state and goes on from it. ``memplan run`` needs no line of memplan here.
+"""
+
+from __future__ import annotations
+
+import argparse
+
+import torch
+from accelerate import Accelerator
+from datasets import load_dataset
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM, AutoTokenizer, DataCollatorForLanguageModeling
+
+import memplan
+
+
+def main() -> None:
+    given = argparse.ArgumentParser(description=__doc__)
+    for name in ("model", "data", "out"):
+        given.add_argument(name)
+    given.add_argument("--vram", help="budget of the device, as 10GiB; without it memplan is not used")
+    given.add_argument("--ram", help="budget of RAM")
+    given.add_argument("--steps", type=int, default=20)
+    args = given.parse_args()
+    accelerator = Accelerator(gradient_accumulation_steps=2)
+    tokenizer = AutoTokenizer.from_pretrained(args.model)
+    rows = load_dataset("json", data_files=args.data, split="train")
+    rows = rows.map(lambda row: tokenizer(row["text"], truncation=True, max_length=32), remove_columns=["text"])
+    collate = DataCollatorForLanguageModeling(tokenizer, mlm=False)
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_pretrained(args.model)
+    model = get_peft_model(model, LoraConfig(r=8, lora_dropout=0.05, target_modules="all-linear"))
+    model.train()
+    loader = torch.utils.data.DataLoader(rows, batch_size=2, shuffle=True, collate_fn=collate)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
+    if args.vram:
+        longest = sorted(rows, key=lambda row: -len(row["input_ids"]))[:2]
+        plan = memplan.plan(model, dict(collate(longest)), vram=args.vram, ram=args.ram, accumulation=2)
+        handle = memplan.attach(model, plan)
+    model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
+    step = 0
+    while step < args.steps:
+        for batch in loader:
+            with accelerator.accumulate(model):
+                loss = model(**batch).loss
+                accelerator.backward(loss)
+                if accelerator.sync_gradients:
+                    accelerator.clip_grad_norm_(model.parameters(), 0.5)
+                optimizer.step()
+                optimizer.zero_grad()
+            step += 1
+            if step == args.steps // 2:
+                accelerator.save_state(args.out + "/state")
+                accelerator.load_state(args.out + "/state")
+            if step == args.steps:
+                break
+    accelerator.unwrap_model(model).save_pretrained(args.out)
+    if args.vram:
+        memplan.report(plan, handle.record)
+
+
+if __name__ == "__main__":
+    main()

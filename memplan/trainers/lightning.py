@@ -1,0 +1,145 @@
+"""PyTorch Lightning: a callback that places a module's model before its trainer moves it to a device."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from lightning import Callback, LightningModule, Trainer
+from torch import nn
+
+from memplan import api
+from memplan.compiled import replace_call
+from memplan.errors import InputError
+from memplan.program.schema import Plan
+from memplan.run.attach import attach
+from memplan.run.handle import Handle, handle_of
+from memplan.trainers.loading import checkpoint_of
+from memplan.trainers.longest import longest_batch
+from memplan.trainers.transformers import loss_of
+
+_AUTOCAST = {"bf16-mixed": "bf16", "16-mixed": "fp16"}
+
+
+class Placement(Callback):
+    """Plans for the model within a LightningModule that has frozen weights, and puts the plan to work before it is moved.
+
+    ``batch``: the keywords of the largest call of that model that will come; without it, what ``training_step`` calls it
+    with for the longest rows of a dataset of ``datasets``, or else for the loader's first batch (random states are put
+    back). ``optimizer`` as for :func:`memplan.plan`; budgets, ``hardware``, ``plan`` and ``pins`` as for :func:`memplan.wrap`.
+    The handle is ``handle``, once fitting has begun; the model stays under its plan until ``handle.detach()``.
+
+    Fitting raises what ``plan`` and ``attach`` raise; the model then is as it was.
+    """
+
+    def __init__(
+        self,
+        *,
+        vram: int | str = "auto",
+        ram: int | str | None = None,
+        disk: int | str | None = None,
+        hardware: Any = "auto",
+        optimizer: str = "adamw",
+        plan: Plan | None = None,
+        batch: Mapping[str, torch.Tensor] | None = None,
+        pins: Mapping[str, str] | None = None,
+        checked: bool = False,
+    ) -> None:
+        self.handle: Handle | None = None
+        self._plan = plan
+        self._batch = batch
+        self._checked = checked
+        self._options: dict[str, Any] = {
+            "vram": vram, "ram": ram, "disk": disk, "hardware": hardware, "optimizer": optimizer, "pins": pins,
+        }  # fmt: skip
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Place it, before anything is moved."""
+        if stage != "fit" or handle_of(pl_module) is not None:
+            return
+        if trainer.world_size > 1:
+            raise InputError("the trainer runs several processes, and memplan serves one: give it devices=1")
+        model, call = _first_call(trainer, pl_module)
+        plan = self._plan or api.plan(
+            model,
+            self._batch or call,
+            accumulation=trainer.accumulate_grad_batches,
+            autocast=_AUTOCAST.get(str(trainer.precision)),
+            loss=loss_of,
+            **self._options,
+        )
+        self.handle = attach(model, plan, checkpoint=checkpoint_of(model), checked=self._checked, replan=api.smaller)
+
+
+class PlacementAtFirstCall(Callback):
+    """Under ``memplan run``: has the model of a module that makes it itself placed, when it is first called to be trained."""
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Have it wait for that, where it does not already."""
+        from memplan.trainers.script import serve_model
+
+        if stage == "fit" and handle_of(pl_module) is None:
+            for module in frozen_within(pl_module):
+                serve_model(module)
+                break
+
+
+class _Called(Exception):
+    """A model was called, and that is all that was to be known."""
+
+
+def _first_call(trainer: Trainer, pl_module: LightningModule) -> tuple[nn.Module, Any]:
+    """Return what has the frozen weights, as ``training_step`` calls it, and with what. Random states stay as they were."""
+    seen: list[tuple[nn.Module, tuple[Any, ...], dict[str, Any]]] = []
+
+    def called(module: nn.Module) -> Callable[..., None]:
+        def call(*args: Any, **kwargs: Any) -> None:
+            seen.append((module, args, kwargs))
+            raise _Called
+
+        return call
+
+    states = (torch.get_rng_state(), np.random.get_state(), random.getstate())
+    undo = [replace_call(module, called(module)) for module in frozen_within(pl_module)]
+    why: Exception | None = None
+    try:
+        loader = trainer.fit_loop._data_source.dataloader()
+        batch = longest_batch(loader) or next(iter(loader))
+        pl_module.training_step(batch, 0)
+    except _Called:
+        pass
+    except Exception as error:
+        why = error
+    finally:
+        for put_back in undo:
+            put_back()
+        torch.set_rng_state(states[0])
+        np.random.set_state(states[1])
+        random.setstate(states[2])
+    if not seen:
+        raise InputError(
+            f"the training_step of {type(pl_module).__name__} did not come to call a module that holds all frozen weights"
+            f"{f' ({type(why).__name__}: {why})' if why else ''}: attach that module with memplan.attach before fitting"
+        )
+    module, args, kwargs = seen[0]
+    if args and kwargs:
+        raise InputError(
+            f"the training_step of {type(pl_module).__name__} calls {type(module).__name__} with both positional arguments "
+            "and keywords: call it with keywords"
+        )
+    return module, kwargs or args
+
+
+def frozen_within(pl_module: nn.Module) -> Iterator[nn.Module]:
+    """Yield the modules within that hold all frozen weights, the outermost first."""
+    frozen = {id(parameter) for parameter in pl_module.parameters() if not parameter.requires_grad}
+    module: nn.Module | None = pl_module
+    while module is not None and frozen:
+        module = next(
+            (part for part in module.children() if frozen <= {id(parameter) for parameter in part.parameters()}), None
+        )
+        if module is not None:
+            yield module

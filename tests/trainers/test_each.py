@@ -1,0 +1,72 @@
+"""Each trainer, by its example: as it is, under ``memplan run``, and with memplan's own lines. The same, byte for byte."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoModelForSequenceClassification
+
+from tests.trainers.conftest import least_vram
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+KINDS = {
+    "transformers_trainer": ("checkpoint", "text", AutoModelForCausalLM),
+    "seq2seq_trainer": ("t5", "pairs", AutoModelForSeq2SeqLM),
+    "trl_sft": ("checkpoint", "text", AutoModelForCausalLM),
+    "trl_dpo": ("checkpoint", "pairs", AutoModelForCausalLM),
+    "trl_reward": ("checkpoint", "pairs", AutoModelForSequenceClassification),
+    "accelerate_loop": ("checkpoint", "text", AutoModelForCausalLM),
+    "lightning_trainer": ("checkpoint", "text", AutoModelForCausalLM),
+    "peft_loop": ("checkpoint", "text", AutoModelForCausalLM),
+    "diffusers_unet": ("unet", None, None),
+    "diffusers_dit": ("dit", None, None),
+}
+
+
+def exact(done):
+    """What a script printed that does not change from run to run."""
+    return [line for line in done.stdout.splitlines() if line.startswith(("loss", "eval", "val_", "generated"))]
+
+
+def adapter(out):
+    return (out / "adapter_model.safetensors").read_bytes()
+
+
+def config(out):
+    """An adapter's configuration; the names in it have no order."""
+    read = json.loads((out / "adapter_config.json").read_text())
+    return read | {"target_modules": sorted(read["target_modules"])}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_same_in_each_way(request, alone, under, data, tmp_path, kind):
+    model, rows, loads = KINDS[kind]
+    folder = request.getfixturevalue(model)
+    script = EXAMPLES / ("diffusers_lora.py" if kind.startswith("diffusers") else f"{kind}.py")
+    more = [] if rows is None else [data / f"{rows}.jsonl"]
+
+    def arguments(out, *options):
+        return [script, folder, *more, tmp_path / out, "--steps", 4, *options]
+
+    cache = {"HF_DATASETS_CACHE": str(tmp_path / "cache")}
+    whole = alone(*arguments("whole"), **cache)
+    assert whole.returncode == 0, whole.stderr[-3000:]
+    assert len(exact(whole)) >= 4
+    vram = f"{least_vram(under('10KiB', *arguments('none'), **cache)) + 400_000}B"
+    run = under(vram, *arguments("run"), **cache)
+    assert run.returncode == 0, run.stderr[-4000:]
+    assert "streamed" in run.stderr
+    assert "stands aside" not in run.stderr
+    asked = alone(*arguments("asked", "--vram", vram, "--ram", "64MiB"), **cache)
+    assert asked.returncode == 0, asked.stderr[-4000:]
+    assert "streamed" in asked.stdout
+    for done, out in ((run, "run"), (asked, "asked")):
+        assert exact(done) == exact(whole), out
+        assert adapter(tmp_path / out) == adapter(tmp_path / "whole"), out
+    if loads is not None:
+        assert config(tmp_path / "run") == config(tmp_path / "asked") == config(tmp_path / "whole")
+        base = loads.from_pretrained(folder, **({"num_labels": 1} if "reward" in kind else {}))
+        assert PeftModel.from_pretrained(base, tmp_path / "run").peft_config["default"].r == 8
