@@ -14,6 +14,7 @@ from datasets import load_dataset
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, DataCollatorForLanguageModeling
 
+import memplan
 from memplan.trainers.lightning import Placement
 
 
@@ -53,12 +54,13 @@ def main() -> None:
     collate = DataCollatorForLanguageModeling(tokenizer, mlm=False)
     lightning.seed_everything(0)
     module = Adapted(args.model)
+    placement = Placement(vram=args.vram, ram=args.ram) if args.vram else None
     trainer = lightning.Trainer(
         max_steps=args.steps,
         accumulate_grad_batches=2,
         gradient_clip_val=0.5,
         default_root_dir=args.out,
-        callbacks=[Placement(vram=args.vram, ram=args.ram)] if args.vram else [],
+        callbacks=placement,
         val_check_interval=4,
         check_val_every_n_epoch=None,
         logger=False,
@@ -69,6 +71,8 @@ def main() -> None:
     trainer.fit(module, train, torch.utils.data.DataLoader(rows, batch_size=2, collate_fn=collate))
     print("val_loss", float(trainer.callback_metrics["val_loss"]).hex())
     module.model.save_pretrained(args.out)
+    if placement:
+        memplan.report(placement.handle.plan, placement.handle.record)
 
 
 if __name__ == "__main__":

@@ -24,6 +24,7 @@ from memplan.run.disk import DiskReader, Extent
 from memplan.run.home import Checkpoint, Stored
 from memplan.skeleton import from_configuration, with_adapter
 from memplan.trainers.conversion import stored_for
+from memplan.trainers.heads import begin, may_be_new
 
 _SOME_BYTES = 4096
 """Enough to see that a weight was changed: what changes one changes all of it."""
@@ -87,27 +88,39 @@ def load(
     return model.eval()
 
 
-def put_placeholders(model: nn.Module, folder: str | Path, device: torch.device) -> None:
+def put_placeholders(model: nn.Module, folder: str | Path, device: torch.device, *, heads: bool = False) -> None:
     """Put a placeholder in the place of each parameter on ``meta``, and read the buffers that the checkpoint holds.
 
-    Raises CheckpointError where the checkpoint is not the model's; the model then is as it was.
+    ``heads`` as for :func:`put_weights`. Raises CheckpointError where the checkpoint is not the model's; the model then
+    is as it was.
     """
     placeholders = Placeholders(device)
-    put_weights(model, folder, lambda reader, meta, stored: placeholders.of(tuple(meta.shape), meta.dtype))
+    put_weights(model, folder, lambda reader, meta, stored: placeholders.of(tuple(meta.shape), meta.dtype), heads=heads)
 
 
 def put_weights(
-    model: nn.Module, folder: str | Path, data_of: Callable[[DiskReader, nn.Parameter, Stored], torch.Tensor]
+    model: nn.Module,
+    folder: str | Path,
+    data_of: Callable[[DiskReader, nn.Parameter, Stored], torch.Tensor],
+    *,
+    heads: bool = False,
 ) -> None:
     """Put what ``data_of`` gives in the place of each parameter on ``meta``, and read the buffers.
 
-    ``data_of``: from what reads the files, the parameter and what the checkpoint holds of it. Raises CheckpointError
-    where the checkpoint is not the model's; the model then is as it was.
+    ``data_of``: from what reads the files, the parameter and what the checkpoint holds of it. ``heads``: begin those
+    that the checkpoint holds nothing for, on the CPU. Raises CheckpointError where the checkpoint is not the model's; the
+    model then is as it was.
     """
     stored = stored_for(model, folder)
     made: dict[int, nn.Parameter] = {}
+    new: list[nn.Parameter] = []
     with contextlib.closing(DiskReader()) as reader:
         for parameter, names in names_of(model):
+            if heads and not any(name in stored for name in names) and may_be_new(model, names):
+                begun = torch.zeros_like(parameter, device="cpu")
+                made[id(parameter)] = nn.Parameter(begun, requires_grad=parameter.requires_grad)
+                new.append(made[id(parameter)])
+                continue
             held = _held(reader, stored, parameter, names, model, folder)
             if parameter.device.type == "meta":
                 own = nn.Parameter(data_of(reader, parameter, held), requires_grad=parameter.requires_grad)
@@ -121,6 +134,8 @@ def put_weights(
     for name, buffer in model.named_buffers():
         if name in values:
             buffer.data = values[name].to(buffer.dtype)
+    if new:
+        begin(model, new)
 
 
 def origin_of(parameter: nn.Parameter) -> Stored | None:

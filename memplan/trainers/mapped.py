@@ -29,11 +29,11 @@ _HEAD = re.compile(r"[0-9a-f]+-[0-9a-f]+ ")
 
 
 def map_weights(model: nn.Module, folder: str | Path) -> None:
-    """Have every parameter on ``meta`` read its checkpoint, mapped; what is cast or converted comes into RAM.
+    """Have every parameter on ``meta`` read its checkpoint, mapped; what is cast, converted or new comes into RAM.
 
     Raises CheckpointError where the checkpoint is not the model's; the model then is as it was.
     """
-    put_weights(model, folder, _data_of)
+    put_weights(model, folder, _data_of, heads=True)
 
 
 def _data_of(reader: DiskReader, meta: nn.Parameter, stored: Stored) -> torch.Tensor:

@@ -308,7 +308,7 @@ def _load_placeholders(cls: Any, folder: Path, args: tuple[Any, ...], kwargs: di
         )
     model = skeleton_of(cls, folder, kwargs)
     # PEFT and the trainer look where the weights are: placeholders lie on the compute device from the start.
-    put_placeholders(model, folder, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    put_placeholders(model, folder, torch.device("cuda" if torch.cuda.is_available() else "cpu"), heads=True)
     return model
 
 
@@ -338,13 +338,13 @@ def skeleton_of(cls: Any, folder: Path, kwargs: Mapping[str, Any], *, name: str 
     else:
         wanted = {} if kwargs.get("use_cache") is None else {"use_cache": kwargs["use_cache"]}
         config = cls.config_class.from_pretrained(folder, **wanted)
+    config._name_or_path = name or str(folder)  # the model keeps it apart as it is built
     dtype = _dtype(kwargs.get("dtype") or kwargs.get("torch_dtype"), config, stored)
     more = {"attn_implementation": kwargs["attn_implementation"]} if kwargs.get("attn_implementation") else {}
     with torch.random.fork_rng(devices=[]), init_empty_weights(include_buffers=False):
         model = cls._from_config(config, dtype=dtype, **more)
     keep_in_float32(model, dtype)
     model.tie_weights()
-    model.config._name_or_path = name or str(folder)
     if model.can_generate() and (folder / "generation_config.json").is_file():
         from transformers import GenerationConfig
 

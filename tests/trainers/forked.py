@@ -13,6 +13,7 @@ import json
 import os
 import runpy
 import select
+import signal
 import subprocess
 import sys
 import traceback
@@ -38,6 +39,7 @@ class Forked:
         self._process = subprocess.Popen(
             [*before, sys.executable, "-m", "tests.trainers.forked", *libraries],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._log, text=True, env=clean(), cwd=ROOT,
+            start_new_session=True,
         )  # fmt: skip
 
     def run(
@@ -60,8 +62,8 @@ class Forked:
         return subprocess.CompletedProcess(argv, int(answer), out.read_text(), err.read_text())
 
     def close(self) -> None:
-        """End it."""
-        self._process.kill()
+        """End it, and a script that it still runs."""
+        os.killpg(self._process.pid, signal.SIGKILL)
         self._process.communicate()
         self._log.close()
 

@@ -3,7 +3,8 @@
 MODE: ``lora`` (default), ``dora`` begins from the weights, ``resized`` has a new token, ``full`` trains all, ``hooks``
 has accelerate place a layer, ``generate`` asks the model before it is trained, ``never`` trains nothing, ``fail`` raises;
 ``written`` has a weight changed in its last bytes, ``reordered`` has its layers in another order,
-``swapped`` the weights of another model, ``counted`` has data and a loss that notice each use, ``merged`` merges its adapter at the end, ``saved`` saves each step and begins from what is saved, ``killed`` does so and is killed in the third step.
+``swapped`` the weights of another model, ``adapters`` trains a second adapter after the first, and then the first again,
+those of ``ARGUMENTS`` are what their arguments say, ``counted`` has data and a loss that notice each use, ``merged`` merges its adapter at the end, ``saved`` saves each step and begins from what is saved, ``killed`` does so and is killed in the third step.
 """
 
 from __future__ import annotations
@@ -12,11 +13,25 @@ import os
 import random
 import signal
 import sys
+from dataclasses import fields
 from pathlib import Path
 
 import torch
 from peft import LoraConfig, get_peft_model
-from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
+from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments
+
+ARGUMENTS = {
+    "best": {"save_strategy": "steps", "save_steps": 1, "eval_steps": 1, "load_best_model_at_end": True},
+    "grouped": {"train_sampling_strategy": "group_by_length", "group_by_length": True, "remove_unused_columns": False},
+    "workers": {"dataloader_num_workers": 2, "dataloader_persistent_workers": True},
+    "checkpointing": {"gradient_checkpointing": True},
+    "reentrant": {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": True}},
+    "autocast": {"bf16": True},
+    "found": {"auto_find_batch_size": True},
+    "compiled": {"torch_compile": True, "torch_compile_backend": "eager"},
+    "full_eval": {"bf16_full_eval": True},
+    "smoothed": {"label_smoothing_factor": 0.1, "neftune_noise_alpha": 5.0, "gradient_accumulation_steps": 2},
+}
 
 
 class Rows(torch.utils.data.Dataset):
@@ -26,6 +41,28 @@ class Rows(torch.utils.data.Dataset):
     def __getitem__(self, index):
         row = (torch.arange(24) * (index + 3)) % 90 + 3
         return {"input_ids": row, "labels": row}
+
+
+class Uneven(Rows):
+    def __getitem__(self, index):
+        if index >= len(self):
+            raise IndexError(index)
+        row = (torch.arange(8 + 5 * (index % 4)) * (index + 3)) % 90 + 3
+        return {"input_ids": row, "labels": row}
+
+
+def padded(rows):
+    """A batch of rows of several lengths."""
+    given = {name: [row[name] for row in rows] for name in rows[0]}
+    fill = {"input_ids": 0, "labels": -100}
+    return {name: torch.nn.utils.rnn.pad_sequence(given[name], True, fill[name]) for name in given}
+
+
+class Stopping(TrainerCallback):
+    """Stops early."""
+
+    def on_evaluate(self, args, state, control, **kwargs):
+        control.should_training_stop = state.global_step == 3
 
 
 class Killed(Trainer):
@@ -92,16 +129,29 @@ def main() -> None:
     if mode != "full":
         lora = LoraConfig(r=4, lora_dropout=0.1, target_modules="all-linear", use_dora=mode == "dora")
         model = get_peft_model(model, lora)
+    if mode == "adapters":
+        model.add_adapter("second", LoraConfig(r=2, target_modules="all-linear"))
+        model.set_adapter("default")
     saves = mode in ("saved", "killed")
+    given = {"save_strategy": "steps" if saves else "no", "save_steps": 1, "eval_steps": 2} | ARGUMENTS.get(mode, {})
+    known = {field.name for field in fields(TrainingArguments)}  # group_by_length has had two forms
     args = TrainingArguments(
         output_dir=out, max_steps=4, per_device_train_batch_size=2, learning_rate=1e-2, use_cpu=True,
-        save_strategy="steps" if saves else "no", save_steps=1,
-        report_to=[], disable_tqdm=True, seed=7, eval_strategy="steps", eval_steps=2, logging_steps=100,
+        report_to=[], disable_tqdm=True, seed=7, eval_strategy="steps", logging_steps=100,
+        **{name: value for name, value in given.items() if name in known},
     )  # fmt: skip
     kind = {"counted": Counting, "killed": Killed}.get(mode, Trainer)
-    rows = Drawn() if mode == "counted" else Rows()
-    trainer = kind(model=model, args=args, train_dataset=rows, eval_dataset=Rows())
+    rows = {"counted": Drawn(), "grouped": Uneven()}.get(mode, Rows())
+    trainer = kind(
+        model=model, args=args, train_dataset=rows, eval_dataset=Rows(),
+        data_collator=padded if mode == "grouped" else None, callbacks=[Stopping()] if mode == "best" else [],
+    )  # fmt: skip
     trainer.train(resume_from_checkpoint=any(Path(out).glob("checkpoint-*")))
+    if mode == "adapters":
+        for name in ("second", "default"):
+            model.set_adapter(name)
+            args.max_steps += 2
+            Trainer(model=model, args=args, train_dataset=rows).train()
     print("eval", trainer.evaluate()["eval_loss"].hex())
     trainer.model.save_pretrained(out)
     if mode == "merged":

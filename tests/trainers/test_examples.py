@@ -31,6 +31,11 @@ def exact(done):
     return [line for line in done.stdout.splitlines() if line.startswith(("loss", "eval", "val_", "generated"))]
 
 
+def slightly_more(refused):
+    """What a budget of nothing says would do, and a little."""
+    return f"{least_vram(refused) + 100_000}B"
+
+
 def adapter(out):
     return (out / "adapter_model.safetensors").read_bytes()
 
@@ -55,18 +60,37 @@ def test_the_same_in_each_way(request, alone, under, data, tmp_path, kind):
     whole = alone(*arguments("whole"), **cache)
     assert whole.returncode == 0, whole.stderr[-3000:]
     assert len(exact(whole)) >= 4
-    vram = f"{least_vram(under('10KiB', *arguments('none'), **cache)) + 400_000}B"
-    run = under(vram, *arguments("run"), **cache)
+
+    def asked(out, vram):
+        return alone(*arguments(out, "--vram", vram, "--ram", "64MiB"), **cache)
+
+    run = under(slightly_more(under("10KiB", *arguments("none"), **cache)), *arguments("run"), **cache)
     assert run.returncode == 0, run.stderr[-4000:]
     assert "streamed" in run.stderr
     assert "stands aside" not in run.stderr
-    asked = alone(*arguments("asked", "--vram", vram, "--ram", "64MiB"), **cache)
-    assert asked.returncode == 0, asked.stderr[-4000:]
-    assert "streamed" in asked.stdout
-    for done, out in ((run, "run"), (asked, "asked")):
+    wrapped = asked("asked", slightly_more(asked("none", "10KiB")))
+    assert wrapped.returncode == 0, wrapped.stderr[-4000:]
+    assert "streamed" in wrapped.stdout
+    for done, out in ((run, "run"), (wrapped, "asked")):
         assert exact(done) == exact(whole), out
         assert adapter(tmp_path / out) == adapter(tmp_path / "whole"), out
     if loads is not None:
         assert config(tmp_path / "run") == config(tmp_path / "asked") == config(tmp_path / "whole")
         base = loads.from_pretrained(folder, **({"num_labels": 1} if "reward" in kind else {}))
         assert PeftModel.from_pretrained(base, tmp_path / "run").peft_config["default"].r == 8
+
+
+def test_a_loop_of_ones_own(alone):
+    done = alone(EXAMPLES / "plain_loop.py", "5MiB", "8MiB")
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "Fits" in done.stdout
+    losses = [
+        float(line.split()[1]) for line in done.stdout.splitlines() if line.startswith("loss ") and "x" not in line
+    ]
+    assert losses == sorted(losses, reverse=True)
+    assert len(losses) == 5
+
+
+def test_each_is_tried_here():
+    tried = {"plain_loop", "diffusers_lora", *(kind for kind in KINDS if not kind.startswith("diffusers"))}
+    assert {file.stem for file in EXAMPLES.glob("*.py")} == tried
