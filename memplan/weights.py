@@ -22,6 +22,8 @@ from memplan.names import canonical
 
 _BUFFERS = {"qweight", "qzeros", "scales", "g_idx"}
 """Weight buffers of GPTQ- and AWQ-like layers; ``qweight`` marks one."""
+_ADAPTER = "_memplan_adapter"
+"""Marks a module that is an adapter's own (:func:`mark_adapters`)."""
 _PACKED = "packing_format_for_cpu"
 _REPACKS = "support_avx512bf16_for_cpu"
 
@@ -57,8 +59,38 @@ def frozen_weights(name: str, module: nn.Module, *, deep: bool) -> tuple[Weight,
     return tuple(found.values())
 
 
+def mark_adapters(model: nn.Module) -> None:
+    """Have what is an adapter's own be known as such: it is no frozen weight, though it may not be trained just now.
+
+    Adapters are exchanged while they train (PEFT's ``set_adapter``), and those that wait are frozen meanwhile.
+    """
+    for module in model.modules():
+        names = list(getattr(module, "adapter_layer_names", ()))
+        if hasattr(module, "original_module"):
+            names.append("modules_to_save")
+        for name in names:
+            held = getattr(module, name, None)
+            for part in held.modules() if isinstance(held, nn.Module) else ():
+                part.__dict__[_ADAPTER] = True
+
+
+def adapters_bytes(model: nn.Module) -> int:
+    """Return the bytes of what is trained and of adapters that wait."""
+    return sum(
+        parameter.numel() * parameter.element_size()
+        for parameter in {
+            id(parameter): parameter
+            for module in model.modules()
+            for parameter in module._parameters.values()
+            if parameter is not None and (parameter.requires_grad or _ADAPTER in module.__dict__)
+        }.values()
+    )
+
+
 def own_weights(module: nn.Module, prefix: str = "") -> Iterator[Weight]:
     """Yield the frozen weights that the module itself holds, by the names that its ``state_dict`` gives them."""
+    if _ADAPTER in module.__dict__:
+        return
     for name, parameter in module._parameters.items():
         if parameter is not None and not parameter.requires_grad:
             yield from _weights_of(prefix, name, parameter, module)

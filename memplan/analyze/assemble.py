@@ -16,7 +16,7 @@ from memplan.analyze.optimizers import state_bytes, workspace_bytes
 from memplan.analyze.origins import CASTS
 from memplan.analyze.recorder import Recorder, Work
 from memplan.units import KIB, format_bytes
-from memplan.weights import frozen_weights, small_tensors
+from memplan.weights import adapters_bytes, frozen_weights, small_tensors
 
 if TYPE_CHECKING:
     from memplan.analyze.trace import Traced
@@ -128,7 +128,7 @@ def assemble(
         )
     trainable_bytes = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
     fixed: dict[FixedKind, int] = {
-        "adapters": trainable_bytes,
+        "adapters": adapters_bytes(model),
         "optimizer": state_bytes(optimizer, trained),
         "buffers": _buffer_bytes(model),
         "batch": batch.size_bytes(),

@@ -18,7 +18,7 @@ from memplan.errors import ModelError
 from memplan.names import canonical
 from memplan.triggers import modules_by_name
 from memplan.units import align_up, format_bytes
-from memplan.weights import Weight, frozen_weights, unknown_kind, unready
+from memplan.weights import Weight, frozen_weights, mark_adapters, unknown_kind, unready
 
 _SMALL = 8
 """A part of a layer with experts is worth loads of its own from this fraction of its largest expert on."""
@@ -96,6 +96,7 @@ def refuse_moved(model: nn.Module) -> None:
 def check_model(model: nn.Module) -> None:
     """Raise ModelError where the model cannot be placed: nothing frozen, nothing trained, or moved by someone else."""
     refuse_moved(model)
+    mark_adapters(model)
     frozen = frozen_weights("", model, deep=True)
     trainable_bytes = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
     if not frozen:

@@ -19,6 +19,7 @@ from memplan.run.install import install
 from memplan.run.interrupts import Undo, held_back
 from memplan.run.matching import match_weights, require_supported, stored_tensors, trigger_modules
 from memplan.run.parts import Files, Parts, resettle, settle
+from memplan.weights import mark_adapters
 
 
 def attach(
@@ -57,6 +58,7 @@ def attach(
     require_supported(plan)
     if handle_of(model) is not None:
         raise ModelError("the model is under a plan already: detach() that one first")
+    mark_adapters(model)
     weights = match_weights(model, plan)
     triggers = trigger_modules(model, plan)
     files = Files(stored=stored_tensors(model, checkpoint), cache=_cache(cache), verify=verify)

@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 from memplan import api
+from memplan.compiled import WAY_OUT
 from memplan.errors import DoesNotFitError, MemplanError
 from memplan.program.schema import Plan
 from memplan.run.guard import MERGES
@@ -26,7 +27,7 @@ from memplan.trainers.launch import say, settings
 from memplan.trainers.loading import checkpoint_of
 from memplan.trainers.mapped import folder_of, give_way, is_mapped
 from memplan.trainers.mapping import map_loaded, of_diffusers, of_transformers
-from memplan.trainers.transformers import is_of_library, loss_may_be_asked, loss_of, plan_for, wrap
+from memplan.trainers.transformers import compiles, is_of_library, loss_may_be_asked, loss_of, plan_for, wrap
 from memplan.trainers.waiting import asked_device, forget, move, wait, waits
 
 if TYPE_CHECKING:
@@ -169,6 +170,8 @@ def _why_not(trainer: Trainer, model: nn.Module) -> str | None:
         return "the trainer copies the model to several devices: let it see one"
     if trainer.args.bf16_full_eval or trainer.args.fp16_full_eval:
         return "the trainer casts the model to evaluate it (bf16_full_eval, fp16_full_eval)"
+    if compiles(trainer):
+        return f"the trainer compiles the model as a whole: leave that out, and {WAY_OUT}"
     if getattr(trainer, "model_init", None) is not None:
         return "the trainer makes its model anew as it trains (model_init)"
     return _nothing_to_do(model)

@@ -84,13 +84,11 @@ def wrap(
 
     Raises what ``plan`` and ``attach`` raise; trainer and model then are as they were.
     """
-    from accelerate.utils import DynamoBackend
-
     if not isinstance(trainer.model, nn.Module):
         raise InputError("wrap needs a trainer with a model: build it with model=, not model_init=")
     model: Any = trainer.model
     args = trainer.args
-    if args.torch_compile or trainer.accelerator.state.dynamo_plugin.backend != DynamoBackend.NO:
+    if compiles(trainer):
         raise InputError(
             "the trainer was asked to compile the model (torch_compile, or accelerate's own setting), which it would do as a "
             f"whole once training starts, while memplan brings weights layer by layer: leave it out, and {WAY_OUT}"
@@ -106,6 +104,13 @@ def wrap(
     if not args.auto_find_batch_size:  # the trainer itself then takes a smaller batch
         trainer.__dict__["training_step"] = _done_over(trainer.training_step, handle)
     return trainer
+
+
+def compiles(trainer: Trainer) -> bool:
+    """Whether a trainer will compile its model as a whole."""
+    from accelerate.utils import DynamoBackend
+
+    return bool(trainer.args.torch_compile) or trainer.accelerator.state.dynamo_plugin.backend != DynamoBackend.NO
 
 
 def plan_for(trainer: Trainer, **options: Any) -> Plan:

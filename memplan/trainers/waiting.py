@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from memplan.compiled import untraced_deep
 from memplan.run.guard import without
 from memplan.trainers.loading import origin_of
 
@@ -20,13 +21,18 @@ Place = Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]
 
 _CALL = "_call_impl"
 """What a module's call comes to before its hooks are looked at."""
+_PLACE = "_memplan_place"
 
 
 def wait(model: nn.Module, place: Place) -> None:
-    """Have ``place`` called before the model is first called to be trained, with it and what it is called with."""
+    """Have ``place`` called before the model is first called to be trained, with it and what it is called with.
+
+    Within what torch.compile makes of a model it is never called.
+    """
     forget(model)
     # Bound methods: a deep copy of the model has its own.
-    model.__dict__[_CALL] = types.MethodType(_Waiting(place), model)
+    model.__dict__[_CALL] = types.MethodType(_first_call, model)
+    model.__dict__[_PLACE] = place
     for module in model.modules():
         if any(True for _ in _mapped(module)):
             module.__dict__["_apply"] = types.MethodType(_apply, module)
@@ -41,6 +47,7 @@ def forget(model: nn.Module) -> None:
     """Have it wait no more; what was to be moved stays until :func:`move`."""
     for module in model.modules():
         module.__dict__.pop(_CALL, None)
+        module.__dict__.pop(_PLACE, None)
 
 
 def move(model: nn.Module, device: torch.device | None = None) -> None:
@@ -64,27 +71,30 @@ def asked_device(model: nn.Module) -> torch.device | None:
     return next((device for device in found if device is not None), None)
 
 
-class _Waiting:
-    """Stands for a model's call."""
+def _first_call(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    """Stand for a model's call."""
+    if torch.compiler.is_compiling():  # its graph is to be what it would be without memplan
+        return nn.Module._call_impl(model, *args, **kwargs)
+    return _watched_call(model, args, kwargs)
 
-    def __init__(self, place: Place) -> None:
-        self._place = place
 
-    def __call__(self, model: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        from accelerate.utils import send_to_device
+@untraced_deep
+def _watched_call(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    from accelerate.utils import send_to_device
 
-        device = asked_device(model)
-        if model.training and torch.is_grad_enabled():
-            forget(model)
-            self._place(model, args, kwargs)
-            if device is not None:  # a script asks the model where it is, and then has its batch there
-                args, kwargs = send_to_device((args, kwargs), device)
-            return nn.Module._call_impl(model, *args, **kwargs)
-        if device is None:
-            return nn.Module._call_impl(model, *args, **kwargs)
-        with _together(model):
-            args, kwargs = send_to_device((args, kwargs), torch.device("cpu"))
-            return send_to_device(nn.Module._call_impl(model, *args, **kwargs), device)
+    device = asked_device(model)
+    if model.training and torch.is_grad_enabled():
+        place = model.__dict__[_PLACE]
+        forget(model)
+        place(model, args, kwargs)
+        if device is not None:  # a script asks the model where it is, and then has its batch there
+            args, kwargs = send_to_device((args, kwargs), device)
+        return nn.Module._call_impl(model, *args, **kwargs)
+    if device is None:
+        return nn.Module._call_impl(model, *args, **kwargs)
+    with _together(model):
+        args, kwargs = send_to_device((args, kwargs), torch.device("cpu"))
+        return send_to_device(nn.Module._call_impl(model, *args, **kwargs), device)
 
 
 class _together:

@@ -38,15 +38,19 @@ class Rows(torch.utils.data.Dataset):
     def __len__(self):
         return 12
 
+    def bound(self, index):
+        if index >= len(self):
+            raise IndexError(index)
+
     def __getitem__(self, index):
+        self.bound(index)
         row = (torch.arange(24) * (index + 3)) % 90 + 3
         return {"input_ids": row, "labels": row}
 
 
 class Uneven(Rows):
     def __getitem__(self, index):
-        if index >= len(self):
-            raise IndexError(index)
+        self.bound(index)
         row = (torch.arange(8 + 5 * (index % 4)) * (index + 3)) % 90 + 3
         return {"input_ids": row, "labels": row}
 
@@ -151,7 +155,7 @@ def main() -> None:
         for name in ("second", "default"):
             model.set_adapter(name)
             args.max_steps += 2
-            Trainer(model=model, args=args, train_dataset=rows).train()
+            Trainer(model=model, args=args, train_dataset=rows, eval_dataset=rows).train()
     print("eval", trainer.evaluate()["eval_loss"].hex())
     trainer.model.save_pretrained(out)
     if mode == "merged":

@@ -38,18 +38,21 @@ def exact(done):
     return [line for line in done.stdout.splitlines() if line.startswith(("loss", "eval", "made", "sum"))]
 
 
-MODES = ["lora", "generate", "resized", "dora", "written", "reordered", "swapped", "counted", "merged"]
+MODES = ["dora", "written", "reordered", "swapped", "counted", "merged", "best", "workers", "adapters", "checkpointing"]
+MORE = ["lora", "generate", "resized", "grouped", "reentrant", "autocast", "found", "smoothed"]
+VRAM = {"checkpointing": "1500KiB", "reentrant": "1500KiB", "autocast": "3MiB", "grouped": "3MiB"}
+SAID = {"generate": 6, "counted": 15, "best": 4, "adapters": 19, "smoothed": 9}
 
 
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mode", [*MODES, *(pytest.param(mode, marks=pytest.mark.full) for mode in MORE)])
 def test_the_same_as_without(checkpoint, alone, under, tmp_path, mode):
     whole = alone(SCRIPT, checkpoint, tmp_path / "whole", mode)
     assert whole.returncode == 0, whole.stderr[-3000:]
     report = tmp_path / "report.txt"
-    done = under("2500KiB", SCRIPT, checkpoint, tmp_path / "run", mode, report=report)
+    done = under(VRAM.get(mode, "2500KiB"), SCRIPT, checkpoint, tmp_path / "run", mode, report=report)
     assert done.returncode == 0, done.stderr[-3000:]
     assert exact(done) == exact(whole)
-    assert len(exact(done)) == {"generate": 6, "counted": 15}.get(mode, 5)
+    assert len(exact(done)) == SAID.get(mode, 5)
     assert adapter(tmp_path / "run") == adapter(tmp_path / "whole")
     assert "streamed from" in done.stderr
     assert "measured" in report.read_text()
@@ -64,6 +67,8 @@ def test_the_same_as_without(checkpoint, alone, under, tmp_path, mode):
         ("full", "2500KiB", "nothing in the model is frozen"),
         ("hooks", "2500KiB", "accelerate offloads the model already"),
         ("lora", "1GiB", "the whole model fits"),
+        ("full_eval", "2500KiB", "casts the model to evaluate it"),
+        pytest.param("compiled", "2500KiB", "compiles the model as a whole", marks=pytest.mark.full),
     ],
 )
 def test_what_it_cannot_help_runs_as_without_it(checkpoint, alone, under, tmp_path, mode, vram, why):
