@@ -89,7 +89,8 @@ def plan(
     )
     table = cost_table(graph, profile)
     vram_bytes, ram_bytes, disk_bytes = budgets_given["vram"], budgets_given["ram"], budgets_given["disk"]
-    if disk_bytes is None and not has_checkpoint(checkpoint or prepared.folder):
+    folder = checkpoint or prepared.folder
+    if disk_bytes is None and not has_checkpoint(folder):
         disk_bytes = 0
     budgets = Budgets(
         vram_bytes=hardware_profiles.auto_vram_bytes(profile) if vram_bytes is None else vram_bytes,
@@ -113,7 +114,7 @@ def plan(
         pins=_pins(pins, {block.name: block.id for block in graph.blocks}),
         activations=_activations(wanted, graph.recomputable),
         staging_bytes=_staging_bytes(table.device),
-        notes=(*graph.notes, *cost_notes(graph, profile)),
+        notes=(*graph.notes, *cost_notes(graph, profile), *hardware_profiles.notes(profile, folder)),
     )
 
 

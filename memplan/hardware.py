@@ -11,6 +11,7 @@ import math
 import os
 import platform
 import re
+import sys
 from collections.abc import Callable
 from datetime import date
 from pathlib import Path
@@ -248,6 +249,43 @@ def auto_ram_bytes(profile: HardwareProfile) -> int:
     named = None if _is_here(profile) else profile.host_bytes
     room = available_host_bytes() if named is None else int(named.value)
     return room // 4 if profile.device == "cpu" else max(0, room - HOST_RESERVE_BYTES)
+
+
+def notes(profile: HardwareProfile, folder: str | Path | None) -> tuple[str, ...]:
+    """Return what is peculiar to this machine and bears on a plan for it. ``folder``: where the checkpoint lies."""
+    if not _is_here(profile):
+        return ()
+    found = []
+    if sys.platform == "win32":
+        found.append(
+            "On Windows the driver lets a full card go on in the RAM that it shares, far slower and without an error: such "
+            "bytes are over budget and memplan does not see them. Set CUDA's sysmem fallback policy to none. Untested."
+        )
+    if "microsoft" in platform.release().lower():
+        if profile.device == "cuda":
+            found.append(
+                "WSL2 lets only a part of the RAM be page-locked, often half of it: what goes beyond is copied from "
+                "pageable memory, slower. Raise memory= in .wslconfig where that binds."
+            )
+        if folder and _file_system(Path(folder)) in ("9p", "drvfs"):
+            found.append(
+                f"The checkpoint lies on a drive of Windows ({folder}), which WSL2 reads many times slower than its own: "
+                "copy it there, under ~."
+            )
+    return tuple(found)
+
+
+def _file_system(path: Path, mounts: str | Path = "/proc/mounts") -> str | None:
+    """Return the kind of file system that a path lies on, as far as the system tells it."""
+    path = path.resolve()
+    kinds = {}
+    try:
+        for line in Path(mounts).read_text().splitlines():
+            _, where, kind, *_ = line.split()
+            kinds[Path(where.replace("\\040", " "))] = kind
+    except (OSError, ValueError):
+        return None
+    return next((kinds[folder] for folder in (path, *path.parents) if folder in kinds), None)
 
 
 def _is_here(profile: HardwareProfile) -> bool:

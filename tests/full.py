@@ -120,12 +120,26 @@ def summarise(parts: dict[str, dict[str, Any]], expression: str | None) -> int:
         table.append(f"| {name} | {part['outcome']} | {part['seconds']} | {recorded} |")
     text = "\n".join(table)
     write(RESULTS / "full.md", f"Written by `make test-full` on {about['date']}, commit {about['commit']}.\n\n{text}\n")
+    tried = [part for name, part in parts.items() if name.startswith("tests/test_compatibility.py")]
+    if tried:
+        write(ROOT / "docs" / "compatibility.md", compatibility(tried, about))
     print(f"\n{text}\n")
     for name, part in parts.items():
         if part["outcome"] == "failed":
             print(f"failed: {name}, see {part['log']}")
     print(f"{counts['passed']} passed, {counts['failed']} failed, {counts['skipped'] + counts['left out']} skipped")
     return 1 if counts["failed"] else 0
+
+
+def compatibility(parts: list[dict[str, Any]], about: dict[str, Any]) -> str:
+    """Return the table of releases that the trainers were tried with."""
+    head = "versions", "outcome", "tests"
+    rows = [(p["properties"].get("versions", "?"), p["outcome"], p["properties"].get("result", "?")) for p in parts]
+    table = "\n".join(f"| {' | '.join(row)} |" for row in (head, ("---",) * len(head), *rows))
+    return (
+        "# Compatibility\n\nEach trainer as it is, under `memplan run` and with memplan's own lines, with these releases. "
+        f"Written by `make test-full` (`tests/test_compatibility.py`) on {about['date']}, commit {about['commit']}.\n\n{table}\n"
+    )
 
 
 def fingerprint() -> str:

@@ -327,3 +327,28 @@ def test_a_containers_limit_counts(monkeypatch: pytest.MonkeyPatch) -> None:
     assert hardware.available_host_bytes() == 4 * GIB - 3 * GIB + 2 * GIB
     files["/sys/fs/cgroup/memory.max"] = "max\n"
     assert hardware.available_host_bytes() == 100 * GIB
+
+
+# ---------------------------------------------------------------------------------------------------- what is peculiar
+
+
+def test_a_plan_for_wsl2_says_what_binds_there(monkeypatch, tmp_path) -> None:
+    mounts = tmp_path / "mounts"
+    mounts.write_text(f"/dev/sdc / ext4 rw 0 0\ndrvfs {tmp_path}/my\\040drive 9p rw 0 0\n")
+    asked = hardware._file_system
+    monkeypatch.setattr(hardware, "_file_system", lambda path: asked(path, mounts))
+    here = a_profile(machine=hardware.machine_key())
+    assert hardware.notes(here, tmp_path) == ()
+    monkeypatch.setattr(hardware.platform, "release", lambda: "6.6.87.2-microsoft-standard-WSL2")
+    here = a_profile(machine=hardware.machine_key())
+    (wall,) = hardware.notes(here, tmp_path)
+    assert "page-locked" in wall
+    _, slow = hardware.notes(here, tmp_path / "my drive" / "model")
+    assert "copy it there" in slow
+    assert hardware.notes(a_profile(), tmp_path) == ()  # a plan for another machine
+
+
+def test_a_plan_for_windows_says_that_the_card_spills(monkeypatch) -> None:
+    monkeypatch.setattr(hardware.sys, "platform", "win32")
+    (spills,) = hardware.notes(a_profile(machine=hardware.machine_key()), None)
+    assert "over budget" in spills

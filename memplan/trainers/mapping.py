@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -34,7 +35,9 @@ def map_loaded(kind: Any, mapped: Mapped, then: Callable[[nn.Module], None]) -> 
     @functools.wraps(original.__func__)
     def from_pretrained(cls: Any, name: Any, *args: Any, **kwargs: Any) -> Any:
         model = None
-        if not any(os.environ.get(variable, "").lower() in ("1", "true") for variable in _DISTRIBUTED):
+        if not sys.platform.startswith("linux"):
+            say(f"{name} is loaded whole: weights are mapped from their files on Linux only")
+        elif not any(os.environ.get(variable, "").lower() in ("1", "true") for variable in _DISTRIBUTED):
             model = mapped(cls, name, args, kwargs)
         if model is None:
             return original.__get__(None, cls)(name, *args, **kwargs)

@@ -60,9 +60,8 @@ def move(model: nn.Module, device: torch.device | None = None) -> None:
         if getattr(own, "__func__", None) is _apply:
             del module.__dict__["_apply"]
         asked = module.__dict__.pop("_memplan_asked", device)
-        for _, parameter in _mapped(module):
-            if asked is not None and parameter.device.type == "cpu":
-                parameter.data = parameter.data.to(asked)
+        if asked is not None and any(parameter.device.type == "cpu" for _, parameter in _mapped(module)):
+            type(module)._apply(module, lambda tensor, asked=asked: tensor.to(asked), recurse=False)
 
 
 def asked_device(model: nn.Module) -> torch.device | None:

@@ -70,7 +70,8 @@ class Forked:
 
 def clean(path: str = "") -> dict[str, str]:
     """Return an environment in which a script finds memplan, and one thread."""
-    return {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), path])), "OMP_NUM_THREADS": "1"}
+    paths = filter(None, [str(ROOT), path, os.environ.get("PYTHONPATH", "")])
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"}
 
 
 def tell_losses() -> None:

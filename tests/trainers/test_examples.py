@@ -21,6 +21,7 @@ KINDS = {
     "accelerate_loop": ("checkpoint", "text", AutoModelForCausalLM),
     "lightning_trainer": ("checkpoint", "text", AutoModelForCausalLM),
     "peft_loop": ("checkpoint", "text", AutoModelForCausalLM),
+    "accelerate_loop_bf16": ("checkpoint", "text", AutoModelForCausalLM),
     "diffusers_unet": ("unet", None, None),
     "diffusers_dit": ("dit", None, None),
 }
@@ -46,17 +47,22 @@ def config(out):
     return read | {"target_modules": sorted(read["target_modules"])}
 
 
-@pytest.mark.parametrize("kind", KINDS)
+LONG = ("trl_reward", "accelerate_loop_bf16")
+
+
+@pytest.mark.parametrize("kind", [pytest.param(k, marks=pytest.mark.full) if k in LONG else k for k in KINDS])
 def test_the_same_in_each_way(request, alone, under, data, tmp_path, kind):
     model, rows, loads = KINDS[kind]
     folder = request.getfixturevalue(model)
-    script = EXAMPLES / ("diffusers_lora.py" if kind.startswith("diffusers") else f"{kind}.py")
+    script = EXAMPLES / ("diffusers_lora.py" if kind.startswith("diffusers") else f"{kind.removesuffix('_bf16')}.py")
     more = [] if rows is None else [data / f"{rows}.jsonl"]
 
     def arguments(out, *options):
         return [script, folder, *more, tmp_path / out, "--steps", 4, *options]
 
     cache = {"HF_DATASETS_CACHE": str(tmp_path / "cache")}
+    if kind.endswith("bf16"):
+        cache["ACCELERATE_MIXED_PRECISION"] = "bf16"
     whole = alone(*arguments("whole"), **cache)
     assert whole.returncode == 0, whole.stderr[-3000:]
     assert len(exact(whole)) >= 4
@@ -92,5 +98,7 @@ def test_a_loop_of_ones_own(alone):
 
 
 def test_each_is_tried_here():
-    tried = {"plain_loop", "diffusers_lora", *(kind for kind in KINDS if not kind.startswith("diffusers"))}
+    tried = {"plain_loop", "diffusers_lora", *(kind for kind in KINDS if not kind.startswith("diffusers"))} - {
+        "accelerate_loop_bf16"
+    }
     assert {file.stem for file in EXAMPLES.glob("*.py")} == tried

@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from peft import LoraConfig, get_peft_model
 from transformers import LlamaForCausalLM
 
@@ -18,6 +19,8 @@ from memplan.trainers.launch import STARTUP, VARIABLE
 from tests.trainers.forked import ROOT, clean
 
 SCRIPT = Path(__file__).with_name("script.py")
+FROM_HUB = Path(__file__).with_name("script_hub.py")
+OWN_MODEL = Path(__file__).with_name("script_lightning.py")
 
 
 def command(checkpoint, out, hardware, vram, mode="lora", *options, path=""):
@@ -208,3 +211,35 @@ def test_killed_and_resumed_under_another_budget(checkpoint, alone, under, tmp_p
     assert "streamed from" in done.stderr
     assert exact(killed)[:2] + exact(done) == exact(whole)
     assert adapter(tmp_path / "run") == adapter(tmp_path / "whole")
+
+
+def test_a_name_on_a_hub(checkpoint, alone, under, tmp_path):
+    """From its cache, as transformers finds it; the adapter says the name that it was given."""
+    folder = tmp_path / "hub" / "models--someone--small" / "snapshots" / "0123"
+    shutil.copytree(checkpoint, folder)
+    (folder.parents[1] / "refs").mkdir()
+    (folder.parents[1] / "refs" / "main").write_text("0123")
+    cache = {"HF_HUB_CACHE": str(tmp_path / "hub"), "HF_HUB_OFFLINE": "1"}
+    whole = alone(FROM_HUB, tmp_path / "whole", str(tmp_path / "hub"), **cache)
+    assert whole.returncode == 0, whole.stderr[-2000:]
+    done = under("2500KiB", FROM_HUB, tmp_path / "run", str(tmp_path / "hub"), **cache)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert exact(done) == exact(whole)
+    assert len(exact(done)) == 2
+    assert "streamed from" in done.stderr
+    assert adapter(tmp_path / "run") == adapter(tmp_path / "whole")
+    assert (
+        json.loads((tmp_path / "run" / "adapter_config.json").read_text())["base_model_name_or_path"] == "someone/small"
+    )
+
+
+def test_a_lightning_module_that_makes_its_own_model(alone, under, tmp_path):
+    """Its model is known to no ``from_pretrained``: Lightning asks memplan for a callback."""
+    whole = alone(OWN_MODEL, tmp_path / "whole.pt")
+    assert whole.returncode == 0, whole.stderr[-2000:]
+    done = under("1500KiB", OWN_MODEL, tmp_path / "run.pt")
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert exact(done) == exact(whole)
+    assert len(exact(done)) == 4
+    assert "streamed from" in done.stderr
+    assert torch.equal(torch.load(tmp_path / "run.pt"), torch.load(tmp_path / "whole.pt"))

@@ -1,0 +1,97 @@
+"""A mapped model that waits to be placed: what the script moves of it, and what it is called with before it is trained."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from transformers import AutoConfig, LlamaForCausalLM
+
+from memplan.trainers.mapped import folder_of, is_mapped, map_weights
+from memplan.trainers.transformers import skeleton_of
+from memplan.trainers.waiting import asked_device, forget, move, wait, waits
+
+
+@pytest.fixture
+def model(checkpoint):
+    made = skeleton_of(LlamaForCausalLM, checkpoint, {})
+    map_weights(made, checkpoint)
+    return made
+
+
+@pytest.fixture
+def calls():
+    return []
+
+
+def waiting(model, calls):
+    wait(model, lambda *given: calls.append(given))
+    return model
+
+
+IDS = torch.tensor([[3, 4, 5]])
+
+
+def test_it_is_placed_before_its_first_call_to_be_trained_and_then_no_more(model, calls):
+    waiting(model, calls)
+    whole = LlamaForCausalLM.from_pretrained(folder_of(model))
+    model.eval()
+    assert torch.equal(model(IDS).logits, whole(IDS).logits)
+    model.train()
+    with torch.no_grad():
+        model(IDS)
+    assert (calls, waits(model)) == ([], True)
+    model(input_ids=IDS)
+    assert calls == [(model, (), {"input_ids": IDS})]
+    assert not waits(model)
+    model(IDS)
+    assert len(calls) == 1
+
+
+def test_a_move_is_put_off_for_what_is_mapped_and_done_when_asked(model, calls, checkpoint):
+    model = waiting(get_peft_model(model, LoraConfig(r=4, target_modules="all-linear")), calls)
+    before = {name: parameter.data_ptr() for name, parameter in model.named_parameters() if not parameter.requires_grad}
+    model.to("meta")
+    assert asked_device(model) == torch.device("meta")
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            assert parameter.device.type == "meta"
+        else:
+            assert parameter.data_ptr() == before[name]
+    assert all(buffer.device.type == "meta" for buffer in model.buffers())
+    forget(model)
+    move(model)
+    assert {parameter.device.type for parameter in model.parameters()} == {"meta"}
+    assert not any("_apply" in module.__dict__ for module in model.modules())
+    assert asked_device(model) is None
+
+
+def test_what_is_no_move_is_done_at_once(model, calls):
+    waiting(model, calls)
+    weight = model.lm_head.weight
+    before = weight.detach().clone()
+    model.to(torch.bfloat16)
+    assert torch.equal(weight, before.to(torch.bfloat16))
+    model._apply(lambda tensor: tensor * 2 if tensor.is_floating_point() else tensor)
+    assert torch.equal(weight, before.to(torch.bfloat16) * 2)
+    assert asked_device(model) is None
+    assert is_mapped(model)
+
+
+def test_a_copy_waits_for_itself(model, calls):
+    waiting(model, calls)
+    other = copy.deepcopy(model).train()
+    other(IDS)
+    assert [given[0] for given in calls] == [other]
+    assert waits(model)
+
+
+def test_what_torch_compile_makes_is_as_without(model, calls):
+    waiting(model, calls).train()
+    compiled = torch.compile(model, backend="eager")
+    whole = LlamaForCausalLM(AutoConfig.from_pretrained(folder_of(model))).train()
+    whole.load_state_dict(model.state_dict())
+    assert torch.equal(compiled(IDS).logits, torch.compile(whole, backend="eager")(IDS).logits)
+    assert calls == []
