@@ -1,7 +1,7 @@
 """A script that knows nothing of memplan: ``python script.py FOLDER OUT [MODE]``.
 
 MODE: ``lora`` (default), ``dora`` begins from the weights, ``resized`` has a new token, ``full`` trains all, ``hooks``
-has accelerate place a layer, ``generate`` asks the model before it is trained, ``never`` trains nothing, ``fail`` raises;
+has accelerate place a layer, ``unsloth`` has it imported, ``generate`` asks the model before it is trained, ``never`` trains nothing, ``fail`` raises;
 ``written`` has a weight changed in its last bytes, ``reordered`` has its layers in another order,
 ``swapped`` the weights of another model, ``adapters`` trains a second adapter after the first, and then the first again,
 those of ``ARGUMENTS`` are what their arguments say, ``counted`` has data and a loss that notice each use, ``merged`` merges its adapter at the end, ``saved`` saves each step and begins from what is saved, ``killed`` does so and is killed in the third step.
@@ -15,6 +15,7 @@ import signal
 import sys
 from dataclasses import fields
 from pathlib import Path
+from types import ModuleType
 
 import torch
 from peft import LoraConfig, get_peft_model
@@ -129,6 +130,8 @@ def main() -> None:
         from accelerate.hooks import AlignDevicesHook, add_hook_to_module
 
         add_hook_to_module(model.model.layers[2], AlignDevicesHook("cpu", io_same_device=True))
+    if mode == "unsloth":
+        sys.modules["unsloth"] = ModuleType("unsloth")
     torch.manual_seed(6)
     if mode != "full":
         lora = LoraConfig(r=4, lora_dropout=0.1, target_modules="all-linear", use_dora=mode == "dora")

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import LlamaForCausalLM
 
 from memplan.trainers.launch import STARTUP, VARIABLE
+from memplan.trainers.script import _why_not
 from tests.trainers.forked import ROOT, clean
 
 SCRIPT = Path(__file__).with_name("script.py")
@@ -70,6 +72,7 @@ def test_the_same_as_without(checkpoint, alone, under, tmp_path, mode):
         ("full", "2500KiB", "nothing in the model is frozen"),
         ("hooks", "2500KiB", "accelerate offloads the model already"),
         ("lora", "1GiB", "the whole model fits"),
+        ("unsloth", "2500KiB", "unsloth offloads by itself"),
         ("full_eval", "2500KiB", "casts the model to evaluate it"),
         pytest.param("compiled", "2500KiB", "compiles the model as a whole", marks=pytest.mark.full),
     ],
@@ -84,6 +87,22 @@ def test_what_it_cannot_help_runs_as_without_it(checkpoint, alone, under, tmp_pa
     told = [line for line in done.stderr.splitlines() if line.startswith("memplan:")]
     assert len(told) == 1
     assert why in told[0]
+
+
+@pytest.mark.parametrize(
+    ("flags", "why"),
+    [
+        ({"is_deepspeed_enabled": True}, "DeepSpeed"),
+        ({"is_fsdp_enabled": True}, "FSDP"),
+        ({"args": {"world_size": 2}}, "one of several"),
+        ({"args": {"n_gpu": 2}}, "several devices"),
+    ],
+)
+def test_who_else_places_the_model_does_so(flags, why):
+    """What neither this machine nor this process has: only what the trainer says of it is looked at."""
+    args = {"world_size": 1, "n_gpu": 1, "bf16_full_eval": False, "fp16_full_eval": False} | flags.pop("args", {})
+    given = {"train_dataset": [1], "is_deepspeed_enabled": False, "is_fsdp_enabled": False} | flags
+    assert why in _why_not(SimpleNamespace(args=SimpleNamespace(**args), **given), torch.nn.Linear(2, 2))
 
 
 @pytest.mark.parametrize(("mode", "code"), [("never", 0), ("fail", 7)])
