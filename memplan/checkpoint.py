@@ -31,10 +31,6 @@ DTYPES = {
 }
 
 
-_STEMS = ("model", "diffusion_pytorch_model")
-"""What transformers and diffusers name their files by."""
-
-
 class StoredTensor(Struct, frozen=True, kw_only=True):
     """One tensor of a checkpoint and where its bytes lie."""
 
@@ -52,10 +48,11 @@ def read_checkpoint(folder: str | Path) -> dict[str, StoredTensor]:
     Raises CheckpointError for a missing, truncated or inconsistent file, and for an index that leads out of its folder.
     """
     folder = Path(folder)
-    index, single = next(
-        (files for files in _weight_files(folder) if any(file.is_file() for file in files)), (None, None)
-    )
-    if index is not None and index.is_file():
+    found = next((file for file in _weight_files(folder) if file.is_file()), None)
+    if found is not None and found.suffix == ".safetensors":
+        return read_header(found)
+    if found is not None:
+        index = found
         try:
             weight_map: dict[str, str] = json.loads(index.read_bytes())["weight_map"]
             shards = sorted(set(weight_map.values()))
@@ -71,8 +68,6 @@ def read_checkpoint(folder: str | Path) -> dict[str, StoredTensor]:
                 f"{index} promises the tensor {missing[0]}, which no shard holds: fetch the files again"
             )
         return tensors
-    if single is not None:
-        return read_header(single)
     raise CheckpointError(
         f"{folder} holds neither model.safetensors nor its index: give a folder with safetensors weights"
     )
@@ -82,12 +77,14 @@ def has_checkpoint(folder: str | Path | None) -> bool:
     """Whether the folder holds safetensors weights under their usual names."""
     if not folder:
         return False
-    return any(file.is_file() for files in _weight_files(Path(folder)) for file in files)
+    return any(file.is_file() for file in _weight_files(Path(folder)))
 
 
-def _weight_files(folder: Path) -> list[tuple[Path, Path]]:
-    """Return the index and the single file that a checkpoint may have, under each usual name."""
-    return [(folder / f"{stem}.safetensors.index.json", folder / f"{stem}.safetensors") for stem in _STEMS]
+def _weight_files(folder: Path) -> list[Path]:
+    """Return the index and the single file that a checkpoint may have, in the order in which its library looks for them."""
+    single, index = ".safetensors", ".safetensors.index.json"
+    names = f"model{single}", f"model{index}", f"diffusion_pytorch_model{index}", f"diffusion_pytorch_model{single}"
+    return [folder / name for name in names]
 
 
 def read_header(path: Path) -> dict[str, StoredTensor]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -21,8 +20,8 @@ def wrap(module: nn.Module) -> Callable[[], None]:
     in memory, which changes bits.
     """
     original = call_of(module)
-    numbers = (getattr(part, "layer_idx", None) for part in module.modules())
-    layers = sorted({number for number in numbers if isinstance(number, int)})
+    numbers: list[Any] = [getattr(part, "layer_idx", None) for part in module.modules()]
+    last: int | None = max((number for number in numbers if isinstance(number, int)), default=None)
 
     def forward(*args: Any, **kwargs: Any) -> Any:
         if not torch.is_grad_enabled():
@@ -33,7 +32,7 @@ def wrap(module: nn.Module) -> Callable[[], None]:
         def keep(value: Any) -> Any:
             if not _is_cache(value):
                 return value
-            before = _as_it_is(value, layers)
+            before = _as_it_is(value, last)
             now[id(before)] = value
             return before
 
@@ -48,7 +47,7 @@ def wrap(module: nn.Module) -> Callable[[], None]:
             def cache_of(value: Any) -> Any:
                 if id(value) in given:
                     return given[id(value)]
-                return _as_it_is(value, layers) if _is_cache(value) else value
+                return _as_it_is(value, last) if _is_cache(value) else value
 
             return original(*map(cache_of, args), **{name: cache_of(value) for name, value in kwargs.items()})
 
@@ -109,21 +108,44 @@ def without_graph(tensor: torch.Tensor) -> torch.Tensor:
     return tensor if tensor.grad_fn is None else tensor.detach()
 
 
-def _as_it_is(cache: Any, layers: list[int]) -> Any:
-    """Return a copy of a cache that may be written to for these layers (none: for all). The tensors in it are its own."""
-    made = copy.copy(cache)
+def _as_it_is(cache: Any, last: int | None) -> Any:
+    """Return a copy of a cache that a layer may be given in its place.
+
+    ``last``: the layer's number. Of those after it there is nothing: they hold what comes of this one, a circle.
+    """
+    made = _own(cache)
     for name, held in vars(made).items():
         if _is_cache(held):
-            setattr(made, name, _as_it_is(held, layers))
+            setattr(made, name, _as_it_is(held, last))
         elif isinstance(held, dict):
             setattr(made, name, dict(held))
         elif isinstance(held, list):
-            own = list(held)
-            for index in layers or range(len(own)):
-                if index < len(own) and not isinstance(own[index], torch.Tensor):
-                    own[index] = copy.copy(own[index])
-            setattr(made, name, own)
+            setattr(made, name, [_layer(item) for item in (held if last is None else held[: last + 1])])
     return made
+
+
+def _layer(layer: Any) -> Any:
+    """Return a copy of what a cache has of a layer. Tensors that are written to in place are copied."""
+    if isinstance(layer, torch.Tensor) or not hasattr(layer, "__dict__"):
+        return layer
+    made = _own(layer)
+    fixed = getattr(layer, "is_compileable", False)
+    for name, held in vars(made).items():
+        if isinstance(held, dict):
+            setattr(made, name, {key: _copied(value) for key, value in held.items()})
+        elif fixed:
+            setattr(made, name, _copied(held))
+    return made
+
+
+def _own(value: Any) -> Any:
+    made = object.__new__(type(value))
+    made.__dict__.update(value.__dict__)
+    return made
+
+
+def _copied(value: Any) -> Any:
+    return value.clone() if isinstance(value, torch.Tensor) else value
 
 
 def _is_cache(value: object) -> bool:

@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
+from weakref import WeakSet
 
 import torch
 from torch import nn
@@ -22,8 +23,8 @@ from memplan.names import canonical
 
 _BUFFERS = {"qweight", "qzeros", "scales", "g_idx"}
 """Weight buffers of GPTQ- and AWQ-like layers; ``qweight`` marks one."""
-_ADAPTER = "_memplan_adapter"
-"""Marks a module that is an adapter's own (:func:`mark_adapters`)."""
+_ADAPTERS: WeakSet[nn.Module] = WeakSet()
+"""Modules that are an adapter's own (:func:`mark_adapters`)."""
 _PACKED = "packing_format_for_cpu"
 _REPACKS = "support_avx512bf16_for_cpu"
 
@@ -65,13 +66,15 @@ def mark_adapters(model: nn.Module) -> None:
     Adapters are exchanged while they train (PEFT's ``set_adapter``), and those that wait are frozen meanwhile.
     """
     for module in model.modules():
+        _ADAPTERS.discard(module)
+    for module in model.modules():
         names = list(getattr(module, "adapter_layer_names", ()))
         if hasattr(module, "original_module"):
             names.append("modules_to_save")
         for name in names:
             held = getattr(module, name, None)
             for part in held.modules() if isinstance(held, nn.Module) else ():
-                part.__dict__[_ADAPTER] = True
+                _ADAPTERS.add(part)
 
 
 def adapters_bytes(model: nn.Module) -> int:
@@ -82,14 +85,14 @@ def adapters_bytes(model: nn.Module) -> int:
             id(parameter): parameter
             for module in model.modules()
             for parameter in module._parameters.values()
-            if parameter is not None and (parameter.requires_grad or _ADAPTER in module.__dict__)
+            if parameter is not None and (parameter.requires_grad or module in _ADAPTERS)
         }.values()
     )
 
 
 def own_weights(module: nn.Module, prefix: str = "") -> Iterator[Weight]:
     """Yield the frozen weights that the module itself holds, by the names that its ``state_dict`` gives them."""
-    if _ADAPTER in module.__dict__:
+    if module in _ADAPTERS:
         return
     for name, parameter in module._parameters.items():
         if parameter is not None and not parameter.requires_grad:

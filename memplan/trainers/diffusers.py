@@ -14,6 +14,8 @@ _KNOWN = {"torch_dtype", "dtype", "subfolder", "low_cpu_mem_usage", "use_safeten
 def not_served(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[str]:
     """Return what of the arguments of ``from_pretrained`` is not understood here."""
     unknown = sorted(name for name, value in kwargs.items() if value not in (None, False) and name not in _KNOWN)
+    unknown += [n for n in ("torch_dtype", "dtype") if not isinstance(kwargs.get(n), torch.dtype | None)]
+    unknown += ["use_safetensors"] * (kwargs.get("use_safetensors") is False)
     return ["positional arguments"] * bool(args) + unknown
 
 
@@ -38,8 +40,9 @@ def skeleton_of(cls: Any, name: str | Path, kwargs: Mapping[str, Any]) -> Any:
         finally:
             torch.set_default_dtype(before)
     kept = cls._keep_in_fp32_modules or []
-    for path, parameter in model.named_parameters():
-        if given is not None and set([kept] if isinstance(kept, str) else kept) & set(path.split(".")):
-            parameter.data = parameter.data.float()
+    for path, tensor in model.state_dict(keep_vars=True).items() if given is not None else ():
+        if tensor.is_floating_point():
+            full = bool(set([kept] if isinstance(kept, str) else kept) & set(path.split(".")))
+            tensor.data = tensor.data.to(torch.float32 if full else given)
     model.register_to_config(_name_or_path=str(name))
     return model.eval()

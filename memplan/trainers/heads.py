@@ -26,7 +26,7 @@ def begin(model: Any, new: list[nn.Parameter]) -> None:
     for tensor in (*model.parameters(), *model.buffers()):
         tensor._is_hf_initialized = id(tensor) not in theirs
     for module in model.modules():
-        module._is_hf_initialized = not any(id(parameter) in theirs for parameter in module.parameters())
+        module._is_hf_initialized = False  # as after loading: each is asked, and draws for what is new alone
     model.initialize_weights()
     for tensor in (*model.parameters(), *model.buffers()):
         del tensor._is_hf_initialized

@@ -19,7 +19,9 @@ from memplan.run.attach import attach
 from memplan.run.handle import Handle, handle_of
 from memplan.trainers.loading import checkpoint_of
 from memplan.trainers.longest import longest_batch
+from memplan.trainers.mapped import folder_of
 from memplan.trainers.transformers import loss_of
+from memplan.trainers.waiting import waits
 
 _AUTOCAST = {"bf16-mixed": "bf16", "16-mixed": "fp16"}
 
@@ -69,6 +71,7 @@ class Placement(Callback):
             accumulation=trainer.accumulate_grad_batches,
             autocast=_AUTOCAST.get(str(trainer.precision)),
             loss=loss_of,
+            checkpoint=folder_of(model),
             **self._options,
         )
         self.handle = attach(model, plan, checkpoint=checkpoint_of(model), checked=self._checked, replan=api.smaller)
@@ -81,7 +84,7 @@ class PlacementAtFirstCall(Callback):
         """Have it wait for that, where it does not already."""
         from memplan.trainers.script import serve_model
 
-        if stage == "fit" and handle_of(pl_module) is None:
+        if stage == "fit" and handle_of(pl_module) is None and not waits(pl_module):
             for module in frozen_within(pl_module):
                 serve_model(module)
                 break

@@ -98,12 +98,13 @@ def _folder_of(name: str | Path, asked: dict[str, Any]) -> Path | None:
 
     optional = {**asked, "_raise_exceptions_for_missing_entries": False}
     try:
-        if cached_file(name, "adapter_config.json", **optional) is not None:
+        if cached_file(name, "adapter_config.json", **optional) or not cached_file(name, "config.json", **optional):
             return None
-        index = cached_file(name, "model.safetensors.index.json", **optional)
-        if index is not None:
-            get_checkpoint_shard_files(str(name), index, **asked)
-        found = index or cached_file(name, "model.safetensors", **optional)
+        found = cached_file(name, "model.safetensors", **optional)
+        if found is None:
+            found = cached_file(name, "model.safetensors.index.json", **optional)
+            if found is not None:
+                get_checkpoint_shard_files(str(name), found, **asked)
         cached_file(name, "generation_config.json", **optional)
     except (OSError, ValueError):
         return None  # transformers itself then says what is wrong

@@ -28,7 +28,7 @@ from memplan.trainers.loading import checkpoint_of
 from memplan.trainers.mapped import folder_of, give_way, is_mapped
 from memplan.trainers.mapping import map_loaded, of_diffusers, of_transformers
 from memplan.trainers.transformers import compiles, is_of_library, loss_may_be_asked, loss_of, plan_for, wrap
-from memplan.trainers.waiting import asked_device, forget, move, wait, waits
+from memplan.trainers.waiting import arrived, forget, move, tell_device, wait, waits
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -41,11 +41,13 @@ _LAST: list[Handle] = []
 
 def serve_models(kind: type[PreTrainedModel]) -> None:
     """Have transformers' ``from_pretrained`` map the weights that it can."""
+    tell_device(kind)
     map_loaded(kind, of_transformers, _wait)
 
 
 def serve_diffusers(kind: Any) -> None:
     """Have diffusers' ``from_pretrained`` map the weights that it can."""
+    tell_device(kind)
     map_loaded(kind, of_diffusers, _wait)
 
 
@@ -62,17 +64,9 @@ def serve_adapters(kind: type[PeftModel]) -> None:
 
 
 def serve_trainer(kind: type[Trainer]) -> None:
-    """Have a trainer's model placed before it is first used, and left alone until then."""
+    """Have a trainer's model placed before it is first used."""
     for name in _ENTRIES:
         setattr(kind, name, _placed_first(getattr(kind, name)))
-    move: Callable[..., None] = kind._move_model_to_device
-
-    @functools.wraps(move)
-    def _move_model_to_device(trainer: Trainer, model: nn.Module, device: torch.device) -> None:
-        if not _waits(trainer, model):
-            move(trainer, model, device)
-
-    setattr(kind, "_move_model_to_device", _move_model_to_device)  # noqa: B010
 
 
 def serve_model(model: nn.Module) -> None:
@@ -136,11 +130,6 @@ def _placed_first(original: Callable[..., Any]) -> Callable[..., Any]:
     return entry
 
 
-def _waits(trainer: Trainer, model: nn.Module) -> bool:
-    """Whether a model is not to be moved, because it is still to be placed."""
-    return is_mapped(model) and (waits(model) or not trainer.__dict__.get("_memplan_seen"))
-
-
 def _place(trainer: Trainer) -> None:
     """Plan and attach, or say why not. Raises DoesNotFitError; the model then is as it was."""
     model = trainer.model
@@ -149,14 +138,19 @@ def _place(trainer: Trainer) -> None:
     why = _why_not(trainer, model)
     if why is None and is_mapped(model) and not _may_be_asked(trainer):
         return  # placed at its first call, as for a loop
+    waited = waits(model)
     forget(model)
-    if why is None:
-        options = settings().planning()
-        why = _served(model, lambda: plan_for(trainer, **options), lambda plan: wrap(trainer, plan=plan))
+    try:
+        if why is None:
+            options = settings().planning()
+            why = _served(model, lambda: plan_for(trainer, **options), lambda plan: wrap(trainer, plan=plan))
+    except BaseException:
+        if waited:
+            serve_model(model)
+        raise
     if why is not None:
+        move(model)
         say(f"stands aside: {why}")
-        if is_mapped(model) and trainer.place_model_on_device:
-            trainer._move_model_to_device(model, trainer.args.device)
 
 
 def _why_not(trainer: Trainer, model: nn.Module) -> str | None:
@@ -218,15 +212,13 @@ def _served(model: nn.Module, planned: Callable[[], Plan], attach: Callable[[Pla
             return f"the model cannot be planned for ({type(error).__name__}: {error})"
         if all(residence.begins == "always" for residence in plan.residences):
             return "the whole model fits"
-        asked = asked_device(model)
         undo = give_way(model, torch.device(plan.table.device))
         try:
-            move(model)
             attach(plan)
         except BaseException:
             undo()
-            move(model, asked)
             raise
+        arrived(model)
         _let_merge(model, undo)
     except DoesNotFitError:
         raise

@@ -20,7 +20,7 @@ from torch import nn
 from memplan import api
 from memplan.checkpoint import StoredTensor, has_checkpoint, read_checkpoint
 from memplan.compiled import WAY_OUT, call_of, replace_call
-from memplan.errors import InputError
+from memplan.errors import CheckpointError, InputError
 from memplan.program.schema import Plan
 from memplan.run.arena import dtype_of, is_placeholder
 from memplan.run.attach import attach
@@ -28,6 +28,7 @@ from memplan.run.handle import Handle
 from memplan.skeleton import keep_in_float32
 from memplan.trainers.loading import checkpoint_of, fill_trainables, put_placeholders
 from memplan.trainers.longest import longest_batch
+from memplan.trainers.mapped import folder_of
 from memplan.triggers import tensors_in
 
 if TYPE_CHECKING:
@@ -131,6 +132,7 @@ def _plan(trainer: Trainer, batch: Mapping[str, torch.Tensor] | None, **options:
         )
     first = _first_call(trainer) if batch is None else batch
     model: Any = trainer.model
+    options.setdefault("checkpoint", folder_of(model))
     with _autocast_as_in_training(model, trainer.accelerator):
         return api.plan(
             model, first, accumulation=args.gradient_accumulation_steps, optimizer=optimizer, loss=loss_of, **options
@@ -340,6 +342,8 @@ def skeleton_of(cls: Any, folder: Path, kwargs: Mapping[str, Any], *, name: str 
     config = kwargs.get("config")
     if config is not None:
         config = copy.deepcopy(config)
+    elif not (folder / "config.json").is_file():
+        raise CheckpointError(f"{folder} holds no config.json: without it the model's shape is not known")
     else:
         wanted = {} if kwargs.get("use_cache") is None else {"use_cache": kwargs["use_cache"]}
         config = cls.config_class.from_pretrained(folder, **wanted)

@@ -1,17 +1,19 @@
 """A mapped model that waits to be placed: at its first call to be trained, at the latest.
 
-Until then its weights stay where they are mapped, on the host, though the script moves its model to a device: most of
-it is what would not fit there. What else the model has does move, and so do the weights that turn out to be trained.
+Until then the weights of a model that is to be trained in part stay where they are mapped, on the host, though the script
+moves its model to a device: most of it is what would not fit there. What else the model has does move. A model of which
+nothing is frozen, or nothing trained, moves as ever.
 """
 
 from __future__ import annotations
 
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 from memplan.compiled import untraced_deep
 from memplan.run.guard import without
@@ -22,20 +24,19 @@ Place = Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]
 _CALL = "_call_impl"
 """What a module's call comes to before its hooks are looked at."""
 _PLACE = "_memplan_place"
+_ASKED = "_memplan_asked"
 
 
 def wait(model: nn.Module, place: Place) -> None:
     """Have ``place`` called before the model is first called to be trained, with it and what it is called with.
 
-    Within what torch.compile makes of a model it is never called.
+    Within what torch.compile makes of a model it is never called. What a model within this one waited for is forgotten.
     """
     forget(model)
     # Bound methods: a deep copy of the model has its own.
     model.__dict__[_CALL] = types.MethodType(_first_call, model)
+    model.__dict__["_apply"] = types.MethodType(_apply, model)
     model.__dict__[_PLACE] = place
-    for module in model.modules():
-        if any(True for _ in _mapped(module)):
-            module.__dict__["_apply"] = types.MethodType(_apply, module)
 
 
 def waits(model: nn.Module) -> bool:
@@ -44,30 +45,42 @@ def waits(model: nn.Module) -> bool:
 
 
 def forget(model: nn.Module) -> None:
-    """Have it wait no more; what was to be moved stays until :func:`move`."""
+    """Have it wait no more; a move that was put off is still known (:func:`asked_device`)."""
     for module in model.modules():
-        module.__dict__.pop(_CALL, None)
-        module.__dict__.pop(_PLACE, None)
+        if module.__dict__.pop(_PLACE, None) is not None:
+            del module.__dict__[_CALL], module.__dict__["_apply"]
 
 
-def move(model: nn.Module, device: torch.device | None = None) -> None:
-    """Do the moves that were put off, of those weights that are still there to be moved.
+def move(model: nn.Module) -> None:
+    """Do the move that was put off, if one was."""
+    device = asked_device(model)
+    if device is not None:
+        arrived(model)
+        model.to(device)
 
-    ``device``: where to, where it was forgotten (:func:`asked_device`).
-    """
+
+def arrived(model: nn.Module) -> None:
+    """Have a move that was put off be over: the model is placed."""
     for module in model.modules():
-        own = module.__dict__.get("_apply")
-        if getattr(own, "__func__", None) is _apply:
-            del module.__dict__["_apply"]
-        asked = module.__dict__.pop("_memplan_asked", device)
-        if asked is not None and any(parameter.device.type == "cpu" for _, parameter in _mapped(module)):
-            type(module)._apply(module, lambda tensor, asked=asked: tensor.to(asked), recurse=False)
+        module.__dict__.pop(_ASKED, None)
 
 
 def asked_device(model: nn.Module) -> torch.device | None:
-    """Return where the script has asked a waiting model to be moved to, if it has."""
-    found = (module.__dict__.get("_memplan_asked") for module in model.modules())
+    """Return where a script has asked for a model to be, or one within it, where that was put off."""
+    found = (module.__dict__.get(_ASKED) for module in model.modules())
     return next((device for device in found if device is not None), None)
+
+
+def tell_device(kind: Any) -> None:
+    """Have a class's ``device`` be what the script asked for, though the move was put off."""
+    original = kind.__dict__["device"]
+
+    def device(model: nn.Module) -> torch.device:
+        asked: torch.device | None = model.__dict__.get(_ASKED)
+        found: torch.device = original.fget(model) if asked is None else asked
+        return found
+
+    kind.device = property(device, doc=original.__doc__)
 
 
 def _first_call(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
@@ -81,23 +94,33 @@ def _first_call(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
 def _watched_call(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     from accelerate.utils import send_to_device
 
+    if isinstance(next(model.parameters()), FakeTensor):  # the script plans for itself
+        return nn.Module._call_impl(model, *args, **kwargs)
     device = asked_device(model)
     if model.training and torch.is_grad_enabled():
         place = model.__dict__[_PLACE]
         forget(model)
-        place(model, args, kwargs)
-        if device is not None:  # a script asks the model where it is, and then has its batch there
+        try:
+            place(model, args, kwargs)
+        except BaseException:
+            wait(model, place)  # the script may try again with less
+            raise
+        if device is not None:  # a script may have its first batch where the weights were
             args, kwargs = send_to_device((args, kwargs), device)
         return nn.Module._call_impl(model, *args, **kwargs)
     if device is None:
         return nn.Module._call_impl(model, *args, **kwargs)
-    with _together(model):
+    if torch.is_grad_enabled() or not _in_part(model):
+        forget(model)
+        move(model)
+        return nn.Module._call_impl(model, *args, **kwargs)
+    with _Together(model):
         args, kwargs = send_to_device((args, kwargs), torch.device("cpu"))
         return send_to_device(nn.Module._call_impl(model, *args, **kwargs), device)
 
 
-class _together:
-    """Has all of a waiting model where its weights are mapped, for a call before it is trained."""
+class _Together:
+    """Has all of a waiting model where its weights are mapped, for a call without gradients before it is trained."""
 
     def __init__(self, model: nn.Module) -> None:
         tensors = [*model.parameters(), *model.buffers()]
@@ -113,18 +136,46 @@ class _together:
             tensor.data = data
 
 
-def _apply(module: nn.Module, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> nn.Module:
+def _apply(model: nn.Module, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> nn.Module:
     """Stand for ``_apply``, which ``.to``, ``.cuda`` and their like go through: a move of mapped weights is put off."""
-    staying = []
-    for name, parameter in _mapped(module):
+    asked: list[torch.device] = []
+    staying = [(module, _staying(module, fn, asked)) for module in model.modules()] if _in_part(model) else []
+    for module in model.modules() if asked else ():
+        module.__dict__[_ASKED] = asked[0]  # of every part: a script may ask any of them where it is
+
+    def rest() -> None:
+        type(model)._apply(model, fn, recurse)
+
+    act = rest
+    for module, names in staying:
+        if names:
+            act = _hiding(module, names, act)
+    act()
+    return model
+
+
+def _hiding(module: nn.Module, names: list[str], act: Callable[[], None]) -> Callable[[], None]:
+    return lambda: without(module, names, act)
+
+
+def _staying(module: nn.Module, fn: Callable[[torch.Tensor], torch.Tensor], asked: list[torch.device]) -> list[str]:
+    """Return the names of a module's own mapped weights that ``fn`` would move, cast as it would; add where to."""
+    names = []
+    for name, parameter in module._parameters.items():
+        if parameter is None or parameter.requires_grad or origin_of(parameter) is None:
+            continue
         moved = _moved(fn, parameter.dtype) if parameter.device.type == "cpu" else None
         if moved is not None:
-            staying.append(name)
-            module.__dict__["_memplan_asked"] = moved.device
+            names.append(name)
             if moved.dtype != parameter.dtype:
                 parameter.data = fn(parameter.data).cpu()
-    without(module, staying, lambda: type(module)._apply(module, fn, recurse))
-    return module
+            asked.append(moved.device)
+    return names
+
+
+def _in_part(model: nn.Module) -> bool:
+    """Whether some of a model is frozen and some is trained."""
+    return len({parameter.requires_grad for parameter in model.parameters()}) == 2
 
 
 def _moved(fn: Callable[[torch.Tensor], torch.Tensor], dtype: torch.dtype) -> torch.Tensor | None:
@@ -136,9 +187,3 @@ def _moved(fn: Callable[[torch.Tensor], torch.Tensor], dtype: torch.dtype) -> to
     if moved.device.type == "meta":
         return moved if moved.dtype == dtype else None
     return moved if torch.equal(moved.cpu(), probe.to(moved.dtype)) else None
-
-
-def _mapped(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-    for name, parameter in module._parameters.items():
-        if parameter is not None and origin_of(parameter) is not None:
-            yield name, parameter

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import gc
+
 import pytest
 import torch
 from peft import LoraConfig, PrefixTuningConfig, get_peft_model
-from transformers import LlamaConfig, LlamaForCausalLM, T5Config, T5ForConditionalGeneration
+from transformers import LlamaConfig, LlamaForCausalLM, StaticCache, T5Config, T5ForConditionalGeneration
+from transformers.cache_utils import DynamicLayer
 
 import memplan
+from memplan.recompute import wrap
 from tests.training import CPU
 
 TEXT = {"vocab_size": 96, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
@@ -56,3 +60,63 @@ def test_the_same_as_whole(kind):
         results.append((output.loss, *gradients, *kept))
     assert len(results[0]) == len(results[1]) > 4
     assert all(torch.equal(one, other) for one, other in zip(*results, strict=True))
+
+
+def hybrid(kind):
+    """Layers that keep a state which is written to in place."""
+    from transformers import Lfm2Config, Lfm2ForCausalLM, Qwen3NextConfig, Qwen3NextForCausalLM
+
+    torch.manual_seed(5)
+    shape = {
+        "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 4, "num_attention_heads": 4,
+        "num_key_value_heads": 2, "max_position_embeddings": 64, "use_cache": True, **TEXT,
+    }  # fmt: skip
+    if kind == "lfm2":
+        return Lfm2ForCausalLM(Lfm2Config(full_attn_idxs=[1, 3], block_auto_adjust_ff_dim=False, **shape))
+    return Qwen3NextForCausalLM(
+        Qwen3NextConfig(
+            head_dim=16,
+            linear_num_value_heads=4,
+            linear_num_key_heads=2,
+            linear_key_head_dim=16,
+            linear_value_head_dim=16,
+            num_experts=2,
+            num_experts_per_tok=1,
+            moe_intermediate_size=32,
+            shared_expert_intermediate_size=32,
+            mlp_only_layers=[0, 1, 2, 3],
+            **shape,
+        )
+    )
+
+
+def recomputed(model):
+    layers = model.get_base_model().model.layers
+    return [wrap(layer) for layer in layers]
+
+
+@pytest.mark.parametrize("kind", ["lfm2", "qwen3-next", "static"])
+def test_a_state_that_is_written_to_in_place(kind):
+    results = []
+    for again in (False, True):
+        base = make("llama")[0].unload() if kind == "static" else hybrid(kind)
+        torch.manual_seed(4)
+        model = get_peft_model(base, LoraConfig(r=4, target_modules=["q_proj"], init_lora_weights=False)).train()
+        if again:
+            recomputed(model)
+        ids = torch.arange(18).view(2, 9) + 3
+        more = {"past_key_values": StaticCache(base.config, max_cache_len=16)} if kind == "static" else {}
+        loss = model(input_ids=ids, labels=ids, **more).loss
+        loss.backward()
+        results.append([loss, *(p.grad for p in model.parameters() if p.requires_grad)])
+    assert len(results[0]) > 1
+    assert all(torch.equal(one, other) for one, other in zip(*results, strict=True))
+
+
+def test_a_forward_without_a_backward_leaves_nothing():
+    model, batch = make("llama")
+    recomputed(model)
+    for _ in range(3):
+        model(**batch)
+    gc.collect()
+    assert not [found for found in gc.get_objects() if type(found) is DynamicLayer]

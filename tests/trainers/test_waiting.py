@@ -9,9 +9,11 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoConfig, LlamaForCausalLM
 
+import memplan
 from memplan.trainers.mapped import folder_of, is_mapped, map_weights
 from memplan.trainers.transformers import skeleton_of
-from memplan.trainers.waiting import asked_device, forget, move, wait, waits
+from memplan.trainers.waiting import asked_device, forget, move, tell_device, wait, waits
+from tests.training import CPU
 
 
 @pytest.fixture
@@ -61,11 +63,52 @@ def test_a_move_is_put_off_for_what_is_mapped_and_done_when_asked(model, calls, 
         else:
             assert parameter.data_ptr() == before[name]
     assert all(buffer.device.type == "meta" for buffer in model.buffers())
-    forget(model)
-    move(model)
+    other = copy.deepcopy(model)
+    for moved in (model, other):
+        forget(moved)
+        move(moved)
+        assert {parameter.device.type for parameter in moved.parameters()} == {"meta"}
+        assert not any("_apply" in module.__dict__ for module in moved.modules())
+        assert asked_device(moved) is None
+
+
+@pytest.mark.parametrize("trained", [True, False])
+def test_what_is_not_trained_in_part_moves_as_ever(model, calls, trained):
+    waiting(model, calls).requires_grad_(trained)
+    model.to("meta")
     assert {parameter.device.type for parameter in model.parameters()} == {"meta"}
-    assert not any("_apply" in module.__dict__ for module in model.modules())
     assert asked_device(model) is None
+
+
+def test_an_error_in_placing_leaves_it_waiting(model):
+    def fails(*given):
+        raise ValueError("too much")
+
+    wait(model.train(), fails)
+    for _ in range(2):
+        with pytest.raises(ValueError, match="too much"):
+            model(IDS)
+        assert waits(model)
+
+
+def test_it_says_that_it_is_where_it_was_asked_to_be(checkpoint):
+    class Told(LlamaForCausalLM):
+        device = LlamaForCausalLM.device
+
+    tell_device(Told)
+    made = skeleton_of(Told, checkpoint, {})
+    map_weights(made, checkpoint)
+    assert made.device == torch.device("cpu")
+    model = waiting(get_peft_model(made, LoraConfig(r=4, target_modules="all-linear")), []).to("meta")
+    assert model.device == torch.device("meta")
+    move(model)
+    assert model.device == torch.device("meta")
+
+
+def test_a_plan_that_the_script_makes_places_nothing(model, calls):
+    model = waiting(get_peft_model(model, LoraConfig(r=4, target_modules="all-linear")), calls).train()
+    memplan.plan(model, {"input_ids": IDS, "labels": IDS}, vram="64MiB", ram="64MiB", hardware=CPU)
+    assert (calls, waits(model)) == ([], True)
 
 
 def test_what_is_no_move_is_done_at_once(model, calls):
