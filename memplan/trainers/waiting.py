@@ -7,6 +7,7 @@ nothing is frozen, or nothing trained, moves as ever.
 
 from __future__ import annotations
 
+import inspect
 import types
 from collections.abc import Callable
 from typing import Any
@@ -73,7 +74,7 @@ def asked_device(model: nn.Module) -> torch.device | None:
 
 def tell_device(kind: Any) -> None:
     """Have a class's ``device`` be what the script asked for, though the move was put off."""
-    original = kind.__dict__["device"]
+    original = inspect.getattr_static(kind, "device")
 
     def device(model: nn.Module) -> torch.device:
         asked: torch.device | None = model.__dict__.get(_ASKED)

@@ -235,9 +235,8 @@ def test_with_a_trainer(kind, tmp_path):
     def trainer(name):
         model = model_of(kind, dropout=0.1)
         for module in model.modules():
-            module.__dict__.pop("support_avx512bf16_for_cpu", None) and module.__dict__.update(
-                support_avx512bf16_for_cpu=0
-            )
+            if "support_avx512bf16_for_cpu" in module.__dict__:
+                module.__dict__["support_avx512bf16_for_cpu"] = False
         arguments = TrainingArguments(
             output_dir=str(tmp_path / name), max_steps=4, per_device_train_batch_size=2, eval_strategy="steps",
             eval_steps=2, save_strategy="no", report_to=[], use_cpu=True, disable_tqdm=True, seed=3,

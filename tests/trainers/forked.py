@@ -71,7 +71,8 @@ class Forked:
 def clean(path: str = "") -> dict[str, str]:
     """Return an environment in which a script finds memplan, and one thread."""
     paths = filter(None, [str(ROOT), path, os.environ.get("PYTHONPATH", "")])
-    return {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"}
+    fixed = {"PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    return {**os.environ, **fixed}
 
 
 def tell_losses() -> None:

@@ -47,7 +47,7 @@ def config(out):
     return read | {"target_modules": sorted(read["target_modules"])}
 
 
-LONG = ("trl_reward", "accelerate_loop_bf16")
+LONG = ("trl_reward", "accelerate_loop_bf16", "peft_loop", "diffusers_dit")
 
 
 @pytest.mark.parametrize("kind", [pytest.param(k, marks=pytest.mark.full) if k in LONG else k for k in KINDS])

@@ -43,8 +43,8 @@ def exact(done):
     return [line for line in done.stdout.splitlines() if line.startswith(("loss", "eval", "made", "sum"))]
 
 
-MODES = ["dora", "written", "reordered", "swapped", "counted", "merged", "best", "workers", "adapters", "checkpointing"]
-MORE = ["lora", "generate", "resized", "grouped", "reentrant", "autocast", "found", "smoothed"]
+MODES = ["dora", "written", "reordered", "swapped", "counted", "merged", "best", "adapters", "checkpointing"]
+MORE = ["workers", "lora", "generate", "resized", "grouped", "reentrant", "autocast", "found", "smoothed"]
 VRAM = {"checkpointing": "1500KiB", "reentrant": "1500KiB", "autocast": "3MiB", "grouped": "3MiB"}
 SAID = {"generate": 6, "counted": 15, "best": 4, "adapters": 19, "smoothed": 9}
 
@@ -60,6 +60,7 @@ def test_the_same_as_without(checkpoint, alone, under, tmp_path, mode):
     assert len(exact(done)) == SAID.get(mode, 5)
     assert adapter(tmp_path / "run") == adapter(tmp_path / "whole")
     assert "streamed from" in done.stderr
+    assert "stands aside" not in done.stderr
     assert "measured" in report.read_text()
     if mode == "merged":
         name = "merged/model.safetensors"
