@@ -7,39 +7,99 @@ cannot take back: a private mapping, of which only what is written to is copied.
 
 from __future__ import annotations
 
+import contextlib
+import mmap
 import os
 import re
+import tempfile
 from bisect import bisect_right
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import IO, NamedTuple
 
+import numpy as np
 import torch
 from torch import nn
 
 from memplan.checkpoint import StoredTensor
+from memplan.hardware import cache_folder
 from memplan.run.arena import Placeholders, dtype_of
 from memplan.run.disk import DiskReader
 from memplan.run.home import Stored
 from memplan.trainers.loading import map_stored, origin_of, put_weights, read_stored
 
+_PIECE = 4 << 20
+"""Elements that are cast at once."""
 _SMAPS = Path("/proc/self/smaps")
 _AREA = re.compile(r"([0-9a-f]+)-([0-9a-f]+) \S+ ([0-9a-f]+) \S+ \d+ +(/.*)")
 _HEAD = re.compile(r"[0-9a-f]+-[0-9a-f]+ ")
 
 
 def map_weights(model: nn.Module, folder: str | Path) -> None:
-    """Have every parameter on ``meta`` read its checkpoint, mapped; what is cast, converted or new comes into RAM.
+    """Have every parameter on ``meta`` read its checkpoint, mapped; what is converted or new comes into RAM.
 
-    Raises CheckpointError where the checkpoint is not the model's; the model then is as it was.
+    What is cast is mapped from a file of its own, without a name, which goes with the model. Raises CheckpointError where the checkpoint is not the model's; the model then is as it was.
     """
-    put_weights(model, folder, _data_of, heads=True)
+    with contextlib.ExitStack() as files:
+        casts = _Casts(files)
+
+        def data_of(reader: DiskReader, meta: nn.Parameter, stored: Stored) -> torch.Tensor:
+            if not isinstance(stored, StoredTensor):
+                return read_stored(reader, stored).to(meta.dtype)
+            raw = map_stored(reader, stored, stored.size_bytes).view(dtype_of(stored.dtype)).view(stored.shape)
+            return raw if raw.dtype == meta.dtype else casts.of(raw, meta.dtype, stored)
+
+        put_weights(model, folder, data_of, heads=True)
 
 
-def _data_of(reader: DiskReader, meta: nn.Parameter, stored: Stored) -> torch.Tensor:
-    if isinstance(stored, StoredTensor) and dtype_of(stored.dtype) == meta.dtype:
-        return map_stored(reader, stored, stored.size_bytes).view(meta.dtype).view(stored.shape)
-    return read_stored(reader, stored).to(meta.dtype)
+class _Cast(NamedTuple):
+    """A tensor of a checkpoint as it was cast, in a file without a name."""
+
+    stored: StoredTensor
+    dtype: torch.dtype
+    path: str
+    file_offset_bytes: int
+    size_bytes: int
+
+
+_CASTS: dict[int, _Cast] = {}
+"""By where they were mapped. What is there now, the kernel says (:func:`_is_as_stored`)."""
+
+
+class _Casts:
+    """Casts tensors into a file, piece by piece: RAM that the kernel can take back."""
+
+    def __init__(self, files: contextlib.ExitStack) -> None:
+        self._files = files
+        self._file: IO[bytes] | None = None
+        self._end = 0
+
+    def of(self, raw: torch.Tensor, dtype: torch.dtype, stored: StoredTensor) -> torch.Tensor:
+        """Return a tensor in another dtype, mapped privately, or in RAM where there is no room for such a file."""
+        size = raw.numel() * dtype.itemsize
+        if not size:
+            return raw.to(dtype)
+        begin = -(-self._end // mmap.ALLOCATIONGRANULARITY) * mmap.ALLOCATIONGRANULARITY
+        try:
+            if self._file is None:
+                folder = cache_folder()
+                folder.mkdir(parents=True, exist_ok=True)
+                self._file = self._files.enter_context(tempfile.TemporaryFile(dir=folder))  # noqa: SIM115
+            os.posix_fallocate(self._file.fileno(), begin, size)
+        except OSError:
+            return raw.to(dtype)
+        flat = raw.reshape(-1)
+        for start in range(0, flat.numel(), _PIECE):
+            piece = flat[start : start + _PIECE].to(dtype).view(torch.uint8).numpy()
+            self._file.seek(begin + start * dtype.itemsize)
+            self._file.write(piece.data)
+        self._file.flush()
+        self._end = begin + size
+        pages = mmap.mmap(self._file.fileno(), size, access=mmap.ACCESS_COPY, offset=begin)
+        made = torch.from_numpy(np.frombuffer(pages, np.uint8)).view(dtype).view(raw.shape)
+        path = os.readlink(f"/proc/self/fd/{self._file.fileno()}")
+        _CASTS[made.data_ptr()] = _Cast(stored, dtype, path, begin, size)
+        return made
 
 
 def is_mapped(model: nn.Module) -> bool:
@@ -98,16 +158,21 @@ def _file_areas() -> list[_Area]:
 
 
 def _is_as_stored(parameter: nn.Parameter, stored: StoredTensor, areas: list[_Area]) -> bool:
-    """Whether a weight is the very bytes of its file: not written to, cast, moved or given another tensor."""
-    form = (tuple(parameter.shape), parameter.dtype, parameter.device.type)
-    if form != (stored.shape, dtype_of(stored.dtype), "cpu") or not parameter.is_contiguous():
+    """Whether a weight is the very bytes of its file, or their cast: not written to, moved or given another tensor."""
+    begin = parameter.data_ptr() if parameter.device.type == "cpu" else 0
+    cast = _CASTS.get(begin)
+    if cast is not None and cast.stored == stored and cast.dtype == parameter.dtype:
+        dtype, path, offset, size = cast.dtype, cast.path, cast.file_offset_bytes, cast.size_bytes
+    else:
+        dtype, path = dtype_of(stored.dtype), os.path.realpath(stored.path)
+        offset, size = stored.file_offset_bytes, stored.size_bytes
+    if (tuple(parameter.shape), parameter.dtype) != (stored.shape, dtype) or not parameter.is_contiguous():
         return False
-    begin = parameter.data_ptr()
     place = bisect_right(areas, begin, key=lambda area: area.begin) - 1  # the kernel lists them by address
     area = areas[place] if place >= 0 else None
     return (
         area is not None
-        and begin + stored.size_bytes <= area.end
-        and area.file_offset_bytes + begin - area.begin == stored.file_offset_bytes
-        and area.path == os.path.realpath(stored.path)
+        and begin + size <= area.end
+        and area.file_offset_bytes + begin - area.begin == offset
+        and area.path == path
     )

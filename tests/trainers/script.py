@@ -1,7 +1,7 @@
 """A script that knows nothing of memplan: ``python script.py FOLDER OUT [MODE]``.
 
 MODE: ``lora`` (default), ``dora`` begins from the weights, ``resized`` has a new token, ``full`` trains all, ``hooks``
-has accelerate place a layer, ``unsloth`` has it imported, ``generate`` asks the model before it is trained, ``never`` trains nothing, ``fail`` raises;
+has accelerate place a layer, ``unsloth`` has it imported, ``cast`` has the model in bfloat16, ``generate`` asks the model before it is trained, ``never`` trains nothing, ``fail`` raises;
 ``written`` has a weight changed in its last bytes, ``reordered`` has its layers in another order,
 ``swapped`` the weights of another model, ``adapters`` trains a second adapter after the first, and then the first again,
 those of ``ARGUMENTS`` are what their arguments say, ``counted`` has data and a loss that notice each use, ``merged`` merges its adapter at the end, ``saved`` saves each step and begins from what is saved, ``killed`` does so and is killed in the third step.
@@ -97,7 +97,7 @@ class Drawn(Rows):
 def main() -> None:
     folder, out, mode = (*sys.argv[1:], "lora")[:3]
     torch.set_num_threads(1)
-    model = AutoModelForCausalLM.from_pretrained(folder)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype="bfloat16" if mode == "cast" else "auto")
     if mode == "adapter":
         print(
             "sum",

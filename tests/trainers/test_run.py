@@ -43,7 +43,7 @@ def exact(done):
     return [line for line in done.stdout.splitlines() if line.startswith(("loss", "eval", "made", "sum"))]
 
 
-MODES = ["dora", "written", "reordered", "swapped", "counted", "merged", "best", "adapters", "checkpointing"]
+MODES = ["cast", "dora", "written", "reordered", "swapped", "counted", "merged", "best", "adapters", "checkpointing"]
 MORE = ["workers", "lora", "generate", "resized", "grouped", "reentrant", "autocast", "found", "smoothed"]
 VRAM = {"checkpointing": "1500KiB", "reentrant": "1500KiB", "autocast": "3MiB", "grouped": "3MiB"}
 SAID = {"generate": 6, "counted": 15, "best": 4, "adapters": 19, "smoothed": 9}

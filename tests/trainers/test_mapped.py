@@ -1,0 +1,75 @@
+"""Weights that are cast as they load: from a file of their own, which nobody else sees."""
+
+from __future__ import annotations
+
+import gc
+import os
+
+import pytest
+import torch
+from transformers import LlamaForCausalLM
+
+from memplan.run.arena import is_placeholder
+from memplan.trainers import mapped
+from memplan.trainers.mapped import give_way, map_weights
+from memplan.trainers.transformers import skeleton_of
+
+
+@pytest.fixture
+def cast(checkpoint, monkeypatch, tmp_path):
+    monkeypatch.setenv("MEMPLAN_CACHE", str(tmp_path))
+    model = skeleton_of(LlamaForCausalLM, checkpoint, {"dtype": torch.bfloat16})
+    map_weights(model, checkpoint)
+    return model.requires_grad_(False)
+
+
+def test_they_are_what_transformers_makes_of_them(cast, checkpoint, tmp_path):
+    whole = LlamaForCausalLM.from_pretrained(checkpoint, dtype=torch.bfloat16)
+    for ours, theirs in zip(cast.parameters(), whole.parameters(), strict=True):
+        assert ours.dtype == theirs.dtype
+        assert torch.equal(ours, theirs)
+    assert list(tmp_path.iterdir()) == []  # no name, so that nothing stays
+
+
+def test_what_was_written_to_does_not_give_way(cast):
+    with torch.no_grad():
+        cast.lm_head.weight[-1, -1] = 1
+    before = {name: parameter.clone() for name, parameter in cast.named_parameters()}
+    undo = give_way(cast, torch.device("cpu"))
+    assert [name for name, parameter in cast.named_parameters() if not is_placeholder(parameter)] == ["lm_head.weight"]
+    undo()
+    assert all(torch.equal(parameter, before[name]) for name, parameter in cast.named_parameters())
+
+
+def test_another_tensor_in_its_place_does_not_either(cast, checkpoint):
+    other = skeleton_of(LlamaForCausalLM, checkpoint, {"dtype": torch.bfloat16})
+    map_weights(other, checkpoint)
+    layers = cast.model.layers
+    layers[0].mlp.up_proj.weight.data = layers[1].mlp.up_proj.weight.data
+    give_way(cast, torch.device("cpu"))
+    assert not is_placeholder(layers[0].mlp.up_proj.weight)
+    assert is_placeholder(layers[1].mlp.up_proj.weight)
+
+
+def test_without_room_they_are_in_ram(checkpoint, monkeypatch):
+    def full(*given):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    model = skeleton_of(LlamaForCausalLM, checkpoint, {"dtype": torch.bfloat16})
+    map_weights(model, checkpoint)
+    whole = LlamaForCausalLM.from_pretrained(checkpoint, dtype=torch.bfloat16)
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), whole.parameters(), strict=True))
+
+
+def test_they_go_with_their_model(checkpoint, monkeypatch, tmp_path):
+    def held():
+        return [area for area in mapped._file_areas() if area.path.startswith(str(tmp_path))]
+
+    monkeypatch.setenv("MEMPLAN_CACHE", str(tmp_path))
+    model = skeleton_of(LlamaForCausalLM, checkpoint, {"dtype": torch.bfloat16})
+    map_weights(model, checkpoint)
+    assert held()
+    del model
+    gc.collect()
+    assert not held()
