@@ -28,8 +28,6 @@ from memplan.run.disk import DiskReader
 from memplan.run.home import Stored
 from memplan.trainers.loading import map_stored, origin_of, put_weights, read_stored
 
-_PIECE = 4 << 20
-"""Elements that are cast at once."""
 _SMAPS = Path("/proc/self/smaps")
 _AREA = re.compile(r"([0-9a-f]+)-([0-9a-f]+) \S+ ([0-9a-f]+) \S+ \d+ +(/.*)")
 _HEAD = re.compile(r"[0-9a-f]+-[0-9a-f]+ ")
@@ -67,7 +65,7 @@ _CASTS: dict[int, _Cast] = {}
 
 
 class _Casts:
-    """Casts tensors into a file, piece by piece: RAM that the kernel can take back."""
+    """Casts tensors into a file: RAM that the kernel can take back."""
 
     def __init__(self, files: contextlib.ExitStack) -> None:
         self._files = files
@@ -88,12 +86,9 @@ class _Casts:
             os.posix_fallocate(self._file.fileno(), begin, size)
         except OSError:
             return raw.to(dtype)
-        flat = raw.reshape(-1)
-        for start in range(0, flat.numel(), _PIECE):
-            piece = flat[start : start + _PIECE].to(dtype).view(torch.uint8).numpy()
-            self._file.seek(begin + start * dtype.itemsize)
-            self._file.write(piece.data)
-        self._file.flush()
+        # Straight into the file's pages: buffers of our own would leave holes in the heap, as much as was cast.
+        shared = mmap.mmap(self._file.fileno(), size, access=mmap.ACCESS_WRITE, offset=begin)
+        torch.from_numpy(np.frombuffer(shared, np.uint8)).view(dtype).view(raw.shape).copy_(raw)
         self._end = begin + size
         pages = mmap.mmap(self._file.fileno(), size, access=mmap.ACCESS_COPY, offset=begin)
         made = torch.from_numpy(np.frombuffer(pages, np.uint8)).view(dtype).view(raw.shape)
