@@ -24,6 +24,7 @@ def main() -> None:
     given.add_argument("--vram", help="budget of the device, as 10GiB; without it memplan is not used")
     given.add_argument("--ram", help="budget of RAM")
     given.add_argument("--steps", type=int, default=20)
+    given.add_argument("--packing", action="store_true", help="several rows in one")
     args = given.parse_args()
 
     rows = load_dataset("json", data_files=args.data, split="train")
@@ -34,6 +35,8 @@ def main() -> None:
         gradient_accumulation_steps=2,
         learning_rate=1e-3,
         max_length=32,
+        packing=args.packing,
+        packing_strategy="wrapped",
         bf16=torch.cuda.is_available() and torch.cuda.is_bf16_supported(),
         report_to=[],
         save_strategy="no",

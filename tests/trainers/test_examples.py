@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ KINDS = {
     "transformers_trainer": ("checkpoint", "text", AutoModelForCausalLM),
     "seq2seq_trainer": ("t5", "pairs", AutoModelForSeq2SeqLM),
     "trl_sft": ("checkpoint", "text", AutoModelForCausalLM),
+    "trl_sft_packed": ("checkpoint", "text", AutoModelForCausalLM),
     "trl_dpo": ("checkpoint", "pairs", AutoModelForCausalLM),
     "trl_reward": ("checkpoint", "pairs", AutoModelForSequenceClassification),
     "accelerate_loop": ("checkpoint", "text", AutoModelForCausalLM),
@@ -47,18 +49,21 @@ def config(out):
     return read | {"target_modules": sorted(read["target_modules"])}
 
 
-LONG = ("trl_reward", "accelerate_loop_bf16", "peft_loop", "diffusers_dit")
+LONG = ("trl_sft_packed", "trl_reward", "accelerate_loop_bf16", "peft_loop", "diffusers_dit")
 
 
 @pytest.mark.parametrize("kind", [pytest.param(k, marks=pytest.mark.full) if k in LONG else k for k in KINDS])
 def test_the_same_in_each_way(request, alone, under, data, tmp_path, kind):
     model, rows, loads = KINDS[kind]
     folder = request.getfixturevalue(model)
-    script = EXAMPLES / ("diffusers_lora.py" if kind.startswith("diffusers") else f"{kind.removesuffix('_bf16')}.py")
+    script = EXAMPLES / (
+        "diffusers_lora.py" if kind.startswith("diffusers") else f"{re.sub('_(bf16|packed)$', '', kind)}.py"
+    )
     more = [] if rows is None else [data / f"{rows}.jsonl"]
 
     def arguments(out, *options):
-        return [script, folder, *more, tmp_path / out, "--steps", 4, *options]
+        packing = ["--packing"] * kind.endswith("packed")
+        return [script, folder, *more, tmp_path / out, "--steps", 4, *packing, *options]
 
     cache = {"HF_DATASETS_CACHE": str(tmp_path / "cache")}
     if kind.endswith("bf16"):
@@ -98,7 +103,6 @@ def test_a_loop_of_ones_own(alone):
 
 
 def test_each_is_tried_here():
-    tried = {"plain_loop", "diffusers_lora", *(kind for kind in KINDS if not kind.startswith("diffusers"))} - {
-        "accelerate_loop_bf16"
-    }
+    tried = {re.sub("_(unet|dit|bf16|packed)$", "", kind) for kind in KINDS}
+    tried = {name.replace("diffusers", "diffusers_lora") for name in tried} | {"plain_loop"}
     assert {file.stem for file in EXAMPLES.glob("*.py")} == tried
