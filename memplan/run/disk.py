@@ -13,7 +13,7 @@ import os
 import threading
 import weakref
 from collections.abc import Iterable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 from msgspec import Struct
@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 
 from memplan.errors import CheckpointError, TransferError
 from memplan.program.schema import STAGING_BYTES
+from memplan.run.worker import Job
 from memplan.units import align_up
 
 _READERS = 4
@@ -73,7 +74,7 @@ class _File:
 class Reading:
     """A read that was begun."""
 
-    def __init__(self, pieces: Sequence[Future[None]], what: str) -> None:
+    def __init__(self, pieces: Sequence[Job], what: str) -> None:
         self._pieces = pieces
         self._what = what
 
@@ -129,9 +130,8 @@ class DiskReader:
             file = checked.get(extent.path) or checked.setdefault(extent.path, self._unchanged(extent, what))
             for start in range(0, extent.size_bytes, _PIECE_BYTES):
                 stop = min(start + _PIECE_BYTES, extent.size_bytes)
-                pieces.append(
-                    self._pool.submit(self._piece, file, extent.file_offset_bytes + start, destination[start:stop])
-                )
+                pieces.append(Job(self._piece, file, extent.file_offset_bytes + start, destination[start:stop]))
+                self._pool.submit(pieces[-1].run)
         return Reading(pieces, what)
 
     def mapped(self, extent: Extent, what: str) -> Bytes:
@@ -188,7 +188,7 @@ class DiskReader:
 
     def close(self) -> None:
         """End the threads and close the files."""
-        self._pool.shutdown(wait=True, cancel_futures=True)
+        self._pool.shutdown(wait=True)  # a piece that is cancelled would be waited for in vain
         _close(self._files)
 
 

@@ -13,8 +13,6 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future
-from concurrent.futures import wait as wait_for
 from functools import partial
 from typing import Protocol
 
@@ -26,7 +24,7 @@ from memplan.program.schema import RING_BYTES, Channel
 from memplan.run.arena import Arena, poison
 from memplan.run.disk import Bytes, DiskReader, Extent, copy_bytes
 from memplan.run.interrupts import held_back
-from memplan.run.worker import Worker
+from memplan.run.worker import Job, Worker
 
 DEADLINE_S = 600
 """No wait for a block is longer: what hangs is heard."""
@@ -146,11 +144,10 @@ class Transfers(Protocol):
         """End the threads. Loads under way are finished first."""
 
 
-def _await(load: Future[None]) -> float:
+def _await(load: Job) -> float:
     """Wait for a load; return the seconds that it took. Raises what the load raised, and TransferError past a deadline."""
     began = time.perf_counter()
-    done, _ = wait_for((load,), DEADLINE_S)
-    if not done:
+    if not load.wait(DEADLINE_S):
         raise TransferError(
             f"a block has not come within {DEADLINE_S} s: the disk or the file server that it is read from hangs. "
             "Look at the system's log, and resume from the last checkpoint of the adapter"
@@ -164,14 +161,14 @@ def _nothing() -> None:
 
 
 class CpuTransfers:
-    """Worker threads and futures. ``poisoned``: each slot is filled with NaN before it is loaded (checked mode)."""
+    """Worker threads and jobs. ``poisoned``: each slot is filled with NaN before it is loaded (checked mode)."""
 
     def __init__(self, *, poisoned: bool = False) -> None:
         self._channels: dict[str, Worker] = {}
         self._arrays: dict[int, Bytes] = {}  # each block's slot, made once: to make it runs an operator
         self._poisoned = poisoned
 
-    def load(self, channel: Channel, block: int, source: Source, destination: torch.Tensor) -> Future[None]:
+    def load(self, channel: Channel, block: int, source: Source, destination: torch.Tensor) -> Job:
         if self._poisoned:
             poison(destination)
         array = self._arrays.get(block)
@@ -191,7 +188,7 @@ class CpuTransfers:
             source.read(destination)
 
     def wait(self, ticket: Ticket, block: int) -> float:
-        assert isinstance(ticket, Future)
+        assert isinstance(ticket, Job)
         if ticket.done():
             ticket.result()
             return 0.0
@@ -218,7 +215,7 @@ class CpuTransfers:
 class _CudaTicket:
     """Done when ``event`` is; ``filled`` is there where a thread enqueues the copies."""
 
-    def __init__(self, event: torch.cuda.Event, filled: Future[None] | None) -> None:
+    def __init__(self, event: torch.cuda.Event, filled: Job | None) -> None:
         self.event = event
         self.filled = filled
 

@@ -206,7 +206,7 @@ def test_ctrl_c_at_any_time(tmp_path):
         assert torch._C._autograd._top_saved_tensors_default_hooks(True) is None
         assert_only_whole_blocks(tmp_path)
         assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
-    assert min(phases[phase] for phase in ("attach", "train", "detach")) >= 10, phases
+    assert min(phases[phase] for phase in ("attach", "train", "detach")) >= 3, phases
     assert_equal(train(model, "plain"), expected)
 
 
