@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import random
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-import numpy as np
 import torch
 from lightning import Callback, LightningModule, Trainer
 from torch import nn
@@ -20,7 +18,7 @@ from memplan.run.handle import Handle, handle_of
 from memplan.trainers.loading import checkpoint_of
 from memplan.trainers.longest import longest_batch
 from memplan.trainers.mapped import folder_of
-from memplan.trainers.transformers import loss_of
+from memplan.trainers.transformers import Called, loss_of, random_states_kept
 from memplan.trainers.waiting import waits
 
 _AUTOCAST = {"bf16-mixed": "bf16", "16-mixed": "fp16"}
@@ -90,10 +88,6 @@ class PlacementAtFirstCall(Callback):
                 break
 
 
-class _Called(Exception):
-    """A model was called, and that is all that was to be known."""
-
-
 def _first_call(trainer: Trainer, pl_module: LightningModule) -> tuple[nn.Module, Any]:
     """Return what has the frozen weights, as ``training_step`` calls it, and with what. Random states stay as they were."""
     seen: list[tuple[nn.Module, tuple[Any, ...], dict[str, Any]]] = []
@@ -101,27 +95,24 @@ def _first_call(trainer: Trainer, pl_module: LightningModule) -> tuple[nn.Module
     def called(module: nn.Module) -> Callable[..., None]:
         def call(*args: Any, **kwargs: Any) -> None:
             seen.append((module, args, kwargs))
-            raise _Called
+            raise Called
 
         return call
 
-    states = (torch.get_rng_state(), np.random.get_state(), random.getstate())
     undo = [replace_call(module, called(module)) for module in frozen_within(pl_module)]
     why: Exception | None = None
     try:
-        loader = trainer.fit_loop._data_source.dataloader()
-        batch = longest_batch(loader) or next(iter(loader))
-        pl_module.training_step(batch, 0)
-    except _Called:
+        with random_states_kept():
+            loader = trainer.fit_loop._data_source.dataloader()
+            batch = longest_batch(loader) or next(iter(loader))
+            pl_module.training_step(batch, 0)
+    except Called:
         pass
     except Exception as error:
         why = error
     finally:
         for put_back in undo:
             put_back()
-        torch.set_rng_state(states[0])
-        np.random.set_state(states[1])
-        random.setstate(states[2])
     if not seen:
         raise InputError(
             f"the training_step of {type(pl_module).__name__} did not come to call a module that holds all frozen weights"

@@ -231,8 +231,23 @@ def _set(owner: type, name: str, value: Any) -> None:
     setattr(owner, name, value)
 
 
-class _Called(Exception):
+class Called(Exception):
     """A model was called, and that is all that was to be known."""
+
+
+@contextlib.contextmanager
+def random_states_kept() -> Iterator[None]:
+    """Put the random states back that were drawn from inside: torch's, of the devices too, numpy's and Python's."""
+    states = (torch.get_rng_state(), np.random.get_state(), random.getstate())
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else None
+    try:
+        yield
+    finally:
+        torch.set_rng_state(states[0])
+        np.random.set_state(states[1])
+        random.setstate(states[2])
+        if cuda is not None:
+            torch.cuda.set_rng_state_all(cuda)
 
 
 def _first_call(trainer: Trainer) -> Mapping[str, Any]:
@@ -241,21 +256,15 @@ def _first_call(trainer: Trainer) -> Mapping[str, Any]:
     That is what the trainer's loss makes of its loader's largest micro-batch, or of the first where no lengths are known:
     TRL's batches name other things than the model knows.
     """
-    states = (torch.get_rng_state(), np.random.get_state(), random.getstate())
-    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else None
     loaders = getattr(trainer.accelerator, "_dataloaders", [])
     known = len(loaders)
-    try:
-        loader = trainer.get_train_dataloader()
-        batch = longest_batch(loader) or next(iter(loader))
-        call = _call_of_loss(trainer, batch)
-    finally:
-        del loaders[known:]  # the trainer prepares its own again; a second one would be saved with its state
-        torch.set_rng_state(states[0])
-        np.random.set_state(states[1])
-        random.setstate(states[2])
-        if cuda is not None:
-            torch.cuda.set_rng_state_all(cuda)
+    with random_states_kept():
+        try:
+            loader = trainer.get_train_dataloader()
+            batch = longest_batch(loader) or next(iter(loader))
+            call = _call_of_loss(trainer, batch)
+        finally:
+            del loaders[known:]  # the trainer prepares its own again; a second one would be saved with its state
     return {name: value for name, value in batch.items() if isinstance(value, torch.Tensor)} if call is None else call
 
 
@@ -267,7 +276,7 @@ def _call_of_loss(trainer: Trainer, batch: Mapping[str, Any]) -> Mapping[str, An
 
     def called(*args: Any, **kwargs: Any) -> None:
         seen.append((args, kwargs))
-        raise _Called
+        raise Called
 
     model: Any = trainer.model
     undo = replace_call(model, called)
