@@ -62,7 +62,9 @@ def attach(
     weights = match_weights(model, plan)
     triggers = trigger_modules(model, plan)
     files = Files(stored=stored_tensors(model, checkpoint), cache=_cache(cache), verify=verify)
-    with Undo() as undo:
+    with Undo() as modes, Undo() as undo:
+        # A Ctrl-C on the way in or out of a no_grad leaves it on.
+        modes.callback(torch.set_grad_enabled, torch.is_grad_enabled())
         parts = Parts(plan, device, weights)
         undo.callback(parts.reader.close)
         with Undo() as ahead:

@@ -186,6 +186,8 @@ def test_ctrl_c_at_any_time(tmp_path):
                 signal.setitimer(signal.ITIMER_REAL, 0)
         except KeyboardInterrupt:
             phases[phase] += 1
+        assert phase == "train" or torch.is_grad_enabled()
+        torch.set_grad_enabled(True)  # torch's own optimizers may leave it off: a no_grad is not proof against a Ctrl-C
         handle = handle or handle_of(model)  # it may come between the end of attach and the assignment
         model.load_state_dict({key: value for key, value in before.items() if "lora" in key}, strict=False)
         model.zero_grad()
@@ -202,6 +204,7 @@ def test_ctrl_c_at_any_time(tmp_path):
             handle.detach()  # it may have come before that one had begun
             model.load_state_dict({key: value for key, value in before.items() if "lora" in key}, strict=False)
             model.zero_grad()
+        assert torch.is_grad_enabled()
         assert threading.active_count() == threads
         assert torch._C._autograd._top_saved_tensors_default_hooks(True) is None
         assert_only_whole_blocks(tmp_path)
