@@ -21,6 +21,7 @@ from memplan.run.attach import attach
 from memplan.units import GIB
 from tests import families
 from tests.counting import LiveBytes, held_by
+from tests.graphs import graph_of
 from tests.run.test_parity import plan_for
 from tests.training import CPU, Plain, assert_equal, batch_of, loss_of, make, train
 
@@ -30,7 +31,7 @@ CASES = [("llama", "autocast"), ("mixtral-experts", "float32")]
 def plan_of(model, family, precision, *, share=1.0, policy=None, pins=None):
     """A plan with ``share`` of the way from the least vram to all of it; ``policy``: of all layers, else chosen."""
     with families.around(precision)():
-        graph = analyze(model, families.batches(family), loss=loss_of)
+        graph = graph_of(model, families.batches(family), loss_of)
     table = cost_table(graph, CPU)
     workload = Workload(batch={}, tokens=graph.tokens, accumulation=1, optimizer="adamw", adapter="")
     activations = dict.fromkeys(graph.recomputable, policy) if policy else {}

@@ -7,7 +7,6 @@ from functools import cache
 import pytest
 import torch
 
-from memplan.analyze.trace import analyze
 from memplan.cost.build import cost_table
 from memplan.errors import DoesNotFitError
 from memplan.place.solve import place
@@ -16,6 +15,7 @@ from memplan.run.attach import attach
 from memplan.run.choices import HABIT
 from memplan.triggers import modules_by_name
 from memplan.units import GIB
+from tests import graphs
 from tests.counting import LiveBytes, held_by
 from tests.routed import KINDS, batch_of, make
 from tests.run.adversary import ALL
@@ -25,7 +25,7 @@ from tests.training import CHECKPOINTING, CPU, assert_equal, loss_of, train
 @cache
 def graph_of(kind, shape=(1, 4), checkpointing="off"):
     model, offload = make(kind, checkpointing=checkpointing), kind == "routed" and checkpointing == "off"
-    return analyze(model, batch_of(kind, shape=shape), loss=loss_of, offload=offload)
+    return graphs.graph_of(model, batch_of(kind, shape=shape), loss_of, offload=offload)
 
 
 @cache

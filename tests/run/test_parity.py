@@ -10,13 +10,13 @@ import re
 
 import pytest
 
-from memplan.analyze.trace import analyze
 from memplan.cost.build import cost_table
 from memplan.errors import DoesNotFitError
 from memplan.place.solve import place
 from memplan.program.schema import Budgets, Workload
 from memplan.run.attach import attach
 from memplan.units import GIB
+from tests.graphs import graph_of
 from tests.training import CHECKPOINTING, CPU, KINDS, assert_equal, batch_of, loss_of, make, train
 
 
@@ -26,7 +26,7 @@ def plan_for(model, kind, *, share=0.4, accumulation=1, tiers="all", offload=())
     The stages are called one by one, so that the model is traced once. ``offload``: layers whose activations are
     offloaded, or ``"all"``.
     """
-    graph = analyze(model, batch_of(kind), accumulation=accumulation, loss=loss_of, offload=bool(offload))
+    graph = graph_of(model, batch_of(kind), loss_of, accumulation=accumulation, offload=bool(offload))
     activations = dict.fromkeys(graph.recomputable if offload == "all" else offload, "offload")
     table = cost_table(graph, CPU)
     workload = Workload(batch={}, tokens=graph.tokens, accumulation=accumulation, optimizer="adamw", adapter="")

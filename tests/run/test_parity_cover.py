@@ -15,7 +15,6 @@ from typing import NamedTuple
 
 import pytest
 
-from memplan.analyze.trace import analyze
 from memplan.cost.build import cost_table
 from memplan.errors import DoesNotFitError
 from memplan.place.solve import place
@@ -25,6 +24,7 @@ from memplan.run.attach import attach
 from memplan.units import GIB
 from tests import families
 from tests.families import FAMILIES, PRECISIONS
+from tests.graphs import graph_of
 from tests.run import adversary
 from tests.run.test_parity import assert_forwards
 from tests.training import CPU, assert_equal, loss_of, train
@@ -142,7 +142,7 @@ def plan_of(model, case):
     """A plan between the least vram and the most that has no use for more, every streamed block from one tier."""
     offloaded = case.activations == "offloaded"
     with families.around(case.precision)():
-        graph = analyze(model, families.batches(case.family), loss=loss_of, offload=offloaded)
+        graph = graph_of(model, families.batches(case.family), loss_of, offload=offloaded)
     table = cost_table(graph, CPU)
     workload = Workload(batch={}, tokens=graph.tokens, accumulation=1, optimizer="adamw", adapter="")
     activations = dict.fromkeys(graph.recomputable, "offload") if offloaded else {}

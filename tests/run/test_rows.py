@@ -12,7 +12,6 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM, T5Config, T5ForConditionalGeneration
 
 import memplan
-from memplan.analyze.trace import analyze
 from memplan.cost.build import cost_table
 from memplan.errors import DoesNotFitError, PlanCheckError, RunError
 from memplan.place.solve import place
@@ -23,6 +22,7 @@ from memplan.run import install as install_module
 from memplan.run.attach import attach
 from memplan.run.rows import look_up_on_host
 from memplan.units import GIB
+from tests.graphs import graph_of
 from tests.run import adversary
 from tests.run.test_memory import counted_step
 from tests.training import CPU, assert_equal, checkpoint_layer, loss_of, train
@@ -70,7 +70,7 @@ def make(kind, checkpointing="off"):
 @cache
 def rows_of(kind, checkpointing):
     """What is planned from: each model is traced once."""
-    return analyze(make(kind, checkpointing), batch_of(), loss=loss_of)
+    return graph_of(make(kind, checkpointing), batch_of(), loss_of)
 
 
 def plan_of(kind, *, share=0.3, checkpointing="off", table_at=None):
