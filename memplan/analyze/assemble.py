@@ -7,10 +7,11 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Literal
 
+from msgspec.structs import replace
 from torch import nn
 
 from memplan.analyze.batch import Batch, base_of
-from memplan.analyze.blocks import Draft, Unit, dtype_name, head_of
+from memplan.analyze.blocks import Draft, dtype_name, head_of
 from memplan.analyze.graph import Access, Activations, Block, Fixed, FixedKind, LayerGraph, Lifetime, LifetimeKind, Rows
 from memplan.analyze.optimizers import state_bytes, workspace_bytes
 from memplan.analyze.origins import CASTS
@@ -67,25 +68,20 @@ class _Pass:
 
 def assemble(
     model: nn.Module,
-    batch: Batch,
-    units: Sequence[Unit],
     drafts: tuple[Draft, ...],
     *,
     kept: Traced,
     recomputed: Traced,
     offloaded: Traced | None,
     recomputable: tuple[str, ...],
-    optimizer: str,
-    name: str,
-    notes: list[str],
 ) -> LayerGraph:
-    """Return the graph of a model: ``kept`` is its trace as it is, ``recomputed`` with ``recomputable`` checkpointed,
-    ``offloaded`` with what those save offloaded. ``drafts``: with what is pinned.
+    """Return the graph of what was traced, without what :func:`complete` adds: ``kept`` is the model's trace as it is,
+    ``recomputed`` with ``recomputable`` checkpointed, ``offloaded`` with what those save offloaded. ``drafts``: with what
+    is pinned.
     """
     one, two, three = _Pass(kept), _Pass(recomputed), None if offloaded is None else _Pass(offloaded)
     moved = {} if offloaded is None else _once(one, offloaded.offload_bytes)
     blocks, ids_of = _blocks(model, drafts, kept.recorder)
-    trained = [(tuple(p.shape), p.element_size()) for p in model.parameters() if p.requires_grad]
     traces: dict[Activations, _Pass] = {"keep": one, "recompute": two}
     if three is not None:
         traces["offload"] = three
@@ -99,8 +95,6 @@ def assemble(
         transient_offload = transient
         if three is not None and can:
             transient_offload = three.peaks[index] - _spanning(lifetimes, index, "offload")
-        if access.kind == "optimizer":
-            transient = transient_recompute = transient_offload = workspace_bytes(optimizer, trained)
         if not can or access.kind != "backward":
             more = Work()
         accesses.append(
@@ -126,25 +120,57 @@ def assemble(
                 derived_bytes=one.derived[index],
             )
         )
-    trainable_bytes = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
+    return LayerGraph(
+        model="",
+        fingerprint="",
+        blocks=blocks,
+        accesses=tuple(accesses),
+        lifetimes=lifetimes,
+        fixed=(),
+        recomputable=recomputable,
+        tokens=0,
+        trainable_bytes=0,
+        matmul_dtype=max(kept.recorder.matmul_flops.items(), key=lambda item: item[1], default=("float32", 0))[0],
+    )
+
+
+def complete(
+    graph: LayerGraph,
+    model: nn.Module,
+    batch: Batch,
+    *,
+    kept: Traced,
+    ran_again: int,
+    optimizer: str,
+    name: str,
+    notes: Sequence[str],
+) -> LayerGraph:
+    """Return the graph with what is of the model as a whole. ``kept``: its trace, or that of some of its layers;
+    ``ran_again``: how many of all its layers it checkpoints itself.
+    """
+    trained = [(tuple(p.shape), p.element_size()) for p in model.parameters() if p.requires_grad]
+    workspace = workspace_bytes(optimizer, trained)
     fixed: dict[FixedKind, int] = {
         "adapters": adapters_bytes(model),
         "optimizer": state_bytes(optimizer, trained),
         "buffers": _buffer_bytes(model),
         "batch": batch.size_bytes(),
     }
-    return LayerGraph(
+    step = replace(
+        graph.accesses[-1],
+        transient_bytes=workspace,
+        transient_recompute_bytes=workspace,
+        transient_offload_bytes=workspace,
+    )
+    return replace(
+        graph,
         model=name,
-        fingerprint=_fingerprint(blocks),
-        blocks=blocks,
-        accesses=tuple(accesses),
-        lifetimes=lifetimes,
+        fingerprint=_fingerprint(graph.blocks),
+        accesses=(*graph.accesses[:-1], step),
         fixed=tuple(Fixed(kind=kind, size_bytes=size) for kind, size in fixed.items()),
-        recomputable=recomputable,
         tokens=batch.tokens(),
-        trainable_bytes=trainable_bytes,
-        matmul_dtype=max(kept.recorder.matmul_flops.items(), key=lambda item: item[1], default=("float32", 0))[0],
-        notes=(*notes, *_notes(model, blocks, kept), *_derived_notes(one.derived_how)),
+        trainable_bytes=sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad),
+        notes=(*notes, *_notes(model, graph.blocks, kept, ran_again), *_derived_notes(graph, kept)),
     )
 
 
@@ -253,7 +279,7 @@ def _fingerprint(blocks: Sequence[Block]) -> str:
     return hashlib.sha256("\n".join(rows).encode()).hexdigest()
 
 
-def _notes(model: nn.Module, blocks: Sequence[Block], kept: Traced) -> list[str]:
+def _notes(model: nn.Module, blocks: Sequence[Block], kept: Traced, ran_again: int) -> list[str]:
     found = []
     frozen_bytes: Counter[str] = Counter()
     for block in blocks:
@@ -265,8 +291,8 @@ def _notes(model: nn.Module, blocks: Sequence[Block], kept: Traced) -> list[str]
         found.append(
             f"The adapters are float32 on a {base} base: float32 copies of their inputs add to the saved activations."
         )
-    if kept.ran_again:
-        found.append(f"The model checkpoints {len(kept.ran_again)} of its layers, or of their parts, itself.")
+    if ran_again:
+        found.append(f"The model checkpoints {ran_again} of its layers, or of their parts, itself.")
     pinned = [block for block in blocks if block.pinned_because]
     if pinned:
         found.append(
@@ -287,11 +313,12 @@ def _notes(model: nn.Module, blocks: Sequence[Block], kept: Traced) -> list[str]
     return found
 
 
-def _derived_notes(how: Mapping[str, int]) -> list[str]:
+def _derived_notes(graph: LayerGraph, kept: Traced) -> list[str]:
     """Say what copies of weights are saved, and the way out."""
-    total = sum(how.values())
+    total = sum(access.derived_bytes for access in graph.accesses)
     if total < TINY_DERIVED_BYTES:
         return []
+    how = _Pass(kept).derived_how
     most = max(how, key=lambda name: how[name])
     way_out = "recompute those layers"
     if most.removeprefix(CASTS) in ("bfloat16", "float16"):

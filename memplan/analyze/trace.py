@@ -5,9 +5,11 @@ Nothing is loaded and nothing computed; the model is as it was afterwards, on an
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from types import MappingProxyType
 from typing import Any
 
@@ -17,16 +19,18 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from memplan import offload as offloading
 from memplan import recompute
-from memplan.analyze.assemble import assemble, pin
+from memplan.analyze.assemble import assemble, complete, pin
 from memplan.analyze.autocast import autocast_dtype, outside_autocast
 from memplan.analyze.batch import Batch, base_of, batch_for
 from memplan.analyze.blocks import Draft, Unit, check_model, draft_blocks, find_units
 from memplan.analyze.experts import pinned_layers, routed_layers
+from memplan.analyze.extend import NotPeriodicError, extended, whole_names, with_gradients
 from memplan.analyze.fake import eager_transformers, faked, numbers_in_text, random_states_kept
 from memplan.analyze.graph import Activations, LayerGraph, LifetimeKind
 from memplan.analyze.offloads import Offloads
 from memplan.analyze.optimizers import check_optimizer
 from memplan.analyze.recorder import Recorder
+from memplan.analyze.repeats import find_runs, shortened
 from memplan.errors import InputError, MemplanError, ModelError
 from memplan.triggers import Triggers, in_backward, tensors_in
 
@@ -79,7 +83,64 @@ def analyze(
     lowered = autocast_dtype(autocast)
     check_model(model)
     call = batch_for(model, batch)
-    accumulates = accumulation > 1
+    look = partial(_look, model, call, accumulates=accumulation > 1, loss=loss, lowered=lowered, offload=offload)
+    seen = _looked_at_short(model, look, accumulates=accumulation > 1) or look()
+    return complete(
+        seen.graph,
+        model,
+        call,
+        kept=seen.kept,
+        ran_again=seen.ran_again,
+        optimizer=optimizer,
+        name=name or type(base_of(model)).__name__,
+        notes=seen.notes,
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Seen:
+    """What the traces of a model, or of some of its layers, came to."""
+
+    graph: LayerGraph
+    kept: Traced
+    ran_again: int
+    notes: tuple[str, ...]
+
+
+def _looked_at_short(model: nn.Module, look: Callable[[], _Seen], *, accumulates: bool) -> _Seen | None:
+    """Trace a few layers of long stacks and count them for all; None where there are none, or what is seen does not repeat."""
+    runs = find_runs(model)
+    if not runs:
+        return None
+    left_out_bytes = _trained_bytes(model)
+    try:
+        with shortened(runs):
+            left_out_bytes -= _trained_bytes(model)
+            seen = look()
+        graph, ran_again = seen.graph, sorted(seen.kept.ran_again)
+        for run in runs:
+            graph, ran_again = extended(graph, run), whole_names(ran_again, run)
+    except (ModelError, NotPeriodicError):
+        return None
+    if accumulates:
+        graph = with_gradients(graph, left_out_bytes)
+    return dataclasses.replace(seen, graph=graph, ran_again=len(ran_again))
+
+
+def _trained_bytes(model: nn.Module) -> int:
+    return sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
+
+
+def _look(
+    model: nn.Module,
+    call: Batch,
+    *,
+    accumulates: bool,
+    loss: Callable[[Any], torch.Tensor] | None,
+    lowered: torch.dtype | None,
+    offload: bool,
+) -> _Seen:
+    """Trace the model as it is, and with its layers' activations under the other policies."""
 
     def traced_apart(routed: frozenset[str]) -> tuple[tuple[Unit, ...], tuple[Draft, ...], Traced]:
         """Trace the model as it is, with its containers and the ``routed`` layers taken apart."""
@@ -131,19 +192,8 @@ def analyze(
     again = traced("recompute", "recomputed")
     if again is None:
         again, recomputable = kept, ()
-    return assemble(
-        model,
-        call,
-        units,
-        drafts,
-        kept=kept,
-        recomputed=again,
-        offloaded=offloaded,
-        recomputable=recomputable,
-        optimizer=optimizer,
-        name=name or type(base_of(model)).__name__,
-        notes=notes,
-    )
+    graph = assemble(model, drafts, kept=kept, recomputed=again, offloaded=offloaded, recomputable=recomputable)
+    return _Seen(graph=graph, kept=kept, ran_again=len(kept.ran_again), notes=tuple(notes))
 
 
 def _trace(

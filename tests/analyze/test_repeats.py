@@ -1,0 +1,218 @@
+"""Long stacks are traced short: the graph is the very one that a trace of all layers gives, or all are traced."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import nn
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma3TextConfig,
+    GPT2Config,
+    LlamaConfig,
+    MixtralConfig,
+    Qwen2MoeConfig,
+    T5Config,
+    T5ForConditionalGeneration,
+)
+
+from memplan.analyze import trace
+from memplan.analyze.repeats import KEPT, find_runs, shortened
+from memplan.analyze.trace import analyze
+from tests.training import Decoder, PlainLayer, batch_of, loss_of
+
+DEPTH = 12
+SMALL = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 96,
+}
+TOKENS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+
+
+def llama(depth=DEPTH):
+    config = LlamaConfig(**SMALL, num_hidden_layers=depth)
+    return _adapted(AutoModelForCausalLM.from_config(config))
+
+
+def gpt2():
+    config = GPT2Config(n_embd=32, n_layer=DEPTH, n_head=4, vocab_size=96, n_positions=64, **TOKENS)
+    return _adapted(AutoModelForCausalLM.from_config(config), ["c_attn", "c_proj"])
+
+
+def t5():
+    config = T5Config(
+        d_model=32, d_kv=8, d_ff=48, num_layers=DEPTH, num_decoder_layers=DEPTH + 2, num_heads=4, vocab_size=96,
+        decoder_start_token_id=0,
+    )  # fmt: skip
+    return _adapted(T5ForConditionalGeneration(config), ["q", "v", "wi", "wo"])
+
+
+def mixtral():
+    config = MixtralConfig(**SMALL, num_hidden_layers=DEPTH, num_local_experts=4)
+    return _adapted(AutoModelForCausalLM.from_config(config), ["q_proj", "v_proj"])
+
+
+def two_kinds_in_turn():
+    """Attention over a window in each layer but every third."""
+    kinds = ["full_attention" if index % 3 == 2 else "sliding_attention" for index in range(30)]
+    config = Gemma3TextConfig(
+        **SMALL,
+        num_hidden_layers=30,
+        head_dim=8,
+        layer_types=kinds,
+        sliding_window=6,
+        max_position_embeddings=64,
+        **TOKENS,
+    )
+    return _adapted(AutoModelForCausalLM.from_config(config), ["q_proj", "v_proj"])
+
+
+def another_kind_first():
+    config = Qwen2MoeConfig(
+        **SMALL, num_hidden_layers=DEPTH, mlp_only_layers=[0], num_experts=4, num_experts_per_tok=2,
+        moe_intermediate_size=16, shared_expert_intermediate_size=16,
+    )  # fmt: skip
+    return _adapted(AutoModelForCausalLM.from_config(config), ["q_proj", "v_proj"])
+
+
+def partly_trained():
+    """The last two layers are trained in full, beside adapters before them."""
+    model = llama()
+    for layer in model.base_model.model.model.layers[-2:]:
+        layer.requires_grad_(True)
+    return model
+
+
+def plain():
+    return Decoder((PlainLayer(32, 0.0) for _ in range(DEPTH)), 32)
+
+
+def checkpointed():
+    model = llama()
+    base = model.base_model.model
+    getattr(base, "activation_checkpointing_enable", base.gradient_checkpointing_enable)({"use_reentrant": False})
+    model.enable_input_require_grads()
+    return model
+
+
+MODELS = (llama, gpt2, t5, mixtral, two_kinds_in_turn, another_kind_first, partly_trained, plain, checkpointed)
+
+
+def _adapted(base, targets="all-linear"):
+    return get_peft_model(base, LoraConfig(r=2, target_modules=targets, fan_in_fan_out=targets == ["c_attn", "c_proj"]))
+
+
+def of_all_layers(model, monkeypatch, **options):
+    with monkeypatch.context() as patch:
+        patch.setattr(trace, "find_runs", lambda model: ())
+        return analyze(model, batch_of(kind_of(model)), loss=loss_of, **options)
+
+
+def kind_of(model):
+    return "plain" if isinstance(model, Decoder) else "llama"
+
+
+ALL = {"offload": True, "accumulation": 2, "autocast": "bf16"}
+SLOW = (t5, two_kinds_in_turn)
+
+
+def _cases():
+    for make in MODELS:
+        for name, options in (("plain", {}), ("all", ALL)):
+            slow = make in SLOW or (options and make is not llama)
+            yield pytest.param(make, options, id=f"{make.__name__}-{name}", marks=[pytest.mark.full] if slow else [])
+
+
+@pytest.mark.parametrize(("make", "options"), list(_cases()))
+def test_the_same_graph(make, options, monkeypatch):
+    model = make()
+    before = [name for name, _ in model.named_modules()]
+    traced = []
+    of_short = trace.extended
+    monkeypatch.setattr(trace, "extended", lambda graph, run: traced.append(run) or of_short(graph, run))
+    graph = analyze(model, batch_of(kind_of(model)), loss=loss_of, **options)
+    assert [name for name, _ in model.named_modules()] == before
+    assert traced, "nothing was spared"
+    assert graph == of_all_layers(model, monkeypatch, **options)
+
+
+class Odd(Decoder):
+    """Its forward does something else at some layers, by a number that no setting shows."""
+
+    def __init__(self, what: str) -> None:
+        super().__init__((PlainLayer(32, 0.0) for _ in range(DEPTH)), 32)
+        self.what = what
+        self.deep_layers = [7]
+
+    def forward(self, input_ids):
+        x = self.embed(input_ids)
+        kept = []
+        for index, layer in enumerate(self.layers):
+            x = layer(x)
+            if (self.what == "second" and index % 2) or (self.what == "third" and index % 3 == 0):
+                kept.append(torch.exp(x))
+            if self.what == "listed" and index in self.deep_layers:
+                kept.append(torch.exp(x))
+            if self.what == "once more" and index == 2:
+                x = layer(x)
+            if self.what == "far" and index == 1:
+                kept.append(x)
+            if self.what == "far" and index == 3:
+                x = x * torch.tanh(kept[0])
+        return self.head(x + sum(kept) if self.what != "far" else x)
+
+
+@pytest.mark.parametrize("what", ["second", "third", "listed", "once more", "far"])
+def test_what_does_not_repeat_is_traced_whole(what, monkeypatch):
+    model = Odd(what)
+    graph = analyze(model, batch_of("plain"), loss=loss_of)
+    assert graph == of_all_layers(model, monkeypatch)
+    assert len(graph.blocks) == DEPTH + 2
+
+
+def test_what_differs_is_no_run():
+    def runs(change):
+        model = plain()
+        change(model)
+        return [(run.first, run.period, run.count) for run in find_runs(model)]
+
+    assert runs(lambda model: None) == [(0, 1, DEPTH)]
+    assert runs(lambda model: model.layers[DEPTH - 1].lora_a.requires_grad_(False)) == [(0, 1, DEPTH - 1)]
+    assert runs(lambda model: model.layers[0].dropout.__init__(0.1)) == [(1, 1, DEPTH - 1)]
+    assert runs(lambda model: model.layers[5].register_forward_hook(lambda *_: None)) == []
+
+    assert runs(lambda model: model.layers[6].up.to(torch.float64)) == []
+    assert runs(lambda model: setattr(model, "layers", nn.ModuleList(list(model.layers)[:7]))) == []
+
+
+def test_a_short_stack_is_left_whole_on_any_way_out():
+    model = plain()
+    elements = list(model.layers)
+
+    def interrupted():
+        with shortened(find_runs(model)):
+            assert list(model.layers) == elements[:KEPT]
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
+    assert list(model.layers) == elements
+
+
+def test_the_work_does_not_grow_with_the_layers(monkeypatch):
+    """Ten times the layers are traced as few."""
+    seen = []
+    look = trace._trace
+    monkeypatch.setattr(
+        trace, "_trace", lambda model, *a, **o: seen.append(len(list(model.modules()))) or look(model, *a, **o)
+    )
+    analyze(llama(12), batch_of("llama"))
+    few = seen.copy()
+    seen.clear()
+    graph = analyze(llama(120), batch_of("llama"))
+    assert seen == few
+    assert sum(block.kind == "layer" for block in graph.blocks) == 120
