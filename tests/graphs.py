@@ -1,55 +1,51 @@
-"""Graphs of models that several tests plan for, each traced once: a trace takes a second, a step of such a model far less."""
+"""Graphs of models that several tests plan for, each traced once: a trace takes a second, a step of such a model far less.
+
+They lie in a folder too, for the workers that tests run in, named after the model, the code and the libraries.
+"""
 
 from __future__ import annotations
 
-from functools import partial
-from types import FunctionType, MethodType
+import hashlib
+import os
+from functools import cache
+from importlib.metadata import version
+from pathlib import Path
 
+import msgspec
 import torch
 from torch import nn
 
 from memplan.analyze.graph import LayerGraph
+from memplan.analyze.structure import Described
 from memplan.analyze.trace import analyze
 from memplan.triggers import tensors_in
 
-_SCALARS = (int, float, str, bool, type(None), torch.dtype, torch.device, torch.Size)
-_known: dict[tuple[object, ...], LayerGraph] = {}
+ROOT = Path(__file__).parents[1]
+_known: dict[str, LayerGraph] = {}
 
 
 def graph_of(model: nn.Module, batch, loss, **options) -> LayerGraph:
-    """Return ``analyze(model, batch, loss=loss, **options)``, from memory where a model just like it was analyzed before."""
+    """Return ``analyze(model, batch, loss=loss, **options)``, from before where a model just like it was analyzed."""
     context = (torch.is_autocast_enabled("cpu"), torch.get_autocast_dtype("cpu"), torch.is_grad_enabled())
-    given = tuple((tuple(t.shape), t.dtype, hash(t.numpy().tobytes())) for t in tensors_in(batch))
-    key = (_structure(model), given, loss, tuple(sorted(options.items())), context)
+    given = [(tuple(t.shape), t.dtype, t.numpy().tobytes()) for t in tensors_in(batch)]
+    how = (given, loss.__module__, loss.__qualname__, sorted(options.items()), context, torch.get_num_threads())
+    key = hashlib.sha256(repr((code(), Described().leaves(model), how)).encode()).hexdigest()
     if key not in _known:
-        _known[key] = analyze(model, batch, loss=loss, **options)
+        path = ROOT / ".cache" / "graphs" / key
+        if path.is_file():
+            _known[key] = msgspec.json.decode(path.read_bytes(), type=LayerGraph)
+        else:
+            _known[key] = analyze(model, batch, loss=loss, **options)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            unfinished = path.with_name(f"{key}.{os.getpid()}")
+            unfinished.write_bytes(msgspec.json.encode(_known[key]))
+            unfinished.replace(path)
     return _known[key]
 
 
-def _structure(model: nn.Module) -> tuple[object, ...]:
-    """Everything of a model that a trace may depend on, but for the values of its weights."""
-    modules = tuple((name, type(module), _held(module.__dict__)) for name, module in model.named_modules())
-    first: dict[int, str] = {}
-    tied = tuple(first.setdefault(id(p), name) for name, p in model.named_parameters(remove_duplicate=False))
-    return modules, tied
-
-
-def _held(value: object, deep: int = 0) -> object:
-    if isinstance(value, _SCALARS):
-        return value
-    if isinstance(value, torch.Tensor):
-        return type(value), tuple(value.shape), value.dtype, value.stride(), value.requires_grad
-    if isinstance(value, dict):
-        return tuple((str(name), _held(part, deep + 1)) for name, part in value.items() if name != "_modules")
-    if isinstance(value, (list, tuple, set, frozenset)):
-        return type(value), tuple(_held(part, deep + 1) for part in value)
-    if isinstance(value, nn.Module) or deep > 6:
-        return type(value)
-    if isinstance(value, partial):
-        return _held(value.func, deep + 1), _held(value.args, deep + 1), _held(value.keywords, deep + 1)
-    if isinstance(value, MethodType):
-        return value.__qualname__
-    if isinstance(value, FunctionType):
-        cells = [cell.cell_contents for cell in value.__closure__ or ()]
-        return value.__module__, value.__qualname__, _held(cells, deep + 1)
-    return type(value), _held(getattr(value, "__dict__", {}), deep + 1)
+@cache
+def code() -> str:
+    """Return what tells this code and its libraries from others."""
+    files = sorted((ROOT / "memplan").rglob("*.py")) + [ROOT / "tests" / "training.py"]
+    digest = hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()
+    return " ".join([digest, *(version(name) for name in ("torch", "transformers", "peft"))])

@@ -41,6 +41,8 @@ class Described:
         elif isinstance(value, torch.Tensor):
             yield from (type(value), tuple(value.shape), value.dtype, value.requires_grad)
             yield value.stride() if value.layout == torch.strided else value.layout
+            if type(value) not in (torch.Tensor, nn.Parameter):  # a quantized one, with its state
+                yield from self._of(value.__dict__, deep + 1)
         elif isinstance(value, nn.Module) or deep > _DEEPEST:
             yield type(value)  # it is described where it is named
         elif isinstance(value, dict):
@@ -53,8 +55,11 @@ class Described:
             yield from (type(value), len(value))
             for part in value:
                 yield from self._of(part, deep + 1)
-        elif isinstance(value, (MethodType, BuiltinFunctionType)):
+        elif isinstance(value, BuiltinFunctionType):
             yield value.__qualname__
+        elif isinstance(value, MethodType):
+            yield type(value.__self__)
+            yield from self._of(value.__func__, deep + 1)
         else:
             yield from self._shared(value, deep)
 
