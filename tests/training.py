@@ -9,6 +9,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import cache, partial
 
+import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
@@ -27,6 +28,16 @@ from memplan.hardware import Figure, HardwareProfile
 ROWS, LENGTH, VOCABULARY = 2, 16, 96
 KINDS = ("llama", "gpt2", "t5", "plain")
 CHECKPOINTING = ("off", "inside-reentrant", "inside-other", "around-reentrant", "around-other")
+QUICK = {
+    ("llama", "off"), ("llama", "inside-other"), ("t5", "off"), ("t5", "around-reentrant"), ("gpt2", "around-other"),
+    ("plain", "inside-reentrant"),
+}  # fmt: skip
+EVERY_WAY = [
+    pytest.param(kind, way, id=f"{kind}-{way}", marks=() if (kind, way) in QUICK else pytest.mark.full)
+    for kind in KINDS
+    for way in CHECKPOINTING
+]
+"""Each kind checkpointed in each way; the quick suite has some, beside the pairs of ``test_parity_cover.py``."""
 
 
 class PlainLayer(nn.Module):

@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
 
+from memplan.analyze.replay import Replay
+
 _MOST_ELEMENTS = 1 << 24
 """Values of larger tensors are not followed."""
 _MOST_FLOATS = 1 << 20
@@ -65,6 +67,7 @@ class Values:
         """Operators whose answer was made up."""
         self.decisions = 0
         """How often what runs next, or on how much, rested on values of activations."""
+        self._replay = Replay()
 
     def run(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run ``func`` under the fake tensor mode that is active."""
@@ -76,7 +79,7 @@ class Values:
             return self._shaped(func, args, kwargs)
         writes = func._schema.is_mutable
         known = _with_values(args, kwargs) if writes or _may_matter(func, args, kwargs) else None
-        result = func(*args, **kwargs)
+        result = self._replay.run(func, args, kwargs)
         if known is None:
             if writes:
                 _forget(func, args)

@@ -68,6 +68,7 @@ def losses(built):
     return [(e["step"], e.get("loss"), e.get("eval_loss")) for e in built.state.log_history if "train_loss" not in e]
 
 
+@pytest.mark.full
 @pytest.mark.filterwarnings("ignore:.*pin_memory.*:UserWarning")
 def test_two_hundred_steps(tmp_path):
     whole = trainer(tmp_path / "whole")

@@ -8,7 +8,7 @@ import torch
 from memplan.run.attach import attach
 from tests.counting import LiveBytes, held_by
 from tests.run.test_parity import plan_for
-from tests.training import CHECKPOINTING, KINDS, batch_of, loss_of, make
+from tests.training import EVERY_WAY, KINDS, batch_of, loss_of, make
 
 
 def counted_step(model, kind, accumulation=1, batches=batch_of, apart=()):
@@ -30,8 +30,7 @@ def counted_step(model, kind, accumulation=1, batches=batch_of, apart=()):
 @pytest.mark.parametrize(
     "options", [{}, {"dropout": 0.2}, {"accumulation": 4}], ids=["plain", "dropout", "accumulation"]
 )
-@pytest.mark.parametrize("checkpointing", CHECKPOINTING)
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("kind", "checkpointing"), EVERY_WAY)
 def test_peak_is_within_budget_and_prediction(kind, checkpointing, options, tmp_path):
     accumulation = options.get("accumulation", 1)
     model = make(kind, checkpointing=checkpointing, dropout=options.get("dropout", 0.0))

@@ -17,7 +17,7 @@ from memplan.program.schema import Budgets, Workload
 from memplan.run.attach import attach
 from memplan.units import GIB
 from tests.graphs import graph_of
-from tests.training import CHECKPOINTING, CPU, KINDS, assert_equal, batch_of, loss_of, make, train
+from tests.training import CPU, EVERY_WAY, KINDS, assert_equal, batch_of, loss_of, make, train
 
 
 def plan_for(model, kind, *, share=0.4, accumulation=1, tiers="all", offload=()):
@@ -93,8 +93,7 @@ def assert_forwards(whole, planned, recomputed, steps):
 
 
 @pytest.mark.parametrize("checked", [False, True], ids=["plain", "checked"])
-@pytest.mark.parametrize("checkpointing", CHECKPOINTING)
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("kind", "checkpointing"), EVERY_WAY)
 def test_three_steps(kind, checkpointing, checked, tmp_path):
     with compare(kind, checkpointing=checkpointing, checked=checked, tmp_path=tmp_path) as handle:
         record = handle.record
@@ -106,8 +105,7 @@ def test_three_steps(kind, checkpointing, checked, tmp_path):
 
 
 @pytest.mark.parametrize("checked", [False, True], ids=["plain", "checked"])
-@pytest.mark.parametrize("checkpointing", CHECKPOINTING)
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("kind", "checkpointing"), EVERY_WAY)
 def test_dropout_and_accumulation(kind, checkpointing, checked, tmp_path):
     options = {"dropout": 0.2, "accumulation": 4, "checkpointing": checkpointing, "checked": checked}
     with compare(kind, **options, tmp_path=tmp_path) as handle:

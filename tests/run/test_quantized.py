@@ -225,7 +225,9 @@ def test_nothing_is_left_of_a_dropped_model(tmp_path):
     assert torch.UntypedStorage._expired(arena)
 
 
-@pytest.mark.parametrize("kind", ["nf4-nested", "int8", "torchao-int8"])
+@pytest.mark.parametrize(
+    "kind", ["nf4-nested", *(pytest.param(kind, marks=pytest.mark.full) for kind in ("int8", "torchao-int8"))]
+)
 def test_with_a_trainer(kind, tmp_path):
     """The way people use them: a quantized base, PEFT, transformers' Trainer with evaluation, `memplan.wrap`."""
     from transformers import Trainer, TrainingArguments

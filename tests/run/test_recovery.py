@@ -79,7 +79,7 @@ def equal(one, other):
 
 
 @pytest.mark.parametrize("checked", [False, True], ids=["plain", "checked"])
-@pytest.mark.parametrize("operator", [1, 200, 700])
+@pytest.mark.parametrize("operator", [1, pytest.param(200, marks=pytest.mark.full), 700])
 @pytest.mark.parametrize("offload", [(), "all"], ids=["kept", "offloaded"])
 def test_done_over_it_is_the_same(offload, operator, checked, tmp_path, caplog):
     """In the first micro-batch of a step, and in one that adds to gradients; in forward and in backward."""

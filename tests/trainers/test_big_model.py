@@ -74,6 +74,7 @@ def run(folder: Path, out: Path, mode: str) -> dict[str, object]:
     return json.loads(done.stdout.strip().splitlines()[-1])
 
 
+@pytest.mark.full
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads the peak of resident memory from /proc")
 def test_trains_from_disk_within_its_budget(tmp_path, record_property):
     folder = tmp_path / "model"

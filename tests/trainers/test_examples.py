@@ -49,7 +49,15 @@ def config(out):
     return read | {"target_modules": sorted(read["target_modules"])}
 
 
-LONG = ("trl_sft_packed", "trl_reward", "accelerate_loop_bf16", "peft_loop", "diffusers_dit")
+LONG = (
+    "trl_sft_packed",
+    "trl_reward",
+    "accelerate_loop_bf16",
+    "peft_loop",
+    "diffusers_dit",
+    "seq2seq_trainer",
+    "plain_loop",
+)
 
 
 @pytest.mark.parametrize("kind", [pytest.param(k, marks=pytest.mark.full) if k in LONG else k for k in KINDS])

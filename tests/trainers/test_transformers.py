@@ -84,7 +84,7 @@ CASES = [
     {},
     {"gradient_accumulation_steps": 2},
     {CHECKPOINTING: True, f"{CHECKPOINTING}_kwargs": {"use_reentrant": False}},
-    {CHECKPOINTING: True, f"{CHECKPOINTING}_kwargs": {"use_reentrant": True}},
+    pytest.param({CHECKPOINTING: True, f"{CHECKPOINTING}_kwargs": {"use_reentrant": True}}, marks=pytest.mark.full),
     {"eval_strategy": "steps", "eval_steps": 2},
     {"bf16": True},
 ]
