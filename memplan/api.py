@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from memplan.analyze.graph import Activations
+    from memplan.analyze.kept import Analysis
     from memplan.hardware import HardwareProfile
     from memplan.run.handle import Handle
 
@@ -46,8 +47,8 @@ def plan(
 ) -> Plan:
     """Say where each frozen block lives and when it moves, before any weight is loaded.
 
-    ``model``: an ``nn.Module`` on any device (``meta`` included), a transformers configuration, or a directory with
-    ``config.json``. ``batch``: a mapping of tensors (one micro-batch) or a (batch, sequence) shape.
+    ``model``: an ``nn.Module`` on any device (``meta`` included), a transformers configuration, a directory with
+    ``config.json``, or a name: of ``memplan/models.json``, or on the hub. ``batch``: a mapping of tensors (one micro-batch) or a (batch, sequence) shape.
     ``vram``, ``ram``, ``disk``: bytes, or text such as ``"6GiB"``. ``vram="auto"``: what is free less a reserve;
     ``ram=None``: what is available less a reserve; ``disk=None``: no disk beyond the checkpoint's own files.
     ``adapter``: a PEFT configuration or ``{"rank": 16, "targets": "all-linear"}``, where the model has none yet.
@@ -61,8 +62,6 @@ def plan(
 
     Raises DoesNotFitError (with the least vram that would), InputError and its children. The model is unchanged.
     """
-    from memplan.analyze.adapters import describe, prepare
-    from memplan.analyze.trace import analyze
     from memplan.cost.build import cost_table
     from memplan.cost.build import notes as cost_notes
     from memplan.place.solve import place
@@ -75,22 +74,24 @@ def plan(
         "ram": None if ram is None or ram == "auto" else parse_size(ram, "ram"),
         "disk": None if disk is None else parse_size(disk, "disk"),
     }
-    prepared = prepare(model, adapter=adapter, dtype=dtype, attention=attention)
     wanted = _wanted(activations)
-    graph = analyze(
-        prepared.model,
+    analysis, folder = _analysis(
+        model,
         batch,
+        loss,
+        adapter=adapter,
+        dtype=dtype,
+        attention=attention,
+        autocast=autocast,
         accumulation=accumulation,
         optimizer=optimizer,
-        name=prepared.name,
-        loss=loss,
         offload="offload" in wanted.values(),
-        autocast=autocast,
     )
+    graph = analysis.graph
     table = cost_table(graph, profile)
     vram_bytes, ram_bytes, disk_bytes = budgets_given["vram"], budgets_given["ram"], budgets_given["disk"]
-    folder = checkpoint or prepared.folder
-    if disk_bytes is None and not has_checkpoint(folder):
+    lies_in: str | Path | None = checkpoint or folder
+    if disk_bytes is None and not has_checkpoint(lies_in):
         disk_bytes = 0
     budgets = Budgets(
         vram_bytes=hardware_profiles.auto_vram_bytes(profile) if vram_bytes is None else vram_bytes,
@@ -98,11 +99,11 @@ def plan(
         disk_bytes=disk_bytes,
     )
     workload = Workload(
-        batch=prepared.shapes(batch),
+        batch=analysis.shapes,
         tokens=graph.tokens,
         accumulation=accumulation,
         optimizer=optimizer,
-        adapter=describe(prepared.model),
+        adapter=analysis.adapter,
     )
     return place(
         table,
@@ -114,7 +115,7 @@ def plan(
         pins=_pins(pins, {block.name: block.id for block in graph.blocks}),
         activations=_activations(wanted, graph.recomputable),
         staging_bytes=_staging_bytes(table.device),
-        notes=(*graph.notes, *cost_notes(graph, profile), *hardware_profiles.notes(profile, folder)),
+        notes=(*graph.notes, *cost_notes(graph, profile), *hardware_profiles.notes(profile, lies_in)),
     )
 
 
@@ -161,6 +162,36 @@ def report(plan: Plan, record: RunRecord | None = None, file: TextIO | None = No
     from memplan.show.terminal import write
 
     write(plan, record, file)
+
+
+def _analysis(
+    model: Any,
+    batch: Any,
+    loss: Callable[[Any], Any] | None,
+    *,
+    adapter: Any,
+    dtype: Any,
+    attention: Any,
+    **options: Any,
+) -> tuple[Analysis, Path | None]:
+    """Return what is known of a model and a batch, from before where it was kept, and where the checkpoint lies."""
+    from memplan.analyze import kept
+
+    asked = {"adapter": adapter, "dtype": dtype, "attention": attention, **options}
+    key = None if loss is not None else kept.key_of(model, batch, asked)
+    folder = hardware_profiles.cache_path() / "graphs"
+    if key is not None and (found := kept.recall(folder, key)) is not None:
+        return found, kept.folder_of(model)
+
+    from memplan.analyze.adapters import describe, prepare
+    from memplan.analyze.trace import analyze
+
+    prepared = prepare(model, adapter=adapter, dtype=dtype, attention=attention)
+    graph = analyze(prepared.model, batch, name=prepared.name, loss=loss, **options)
+    found = kept.Analysis(graph=graph, shapes=prepared.shapes(batch), adapter=describe(prepared.model))
+    if key is not None:
+        kept.keep(folder, key, found)
+    return found, prepared.folder
 
 
 def _profile(hardware: str | Path | HardwareProfile) -> HardwareProfile:

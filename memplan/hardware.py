@@ -14,6 +14,7 @@ import re
 import sys
 from collections.abc import Callable
 from datetime import date
+from importlib.metadata import version
 from pathlib import Path
 from typing import Literal
 
@@ -32,6 +33,9 @@ DEVICE_RESERVE_BYTES = 512 * MIB
 
 HOST_RESERVE_BYTES = 2 * GIB
 """Left free in RAM by ``ram=None`` on a machine with a CUDA device: Python, the data loader, the page cache."""
+
+_GPU_DRIVERS = ("/proc/driver/nvidia", "/dev/dxg", "/dev/kfd")
+"""Of NVIDIA's cards, of those that WSL2 hands on, and of AMD's."""
 
 _MAY_BE_ZERO = ("context_bytes", "launch_s", "load_latency_s")
 _DTYPES = ("float32", "bfloat16", "float16")
@@ -143,13 +147,15 @@ def save(profile: HardwareProfile, path: str | Path) -> None:
         raise
 
 
-def cache_folder() -> Path:
-    """Return the folder for what memplan keeps between runs, made if need be.
-
-    It is ``MEMPLAN_CACHE`` where that is set, else the user's cache folder. Raises OSError where it cannot be made.
-    """
+def cache_path() -> Path:
+    """Return the folder for what memplan keeps between runs: ``MEMPLAN_CACHE`` where that is set, else in the user's."""
     given = os.environ.get("MEMPLAN_CACHE")
-    folder = Path(given).expanduser() if given else platformdirs.user_cache_path("memplan")
+    return Path(given).expanduser() if given else platformdirs.user_cache_path("memplan")
+
+
+def cache_folder() -> Path:
+    """Return :func:`cache_path`, made if need be. Raises OSError where it cannot be made."""
+    folder = cache_path()
     folder.mkdir(parents=True, exist_ok=True)
     return folder
 
@@ -183,17 +189,23 @@ def auto(progress: Callable[[str], None] | None = None) -> HardwareProfile:
 
 
 def machine_key() -> str:
-    """Return what tells this machine from others as far as rates go, fit for a file's name."""
-    import torch
+    """Return what tells this machine from others as far as rates go, fit for a file's name.
 
-    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
+    torch is opened only where there may be a GPU to ask for its name.
+    """
+    gpu = "cpu"
+    if sys.platform != "linux" or any(os.path.exists(path) for path in _GPU_DRIVERS):
+        import torch
+
+        gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
+    threads = os.environ.get("OMP_NUM_THREADS") or os.cpu_count()
     parts = (
         platform.system(),
         platform.machine(),
         processor_name(),
-        f"{os.cpu_count()} cpus {torch.get_num_threads()} threads",
+        f"{os.cpu_count()} cpus {threads} threads",
         gpu,
-        f"torch {torch.__version__}",
+        f"torch {version('torch')}",
     )
     return re.sub(r"[^a-z0-9.]+", "-", " ".join(parts).lower()).strip("-")
 

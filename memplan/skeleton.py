@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import re
 import warnings
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
@@ -16,9 +17,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
+from memplan import models
 from memplan.errors import InputError, ModelError
 
 ALL_LINEAR = "all-linear"
+_HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 _ADAPTER_KEYS = ("rank", "targets", "alpha", "dropout")
 _DTYPES = {
     "fp32": torch.float32,
@@ -44,7 +47,10 @@ class Skeleton(NamedTuple):
 
 
 def from_configuration(given: Any, dtype: Any, attention: str | None, *, buffers: bool = False) -> Skeleton:
-    """Return the model of a transformers configuration or of a directory with ``config.json``, on ``meta``.
+    """Return the model of a transformers configuration, of a directory with ``config.json``, or of a name, on ``meta``.
+
+    A name is one of ``memplan/models.json``, which needs no network, or of a model on the hub, of which the configuration
+    alone is fetched.
 
     ``buffers``: have its buffers hold their values all the same (rotary frequencies are in no checkpoint).
     The dtype is the configuration's where none is given; parameters that transformers keeps in float32 are so here.
@@ -60,18 +66,15 @@ def from_configuration(given: Any, dtype: Any, attention: str | None, *, buffers
         ) from error
     folder: Path | None = None
     if isinstance(given, (str, Path)):
-        path = Path(given)
-        folder = path.parent if path.name == "config.json" else path
-        config = _read_config(transformers, path, folder)
-        name = folder.resolve().name
+        config, name, folder = _named(transformers, given)
     elif isinstance(given, transformers.PretrainedConfig):
         config, name = copy.deepcopy(given), ""
         kept = getattr(config, "_name_or_path", "")
         folder = Path(kept) if kept and Path(kept).is_dir() else None
     else:
         raise InputError(
-            f"the model is a {type(given).__name__}: give an nn.Module, a transformers configuration, or a directory "
-            "with a config.json"
+            f"the model is a {type(given).__name__}: give an nn.Module, a transformers configuration, a directory with a "
+            "config.json, or a model's name"
         )
     if getattr(config, "quantization_config", None) is not None:
         raise ModelError(
@@ -90,8 +93,7 @@ def from_configuration(given: Any, dtype: Any, attention: str | None, *, buffers
             tied.tie_weights()
         keep_in_float32(model, options["dtype"])
     except Exception as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise ModelError(f"transformers cannot build a {type(config).__name__} model: {reason}") from error
+        raise ModelError(f"transformers cannot build a {type(config).__name__} model: {_reason(error)}") from error
     return Skeleton(model, name or type(model).__name__, folder)
 
 
@@ -118,20 +120,51 @@ def keep_in_float32(model: nn.Module, dtype: torch.dtype) -> None:
             parameter.data = parameter.data.to(torch.float32)
 
 
-def _read_config(transformers: Any, path: Path, folder: Path) -> Any:
-    if not (folder / "config.json").is_file():
-        raise InputError(
-            f"{path} is no directory with a config.json: give one (nothing is downloaded here), a transformers "
-            "configuration or an nn.Module"
-        )
+def _named(transformers: Any, given: str | Path) -> tuple[Any, str, Path | None]:
+    """Return the configuration that a directory or a name stands for, a name for people, and the directory."""
+    path = Path(given)
+    folder = path.parent if path.name == "config.json" else path
+    if (folder / "config.json").is_file():
+        try:
+            config = transformers.AutoConfig.from_pretrained(
+                str(folder), trust_remote_code=False, local_files_only=True
+            )
+        except Exception as error:
+            raise ModelError(
+                f"{folder / 'config.json'} cannot be used: {_reason(error)} (memplan runs no code from a checkpoint; for "
+                "such a model give the nn.Module)"
+            ) from error
+        return config, folder.resolve().name, folder
+    known = models.find(str(given)) if isinstance(given, str) else None
+    if known is not None:
+        settings = dict(known[1].config)
+        return transformers.AutoConfig.for_model(settings.pop("model_type"), **settings), known[0], None
+    if isinstance(given, str) and _HUB_NAME.fullmatch(given) and not path.exists():
+        return _from_hub(transformers, given), given.rsplit("/", 1)[-1], None
+    like = models.near(str(given))
+    hint = f"; near it: {', '.join(like)}" if like else ""
+    raise InputError(
+        f"{given} is neither a directory with a config.json nor a model that memplan knows{hint}. Give a directory, one of "
+        "the names in memplan/models.json, a name on the hub such as meta-llama/Llama-3.1-8B, a transformers "
+        "configuration or an nn.Module"
+    )
+
+
+def _from_hub(transformers: Any, name: str) -> Any:
+    """Return the configuration of a model on the hub, from its cache where it is there. Nothing else is fetched."""
     try:
-        return transformers.AutoConfig.from_pretrained(str(folder), trust_remote_code=False, local_files_only=True)
+        return transformers.AutoConfig.from_pretrained(name, trust_remote_code=False)
     except Exception as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise ModelError(
-            f"{folder / 'config.json'} cannot be used: {reason} (memplan runs no code from a checkpoint; for such a "
-            "model give the nn.Module)"
+        like = models.near(name)
+        known = f", or one of the names that memplan knows itself, such as {like[0]}" if like else ""
+        raise InputError(
+            f"the configuration of {name} cannot be had from the hub: {_reason(error)}. Check the name and the network, or "
+            f"give a directory with its config.json{known}"
         ) from error
+
+
+def _reason(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def _builder(transformers: Any, config: Any) -> Any:
@@ -199,8 +232,7 @@ def with_adapter(model: nn.Module, adapter: Any, *, real: bool = False) -> nn.Mo
             warnings.filterwarnings("ignore", message="fan_in_fan_out", category=UserWarning)  # it sets it right itself
             adapted: nn.Module = peft.get_peft_model(model, config)
     except (ValueError, TypeError, KeyError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise InputError(f"the adapter does not fit {type(model).__name__}: {reason}") from error
+        raise InputError(f"the adapter does not fit {type(model).__name__}: {_reason(error)}") from error
     return adapted
 
 

@@ -107,7 +107,7 @@ def _run_of(name: str, stack: nn.Module, described: Described, lists: Sequence[t
 
 def _unnumbered(leaf: object, own: str) -> object:
     """Return a leaf without its layer's own number: some modules know their names (an adapter's targets)."""
-    return (leaf + ".").replace(own, "") if isinstance(leaf, str) and own in leaf + "." else leaf
+    return (leaf + ".").replace(own, "") if type(leaf) is str and own[:-1] in leaf else leaf
 
 
 def _kinds(leaves: Sequence[tuple[object, ...]], lists: Sequence[tuple[str, Any]]) -> list[int]:

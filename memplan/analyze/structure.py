@@ -48,7 +48,8 @@ class Described:
         elif isinstance(value, dict):
             yield len(value)
             for name, part in value.items():
-                if name != "_modules" or deep:
+                # Children are described where they are named; of a module's many dictionaries most are empty.
+                if deep or (name != "_modules" and not (isinstance(part, dict) and not part)):
                     yield name if isinstance(name, str) else type(name)  # hooks are kept by a running number
                     yield from self._of(part, deep + 1)
         elif isinstance(value, (list, tuple, set, frozenset)):

@@ -1,0 +1,124 @@
+"""Graphs that are kept from one run to the next, by all that they follow from. No torch here: what is kept is there at once.
+
+Only models that a configuration describes are kept, with batches that are a shape: a module of the user's own may do
+anything, and its state is no file. What a graph follows from is memplan's own code, the versions of the libraries that were
+traced, the configuration, and the options.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import platform
+import sys
+from collections.abc import Mapping
+from contextlib import suppress
+from functools import cache
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import msgspec
+from msgspec import Struct
+
+from memplan import models
+from memplan.analyze.graph import LayerGraph
+
+MOST = 64
+"""Graphs that are kept; the oldest go first."""
+
+_LIBRARIES = ("torch", "transformers", "peft", "accelerate")
+_PLAIN = (str, int, float, bool, type(None))
+
+
+class Analysis(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What a plan needs to know of a model and a batch."""
+
+    graph: LayerGraph
+    shapes: dict[str, tuple[int, ...]]
+    """Of the batch's tensors by name."""
+    adapter: str
+    """For people."""
+
+
+def folder_of(model: object) -> Path | None:
+    """Return the directory with a ``config.json`` that a model was given as, or None."""
+    if not isinstance(model, (str, Path)):
+        return None
+    path = Path(model)
+    folder = path.parent if path.name == "config.json" else path
+    return folder if (folder / "config.json").is_file() else None
+
+
+def key_of(model: object, batch: object, options: Mapping[str, Any]) -> str | None:
+    """Return what names the graph of a model, a batch and ``options``; None for one that cannot be kept."""
+    folder = folder_of(model)
+    if folder is not None:
+        described: object = (folder.resolve().name, (folder / "config.json").read_text(errors="replace"))
+    elif isinstance(model, str) and (known := models.find(model)) is not None:
+        described = known[0], msgspec.to_builtins(known[1])
+    else:
+        return None
+    if not (isinstance(batch, (tuple, list)) and all(type(size) is int for size in batch)):
+        return None
+    if not all(_is_plain(value) for value in options.values()) or _in_autocast():
+        return None
+    follows_from = (_code(), _versions(), described, list(batch), sorted(options.items()))
+    return hashlib.sha256(repr(follows_from).encode()).hexdigest()
+
+
+def recall(folder: Path, key: str) -> Analysis | None:
+    """Return what was kept under ``key`` in ``folder``, or None. What cannot be read is as if it were not there."""
+    path = folder / f"{key}.json"
+    try:
+        found = msgspec.json.decode(path.read_bytes(), type=Analysis)
+        os.utime(path)
+    except (OSError, msgspec.DecodeError):
+        return None
+    return found
+
+
+def keep(folder: Path, key: str, analysis: Analysis) -> None:
+    """Keep an analysis. A folder that cannot be written costs the next plan some seconds, no more."""
+    path = folder / f"{key}.json"
+    unfinished = path.with_name(f".{key}.{os.getpid()}.tmp")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        unfinished.write_bytes(msgspec.json.encode(analysis))
+        unfinished.replace(path)
+        for old in sorted(folder.glob("*.json"), key=lambda file: file.stat().st_mtime)[:-MOST]:
+            old.unlink(missing_ok=True)
+    except OSError:
+        with suppress(OSError):
+            unfinished.unlink(missing_ok=True)
+
+
+def _is_plain(value: object) -> bool:
+    if isinstance(value, Mapping):
+        return all(_is_plain(part) for part in value.values())
+    if isinstance(value, (list, tuple)):
+        return all(_is_plain(part) for part in value)
+    return isinstance(value, _PLAIN)
+
+
+def _in_autocast() -> bool:
+    """Whether the caller's own autocast would count: it is no option."""
+    torch = sys.modules.get("torch")
+    return torch is not None and any(torch.is_autocast_enabled(device) for device in ("cpu", "cuda"))
+
+
+@cache
+def _code() -> str:
+    root = Path(__file__).parents[1]
+    return hashlib.sha256(b"\0".join(path.read_bytes() for path in sorted(root.rglob("*.py")))).hexdigest()
+
+
+@cache
+def _versions() -> tuple[str, ...]:
+    found = [platform.python_version()]
+    for name in _LIBRARIES:
+        try:
+            found.append(f"{name} {version(name)}")
+        except PackageNotFoundError:
+            found.append(f"no {name}")
+    return tuple(found)

@@ -1,0 +1,77 @@
+"""Models by name: the table, names on the hub, and what is neither."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
+
+import memplan
+from memplan import models
+from memplan.errors import InputError
+from memplan.skeleton import from_configuration
+from tests.training import CPU
+
+UNTIED_ON_THE_HUB = {"t0-3b", "flan-t5-xl", "flan-t5-xxl", "mt0-xxl"}
+"""Their checkpoints hold a head apart, which transformers' T5 ties from 5.0 on whatever the configuration says."""
+
+
+@pytest.mark.parametrize("name", models.table())
+def test_parameters_are_those_of_the_checkpoint(name):
+    """Two sources agree: the shapes of config.json, and the number on the model's card."""
+    known = models.table()[name]
+    settings = dict(known.config)
+    config = AutoConfig.for_model(settings.pop("model_type"), **settings)
+    kind = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
+    with torch.device("meta"):
+        model = kind.from_config(config)
+    count = sum(parameter.numel() for parameter in model.parameters())
+    if name in UNTIED_ON_THE_HUB:
+        count += config.vocab_size * config.d_model
+    assert count == known.parameters
+
+
+def test_found_by_either_name():
+    known = models.find("llama-3.1-8b")
+    assert known == models.find("meta-llama/Llama-3.1-8B") == models.find("LLAMA-3.1-8B")
+    assert models.find("llama-9") is None
+    assert from_configuration("Qwen/Qwen3-0.6B", "bf16", None).name == "qwen3-0.6b"
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("llama-3.1-9b", "near it: llama-3.1-8b"),
+        ("nothing-like-it-at-all", "neither a directory with a config.json nor a model that memplan knows"),
+        ("someone/a-model", "the configuration of someone/a-model cannot be had from the hub"),
+        ("../elsewhere", "neither a directory"),
+        ("a/b/c", "neither a directory"),
+    ],
+)
+def test_what_there_is_not(name, message):
+    with pytest.raises(InputError, match=message):
+        memplan.plan(name, (1, 8), hardware=CPU, adapter={"rank": 2})
+
+
+def test_the_hubs_cache_is_enough(tmp_path, monkeypatch):
+    """A configuration that was fetched before is read without a network."""
+    from huggingface_hub import constants
+
+    folder = tmp_path / "models--someone--small"
+    snapshot = folder / "snapshots" / "0123"
+    (folder / "refs").mkdir(parents=True)
+    (folder / "refs" / "main").write_text("0123")
+    small = {
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 2,
+        "vocab_size": 64,
+    }
+    AutoConfig.for_model("llama", **small).save_pretrained(snapshot)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    plan = memplan.plan(
+        "someone/small", (1, 8), adapter={"rank": 2}, vram="1GiB", ram="1GiB", hardware=CPU, dtype="fp32"
+    )
+    assert plan.model == "small"
+    assert sum(block.kind == "layer" for block in plan.table.blocks) == 3
