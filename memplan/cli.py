@@ -225,6 +225,54 @@ def run(
     os.execve(program, command, environment(settings, os.environ))
 
 
+@group.command(short_help="Measure this machine's rates, for better times in plans.")
+@click.option("--out", type=click.Path(dir_okay=False, path_type=Path), help="Write the profile to this file too.")
+@_JSON
+def calibrate(out: Path | None, as_json: bool) -> int:
+    """Measure what this machine can do, under two minutes, and keep it for the plans to come.
+
+    Plans measure it themselves where it was not yet: do so again on a quiet machine, after a change of hardware or driver.
+    """
+    if out is not None and not out.parent.is_dir():
+        raise click.BadParameter(f"the folder {out.parent} does not exist.", param_hint="--out")
+
+    from memplan import hardware
+    from memplan.show.listing import progress, write_rates
+
+    with progress("Measuring") as tell:
+        profile = hardware.measured(progress=tell)
+    if out is not None:
+        hardware.save(profile, out)
+    if as_json:
+        from msgspec import to_builtins
+
+        _print_json(to_builtins(profile))
+        return OK
+    click.echo(f"{profile.name}\n")
+    write_rates(hardware.listed(profile))
+    if out is not None:
+        click.echo(f"\nThe profile is in {out}: memplan plan --hardware {out}")
+    return OK
+
+
+@group.command(short_help="Say what is found on this machine, and what it means.")
+@_JSON
+def doctor(as_json: bool) -> int:
+    """Look at this machine: memory, devices, libraries, folders. Exits with 2 where something is in the way."""
+    from memplan import doctor as doctors
+
+    found = doctors.findings()
+    if as_json:
+        from msgspec import to_builtins
+
+        _print_json({"findings": to_builtins(found)})
+    else:
+        from memplan.show.listing import write_findings
+
+        write_findings([(one.what, one.found, one.meaning, one.is_problem) for one in found])
+    return BAD_INPUT if any(one.is_problem for one in found) else OK
+
+
 @group.group(short_help="Look at packed blocks, or remove them.")
 def cache() -> None:
     """Blocks that were packed for the disk because no checkpoint holds them as they are."""

@@ -24,7 +24,7 @@ import psutil
 from msgspec import Struct
 
 from memplan.errors import HardwareError
-from memplan.units import GIB, MIB
+from memplan.units import GIB, MIB, format_bytes, format_seconds
 
 SCHEMA_VERSION = 1
 
@@ -134,6 +134,23 @@ def load(name_or_path: str | Path) -> HardwareProfile:
     )
 
 
+def listed(profile: HardwareProfile) -> list[tuple[str, str, str]]:
+    """Return each figure for people: what it is, its value, where it comes from."""
+    found = []
+    for where, figure in profile._figures():
+        name = where.replace("matmul_flops_per_s.", "products in ")
+        if name != where:
+            text = f"{figure.value / 1e12:.3g} TFLOP/s"
+        elif name.endswith("_bytes_per_s"):
+            name, text = name.removesuffix("_bytes_per_s"), f"{format_bytes(int(figure.value))}/s"
+        elif name.endswith("_bytes"):
+            name, text = name.removesuffix("_bytes"), format_bytes(int(figure.value))
+        else:
+            name, text = name.removesuffix("_s"), format_seconds(figure.value)
+        found.append((name.replace("_", " "), text, f"{figure.kind} {figure.date}, {figure.source}"))
+    return found
+
+
 def save(profile: HardwareProfile, path: str | Path) -> None:
     """Write the profile as JSON, whole or not at all. Raises OSError where the folder cannot be written."""
     target = Path(path)
@@ -160,32 +177,41 @@ def cache_folder() -> Path:
     return folder
 
 
+def kept() -> HardwareProfile | None:
+    """Return the profile that was measured on this machine before, or None. Raises HardwareError for a spoilt one."""
+    path = _kept_path()
+    return _read(path) if path.is_file() else None
+
+
 def auto(progress: Callable[[str], None] | None = None) -> HardwareProfile:
     """Return this machine's profile: the cached one, else it is measured (some seconds) and cached.
 
     ``progress`` is called with a short text before each measurement. The cache's key is the platform, the processor,
     the number of compute threads, the GPU, and torch's version.
     """
-    key = machine_key()
     try:
-        path = cache_folder() / "profiles" / f"{key}.json"
-        path.parent.mkdir(exist_ok=True)
-    except OSError:
-        path = None
-    if path is not None and path.is_file():
-        try:
-            return _read(path)
-        except HardwareError:
-            pass  # of an older memplan, or cut short by a full disk: it is measured again and written over
+        found = kept()
+    except HardwareError:
+        found = None  # of an older memplan, or cut short by a full disk: it is measured again and written over
+    return found if found is not None else measured(progress)
+
+
+def measured(progress: Callable[[str], None] | None = None) -> HardwareProfile:
+    """Measure this machine now, keep the profile for the plans to come, and return it. Raises HardwareError."""
     from memplan import calibrate
 
     profile = calibrate.measure(progress=progress)
-    if path is not None:
-        try:
-            save(profile, path)
-        except OSError:
-            pass  # a cache that cannot be written costs the next start some seconds, no more
+    path = _kept_path()
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save(profile, path)
+    except OSError:
+        pass  # a cache that cannot be written costs the next start some seconds, no more
     return profile
+
+
+def _kept_path() -> Path:
+    return cache_path() / "profiles" / f"{machine_key()}.json"
 
 
 def machine_key() -> str:

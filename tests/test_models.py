@@ -8,7 +8,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 import memplan
 from memplan import models
-from memplan.errors import InputError
+from memplan.errors import InputError, MemplanError
 from memplan.skeleton import from_configuration
 from tests.training import CPU
 
@@ -75,3 +75,48 @@ def test_the_hubs_cache_is_enough(tmp_path, monkeypatch):
     )
     assert plan.model == "small"
     assert sum(block.kind == "layer" for block in plan.table.blocks) == 3
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["gpt2", "--seq", "2048"], "knows 1024 positions"),
+        (["llama-3.1-8b", "--batch", "0"], "0 is not in the range"),
+        (["llama-3.1-8b", "--optimizer", "adamwise"], "the optimizer 'adamwise' is not known"),
+        (["llama-3.1-8b", "--hardware", "rtx-5099"], "there is no hardware profile named 'rtx-5099'"),
+        (["llama-3.1-8b", "--dtype", "int3"], "the dtype was given as 'int3'"),
+    ],
+)
+def test_bad_input_on_the_command_line(arguments, message, capsys, tmp_path):
+    from memplan.cli import main
+    from memplan.hardware import save
+
+    save(CPU, tmp_path / "cpu.json")
+    hardware = [] if "--hardware" in arguments else ["--hardware", str(tmp_path / "cpu.json")]
+    assert main(["plan", *arguments, *hardware]) == 2
+    assert message in capsys.readouterr().err.replace("\n", " ")
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"hidden_size": -64},
+        {"num_attention_heads": 0},
+        {"vocab_size": 10**18, "hidden_size": 10**9},
+        {"hidden_size": "x"},
+    ],
+    ids=str,
+)
+def test_absurd_sizes(wrong, tmp_path):
+    import json
+
+    small = {
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "vocab_size": 64,
+    }
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama", **small, **wrong}))
+    with pytest.raises(MemplanError):
+        memplan.plan(tmp_path, (1, 8), adapter={"rank": 2}, vram="1GiB", ram="1GiB", hardware=CPU)

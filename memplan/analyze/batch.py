@@ -109,6 +109,12 @@ def _from_pair(model: nn.Module, batch: int, sequence: int) -> Batch:
         raise InputError(
             f"the batch was given as a shape, but {type(base).__name__} takes no input_ids: give a mapping of tensors"
         )
+    limit = getattr(base.config, "max_position_embeddings", None)
+    if isinstance(limit, int) and 0 < limit < sequence:
+        raise InputError(
+            f"the batch was given as ({batch}, {sequence}), but {type(base).__name__} knows {limit} positions: give "
+            "shorter sequences, or a configuration with more (max_position_embeddings)"
+        )
     ids = torch.zeros(batch, sequence, dtype=torch.long)
     kwargs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     if "labels" in takes:

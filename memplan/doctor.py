@@ -1,0 +1,166 @@
+"""What memplan finds on this machine, and what it means for plans and runs. Nothing is measured or changed."""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
+from pathlib import Path
+
+import psutil
+from msgspec import Struct
+
+from memplan import hardware
+from memplan.errors import HardwareError
+from memplan.units import format_bytes
+
+_NEEDED = ("torch", "accelerate")
+_TRAINERS = ("transformers", "peft", "trl", "lightning", "diffusers")
+_QUANTIZERS = ("bitsandbytes", "torchao")
+
+
+class Finding(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """One thing that was looked at."""
+
+    what: str
+    found: str
+    meaning: str = ""
+    """What follows from it, or what to do; empty where all is well."""
+    is_problem: bool = False
+
+
+def findings() -> tuple[Finding, ...]:
+    """Return what there is, in the order in which it should be read. Opens torch, where it is installed, for the GPU."""
+    found = [
+        Finding(
+            what="machine",
+            found=f"{platform.system()} {platform.release()}, {hardware.processor_name()}, {os.cpu_count()} CPUs",
+        ),
+        _ram(),
+        *_devices(),
+        *_packages(),
+        _cache(),
+    ]
+    profile = _kept_profile()
+    found.append(_measured(profile))
+    if profile is not None:
+        found += [Finding(what="note", found=note) for note in hardware.notes(profile, Path.cwd())]
+    return tuple(found)
+
+
+def _ram() -> Finding:
+    total, available = psutil.virtual_memory().total, hardware.available_host_bytes()
+    meaning = ""
+    if available < psutil.virtual_memory().available:
+        meaning = "a container's limit leaves less than the machine has; plans go by what is left of it"
+    return Finding(what="RAM", found=f"{format_bytes(available)} available of {format_bytes(total)}", meaning=meaning)
+
+
+def _devices() -> list[Finding]:
+    if find_spec("torch") is None:
+        return [Finding(what="GPU", found="not looked for: torch is not installed", is_problem=True)]
+    import torch
+
+    on_cpu = "the CPU is the compute device: vram is the RAM that a step may use, and blocks stream from RAM and disk"
+    if not torch.cuda.is_available():
+        built_for = torch.version.cuda or getattr(torch.version, "hip", None)
+        why = (
+            f"this torch is built for {built_for}, but sees no device"
+            if built_for
+            else "this torch is built for the CPU alone"
+        )
+        return [Finding(what="GPU", found=f"none: {why}", meaning=on_cpu)]
+    found = []
+    for index in range(torch.cuda.device_count()):
+        properties = torch.cuda.get_device_properties(index)
+        free, total = torch.cuda.mem_get_info(index)
+        meaning = ""
+        if properties.major < 8:
+            meaning = "it has no bfloat16 of its own: train in float16, or in float32"
+        found.append(
+            Finding(
+                what=f"GPU {index}",
+                found=f"{properties.name}, {format_bytes(free)} free of {format_bytes(total)}, "
+                f"compute capability {properties.major}.{properties.minor}",
+                meaning=meaning,
+            )
+        )
+    if len(found) > 1:
+        found.append(
+            Finding(
+                what="GPUs",
+                found=f"{len(found)}",
+                meaning="one process trains on one: choose with CUDA_VISIBLE_DEVICES",
+            )
+        )
+    return found
+
+
+def _packages() -> list[Finding]:
+    found = []
+    for what, names, needed in (
+        ("libraries", _NEEDED, True),
+        ("trainers", _TRAINERS, False),
+        ("quantizers", _QUANTIZERS, False),
+    ):
+        versions = {name: _version(name) for name in names}
+        missing = [name for name, text in versions.items() if text is None]
+        meaning = f"not installed: {', '.join(missing)}" if missing else ""
+        if needed and missing:
+            meaning += "; pip install " + " ".join(missing)
+        there = [f"{name} {text}" for name, text in versions.items() if text is not None]
+        found.append(
+            Finding(what=what, found=", ".join(there) or "none", meaning=meaning, is_problem=bool(needed and missing))
+        )
+    return found
+
+
+def _version(name: str) -> str | None:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
+
+
+def _cache() -> Finding:
+    try:
+        folder = hardware.cache_folder()
+    except OSError as error:
+        return Finding(
+            what="cache",
+            found=f"{hardware.cache_path()} cannot be made ({error.strerror})",
+            meaning="set MEMPLAN_CACHE to a folder that can be written: measured profiles and packed blocks lie there",
+            is_problem=True,
+        )
+    writable = os.access(folder, os.W_OK)
+    return Finding(
+        what="cache",
+        found=f"{folder}, {format_bytes(shutil.disk_usage(folder).free)} free",
+        meaning="" if writable else "it cannot be written: set MEMPLAN_CACHE to a folder that can",
+        is_problem=not writable,
+    )
+
+
+def _kept_profile() -> hardware.HardwareProfile | None:
+    try:
+        return hardware.kept()
+    except (HardwareError, PackageNotFoundError):
+        return None
+
+
+def _measured(profile: hardware.HardwareProfile | None) -> Finding:
+    if profile is None:
+        return Finding(
+            what="rates",
+            found="not measured yet",
+            meaning="the first plan measures them, or: memplan calibrate",
+        )
+    link = profile.host_to_device_bytes_per_s.value
+    return Finding(
+        what="rates",
+        found=f"measured {profile.disk_bytes_per_s.date}: link {format_bytes(int(link))}/s, "
+        f"disk {format_bytes(int(profile.disk_bytes_per_s.value))}/s, "
+        f"float32 products {profile.matmul_flops_per_s['float32'].value / 1e12:.3g} TFLOP/s",
+    )

@@ -1,0 +1,89 @@
+"""What the machine has, and what was measured of it."""
+
+from __future__ import annotations
+
+import json
+from importlib.metadata import PackageNotFoundError
+
+import pytest
+
+from memplan import doctor, hardware
+from memplan.cli import main
+from memplan.units import GIB
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("MEMPLAN_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+def told():
+    return {one.what: one for one in doctor.findings()}
+
+
+def test_a_machine_that_is_well(capsys):
+    assert main(["doctor"]) == 0
+    text = capsys.readouterr().out
+    assert "available of" in text
+    assert "memplan calibrate" in text  # nothing was measured yet
+    assert main(["doctor", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)["findings"]
+    assert [one["what"] for one in found][:2] == ["machine", "RAM"]
+    assert not any(one["is_problem"] for one in found)
+
+
+def test_what_is_measured_is_kept_and_told(capsys, tmp_path, cache):
+    assert main(["calibrate", "--out", str(tmp_path / "mine.json"), "--json"]) == 0
+    told_profile = json.loads(capsys.readouterr().out)
+    profile = hardware.load(tmp_path / "mine.json")
+    assert told_profile["name"] == profile.name
+    assert hardware.auto() == hardware.kept() == profile
+    assert f"measured {profile.disk_bytes_per_s.date}" in told()["rates"].found
+    assert {name for name, _, _ in hardware.listed(profile)} >= {
+        "memory",
+        "host to device",
+        "disk",
+        "products in float32",
+    }
+
+
+def test_a_spoilt_profile_is_measured_again(cache):
+    profile = hardware.auto()
+    (file,) = (cache / "profiles").iterdir()
+    file.write_text("{")
+    assert told()["rates"].found == "not measured yet"
+    again = hardware.auto()
+    assert again.machine == profile.machine
+    assert hardware.kept() == again
+
+
+def test_no_folder_for_the_cache(tmp_path, monkeypatch, capsys):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("MEMPLAN_CACHE", str(tmp_path / "file"))
+    assert told()["cache"].is_problem
+    assert main(["doctor"]) == 2
+    assert "MEMPLAN_CACHE" in capsys.readouterr().out
+    assert main(["calibrate", "--out", str(tmp_path / "nowhere" / "p.json")]) == 2
+
+
+def test_what_is_not_installed(monkeypatch):
+    version = doctor.version
+
+    def without(name):
+        if name in ("accelerate", "trl"):
+            raise PackageNotFoundError(name)
+        return version(name)
+
+    monkeypatch.setattr(doctor, "version", without)
+    found = told()
+    assert found["libraries"].is_problem
+    assert "pip install accelerate" in found["libraries"].meaning
+    assert not found["trainers"].is_problem
+    assert "trl" in found["trainers"].meaning
+
+
+def test_a_containers_limit(monkeypatch):
+    monkeypatch.setattr(hardware, "_container_room_bytes", lambda: [GIB // 4])
+    assert "container" in told()["RAM"].meaning
+    assert told()["RAM"].found.startswith("256.0 MiB")
