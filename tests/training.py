@@ -162,6 +162,7 @@ def _around(kind: type[nn.Module], reentrant: bool) -> type[nn.Module]:
         def __call__(self, *args, **kwargs):
             return checkpoint(partial(super().__call__, **kwargs), *args, use_reentrant=reentrant)
 
+    Around.__qualname__ += f" {kind.__qualname__} {reentrant}"  # models are told apart by the names of their classes
     return Around
 
 
