@@ -97,10 +97,10 @@ def _spread(values, count):
     return type(values)(chosen)
 
 
-def config_of(kind: str):
+def config_of(kind: str, layers: int = LAYERS):
     """Return a small configuration of a type, without dropout."""
     config = CONFIG_MAPPING[kind]()
-    shrink(config)
+    shrink(config, layers)
     for name in ("dropout", "attention_dropout", "activation_dropout", "hidden_dropout_prob", "attention_probs_dropout_prob", "resid_pdrop", "embd_pdrop", "attn_pdrop", "hidden_dropout", "dropout_rate", "layerdrop", "residual_dropout"):  # fmt: skip
         if hasattr(config, name):
             _put(config, name, 0.0)
@@ -112,9 +112,9 @@ def config_of(kind: str):
     return config
 
 
-def make(kind: str) -> nn.Module:
+def make(kind: str, layers: int = LAYERS) -> nn.Module:
     """Return a small model of a type with a LoRA adapter whose B is not zero, in training mode."""
-    config = config_of(kind)
+    config = config_of(kind, layers)
     torch.manual_seed(0)
     base = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     total = sum(p.numel() for p in base.parameters())
