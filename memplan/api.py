@@ -187,7 +187,7 @@ def _analysis(
     from memplan.analyze.trace import analyze
 
     prepared = prepare(model, adapter=adapter, dtype=dtype, attention=attention)
-    graph = analyze(prepared.model, batch, name=prepared.name, loss=loss, **options)
+    graph = analyze(prepared.model, batch, name=prepared.name, loss=loss, short=prepared.short, **options)
     found = kept.Analysis(graph=graph, shapes=prepared.shapes(batch), adapter=describe(prepared.model))
     if key is not None:
         kept.keep(folder, key, found)

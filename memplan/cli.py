@@ -44,6 +44,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit code. ``arguments``: else those of the process."""
     given = sys.argv[1:] if arguments is None else list(arguments)
     as_json = "--json" in (given[: given.index("--")] if "--" in given else given)  # else it is a script's
+    collected = gc.isenabled()
     try:
         return int(group.main(args=given, prog_name="memplan", standalone_mode=False) or OK)
     except click.Abort:
@@ -65,6 +66,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         extra = "'memplan[hf]'" if package in ("transformers", "peft") else package
         message = f"this needs the package {package}, which is not installed: pip install {extra}"
         return _fail(type(error).__name__, message, as_json, BAD_INPUT)
+    finally:
+        if collected:
+            gc.enable()
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
@@ -116,7 +120,7 @@ def plan(
 ) -> int:
     """Say what fits, where each block goes, and the time of a step, before any weight is loaded.
 
-    MODEL is a directory with a config.json. The adapter is a LoRA of rank 16 on all linear layers unless said
+    MODEL is a directory with a config.json, the name of a well-known model, or one on the hub. The adapter is a LoRA of rank 16 on all linear layers unless said
     otherwise. Exits with 0 if it fits, 1 if not, 2 if the input is wrong.
     """
     vram_given = "auto" if vram == "auto" else parse_size(vram, "--vram")
@@ -131,7 +135,9 @@ def plan(
         raise click.BadParameter(f"the folder {out.parent} does not exist.", param_hint="--out")
 
     from memplan import api
+    from memplan.analyze import kept
 
+    kept.ours = True
     gc.disable()  # a sixth of the time, and little is left to collect
     made = api.plan(
         model,
@@ -242,7 +248,10 @@ def calibrate(out: Path | None, as_json: bool) -> int:
     with progress("Measuring") as tell:
         profile = hardware.measured(progress=tell)
     if out is not None:
-        hardware.save(profile, out)
+        try:
+            hardware.save(profile, out)
+        except OSError as error:
+            raise click.BadParameter(f"{out} cannot be written ({error.strerror}).", param_hint="--out") from error
     if as_json:
         from msgspec import to_builtins
 

@@ -53,7 +53,7 @@ def findings() -> tuple[Finding, ...]:
 def _ram() -> Finding:
     total, available = psutil.virtual_memory().total, hardware.available_host_bytes()
     meaning = ""
-    if available < psutil.virtual_memory().available:
+    if hardware.is_limited():
         meaning = "a container's limit leaves less than the machine has; plans go by what is left of it"
     return Finding(what="RAM", found=f"{format_bytes(available)} available of {format_bytes(total)}", meaning=meaning)
 
@@ -61,6 +61,14 @@ def _ram() -> Finding:
 def _devices() -> list[Finding]:
     if find_spec("torch") is None:
         return [Finding(what="GPU", found="not looked for: torch is not installed", is_problem=True)]
+    try:
+        return _seen_by_torch()
+    except Exception as error:  # of the driver, or of libraries that are not there: whatever it is, it is to be said
+        reason = " ".join(str(error).split()) or type(error).__name__
+        return [Finding(what="GPU", found=f"torch cannot be asked: {reason}", is_problem=True)]
+
+
+def _seen_by_torch() -> list[Finding]:
     import torch
 
     on_cpu = "the CPU is the compute device: vram is the RAM that a step may use, and blocks stream from RAM and disk"

@@ -34,9 +34,6 @@ DEVICE_RESERVE_BYTES = 512 * MIB
 HOST_RESERVE_BYTES = 2 * GIB
 """Left free in RAM by ``ram=None`` on a machine with a CUDA device: Python, the data loader, the page cache."""
 
-_GPU_DRIVERS = ("/proc/driver/nvidia", "/dev/dxg", "/dev/kfd")
-"""Of NVIDIA's cards, of those that WSL2 hands on, and of AMD's."""
-
 _MAY_BE_ZERO = ("context_bytes", "launch_s", "load_latency_s")
 _DTYPES = ("float32", "bfloat16", "float16")
 _HERE = Path(__file__).parent
@@ -167,7 +164,7 @@ def save(profile: HardwareProfile, path: str | Path) -> None:
 def cache_path() -> Path:
     """Return the folder for what memplan keeps between runs: ``MEMPLAN_CACHE`` where that is set, else in the user's."""
     given = os.environ.get("MEMPLAN_CACHE")
-    return Path(given).expanduser() if given else platformdirs.user_cache_path("memplan")
+    return Path(os.path.expanduser(given)) if given else platformdirs.user_cache_path("memplan")
 
 
 def cache_folder() -> Path:
@@ -187,7 +184,7 @@ def auto(progress: Callable[[str], None] | None = None) -> HardwareProfile:
     """Return this machine's profile: the cached one, else it is measured (some seconds) and cached.
 
     ``progress`` is called with a short text before each measurement. The cache's key is the platform, the processor,
-    the number of compute threads, the GPU, and torch's version.
+    the CPUs that it may use, the GPU, and torch's version.
     """
     try:
         found = kept()
@@ -217,14 +214,15 @@ def _kept_path() -> Path:
 def machine_key() -> str:
     """Return what tells this machine from others as far as rates go, fit for a file's name.
 
-    torch is opened only where there may be a GPU to ask for its name.
+    torch is opened only where it may know a GPU to ask for its name.
     """
     gpu = "cpu"
-    if sys.platform != "linux" or any(os.path.exists(path) for path in _GPU_DRIVERS):
+    if not version("torch").endswith("+cpu"):
         import torch
 
         gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
-    threads = os.environ.get("OMP_NUM_THREADS") or os.cpu_count()
+    cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    threads = os.environ.get("OMP_NUM_THREADS") or os.environ.get("MKL_NUM_THREADS") or cpus
     parts = (
         platform.system(),
         platform.machine(),
@@ -250,6 +248,11 @@ def processor_name() -> str:
 def available_host_bytes() -> int:
     """Return the RAM that can be had now without swapping, a container's limit regarded."""
     return min([psutil.virtual_memory().available, *_container_room_bytes()])
+
+
+def is_limited() -> bool:
+    """Whether a container's limit leaves less RAM than the machine has available."""
+    return min(_container_room_bytes(), default=math.inf) < psutil.virtual_memory().available
 
 
 def free_device_bytes(device: Literal["cpu", "cuda"]) -> int:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import os
 import re
 import warnings
 from collections.abc import Mapping
@@ -124,7 +125,7 @@ def _named(transformers: Any, given: str | Path) -> tuple[Any, str, Path | None]
     """Return the configuration that a directory or a name stands for, a name for people, and the directory."""
     path = Path(given)
     folder = path.parent if path.name == "config.json" else path
-    if (folder / "config.json").is_file():
+    if os.path.isfile(folder / "config.json"):
         try:
             config = transformers.AutoConfig.from_pretrained(
                 str(folder), trust_remote_code=False, local_files_only=True
@@ -138,8 +139,14 @@ def _named(transformers: Any, given: str | Path) -> tuple[Any, str, Path | None]
     known = models.find(str(given)) if isinstance(given, str) else None
     if known is not None:
         settings = dict(known[1].config)
-        return transformers.AutoConfig.for_model(settings.pop("model_type"), **settings), known[0], None
-    if isinstance(given, str) and _HUB_NAME.fullmatch(given) and not path.exists():
+        kind = settings.pop("model_type")
+        try:
+            return transformers.AutoConfig.for_model(kind, **settings), known[0], None
+        except Exception as error:
+            raise ModelError(
+                f"this transformers cannot describe {known[0]}, of type {kind}: {_reason(error)}"
+            ) from error
+    if isinstance(given, str) and _HUB_NAME.fullmatch(given) and not os.path.isdir(folder):
         return _from_hub(transformers, given), given.rsplit("/", 1)[-1], None
     like = models.near(str(given))
     hint = f"; near it: {', '.join(like)}" if like else ""

@@ -81,6 +81,7 @@ def test_the_hubs_cache_is_enough(tmp_path, monkeypatch):
     ("arguments", "message"),
     [
         (["gpt2", "--seq", "2048"], "knows 1024 positions"),
+        (["x" * 300], "neither a directory"),
         (["llama-3.1-8b", "--batch", "0"], "0 is not in the range"),
         (["llama-3.1-8b", "--optimizer", "adamwise"], "the optimizer 'adamwise' is not known"),
         (["llama-3.1-8b", "--hardware", "rtx-5099"], "there is no hardware profile named 'rtx-5099'"),

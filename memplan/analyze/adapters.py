@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from torch import nn
 
 from memplan.analyze.batch import base_of, batch_for
 from memplan.analyze.blocks import refuse_moved
+from memplan.analyze.repeats import may_be_short
 from memplan.errors import InputError
 from memplan.skeleton import ALL_LINEAR, from_configuration, with_adapter
 
@@ -29,6 +30,8 @@ class Prepared:
     """For people: the directory's or the class's name."""
     folder: Path | None
     """Where its checkpoint lies, as far as that is known."""
+    short: bool = False
+    """Whether a few of its layers may be traced for all."""
 
     def shapes(self, batch: object) -> dict[str, tuple[int, ...]]:
         """Return the shape of each tensor of the batch by name."""
@@ -59,10 +62,11 @@ def prepare(model: Any, *, adapter: Any = None, dtype: Any = None, attention: st
         )
     else:
         skeleton = from_configuration(model, dtype, attention)
-        prepared = Prepared(model=skeleton.model, name=skeleton.name, folder=skeleton.folder)
+        short = may_be_short(skeleton.model.config)
+        prepared = Prepared(model=skeleton.model, name=skeleton.name, folder=skeleton.folder, short=short)
     if adapter is None:
         return prepared
-    return Prepared(model=with_adapter(prepared.model, adapter), name=prepared.name, folder=prepared.folder)
+    return replace(prepared, model=with_adapter(prepared.model, adapter))
 
 
 def describe(model: nn.Module) -> str:

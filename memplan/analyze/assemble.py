@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Literal
 
 from msgspec.structs import replace
@@ -130,8 +130,18 @@ def assemble(
         recomputable=recomputable,
         tokens=0,
         trainable_bytes=0,
-        matmul_dtype=max(kept.recorder.matmul_flops.items(), key=lambda item: item[1], default=("float32", 0))[0],
+        matmul_dtype=main_dtype(kept, lambda module: 1),
     )
+
+
+def main_dtype(kept: Traced, times: Callable[[str], int]) -> str:
+    """Return the dtype of the matrix products that hold most FLOPs. ``times``: how often what a module does counts."""
+    log = kept.recorder.log
+    owner = log.access_of()
+    totals: Counter[str] = Counter()
+    for (segment, dtype), flops in kept.recorder.matmul_flops.items():
+        totals[dtype] += flops * times(log.accesses[owner[segment]].module)
+    return max(totals, key=lambda dtype: totals[dtype], default="float32")
 
 
 def complete(

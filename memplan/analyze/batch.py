@@ -109,8 +109,15 @@ def _from_pair(model: nn.Module, batch: int, sequence: int) -> Batch:
         raise InputError(
             f"the batch was given as a shape, but {type(base).__name__} takes no input_ids: give a mapping of tensors"
         )
-    limit = getattr(base.config, "max_position_embeddings", None)
-    if isinstance(limit, int) and 0 < limit < sequence:
+    named = getattr(base.config, "max_position_embeddings", None)
+    limit = named if isinstance(named, int) else 0
+    # Rotary positions go on beyond it; a table of learned ones (with a few rows more in OPT and BERT's kin) does not.
+    learned = limit > 0 and any(
+        isinstance(module, nn.Embedding) and limit <= module.num_embeddings < limit + 4
+        for name, module in base.named_modules()
+        if "position" in name or name.endswith("wpe")
+    )
+    if learned and sequence > limit:
         raise InputError(
             f"the batch was given as ({batch}, {sequence}), but {type(base).__name__} knows {limit} positions: give "
             "shorter sequences, or a configuration with more (max_position_embeddings)"

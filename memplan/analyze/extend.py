@@ -103,6 +103,11 @@ class _Names:
         return f"{self._prefix}{element + periods * self._run.period}{rest}"
 
 
+def times(module: str, runs: Sequence[Run]) -> int:
+    """Return for how many modules one of the short stacks stands."""
+    return next((run.count - KEPT + 1 for run in runs if _Names(run).period(module) == _ONE), 1)
+
+
 class _Extension:
     def __init__(self, graph: LayerGraph, run: Run) -> None:
         self._graph = graph

@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import os
 import platform
-import sys
 from collections.abc import Mapping
 from contextlib import suppress
 from functools import cache
@@ -27,7 +26,15 @@ from memplan.analyze.graph import LayerGraph
 MOST = 64
 """Graphs that are kept; the oldest go first."""
 
-_LIBRARIES = ("torch", "transformers", "peft", "accelerate")
+ours = False
+"""Set by the command line: in a process of someone else's, libraries may be patched, and contexts count."""
+
+_LIBRARIES = (
+    "torch", "transformers", "peft", "accelerate", "torchao", "bitsandbytes", "kernels", "flash-attn",
+    "flash-linear-attention", "causal-conv1d", "mamba-ssm", "triton", "xformers",
+)  # fmt: skip
+"""What is traced, and what those take up where it is there."""
+
 _PLAIN = (str, int, float, bool, type(None))
 
 
@@ -47,21 +54,26 @@ def folder_of(model: object) -> Path | None:
         return None
     path = Path(model)
     folder = path.parent if path.name == "config.json" else path
-    return folder if (folder / "config.json").is_file() else None
+    return folder if os.path.isfile(folder / "config.json") else None  # of any name: a path's own is_file may raise
 
 
 def key_of(model: object, batch: object, options: Mapping[str, Any]) -> str | None:
     """Return what names the graph of a model, a batch and ``options``; None for one that cannot be kept."""
+    if not ours:
+        return None
     folder = folder_of(model)
     if folder is not None:
-        described: object = (folder.resolve().name, (folder / "config.json").read_text(errors="replace"))
+        try:
+            described: object = (folder.resolve().name, (folder / "config.json").read_text(errors="replace"))
+        except OSError:
+            return None  # what is wrong is said where the model is built
     elif isinstance(model, str) and (known := models.find(model)) is not None:
         described = known[0], msgspec.to_builtins(known[1])
     else:
         return None
     if not (isinstance(batch, (tuple, list)) and all(type(size) is int for size in batch)):
         return None
-    if not all(_is_plain(value) for value in options.values()) or _in_autocast():
+    if not all(_is_plain(value) for value in options.values()):
         return None
     follows_from = (_code(), _versions(), described, list(batch), sorted(options.items()))
     return hashlib.sha256(repr(follows_from).encode()).hexdigest()
@@ -72,9 +84,10 @@ def recall(folder: Path, key: str) -> Analysis | None:
     path = folder / f"{key}.json"
     try:
         found = msgspec.json.decode(path.read_bytes(), type=Analysis)
-        os.utime(path)
     except (OSError, msgspec.DecodeError):
         return None
+    with suppress(OSError):  # a folder that may be read only
+        os.utime(path)
     return found
 
 
@@ -99,12 +112,6 @@ def _is_plain(value: object) -> bool:
     if isinstance(value, (list, tuple)):
         return all(_is_plain(part) for part in value)
     return isinstance(value, _PLAIN)
-
-
-def _in_autocast() -> bool:
-    """Whether the caller's own autocast would count: it is no option."""
-    torch = sys.modules.get("torch")
-    return torch is not None and any(torch.is_autocast_enabled(device) for device in ("cpu", "cuda"))
 
 
 @cache

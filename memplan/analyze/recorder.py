@@ -47,7 +47,8 @@ class Recorder(StorageLedger):
         self.log = AccessLog(self.begin_segment)
         self.values = Values()
         self.work: list[Work] = [Work()]
-        self.matmul_flops: Counter[str] = Counter()
+        self.matmul_flops: Counter[tuple[int, str]] = Counter()
+        """FLOPs of matrix products by segment and dtype."""
         self.read: set[str] = set()
         """Names of blocks that an operator read."""
         self.stray: dict[str, str] = {}
@@ -105,7 +106,7 @@ class Recorder(StorageLedger):
             work.flops += counted
             self.touch(workspace_bytes(func, args))
             work.matmul_bytes += moved + made
-            self.matmul_flops[_product_dtype(args)] += counted
+            self.matmul_flops[self.segment, _product_dtype(args)] += counted
         else:
             work.other_bytes += 2 * made if known.reads_rows else made if known.reads_shape_only else moved + made
         return result

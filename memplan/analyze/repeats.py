@@ -3,6 +3,11 @@
 [Note: alike] Layers are alike where all that they are made of is equal (see ``structure.py``), a layer's own index in its
 stack apart, and where the lists of one entry a layer, or of indices of layers, that the model keeps say the same of them.
 That the trace of the short stack is periodic is looked at afterwards; where it is not, the whole model is traced.
+
+[Note: only what is known] A forward may treat layers otherwise by numbers that nothing shows from outside (the one in the
+middle, every one from the twelfth on). So stacks are made short in models alone that memplan built itself from a
+configuration, of types whose two graphs the tests compare, with settings under which nothing outside the layers is made of
+what each of them gives.
 """
 
 from __future__ import annotations
@@ -22,6 +27,29 @@ from memplan.names import canonical
 
 KEPT = 5
 """Periods that are traced: the first and the last, and three between them that must be alike."""
+
+TYPES = frozenset(
+    [
+        "bloom",
+        "gemma2",
+        "gpt2",
+        "llama",
+        "mistral",
+        "mixtral",
+        "mt5",
+        "olmo2",
+        "olmoe",
+        "phi3",
+        "qwen2",
+        "qwen3",
+        "qwen3_moe",
+        "t5",
+    ]
+)
+"""transformers' types that are traced short."""
+
+_OF_EACH_LAYER = ("output_hidden_states", "output_attentions", "output_router_logits")
+"""Settings under which a model gathers something of every layer."""
 
 _INDICES = re.compile(r"layers|ind(ex|exes|ices)|idx")
 """Names of lists that hold indices of layers."""
@@ -47,6 +75,12 @@ class Run:
         """Return the indices of the elements that are traced."""
         end = self.first + KEPT * self.period
         return [*range(end), *range(end + self.spared, len(self.stack._modules))]
+
+
+def may_be_short(config: object) -> bool:
+    """Whether a model that was built from this configuration may be traced short."""
+    known = getattr(config, "model_type", None) in TYPES
+    return known and not any(getattr(config, name, None) for name in _OF_EACH_LAYER)
 
 
 def find_runs(model: nn.Module) -> tuple[Run, ...]:

@@ -83,7 +83,13 @@ def _describe(arguments: Any, tell: Callable[[object], None], modes: list[FakeTe
     for value in arguments:
         kind = type(value)
         if kind is FakeTensor:
-            if value.constant is not None or value.is_sparse or value.is_conj() or value.is_neg():
+            if (
+                value.constant is not None
+                or value.fake_device != _CPU
+                or value.is_sparse
+                or value.is_conj()
+                or value.is_neg()
+            ):
                 raise _UnfitError
             modes.append(value.fake_mode)
             tell((value.shape, value.stride(), value.dtype))

@@ -15,6 +15,8 @@ from torch import nn
 
 _SCALARS = (int, float, complex, str, bytes, bool, type(None), torch.dtype, torch.device)
 _DEEPEST = 8
+_SMALL = 64
+"""Elements of a tensor of integers whose values count."""
 
 
 class Described:
@@ -41,6 +43,8 @@ class Described:
         elif isinstance(value, torch.Tensor):
             yield from (type(value), tuple(value.shape), value.dtype, value.requires_grad)
             yield value.stride() if value.layout == torch.strided else value.layout
+            if value.numel() <= _SMALL and not value.dtype.is_floating_point and type(value) is torch.Tensor:
+                yield None if value.is_meta else tuple(value.flatten().tolist())  # a forward may ask for them
             if type(value) not in (torch.Tensor, nn.Parameter):  # a quantized one, with its state
                 yield from self._of(value.__dict__, deep + 1)
         elif isinstance(value, nn.Module) or deep > _DEEPEST:
@@ -74,9 +78,12 @@ class Described:
         if isinstance(value, partial):
             parts: Iterable[Any] = (value.func, value.args, value.keywords)
         elif isinstance(value, FunctionType):
-            yield from (value.__module__, value.__qualname__)
+            yield from (value.__module__, value.__qualname__, value.__code__)
+            yield from self._of((value.__defaults__, value.__kwdefaults__), deep + 1)
             parts = [cell.cell_contents for cell in value.__closure__ or () if _is_filled(cell)]
         else:
+            if not hasattr(value, "__dict__"):  # nothing that can be looked into: equal to itself alone
+                yield id(value)
             parts = (getattr(value, "__dict__", {}),)
         yield type(value)
         for part in parts:

@@ -14,17 +14,18 @@ from types import MappingProxyType
 from typing import Any
 
 import torch
+from msgspec.structs import replace
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from memplan import offload as offloading
 from memplan import recompute
-from memplan.analyze.assemble import assemble, complete, pin
+from memplan.analyze.assemble import assemble, complete, main_dtype, pin
 from memplan.analyze.autocast import autocast_dtype, outside_autocast
 from memplan.analyze.batch import Batch, base_of, batch_for
 from memplan.analyze.blocks import Draft, Unit, check_model, draft_blocks, find_units
 from memplan.analyze.experts import pinned_layers, routed_layers
-from memplan.analyze.extend import NotPeriodicError, extended, whole_names, with_gradients
+from memplan.analyze.extend import NotPeriodicError, extended, times, whole_names, with_gradients
 from memplan.analyze.fake import eager_transformers, faked, numbers_in_text, random_states_kept
 from memplan.analyze.graph import Activations, LayerGraph, LifetimeKind
 from memplan.analyze.offloads import Offloads
@@ -65,6 +66,7 @@ def analyze(
     loss: Callable[[Any], torch.Tensor] | None = None,
     offload: bool = False,
     autocast: object = None,
+    short: bool = False,
 ) -> LayerGraph:
     """Return what a training pass of ``model`` on ``batch`` reads, keeps and costs.
 
@@ -72,7 +74,8 @@ def analyze(
     ("bf16", "fp16"), where the forward will run so; None: as the caller's own autocast, which counts.
     ``accumulation``: passes of a step; where there are several, gradients are there from the first access on.
     ``loss``: from the model's output to a scalar, where the output holds none. ``offload``: look also at what would be
-    saved of each layer where that is offloaded (a trace more).
+    saved of each layer where that is offloaded (a trace more). ``short``: of layers that are alike trace a few, see
+    ``repeats.py``; for models that were built from a configuration it knows.
 
     Raises ModelError for a model that cannot be placed or traced, InputError for a batch or an optimizer that cannot
     be used. The model is unchanged.
@@ -84,7 +87,9 @@ def analyze(
     check_model(model)
     call = batch_for(model, batch)
     look = partial(_look, model, call, accumulates=accumulation > 1, loss=loss, lowered=lowered, offload=offload)
-    seen = _looked_at_short(model, look, accumulates=accumulation > 1) or look()
+    seen = _looked_at_short(model, look, accumulates=accumulation > 1) if short else None
+    if seen is None:
+        seen = look()
     return complete(
         seen.graph,
         model,
@@ -124,7 +129,8 @@ def _looked_at_short(model: nn.Module, look: Callable[[], _Seen], *, accumulates
         return None
     if accumulates:
         graph = with_gradients(graph, left_out_bytes)
-    return dataclasses.replace(seen, graph=graph, ran_again=len(ran_again))
+    dtype = main_dtype(seen.kept, lambda module: times(module, runs))
+    return dataclasses.replace(seen, graph=replace(graph, matmul_dtype=dtype), ran_again=len(ran_again))
 
 
 def _trained_bytes(model: nn.Module) -> int:

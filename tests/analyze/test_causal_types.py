@@ -6,7 +6,6 @@ import gc
 
 import pytest
 
-from memplan.analyze import trace
 from memplan.analyze.trace import analyze
 from tests.analyze.steps import count_pass
 from tests.analyze.test_memory import live_bytes
@@ -16,7 +15,6 @@ from tests.run.test_causal_types import LEAST, NOT_BUILT, QUICK
 pytestmark = pytest.mark.filterwarnings("ignore")  # transformers' own, of kernels and of names that go away
 
 WITHIN = 0.03
-DEEP = 12
 OUTSIDE: dict[str, str] = {}
 """Types whose prediction is further off, with the reason."""
 
@@ -53,28 +51,3 @@ def test_all(record_property):
     assert not wrong
     assert further.keys() == OUTSIDE.keys(), further
     assert len(within) >= LEAST
-
-
-@pytest.mark.full
-@pytest.mark.timeout(3000)
-def test_long_stacks_are_the_same_traced_short(record_property, monkeypatch):
-    """Of each type with twelve layers: the graph of five of them at its whole length, and the graph of all."""
-    wrong, short = {}, []
-    extended, find_runs = trace.extended, trace.find_runs
-    monkeypatch.setattr(trace, "extended", lambda graph, run: short.append(kind) or extended(graph, run))
-    for kind in TYPES:
-        if kind in NOT_BUILT:
-            continue
-        try:
-            model = make(kind, DEEP)
-            monkeypatch.setattr(trace, "find_runs", lambda model: ())
-            whole = analyze(model, batch())
-        except Exception:  # not at this depth
-            continue
-        monkeypatch.setattr(trace, "find_runs", find_runs)
-        if analyze(model, batch()) != whole:
-            wrong[kind] = "another graph"
-        gc.collect()
-    record_property("traced short", len(set(short)))
-    assert not wrong
-    assert len(set(short)) >= 50

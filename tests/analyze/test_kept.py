@@ -23,6 +23,7 @@ GIVEN = {"adapter": {"rank": 2}, "vram": "1GiB", "ram": "1GiB", "hardware": CPU}
 @pytest.fixture
 def model(tmp_path, monkeypatch):
     monkeypatch.setenv("MEMPLAN_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(kept, "ours", True)
     LlamaConfig(**SMALL).save_pretrained(tmp_path / "model")
     return tmp_path / "model"
 
@@ -83,10 +84,23 @@ def test_what_is_no_file_is_not_kept(model, traces, tmp_path):
         memplan.plan(
             model, {"input_ids": torch.ones(1, 8, dtype=torch.long)}, loss=lambda out: out.logits.sum(), **GIVEN
         )
-        with torch.autocast("cpu", torch.bfloat16):
-            memplan.plan(model, (1, 8), **GIVEN)
-    assert len(traces) == 6
+    assert len(traces) == 4
     assert not list((tmp_path / "cache").rglob("graphs/*"))
+
+
+def test_in_a_process_of_someone_elses_nothing_is_kept(model, traces, monkeypatch, tmp_path):
+    """Its libraries may be patched, its contexts count."""
+    memplan.plan(model, (1, 8), **GIVEN)
+    monkeypatch.setattr(kept, "ours", False)
+    memplan.plan(model, (1, 8), **GIVEN)
+    assert len(traces) == 2
+
+
+def test_a_folder_that_may_only_be_read(model, traces, monkeypatch):
+    first = memplan.plan(model, (1, 8), **GIVEN)
+    monkeypatch.setattr(kept.os, "utime", lambda path: (_ for _ in ()).throw(PermissionError(path)))
+    assert memplan.plan(model, (1, 8), **GIVEN) == first
+    assert len(traces) == 1
 
 
 def test_a_spoilt_file_is_as_none(model, traces, tmp_path):

@@ -8,19 +8,23 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import (
     AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
     Gemma3TextConfig,
     GPT2Config,
     LlamaConfig,
     MixtralConfig,
+    MT5Config,
     Qwen2MoeConfig,
     T5Config,
     T5ForConditionalGeneration,
 )
 
+import memplan
 from memplan.analyze import trace
-from memplan.analyze.repeats import KEPT, find_runs, shortened
+from memplan.analyze.repeats import KEPT, TYPES, find_runs, may_be_short, shortened
 from memplan.analyze.trace import analyze
-from tests.training import Decoder, PlainLayer, batch_of, loss_of
+from tests import causal_types
+from tests.training import CPU, Decoder, PlainLayer, batch_of, loss_of
 
 DEPTH = 12
 SMALL = {
@@ -106,12 +110,6 @@ def _adapted(base, targets="all-linear"):
     return get_peft_model(base, LoraConfig(r=2, target_modules=targets, fan_in_fan_out=targets == ["c_attn", "c_proj"]))
 
 
-def of_all_layers(model, monkeypatch, **options):
-    with monkeypatch.context() as patch:
-        patch.setattr(trace, "find_runs", lambda model: ())
-        return analyze(model, batch_of(kind_of(model)), loss=loss_of, **options)
-
-
 def kind_of(model):
     return "plain" if isinstance(model, Decoder) else "llama"
 
@@ -134,10 +132,10 @@ def test_the_same_graph(make, options, monkeypatch):
     traced = []
     of_short = trace.extended
     monkeypatch.setattr(trace, "extended", lambda graph, run: traced.append(run) or of_short(graph, run))
-    graph = analyze(model, batch_of(kind_of(model)), loss=loss_of, **options)
+    graph = analyze(model, batch_of(kind_of(model)), loss=loss_of, short=True, **options)
     assert [name for name, _ in model.named_modules()] == before
     assert traced, "nothing was spared"
-    assert graph == of_all_layers(model, monkeypatch, **options)
+    assert graph == analyze(model, batch_of(kind_of(model)), loss=loss_of, **options)
 
 
 class Odd(Decoder):
@@ -167,10 +165,10 @@ class Odd(Decoder):
 
 
 @pytest.mark.parametrize("what", ["second", "third", "listed", "once more", "far"])
-def test_what_does_not_repeat_is_traced_whole(what, monkeypatch):
+def test_what_does_not_repeat_is_traced_whole(what):
     model = Odd(what)
-    graph = analyze(model, batch_of("plain"), loss=loss_of)
-    assert graph == of_all_layers(model, monkeypatch)
+    graph = analyze(model, batch_of("plain"), loss=loss_of, short=True)
+    assert graph == analyze(model, batch_of("plain"), loss=loss_of)
     assert len(graph.blocks) == DEPTH + 2
 
 
@@ -186,7 +184,63 @@ def test_what_differs_is_no_run():
     assert runs(lambda model: model.layers[5].register_forward_hook(lambda *_: None)) == []
 
     assert runs(lambda model: model.layers[6].up.to(torch.float64)) == []
+    assert runs(lambda model: model.layers[5].register_buffer("skip", torch.tensor(True))) == []
+    assert runs(lambda model: setattr(model.layers[5], "add", lambda x, more=5: x + more)) == []
+    for_each = [torch.tensor(index == 5) for index in range(DEPTH)]
+    assert (
+        runs(lambda model: [layer.register_buffer("skip", for_each[i]) for i, layer in enumerate(model.layers)]) == []
+    )
     assert runs(lambda model: setattr(model, "layers", nn.ModuleList(list(model.layers)[:7]))) == []
+
+
+def test_a_module_of_ones_own_is_traced_whole(monkeypatch):
+    """Its forward may count: a setting or a list that shows it is not to be asked for."""
+    monkeypatch.setattr(trace, "shortened", None)
+    memplan.plan(plain(), batch_of("plain"), loss=loss_of, vram="1GiB", ram="1GiB", hardware=CPU)
+    config = MixtralConfig(**SMALL, num_hidden_layers=DEPTH, num_local_experts=4, output_router_logits=True)
+    given = {"adapter": {"rank": 2, "targets": ["q_proj"]}, "vram": "1GiB", "ram": "1GiB", "hardware": CPU}
+    memplan.plan(config, (1, 8), **given)
+    with pytest.raises(TypeError):
+        memplan.plan(LlamaConfig(**SMALL, num_hidden_layers=DEPTH), (1, 8), **given)
+
+
+def of_type(kind):
+    """A model of a transformers' type, twelve layers deep."""
+    if kind not in ("t5", "mt5"):
+        return causal_types.make(kind, DEPTH)
+    config = {"t5": T5Config, "mt5": MT5Config}[kind](
+        d_model=32, d_kv=8, d_ff=48, num_layers=DEPTH, num_decoder_layers=DEPTH, num_heads=4, vocab_size=96,
+        decoder_start_token_id=0, feed_forward_proj="gated-gelu",
+    )  # fmt: skip
+    return _adapted(AutoModelForSeq2SeqLM.from_config(config), ["q", "v", "wi_0", "wo"])
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [kind if kind in ("llama", "qwen3") else pytest.param(kind, marks=pytest.mark.full) for kind in sorted(TYPES)],
+)
+@pytest.mark.filterwarnings("ignore")
+def test_every_type_that_is_traced_short(kind, monkeypatch):
+    model = of_type(kind)
+    assert may_be_short(model.get_base_model().config)
+    traced = []
+    of_short = trace.extended
+    monkeypatch.setattr(trace, "extended", lambda graph, run: traced.append(run) or of_short(graph, run))
+    graph = analyze(model, batch_of("llama"), short=True)
+    assert traced
+    assert graph == analyze(model, batch_of("llama"))
+
+
+def test_a_half_precision_model_with_a_wide_head_in_float32():
+    """What layers do counts as often as there are layers, not as there are in the trace."""
+    model = llama(24).to(torch.bfloat16)
+    base = model.base_model.model
+    base.config.vocab_size = base.vocab_size = 4000
+    base.lm_head = nn.Linear(32, 4000, bias=False)
+    base.lm_head.requires_grad_(False)
+    base.lm_head.register_forward_pre_hook(lambda module, args: args[0].float())
+    whole = analyze(model, batch_of("llama"))
+    assert analyze(model, batch_of("llama"), short=True) == whole
 
 
 def test_a_short_stack_is_left_whole_on_any_way_out():
@@ -210,9 +264,9 @@ def test_the_work_does_not_grow_with_the_layers(monkeypatch):
     monkeypatch.setattr(
         trace, "_trace", lambda model, *a, **o: seen.append(len(list(model.modules()))) or look(model, *a, **o)
     )
-    analyze(llama(12), batch_of("llama"))
+    analyze(llama(12), batch_of("llama"), short=True)
     few = seen.copy()
     seen.clear()
-    graph = analyze(llama(120), batch_of("llama"))
+    graph = analyze(llama(120), batch_of("llama"), short=True)
     assert seen == few
     assert sum(block.kind == "layer" for block in graph.blocks) == 120
