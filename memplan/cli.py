@@ -88,7 +88,7 @@ def group() -> None:
 @click.option("--lora-rank", metavar="N", type=_COUNT, default=16, show_default=True, help="Rank of the adapter.")
 @click.option("--lora-targets", metavar="NAMES", default="all-linear", show_default=True, help="Such as q_proj,v_proj.")
 @click.option("--dtype", metavar="NAME", default="bf16", show_default=True, help="Of the frozen weights.")
-@click.option("--attention", metavar="NAME", default="sdpa", show_default=True, help="Attention kernel.")
+@click.option("--attention", metavar="NAME", help="Attention kernel.  [default: the model's own]")
 @click.option("--autocast", type=click.Choice(["bf16", "fp16"]), help="Where the forward runs under autocast.")
 @click.option("--optimizer", metavar="NAME", default="adamw", show_default=True, help="Its state counts.")
 @_HARDWARE
@@ -109,7 +109,7 @@ def plan(
     lora_rank: int,
     lora_targets: str,
     dtype: str,
-    attention: str,
+    attention: str | None,
     autocast: str | None,
     optimizer: str,
     hardware: str,

@@ -302,6 +302,9 @@ class _Extension:
             born, last = self._places[life.born], self._places[life.last]
             anchor = born.period if born.period is not None else last.period
             rest = (life.kind, life.policy, life.size_bytes)
+            if anchor in alike and any(p.period is None and p.offset != len(self._places) - 1 for p in (born, last)):
+                # As many as there are layers come or go there, which its peak follows from.
+                raise NotPeriodicError("what layers keep ends in an access outside them")
             if anchor in alike:
                 alike[anchor][(_from(born, anchor), _from(last, anchor), *rest)] += 1
             for copy in self._copies(anchor):

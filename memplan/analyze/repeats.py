@@ -51,6 +51,7 @@ TYPES = frozenset(
 _OF_EACH_LAYER = ("output_hidden_states", "output_attentions", "output_router_logits")
 """Settings under which a model gathers something of every layer."""
 
+_NUMBER = re.compile(r"\.\d+\.")
 _INDICES = re.compile(r"layers|ind(ex|exes|ices)|idx")
 """Names of lists that hold indices of layers."""
 
@@ -207,7 +208,8 @@ def _lists_of_layers(model: nn.Module) -> tuple[tuple[str, Any], ...]:
 def _says(name: str, values: Any, index: int, count: int) -> object:
     """Return what a list says of one element, or None."""
     if len(values) == count:
-        return values[index]
+        said = values[index]
+        return _NUMBER.sub(".", said) if isinstance(said, str) else said
     return index in values if _INDICES.search(name) else None
 
 
