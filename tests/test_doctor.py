@@ -48,6 +48,7 @@ def test_what_is_measured_is_kept_and_told(capsys, tmp_path, cache):
     }
 
 
+@pytest.mark.full
 def test_a_spoilt_profile_is_measured_again(cache):
     profile = hardware.auto()
     (file,) = (cache / "profiles").iterdir()

@@ -16,7 +16,12 @@ UNTIED_ON_THE_HUB = {"t0-3b", "flan-t5-xl", "flan-t5-xxl", "mt0-xxl"}
 """Their checkpoints hold a head apart, which transformers' T5 ties from 5.0 on whatever the configuration says."""
 
 
-@pytest.mark.parametrize("name", models.table())
+QUICK = ("llama-3.1-8b", "mixtral-8x7b", "qwen3-30b-a3b", "gemma-2-9b", "phi-4", "bloomz-7b1", "mt0-xxl")
+
+
+@pytest.mark.parametrize(
+    "name", [name if name in QUICK else pytest.param(name, marks=pytest.mark.full) for name in models.table()]
+)
 def test_parameters_are_those_of_the_checkpoint(name):
     """Two sources agree: the shapes of config.json, and the number on the model's card."""
     known = models.table()[name]

@@ -115,13 +115,12 @@ def kind_of(model):
 
 
 ALL = {"offload": True, "accumulation": 2, "autocast": "bf16"}
-SLOW = (t5, two_kinds_in_turn)
 
 
 def _cases():
     for make in MODELS:
         for name, options in (("plain", {}), ("all", ALL)):
-            slow = make in SLOW or (options and make is not llama)
+            slow = make not in (llama, mixtral, plain) or bool(options) != (make is llama)
             yield pytest.param(make, options, id=f"{make.__name__}-{name}", marks=[pytest.mark.full] if slow else [])
 
 
@@ -217,7 +216,7 @@ def of_type(kind):
 
 @pytest.mark.parametrize(
     "kind",
-    [kind if kind in ("llama", "qwen3") else pytest.param(kind, marks=pytest.mark.full) for kind in sorted(TYPES)],
+    [kind if kind == "qwen3" else pytest.param(kind, marks=pytest.mark.full) for kind in sorted(TYPES)],
 )
 @pytest.mark.filterwarnings("ignore")
 def test_every_type_that_is_traced_short(kind, monkeypatch):
@@ -231,6 +230,7 @@ def test_every_type_that_is_traced_short(kind, monkeypatch):
     assert graph == analyze(model, batch_of("llama"))
 
 
+@pytest.mark.full
 def test_a_half_precision_model_with_a_wide_head_in_float32():
     """What layers do counts as often as there are layers, not as there are in the trace."""
     model = llama(24).to(torch.bfloat16)

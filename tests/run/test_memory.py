@@ -28,7 +28,9 @@ def counted_step(model, kind, accumulation=1, batches=batch_of, apart=()):
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"dropout": 0.2}, {"accumulation": 4}], ids=["plain", "dropout", "accumulation"]
+    "options",
+    [pytest.param({}, marks=pytest.mark.full), {"dropout": 0.2}, {"accumulation": 4}],
+    ids=["plain", "dropout", "accumulation"],
 )
 @pytest.mark.parametrize(("kind", "checkpointing"), EVERY_WAY)
 def test_peak_is_within_budget_and_prediction(kind, checkpointing, options, tmp_path):

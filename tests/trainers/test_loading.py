@@ -141,7 +141,9 @@ def test_trains_as_from_pretrained(kind, checkpoints, tmp_path):
                 assert torch.equal(parameter, expected[name]), name
 
 
-@pytest.mark.parametrize("kind", ["llama", "tied", "mixtral"])
+@pytest.mark.parametrize(
+    "kind", ["llama", *(pytest.param(kind, marks=pytest.mark.full) for kind in ("tied", "mixtral"))]
+)
 @pytest.mark.parametrize("dtype", [(torch.bfloat16, torch.float32), (torch.float32, torch.bfloat16)])
 def test_casts(kind, dtype, checkpoints, tmp_path):
     """Blocks on the disk are packed then, since no file holds them as the model has them."""

@@ -85,7 +85,7 @@ CASES = [
     {"gradient_accumulation_steps": 2},
     {CHECKPOINTING: True, f"{CHECKPOINTING}_kwargs": {"use_reentrant": False}},
     pytest.param({CHECKPOINTING: True, f"{CHECKPOINTING}_kwargs": {"use_reentrant": True}}, marks=pytest.mark.full),
-    {"eval_strategy": "steps", "eval_steps": 2},
+    pytest.param({"eval_strategy": "steps", "eval_steps": 2}, marks=pytest.mark.full),
     {"bf16": True},
 ]
 
