@@ -29,9 +29,8 @@ KEPT = 5
 """Periods that are traced: the first and the last, and three between them that must be alike."""
 
 TYPES = frozenset(
-    [
+    (
         "bloom",
-        "gemma2",
         "gpt2",
         "llama",
         "mistral",
@@ -44,7 +43,7 @@ TYPES = frozenset(
         "qwen3",
         "qwen3_moe",
         "t5",
-    ]
+    )
 )
 """transformers' types that are traced short."""
 
