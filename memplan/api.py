@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
 from memplan import hardware as hardware_profiles
+from memplan import models
 from memplan.checkpoint import has_checkpoint
 from memplan.errors import InputError
 from memplan.program.record import RunRecord
@@ -48,7 +49,8 @@ def plan(
     """Say where each frozen block lives and when it moves, before any weight is loaded.
 
     ``model``: an ``nn.Module`` on any device (``meta`` included), a transformers configuration, a directory with
-    ``config.json``, or a name: of ``memplan/models.json``, or on the hub. ``batch``: a mapping of tensors (one micro-batch) or a (batch, sequence) shape.
+    ``config.json``, or a name: of ``memplan/models.json``, or on the hub.
+    ``batch``: a mapping of tensors (one micro-batch) or a (batch, sequence) shape.
     ``vram``, ``ram``, ``disk``: bytes, or text such as ``"6GiB"``. ``vram="auto"``: what is free less a reserve;
     ``ram=None``: what is available less a reserve; ``disk=None``: no disk beyond the checkpoint's own files.
     ``adapter``: a PEFT configuration or ``{"rank": 16, "targets": "all-linear"}``, where the model has none yet.
@@ -181,7 +183,7 @@ def _analysis(
     key = None if loss is not None else kept.key_of(model, batch, asked)
     folder = hardware_profiles.cache_path() / "graphs"
     if key is not None and (found := kept.recall(folder, key)) is not None:
-        return found, kept.folder_of(model)
+        return found, models.folder_of(model)
 
     from memplan.analyze.adapters import describe, prepare
     from memplan.analyze.trace import analyze

@@ -7,6 +7,7 @@ that make its shapes. What is not named there is transformers' own default for t
 from __future__ import annotations
 
 import difflib
+import os
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -41,6 +42,15 @@ def find(name: str) -> tuple[str, KnownModel] | None:
         if wanted in (known, model.hub.lower()):
             return known, model
     return None
+
+
+def folder_of(model: object) -> Path | None:
+    """Return the directory with a ``config.json`` that a model was given as, or None."""
+    if not isinstance(model, (str, Path)):
+        return None
+    path = Path(model)
+    folder = path.parent if path.name == "config.json" else path
+    return folder if os.path.isfile(folder / "config.json") else None  # of any name: a path's own is_file may raise
 
 
 def near(name: str) -> list[str]:

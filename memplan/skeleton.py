@@ -123,9 +123,8 @@ def keep_in_float32(model: nn.Module, dtype: torch.dtype) -> None:
 
 def _named(transformers: Any, given: str | Path) -> tuple[Any, str, Path | None]:
     """Return the configuration that a directory or a name stands for, a name for people, and the directory."""
-    path = Path(given)
-    folder = path.parent if path.name == "config.json" else path
-    if os.path.isfile(folder / "config.json"):
+    folder = models.folder_of(given)
+    if folder is not None:
         try:
             config = transformers.AutoConfig.from_pretrained(
                 str(folder), trust_remote_code=False, local_files_only=True
@@ -146,7 +145,7 @@ def _named(transformers: Any, given: str | Path) -> tuple[Any, str, Path | None]
             raise ModelError(
                 f"this transformers cannot describe {known[0]}, of type {kind}: {_reason(error)}"
             ) from error
-    if isinstance(given, str) and _HUB_NAME.fullmatch(given) and not os.path.isdir(folder):
+    if isinstance(given, str) and _HUB_NAME.fullmatch(given) and not os.path.isdir(given):
         return _from_hub(transformers, given), given.rsplit("/", 1)[-1], None
     like = models.near(str(given))
     hint = f"; near it: {', '.join(like)}" if like else ""

@@ -77,6 +77,11 @@ def mark_adapters(model: nn.Module) -> None:
                 _ADAPTERS.add(part)
 
 
+def trained_bytes(model: nn.Module) -> int:
+    """Return the bytes of the parameters that require gradients."""
+    return sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
+
+
 def adapters_bytes(model: nn.Module) -> int:
     """Return the bytes of what is trained and of adapters that wait."""
     return sum(

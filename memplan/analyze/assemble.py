@@ -17,7 +17,7 @@ from memplan.analyze.optimizers import state_bytes, workspace_bytes
 from memplan.analyze.origins import CASTS
 from memplan.analyze.recorder import Recorder, Work
 from memplan.units import KIB, format_bytes
-from memplan.weights import adapters_bytes, frozen_weights, small_tensors
+from memplan.weights import adapters_bytes, frozen_weights, small_tensors, trained_bytes
 
 if TYPE_CHECKING:
     from memplan.analyze.trace import Traced
@@ -130,11 +130,11 @@ def assemble(
         recomputable=recomputable,
         tokens=0,
         trainable_bytes=0,
-        matmul_dtype=main_dtype(kept, lambda module: 1),
+        matmul_dtype="",
     )
 
 
-def main_dtype(kept: Traced, times: Callable[[str], int]) -> str:
+def _main_dtype(kept: Traced, times: Callable[[str], int]) -> str:
     """Return the dtype of the matrix products that hold most FLOPs. ``times``: how often what a module does counts."""
     log = kept.recorder.log
     owner = log.access_of()
@@ -151,12 +151,13 @@ def complete(
     *,
     kept: Traced,
     ran_again: int,
+    times: Callable[[str], int],
     optimizer: str,
     name: str,
     notes: Sequence[str],
 ) -> LayerGraph:
     """Return the graph with what is of the model as a whole. ``kept``: its trace, or that of some of its layers;
-    ``ran_again``: how many of all its layers it checkpoints itself.
+    ``ran_again``: how many of all its layers it checkpoints itself; ``times``: for how many modules a traced one stands.
     """
     trained = [(tuple(p.shape), p.element_size()) for p in model.parameters() if p.requires_grad]
     workspace = workspace_bytes(optimizer, trained)
@@ -179,7 +180,8 @@ def complete(
         accesses=(*graph.accesses[:-1], step),
         fixed=tuple(Fixed(kind=kind, size_bytes=size) for kind, size in fixed.items()),
         tokens=batch.tokens(),
-        trainable_bytes=sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad),
+        matmul_dtype=_main_dtype(kept, times),
+        trainable_bytes=trained_bytes(model),
         notes=(*notes, *_notes(model, graph.blocks, kept, ran_again), *_derived_notes(graph, kept)),
     )
 

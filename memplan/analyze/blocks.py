@@ -18,7 +18,7 @@ from memplan.errors import ModelError
 from memplan.names import canonical
 from memplan.triggers import modules_by_name
 from memplan.units import align_up, format_bytes
-from memplan.weights import Weight, frozen_weights, mark_adapters, unknown_kind, unready
+from memplan.weights import Weight, frozen_weights, mark_adapters, trained_bytes, unknown_kind, unready
 
 _SMALL = 8
 """A part of a layer with experts is worth loads of its own from this fraction of its largest expert on."""
@@ -98,7 +98,7 @@ def check_model(model: nn.Module) -> None:
     refuse_moved(model)
     mark_adapters(model)
     frozen = frozen_weights("", model, deep=True)
-    trainable_bytes = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
+    trainable_bytes = trained_bytes(model)
     if not frozen:
         raise ModelError(
             f"all {format_bytes(trainable_bytes)} of the model's parameters are trained: memplan streams frozen ones. "

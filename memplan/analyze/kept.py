@@ -48,20 +48,11 @@ class Analysis(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """For people."""
 
 
-def folder_of(model: object) -> Path | None:
-    """Return the directory with a ``config.json`` that a model was given as, or None."""
-    if not isinstance(model, (str, Path)):
-        return None
-    path = Path(model)
-    folder = path.parent if path.name == "config.json" else path
-    return folder if os.path.isfile(folder / "config.json") else None  # of any name: a path's own is_file may raise
-
-
 def key_of(model: object, batch: object, options: Mapping[str, Any]) -> str | None:
     """Return what names the graph of a model, a batch and ``options``; None for one that cannot be kept."""
     if not ours:
         return None
-    folder = folder_of(model)
+    folder = models.folder_of(model)
     if folder is not None:
         try:
             described: object = (folder.resolve().name, (folder / "config.json").read_text(errors="replace"))

@@ -14,13 +14,12 @@ from types import MappingProxyType
 from typing import Any
 
 import torch
-from msgspec.structs import replace
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from memplan import offload as offloading
 from memplan import recompute
-from memplan.analyze.assemble import assemble, complete, main_dtype, pin
+from memplan.analyze.assemble import assemble, complete, pin
 from memplan.analyze.autocast import autocast_dtype, outside_autocast
 from memplan.analyze.batch import Batch, base_of, batch_for
 from memplan.analyze.blocks import Draft, Unit, check_model, draft_blocks, find_units
@@ -34,6 +33,7 @@ from memplan.analyze.recorder import Recorder
 from memplan.analyze.repeats import find_runs, shortened
 from memplan.errors import InputError, MemplanError, ModelError
 from memplan.triggers import Triggers, in_backward, tensors_in
+from memplan.weights import trained_bytes
 
 _DEEPEST = 8
 """Levels of containers within containers that are taken apart."""
@@ -96,6 +96,7 @@ def analyze(
         call,
         kept=seen.kept,
         ran_again=seen.ran_again,
+        times=seen.times,
         optimizer=optimizer,
         name=name or type(base_of(model)).__name__,
         notes=seen.notes,
@@ -110,6 +111,8 @@ class _Seen:
     kept: Traced
     ran_again: int
     notes: tuple[str, ...]
+    times: Callable[[str], int] = lambda module: 1
+    """For how many modules a traced one stands."""
 
 
 def _looked_at_short(model: nn.Module, look: Callable[[], _Seen], *, accumulates: bool) -> _Seen | None:
@@ -117,10 +120,10 @@ def _looked_at_short(model: nn.Module, look: Callable[[], _Seen], *, accumulates
     runs = find_runs(model)
     if not runs:
         return None
-    left_out_bytes = _trained_bytes(model)
+    left_out_bytes = trained_bytes(model)
     try:
         with shortened(runs):
-            left_out_bytes -= _trained_bytes(model)
+            left_out_bytes -= trained_bytes(model)
             seen = look()
         graph, ran_again = seen.graph, sorted(seen.kept.ran_again)
         for run in runs:
@@ -129,12 +132,7 @@ def _looked_at_short(model: nn.Module, look: Callable[[], _Seen], *, accumulates
         return None
     if accumulates:
         graph = with_gradients(graph, left_out_bytes)
-    dtype = main_dtype(seen.kept, lambda module: times(module, runs))
-    return dataclasses.replace(seen, graph=replace(graph, matmul_dtype=dtype), ran_again=len(ran_again))
-
-
-def _trained_bytes(model: nn.Module) -> int:
-    return sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
+    return dataclasses.replace(seen, graph=graph, ran_again=len(ran_again), times=partial(times, runs=runs))
 
 
 def _look(
