@@ -18,8 +18,9 @@ from memplan.units import parse_size
 if TYPE_CHECKING:
     from torch import nn
 
-    from memplan.analyze.graph import Activations
+    from memplan.analyze.graph import Activations, LayerGraph
     from memplan.analyze.kept import Analysis
+    from memplan.analyze.measure import Times
     from memplan.hardware import HardwareProfile
     from memplan.run.handle import Handle
 
@@ -45,6 +46,8 @@ def plan(
     activations: str | Mapping[str, str] | None = None,
     loss: Callable[[Any], Any] | None = None,
     checkpoint: str | Path | None = None,
+    measure: bool = False,
+    progress: Callable[[str], None] | None = None,
 ) -> Plan:
     """Say where each frozen block lives and when it moves, before any weight is loaded.
 
@@ -61,6 +64,8 @@ def plan(
     ``pins``: tier by block name. ``activations``: ``"keep"``, ``"recompute"`` or ``"offload"`` (to RAM, until backward)
     for every layer, or by layer name; None: kept or recomputed, as is fastest. ``loss``: from the model's output to a scalar, where the output holds none.
     ``checkpoint``: folder of safetensors that blocks may be read from (default: where the model says it came from).
+    ``measure``: time each access on this machine, with one block's memory, in place of estimating it from rates;
+    ``progress`` is called with a short text before each part.
 
     Raises DoesNotFitError (with the least vram that would), InputError and its children. The model is unchanged.
     """
@@ -90,7 +95,6 @@ def plan(
         offload="offload" in wanted.values(),
     )
     graph = analysis.graph
-    table = cost_table(graph, profile)
     vram_bytes, ram_bytes, disk_bytes = budgets_given["vram"], budgets_given["ram"], budgets_given["disk"]
     lies_in: str | Path | None = checkpoint or folder
     if disk_bytes is None and not has_checkpoint(lies_in):
@@ -100,6 +104,23 @@ def plan(
         ram_bytes=hardware_profiles.auto_ram_bytes(profile) if ram_bytes is None else ram_bytes,
         disk_bytes=disk_bytes,
     )
+    times = None
+    if measure:
+        times = _times(
+            model,
+            batch,
+            loss,
+            graph,
+            profile,
+            budgets.vram_bytes,
+            adapter=adapter,
+            dtype=dtype,
+            attention=attention,
+            autocast=autocast,
+            optimizer=optimizer,
+            progress=progress,
+        )
+    table = cost_table(graph, profile, times)
     workload = Workload(
         batch=analysis.shapes,
         tokens=graph.tokens,
@@ -117,7 +138,7 @@ def plan(
         pins=_pins(pins, {block.name: block.id for block in graph.blocks}),
         activations=_activations(wanted, graph.recomputable),
         staging_bytes=_staging_bytes(table.device),
-        notes=(*graph.notes, *cost_notes(graph, profile), *hardware_profiles.notes(profile, lies_in)),
+        notes=(*graph.notes, *cost_notes(graph, profile, times), *hardware_profiles.notes(profile, lies_in)),
     )
 
 
@@ -194,6 +215,41 @@ def _analysis(
     if key is not None:
         kept.keep(folder, key, found)
     return found, prepared.folder
+
+
+def _times(
+    model: Any,
+    batch: Any,
+    loss: Callable[[Any], Any] | None,
+    graph: LayerGraph,
+    profile: HardwareProfile,
+    room_bytes: int,
+    *,
+    adapter: Any,
+    dtype: Any,
+    attention: Any,
+    **options: Any,
+) -> Times:
+    """Return the times of the graph's accesses on this machine. Raises InputError where ``profile`` is of another."""
+    if not hardware_profiles.is_here(profile):
+        raise InputError(
+            f"the times are to be measured, but the hardware is {profile.name}, not this machine: leave measure out, or "
+            "hardware"
+        )
+    from memplan.analyze.adapters import prepare
+    from memplan.analyze.measure import measure
+
+    prepared = prepare(model, adapter=adapter, dtype=dtype, attention=attention, buffers=True)
+    return measure(
+        prepared.model,
+        batch,
+        graph,
+        device=profile.device,
+        room_bytes=room_bytes,
+        loss=loss,
+        short=prepared.short,
+        **options,
+    )
 
 
 def _profile(hardware: str | Path | HardwareProfile) -> HardwareProfile:

@@ -11,6 +11,7 @@ import os
 import shutil
 import sys
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -96,6 +97,7 @@ def group() -> None:
     "--activations", type=click.Choice(["keep", "recompute", "offload"]), help="Of every layer.  [default: chosen]"
 )
 @click.option("--pin", "pins", multiple=True, metavar="BLOCK=TIER", help="Such as layers.3=device. Repeatable.")
+@click.option("--measure", is_flag=True, help="Time every kind of layer on this machine, instead of by rates.")
 @click.option("--out", type=click.Path(dir_okay=False, path_type=Path), help="Write the plan to this file.")
 @_JSON
 def plan(
@@ -115,6 +117,7 @@ def plan(
     hardware: str,
     activations: str | None,
     pins: tuple[str, ...],
+    measure: bool,
     out: Path | None,
     as_json: bool,
 ) -> int:
@@ -139,22 +142,27 @@ def plan(
 
     kept.ours = True
     gc.disable()  # a sixth of the time, and little is left to collect
-    made = api.plan(
-        model,
-        (batch, seq),
-        vram=vram_given,
-        ram=ram_given,
-        disk=disk_given,
-        adapter={"rank": lora_rank, "targets": "all-linear" if targets == ["all-linear"] else targets},
-        dtype=dtype,
-        attention=attention,
-        autocast=autocast,
-        accumulation=accumulation,
-        optimizer=optimizer,
-        hardware=hardware,
-        pins=tiers,
-        activations=activations,
-    )
+    from memplan.show.listing import progress
+
+    with progress("Measuring") if measure else nullcontext() as tell:
+        made = api.plan(
+            model,
+            (batch, seq),
+            vram=vram_given,
+            ram=ram_given,
+            disk=disk_given,
+            adapter={"rank": lora_rank, "targets": "all-linear" if targets == ["all-linear"] else targets},
+            dtype=dtype,
+            attention=attention,
+            autocast=autocast,
+            accumulation=accumulation,
+            optimizer=optimizer,
+            hardware=hardware,
+            pins=tiers,
+            activations=activations,
+            measure=measure,
+            progress=tell,
+        )
     if out is not None:
         made.save(out)
     _show(made, None, as_json)

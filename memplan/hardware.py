@@ -272,7 +272,7 @@ def auto_vram_bytes(profile: HardwareProfile) -> int:
     DEVICE_RESERVE_BYTES. On the CPU: half of the RAM that is available; :func:`auto_ram_bytes` takes a quarter, so that
     both fit beside everything else. For a profile of another machine: the same of all the memory that it names.
     """
-    here = _is_here(profile)
+    here = is_here(profile)
     if profile.device == "cpu":
         return (available_host_bytes() if here else int(profile.device_bytes.value)) // 2
     total = int(profile.device_bytes.value)
@@ -287,14 +287,14 @@ def auto_ram_bytes(profile: HardwareProfile) -> int:
     With a CUDA device: what is available, less HOST_RESERVE_BYTES. On the CPU: a quarter of what is available. For a
     profile of another machine: the same of the RAM that it names, and of this machine's where it names none.
     """
-    named = None if _is_here(profile) else profile.host_bytes
+    named = None if is_here(profile) else profile.host_bytes
     room = available_host_bytes() if named is None else int(named.value)
     return room // 4 if profile.device == "cpu" else max(0, room - HOST_RESERVE_BYTES)
 
 
 def notes(profile: HardwareProfile, folder: str | Path | None) -> tuple[str, ...]:
     """Return what is peculiar to this machine and bears on a plan for it. ``folder``: where the checkpoint lies."""
-    if not _is_here(profile):
+    if not is_here(profile):
         return ()
     found = []
     if sys.platform == "win32":
@@ -329,7 +329,8 @@ def _file_system(path: Path, mounts: str | Path = "/proc/mounts") -> str | None:
     return next((kinds[folder] for folder in (path, *path.parents) if folder in kinds), None)
 
 
-def _is_here(profile: HardwareProfile) -> bool:
+def is_here(profile: HardwareProfile) -> bool:
+    """Whether the profile was measured on this machine."""
     return bool(profile.machine) and profile.machine == machine_key()
 
 

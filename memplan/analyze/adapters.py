@@ -38,11 +38,13 @@ class Prepared:
         return batch_for(self.model, batch).shapes()
 
 
-def prepare(model: Any, *, adapter: Any = None, dtype: Any = None, attention: str | None = None) -> Prepared:
+def prepare(
+    model: Any, *, adapter: Any = None, dtype: Any = None, attention: str | None = None, buffers: bool = False
+) -> Prepared:
     """Return a traceable model of what the user gave: a module, a transformers configuration, or a directory.
 
     ``adapter``: a PEFT configuration, or ``{"rank": 16, "targets": "all-linear", "alpha": 32}``; None where the model
-    has its trainables. ``dtype`` and ``attention`` are for a model that is built here.
+    has its trainables. ``dtype`` and ``attention`` are for a model that is built here; ``buffers``: have its buffers hold their values.
 
     Raises InputError for anything that cannot be used, ModelError for a model that cannot be placed.
     """
@@ -56,12 +58,12 @@ def prepare(model: Any, *, adapter: Any = None, dtype: Any = None, attention: st
         base = base_of(model)
         folder = getattr(getattr(base, "config", None), "_name_or_path", None)
         prepared = Prepared(
-            model=model if adapter is None else _copy_on_meta(model),
+            model=model if adapter is None else _copy_on_meta(model, buffers=buffers),
             name=type(base).__name__,
             folder=Path(folder) if folder and Path(folder).is_dir() else None,
         )
     else:
-        skeleton = from_configuration(model, dtype, attention)
+        skeleton = from_configuration(model, dtype, attention, buffers=buffers)
         short = may_be_short(skeleton.model.config)
         prepared = Prepared(model=skeleton.model, name=skeleton.name, folder=skeleton.folder, short=short)
     if adapter is None:
@@ -107,12 +109,12 @@ def _covers_all_linear(model: nn.Module) -> bool:
     )
 
 
-def _copy_on_meta(model: nn.Module) -> nn.Module:
-    """Return a copy whose parameters and buffers hold no memory; what is tied stays tied."""
+def _copy_on_meta(model: nn.Module, *, buffers: bool) -> nn.Module:
+    """Return a copy whose parameters hold no memory, nor its buffers unless ``buffers``; what is tied stays tied."""
     memo: dict[int, Any] = {}
     for parameter in model.parameters():
         memo[id(parameter)] = nn.Parameter(parameter.detach().to("meta"), requires_grad=parameter.requires_grad)
-    for buffer in model.buffers():
+    for buffer in () if buffers else model.buffers():
         memo[id(buffer)] = buffer.detach().to("meta")
     return copy.deepcopy(model, memo)
 

@@ -53,19 +53,24 @@ class Batch:
     def faked(self, mode: FakeTensorMode) -> Batch:
         """Return the same with fake tensors."""
 
-        def fake(value: Any) -> Any:
+        return self.changed(lambda tensor: fake_of(tensor, mode))
+
+    def changed(self, change: Callable[[torch.Tensor], torch.Tensor]) -> Batch:
+        """Return the same with each tensor changed; what required a gradient does so again."""
+
+        def changed(value: Any) -> Any:
             if isinstance(value, torch.Tensor):
-                made = fake_of(value.detach(), mode)
+                made = change(value.detach())
                 return made.requires_grad_() if value.requires_grad else made
             if isinstance(value, tuple) and hasattr(value, "_fields"):
-                return type(value)(*(fake(part) for part in value))
+                return type(value)(*(changed(part) for part in value))
             if isinstance(value, (tuple, list)):
-                return type(value)(fake(part) for part in value)
+                return type(value)(changed(part) for part in value)
             if isinstance(value, Mapping):
-                return {name: fake(part) for name, part in value.items()}
+                return {name: changed(part) for name, part in value.items()}
             return value
 
-        return Batch(args=fake(self.args), kwargs=fake(self.kwargs))
+        return Batch(args=changed(self.args), kwargs=changed(self.kwargs))
 
 
 def batch_for(model: nn.Module, given: object) -> Batch:
@@ -74,8 +79,8 @@ def batch_for(model: nn.Module, given: object) -> Batch:
     A mapping is given as keywords; a tensor, tuple or list as positions; a (batch, sequence) pair of whole numbers
     makes the tensors that a language model is trained on. Raises InputError for anything else.
     """
-    if _is_pair(given):
-        return _from_pair(model, *given)  # type: ignore[misc]
+    if is_shape(given):
+        return _from_shape(model, *given)  # type: ignore[misc]
     if isinstance(given, Mapping):
         batch = Batch(args=(), kwargs={str(name): value for name, value in given.items()})
     elif isinstance(given, torch.Tensor):
@@ -92,7 +97,20 @@ def batch_for(model: nn.Module, given: object) -> Batch:
     return batch
 
 
-def _is_pair(given: object) -> bool:
+def random_tokens(model: nn.Module, call: Batch) -> Batch:
+    """Return the call that a shape stands for with tokens of the whole vocabulary: zeros would all take one way."""
+    config: Any = base_of(model).config
+    vocabulary = getattr(config.get_text_config(), "vocab_size", None) or 2
+    tokens = {
+        name: torch.randint(0, vocabulary, tuple(tensor.shape))
+        for name, tensor in call.kwargs.items()
+        if name in ("input_ids", "decoder_input_ids", "labels") and tensor.dim() == 2
+    }
+    return Batch(args=call.args, kwargs={**call.kwargs, **tokens})
+
+
+def is_shape(given: object) -> bool:
+    """Whether a batch is given as (batch, sequence)."""
     return (
         isinstance(given, (tuple, list))
         and len(given) == 2
@@ -100,7 +118,7 @@ def _is_pair(given: object) -> bool:
     )
 
 
-def _from_pair(model: nn.Module, batch: int, sequence: int) -> Batch:
+def _from_shape(model: nn.Module, batch: int, sequence: int) -> Batch:
     if batch < 1 or sequence < 1:
         raise InputError(f"the batch was given as ({batch}, {sequence}): both must be at least 1")
     base = base_of(model)

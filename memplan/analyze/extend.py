@@ -56,6 +56,13 @@ def whole_names(names: Sequence[str], run: Run) -> list[str]:
     return _Names(run).whole(names)
 
 
+def short_name(name: str, runs: Sequence[Run]) -> str:
+    """Return the name in the short stacks of the module that was traced for this one."""
+    for run in runs:
+        name = _Names(run).short(name)
+    return name
+
+
 class _Names:
     """Names of modules and tensors in the short stack and in the whole one."""
 
@@ -85,6 +92,14 @@ class _Names:
             if mine and name == mine[-1]:
                 found += [self.renamed(one, copy) for copy in range(1, self._more + 1) for one in mine]
         return found
+
+    def short(self, name: str) -> str:
+        """Return the name in the short stack of what stands for a module of the whole one."""
+        element, period = self.element(name), self._run.period
+        if element is None:
+            return name
+        beyond = (element - self._run.first) // period - _ONE  # periods behind period 1
+        return self.moved(name, -min(max(beyond, 0), self._more))
 
     def renamed(self, name: str, copy: int) -> str:
         """Return a name of the short stack as it is in the whole one, or in a copy of period 1."""

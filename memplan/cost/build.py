@@ -9,14 +9,17 @@ from memplan.cost.table import AccessRow, CostTable
 from memplan.cost.time import access_seconds
 
 if TYPE_CHECKING:
+    from memplan.analyze.measure import Times
     from memplan.hardware import HardwareProfile
 
 FALLBACK_DTYPE = "float32"
 """Its rate stands in where a profile has none for the model's dtype."""
 
 
-def cost_table(graph: LayerGraph, hardware: HardwareProfile) -> CostTable:
+def cost_table(graph: LayerGraph, hardware: HardwareProfile, times: Times | None = None) -> CostTable:
     """Return the graph's rows with the times that ``hardware`` takes, and the process's context among the fixed bytes.
+
+    ``times``: measured ones of its accesses, which go before the estimates.
 
     Where the profile has no rate for the dtype of the model's matrix products, float32's is taken: see
     :func:`notes`.
@@ -36,6 +39,8 @@ def cost_table(graph: LayerGraph, hardware: HardwareProfile) -> CostTable:
         )
 
     def row(access: Access) -> AccessRow:
+        time_s = None if times is None else times.access_s[access.index]
+        recompute_s = None if times is None else times.recompute_s[access.index]
         return AccessRow(
             index=access.index,
             kind=access.kind,
@@ -43,13 +48,17 @@ def cost_table(graph: LayerGraph, hardware: HardwareProfile) -> CostTable:
             forward=access.forward,
             blocks=access.blocks,
             rows=access.rows,
-            time_s=seconds(
+            time_s=time_s
+            if time_s is not None
+            else seconds(
                 flops=access.flops,
                 matmul_bytes=access.matmul_bytes,
                 other_bytes=access.other_bytes,
                 kernels=access.kernels,
             ),
-            recompute_s=seconds(
+            recompute_s=recompute_s
+            if recompute_s is not None
+            else seconds(
                 flops=access.recompute_flops,
                 matmul_bytes=access.recompute_matmul_bytes,
                 other_bytes=access.recompute_other_bytes,
@@ -78,8 +87,13 @@ def cost_table(graph: LayerGraph, hardware: HardwareProfile) -> CostTable:
     )
 
 
-def notes(graph: LayerGraph, hardware: HardwareProfile) -> tuple[str, ...]:
+def notes(graph: LayerGraph, hardware: HardwareProfile, times: Times | None = None) -> tuple[str, ...]:
     """Return what the reader of a report should know of the times, one sentence each."""
+    if times is not None:
+        text = f"Times of accesses were measured on this {hardware.device.upper()}: medians over {times.passes} passes."
+        if times.unseen:
+            text += f" {times.unseen} of {len(times.access_s)} did not run with what was given and are estimated."
+        return (text,)
     if graph.matmul_dtype in hardware.matmul_flops_per_s:
         return ()
     return (
