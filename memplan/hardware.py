@@ -51,7 +51,7 @@ class Figure(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Of the document or the measurement: ``YYYY-MM-DD``, or ``YYYY-MM`` or ``YYYY`` where no more is known."""
 
 
-class HardwareProfile(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+class HardwareProfile(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
     """One machine: a compute device, the RAM beside it, the link between them, and the disk.
 
     Raises HardwareError where a figure is not finite, is negative, or is zero where that makes no sense.
@@ -80,6 +80,16 @@ class HardwareProfile(Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     """Time that one load takes whatever its size."""
     context_bytes: Figure
     """Device memory that the process holds before its first tensor."""
+    operator_s: Figure | None = None
+    """Time of the host for one operator of a training step, whatever its size: Python, dispatch, autograd."""
+    pageable_bytes_per_s: Figure | None = None
+    """To the device from RAM that is not page-locked."""
+    duplex_factor: Figure | None = None
+    """Share of its own rate that a direction of the link reaches while the other is as busy: 1 for a full duplex."""
+    page_lock_bytes: Figure | None = None
+    """RAM that was page-locked at once when it was tried: at least so much can be."""
+    disk_depth: Figure | None = None
+    """Reads at once from which on the disk gave nine tenths of its best rate."""
     machine: str = ""
     """Key of the machine that it was measured on; empty for one from datasheets."""
 
@@ -140,6 +150,8 @@ def listed(profile: HardwareProfile) -> list[tuple[str, str, str]]:
             text = f"{figure.value / 1e12:.3g} TFLOP/s"
         elif name.endswith("_bytes_per_s"):
             name, text = name.removesuffix("_bytes_per_s"), f"{format_bytes(int(figure.value))}/s"
+        elif name in ("duplex_factor", "disk_depth"):
+            text = f"{figure.value:.3g}"
         elif name.endswith("_bytes"):
             name, text = name.removesuffix("_bytes"), format_bytes(int(figure.value))
         else:
@@ -190,7 +202,9 @@ def auto(progress: Callable[[str], None] | None = None) -> HardwareProfile:
         found = kept()
     except HardwareError:
         found = None  # of an older memplan, or cut short by a full disk: it is measured again and written over
-    return found if found is not None else measured(progress)
+    if found is None or found.operator_s is None:  # of a memplan that did not measure this yet
+        return measured(progress)
+    return found
 
 
 def measured(progress: Callable[[str], None] | None = None) -> HardwareProfile:

@@ -12,6 +12,7 @@ import psutil
 import pytest
 
 from memplan import calibrate, hardware
+from memplan.calibrate import disk
 from memplan.errors import HardwareError
 from memplan.hardware import Figure, HardwareProfile
 from memplan.units import GIB, MIB
@@ -197,6 +198,8 @@ def test_what_is_measured_is_sane(measured: HardwareProfile) -> None:
     for rate in RATES:
         assert 1e7 < getattr(measured, rate).value < 1e13, rate
     assert 1e-8 < measured.launch_s.value < 1e-3
+    assert measured.launch_s.value < measured.operator_s.value < 1e-2  # Python and autograd come on top
+    assert measured.disk_depth.value in disk.DEPTHS
     assert 1e-7 < measured.load_latency_s.value < 1e-1
 
 
@@ -224,6 +227,9 @@ def test_cuda_rates_are_sane(tmp_path: Path) -> None:
     assert 1e10 < profile.memory_bytes_per_s.value < 1e14
     assert 5e8 < profile.host_to_device_bytes_per_s.value < profile.memory_bytes_per_s.value
     assert 0 < profile.context_bytes.value < profile.device_bytes.value
+    assert 1e8 < profile.pageable_bytes_per_s.value < profile.memory_bytes_per_s.value
+    assert 0.3 < profile.duplex_factor.value <= 1
+    assert profile.page_lock_bytes.value >= 128 * MIB
 
 
 # ---------------------------------------------------------------------------------------------------- auto and budgets

@@ -36,6 +36,8 @@ def cost_table(graph: LayerGraph, hardware: HardwareProfile, times: Times | None
             flops_per_s=flops_per_s,
             bytes_per_s=hardware.memory_bytes_per_s.value,
             launch_s=hardware.launch_s.value,
+            operator_s=0.0 if hardware.operator_s is None else hardware.operator_s.value,
+            runs_ahead=hardware.device != "cpu",
         )
 
     def row(access: Access) -> AccessRow:
