@@ -1,11 +1,12 @@
-"""Predicted peaks of memory against measured ones: real training steps of small models, whole, on this machine.
+"""Predicted peaks of memory and times of a step against measured ones: real training of small models, whole, on this machine.
 
-    python -m benchmarks.truth [--only TEXT] [--keep]
+    python -m benchmarks.truth [--only TEXT] [--times] [--keep]
 
 Six architectures by batch, sequence, checkpointing, dtype, adapter, attention and quantization. Each model is predicted from
 its configuration alone (a quantized one from the module, without its values), then made with random weights and trained for
 two AdamW steps; measured is the greatest number of bytes in live storages in the second. On CUDA the allocator's own
-figures stand beside it. A table for people; the last line is JSON.
+figures stand beside it. ``--times``: the time of a step too, as ``memplan plan --measure`` predicts it and as the machine's
+measured rates do, in turns with the steps themselves; only on a quiet machine. A table for people; the last line is JSON.
 """
 
 from __future__ import annotations
@@ -16,8 +17,9 @@ import gc
 import json
 import statistics
 import sys
+import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -26,6 +28,8 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.about import about, keep
+from memplan import hardware
+from memplan.hardware import HardwareProfile
 
 WIDTH, INNER, LAYERS, HEADS = 128, 352, 4, 4
 ARCHITECTURES = ("llama", "qwen3", "gemma2", "gpt2", "t5", "mixtral")
@@ -39,6 +43,10 @@ TARGETS: dict[str, dict[str, list[str]]] = {
 }
 MEDIAN, WORST, UNDER = 0.01, 0.03, 0.01
 """Limits of the relative error: in the median, at worst, and of what is predicted less than measured."""
+TIME_MEDIAN, TIME_WORST = 0.10, 0.25
+"""The same of the time of a step."""
+TURNS, TURN_S = 3, 0.7
+"""How often steps and predictions take turns, and how long the steps of a turn take."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,6 +63,7 @@ class Case:
     """``lora`` on all linear layers, ``attention`` only, ``dora``, ``dropout``."""
     attention: str = "sdpa"
     quantization: str = ""
+    layers: int = LAYERS
 
     @property
     def name(self) -> str:
@@ -84,6 +93,8 @@ def cases() -> list[Case]:
             {"adapter": "dropout"},
             {"attention": "eager", "sequence": 128},
         ]
+        if architecture == "llama":
+            moved.append({"layers": 12})  # of which a few are measured for all
         if architecture != "mixtral":
             moved.append({"adapter": "dora"})
         if architecture in ("llama", "qwen3", "t5"):
@@ -100,13 +111,13 @@ def configuration(case: Case) -> Any:
 
     tokens = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
     common = {
-        "hidden_size": WIDTH, "intermediate_size": INNER, "num_hidden_layers": LAYERS, "num_attention_heads": HEADS,
+        "hidden_size": WIDTH, "intermediate_size": INNER, "num_hidden_layers": case.layers, "num_attention_heads": HEADS,
         "num_key_value_heads": 2, "vocab_size": case.vocabulary, "max_position_embeddings": 512, "use_cache": False, **tokens,
     }  # fmt: skip
     if case.architecture == "gpt2":
         return transformers.GPT2Config(
             n_embd=WIDTH,
-            n_layer=LAYERS,
+            n_layer=case.layers,
             n_head=HEADS,
             vocab_size=case.vocabulary,
             n_positions=512,
@@ -115,7 +126,7 @@ def configuration(case: Case) -> Any:
         )
     if case.architecture == "t5":
         return transformers.T5Config(
-            d_model=WIDTH, d_kv=32, d_ff=INNER, num_layers=LAYERS, num_decoder_layers=LAYERS, num_heads=HEADS,
+            d_model=WIDTH, d_kv=32, d_ff=INNER, num_layers=case.layers, num_decoder_layers=case.layers, num_heads=HEADS,
             vocab_size=case.vocabulary, decoder_start_token_id=0, use_cache=False, dropout_rate=0.1,
         )  # fmt: skip
     if case.architecture == "mixtral":
@@ -197,15 +208,7 @@ def measured_bytes(case: Case) -> dict[str, int]:
     from memplan.storages import StorageLedger
 
     model = made(case)
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
-    ids = torch.randint(1, case.vocabulary, (case.batch, case.sequence), device=device())
-    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids.clone()}
-
-    def step() -> None:
-        model(**batch).loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-
+    step, optimizer, batch = training(case, model)
     step()
     gc.collect()
     found = {}
@@ -220,6 +223,73 @@ def measured_bytes(case: Case) -> dict[str, int]:
         step()
     ledger.finish()
     return {"live_bytes": ledger.peak_bytes, **found}
+
+
+def training(case: Case, model: Any) -> tuple[Callable[[], None], torch.optim.Optimizer, dict[str, torch.Tensor]]:
+    """Return a training step of a case, and what it uses."""
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
+    ids = torch.randint(1, case.vocabulary, (case.batch, case.sequence), device=device())
+    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids.clone()}
+
+    def step() -> None:
+        model(**batch).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step, optimizer, batch
+
+
+def times(case: Case, profile: HardwareProfile) -> dict[str, float]:
+    """Return the seconds of a step: as they are, as they are predicted by measuring blocks, and by rates alone.
+
+    The first two are taken in turns; ``measured_s`` is the median step, ``predicted_s`` that times the median of the turns'
+    ratios, so that a machine that grows slower meanwhile tells on both.
+    """
+    from memplan.analyze import measure as measuring
+    from memplan.analyze.adapters import prepare
+    from memplan.analyze.trace import analyze
+    from memplan.cost.build import cost_table
+
+    model = made(case)
+    step, _, _ = training(case, model)
+    if case.quantization:
+        planned, short = model, False
+    else:
+        prepared = prepare(
+            configuration(case), adapter=adapter(case), dtype=case.dtype, attention=case.attention, buffers=True
+        )
+        planned, short = prepared.model, prepared.short
+        checkpointed(case, planned)
+    shape = (case.batch, case.sequence)
+    graph = analyze(planned, shape, short=short)
+
+    def clocked() -> float:
+        start = time.perf_counter()
+        step()
+        if device().type == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter() - start
+
+    def predicted() -> float:
+        found = measuring.measure(
+            planned, shape, graph, device=device().type, room_bytes=int(profile.device_bytes.value) // 2, short=short
+        )
+        return sum(row.time_s for row in cost_table(graph, profile, found).accesses)
+
+    measuring.ENOUGH_S = TURN_S / 2
+    once = min(clocked() for _ in range(3))
+    steps, ratios = [], []
+    for _ in range(TURNS):
+        turn = [clocked() for _ in range(max(5, int(TURN_S / once)))]
+        steps += turn
+        ratios.append(predicted() / statistics.median(turn))
+    measured_s = statistics.median(steps)
+    by_rates_s = sum(row.time_s for row in cost_table(graph, profile).accesses)
+    return {
+        "measured_s": measured_s,
+        "predicted_s": statistics.median(ratios) * measured_s,
+        "predicted_by_rates_s": by_rates_s,
+    }
 
 
 def device() -> torch.device:
@@ -238,6 +308,11 @@ def error_of(row: dict[str, Any]) -> float:
     return float(row["predicted_bytes"]) / float(row["measured"]["live_bytes"]) - 1
 
 
+def time_error_of(row: dict[str, Any], which: str = "predicted_s") -> float:
+    """Return the relative error of a row's predicted time; positive where more was predicted."""
+    return float(row["times"][which]) / float(row["times"]["measured_s"]) - 1
+
+
 def verdict(errors: list[float]) -> dict[str, float]:
     """Return the figures that the limits are for."""
     return {
@@ -250,26 +325,40 @@ def verdict(errors: list[float]) -> dict[str, float]:
 def main() -> int:
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     options.add_argument("--only", default="", help="cases whose name holds this")
+    options.add_argument("--times", action="store_true", help="the time of a step too, on a quiet machine")
     options.add_argument("--keep", action="store_true", help="keep the result in benchmarks/results")
     given = options.parse_args()
-    table = Table("case", "predicted", "measured", "error", box=None)
+    table = Table("case", "predicted", "measured", "error", "step", "predicted", "by rates", box=None)
+    profile = hardware.measured() if given.times else None
     rows = []
     for case in cases():
         if given.only not in case.name:
             continue
         with _calm():
             row = {"case": asdict(case), "predicted_bytes": predicted_bytes(case), "measured": measured_bytes(case)}
+            if profile is not None:
+                row["times"] = times(case, profile)
         rows.append(row)
         live = row["measured"]["live_bytes"]
-        table.add_row(case.name, f"{row['predicted_bytes']:,}", f"{live:,}", f"{error_of(row):+.2%}")
-        print(f"{case.name}: {error_of(row):+.2%}", file=sys.stderr, flush=True)
+        cells = [f"{row['predicted_bytes']:,}", f"{live:,}", f"{error_of(row):+.2%}"]
+        if profile is not None:
+            cells += [f"{row['times']['measured_s'] * 1e3:.1f} ms", f"{time_error_of(row):+.1%}"]
+            cells.append(f"{time_error_of(row, 'predicted_by_rates_s'):+.1%}")
+        table.add_row(case.name, *cells)
+        print(case.name, *cells, file=sys.stderr, flush=True)
+        gc.collect()
     Console().print(table)
     found = verdict([error_of(row) for row in rows])
-    result = {"benchmark": "truth", "device": device().type, "cases": len(rows), **found, "rows": rows}
+    result: dict[str, Any] = {"benchmark": "truth", "device": device().type, "cases": len(rows), **found, "rows": rows}
+    failed = found["median"] > MEDIAN or found["worst"] > WORST or found["most_under"] > UNDER
+    if profile is not None:
+        result["time"] = verdict([time_error_of(row) for row in rows])
+        result["time_by_rates"] = verdict([time_error_of(row, "predicted_by_rates_s") for row in rows])
+        failed |= result["time"]["median"] > TIME_MEDIAN or result["time"]["worst"] > TIME_WORST
     if given.keep:
         print(keep(result, "truth"))
     print(json.dumps({**about(), **result}))
-    return int(found["median"] > MEDIAN or found["worst"] > WORST or found["most_under"] > UNDER)
+    return int(failed)
 
 
 if __name__ == "__main__":

@@ -120,7 +120,7 @@ def test_a_pass_that_fails_leaves_the_model_as_it_was():
         raise ZeroDivisionError("no such loss")
 
     parameters = dict(model.named_parameters())
-    with pytest.raises(ModelError, match="ZeroDivisionError: no such loss.*leave measure out"):
+    with pytest.raises(ModelError, match=r"ZeroDivisionError: no such loss.*leave measure out"):
         measure(model, batch, graph, device="cpu", room_bytes=GIB, loss=fails)
     assert all(value is parameters[name] for name, value in model.named_parameters())
 
