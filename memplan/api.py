@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 from memplan import hardware as hardware_profiles
 from memplan import models
 from memplan.checkpoint import has_checkpoint
-from memplan.errors import InputError
+from memplan.errors import InputError, ModelError
 from memplan.program.record import RunRecord
 from memplan.program.schema import RING_BYTES, STAGING_BYTES, Budgets, Plan, Tier, Workload
 from memplan.units import parse_size
@@ -207,10 +207,19 @@ def _analysis(
         return found, models.folder_of(model)
 
     from memplan.analyze.adapters import describe, prepare
+    from memplan.analyze.extend import NotPeriodicError
     from memplan.analyze.trace import analyze
 
-    prepared = prepare(model, adapter=adapter, dtype=dtype, attention=attention)
-    graph = analyze(prepared.model, batch, name=prepared.name, loss=loss, short=prepared.short, **options)
+    described: dict[str, Any] = {"adapter": adapter, "dtype": dtype, "attention": attention}
+    prepared = prepare(model, **described, short=True)
+    options |= {"loss": loss, "name": prepared.name, "short": prepared.short}
+    try:
+        graph = analyze(prepared.model, batch, runs=prepared.runs, **options)
+    except (ModelError, NotPeriodicError):
+        if not prepared.runs:
+            raise
+        prepared = prepare(model, **described)
+        graph = analyze(prepared.model, batch, **options)
     found = kept.Analysis(graph=graph, shapes=prepared.shapes(batch), adapter=describe(prepared.model))
     if key is not None:
         kept.keep(folder, key, found)

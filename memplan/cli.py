@@ -13,7 +13,7 @@ import sys
 from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import click
 
@@ -22,11 +22,15 @@ from memplan.errors import DoesNotFitError, MemplanError
 from memplan.units import format_bytes, parse_size
 
 if TYPE_CHECKING:
+    from types import ModuleType
+
     from memplan.program.record import RunRecord
     from memplan.program.schema import Plan
 
 OK, DOES_NOT_FIT, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
 
+_QUANTIZERS = ("bitsandbytes", "torchao")
+"""Slow to import: two of the ten seconds that a plan takes."""
 _TIERS = ("device", "host", "disk")
 _FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 _COUNT = click.IntRange(min=1)
@@ -44,10 +48,11 @@ _JSON = click.option("--json", "as_json", is_flag=True, help="Print one JSON obj
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit code. ``arguments``: else those of the process."""
     given = sys.argv[1:] if arguments is None else list(arguments)
+    context = {"own_process": arguments is None}
     as_json = "--json" in (given[: given.index("--")] if "--" in given else given)  # else it is a script's
     collected = gc.isenabled()
     try:
-        return int(group.main(args=given, prog_name="memplan", standalone_mode=False) or OK)
+        return int(group.main(args=given, prog_name="memplan", standalone_mode=False, obj=context) or OK)
     except click.Abort:
         return _fail("Interrupted", "interrupted", as_json, INTERRUPTED)
     except click.ClickException as error:
@@ -79,6 +84,7 @@ def group() -> None:
 
 
 @group.command(short_help="Say what fits, where each block goes, and the time of a step.")
+@click.pass_obj
 @click.argument("model")
 @_VRAM
 @_RAM
@@ -101,6 +107,7 @@ def group() -> None:
 @click.option("--out", type=click.Path(dir_okay=False, path_type=Path), help="Write the plan to this file.")
 @_JSON
 def plan(
+    context: dict[str, bool],
     model: str,
     vram: str,
     ram: str | None,
@@ -137,10 +144,12 @@ def plan(
     if out is not None and not out.parent.is_dir():
         raise click.BadParameter(f"the folder {out.parent} does not exist.", param_hint="--out")
 
-    from memplan import api
+    from memplan import api, models
     from memplan.analyze import kept
 
     kept.ours = True
+    if context["own_process"] and models.is_plain(model):
+        _leave_out(_QUANTIZERS)
     gc.disable()  # a sixth of the time, and little is left to collect
     from memplan.show.listing import progress
 
@@ -351,6 +360,14 @@ def demo(vram: str | None, steps: int | None, keep: Path | None, as_json: bool) 
     from memplan import demo as demonstration
 
     return demonstration.run(vram=vram, steps=steps, folder=keep, as_json=as_json)
+
+
+def _leave_out(packages: Sequence[str]) -> None:
+    """Have packages that are not needed be as if they were not installed: PEFT and transformers import what they find."""
+    for package in packages:
+        sys.modules.setdefault(
+            package, cast("ModuleType", None)
+        )  # what an import of it finds, and says that it is not there
 
 
 def _parse_pins(pins: tuple[str, ...]) -> dict[str, str]:

@@ -56,3 +56,14 @@ def folder_of(model: object) -> Path | None:
 def near(name: str) -> list[str]:
     """Return names of the table that are like a name."""
     return difflib.get_close_matches(name.lower().rsplit("/", 1)[-1], table(), n=3, cutoff=0.5)
+
+
+def is_plain(model: str) -> bool:
+    """Whether a model that was given by its name or directory is known to have no quantized weights, before it is built."""
+    folder = folder_of(model)
+    if folder is None:
+        return find(model) is not None
+    try:
+        return "quantization_config" not in (folder / "config.json").read_text(errors="replace")
+    except OSError:
+        return False

@@ -77,22 +77,39 @@ def mark_adapters(model: nn.Module) -> None:
                 _ADAPTERS.add(part)
 
 
+Times = Callable[[str], int]
+"""For how many modules of a whole model the one of a name stands, where the model is a part of it."""
+
+
+def once(name: str) -> int:
+    """Return that a module stands for itself."""
+    return 1
+
+
+def trained(model: nn.Module, times: Times = once) -> list[nn.Parameter]:
+    """Return the parameters that require gradients, each as often as there are such."""
+    return [
+        parameter
+        for name, parameter in model.named_parameters()
+        if parameter.requires_grad
+        for _ in range(times(canonical(name)))
+    ]
+
+
 def trained_bytes(model: nn.Module) -> int:
     """Return the bytes of the parameters that require gradients."""
     return sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
 
 
-def adapters_bytes(model: nn.Module) -> int:
+def adapters_bytes(model: nn.Module, times: Times = once) -> int:
     """Return the bytes of what is trained and of adapters that wait."""
-    return sum(
-        parameter.numel() * parameter.element_size()
-        for parameter in {
-            id(parameter): parameter
-            for module in model.modules()
-            for parameter in module._parameters.values()
-            if parameter is not None and (parameter.requires_grad or module in _ADAPTERS)
-        }.values()
-    )
+    found = {
+        id(parameter): parameter.numel() * parameter.element_size() * times(canonical(name))
+        for name, module in model.named_modules()
+        for parameter in module._parameters.values()
+        if parameter is not None and (parameter.requires_grad or module in _ADAPTERS)
+    }
+    return sum(found.values())
 
 
 def own_weights(module: nn.Module, prefix: str = "") -> Iterator[Weight]:

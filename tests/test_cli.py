@@ -73,6 +73,8 @@ def test_plan_hands_on_what_was_asked(calls: list[Any], capsys: pytest.CaptureFi
                 "hardware": "rtx-3060",
                 "pins": {"model.layers.3": "device", "lm_head": "host"},
                 "activations": "offload",
+                "measure": False,
+                "progress": None,
             },
         )
     ]

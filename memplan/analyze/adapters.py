@@ -16,7 +16,7 @@ from torch import nn
 
 from memplan.analyze.batch import base_of, batch_for
 from memplan.analyze.blocks import refuse_moved
-from memplan.analyze.repeats import may_be_short
+from memplan.analyze.repeats import Run, find_runs, may_be_short, shorten
 from memplan.errors import InputError
 from memplan.skeleton import ALL_LINEAR, from_configuration, with_adapter
 
@@ -32,6 +32,8 @@ class Prepared:
     """Where its checkpoint lies, as far as that is known."""
     short: bool = False
     """Whether a few of its layers may be traced for all."""
+    runs: tuple[Run, ...] = ()
+    """Stacks of which the model holds those few layers alone."""
 
     def shapes(self, batch: object) -> dict[str, tuple[int, ...]]:
         """Return the shape of each tensor of the batch by name."""
@@ -39,12 +41,19 @@ class Prepared:
 
 
 def prepare(
-    model: Any, *, adapter: Any = None, dtype: Any = None, attention: str | None = None, buffers: bool = False
+    model: Any,
+    *,
+    adapter: Any = None,
+    dtype: Any = None,
+    attention: str | None = None,
+    buffers: bool = False,
+    short: bool = False,
 ) -> Prepared:
     """Return a traceable model of what the user gave: a module, a transformers configuration, or a directory.
 
     ``adapter``: a PEFT configuration, or ``{"rank": 16, "targets": "all-linear", "alpha": 32}``; None where the model
     has its trainables. ``dtype`` and ``attention`` are for a model that is built here; ``buffers``: have its buffers hold their values.
+    ``short``: leave out layers that are like others of models that are known, before the adapter is added, see ``repeats.py``.
 
     Raises InputError for anything that cannot be used, ModelError for a model that cannot be placed.
     """
@@ -64,11 +73,23 @@ def prepare(
         )
     else:
         skeleton = from_configuration(model, dtype, attention, buffers=buffers)
-        short = may_be_short(skeleton.model.config)
-        prepared = Prepared(model=skeleton.model, name=skeleton.name, folder=skeleton.folder, short=short)
+        may = may_be_short(skeleton.model.config)
+        runs = find_runs(skeleton.model) if short and may and _is_alike_everywhere(adapter) else ()
+        if runs:
+            shorten(runs)
+        prepared = Prepared(model=skeleton.model, name=skeleton.name, folder=skeleton.folder, short=may, runs=runs)
     if adapter is None:
         return prepared
     return replace(prepared, model=with_adapter(prepared.model, adapter))
+
+
+def _is_alike_everywhere(adapter: Any) -> bool:
+    """Whether an adapter is told without naming layers by their numbers."""
+    if adapter is None:
+        return True
+    targets = adapter.get("targets", ALL_LINEAR) if isinstance(adapter, Mapping) else None
+    names = [targets] if isinstance(targets, str) else targets
+    return targets == ALL_LINEAR or (bool(names) and all(str(name).isidentifier() for name in names or ()))
 
 
 def describe(model: nn.Module) -> str:

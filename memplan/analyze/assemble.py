@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Literal
@@ -16,8 +17,9 @@ from memplan.analyze.graph import Access, Activations, Block, Fixed, FixedKind, 
 from memplan.analyze.optimizers import state_bytes, workspace_bytes
 from memplan.analyze.origins import CASTS
 from memplan.analyze.recorder import Recorder, Work
+from memplan.names import canonical
 from memplan.units import KIB, format_bytes
-from memplan.weights import adapters_bytes, frozen_weights, small_tensors, trained_bytes
+from memplan.weights import Times, adapters_bytes, frozen_weights, once, small_tensors, trained
 
 if TYPE_CHECKING:
     from memplan.analyze.trace import Traced
@@ -155,16 +157,18 @@ def complete(
     optimizer: str,
     name: str,
     notes: Sequence[str],
+    left_out: Times = once,
 ) -> LayerGraph:
     """Return the graph with what is of the model as a whole. ``kept``: its trace, or that of some of its layers;
     ``ran_again``: how many of all its layers it checkpoints itself; ``times``: for how many modules a traced one stands.
+    ``left_out``: the same of those of ``model``, where it holds a part of the whole one only.
     """
-    trained = [(tuple(p.shape), p.element_size()) for p in model.parameters() if p.requires_grad]
-    workspace = workspace_bytes(optimizer, trained)
+    trains = [(tuple(p.shape), p.element_size()) for p in trained(model, left_out)]
+    workspace = workspace_bytes(optimizer, trains)
     fixed: dict[FixedKind, int] = {
-        "adapters": adapters_bytes(model),
-        "optimizer": state_bytes(optimizer, trained),
-        "buffers": _buffer_bytes(model),
+        "adapters": adapters_bytes(model, left_out),
+        "optimizer": state_bytes(optimizer, trains),
+        "buffers": _buffer_bytes(model, left_out),
         "batch": batch.size_bytes(),
     }
     step = replace(
@@ -181,20 +185,25 @@ def complete(
         fixed=tuple(Fixed(kind=kind, size_bytes=size) for kind, size in fixed.items()),
         tokens=batch.tokens(),
         matmul_dtype=_main_dtype(kept, times),
-        trainable_bytes=trained_bytes(model),
+        trainable_bytes=sum(math.prod(shape) * item_bytes for shape, item_bytes in trains),
         notes=(*notes, *_notes(model, graph.blocks, kept, ran_again), *_derived_notes(graph, kept)),
     )
 
 
-def _buffer_bytes(model: nn.Module) -> int:
+def _buffer_bytes(model: nn.Module, times: Times) -> int:
     """Return the bytes of buffers that are no weights, of what quantizers keep beside those, and of placeholders.
 
     While a block is away its tensors are one element of each dtype, expanded.
     """
     weights = {id(weight.tensor): weight.tensor for weight in frozen_weights("", model, deep=True)}
     elements = {tensor.dtype: tensor.element_size() for tensor in weights.values()}
-    held = [*model.buffers(), *(tensor for module in model.modules() for tensor in small_tensors(module))]
-    return sum(elements.values()) + sum(t.numel() * t.element_size() for t in held if id(t) not in weights)
+    found: dict[int, int] = {
+        id(tensor): tensor.numel() * tensor.element_size() * times(canonical(name))
+        for name, module in model.named_modules()
+        for tensor in (*module._buffers.values(), *small_tensors(module))
+        if tensor is not None and id(tensor) not in weights
+    }
+    return sum(elements.values()) + sum(found.values())
 
 
 def pin(drafts: Sequence[Draft], recorder: Recorder) -> None:

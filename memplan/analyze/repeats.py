@@ -103,14 +103,19 @@ def find_runs(model: nn.Module) -> tuple[Run, ...]:
     return tuple(found)
 
 
+def shorten(runs: Sequence[Run]) -> None:
+    """Leave out for good of each run's stack what repeats. What stays is counted from 0 on."""
+    for run in runs:
+        elements = list(run.stack._modules.values())
+        run.stack._modules = {str(place): elements[index] for place, index in enumerate(run.kept())}
+
+
 @contextmanager
 def shortened(runs: Sequence[Run]) -> Iterator[None]:
     """Leave out of each run's stack what repeats. What stays is counted from 0 on."""
     whole = [(run.stack, run.stack._modules) for run in runs]
     try:
-        for run in runs:
-            elements = list(run.stack._modules.values())
-            run.stack._modules = {str(place): elements[index] for place, index in enumerate(run.kept())}
+        shorten(runs)
         yield
     finally:
         for stack, modules in whole:

@@ -30,10 +30,10 @@ from memplan.analyze.graph import Activations, LayerGraph, LifetimeKind
 from memplan.analyze.offloads import Offloads
 from memplan.analyze.optimizers import check_optimizer
 from memplan.analyze.recorder import Recorder
-from memplan.analyze.repeats import find_runs, shortened
+from memplan.analyze.repeats import Run, find_runs, shortened
 from memplan.errors import InputError, MemplanError, ModelError
 from memplan.triggers import Triggers, in_backward, tensors_in
-from memplan.weights import trained_bytes
+from memplan.weights import once, trained, trained_bytes
 
 _DEEPEST = 8
 """Levels of containers within containers that are taken apart."""
@@ -67,6 +67,7 @@ def analyze(
     offload: bool = False,
     autocast: object = None,
     short: bool = False,
+    runs: Sequence[Run] = (),
 ) -> LayerGraph:
     """Return what a training pass of ``model`` on ``batch`` reads, keeps and costs.
 
@@ -75,7 +76,8 @@ def analyze(
     ``accumulation``: passes of a step; where there are several, gradients are there from the first access on.
     ``loss``: from the model's output to a scalar, where the output holds none. ``offload``: look also at what would be
     saved of each layer where that is offloaded (a trace more). ``short``: of layers that are alike trace a few, see
-    ``repeats.py``; for models that were built from a configuration it knows.
+    ``repeats.py``; for models that were built from a configuration it knows. ``runs``: stacks of which the model holds what is
+    traced alone; then NotPeriodicError tells that the whole is needed.
 
     Raises ModelError for a model that cannot be placed or traced, InputError for a batch or an optimizer that cannot
     be used. The model is unchanged.
@@ -87,9 +89,17 @@ def analyze(
     check_model(model)
     call = batch_for(model, batch)
     look = partial(_look, model, call, accumulates=accumulation > 1, loss=loss, lowered=lowered, offload=offload)
-    seen = _looked_at_short(model, look, accumulates=accumulation > 1) if short else None
+    seen = None
+    if runs:
+        seen = _counted_for_all(look(), runs)
+    elif short:
+        seen = _looked_at_short(model, look, accumulates=accumulation > 1)
     if seen is None:
         seen = look()
+    left_out = seen.times if runs else once
+    if runs and accumulation > 1:
+        more = sum(p.numel() * p.element_size() for p in trained(model, left_out)) - trained_bytes(model)
+        seen = dataclasses.replace(seen, graph=with_gradients(seen.graph, more))
     return complete(
         seen.graph,
         model,
@@ -100,6 +110,7 @@ def analyze(
         optimizer=optimizer,
         name=name or type(base_of(model)).__name__,
         notes=seen.notes,
+        left_out=left_out,
     )
 
 
@@ -125,13 +136,19 @@ def _looked_at_short(model: nn.Module, look: Callable[[], _Seen], *, accumulates
         with shortened(runs):
             left_out_bytes -= trained_bytes(model)
             seen = look()
-        graph, ran_again = seen.graph, sorted(seen.kept.ran_again)
-        for run in runs:
-            graph, ran_again = extended(graph, run), whole_names(ran_again, run)
+        seen = _counted_for_all(seen, runs)
     except (ModelError, NotPeriodicError):
         return None
     if accumulates:
-        graph = with_gradients(graph, left_out_bytes)
+        seen = dataclasses.replace(seen, graph=with_gradients(seen.graph, left_out_bytes))
+    return seen
+
+
+def _counted_for_all(seen: _Seen, runs: Sequence[Run]) -> _Seen:
+    """Return what was seen of a few layers as of all. Raises NotPeriodicError."""
+    graph, ran_again = seen.graph, sorted(seen.kept.ran_again)
+    for run in runs:
+        graph, ran_again = extended(graph, run), whole_names(ran_again, run)
     return dataclasses.replace(seen, graph=graph, ran_again=len(ran_again), times=partial(times, runs=runs))
 
 

@@ -20,7 +20,8 @@ from transformers import (
 )
 
 import memplan
-from memplan.analyze import trace
+from memplan.analyze import adapters, trace
+from memplan.analyze.adapters import describe, prepare
 from memplan.analyze.repeats import KEPT, TYPES, find_runs, may_be_short, shortened
 from memplan.analyze.trace import analyze
 from tests import causal_types
@@ -124,6 +125,25 @@ def _cases():
             yield pytest.param(make, options, id=f"{make.__name__}-{name}", marks=[pytest.mark.full] if slow else [])
 
 
+@pytest.mark.parametrize("targets", ["all-linear", ["q_proj", "v_proj"]])
+@pytest.mark.parametrize("options", [{}, {"accumulation": 2, "optimizer": "adafactor"}], ids=str)
+def test_layers_may_be_left_out_before_the_adapter_is_added(targets, options):
+    given = {"adapter": {"rank": 4, "targets": targets}}
+    config = LlamaConfig(**SMALL, **TOKENS, num_hidden_layers=DEPTH)
+    short, whole = prepare(config, **given, short=True), prepare(config, **given)
+    assert len(short.model.get_base_model().model.layers) == KEPT
+    assert describe(short.model) == describe(whole.model)
+    graph = analyze(short.model, (2, 16), runs=short.runs, **options)
+    assert graph == analyze(whole.model, (2, 16), **options)
+    assert len(graph.blocks) == DEPTH + 3
+
+
+def test_layers_that_are_named_by_number_are_not_left_out():
+    config = LlamaConfig(**SMALL, **TOKENS, num_hidden_layers=DEPTH)
+    assert not prepare(config, adapter={"rank": 4, "targets": ["layers.3.self_attn.q_proj"]}, short=True).runs
+    assert not prepare(config, adapter=LoraConfig(layers_to_transform=[1], target_modules=["q_proj"]), short=True).runs
+
+
 @pytest.mark.parametrize(("make", "options"), list(_cases()))
 def test_the_same_graph(make, options, monkeypatch):
     model = make()
@@ -195,6 +215,7 @@ def test_what_differs_is_no_run():
 def test_a_module_of_ones_own_is_traced_whole(monkeypatch):
     """Its forward may count: a setting or a list that shows it is not to be asked for."""
     monkeypatch.setattr(trace, "shortened", None)
+    monkeypatch.setattr(adapters, "shorten", None)
     memplan.plan(plain(), batch_of("plain"), loss=loss_of, vram="1GiB", ram="1GiB", hardware=CPU)
     config = MixtralConfig(**SMALL, num_hidden_layers=DEPTH, num_local_experts=4, output_router_logits=True)
     given = {"adapter": {"rank": 2, "targets": ["q_proj"]}, "vram": "1GiB", "ram": "1GiB", "hardware": CPU}
