@@ -56,6 +56,10 @@ class Problem:
     """Accesses that read each block, by block."""
     whole_uses: tuple[tuple[int, ...], ...]
     """Those of them that read more than rows of it: these need it on the device."""
+    ranks: tuple[tuple[int, int], ...]
+    """What the blocks are sorted by: their first access, then their number."""
+    rows: tuple[tuple[int, int], ...]
+    """Each reading of rows: of which block, and their bytes."""
 
     @property
     def ram_bytes(self) -> int:
@@ -90,7 +94,7 @@ class Problem:
 
     def in_order(self, blocks: Iterable[int]) -> list[int]:
         """Return blocks in the order of their first access."""
-        return sorted(blocks, key=lambda block: (self.uses[block][0], block))
+        return sorted(blocks, key=self.ranks.__getitem__)
 
 
 def make_problem(
@@ -151,6 +155,8 @@ def make_problem(
             tuple(index for index in indices if not table.accesses[index].reads_rows_of(block))
             for block, indices in enumerate(reads)
         ),
+        ranks=tuple((indices[0] if indices else len(table.accesses), block) for block, indices in enumerate(reads)),
+        rows=tuple((rows.block, rows.size_bytes) for access in table.accesses for rows in access.rows),
     )
 
 

@@ -122,6 +122,8 @@ def _in_place(problem: Problem, away: Sequence[int]) -> set[int]:
     """Return the blocks that stay on the host, whence rows of them are read: where RAM has room for them."""
     sizes, pins = problem.sizes_bytes, problem.pins
     rows_only = [block for block in away if not problem.whole_uses[block]]
+    if not rows_only:
+        return set()
     pinned = [block for block in away if pins.get(block) == "host"]
     on_disk = any(pins.get(block) == "disk" for block in away)
     on_disk = on_disk or (problem.budgets.disk_bytes != 0 and sum(sizes[block] for block in away) > problem.ram_bytes)
@@ -148,9 +150,9 @@ def _arranged(problem: Problem, slots: tuple[tuple[int, ...], ...], in_place: se
         homes=homes,
         device_bytes=sum(sizes) - sum([sizes[block] for block in moving]) + slots_bytes,
         slots_bytes=slots_bytes,
-        host_bytes=sum(sizes[block] for block in moving if homes[block] == "host"),
-        disk_bytes=sum(problem.size(block) for block in moving if homes[block] == "disk"),
-        rows_bytes=sum(r.size_bytes for a in problem.table.accesses for r in a.rows if r.block in on_host),
+        host_bytes=sum([sizes[block] for block in moving if homes[block] == "host"]),
+        disk_bytes=sum([problem.size(block) for block in moving if homes[block] == "disk"]),
+        rows_bytes=sum([size for block, size in problem.rows if block in on_host]),
     )
 
 
