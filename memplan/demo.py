@@ -173,7 +173,7 @@ def make_plan(checkpoint: Path, vram_bytes: int | None) -> Plan:
     frozen = sum(block.size_bytes for block in roomy.table.blocks)
     if vram_bytes is None:
         vram_bytes = align_up(roomy.prediction.peaks.vram_bytes - frozen + frozen // 3)
-    return api.plan(checkpoint, shapes, vram=vram_bytes, ram=frozen // 3 + STAGING_BYTES, adapter=lora())
+    return api.plan(checkpoint, shapes, vram=vram_bytes, ram=frozen // 3 + STAGING_BYTES, adapter=lora(), measure=True)
 
 
 def lora() -> Any:
