@@ -22,6 +22,9 @@ from memplan import models
 from memplan.errors import InputError, ModelError
 
 ALL_LINEAR = "all-linear"
+MOST_MODULES = 4096
+"""Layers or experts of a kind that a configuration may ask for."""
+_COUNTS = re.compile(r"^(num|n)_\w*(layer|block|expert)s?$|^depths?$")
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 _ADAPTER_KEYS = ("rank", "targets", "alpha", "dropout")
 _DTYPES = {
@@ -82,6 +85,7 @@ def from_configuration(given: Any, dtype: Any, attention: str | None, *, buffers
             f"{name or type(config).__name__} is quantized: quantized weights cannot be analyzed yet. "
             "Give the configuration of the model without quantization"
         )
+    _refuse_endless(config, name)
     options: dict[str, Any] = {"dtype": _dtype(dtype if dtype is not None else getattr(config, "dtype", None))}
     if attention is not None:
         options["attn_implementation"] = attention
@@ -96,6 +100,17 @@ def from_configuration(given: Any, dtype: Any, attention: str | None, *, buffers
     except Exception as error:
         raise ModelError(f"transformers cannot build a {type(config).__name__} model: {_reason(error)}") from error
     return Skeleton(model, name or type(model).__name__, folder)
+
+
+def _refuse_endless(config: Any, name: str) -> None:
+    """Raise InputError for more layers or experts than could be built in a lifetime: a slip, or a hostile file."""
+    for part in (config, *(value for value in vars(config).values() if hasattr(value, "to_dict"))):
+        for key, value in vars(part).items():
+            if _COUNTS.search(key) and isinstance(value, int) and value > MOST_MODULES:
+                raise InputError(
+                    f"{name or type(config).__name__} has {key} = {value}: more than {MOST_MODULES} are not built; mend the "
+                    "configuration"
+                )
 
 
 def _on_meta(buffers: bool) -> AbstractContextManager[Any]:

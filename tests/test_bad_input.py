@@ -140,3 +140,19 @@ def test_weights_on_disk(model, tmp_path, broken):
         data[stored.file_offset_bytes + 5] ^= 1
         file.write_bytes(data)
     refused(model, CheckpointError, ".", lambda: memplan.attach(model, plan, checkpoint=tmp_path / "model"))
+
+
+@pytest.mark.parametrize(
+    ("figures", "message"),
+    [
+        ({"num_hidden_layers": 10**8}, "num_hidden_layers = 100000000: more than 4096"),
+        ({"hidden_size": 10**12}, "cannot build a LlamaConfig model"),
+        ({"hidden_size": -64}, "cannot build a LlamaConfig model"),
+    ],
+    ids=["layers", "width", "negative"],
+)
+def test_configurations_with_absurd_sizes(tmp_path, capsys, figures, message):
+    config = {"model_type": "llama", "hidden_size": 64, "num_attention_heads": 8, "vocab_size": 128} | figures
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert main(["plan", str(tmp_path), "--hardware", "t4", "--vram", "8GiB"]) == 2
+    assert message in capsys.readouterr().err
