@@ -34,17 +34,6 @@ from memplan.triggers import tensors_in
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, Trainer
 
-_OPTIMIZERS = {
-    "adamw_torch": "adamw",
-    "adamw_torch_fused": "adamw",
-    "adamw_hf": "adamw",
-    "adafactor": "adafactor",
-    "sgd": "sgd",
-    "adamw_8bit": "adamw_8bit",
-    "adamw_bnb_8bit": "adamw_8bit",
-    "paged_adamw_8bit": "adamw_8bit",
-    "lion_32bit": "lion",
-}
 _LOADING = {
     "config",
     "dtype",
@@ -125,11 +114,9 @@ def plan_for(trainer: Trainer, **options: Any) -> Plan:
 def _plan(trainer: Trainer, batch: Mapping[str, torch.Tensor] | None, **options: Any) -> Plan:
     """Return a plan of what the trainer will do."""
     args = trainer.args
-    optimizer = _OPTIMIZERS.get(str(getattr(args.optim, "value", args.optim)))
-    if optimizer is None:
-        raise InputError(
-            f"the optimizer {args.optim!s} has no known state size; known are: {', '.join(sorted(_OPTIMIZERS))}"
-        )
+    optimizer = str(getattr(args.optim, "value", args.optim))
+    if optimizer == "sgd" and "momentum" in (args.optim_args or ""):
+        optimizer = "momentum"
     first = _first_call(trainer) if batch is None else batch
     model: Any = trainer.model
     options.setdefault("checkpoint", folder_of(model))
