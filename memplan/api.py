@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from memplan.analyze.kept import Analysis
     from memplan.analyze.measure import Times
     from memplan.hardware import HardwareProfile
+    from memplan.program.memory import Moment
     from memplan.run.handle import Handle
 
 _TIERS: tuple[Tier, ...] = ("device", "host", "disk")
@@ -140,6 +141,13 @@ def plan(
         staging_bytes=_staging_bytes(table.device),
         notes=(*graph.notes, *cost_notes(graph, profile, times), *hardware_profiles.notes(profile, lies_in)),
     )
+
+
+def memory_timeline(plan: Plan) -> tuple[Moment, ...]:
+    """Return the bytes of each tier by kind, at the peak of each access: :mod:`memplan.program.memory` says what kinds."""
+    from memplan.program.memory import timeline
+
+    return timeline(plan)
 
 
 def attach(model: nn.Module, plan: Plan, **options: Any) -> Handle:

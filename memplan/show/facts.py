@@ -7,8 +7,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from memplan.errors import DoesNotFitError, PlanMismatchError
+from memplan.program.memory import timeline
 
 if TYPE_CHECKING:
+    from memplan.program.memory import Moment
     from memplan.program.record import RunRecord
     from memplan.program.schema import Plan, Tier
 
@@ -209,6 +211,7 @@ def as_dict(plan: Plan, record: RunRecord | None = None) -> dict[str, object]:
             for block in known.blocks
         ],
         "notes": list(plan.notes),
+        "memory": [_moment_dict(moment) for moment in timeline(plan)],
     }
     if record is not None:
         result["measured"] = _measured_dict(plan, record)
@@ -223,6 +226,20 @@ def failure_dict(error: DoesNotFitError) -> dict[str, object]:
         "least_vram_bytes": error.least_vram_bytes,
         "limited_by": error.limited_by,
         "suggestions": list(error.suggestions),
+    }
+
+
+def _moment_dict(moment: Moment) -> dict[str, object]:
+    """Return one access's bytes; kinds of which there are none are left out."""
+    return {
+        "index": moment.index,
+        "kind": moment.kind,
+        "module": moment.module,
+        "vram_bytes": moment.vram_bytes,
+        "vram_parts": {kind: size for kind, size in moment.vram.items() if size},
+        "ram_bytes": moment.ram_bytes,
+        "ram_parts": {kind: size for kind, size in moment.ram.items() if size},
+        "disk_bytes": moment.disk_bytes,
     }
 
 

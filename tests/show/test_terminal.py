@@ -237,6 +237,20 @@ def test_as_dict_is_recomputed_from_the_plan() -> None:
     assert json.loads(json.dumps(result, allow_nan=False)) == result
 
 
+def test_as_dict_has_the_memory_of_every_access() -> None:
+    plan = solve_plan()
+    rows = terminal.as_dict(plan)["memory"]
+    assert [(row["index"], row["kind"], row["module"]) for row in rows] == [
+        (access.index, access.kind, access.module) for access in plan.table.accesses
+    ]
+    assert max(row["vram_bytes"] for row in rows) == plan.prediction.peaks.vram_bytes
+    for row in rows:
+        assert row["vram_bytes"] == sum(row["vram_parts"].values())
+        assert row["ram_bytes"] == sum(row["ram_parts"].values()) == plan.prediction.peaks.ram_bytes
+        assert 0 not in row["vram_parts"].values()
+    assert json.loads(json.dumps(rows)) == rows
+
+
 def test_copies_of_weights_are_part_of_the_activations_at_the_peak() -> None:
     """Of layers whose activations are kept, and only from their forward to their backward."""
     plan = make_plan("dhhhd", recomputed="  ^")
