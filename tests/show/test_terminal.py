@@ -22,6 +22,7 @@ from tests.show.plans import (
     RECOMPUTE_S,
     make_plan,
     make_record,
+    solve_plan,
 )
 
 SMALL = "d" + "hhd" * 4 + "d"
