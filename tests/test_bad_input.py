@@ -140,3 +140,17 @@ def test_weights_on_disk(model, tmp_path, broken):
         data[stored.file_offset_bytes + 5] ^= 1
         file.write_bytes(data)
     refused(model, CheckpointError, ".", lambda: memplan.attach(model, plan, checkpoint=tmp_path / "model"))
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"steps": 0}, "steps were given as 0: give a whole number"),
+        ({"examples": 2.5}, "examples were given as 2.5"),
+        ({"epochs": 3}, "epochs were given without the examples"),
+        ({"steps": 3, "examples": 4}, "give one of the two"),
+        ({"examples": 4}, "the batch is no shape.*give steps, or batch as"),
+    ],
+)
+def test_a_run_that_cannot_be_counted(model, given, message):
+    refused(model, InputError, message, lambda: planned(model, **given))

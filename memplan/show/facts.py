@@ -46,6 +46,8 @@ class Facts:
     """``pass_s / bound_s - 1``, not below 0."""
     tokens_per_s: float | None
     """Over whole steps: the optimizer's time included."""
+    run_s: float | None
+    """Of the whole run, where its steps are known."""
     derived_bytes: int
     """Of the activations at the vram peak, copies of weights: casts, weights merged with an adapter."""
 
@@ -94,6 +96,7 @@ def facts(plan: Plan) -> Facts:
         stall_slowdown=_ratio(prediction.stall_s, held_s),
         bound_gap=_excess(prediction.pass_s, prediction.bound_s),
         tokens_per_s=_ratio(plan.workload.tokens * plan.workload.accumulation, prediction.step_s),
+        run_s=None if plan.workload.steps is None else plan.workload.steps * prediction.step_s,
         derived_bytes=min(_derived_at(plan, prediction.vram_peak_at), prediction.vram_parts.get("activations", 0)),
     )
 
@@ -180,8 +183,12 @@ def as_dict(plan: Plan, record: RunRecord | None = None) -> dict[str, object]:
         "batch": {name: list(shape) for name, shape in workload.batch.items()},
         "tokens": workload.tokens,
         "accumulation": workload.accumulation,
+        "steps": workload.steps,
+        "examples": workload.examples,
+        "epochs": workload.epochs,
         "pass_s": prediction.pass_s,
         "step_s": prediction.step_s,
+        "run_s": known.run_s,
         "bound_s": prediction.bound_s,
         "compute_s": prediction.compute_s,
         "recompute_s": known.recompute_s,
