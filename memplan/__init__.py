@@ -32,7 +32,7 @@ from memplan.errors import (
 )
 
 if TYPE_CHECKING:
-    from memplan.api import attach, materialise, plan, report
+    from memplan.api import attach, materialise, memory_timeline, plan, report
     from memplan.program.record import RunRecord
     from memplan.program.schema import Plan
     from memplan.run.handle import Handle, handle_of
@@ -65,6 +65,7 @@ __all__ = [
     "handle_of",
     "load",
     "materialise",
+    "memory_timeline",
     "placing",
     "plan",
     "report",
@@ -79,6 +80,7 @@ _HOMES = {
     "handle_of": "memplan.run.handle",
     "load": "memplan.trainers.loading",
     "materialise": "memplan.api",
+    "memory_timeline": "memplan.api",
     "placing": "memplan.trainers.transformers",
     "plan": "memplan.api",
     "report": "memplan.api",

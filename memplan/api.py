@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from memplan.analyze.kept import Analysis
     from memplan.analyze.measure import Times
     from memplan.hardware import HardwareProfile
+    from memplan.program.memory import Moment
     from memplan.run.handle import Handle
 
 _TIERS: tuple[Tier, ...] = ("device", "host", "disk")
@@ -40,6 +41,9 @@ def plan(
     attention: str | None = None,
     autocast: str | None = None,
     accumulation: int = 1,
+    steps: int | None = None,
+    examples: int | None = None,
+    epochs: int | None = None,
     optimizer: str = "adamw",
     hardware: str | Path | HardwareProfile = "auto",
     pins: Mapping[str, str] | None = None,
@@ -60,6 +64,9 @@ def plan(
     ``dtype``, ``attention``: for a model built here from its configuration. ``autocast``: ``"bf16"`` or ``"fp16"``, where
     the forward will run under ``torch.autocast``, which saves casts of a float32 base for backward; None: as the autocast
     that this is called in, if any. ``accumulation``: passes of a step.
+    ``steps``: of the whole run, for its time; or ``examples`` of an epoch and ``epochs`` (default: one), where the batch is a
+    shape: each epoch then ends with a step, however few are left for it. ``optimizer``: as transformers' ``optim``, or
+    ``"adamw"``, ``"sgd"``, ``"momentum"`` and others.
     ``hardware``: ``"auto"`` (measured once, then cached), a shipped profile's name, or a profile's file.
     ``pins``: tier by block name. ``activations``: ``"keep"``, ``"recompute"`` or ``"offload"`` (to RAM, until backward)
     for every layer, or by layer name; None: kept or recomputed, as is fastest. ``loss``: from the model's output to a scalar, where the output holds none.
@@ -75,6 +82,7 @@ def plan(
 
     if accumulation < 1:
         raise InputError(f"accumulation was given as {accumulation!r}: give a whole number of passes, at least 1")
+    steps, epochs = _run_of(batch, accumulation, steps=steps, examples=examples, epochs=epochs)
     profile = _profile(hardware)
     budgets_given = {
         "vram": None if vram == "auto" else parse_size(vram, "vram"),
@@ -127,6 +135,9 @@ def plan(
         accumulation=accumulation,
         optimizer=optimizer,
         adapter=analysis.adapter,
+        steps=steps,
+        examples=examples,
+        epochs=epochs,
     )
     return place(
         table,
@@ -140,6 +151,13 @@ def plan(
         staging_bytes=_staging_bytes(table.device),
         notes=(*graph.notes, *cost_notes(graph, profile, times), *hardware_profiles.notes(profile, lies_in)),
     )
+
+
+def memory_timeline(plan: Plan) -> tuple[Moment, ...]:
+    """Return the bytes of each tier by kind, at the peak of each access: :mod:`memplan.program.memory` says what kinds."""
+    from memplan.program.memory import timeline
+
+    return timeline(plan)
 
 
 def attach(model: nn.Module, plan: Plan, **options: Any) -> Handle:
@@ -265,6 +283,30 @@ def _profile(hardware: str | Path | HardwareProfile) -> HardwareProfile:
     if isinstance(hardware, hardware_profiles.HardwareProfile):
         return hardware
     return hardware_profiles.auto() if hardware == "auto" else hardware_profiles.load(hardware)
+
+
+def _run_of(
+    batch: Any, accumulation: int, *, steps: int | None, examples: int | None, epochs: int | None
+) -> tuple[int | None, int | None]:
+    """Return the steps and the epochs of a run, as far as they are known."""
+    given: dict[str, Any] = {"steps": steps, "examples": examples, "epochs": epochs}
+    for what, count in given.items():
+        if count is not None and (isinstance(count, bool) or not isinstance(count, int) or count < 1):
+            raise InputError(f"{what} were given as {count!r}: give a whole number, at least 1")
+    if examples is None:
+        if epochs is not None:
+            raise InputError("epochs were given without the examples of one: give examples too, or steps alone")
+        return steps, None
+    if steps is not None:
+        raise InputError("steps were given, and examples to count them from: give one of the two")
+    if not isinstance(batch, (tuple, list)) or len(batch) != 2 or not all(isinstance(size, int) for size in batch):
+        raise InputError(
+            "examples were given to count steps from, but the batch is no shape, so how many of them it holds is not "
+            "known: give steps, or batch as (batch, sequence)"
+        )
+    epochs = 1 if epochs is None else epochs
+    passes = -(-examples // max(1, batch[0]))
+    return epochs * -(-passes // accumulation), epochs
 
 
 def _staging_bytes(device: str) -> int:

@@ -92,12 +92,21 @@ def group() -> None:
 @click.option("--batch", metavar="N", type=_COUNT, default=1, show_default=True, help="Sequences of a micro-batch.")
 @click.option("--seq", metavar="N", type=_COUNT, default=512, show_default=True, help="Tokens of a sequence.")
 @click.option("--accumulation", metavar="N", type=_COUNT, default=1, show_default=True, help="Micro-batches of a step.")
+@click.option("--steps", metavar="N", type=_COUNT, help="Of the whole run, for its time.")
+@click.option("--examples", metavar="N", type=_COUNT, help="Of an epoch, to count the steps from.")
+@click.option("--epochs", metavar="N", type=_COUNT, help="With --examples.  [default: 1]")
 @click.option("--lora-rank", metavar="N", type=_COUNT, default=16, show_default=True, help="Rank of the adapter.")
 @click.option("--lora-targets", metavar="NAMES", default="all-linear", show_default=True, help="Such as q_proj,v_proj.")
 @click.option("--dtype", metavar="NAME", default="bf16", show_default=True, help="Of the frozen weights.")
 @click.option("--attention", metavar="NAME", help="Attention kernel.  [default: the model's own]")
 @click.option("--autocast", type=click.Choice(["bf16", "fp16"]), help="Where the forward runs under autocast.")
-@click.option("--optimizer", metavar="NAME", default="adamw", show_default=True, help="Its state counts.")
+@click.option(
+    "--optimizer",
+    metavar="NAME",
+    default="adamw",
+    show_default=True,
+    help="Its state counts: as transformers' optim, or a name of memplan's.",
+)
 @_HARDWARE
 @click.option(
     "--activations", type=click.Choice(["keep", "recompute", "offload"]), help="Of every layer.  [default: chosen]"
@@ -115,6 +124,9 @@ def plan(
     batch: int,
     seq: int,
     accumulation: int,
+    steps: int | None,
+    examples: int | None,
+    epochs: int | None,
     lora_rank: int,
     lora_targets: str,
     dtype: str,
@@ -140,6 +152,10 @@ def plan(
     targets = [target for target in map(str.strip, lora_targets.split(",")) if target]
     if not targets:
         raise click.BadParameter("give module names, or all-linear.", param_hint="--lora-targets")
+    if steps is not None and examples is not None:
+        raise click.BadParameter("give --steps or --examples, not both.", param_hint="--steps")
+    if epochs is not None and examples is None:
+        raise click.BadParameter("give --examples too, or --steps alone.", param_hint="--epochs")
     # Before the work: a plan may take a minute to make.
     if out is not None and not out.parent.is_dir():
         raise click.BadParameter(f"the folder {out.parent} does not exist.", param_hint="--out")
@@ -165,6 +181,9 @@ def plan(
             attention=attention,
             autocast=autocast,
             accumulation=accumulation,
+            steps=steps,
+            examples=examples,
+            epochs=epochs,
             optimizer=optimizer,
             hardware=hardware,
             pins=tiers,

@@ -156,3 +156,17 @@ def test_configurations_with_absurd_sizes(tmp_path, capsys, figures, message):
     (tmp_path / "config.json").write_text(json.dumps(config))
     assert main(["plan", str(tmp_path), "--hardware", "t4", "--vram", "8GiB"]) == 2
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"steps": 0}, "steps were given as 0: give a whole number"),
+        ({"examples": 2.5}, "examples were given as 2.5"),
+        ({"epochs": 3}, "epochs were given without the examples"),
+        ({"steps": 3, "examples": 4}, "give one of the two"),
+        ({"examples": 4}, "the batch is no shape.*give steps, or batch as"),
+    ],
+)
+def test_a_run_that_cannot_be_counted(model, given, message):
+    refused(model, InputError, message, lambda: planned(model, **given))

@@ -52,7 +52,7 @@ def refuse(monkeypatch: pytest.MonkeyPatch, error: BaseException) -> None:
 def test_plan_hands_on_what_was_asked(calls: list[Any], capsys: pytest.CaptureFixture[str], solved: Plan) -> None:
     arguments = (
         "plan ./model --vram 6GiB --ram 24GiB --disk 100GB --lora-rank 8 --lora-targets q_proj,v_proj --batch 4 "
-        "--seq 1024 --accumulation 2 --dtype fp32 --attention eager --autocast fp16 --optimizer sgd "
+        "--seq 1024 --accumulation 2 --examples 100 --epochs 3 --dtype fp32 --attention eager --autocast fp16 --optimizer sgd "
         "--hardware rtx-3060 "
         "--pin model.layers.3=device --pin lm_head=host --activations offload"
     )
@@ -69,6 +69,9 @@ def test_plan_hands_on_what_was_asked(calls: list[Any], capsys: pytest.CaptureFi
                 "attention": "eager",
                 "autocast": "fp16",
                 "accumulation": 2,
+                "steps": None,
+                "examples": 100,
+                "epochs": 3,
                 "optimizer": "sgd",
                 "hardware": "rtx-3060",
                 "pins": {"model.layers.3": "device", "lm_head": "host"},
@@ -143,6 +146,9 @@ def test_does_not_fit(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.Mo
         ("plan ./model --autocast fp8", "BadParameter", "is not one of 'bf16', 'fp16'"),
         ("plan ./model --activations away", "BadParameter", "is not one of 'keep', 'recompute', 'offload'"),
         ("plan ./model --lora-targets ,", "BadParameter", "all-linear"),
+        ("plan ./model --steps 0", "BadParameter", "0 is not in the range"),
+        ("plan ./model --steps 3 --examples 9", "BadParameter", "give --steps or --examples, not both"),
+        ("plan ./model --epochs 3", "BadParameter", "give --examples too"),
         ("plan ./model --vrm 6GiB", "NoSuchOption", "No such option"),
         ("plan", "MissingParameter", "MODEL"),
         ("report nowhere.json", "BadParameter", "does not exist"),

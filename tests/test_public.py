@@ -39,6 +39,7 @@ PUBLIC = [
     "handle_of",
     "load",
     "materialise",
+    "memory_timeline",
     "placing",
     "plan",
     "report",
@@ -68,7 +69,7 @@ def test_every_public_name_is_there() -> None:
     for name in PUBLIC:
         assert getattr(memplan, name) is not None
     assert set(PUBLIC) <= set(dir(memplan))
-    for name in ("attach", "materialise", "placing", "plan", "report", "wrap"):
+    for name in ("attach", "materialise", "memory_timeline", "placing", "plan", "report", "wrap"):
         assert callable(getattr(memplan, name))
 
 

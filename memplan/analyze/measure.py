@@ -43,8 +43,13 @@ _OPTIMIZERS: dict[str, Callable[[list[torch.Tensor]], torch.optim.Optimizer]] = 
     "adamw": torch.optim.AdamW,
     "adamw_torch": torch.optim.AdamW,
     "adamw_torch_fused": partial(torch.optim.AdamW, fused=True),
+    "adamw_fused": partial(torch.optim.AdamW, fused=True),
+    "adamw_foreach": partial(torch.optim.AdamW, foreach=True),
     "adam": torch.optim.Adam,
-    "adafactor": torch.optim.Adafactor,
+    "adafactor": torch.optim.Adafactor,  # in the place of transformers' own
+    "adafactor_torch": torch.optim.Adafactor,
+    "adagrad": torch.optim.Adagrad,
+    "rmsprop": torch.optim.RMSprop,
     "momentum": partial(torch.optim.SGD, momentum=0.9),
     "sgd": torch.optim.SGD,
 }

@@ -54,6 +54,12 @@ class Workload(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     optimizer: str
     adapter: str
     """For people, such as ``"LoRA r=16 on all-linear"``; empty where the model came with its trainables."""
+    steps: int | None = None
+    """Of the whole run; None where nobody said."""
+    examples: int | None = None
+    """Of an epoch, where ``steps`` are counted from them."""
+    epochs: int | None = None
+    """With ``examples``."""
 
 
 class Budgets(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

@@ -7,8 +7,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from memplan.errors import DoesNotFitError, PlanMismatchError
+from memplan.program.memory import timeline
 
 if TYPE_CHECKING:
+    from memplan.program.memory import Moment
     from memplan.program.record import RunRecord
     from memplan.program.schema import Plan, Tier
 
@@ -44,6 +46,8 @@ class Facts:
     """``pass_s / bound_s - 1``, not below 0."""
     tokens_per_s: float | None
     """Over whole steps: the optimizer's time included."""
+    run_s: float | None
+    """Of the whole run, where its steps are known."""
     derived_bytes: int
     """Of the activations at the vram peak, copies of weights: casts, weights merged with an adapter."""
 
@@ -92,6 +96,7 @@ def facts(plan: Plan) -> Facts:
         stall_slowdown=_ratio(prediction.stall_s, held_s),
         bound_gap=_excess(prediction.pass_s, prediction.bound_s),
         tokens_per_s=_ratio(plan.workload.tokens * plan.workload.accumulation, prediction.step_s),
+        run_s=None if plan.workload.steps is None else plan.workload.steps * prediction.step_s,
         derived_bytes=min(_derived_at(plan, prediction.vram_peak_at), prediction.vram_parts.get("activations", 0)),
     )
 
@@ -178,8 +183,12 @@ def as_dict(plan: Plan, record: RunRecord | None = None) -> dict[str, object]:
         "batch": {name: list(shape) for name, shape in workload.batch.items()},
         "tokens": workload.tokens,
         "accumulation": workload.accumulation,
+        "steps": workload.steps,
+        "examples": workload.examples,
+        "epochs": workload.epochs,
         "pass_s": prediction.pass_s,
         "step_s": prediction.step_s,
+        "run_s": known.run_s,
         "bound_s": prediction.bound_s,
         "compute_s": prediction.compute_s,
         "recompute_s": known.recompute_s,
@@ -209,6 +218,7 @@ def as_dict(plan: Plan, record: RunRecord | None = None) -> dict[str, object]:
             for block in known.blocks
         ],
         "notes": list(plan.notes),
+        "memory": [_moment_dict(moment) for moment in timeline(plan)],
     }
     if record is not None:
         result["measured"] = _measured_dict(plan, record)
@@ -223,6 +233,20 @@ def failure_dict(error: DoesNotFitError) -> dict[str, object]:
         "least_vram_bytes": error.least_vram_bytes,
         "limited_by": error.limited_by,
         "suggestions": list(error.suggestions),
+    }
+
+
+def _moment_dict(moment: Moment) -> dict[str, object]:
+    """Return one access's bytes; kinds of which there are none are left out."""
+    return {
+        "index": moment.index,
+        "kind": moment.kind,
+        "module": moment.module,
+        "vram_bytes": moment.vram_bytes,
+        "vram_parts": {kind: size for kind, size in moment.vram.items() if size},
+        "ram_bytes": moment.ram_bytes,
+        "ram_parts": {kind: size for kind, size in moment.ram.items() if size},
+        "disk_bytes": moment.disk_bytes,
     }
 
 

@@ -155,10 +155,20 @@ class _Page:
             speed = f"{_percent(slowdown)} slower than holding everything"
         binds = _BINDS.get(plan.prediction.binds, f"{self.glyphs.safe(plan.prediction.binds)} binds")
         lines = [fits.append("."), Text(f"{speed}; {binds}.")]
+        if self.facts.run_s is not None:
+            lines.append(Text(f"About {self.glyphs.seconds(self.facts.run_s)} for {self.whole_run()}."))
         if self.seen is not None and self.seen.vram_bytes is not None and self.seen.vram_bytes > budgets.vram_bytes:
             over = format_bytes(self.seen.vram_bytes - budgets.vram_bytes)
             lines.append(Text(f"The run went {over} over the vram budget.", style="bold red"))
         return Group(*lines)
+
+    def whole_run(self) -> str:
+        workload = self.plan.workload
+        steps = _plural(workload.steps or 0, "step", "steps")
+        if workload.examples is None or workload.epochs is None:
+            return steps
+        epochs = _plural(workload.epochs, "epoch", "epochs")
+        return f"{epochs} of {_plural(workload.examples, 'example', 'examples')} ({steps})"
 
     # ── memory and time ───────────────────────────────────────────────────────────────────────────────────────────
 

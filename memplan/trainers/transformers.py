@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import math
 import random
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -34,17 +35,6 @@ from memplan.triggers import tensors_in
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, Trainer
 
-_OPTIMIZERS = {
-    "adamw_torch": "adamw",
-    "adamw_torch_fused": "adamw",
-    "adamw_hf": "adamw",
-    "adafactor": "adafactor",
-    "sgd": "sgd",
-    "adamw_8bit": "adamw_8bit",
-    "adamw_bnb_8bit": "adamw_8bit",
-    "paged_adamw_8bit": "adamw_8bit",
-    "lion_32bit": "lion",
-}
 _LOADING = {
     "config",
     "dtype",
@@ -125,17 +115,21 @@ def plan_for(trainer: Trainer, **options: Any) -> Plan:
 def _plan(trainer: Trainer, batch: Mapping[str, torch.Tensor] | None, **options: Any) -> Plan:
     """Return a plan of what the trainer will do."""
     args = trainer.args
-    optimizer = _OPTIMIZERS.get(str(getattr(args.optim, "value", args.optim)))
-    if optimizer is None:
-        raise InputError(
-            f"the optimizer {args.optim!s} has no known state size; known are: {', '.join(sorted(_OPTIMIZERS))}"
-        )
-    first = _first_call(trainer) if batch is None else batch
+    optimizer = str(getattr(args.optim, "value", args.optim))
+    if optimizer == "sgd" and "momentum" in (args.optim_args or ""):
+        optimizer = "momentum"
+    first, steps = _first_call(trainer) if batch is None else (batch, _steps(args, None))
     model: Any = trainer.model
     options.setdefault("checkpoint", folder_of(model))
     with _autocast_as_in_training(model, trainer.accelerator):
         return api.plan(
-            model, first, accumulation=args.gradient_accumulation_steps, optimizer=optimizer, loss=loss_of, **options
+            model,
+            first,
+            accumulation=args.gradient_accumulation_steps,
+            steps=steps,
+            optimizer=optimizer,
+            loss=loss_of,
+            **options,
         )
 
 
@@ -250,8 +244,19 @@ def random_states_kept() -> Iterator[None]:
             torch.cuda.set_rng_state_all(cuda)
 
 
-def _first_call(trainer: Trainer) -> Mapping[str, Any]:
-    """Return what the model will be called with in training; every random state stays as it was.
+def _steps(args: Any, loader: Any) -> int | None:
+    """Return how many steps the trainer will do, as it counts them itself; None where its loader has no length."""
+    if args.max_steps > 0:
+        return int(args.max_steps)
+    try:
+        batches = len(loader)
+    except TypeError:
+        return None
+    return math.ceil(args.num_train_epochs * max(1, -(-batches // args.gradient_accumulation_steps))) or None
+
+
+def _first_call(trainer: Trainer) -> tuple[Mapping[str, Any], int | None]:
+    """Return what the model will be called with in training, and the steps; every random state stays as it was.
 
     That is what the trainer's loss makes of its loader's largest micro-batch, or of the first where no lengths are known:
     TRL's batches name other things than the model knows.
@@ -263,9 +268,12 @@ def _first_call(trainer: Trainer) -> Mapping[str, Any]:
             loader = trainer.get_train_dataloader()
             batch = longest_batch(loader) or next(iter(loader))
             call = _call_of_loss(trainer, batch)
+            steps = _steps(trainer.args, loader)
         finally:
             del loaders[known:]  # the trainer prepares its own again; a second one would be saved with its state
-    return {name: value for name, value in batch.items() if isinstance(value, torch.Tensor)} if call is None else call
+    if call is None:
+        call = {name: value for name, value in batch.items() if isinstance(value, torch.Tensor)}
+    return call, steps
 
 
 def _call_of_loss(trainer: Trainer, batch: Mapping[str, Any]) -> Mapping[str, Any] | None:

@@ -11,6 +11,7 @@ import pytest
 from rich.console import Console
 
 from memplan.errors import DoesNotFitError, PlanMismatchError
+from memplan.program.schema import Plan
 from memplan.show import terminal
 from memplan.units import GIB, MIB, format_bytes
 from tests.show.plans import (
@@ -22,6 +23,7 @@ from tests.show.plans import (
     RECOMPUTE_S,
     make_plan,
     make_record,
+    solve_plan,
 )
 
 SMALL = "d" + "hhd" * 4 + "d"
@@ -235,6 +237,41 @@ def test_as_dict_is_recomputed_from_the_plan() -> None:
     assert result["loads_per_pass"] == plan.prediction.loads_per_pass
     assert "measured" not in result
     assert json.loads(json.dumps(result, allow_nan=False)) == result
+
+
+def test_the_time_of_a_whole_run() -> None:
+    plan = make_plan("dhhd")
+    assert terminal.as_dict(plan)["run_s"] is None
+    assert "epoch" not in terminal.text(plan)
+
+    def of(step_s: float, **fields: int) -> Plan:
+        return msgspec.structs.replace(
+            plan,
+            workload=msgspec.structs.replace(plan.workload, **fields),
+            prediction=msgspec.structs.replace(plan.prediction, step_s=step_s),
+        )
+
+    long = of(3.05, steps=3750, examples=10_000, epochs=3)
+    assert "About 3 h 10 min for 3 epochs of 10,000 examples (3,750 steps)." in terminal.text(long)
+    result = terminal.as_dict(long)
+    assert [result[key] for key in ("steps", "examples", "epochs")] == [3750, 10_000, 3]
+    assert result["run_s"] == pytest.approx(3750 * 3.05)
+    assert "About 2.00 s for 1 step." in terminal.text(of(2.0, steps=1))
+    assert "About 4.00 s for 1 epoch of 1 example (2 steps)." in terminal.text(of(2.0, steps=2, examples=1, epochs=1))
+
+
+def test_as_dict_has_the_memory_of_every_access() -> None:
+    plan = solve_plan()
+    rows = terminal.as_dict(plan)["memory"]
+    assert [(row["index"], row["kind"], row["module"]) for row in rows] == [
+        (access.index, access.kind, access.module) for access in plan.table.accesses
+    ]
+    assert max(row["vram_bytes"] for row in rows) == plan.prediction.peaks.vram_bytes
+    for row in rows:
+        assert row["vram_bytes"] == sum(row["vram_parts"].values())
+        assert row["ram_bytes"] == sum(row["ram_parts"].values()) == plan.prediction.peaks.ram_bytes
+        assert 0 not in row["vram_parts"].values()
+    assert json.loads(json.dumps(rows)) == rows
 
 
 def test_copies_of_weights_are_part_of_the_activations_at_the_peak() -> None:

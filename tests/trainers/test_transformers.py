@@ -14,6 +14,7 @@ import memplan
 from memplan.errors import CheckpointError, DoesNotFitError, InputError
 from memplan.run.arena import is_placeholder
 from memplan.run.handle import handle_of
+from memplan.trainers.transformers import plan_for
 from memplan.units import MIB
 from tests.trainers.small import save_small_llama
 from tests.training import CPU
@@ -108,6 +109,16 @@ def test_whole_wrapped_and_placed_agree(checkpoint, tmp_path, arguments):
         trainer = build(checkpoint, tmp_path / "placed", **arguments)
     assert finish(trainer, tmp_path / "placed") == whole
     assert handle_of(trainer.model) is trainer.memplan
+
+
+@pytest.mark.parametrize("max_steps", [-1, 3])
+def test_the_plan_knows_how_many_steps_the_trainer_does(checkpoint, tmp_path, max_steps):
+    trainer = build(checkpoint, tmp_path, gradient_accumulation_steps=4, num_train_epochs=1.5)
+    trainer.args.max_steps = max_steps
+    plan = plan_for(trainer, vram="1GiB", ram="1GiB", hardware=CPU)
+    assert plan.workload.optimizer == trainer.args.optim
+    trainer.train()
+    assert plan.workload.steps == trainer.state.global_step == 3
 
 
 def test_under_autocast_the_prediction_is_what_is_measured(checkpoint, tmp_path):
