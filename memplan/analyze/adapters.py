@@ -130,7 +130,7 @@ def _covers_all_linear(model: nn.Module) -> bool:
     )
 
 
-def _copy_on_meta(model: nn.Module, *, buffers: bool) -> nn.Module:
+def _copy_on_meta(model: nn.Module, *, buffers: bool = False) -> nn.Module:
     """Return a copy whose parameters hold no memory, nor its buffers unless ``buffers``; what is tied stays tied."""
     memo: dict[int, Any] = {}
     for parameter in model.parameters():

@@ -14,7 +14,7 @@ from torch import nn
 from memplan.analyze.batch import Batch, base_of
 from memplan.analyze.blocks import Draft, dtype_name, head_of
 from memplan.analyze.graph import Access, Activations, Block, Fixed, FixedKind, LayerGraph, Lifetime, LifetimeKind, Rows
-from memplan.analyze.optimizers import state_bytes, workspace_bytes
+from memplan.analyze.optimizers import state_bytes, work, workspace_bytes
 from memplan.analyze.origins import CASTS
 from memplan.analyze.recorder import Recorder, Work
 from memplan.names import canonical
@@ -165,6 +165,7 @@ def complete(
     """
     trains = [(tuple(p.shape), p.element_size()) for p in trained(model, left_out)]
     workspace = workspace_bytes(optimizer, trains)
+    operators, moved_bytes = work(optimizer, trains)
     fixed: dict[FixedKind, int] = {
         "adapters": adapters_bytes(model, left_out),
         "optimizer": state_bytes(optimizer, trains),
@@ -173,6 +174,8 @@ def complete(
     }
     step = replace(
         graph.accesses[-1],
+        kernels=operators,
+        other_bytes=moved_bytes,
         transient_bytes=workspace,
         transient_recompute_bytes=workspace,
         transient_offload_bytes=workspace,

@@ -39,6 +39,10 @@ class _Optimizer:
     """Bytes of a moment for all of them."""
     tables: int = 0
     """Of ``_CODE_BYTES``, where any parameter's state is of 8 bits."""
+    operators: int = 1
+    """Run for each parameter, in a loop over them."""
+    moves: int = 8
+    """Times that those read or write a parameter's bytes."""
 
 
 # ---- what is kept ---------------------------------------------------------------------------------------------------
@@ -123,7 +127,7 @@ def _sizes(trained: _Trained) -> list[int]:
 
 # ---- all of them ----------------------------------------------------------------------------------------------------
 
-_ADAM = _Optimizer(_moments(2), _either(2, 1))
+_ADAM = _Optimizer(_moments(2), _either(2, 1), operators=9, moves=20)
 _ADAM_FUSED = _Optimizer(_moments(2), _none)
 _ADAM_32BIT = _Optimizer(_moments_32bit(2), _none)
 _ADAM_8BIT = _Optimizer(_moments_8bit(2), _none, tables=2)
@@ -137,7 +141,7 @@ _OPTIMIZERS: dict[str, _Optimizer] = {
     "adamw": _ADAM,
     "adamw_hf": _ADAM,
     "adamw_torch": _ADAM,
-    "adamw_foreach": _Optimizer(_moments(2), _copies(1)),
+    "adamw_foreach": _Optimizer(_moments(2), _copies(1), operators=9, moves=20),
     "adamw_fused": _ADAM_FUSED,
     "adamw_torch_fused": _ADAM_FUSED,
     "adamw_8bit": _ADAM_8BIT,
@@ -148,20 +152,20 @@ _OPTIMIZERS: dict[str, _Optimizer] = {
     "ademamix_8bit": _ADEMAMIX_8BIT,
     "paged_ademamix_32bit": _ADEMAMIX_32BIT,
     "paged_ademamix_8bit": _ADEMAMIX_8BIT,
-    "adafactor": _Optimizer(_factored_float32, _transformers_adafactor),
-    "adafactor_torch": _Optimizer(_factored, _torch_adafactor),
-    "adagrad": _Optimizer(_moments(1), _either(1, 2)),
-    "lion": _Optimizer(_moments(1, 0), lambda trained: _loop(2, trained)),  # of the package lion-pytorch
+    "adafactor": _Optimizer(_factored_float32, _transformers_adafactor, operators=20, moves=24),
+    "adafactor_torch": _Optimizer(_factored, _torch_adafactor, operators=16, moves=18),
+    "adagrad": _Optimizer(_moments(1), _either(1, 2), operators=5, moves=13),
+    "lion": _Optimizer(_moments(1, 0), lambda trained: _loop(2, trained), operators=6, moves=15),  # of the package lion-pytorch
     "lion_32bit": _ONE_32BIT,
     "lion_8bit": _ONE_8BIT,
     "paged_lion_32bit": _ONE_32BIT,
     "paged_lion_8bit": _ONE_8BIT,
-    "rmsprop": _Optimizer(_moments(1), _either(1, 1)),
+    "rmsprop": _Optimizer(_moments(1), _either(1, 1), operators=6, moves=15),
     "rmsprop_bnb": _ONE_32BIT,
     "rmsprop_bnb_32bit": _ONE_32BIT,
     "rmsprop_bnb_8bit": _ONE_8BIT,
-    "momentum": _Optimizer(_moments(1, 0), _none),
-    "sgd": _Optimizer(_moments(0, 0), _none),
+    "momentum": _Optimizer(_moments(1, 0), _none, operators=2, moves=6),
+    "sgd": _Optimizer(_moments(0, 0), _none, moves=3),
 }
 
 
@@ -181,3 +185,9 @@ def state_bytes(name: str, trained: Iterable[Shape]) -> int:
 def workspace_bytes(name: str, trained: Sequence[Shape]) -> int:
     """Return the bytes that are alive only within a step of the optimizer, at most."""
     return _OPTIMIZERS[name].workspace(trained) if trained else 0
+
+
+def work(name: str, trained: Sequence[Shape]) -> tuple[int, int]:
+    """Return the operators of a step in a loop over the parameters, and the bytes that they read and write, about."""
+    optimizer = _OPTIMIZERS[name]
+    return optimizer.operators * len(trained), optimizer.moves * sum(_sizes(trained))

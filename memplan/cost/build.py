@@ -12,6 +12,12 @@ if TYPE_CHECKING:
     from memplan.analyze.measure import Times
     from memplan.hardware import HardwareProfile
 
+STEP_SHARE = 0.25
+"""Of ``operator_s``, what an operator of the optimizer's takes: no module around it, no autograd. Measured on a CPU."""
+
+FOREACH = 64
+"""Tensors that one kernel of torch's foreach takes on a CUDA device, about."""
+
 FALLBACK_DTYPE = "float32"
 """Its rate stands in where a profile has none for the model's dtype."""
 
@@ -27,7 +33,12 @@ def cost_table(graph: LayerGraph, hardware: HardwareProfile, times: Times | None
     rates = hardware.matmul_flops_per_s
     flops_per_s = rates.get(graph.matmul_dtype, rates[FALLBACK_DTYPE]).value
 
-    def seconds(*, flops: int, matmul_bytes: int, other_bytes: int, kernels: int) -> float:
+    operator_s = 0.0 if hardware.operator_s is None else hardware.operator_s.value
+    runs_ahead = hardware.device != "cpu"
+
+    def seconds(
+        *, flops: int, matmul_bytes: int, other_bytes: int, kernels: int, operator_s: float = operator_s
+    ) -> float:
         return access_seconds(
             flops=flops,
             matmul_bytes=matmul_bytes,
@@ -36,8 +47,21 @@ def cost_table(graph: LayerGraph, hardware: HardwareProfile, times: Times | None
             flops_per_s=flops_per_s,
             bytes_per_s=hardware.memory_bytes_per_s.value,
             launch_s=hardware.launch_s.value,
-            operator_s=0.0 if hardware.operator_s is None else hardware.operator_s.value,
-            runs_ahead=hardware.device != "cpu",
+            operator_s=operator_s,
+            runs_ahead=runs_ahead,
+        )
+
+    def estimated(access: Access) -> float:
+        kernels, each_s = access.kernels, operator_s
+        if access.kind == "optimizer":
+            each_s *= STEP_SHARE
+            kernels = -(-kernels // FOREACH) if runs_ahead else kernels
+        return seconds(
+            flops=access.flops,
+            matmul_bytes=access.matmul_bytes,
+            other_bytes=access.other_bytes,
+            kernels=kernels,
+            operator_s=each_s,
         )
 
     def row(access: Access) -> AccessRow:
@@ -50,14 +74,7 @@ def cost_table(graph: LayerGraph, hardware: HardwareProfile, times: Times | None
             forward=access.forward,
             blocks=access.blocks,
             rows=access.rows,
-            time_s=time_s
-            if time_s is not None
-            else seconds(
-                flops=access.flops,
-                matmul_bytes=access.matmul_bytes,
-                other_bytes=access.other_bytes,
-                kernels=access.kernels,
-            ),
+            time_s=estimated(access) if time_s is None else time_s,
             recompute_s=recompute_s
             if recompute_s is not None
             else seconds(
