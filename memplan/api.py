@@ -39,6 +39,7 @@ def plan(
     adapter: Any = None,
     dtype: Any = None,
     attention: str | None = None,
+    quantization: str | None = None,
     autocast: str | None = None,
     accumulation: int = 1,
     steps: int | None = None,
@@ -61,7 +62,7 @@ def plan(
     ``vram``, ``ram``, ``disk``: bytes, or text such as ``"6GiB"``. ``vram="auto"``: what is free less a reserve;
     ``ram=None``: what is available less a reserve; ``disk=None``: no disk beyond the checkpoint's own files.
     ``adapter``: a PEFT configuration or ``{"rank": 16, "targets": "all-linear"}``, where the model has none yet.
-    ``dtype``, ``attention``: for a model built here from its configuration. ``autocast``: ``"bf16"`` or ``"fp16"``, where
+    ``dtype``, ``attention``, ``quantization`` (such as ``"nf4"``, see ``quantization.NAMES``): for a model built here from its configuration. ``autocast``: ``"bf16"`` or ``"fp16"``, where
     the forward will run under ``torch.autocast``, which saves casts of a float32 base for backward; None: as the autocast
     that this is called in, if any. ``accumulation``: passes of a step.
     ``steps``: of the whole run, for its time; or ``examples`` of an epoch and ``epochs`` (default: one), where the batch is a
@@ -97,6 +98,7 @@ def plan(
         adapter=adapter,
         dtype=dtype,
         attention=attention,
+        quantization=quantization,
         autocast=autocast,
         accumulation=accumulation,
         optimizer=optimizer,
@@ -124,6 +126,7 @@ def plan(
             adapter=adapter,
             dtype=dtype,
             attention=attention,
+            quantization=quantization,
             autocast=autocast,
             optimizer=optimizer,
             progress=progress,
@@ -213,12 +216,14 @@ def _analysis(
     adapter: Any,
     dtype: Any,
     attention: Any,
+    quantization: Any,
     **options: Any,
 ) -> tuple[Analysis, Path | None]:
     """Return what is known of a model and a batch, from before where it was kept, and where the checkpoint lies."""
     from memplan.analyze import kept
 
-    asked = {"adapter": adapter, "dtype": dtype, "attention": attention, **options}
+    described = {"adapter": adapter, "dtype": dtype, "attention": attention, "quantization": quantization}
+    asked = {**described, **options}
     key = None if loss is not None else kept.key_of(model, batch, asked)
     folder = hardware_profiles.cache_path() / "graphs"
     if key is not None and (found := kept.recall(folder, key)) is not None:
@@ -228,7 +233,6 @@ def _analysis(
     from memplan.analyze.extend import NotPeriodicError
     from memplan.analyze.trace import analyze
 
-    described: dict[str, Any] = {"adapter": adapter, "dtype": dtype, "attention": attention}
     prepared = prepare(model, **described, short=True)
     options |= {"loss": loss, "name": prepared.name, "short": prepared.short}
     try:
@@ -255,6 +259,7 @@ def _times(
     adapter: Any,
     dtype: Any,
     attention: Any,
+    quantization: Any,
     **options: Any,
 ) -> Times:
     """Return the times of the graph's accesses on this machine. Raises InputError where ``profile`` is of another."""
@@ -266,7 +271,9 @@ def _times(
     from memplan.analyze.adapters import prepare
     from memplan.analyze.measure import measure
 
-    prepared = prepare(model, adapter=adapter, dtype=dtype, attention=attention, buffers=True)
+    prepared = prepare(
+        model, adapter=adapter, dtype=dtype, attention=attention, quantization=quantization, buffers=True
+    )
     return measure(
         prepared.model,
         batch,

@@ -98,6 +98,7 @@ def group() -> None:
 @click.option("--lora-rank", metavar="N", type=_COUNT, default=16, show_default=True, help="Rank of the adapter.")
 @click.option("--lora-targets", metavar="NAMES", default="all-linear", show_default=True, help="Such as q_proj,v_proj.")
 @click.option("--dtype", metavar="NAME", default="bf16", show_default=True, help="Of the frozen weights.")
+@click.option("--quantization", metavar="NAME", help="Of the frozen weights: nf4, int8, gptq, torchao-int8 ...")
 @click.option("--attention", metavar="NAME", help="Attention kernel.  [default: the model's own]")
 @click.option("--autocast", type=click.Choice(["bf16", "fp16"]), help="Where the forward runs under autocast.")
 @click.option(
@@ -130,6 +131,7 @@ def plan(
     lora_rank: int,
     lora_targets: str,
     dtype: str,
+    quantization: str | None,
     attention: str | None,
     autocast: str | None,
     optimizer: str,
@@ -164,7 +166,7 @@ def plan(
     from memplan.analyze import kept
 
     kept.ours = True
-    if context["own_process"] and models.is_plain(model):
+    if context["own_process"] and quantization is None and models.is_plain(model):
         _leave_out(_QUANTIZERS)
     gc.disable()  # a sixth of the time, and little is left to collect
     from memplan.show.listing import progress
@@ -179,6 +181,7 @@ def plan(
             adapter={"rank": lora_rank, "targets": "all-linear" if targets == ["all-linear"] else targets},
             dtype=dtype,
             attention=attention,
+            quantization=quantization,
             autocast=autocast,
             accumulation=accumulation,
             steps=steps,

@@ -19,7 +19,8 @@ import torch
 from torch import nn
 
 from memplan import models
-from memplan.errors import InputError, ModelError
+from memplan import quantization as quantizing
+from memplan.errors import InputError, MemplanError, ModelError
 
 ALL_LINEAR = "all-linear"
 MOST_MODULES = 4096
@@ -50,13 +51,16 @@ class Skeleton(NamedTuple):
 # ---- configurations ----------------------------------------------------------------------------------------------------
 
 
-def from_configuration(given: Any, dtype: Any, attention: str | None, *, buffers: bool = False) -> Skeleton:
+def from_configuration(
+    given: Any, dtype: Any, attention: str | None, *, buffers: bool = False, quantization: str | None = None
+) -> Skeleton:
     """Return the model of a transformers configuration, of a directory with ``config.json``, or of a name, on ``meta``.
 
     A name is one of ``memplan/models.json``, which needs no network, or of a model on the hub, of which the configuration
     alone is fetched.
 
     ``buffers``: have its buffers hold their values all the same (rotary frequencies are in no checkpoint).
+    ``quantization``: one of ``quantization.NAMES``; None: as the configuration says.
     The dtype is the configuration's where none is given; parameters that transformers keeps in float32 are so here.
 
     Raises InputError for anything that cannot be used, ModelError for a model that cannot be built.
@@ -80,11 +84,14 @@ def from_configuration(given: Any, dtype: Any, attention: str | None, *, buffers
             f"the model is a {type(given).__name__}: give an nn.Module, a transformers configuration, a directory with a "
             "config.json, or a model's name"
         )
-    if getattr(config, "quantization_config", None) is not None:
-        raise ModelError(
-            f"{name or type(config).__name__} is quantized: quantized weights cannot be analyzed yet. "
-            "Give the configuration of the model without quantization"
+    said = getattr(config, "quantization_config", None)
+    if said is not None and quantization is not None:
+        raise InputError(
+            f"{name or type(config).__name__} is quantized by its configuration: leave quantization={quantization!r} out"
         )
+    how = None if said is None and quantization is None else _quantization(said, quantization)
+    if said is not None:
+        del config.quantization_config  # else transformers would have its own way, which asks for a GPU
     _refuse_endless(config, name)
     options: dict[str, Any] = {"dtype": _dtype(dtype if dtype is not None else getattr(config, "dtype", None))}
     if attention is not None:
@@ -97,9 +104,17 @@ def from_configuration(given: Any, dtype: Any, attention: str | None, *, buffers
             tied: Any = model
             tied.tie_weights()
         keep_in_float32(model, options["dtype"])
+        if how is not None:
+            quantizing.quantize(model, how)
+    except MemplanError:
+        raise
     except Exception as error:
         raise ModelError(f"transformers cannot build a {type(config).__name__} model: {_reason(error)}") from error
     return Skeleton(model, name or type(model).__name__, folder)
+
+
+def _quantization(said: Any, given: str | None) -> quantizing.Quantization:
+    return quantizing.by_name(given) if given is not None else quantizing.of_configuration(said)
 
 
 def _refuse_endless(config: Any, name: str) -> None:

@@ -52,7 +52,7 @@ def refuse(monkeypatch: pytest.MonkeyPatch, error: BaseException) -> None:
 def test_plan_hands_on_what_was_asked(calls: list[Any], capsys: pytest.CaptureFixture[str], solved: Plan) -> None:
     arguments = (
         "plan ./model --vram 6GiB --ram 24GiB --disk 100GB --lora-rank 8 --lora-targets q_proj,v_proj --batch 4 "
-        "--seq 1024 --accumulation 2 --examples 100 --epochs 3 --dtype fp32 --attention eager --autocast fp16 --optimizer sgd "
+        "--seq 1024 --quantization nf4 --accumulation 2 --examples 100 --epochs 3 --dtype fp32 --attention eager --autocast fp16 --optimizer sgd "
         "--hardware rtx-3060 "
         "--pin model.layers.3=device --pin lm_head=host --activations offload"
     )
@@ -67,6 +67,7 @@ def test_plan_hands_on_what_was_asked(calls: list[Any], capsys: pytest.CaptureFi
                 "adapter": {"rank": 8, "targets": ["q_proj", "v_proj"]},
                 "dtype": "fp32",
                 "attention": "eager",
+                "quantization": "nf4",
                 "autocast": "fp16",
                 "accumulation": 2,
                 "steps": None,

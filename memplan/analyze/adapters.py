@@ -46,21 +46,22 @@ def prepare(
     adapter: Any = None,
     dtype: Any = None,
     attention: str | None = None,
+    quantization: str | None = None,
     buffers: bool = False,
     short: bool = False,
 ) -> Prepared:
     """Return a traceable model of what the user gave: a module, a transformers configuration, or a directory.
 
     ``adapter``: a PEFT configuration, or ``{"rank": 16, "targets": "all-linear", "alpha": 32}``; None where the model
-    has its trainables. ``dtype`` and ``attention`` are for a model that is built here; ``buffers``: have its buffers hold their values.
+    has its trainables. ``dtype``, ``attention`` and ``quantization`` are for a model that is built here; ``buffers``: have its buffers hold their values.
     ``short``: leave out layers that are like others of models that are known, before the adapter is added, see ``repeats.py``.
 
     Raises InputError for anything that cannot be used, ModelError for a model that cannot be placed.
     """
     if isinstance(model, nn.Module):
-        if dtype is not None or attention is not None:
+        if dtype is not None or attention is not None or quantization is not None:
             raise InputError(
-                "dtype and attention were given with a model that is built already: give them with a configuration, "
+                "dtype, attention or quantization was given with a model that is built already: give them with a configuration, "
                 "or build the model with them"
             )
         refuse_moved(model)
@@ -72,7 +73,7 @@ def prepare(
             folder=Path(folder) if folder and Path(folder).is_dir() else None,
         )
     else:
-        skeleton = from_configuration(model, dtype, attention, buffers=buffers)
+        skeleton = from_configuration(model, dtype, attention, buffers=buffers, quantization=quantization)
         may = may_be_short(skeleton.model.config)
         runs = find_runs(skeleton.model) if short and may and _is_alike_everywhere(adapter) else ()
         if runs:

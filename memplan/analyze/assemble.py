@@ -11,10 +11,11 @@ from typing import TYPE_CHECKING, Literal
 from msgspec.structs import replace
 from torch import nn
 
+from memplan import quantization
 from memplan.analyze.batch import Batch, base_of
 from memplan.analyze.blocks import Draft, dtype_name, head_of
 from memplan.analyze.graph import Access, Activations, Block, Fixed, FixedKind, LayerGraph, Lifetime, LifetimeKind, Rows
-from memplan.analyze.optimizers import state_bytes, work, workspace_bytes
+from memplan.analyze.optimizers import state_bytes, step_work, workspace_bytes
 from memplan.analyze.origins import CASTS
 from memplan.analyze.recorder import Recorder, Work
 from memplan.names import canonical
@@ -165,7 +166,7 @@ def complete(
     """
     trains = [(tuple(p.shape), p.element_size()) for p in trained(model, left_out)]
     workspace = workspace_bytes(optimizer, trains)
-    operators, moved_bytes = work(optimizer, trains)
+    operators, moved_bytes = step_work(optimizer, trains)
     fixed: dict[FixedKind, int] = {
         "adapters": adapters_bytes(model, left_out),
         "optimizer": state_bytes(optimizer, trains),
@@ -328,6 +329,7 @@ def _notes(model: nn.Module, blocks: Sequence[Block], kept: Traced, ran_again: i
             f"Its {experts} experts are loaded only where they are chosen: the plan counts with every one that an even "
             "routing calls, so its loads are about the most there can be."
         )
+    found += quantization.notes(model)
     assumed = sorted(kept.recorder.values.assumed)
     if assumed:
         found.append(

@@ -155,7 +155,9 @@ _OPTIMIZERS: dict[str, _Optimizer] = {
     "adafactor": _Optimizer(_factored_float32, _transformers_adafactor, operators=20, moves=24),
     "adafactor_torch": _Optimizer(_factored, _torch_adafactor, operators=16, moves=18),
     "adagrad": _Optimizer(_moments(1), _either(1, 2), operators=5, moves=13),
-    "lion": _Optimizer(_moments(1, 0), lambda trained: _loop(2, trained), operators=6, moves=15),  # of the package lion-pytorch
+    "lion": _Optimizer(
+        _moments(1, 0), lambda trained: _loop(2, trained), operators=6, moves=15
+    ),  # of the package lion-pytorch
     "lion_32bit": _ONE_32BIT,
     "lion_8bit": _ONE_8BIT,
     "paged_lion_32bit": _ONE_32BIT,
@@ -187,7 +189,7 @@ def workspace_bytes(name: str, trained: Sequence[Shape]) -> int:
     return _OPTIMIZERS[name].workspace(trained) if trained else 0
 
 
-def work(name: str, trained: Sequence[Shape]) -> tuple[int, int]:
+def step_work(name: str, trained: Sequence[Shape]) -> tuple[int, int]:
     """Return the operators of a step in a loop over the parameters, and the bytes that they read and write, about."""
     optimizer = _OPTIMIZERS[name]
     return optimizer.operators * len(trained), optimizer.moves * sum(_sizes(trained))

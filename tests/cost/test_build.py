@@ -70,11 +70,16 @@ def graph(dtype="float32"):
 
 
 def test_a_roofline():
-    common = {"flops_per_s": RATE, "bytes_per_s": BANDWIDTH, "launch_s": LAUNCH}
+    common = {"flops_per_s": RATE, "bytes_per_s": BANDWIDTH, "launch_s": LAUNCH, "operator_s": 0.0, "runs_ahead": True}
     bound_by_flops = access_seconds(flops=10**12, matmul_bytes=1, other_bytes=0, kernels=0, **common)
     bound_by_memory = access_seconds(flops=1, matmul_bytes=10**11, other_bytes=0, kernels=0, **common)
     small = access_seconds(flops=0, matmul_bytes=0, other_bytes=10**11, kernels=10**6, **common)
     assert (bound_by_flops, bound_by_memory, small) == pytest.approx((1.0, 1.0, 2.0))
+    busy = {"flops": 10**12, "matmul_bytes": 1, "other_bytes": 0, "kernels": 10**6}
+    common["operator_s"] = 5 * LAUNCH  # of the host
+    assert access_seconds(**busy, **common) == pytest.approx(max(1 + 10**6 * LAUNCH, 5 * 10**6 * LAUNCH))
+    common["runs_ahead"] = False
+    assert access_seconds(**busy, **common) == pytest.approx(1 + 5 * 10**6 * LAUNCH)
 
 
 def test_rows():
