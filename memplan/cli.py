@@ -84,7 +84,7 @@ def group() -> None:
 @_RAM
 @_DISK
 @click.option("--batch", metavar="N", type=_COUNT, default=1, show_default=True, help="Sequences of a micro-batch.")
-@click.option("--seq", metavar="N", type=_COUNT, default=512, show_default=True, help="Tokens of a sequence.")
+@click.option("--seq", metavar="N", type=_COUNT, help="Tokens of a sequence.  [default: 512 where it reads text]")
 @click.option("--accumulation", metavar="N", type=_COUNT, default=1, show_default=True, help="Micro-batches of a step.")
 @click.option("--lora-rank", metavar="N", type=_COUNT, default=16, show_default=True, help="Rank of the adapter.")
 @click.option("--lora-targets", metavar="NAMES", default="all-linear", show_default=True, help="Such as q_proj,v_proj.")
@@ -106,7 +106,7 @@ def plan(
     ram: str | None,
     disk: str | None,
     batch: int,
-    seq: int,
+    seq: int | None,
     accumulation: int,
     lora_rank: int,
     lora_targets: str,
@@ -147,7 +147,7 @@ def plan(
     with progress("Measuring") if measure else nullcontext() as tell:
         made = api.plan(
             model,
-            (batch, seq),
+            (batch,) if seq is None else (batch, seq),
             vram=vram_given,
             ram=ram_given,
             disk=disk_given,
