@@ -26,10 +26,10 @@ def _time() -> torch.Tensor:
     return torch.tensor([1.0, 3.0])
 
 
-def _packed(channels: int, width: int, **more: object) -> dict[str, object]:
+def _packed(channels: int, text: int, **more: object) -> dict[str, object]:
     """Latents as a sequence of patches, beside a text."""
     return {
-        "hidden_states": _floats(16, channels), "encoder_hidden_states": _floats(TEXT, width), "timestep": _time(), **more,
+        "hidden_states": _floats(16, channels), "encoder_hidden_states": _floats(TEXT, text), "timestep": _time(), **more,
     }  # fmt: skip
 
 
@@ -69,7 +69,7 @@ _TYPES: dict[str, tuple[dict[str, object], object]] = {
         lambda: _latent(4, SIDE, SIDE, original_size=_floats(2), target_size=_floats(2), crop_coords=_floats(2)),
     ),
     "ControlNetModel": (
-        {**_UNET, **_CROSS, "sample_size": None, "conditioning_embedding_out_channels": (16, 32)},
+        {**{name: value for name, value in _UNET.items() if name != "sample_size"}, **_CROSS, "conditioning_embedding_out_channels": (16, 32)},
         lambda: {"sample": _floats(4, SIDE, SIDE), "timestep": _steps(), "encoder_hidden_states": _floats(TEXT, 32),
                  "controlnet_cond": _floats(3, 2 * SIDE, 2 * SIDE)},
     ),
@@ -98,7 +98,7 @@ _TYPES: dict[str, tuple[dict[str, object], object]] = {
     "HunyuanImageTransformer2DModel": (
         {**_HEADS, "in_channels": 4, "out_channels": 4, "num_layers": 3, "num_single_layers": 3, "text_embed_dim": 32,
          "num_refiner_layers": 1, "rope_axes_dim": (8, 8)},
-        lambda: _latent(4, SIDE, SIDE, encoder_attention_mask=_ones(TEXT), timestep=_steps()),
+        lambda: _latent(4, SIDE, SIDE, encoder_attention_mask=_ones(TEXT)),
     ),
     "HunyuanVideoTransformer3DModel": (
         {**_HEADS, "in_channels": 4, "out_channels": 4, "num_layers": 3, "num_single_layers": 3,

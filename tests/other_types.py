@@ -37,8 +37,12 @@ KINDS = (
     *(f"{group}/{kind}" for group, names in _GROUPS.items() for kind in sorted(names)),
     *(f"diffusion/{name}" for name in diffusion_types.NAMES),
 )
-_SETTINGS: dict[str, dict[str, object]] = json.loads(Path(__file__).with_suffix(".json").read_text())["settings"]
+_FILE = json.loads(Path(__file__).with_suffix(".json").read_text())
+_SETTINGS: dict[str, dict[str, object]] = _FILE["settings"]
 """What a kind needs beside the shrinking that all get; ``a.b`` is setting b of the configuration a."""
+NOT_BUILT: dict[str, str] = _FILE["not built"]
+"""Kinds that need more of their configuration or batch than a test of all at once can know, or a package that is not here."""
+LEAST = 150
 
 _SMALL_LISTS = ("depths", "layers", "num_blocks", "encoder_depths")
 _MORE = (
@@ -86,7 +90,8 @@ def loss_of(output) -> torch.Tensor:
 def adapted(base: nn.Module) -> nn.Module:
     """Return the model with a LoRA adapter on its linear layers, else on its convolutions, else with some biases trained."""
     base.requires_grad_(False)
-    for kinds in (("Linear", "Conv1D"), ("Conv2d",)):
+    without = type(base).__name__.startswith("MobileNet")  # it reads its convolutions' own settings
+    for kinds in () if without else (("Linear", "Conv1D"), ("Conv2d",)):
         targets = [name for name, module in base.named_modules() if _adaptable(name, module, kinds)]
         if not targets:
             continue
@@ -159,6 +164,11 @@ def shrink(config) -> None:
             causal_types._put(config, name, type(value)(min(v, 2) for v in value))
         elif isinstance(value, (list, tuple)) and deep and len(value) == deep and deep > LAYERS:
             causal_types._put(config, name, causal_types._spread(value, LAYERS))
+    head = getattr(config, "head_dim", None) or 16
+    for rope in (getattr(config, "rope_parameters", None), getattr(config, "rope_scaling", None)):
+        wants = config.model_type.startswith(("qwen2_vl", "qwen2_5", "glm", "paddleocr"))  # and it is not always said
+        if isinstance(rope, dict) and ("mrope_section" in rope or wants):
+            rope["mrope_section"] = [head // 2 - 2 * (head // 6), head // 6, head // 6]
     for name in ("apply_spec_augment", "use_cache"):
         if hasattr(config, name):
             causal_types._put(config, name, False)
@@ -174,6 +184,11 @@ def _build(group: str, name: str) -> nn.Module:
     made = _GROUPS[group][name]
     cls = getattr(transformers, made if isinstance(made, str) else made[0])
     config = config_of(group, name)
+    for names in ("decoder_start_token_id", "pad_token_id", "vision_start_token_id"):
+        if getattr(config, names, None) is None:
+            causal_types._put(config, names, 0)
+    if hasattr(config, "vocab_size") and group == "ctc" and config.vocab_size is None:
+        config.vocab_size = 32
     return cls._from_config(config, dtype=torch.float32)
 
 

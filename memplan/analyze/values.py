@@ -171,7 +171,9 @@ def _may_matter(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> boo
     if any(isinstance(a, (torch.Tensor, list, tuple)) for a in args):
         return True
     dtype = kwargs.get("dtype")
-    return dtype is not None and not dtype.is_floating_point
+    if dtype is None:
+        return func._overloadpacket is _aten.arange and all(type(a) is int for a in args)
+    return not dtype.is_floating_point
 
 
 def _depends(func: Any, args: tuple[Any, ...]) -> bool:
