@@ -90,7 +90,7 @@ def group() -> None:
 @_RAM
 @_DISK
 @click.option("--batch", metavar="N", type=_COUNT, default=1, show_default=True, help="Sequences of a micro-batch.")
-@click.option("--seq", metavar="N", type=_COUNT, default=512, show_default=True, help="Tokens of a sequence.")
+@click.option("--seq", metavar="N", type=_COUNT, help="Tokens of a sequence.  [default: 512 where it reads text]")
 @click.option("--accumulation", metavar="N", type=_COUNT, default=1, show_default=True, help="Micro-batches of a step.")
 @click.option("--steps", metavar="N", type=_COUNT, help="Of the whole run, for its time.")
 @click.option("--examples", metavar="N", type=_COUNT, help="Of an epoch, to count the steps from.")
@@ -123,7 +123,7 @@ def plan(
     ram: str | None,
     disk: str | None,
     batch: int,
-    seq: int,
+    seq: int | None,
     accumulation: int,
     steps: int | None,
     examples: int | None,
@@ -174,7 +174,7 @@ def plan(
     with progress("Measuring") if measure else nullcontext() as tell:
         made = api.plan(
             model,
-            (batch, seq),
+            (batch,) if seq is None else (batch, seq),
             vram=vram_given,
             ram=ram_given,
             disk=disk_given,

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import json
 import os
 import re
 import warnings
@@ -74,6 +75,8 @@ def from_configuration(
         ) from error
     folder: Path | None = None
     if isinstance(given, (str, Path)):
+        if (of_diffusers := _of_diffusers(given, dtype, attention, quantization)) is not None:
+            return of_diffusers
         config, name, folder = _named(transformers, given)
     elif isinstance(given, transformers.PretrainedConfig):
         config, name = copy.deepcopy(given), ""
@@ -126,6 +129,54 @@ def _refuse_endless(config: Any, name: str) -> None:
                     f"{name or type(config).__name__} has {key} = {value}: more than {MOST_MODULES} are not built; mend the "
                     "configuration"
                 )
+
+
+def _of_diffusers(given: str | Path, dtype: Any, attention: str | None, quantization: str | None) -> Skeleton | None:
+    """Return the model of a directory of diffusers', by the class of diffusers that it names; None for another's."""
+    folder = models.folder_of(given)
+    if folder is None:
+        return None
+    try:
+        settings = json.loads((folder / "config.json").read_text())
+    except (OSError, ValueError):
+        return None  # said where transformers reads it
+    name = settings.get("_class_name") if isinstance(settings, dict) else None
+    if name is None:
+        return None
+    try:
+        import diffusers
+    except ImportError as error:
+        raise InputError(
+            f"{folder} holds a model of diffusers, which is not installed: pip install 'memplan[diffusers]', or give the "
+            "nn.Module"
+        ) from error
+    if attention is not None or quantization is not None:
+        raise InputError(f"attention or quantization was given with {name}: leave both out for models of diffusers")
+    known: Any = getattr(diffusers, name, None) if isinstance(name, str) and name.isidentifier() else None
+    if not (inspect.isclass(known) and issubclass(known, diffusers.ModelMixin)):
+        raise ModelError(f"{folder / 'config.json'} names the class {name!r}, which is no model of this diffusers")
+    try:
+        model = diffusers_model(known, settings, None if dtype is None else _dtype(dtype))
+    except Exception as error:
+        raise ModelError(f"diffusers cannot build a {name}: {_reason(error)}") from error
+    return Skeleton(model.train(), folder.resolve().name, folder)
+
+
+def diffusers_model(cls: Any, config: Any, dtype: torch.dtype | None, **options: Any) -> Any:
+    """Return a model of a class of diffusers, its parameters on ``meta``, of the dtypes that ``from_pretrained`` loads."""
+    with torch.random.fork_rng(devices=[]), _on_meta(True):  # they make buffers with NumPy
+        before = torch.get_default_dtype()
+        torch.set_default_dtype(dtype or before)
+        try:
+            model = cls.from_config(config, **options)
+        finally:
+            torch.set_default_dtype(before)
+    kept = cls._keep_in_fp32_modules or []
+    for path, tensor in model.state_dict(keep_vars=True).items() if dtype is not None else ():
+        if tensor.is_floating_point():
+            full = bool(set([kept] if isinstance(kept, str) else kept) & set(path.split(".")))
+            tensor.data = tensor.data.to(torch.float32 if full else dtype)
+    return model
 
 
 def _on_meta(buffers: bool) -> AbstractContextManager[Any]:
@@ -203,22 +254,52 @@ def _reason(error: Exception) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
+_LANGUAGE = ("AutoModelForSeq2SeqLM", "AutoModelForMaskedLM", "AutoModelForCausalLM")
+_OTHERS = (
+    "AutoModelForImageTextToText",
+    "AutoModelForImageClassification",
+    "AutoModelForSpeechSeq2Seq",
+    "AutoModelForCTC",
+    "AutoModelForAudioClassification",
+)
+
+
 def _builder(transformers: Any, config: Any) -> Any:
-    """Return what makes a model of a configuration: the class that it is known for in training."""
-    automatic = transformers.AutoModelForCausalLM
-    if getattr(config, "is_encoder_decoder", False):
-        automatic = transformers.AutoModelForSeq2SeqLM
-    if type(config) in automatic._model_mapping:
-        return lambda config, options: automatic.from_config(config, **options)
+    """Return what makes a model of a configuration.
+
+    The class that it names, unless that is a language model without its head; else the first automatic class that knows it.
+    """
+
+    def automatic(names: tuple[str, ...]) -> Any:
+        for name in names:
+            if name == "AutoModelForSeq2SeqLM" and not getattr(config, "is_encoder_decoder", False):
+                continue
+            if name == "AutoModelForMaskedLM" and getattr(config, "is_decoder", False):
+                continue
+            found: Any = getattr(transformers, name)
+            if type(config) in found._model_mapping:
+                return found.from_config
+        return None
+
+    named: Any = None
     for name in getattr(config, "architectures", None) or ():
-        named: Any = getattr(transformers, name, None)
-        if inspect.isclass(named) and issubclass(named, transformers.PreTrainedModel):
-            make: Any = named
-            return lambda config, options: make._from_config(config, **options)
-    raise ModelError(
-        f"transformers has no language model for {type(config).__name__}, and its architectures name no class of "
-        "transformers: give the nn.Module"
+        found: Any = getattr(transformers, name, None)
+        if inspect.isclass(found) and issubclass(found, transformers.PreTrainedModel):
+            named = found
+            break
+    headless = (
+        type(config) in transformers.AutoModel._model_mapping
+        and named is not None
+        and (named is transformers.AutoModel._model_mapping[type(config)])
     )
+    build = None if named is None or headless else named._from_config
+    build = build or automatic(_LANGUAGE) or (named._from_config if named is not None else automatic(_OTHERS))
+    if build is None:
+        raise ModelError(
+            f"transformers has no model of language, images or sound for {type(config).__name__}, and its architectures "
+            "name no class of transformers: give the nn.Module"
+        )
+    return lambda config, options: build(config, **options)
 
 
 def _dtype(given: Any) -> torch.dtype:

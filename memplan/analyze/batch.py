@@ -12,8 +12,14 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from memplan.analyze.fake import fake_of
+from memplan.analyze.inputs import SOUNDS, image, sound
 from memplan.errors import InputError
 from memplan.triggers import tensors_in
+
+_TOKENS = 512
+"""Tokens of a sequence of which no length is given."""
+_SOUND_OF_A_TOKEN = 1000
+"""Samples, or frames, of sound that a token stands for where labels are made: fewer than any model makes positions of."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -76,8 +82,9 @@ class Batch:
 def batch_for(model: nn.Module, given: object) -> Batch:
     """Return the call that ``given`` stands for.
 
-    A mapping is given as keywords; a tensor, tuple or list as positions; a (batch, sequence) pair of whole numbers
-    makes the tensors that a language model is trained on. Raises InputError for anything else.
+    A mapping is given as keywords; a tensor, tuple or list as positions. Whole numbers make the tensors that a model of
+    transformers is trained on: (batch, sequence) tokens, (batch,) images of the configured size, (batch, length) sound,
+    where the length is not configured. Raises InputError for anything else.
     """
     if is_shape(given):
         return _from_shape(model, *given)  # type: ignore[misc]
@@ -110,44 +117,105 @@ def random_tokens(model: nn.Module, call: Batch) -> Batch:
 
 
 def is_shape(given: object) -> bool:
-    """Whether a batch is given as (batch, sequence)."""
+    """Whether a batch is given as (batch, sequence) or (batch,)."""
     return (
         isinstance(given, (tuple, list))
-        and len(given) == 2
+        and len(given) in (1, 2)
         and all(isinstance(size, int) and not isinstance(size, bool) for size in given)
     )
 
 
-def _from_shape(model: nn.Module, batch: int, sequence: int) -> Batch:
-    if batch < 1 or sequence < 1:
-        raise InputError(f"the batch was given as ({batch}, {sequence}): both must be at least 1")
+def _from_shape(model: nn.Module, batch: int, length: int | None = None) -> Batch:
+    if batch < 1 or (length is not None and length < 1):
+        given = f"({batch},)" if length is None else f"({batch}, {length})"
+        raise InputError(f"the batch was given as {given}: each number must be at least 1")
     base = base_of(model)
     takes = inspect.signature(base.forward).parameters
-    if getattr(base, "config", None) is None or "input_ids" not in takes:
+    main = getattr(base, "main_input_name", "input_ids")
+    if getattr(base, "config", None) is None or not {"input_ids", main} & {*takes}:
         raise InputError(
-            f"the batch was given as a shape, but {type(base).__name__} takes no input_ids: give a mapping of tensors"
+            f"the batch was given as a shape, but {type(base).__name__} takes no input_ids, images or sound that a "
+            "configuration of transformers describes: give a mapping of tensors"
         )
-    named = getattr(base.config, "max_position_embeddings", None)
-    limit = named if isinstance(named, int) else 0
-    # Rotary positions go on beyond it; a table of learned ones (with a few rows more in OPT and BERT's kin) does not.
-    learned = limit > 0 and any(
-        isinstance(module, nn.Embedding) and limit <= module.num_embeddings < limit + 4
-        for name, module in base.named_modules()
-        if "position" in name or name.endswith("wpe")
-    )
-    if learned and sequence > limit:
-        raise InputError(
-            f"the batch was given as ({batch}, {sequence}), but {type(base).__name__} knows {limit} positions: give "
-            "shorter sequences, or a configuration with more (max_position_embeddings)"
-        )
-    ids = torch.zeros(batch, sequence, dtype=torch.long)
+    if main in takes and main in SOUNDS:
+        return _of_sound(base, takes, batch, length)
+    if main in takes and main == "pixel_values" and "input_ids" not in takes:
+        return _of_images(base, takes, batch, length)
+    length = _tokens(base, batch, length)
+    ids = torch.zeros(batch, length, dtype=torch.long)
     kwargs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     if "labels" in takes:
-        per_sample = type(base).__name__.endswith(("ForSequenceClassification", "ForMultipleChoice"))
-        kwargs["labels"] = torch.zeros(batch, dtype=torch.long) if per_sample else torch.zeros_like(ids)
+        kwargs["labels"] = torch.zeros(batch, dtype=torch.long) if _labels_samples(base) else torch.zeros_like(ids)
     elif "decoder_input_ids" in takes:
         kwargs["decoder_input_ids"] = torch.zeros_like(ids)
     return Batch(args=(), kwargs=kwargs)
+
+
+def _of_images(base: nn.Module, takes: Mapping[str, Any], batch: int, length: int | None) -> Batch:
+    kwargs = {"pixel_values": image(base, batch)}
+    if "decoder_input_ids" in takes:
+        kwargs["labels"] = torch.zeros(batch, _tokens(base, batch, length), dtype=torch.long)
+    elif length is not None:
+        raise InputError(
+            f"the batch was given as ({batch}, {length}), but {type(base).__name__} takes images of the size in its "
+            f"configuration, and no sequence: give ({batch},)"
+        )
+    elif "labels" in takes and _labels_samples(base):
+        kwargs["labels"] = torch.zeros(batch, dtype=torch.long)
+    return Batch(args=(), kwargs=kwargs)
+
+
+def _of_sound(base: nn.Module, takes: Mapping[str, Any], batch: int, length: int | None) -> Batch:
+    name, made, used = sound(base, batch, length)
+    kwargs = {name: made}
+    if "labels" in takes and _labels_samples(base):
+        kwargs["labels"] = torch.zeros(batch, dtype=torch.long)
+    elif "labels" in takes:
+        tokens = max(1, made.shape[1] // _SOUND_OF_A_TOKEN) if used else _tokens(base, batch, length)
+        kwargs["labels"] = torch.zeros(batch, tokens, dtype=torch.long)
+    return Batch(args=(), kwargs=kwargs)
+
+
+def _labels_samples(base: nn.Module) -> bool:
+    """Whether a model has one label a sample."""
+    heads = ("SequenceClassification", "MultipleChoice", "ImageClassification", "AudioClassification")
+    return type(base).__name__.endswith(tuple(f"For{head}" for head in heads))
+
+
+def _tokens(base: nn.Module, batch: int, length: int | None) -> int:
+    """Return the length of a sequence of tokens: as given, else 512 or as many as the model has positions."""
+    limit = _positions(base)
+    if length is None:
+        return min(_TOKENS, limit or _TOKENS)
+    if limit and length > limit:
+        raise InputError(
+            f"the batch was given as ({batch}, {length}), but {type(base).__name__} knows {limit} positions: give "
+            "shorter sequences, or a configuration with more (max_position_embeddings)"
+        )
+    return length
+
+
+def _positions(base: nn.Module) -> int:
+    """Return how many positions a model has learned, or 0 where it goes on beyond any.
+
+    Rotary positions go on; a table of learned ones does not. Some have a few rows more (OPT, BART), and some count from
+    the row after that of the padding (RoBERTa).
+    """
+    config: Any = base.config
+    texts = getattr(config, "get_text_config", None)
+    named = {
+        getattr(holder, name, None)
+        for holder in (config, texts() if callable(texts) else config)
+        for name in ("max_position_embeddings", "max_target_positions")
+    }
+    limits = [
+        min(limit, module.num_embeddings - 1 - module.padding_idx) if module.padding_idx is not None else limit
+        for name, module in base.named_modules()
+        if isinstance(module, nn.Embedding) and ("position" in name or name.endswith("wpe"))
+        for limit in named
+        if isinstance(limit, int) and limit <= module.num_embeddings < limit + 4
+    ]
+    return max(0, min(limits, default=0))
 
 
 def base_of(model: nn.Module) -> nn.Module:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import random
 import sys
 from collections.abc import Callable, Iterator
 from functools import partial
+from types import FunctionType
 from typing import Any
 
 import torch
@@ -88,6 +90,62 @@ def eager_transformers() -> Iterator[None]:
         yield
     finally:
         utils.is_fake_tensor = asked
+
+
+@contextlib.contextmanager
+def numbers_in_lists() -> Iterator[None]:
+    """Have ``torch.tensor`` take lists of fake tensors, as it takes lists of real ones: positions are gathered so."""
+    made = torch.tensor
+
+    def plain(data: Any) -> Any:
+        if isinstance(data, (list, tuple)):
+            return [plain(part) for part in data]
+        return data.tolist() if isinstance(data, FakeTensor) else data
+
+    def tensor(data: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
+        return made(plain(data) if isinstance(data, (list, tuple)) else data, *args, **kwargs)
+
+    torch.tensor = tensor
+    try:
+        yield
+    finally:
+        torch.tensor = made
+
+
+@contextlib.contextmanager
+def caches_empty(model: nn.Module) -> Iterator[None]:
+    """Have what a model's classes and functions keep in a ``functools.lru_cache`` forgotten before and after.
+
+    Else a trace would find real tensors there, and leave fake ones for the next forward.
+    """
+    caches = _caches_of(model)
+    try:
+        for cache in caches:
+            cache.cache_clear()
+        yield
+    finally:
+        for cache in caches:
+            cache.cache_clear()
+
+
+def _caches_of(model: nn.Module) -> list[Any]:
+    kinds = {
+        kind
+        for module in model.modules()
+        for holder in (module, *vars(module).values())
+        for kind in type(holder).__mro__
+        if kind.__module__.partition(".")[0] not in ("builtins", "torch", "typing", "collections")
+    }
+    held = [value for kind in kinds for value in vars(kind).values()]
+    for name in {kind.__module__ for kind in kinds}:
+        held += vars(sys.modules[name]).values() if name in sys.modules else ()
+    found = {}
+    for value in held:
+        cells = getattr(value, "__closure__", None) or () if isinstance(value, FunctionType) else ()
+        for cache in (value, *(getattr(cell, "cell_contents", None) for cell in cells)):
+            if isinstance(cache, functools._lru_cache_wrapper):
+                found[id(cache)] = cache
+    return list(found.values())
 
 
 @contextlib.contextmanager

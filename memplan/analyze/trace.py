@@ -25,7 +25,14 @@ from memplan.analyze.batch import Batch, base_of, batch_for
 from memplan.analyze.blocks import Draft, Unit, check_model, draft_blocks, find_units
 from memplan.analyze.experts import pinned_layers, routed_layers
 from memplan.analyze.extend import NotPeriodicError, extended, times, whole_names, with_gradients
-from memplan.analyze.fake import eager_transformers, faked, numbers_in_text, random_states_kept
+from memplan.analyze.fake import (
+    caches_empty,
+    eager_transformers,
+    faked,
+    numbers_in_lists,
+    numbers_in_text,
+    random_states_kept,
+)
 from memplan.analyze.graph import Activations, LayerGraph, LifetimeKind
 from memplan.analyze.offloads import Offloads
 from memplan.analyze.optimizers import check_optimizer
@@ -238,6 +245,8 @@ def _trace(
         undo.enter_context(random_states_kept())
         undo.enter_context(eager_transformers())
         undo.enter_context(numbers_in_text())
+        undo.enter_context(numbers_in_lists())
+        undo.enter_context(caches_empty(model))
         undo.enter_context(torch.inference_mode(False))
         undo.enter_context(torch.enable_grad())
         undo.enter_context(outside_autocast())  # it is for the forward alone

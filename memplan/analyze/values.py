@@ -32,6 +32,8 @@ _CHOICES = {
 }
 _DRAWS = {_aten.rand, _aten.rand_like}
 """A single number drawn decides whether a layer or an adapter is dropped: the highest keeps it."""
+_FAULTS = {_aten.isnan.default, _aten.isinf.default}
+"""Activations are taken to be sound."""
 _SHAPED_BY_VALUES = {
     _aten.nonzero.default,
     _aten.masked_select.default,
@@ -75,6 +77,8 @@ class Values:
             return self._answer(func, args, kwargs)
         if func is _aten._grouped_mm.default and args[0].dtype is not torch.bfloat16:
             return _grouped_product(args[0], args[1], args[2])
+        if func is _aten._ctc_loss.Tensor:
+            return _ctc_loss(*args[:4])
         if func in _SHAPED_BY_VALUES and _depends(func, args):
             return self._shaped(func, args, kwargs)
         writes = func._schema.is_mutable
@@ -85,6 +89,9 @@ class Values:
                 _forget(func, args)
             elif func._overloadpacket in _CHOICES:
                 self._choose(func, result, args)
+            elif func in _FAULTS and result.numel() <= _MOST_FLOATS:
+                with unset_fake_temporarily():
+                    remember(result, torch.zeros(result.shape, dtype=torch.bool))
             elif func._overloadpacket in _DRAWS and result.numel() == 1:
                 self.assumed.add(func._overloadpacket.__name__)
                 with unset_fake_temporarily():
@@ -146,6 +153,17 @@ def _grouped_product(left: torch.Tensor, right: torch.Tensor, offsets: torch.Ten
     return left.new_empty(*left.shape[:-1], right.shape[-1])
 
 
+def _ctc_loss(
+    log_probs: torch.Tensor, targets: torch.Tensor, input_lengths: torch.Tensor, target_lengths: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return a CTC loss and what its backward needs: for each position the target's tokens and the blanks about them."""
+    lengths = value_of(target_lengths)
+    with unset_fake_temporarily():
+        longest = int(lengths.max()) if lengths is not None else targets.shape[-1]
+    positions, rows = log_probs.shape[0], log_probs.shape[1]
+    return log_probs.new_empty(rows), log_probs.new_empty(rows, positions, 2 * longest + 1)
+
+
 def _may_matter(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
     """Whether values are worth following: not of random numbers, and of integers where nothing goes in."""
     if torch.Tag.nondeterministic_seeded in func.tags:
@@ -153,7 +171,9 @@ def _may_matter(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> boo
     if any(isinstance(a, (torch.Tensor, list, tuple)) for a in args):
         return True
     dtype = kwargs.get("dtype")
-    return dtype is not None and not dtype.is_floating_point
+    if dtype is None:
+        return func._overloadpacket is _aten.arange and all(type(a) is int for a in args)
+    return not dtype.is_floating_point
 
 
 def _depends(func: Any, args: tuple[Any, ...]) -> bool:

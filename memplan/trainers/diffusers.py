@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 
+from memplan.skeleton import diffusers_model
+
 _KNOWN = {"torch_dtype", "dtype", "subfolder", "low_cpu_mem_usage", "use_safetensors", "local_files_only"}
 
 
@@ -26,23 +28,10 @@ def folder_of(name: str | Path, kwargs: Mapping[str, Any]) -> Path:
 
 def skeleton_of(cls: Any, name: str | Path, kwargs: Mapping[str, Any]) -> Any:
     """Return the model that ``from_pretrained`` would, with its parameters on ``meta``, in evaluation mode."""
-    from accelerate import init_empty_weights
-
     given = kwargs.get("dtype") or kwargs.get("torch_dtype")
     config, unused = cls.load_config(
         name, subfolder=kwargs.get("subfolder"), return_unused_kwargs=True, local_files_only=True
     )
-    with torch.random.fork_rng(devices=[]), init_empty_weights(include_buffers=False):
-        before = torch.get_default_dtype()
-        torch.set_default_dtype(given or before)
-        try:
-            model = cls.from_config(config, **unused)
-        finally:
-            torch.set_default_dtype(before)
-    kept = cls._keep_in_fp32_modules or []
-    for path, tensor in model.state_dict(keep_vars=True).items() if given is not None else ():
-        if tensor.is_floating_point():
-            full = bool(set([kept] if isinstance(kept, str) else kept) & set(path.split(".")))
-            tensor.data = tensor.data.to(torch.float32 if full else given)
+    model = diffusers_model(cls, config, given, **unused)
     model.register_to_config(_name_or_path=str(name))
     return model.eval()

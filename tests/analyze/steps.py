@@ -31,13 +31,16 @@ class CountLive(TorchDispatchMode):
         return result
 
 
-def count_pass(model, batch):
-    """Peak bytes of one forward and backward besides weights, adapters, buffers and batch."""
+def count_pass(model, batch, loss_of=lambda output: output["loss"]):
+    """Peak bytes of one forward and backward besides weights, adapters, buffers, tensors in attributes, and batch."""
     model.train()
-    counter = CountLive(apart=[*model.parameters(), *model.buffers(), *batch.values()])
+    held = torch.utils._pytree.tree_leaves([batch, *(vars(module) for module in model.modules())])
+    counter = CountLive(
+        apart=[*model.parameters(), *model.buffers(), *(t for t in held if isinstance(t, torch.Tensor))]
+    )
     with counter:
         output = model(**batch)
-        loss = output["loss"]
+        loss = loss_of(output)
         del output
         loss.backward()
     for parameter in model.parameters():
