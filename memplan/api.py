@@ -38,6 +38,7 @@ def plan(
     adapter: Any = None,
     dtype: Any = None,
     attention: str | None = None,
+    quantization: Any = None,
     autocast: str | None = None,
     accumulation: int = 1,
     optimizer: str = "adamw",
@@ -57,7 +58,9 @@ def plan(
     ``vram``, ``ram``, ``disk``: bytes, or text such as ``"6GiB"``. ``vram="auto"``: what is free less a reserve;
     ``ram=None``: what is available less a reserve; ``disk=None``: no disk beyond the checkpoint's own files.
     ``adapter``: a PEFT configuration or ``{"rank": 16, "targets": "all-linear"}``, where the model has none yet.
-    ``dtype``, ``attention``: for a model built here from its configuration. ``autocast``: ``"bf16"`` or ``"fp16"``, where
+    ``dtype``, ``attention``, ``quantization``: for a model built here from its configuration. ``quantization``: ``"nf4"``,
+    ``"nf4-nested"``, ``"fp4"``, ``"int8"`` and others (:data:`memplan.quantization.NAMES`), or transformers' configuration
+    of it; None: as the model's configuration says. ``autocast``: ``"bf16"`` or ``"fp16"``, where
     the forward will run under ``torch.autocast``, which saves casts of a float32 base for backward; None: as the autocast
     that this is called in, if any. ``accumulation``: passes of a step.
     ``hardware``: ``"auto"`` (measured once, then cached), a shipped profile's name, or a profile's file.
@@ -89,6 +92,7 @@ def plan(
         adapter=adapter,
         dtype=dtype,
         attention=attention,
+        quantization=quantization,
         autocast=autocast,
         accumulation=accumulation,
         optimizer=optimizer,
@@ -116,6 +120,7 @@ def plan(
             adapter=adapter,
             dtype=dtype,
             attention=attention,
+            quantization=quantization,
             autocast=autocast,
             optimizer=optimizer,
             progress=progress,
@@ -195,12 +200,13 @@ def _analysis(
     adapter: Any,
     dtype: Any,
     attention: Any,
+    quantization: Any,
     **options: Any,
 ) -> tuple[Analysis, Path | None]:
     """Return what is known of a model and a batch, from before where it was kept, and where the checkpoint lies."""
     from memplan.analyze import kept
 
-    asked = {"adapter": adapter, "dtype": dtype, "attention": attention, **options}
+    asked = {"adapter": adapter, "dtype": dtype, "attention": attention, "quantization": quantization, **options}
     key = None if loss is not None else kept.key_of(model, batch, asked)
     folder = hardware_profiles.cache_path() / "graphs"
     if key is not None and (found := kept.recall(folder, key)) is not None:
@@ -209,8 +215,10 @@ def _analysis(
     from memplan.analyze.adapters import describe, prepare
     from memplan.analyze.trace import analyze
 
-    prepared = prepare(model, adapter=adapter, dtype=dtype, attention=attention)
-    graph = analyze(prepared.model, batch, name=prepared.name, loss=loss, short=prepared.short, **options)
+    prepared = prepare(model, adapter=adapter, dtype=dtype, attention=attention, quantization=quantization)
+    graph = analyze(
+        prepared.model, batch, name=prepared.name, loss=loss, short=prepared.short, notes=prepared.notes, **options
+    )
     found = kept.Analysis(graph=graph, shapes=prepared.shapes(batch), adapter=describe(prepared.model))
     if key is not None:
         kept.keep(folder, key, found)
@@ -228,6 +236,7 @@ def _times(
     adapter: Any,
     dtype: Any,
     attention: Any,
+    quantization: Any,
     **options: Any,
 ) -> Times:
     """Return the times of the graph's accesses on this machine. Raises InputError where ``profile`` is of another."""
@@ -239,7 +248,9 @@ def _times(
     from memplan.analyze.adapters import prepare
     from memplan.analyze.measure import measure
 
-    prepared = prepare(model, adapter=adapter, dtype=dtype, attention=attention, buffers=True)
+    prepared = prepare(
+        model, adapter=adapter, dtype=dtype, attention=attention, quantization=quantization, buffers=True
+    )
     return measure(
         prepared.model,
         batch,

@@ -90,6 +90,7 @@ def group() -> None:
 @click.option("--lora-targets", metavar="NAMES", default="all-linear", show_default=True, help="Such as q_proj,v_proj.")
 @click.option("--dtype", metavar="NAME", default="bf16", show_default=True, help="Of the frozen weights.")
 @click.option("--attention", metavar="NAME", help="Attention kernel.  [default: the model's own]")
+@click.option("--quantization", metavar="NAME", help="Of the frozen weights, such as nf4, nf4-nested or int8.")
 @click.option("--autocast", type=click.Choice(["bf16", "fp16"]), help="Where the forward runs under autocast.")
 @click.option("--optimizer", metavar="NAME", default="adamw", show_default=True, help="Its state counts.")
 @_HARDWARE
@@ -112,6 +113,7 @@ def plan(
     lora_targets: str,
     dtype: str,
     attention: str | None,
+    quantization: str | None,
     autocast: str | None,
     optimizer: str,
     hardware: str,
@@ -154,6 +156,7 @@ def plan(
             adapter={"rank": lora_rank, "targets": "all-linear" if targets == ["all-linear"] else targets},
             dtype=dtype,
             attention=attention,
+            quantization=quantization,
             autocast=autocast,
             accumulation=accumulation,
             optimizer=optimizer,

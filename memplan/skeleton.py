@@ -20,6 +20,7 @@ from torch import nn
 
 from memplan import models
 from memplan.errors import InputError, ModelError
+from memplan.quantization import quantization_of
 
 ALL_LINEAR = "all-linear"
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
@@ -42,12 +43,22 @@ class Skeleton(NamedTuple):
     """For people: the directory's or the class's name."""
     folder: Path | None
     """Where its checkpoint lies, as far as that is known."""
+    notes: tuple[str, ...] = ()
+    """What is to be said of how it is quantized."""
 
 
 # ---- configurations ----------------------------------------------------------------------------------------------------
 
 
-def from_configuration(given: Any, dtype: Any, attention: str | None, *, buffers: bool = False) -> Skeleton:
+def from_configuration(
+    given: Any,
+    dtype: Any,
+    attention: str | None,
+    *,
+    buffers: bool = False,
+    quantization: Any = None,
+    plain: bool = False,
+) -> Skeleton:
     """Return the model of a transformers configuration, of a directory with ``config.json``, or of a name, on ``meta``.
 
     A name is one of ``memplan/models.json``, which needs no network, or of a model on the hub, of which the configuration
@@ -55,6 +66,7 @@ def from_configuration(given: Any, dtype: Any, attention: str | None, *, buffers
 
     ``buffers``: have its buffers hold their values all the same (rotary frequencies are in no checkpoint).
     The dtype is the configuration's where none is given; parameters that transformers keeps in float32 are so here.
+    ``quantization``: see :func:`quantization_of`; the configuration's own where it has one. ``plain``: refuse one that has.
 
     Raises InputError for anything that cannot be used, ModelError for a model that cannot be built.
     """
@@ -77,12 +89,21 @@ def from_configuration(given: Any, dtype: Any, attention: str | None, *, buffers
             f"the model is a {type(given).__name__}: give an nn.Module, a transformers configuration, a directory with a "
             "config.json, or a model's name"
         )
-    if getattr(config, "quantization_config", None) is not None:
-        raise ModelError(
-            f"{name or type(config).__name__} is quantized: quantized weights cannot be analyzed yet. "
-            "Give the configuration of the model without quantization"
-        )
     options: dict[str, Any] = {"dtype": _dtype(dtype if dtype is not None else getattr(config, "dtype", None))}
+    own = getattr(config, "quantization_config", None)
+    if own is not None:
+        if plain or quantization is not None:
+            what = (
+                "which memplan cannot load yet: load"
+                if plain
+                else "and quantization was given besides: leave it out, or give"
+            )
+            raise InputError(
+                f"{name or type(config).__name__} is quantized by its configuration, {what} the model without it"
+            )
+        del config.quantization_config
+        quantization = own
+    quantized = None if quantization is None else quantization_of(quantization, options["dtype"])
     if attention is not None:
         options["attn_implementation"] = attention
     build = _builder(transformers, config)
@@ -92,10 +113,15 @@ def from_configuration(given: Any, dtype: Any, attention: str | None, *, buffers
         if buffers:  # accelerate's context parts what is tied
             tied: Any = model
             tied.tie_weights()
+        if quantized is not None:
+            quantized.begin(model, options["dtype"])
         keep_in_float32(model, options["dtype"])
+        notes = () if quantized is None else quantized.finish(model)
+    except ModelError:
+        raise
     except Exception as error:
         raise ModelError(f"transformers cannot build a {type(config).__name__} model: {_reason(error)}") from error
-    return Skeleton(model, name or type(model).__name__, folder)
+    return Skeleton(model, name or type(model).__name__, folder, notes)
 
 
 def _on_meta(buffers: bool) -> AbstractContextManager[Any]:

@@ -32,6 +32,8 @@ class Prepared:
     """Where its checkpoint lies, as far as that is known."""
     short: bool = False
     """Whether a few of its layers may be traced for all."""
+    notes: tuple[str, ...] = ()
+    """What is to be said of how it was built."""
 
     def shapes(self, batch: object) -> dict[str, tuple[int, ...]]:
         """Return the shape of each tensor of the batch by name."""
@@ -39,12 +41,19 @@ class Prepared:
 
 
 def prepare(
-    model: Any, *, adapter: Any = None, dtype: Any = None, attention: str | None = None, buffers: bool = False
+    model: Any,
+    *,
+    adapter: Any = None,
+    dtype: Any = None,
+    attention: str | None = None,
+    quantization: Any = None,
+    buffers: bool = False,
 ) -> Prepared:
     """Return a traceable model of what the user gave: a module, a transformers configuration, or a directory.
 
     ``adapter``: a PEFT configuration, or ``{"rank": 16, "targets": "all-linear", "alpha": 32}``; None where the model
-    has its trainables. ``dtype`` and ``attention`` are for a model that is built here; ``buffers``: have its buffers hold their values.
+    has its trainables. ``dtype``, ``attention`` and ``quantization`` are for a model that is built here; ``buffers``: have
+    its buffers hold their values.
 
     Raises InputError for anything that cannot be used, ModelError for a model that cannot be placed.
     """
@@ -53,6 +62,11 @@ def prepare(
             raise InputError(
                 "dtype and attention were given with a model that is built already: give them with a configuration, "
                 "or build the model with them"
+            )
+        if quantization is not None:
+            raise InputError(
+                f"quantization was given with a {type(model).__name__} that is built already: load it quantized, or give "
+                "its configuration"
             )
         refuse_moved(model)
         base = base_of(model)
@@ -63,9 +77,15 @@ def prepare(
             folder=Path(folder) if folder and Path(folder).is_dir() else None,
         )
     else:
-        skeleton = from_configuration(model, dtype, attention, buffers=buffers)
+        skeleton = from_configuration(model, dtype, attention, buffers=buffers, quantization=quantization)
+        if buffers and skeleton.notes:
+            raise InputError(
+                f"the times of {skeleton.name} cannot be measured without its quantized kernels: leave measure out"
+            )
         short = may_be_short(skeleton.model.config)
-        prepared = Prepared(model=skeleton.model, name=skeleton.name, folder=skeleton.folder, short=short)
+        prepared = Prepared(
+            model=skeleton.model, name=skeleton.name, folder=skeleton.folder, short=short, notes=skeleton.notes
+        )
     if adapter is None:
         return prepared
     return replace(prepared, model=with_adapter(prepared.model, adapter))

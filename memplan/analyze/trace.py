@@ -67,6 +67,7 @@ def analyze(
     offload: bool = False,
     autocast: object = None,
     short: bool = False,
+    notes: tuple[str, ...] = (),
 ) -> LayerGraph:
     """Return what a training pass of ``model`` on ``batch`` reads, keeps and costs.
 
@@ -75,7 +76,7 @@ def analyze(
     ``accumulation``: passes of a step; where there are several, gradients are there from the first access on.
     ``loss``: from the model's output to a scalar, where the output holds none. ``offload``: look also at what would be
     saved of each layer where that is offloaded (a trace more). ``short``: of layers that are alike trace a few, see
-    ``repeats.py``; for models that were built from a configuration it knows.
+    ``repeats.py``; for models that were built from a configuration it knows. ``notes``: what to say of the model besides.
 
     Raises ModelError for a model that cannot be placed or traced, InputError for a batch or an optimizer that cannot
     be used. The model is unchanged.
@@ -99,7 +100,7 @@ def analyze(
         times=seen.times,
         optimizer=optimizer,
         name=name or type(base_of(model)).__name__,
-        notes=seen.notes,
+        notes=(*notes, *seen.notes),
     )
 
 
