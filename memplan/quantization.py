@@ -170,9 +170,8 @@ def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
 
 
 def _with_bitsandbytes(model: nn.Module) -> None:
-    import bitsandbytes
-    from bitsandbytes import functional
-
+    bitsandbytes: Any = importlib.import_module("bitsandbytes")
+    functional = bitsandbytes.functional
     # It is kept for the whole process, on the device where it is first asked for: not on meta.
     if "dynamic" not in functional.name2qmap:
         functional.name2qmap["dynamic"] = functional.create_dynamic_map()
@@ -197,7 +196,7 @@ def _with_torchao(model: nn.Module, quantizer: Any) -> None:
 torch.library.define("memplan::dequantize", "(Tensor[] packed, int rows, int columns, ScalarType dtype) -> Tensor")
 
 
-@torch.library.register_fake("memplan::dequantize")
+@torch.library.register_fake("memplan::dequantize")  # type: ignore[untyped-decorator]
 def _dequantize(packed: list[torch.Tensor], rows: int, columns: int, dtype: torch.dtype) -> torch.Tensor:
     return packed[0].new_empty((rows, columns), dtype=dtype)
 
@@ -210,14 +209,16 @@ class PackedLinear(nn.Linear):
     ):
         nn.Module.__init__(self)
         self.in_features, self.out_features = inputs, outputs
+        self.register_parameter("weight", None)  # PEFT looks for one
         self.names = tuple(packed)
         for name, (shape, dtype) in packed.items():
             self.register_buffer(name, torch.empty(shape, dtype=dtype, device="meta"))
         self.register_buffer("bias", torch.empty(outputs, dtype=torch.float16, device="meta") if bias else None)
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
-        made: torch.Tensor = _Product.apply(input, self)
-        return made if self.bias is None else made + self.bias.to(made.dtype)
+        made: torch.Tensor = _Product.apply(input, self)  # type: ignore[no-untyped-call]
+        bias: torch.Tensor | None = self._buffers["bias"]
+        return made if bias is None else made + bias.to(made.dtype)
 
     def dequantized(self, dtype: torch.dtype) -> torch.Tensor:
         """Return the weight, inputs x outputs."""
@@ -235,7 +236,7 @@ class _Product(torch.autograd.Function):
         return given @ module.dequantized(given.dtype)
 
     @staticmethod
-    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
         return gradient @ ctx.module.dequantized(gradient.dtype).t(), None
 
 
