@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import importlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +21,7 @@ from memplan.errors import InputError, ModelError
 
 _LIBRARY = {"bitsandbytes": "bitsandbytes", "torchao": "torchao"}
 """What a method's modules are made by. Of the other methods known here nothing is needed."""
+_SOME_MODULES = "modules_in_block_to_quantize"
 _STOOD_IN_FOR = {"gptq": "GPTQ's", "awq": "AWQ's", "torchao": "torchao's int4"}
 _BITSANDBYTES: dict[str, dict[str, Any]] = {
     "nf4": {"bnb_4bit_quant_type": "nf4"},
@@ -103,8 +104,12 @@ def quantization_of(given: Any, dtype: torch.dtype) -> Quantization:
             )
         _require(method)
         try:
-            settings = AutoQuantizationConfig.from_dict(dict(given)) if isinstance(given, Mapping) else given
-            settings = copy.deepcopy(settings)
+            settings = copy.deepcopy(given)
+            if isinstance(given, Mapping):
+                named = settings.pop(_SOME_MODULES, None)  # transformers asks for optimum where there are any
+                settings = AutoQuantizationConfig.from_dict(dict(settings))
+                if method == "gptq":
+                    settings.modules_in_block_to_quantize = named
         except (ValueError, TypeError, KeyError, AttributeError, AssertionError) as error:
             raise InputError(f"the quantization cannot be used: {error}. Check its settings") from error
     else:
@@ -245,7 +250,7 @@ def _with_stand_ins(model: nn.Module, settings: Any, quantizer: Any) -> None:
 
     method = _method(settings)
     if method == "gptq":
-        wanted = _gptq_takes(model, settings)
+        wanted = _gptq_takes(settings)
     else:
         wanted = _others_take(model, settings, quantizer)
     for name, module in list(model.named_modules()):
@@ -267,7 +272,7 @@ def _with_stand_ins(model: nn.Module, settings: Any, quantizer: Any) -> None:
             model.set_submodule(name, PackedLinear(inputs, outputs, module.bias is not None, packed))
 
 
-def _gptq_takes(model: nn.Module, settings: Any) -> Any:
+def _gptq_takes(settings: Any) -> Callable[[str], bool]:
     """Return whether a module of this name is taken: those in the repeated layers, or of them the ones that are named."""
     named = settings.modules_in_block_to_quantize
     ends = (
@@ -282,7 +287,8 @@ def _gptq_takes(model: nn.Module, settings: Any) -> Any:
     return takes
 
 
-def _others_take(model: nn.Module, settings: Any, quantizer: Any) -> Any:
+def _others_take(model: nn.Module, settings: Any, quantizer: Any) -> Callable[[str], bool]:
+    """Return whether a module of this name is taken: all but the head and those that are named."""
     from transformers.quantizers.base import HfQuantizer
     from transformers.quantizers.quantizers_utils import should_convert_module
 
