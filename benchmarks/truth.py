@@ -3,7 +3,7 @@
     python -m benchmarks.truth [--only TEXT] [--times] [--keep]
 
 Six architectures by batch, sequence, checkpointing, dtype, adapter, attention and quantization. Each model is predicted from
-its configuration alone (a quantized one from the module, without its values), then made with random weights and trained for
+its configuration alone, then made with random weights and trained for
 two AdamW steps; measured is the greatest number of bytes in live storages in the second. On CUDA the allocator's own
 figures stand beside it. ``--times``: the time of a step too, as ``memplan plan --measure`` predicts it and as the machine's
 measured rates do, in turns with the steps themselves; only on a quiet machine. A table for people; the last line is JSON.
@@ -156,11 +156,14 @@ def predicted_bytes(case: Case) -> int:
     from memplan.cost.build import cost_table
     from memplan.hardware import load
 
-    if case.quantization:
-        model: Any = made(case)
-    else:
-        model = prepare(configuration(case), adapter=adapter(case), dtype=case.dtype, attention=case.attention).model
-        checkpointed(case, model)
+    model = prepare(
+        configuration(case),
+        adapter=adapter(case),
+        dtype=case.dtype,
+        attention=case.attention,
+        quantization=case.quantization or None,
+    ).model
+    checkpointed(case, model)
     graph = analyze(model, (case.batch, case.sequence))
     table = cost_table(graph, load("t4"))  # of its figures the context alone matters, which is taken off
     weights = sum(tensor.size_bytes for block in graph.blocks for tensor in block.tensors)

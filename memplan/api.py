@@ -39,7 +39,7 @@ def plan(
     adapter: Any = None,
     dtype: Any = None,
     attention: str | None = None,
-    quantization: str | None = None,
+    quantization: Any = None,
     autocast: str | None = None,
     accumulation: int = 1,
     steps: int | None = None,
@@ -62,7 +62,9 @@ def plan(
     ``vram``, ``ram``, ``disk``: bytes, or text such as ``"6GiB"``. ``vram="auto"``: what is free less a reserve;
     ``ram=None``: what is available less a reserve; ``disk=None``: no disk beyond the checkpoint's own files.
     ``adapter``: a PEFT configuration or ``{"rank": 16, "targets": "all-linear"}``, where the model has none yet.
-    ``dtype``, ``attention``, ``quantization`` (such as ``"nf4"``, see ``quantization.NAMES``): for a model built here from its configuration. ``autocast``: ``"bf16"`` or ``"fp16"``, where
+    ``dtype``, ``attention``, ``quantization``: for a model built here from its configuration. ``quantization``: ``"nf4"``,
+    ``"nf4-nested"``, ``"fp4"``, ``"int8"`` and others (:data:`memplan.quantization.NAMES`), or transformers' configuration
+    of it; None: as the model's configuration says. ``autocast``: ``"bf16"`` or ``"fp16"``, where
     the forward will run under ``torch.autocast``, which saves casts of a float32 base for backward; None: as the autocast
     that this is called in, if any. ``accumulation``: passes of a step.
     ``steps``: of the whole run, for its time; or ``examples`` of an epoch and ``epochs`` (default: one), where the batch is a
@@ -234,7 +236,7 @@ def _analysis(
     from memplan.analyze.trace import analyze
 
     prepared = prepare(model, **described, short=True)
-    options |= {"loss": loss, "name": prepared.name, "short": prepared.short}
+    options |= {"loss": loss, "name": prepared.name, "short": prepared.short, "notes": prepared.notes}
     try:
         graph = analyze(prepared.model, batch, runs=prepared.runs, **options)
     except (ModelError, NotPeriodicError):

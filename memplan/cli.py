@@ -98,8 +98,8 @@ def group() -> None:
 @click.option("--lora-rank", metavar="N", type=_COUNT, default=16, show_default=True, help="Rank of the adapter.")
 @click.option("--lora-targets", metavar="NAMES", default="all-linear", show_default=True, help="Such as q_proj,v_proj.")
 @click.option("--dtype", metavar="NAME", default="bf16", show_default=True, help="Of the frozen weights.")
-@click.option("--quantization", metavar="NAME", help="Of the frozen weights: nf4, int8, gptq, torchao-int8 ...")
 @click.option("--attention", metavar="NAME", help="Attention kernel.  [default: the model's own]")
+@click.option("--quantization", metavar="NAME", help="Of the frozen weights, such as nf4, nf4-nested or int8.")
 @click.option("--autocast", type=click.Choice(["bf16", "fp16"]), help="Where the forward runs under autocast.")
 @click.option(
     "--optimizer",

@@ -1,14 +1,16 @@
-"""A model on ``meta`` -> the same with quantized linear layers, as they are once loaded: shapes and dtypes, no values.
+"""Quantized modules in the place of a model's linear ones, on ``meta``: what loading it with a quantizer would give.
 
-bitsandbytes' and torchao's layers are their own, in the layout that they have after quantization. Of formats whose kernels are
-not at hand (GPTQ, AWQ, torchao's int4) a layer of memplan's own has the tensors in their true sizes and dequantizes its whole
-weight for each product: an upper bound, and named as one in a plan's notes.
+bitsandbytes' and torchao's modules are made by those libraries themselves, whose own functions run on ``meta``; which
+modules they take is what transformers says. Of GPTQ, AWQ and torchao's packed int4, whose kernels need a GPU and
+libraries of their own, stand-ins have the tensors in their true shapes.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterator
+import contextlib
+import copy
+import importlib
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,287 +19,304 @@ from torch import nn
 
 from memplan.errors import InputError, ModelError
 
-NAMES = (
-    "nf4", "nf4-nested", "fp4", "fp4-nested", "int8", "torchao-int8", "torchao-int4", "torchao-float8", "gptq", "awq",
-)  # fmt: skip
-"""What ``plan(quantization=...)`` takes: bitsandbytes' first, ``nested`` with doubly quantized scales."""
+_LIBRARY = {"bitsandbytes": "bitsandbytes", "torchao": "torchao"}
+"""What a method's modules are made by. Of the other methods known here nothing is needed."""
+_SOME_MODULES = "modules_in_block_to_quantize"
+_STOOD_IN_FOR = {"gptq": "GPTQ's", "awq": "AWQ's", "torchao": "torchao's int4"}
+_BITSANDBYTES: dict[str, dict[str, Any]] = {
+    "nf4": {"bnb_4bit_quant_type": "nf4"},
+    "nf4-nested": {"bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True},
+    "fp4": {"bnb_4bit_quant_type": "fp4"},
+    "fp4-nested": {"bnb_4bit_quant_type": "fp4", "bnb_4bit_use_double_quant": True},
+}
+_TORCHAO = {
+    "torchao-int8": "Int8WeightOnlyConfig",
+    "torchao-int4": "Int4WeightOnlyConfig",
+    "torchao-float8": "Float8WeightOnlyConfig",
+}
+_PACKED: dict[str, dict[str, Any]] = {
+    "gptq": {"quant_method": "gptq", "bits": 4},
+    "awq": {"quant_method": "awq", "bits": 4},
+}
+NAMES = (*_BITSANDBYTES, "int8", *_TORCHAO, *_PACKED)
+"""What may be asked for by a word."""
 
-_BLOCK, _NESTED_BLOCK = 64, 256
-"""Elements that share a scale in bitsandbytes, and scales that share one."""
-_GROUP = 128
-"""Rows that share a scale in GPTQ and AWQ, unless said otherwise."""
 
-
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Quantization:
-    """How a model's linear layers are quantized."""
+    """How a model is quantized, in two steps: between them the parameters that stay in float32 are made so."""
 
-    method: str
-    """``bnb-4bit``, ``bnb-8bit``, ``torchao`` or ``packed``."""
-    name: str
-    """For people, and which of the method's kinds it is."""
-    kind: Any = None
-    """bitsandbytes' 4-bit type; torchao's configuration."""
-    nested: bool = False
-    compute_dtype: torch.dtype | None = None
-    """None: the model's own."""
-    bits: int = 4
-    group: int = _GROUP
-    skip: tuple[str, ...] | None = None
-    """Names of modules that are left as they are; None: those that transformers leaves."""
+    settings: Any
+    """transformers' configuration of it."""
+    quantizer: Any
+    """transformers' own, or None where it would need a library that makes the modules."""
+
+    def begin(self, model: nn.Module, dtype: torch.dtype) -> None:
+        """Put modules that are not quantized yet in place, as transformers does before it loads."""
+        if self.quantizer is not None:
+            if _method(self.settings) == "torchao":
+                self.quantizer.validate_environment()  # it notes there what it asks for later
+            with _default_dtype(dtype):
+                self.quantizer.preprocess_model(model, dtype=dtype, device_map=None)
+
+    def finish(self, model: nn.Module) -> tuple[str, ...]:
+        """Quantize what is in place; return what is to be said of it. Raises ModelError for what cannot be planned."""
+        method = _method(self.settings)
+        if method == "bitsandbytes":
+            _with_bitsandbytes(model)
+        elif method == "torchao" and type(self.settings.quant_type).__name__ != "Int4WeightOnlyConfig":
+            _with_torchao(model, self.quantizer)
+        else:
+            _with_stand_ins(model, self.settings, self.quantizer)
+        if self.quantizer is None:  # PEFT asks for these
+            marked: Any = model
+            marked.is_quantized, marked.quantization_method = True, self.settings.quant_method
+            marked.config.quantization_config = self.settings
+        else:
+            held: Any = model
+            held.hf_quantizer = self.quantizer
+            self.quantizer.postprocess_model(model)
+        if not any(isinstance(module, PackedLinear) for module in model.modules()):
+            return ()
+        return (
+            f"{_STOOD_IN_FOR[method]} kernels were not traced: each product is counted as one that dequantizes its weight "
+            "whole, in forward and again in backward; what a kernel allocates besides, or spares, is an estimate.",
+        )
 
 
-# ---- what was asked ---------------------------------------------------------------------------------------------------
+def quantization_of(given: Any, dtype: torch.dtype) -> Quantization:
+    """Return what was asked for: by one of :data:`NAMES`, by a dictionary, or by transformers' configuration of it.
+
+    ``dtype``: the model's, in which 4-bit products are computed where a name alone is given. Raises InputError for what is
+    not known or whose library is not there, ModelError for a method that cannot be planned.
+    """
+    import transformers
+    from transformers.quantizers.auto import AutoHfQuantizer, AutoQuantizationConfig
+
+    if isinstance(given, str):
+        settings = _named(transformers, given, dtype)
+    elif isinstance(given, Mapping) or hasattr(given, "quant_method"):
+        method = _method(given)
+        if method not in {*_LIBRARY, "gptq", "awq"}:
+            raise ModelError(
+                f"the quantization is {method or 'of no method'}, of which no plan can be made without weights: load the "
+                "model and plan it as an nn.Module, or give the configuration without its quantization"
+            )
+        _require(method)
+        try:
+            settings = copy.deepcopy(given)
+            if isinstance(given, Mapping):
+                named = settings.pop(_SOME_MODULES, None)  # transformers asks for optimum where there are any
+                settings = AutoQuantizationConfig.from_dict(dict(settings))
+                if method == "gptq":
+                    settings.modules_in_block_to_quantize = named
+        except (ValueError, TypeError, KeyError, AttributeError, AssertionError) as error:
+            raise InputError(f"the quantization cannot be used: {error}. Check its settings") from error
+    else:
+        raise InputError(
+            f"the quantization is a {type(given).__name__}: give one of {', '.join(NAMES)}, or transformers' "
+            "configuration of it"
+        )
+    own = _method(settings) in _LIBRARY
+    return Quantization(
+        settings=settings, quantizer=AutoHfQuantizer.from_config(settings, pre_quantized=False) if own else None
+    )
 
 
-def by_name(name: Any) -> Quantization:
-    """Return the quantization of a name of ``NAMES``. Raises InputError for another."""
+def _named(transformers: Any, name: str, dtype: torch.dtype) -> Any:
     if name not in NAMES:
         raise InputError(f"the quantization was given as {name!r}: give one of {', '.join(NAMES)}")
+    if name in _PACKED:
+        from transformers.quantizers.auto import AutoQuantizationConfig
+
+        return AutoQuantizationConfig.from_dict(_PACKED[name])
+    if name in _TORCHAO:
+        library = _require("torchao")
+        return transformers.TorchAoConfig(getattr(importlib.import_module(f"{library}.quantization"), _TORCHAO[name])())
+    _require("bitsandbytes")
     if name == "int8":
-        return Quantization(method="bnb-8bit", name=name)
-    if name in ("gptq", "awq", "torchao-int4"):
-        return Quantization(method="packed", name=name)
-    if name.startswith("torchao-"):
-        kinds = {"torchao-int8": "Int8WeightOnlyConfig", "torchao-float8": "Float8WeightOnlyConfig"}
-        return Quantization(method="torchao", name=name, kind=getattr(_torchao(), kinds[name])())
-    return Quantization(method="bnb-4bit", name=name, kind=name[:3], nested=name.endswith("-nested"))
+        return transformers.BitsAndBytesConfig(load_in_8bit=True)
+    return transformers.BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype=dtype, **_BITSANDBYTES[name])
 
 
-def of_configuration(given: Any) -> Quantization:
-    """Return the quantization that a configuration's ``quantization_config`` says. Raises ModelError for an unknown one."""
-    said: dict[str, Any] = given if isinstance(given, dict) else given.to_dict()
-    method = str(getattr(said.get("quant_method"), "value", said.get("quant_method", "")))
-    skipped = said.get("modules_to_not_convert") or said.get("llm_int8_skip_modules")
-    skip = None if skipped is None else tuple(skipped)
-    if method in ("bitsandbytes", "bitsandbytes_4bit", "bitsandbytes_8bit") or "load_in_4bit" in said:
-        if said.get("load_in_8bit") or said.get("_load_in_8bit"):
-            return Quantization(method="bnb-8bit", name="int8", skip=skip)
-        kind, nested = said.get("bnb_4bit_quant_type", "fp4"), bool(said.get("bnb_4bit_use_double_quant"))
-        if kind not in ("nf4", "fp4"):
-            raise ModelError(f"the configuration's bnb_4bit_quant_type is {kind!r}: nf4 and fp4 are known")
-        compute = getattr(torch, str(said.get("bnb_4bit_compute_dtype") or "float32").removeprefix("torch."), None)
-        if not isinstance(compute, torch.dtype):
-            raise ModelError(
-                f"the configuration's bnb_4bit_compute_dtype is {said['bnb_4bit_compute_dtype']!r}: no dtype"
-            )
-        name = f"{kind}-nested" if nested else kind
-        return Quantization(method="bnb-4bit", name=name, kind=kind, nested=nested, compute_dtype=compute, skip=skip)
-    if method in ("gptq", "awq"):
-        bits, group = said.get("bits", said.get("w_bit", 4)), said.get("group_size", said.get("q_group_size", _GROUP))
-        if bits not in (2, 3, 4, 8) or not isinstance(group, int) or group == 0:
-            raise ModelError(
-                f"the configuration's {method} has bits {bits!r} and group_size {group!r}: these are not known"
-            )
-        return Quantization(method="packed", name=method, bits=bits, group=group, skip=skip)
-    if method == "torchao":
-        kind = getattr(given, "quant_type", None)
-        if kind is None or isinstance(kind, (str, dict)):
-            from transformers import TorchAoConfig
-
-            kind = TorchAoConfig.from_dict(said).quant_type
-        if "Int4" in type(kind).__name__:
-            group = getattr(kind, "group_size", _GROUP)
-            return Quantization(method="packed", name="torchao-int4", group=group, skip=skip)
-        return Quantization(method="torchao", name=f"torchao {type(kind).__name__}", kind=kind, skip=skip)
-    raise ModelError(
-        f"the configuration is quantized by {method or 'an unnamed method'}, which memplan does not know: give one without "
-        f"quantization_config, and quantization= one of {', '.join(NAMES)}"
-    )
+def _method(given: Any) -> str:
+    held = given if isinstance(given, Mapping) else vars(given)
+    if held.get("load_in_4bit") or held.get("load_in_8bit"):
+        return "bitsandbytes"
+    method = held.get("quant_method", "")
+    return str(getattr(method, "value", method))
 
 
-# ---- on meta ----------------------------------------------------------------------------------------------------------
+def _require(method: str) -> str:
+    """Return the name of the library that a method needs. Raises InputError where it cannot be imported."""
+    library = _LIBRARY.get(method, "")
+    if library:
+        try:
+            importlib.import_module(library)
+        except ImportError as error:
+            raise InputError(
+                f"the quantization needs {library}, which is not installed: pip install 'memplan[quant]', or plan the "
+                "model without it"
+            ) from error
+    return library
 
 
-def quantize(model: nn.Module, how: Quantization) -> None:
-    """Quantize the linear layers of a model on ``meta`` in place, all but those that transformers leaves (the head).
-
-    Raises InputError where a library that it takes is not installed, ModelError where it cannot be done.
-    """
-    chosen = list(_chosen(model, how))
-    if not chosen:
-        raise ModelError(f"{type(model).__name__} has no linear layer within it to quantize: leave quantization out")
+@contextlib.contextmanager
+def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
     try:
-        if how.method == "torchao":
-            names = {id(layer) for _, layer in chosen}
-            _torchao().quantize_(model, how.kind, filter_fn=lambda module, name: id(module) in names)
-        else:
-            make = {"bnb-4bit": _four_bits, "bnb-8bit": _eight_bits, "packed": _packed}[how.method]
-            for name, layer in chosen:
-                model.set_submodule(name, make(layer, how))
-    except (ImportError, RuntimeError, ValueError, TypeError, NotImplementedError) as error:
-        text = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise ModelError(f"{type(model).__name__} cannot be quantized as {how.name}: {text}") from error
-    model.requires_grad_(False)
+        yield
+    finally:
+        torch.set_default_dtype(before)
 
 
-def notes(model: nn.Module) -> list[str]:
-    """Return what a reader should know of layers that stand for others' kernels."""
-    names = sorted({module.format for module in model.modules() if isinstance(module, PackedLinear)})
-    if not names:
-        return []
-    return [
-        f"The kernels of {' and '.join(names)} were not traced: their weights have their true sizes, and each product counts a "
-        "whole dequantized weight, which is about the most that they take."
-    ]
+# ---- by the libraries themselves ----------------------------------------------------------------------------------------
 
 
-def _chosen(model: nn.Module, how: Quantization) -> Iterator[tuple[str, nn.Module]]:
-    from transformers.pytorch_utils import Conv1D
-    from transformers.quantizers.base import HfQuantizer
-    from transformers.quantizers.quantizers_utils import should_convert_module
-
-    skipped = None if how.skip is None else list(how.skip)
-    in_full = getattr(model, "_keep_in_fp32_modules", None)
-    asked: Any = HfQuantizer
-    left = asked.get_modules_to_not_convert(
-        model, skipped, None if in_full is None else list(in_full), add_default_skips=how.method == "packed"
-    )
-    kinds = (nn.Linear, Conv1D) if how.method.startswith("bnb") else (nn.Linear,)
-    for name, module in model.named_modules():
-        if type(module) in kinds and should_convert_module(name, left):
-            yield name, module
+def _with_bitsandbytes(model: nn.Module) -> None:
+    bitsandbytes: Any = importlib.import_module("bitsandbytes")
+    functional = bitsandbytes.functional
+    # It is kept for the whole process, on the device where it is first asked for: not on meta.
+    if "dynamic" not in functional.name2qmap:
+        functional.name2qmap["dynamic"] = functional.create_dynamic_map()
+    for module in model.modules():
+        if isinstance(module, (bitsandbytes.nn.Linear4bit, bitsandbytes.nn.Linear8bitLt)):
+            module.weight._quantize(torch.device("meta"))  # what a move to a device does
 
 
-def _sizes(layer: Any) -> tuple[int, int, torch.dtype]:
-    """Return the widths of what goes in and comes out, and the dtype."""
-    if isinstance(layer, nn.Linear):
-        return layer.in_features, layer.out_features, layer.weight.dtype
-    rows, columns = layer.weight.shape
-    return int(rows), int(columns), layer.weight.dtype
+def _with_torchao(model: nn.Module, quantizer: Any) -> None:
+    convert = quantizer.get_quantize_ops().convert
+    for name, parameter in list(model.named_parameters()):
+        if quantizer.param_needs_quantization(model, name):
+            given = {name: parameter.detach()}
+            # What it gives back is a head that was untied.
+            for other, tensor in convert(given, model=model, full_layer_name=name, missing_keys=set()).items():
+                owner, _, own = other.rpartition(".")
+                setattr(model.get_submodule(owner), own, nn.Parameter(tensor, requires_grad=False))
 
 
-def _on_meta(*shape: int, dtype: torch.dtype) -> torch.Tensor:
-    return torch.empty(shape, dtype=dtype, device="meta")
+# ---- stand-ins ----------------------------------------------------------------------------------------------------------
+
+torch.library.define("memplan::dequantize", "(Tensor[] packed, int rows, int columns, ScalarType dtype) -> Tensor")
 
 
-def _finished(made: Any, layer: Any) -> nn.Module:
-    """Return the new layer with the old one's bias."""
-    if layer.bias is not None:
-        made.bias = nn.Parameter(layer.bias.detach(), requires_grad=False)
-    made.source_cls = type(layer)  # as transformers notes it
-    finished: nn.Module = made
-    return finished
-
-
-def _four_bits(layer: Any, how: Quantization) -> nn.Module:
-    bnb = _bitsandbytes()
-    inner, outer, dtype = _sizes(layer)
-    made = bnb.nn.Linear4bit(
-        inner, outer, layer.bias is not None, how.compute_dtype or dtype, compress_statistics=how.nested,
-        quant_type=how.kind, device="meta",
-    )  # fmt: skip
-    count = inner * outer
-    scales = -(-count // _BLOCK)
-    state = {"shape": torch.Size((outer, inner)), "blocksize": _BLOCK, "quant_type": how.kind, "dtype": dtype}
-    code = _on_meta(16, dtype=torch.float32)
-    if how.nested:
-        second = bnb.functional.QuantState(
-            absmax=_on_meta(-(-scales // _NESTED_BLOCK), dtype=torch.float32), blocksize=_NESTED_BLOCK,
-            code=_on_meta(256, dtype=torch.float32), dtype=torch.float32,
-        )  # fmt: skip
-        made_state = bnb.functional.QuantState(
-            absmax=_on_meta(scales, dtype=torch.uint8), code=code, offset=_on_meta(dtype=torch.float32), state2=second,
-            **state,
-        )  # fmt: skip
-    else:
-        made_state = bnb.functional.QuantState(absmax=_on_meta(scales, dtype=torch.float32), code=code, **state)
-    made.weight = bnb.nn.Params4bit(
-        _on_meta(-(-count // 2), 1, dtype=torch.uint8), requires_grad=False, quant_state=made_state, blocksize=_BLOCK,
-        compress_statistics=how.nested, quant_type=how.kind, module=made, bnb_quantized=True,
-    )  # fmt: skip
-    made.quant_state = made_state
-    return _finished(made, layer)
-
-
-def _eight_bits(layer: Any, how: Quantization) -> nn.Module:
-    bnb = _bitsandbytes()
-    inner, outer, _ = _sizes(layer)
-    made = bnb.nn.Linear8bitLt(
-        inner, outer, layer.bias is not None, has_fp16_weights=False, threshold=6.0, device="meta"
-    )
-    values = _on_meta(outer, inner, dtype=torch.int8)
-    made.weight = bnb.nn.Int8Params(
-        values, requires_grad=False, has_fp16_weights=False, CB=values, SCB=_on_meta(outer, dtype=torch.float32)
-    )
-    return _finished(made, layer)
-
-
-def _packed(layer: Any, how: Quantization) -> nn.Module:
-    return _finished(PackedLinear(layer, how), layer)
+@torch.library.register_fake("memplan::dequantize")  # type: ignore[untyped-decorator]
+def _dequantize(packed: list[torch.Tensor], rows: int, columns: int, dtype: torch.dtype) -> torch.Tensor:
+    return packed[0].new_empty((rows, columns), dtype=dtype)
 
 
 class PackedLinear(nn.Linear):
-    """Stands for a layer of GPTQ, AWQ or torchao's int4: its tensors in their sizes, on ``meta``, and about its work."""
+    """Stands in for a linear layer of several weights a word. It can be traced, not run."""
 
-    def __init__(self, layer: nn.Linear, how: Quantization) -> None:
+    def __init__(
+        self, inputs: int, outputs: int, bias: bool, packed: Mapping[str, tuple[tuple[int, ...], torch.dtype]]
+    ):
         nn.Module.__init__(self)
-        self.in_features, self.out_features, self.format = layer.in_features, layer.out_features, how.name
-        dtype = torch.bfloat16 if how.name == "torchao-int4" else torch.float16
-        group = how.group if how.group > 0 else layer.in_features
-        groups, words = -(-layer.in_features // group), 32 // how.bits if 32 % how.bits == 0 else 32 / how.bits
-        packed = (math.ceil(layer.in_features / words), layer.out_features)
-        if how.name == "awq":
-            packed = (layer.in_features, math.ceil(layer.out_features / words))
-        zeros = (groups, math.ceil(layer.out_features / words))
-        self.register_buffer("qweight", _on_meta(*packed, dtype=torch.int32))
-        self.register_buffer("scales", _on_meta(groups, layer.out_features, dtype=dtype))
-        if how.name == "torchao-int4":
-            self.register_buffer("qzeros", _on_meta(groups, layer.out_features, dtype=dtype))
-        else:
-            self.register_buffer("qzeros", _on_meta(*zeros, dtype=torch.int32))
-        if how.name == "gptq":
-            self.register_buffer("g_idx", _on_meta(layer.in_features, dtype=torch.int32))
-        self.register_parameter("weight", None)
-        self.register_parameter("bias", None)
+        self.in_features, self.out_features = inputs, outputs
+        self.register_parameter("weight", None)  # PEFT looks for one
+        self.names = tuple(packed)
+        for name, (shape, dtype) in packed.items():
+            self.register_buffer(name, torch.empty(shape, dtype=dtype, device="meta"))
+        self.register_buffer("bias", torch.empty(outputs, dtype=torch.float16, device="meta") if bias else None)
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         made: torch.Tensor = _Product.apply(input, self)  # type: ignore[no-untyped-call]
-        bias: torch.Tensor | None = self._parameters["bias"]
-        return made if bias is None else made + bias
+        bias: torch.Tensor | None = self._buffers["bias"]
+        return made if bias is None else made + bias.to(made.dtype)
 
     def dequantized(self, dtype: torch.dtype) -> torch.Tensor:
-        """Return a weight of the right shape that all the layer's tensors were read for."""
-        held: dict[str, Any] = self._buffers
-        rows = -(-self.in_features // held["scales"].shape[0])
-        weight: torch.Tensor = held["scales"].repeat_interleave(rows, 0)[: self.in_features]
-        weight.add_(held["qweight"].sum()).add_(held["qzeros"].sum())
-        return weight.to(dtype)
+        """Return the weight, inputs x outputs."""
+        packed = [getattr(self, name) for name in self.names]
+        made: torch.Tensor = torch.ops.memplan.dequantize(packed, self.in_features, self.out_features, dtype)
+        return made
 
 
 class _Product(torch.autograd.Function):
-    """Dequantizes anew in backward."""
+    """Dequantizes again in backward: nothing of the weight is saved."""
 
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, layer: PackedLinear) -> torch.Tensor:
-        ctx.layer = layer
-        return x @ layer.dequantized(x.dtype)
+    def forward(ctx: Any, given: torch.Tensor, module: PackedLinear) -> torch.Tensor:
+        ctx.module = module
+        return given @ module.dequantized(given.dtype)
 
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
-        return gradient @ ctx.layer.dequantized(gradient.dtype).t(), None
+        return gradient @ ctx.module.dequantized(gradient.dtype).t(), None
 
 
-# ---- libraries --------------------------------------------------------------------------------------------------------
+def _with_stand_ins(model: nn.Module, settings: Any, quantizer: Any) -> None:
+    from transformers.pytorch_utils import Conv1D
+
+    method = _method(settings)
+    if method == "gptq":
+        wanted = _gptq_takes(settings)
+    else:
+        wanted = _others_take(model, settings, quantizer)
+    for name, module in list(model.named_modules()):
+        if not wanted(name):
+            continue
+        if isinstance(module, Conv1D):
+            inputs, outputs = module.weight.shape
+        elif type(module) is nn.Linear:
+            inputs, outputs = module.in_features, module.out_features
+        elif any(parameter.dim() > 2 for parameter in module._parameters.values() if parameter is not None):
+            raise ModelError(
+                f"{name} holds the weights of several layers in one, and {_STOOD_IN_FOR[method]} layout of such is not known: "
+                "load the model and plan it as an nn.Module"
+            )
+        else:
+            continue
+        packed = _layout(settings, inputs, outputs)
+        if packed is not None:
+            model.set_submodule(name, PackedLinear(inputs, outputs, module.bias is not None, packed))
 
 
-def _bitsandbytes() -> Any:
-    return _library("bitsandbytes", lambda: __import__("bitsandbytes"))
+def _gptq_takes(settings: Any) -> Callable[[str], bool]:
+    """Return whether a module of this name is taken: those in the repeated layers, or of them the ones that are named."""
+    named = settings.modules_in_block_to_quantize
+    ends = (
+        None
+        if named is None
+        else tuple(part for group in named for part in ([group] if isinstance(group, str) else group))
+    )
+
+    def takes(name: str) -> bool:
+        return any(part.isdigit() for part in name.split(".")) and (ends is None or name.endswith(ends))
+
+    return takes
 
 
-def _torchao() -> Any:
-    def opened() -> Any:
-        import torchao.quantization
+def _others_take(model: nn.Module, settings: Any, quantizer: Any) -> Callable[[str], bool]:
+    """Return whether a module of this name is taken: all but the head and those that are named."""
+    from transformers.quantizers.base import HfQuantizer
+    from transformers.quantizers.quantizers_utils import should_convert_module
 
-        return torchao.quantization
+    typed: Any = model
+    spared = HfQuantizer.get_modules_to_not_convert(
+        typed, settings.modules_to_not_convert, typed._keep_in_fp32_modules, add_default_skips=quantizer is None
+    )
+    return lambda name: bool(name) and should_convert_module(name, spared)
 
-    return _library("torchao", opened)
 
+def _layout(settings: Any, inputs: int, outputs: int) -> dict[str, tuple[tuple[int, ...], torch.dtype]] | None:
+    """Return shapes and dtypes as checkpoints have them; None for a layer that is left as it is.
 
-def _library(name: str, opened: Callable[[], Any]) -> Any:
-    try:
-        return opened()
-    except ImportError as error:
-        raise InputError(
-            f"layers of {name} are asked for, which is not installed: pip install 'memplan[quant]'"
-        ) from error
+    GPTQ's and AWQ's (gemm) as gptqmodel registers its buffers, torchao's as its Int4Tensor has them.
+    """
+    method = _method(settings)
+    if method == "torchao":
+        group = settings.quant_type.group_size
+        if inputs % group:
+            return None
+        scales = ((inputs // group, outputs), torch.bfloat16)
+        return {"qweight": ((outputs, inputs // 2), torch.int8), "scales": scales, "qzeros": scales}
+    bits = settings.bits
+    group = inputs if settings.group_size == -1 else settings.group_size
+    groups, words = -(-inputs // group), -(-outputs * bits // 32)
+    found = {
+        "qweight": ((-(-inputs * bits // 32), outputs) if method == "gptq" else (inputs, words), torch.int32),
+        "qzeros": ((groups, words), torch.int32),
+        "scales": ((groups, outputs), torch.float16),
+    }
+    return found | ({"g_idx": ((inputs,), torch.int32)} if method == "gptq" else {})

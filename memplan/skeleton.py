@@ -20,8 +20,8 @@ import torch
 from torch import nn
 
 from memplan import models
-from memplan import quantization as quantizing
 from memplan.errors import InputError, MemplanError, ModelError
+from memplan.quantization import quantization_of
 
 ALL_LINEAR = "all-linear"
 MOST_MODULES = 4096
@@ -47,13 +47,21 @@ class Skeleton(NamedTuple):
     """For people: the directory's or the class's name."""
     folder: Path | None
     """Where its checkpoint lies, as far as that is known."""
+    notes: tuple[str, ...] = ()
+    """What is to be said of how it is quantized."""
 
 
 # ---- configurations ----------------------------------------------------------------------------------------------------
 
 
 def from_configuration(
-    given: Any, dtype: Any, attention: str | None, *, buffers: bool = False, quantization: str | None = None
+    given: Any,
+    dtype: Any,
+    attention: str | None,
+    *,
+    buffers: bool = False,
+    quantization: Any = None,
+    plain: bool = False,
 ) -> Skeleton:
     """Return the model of a transformers configuration, of a directory with ``config.json``, or of a name, on ``meta``.
 
@@ -61,8 +69,8 @@ def from_configuration(
     alone is fetched.
 
     ``buffers``: have its buffers hold their values all the same (rotary frequencies are in no checkpoint).
-    ``quantization``: one of ``quantization.NAMES``; None: as the configuration says.
     The dtype is the configuration's where none is given; parameters that transformers keeps in float32 are so here.
+    ``quantization``: see :func:`quantization_of`; the configuration's own where it has one. ``plain``: refuse one that has.
 
     Raises InputError for anything that cannot be used, ModelError for a model that cannot be built.
     """
@@ -87,16 +95,22 @@ def from_configuration(
             f"the model is a {type(given).__name__}: give an nn.Module, a transformers configuration, a directory with a "
             "config.json, or a model's name"
         )
-    said = getattr(config, "quantization_config", None)
-    if said is not None and quantization is not None:
-        raise InputError(
-            f"{name or type(config).__name__} is quantized by its configuration: leave quantization={quantization!r} out"
-        )
-    how = None if said is None and quantization is None else _quantization(said, quantization)
-    if said is not None:
-        del config.quantization_config  # else transformers would have its own way, which asks for a GPU
     _refuse_endless(config, name)
     options: dict[str, Any] = {"dtype": _dtype(dtype if dtype is not None else getattr(config, "dtype", None))}
+    own = getattr(config, "quantization_config", None)
+    if own is not None:
+        if plain or quantization is not None:
+            what = (
+                "which memplan cannot load yet: load"
+                if plain
+                else "and quantization was given besides: leave it out, or give"
+            )
+            raise InputError(
+                f"{name or type(config).__name__} is quantized by its configuration, {what} the model without it"
+            )
+        del config.quantization_config
+        quantization = own
+    quantized = None if quantization is None else quantization_of(quantization, options["dtype"])
     if attention is not None:
         options["attn_implementation"] = attention
     build = _builder(transformers, config)
@@ -106,18 +120,15 @@ def from_configuration(
         if buffers:  # accelerate's context parts what is tied
             tied: Any = model
             tied.tie_weights()
+        if quantized is not None:
+            quantized.begin(model, options["dtype"])
         keep_in_float32(model, options["dtype"])
-        if how is not None:
-            quantizing.quantize(model, how)
+        notes = () if quantized is None else quantized.finish(model)
     except MemplanError:
         raise
     except Exception as error:
         raise ModelError(f"transformers cannot build a {type(config).__name__} model: {_reason(error)}") from error
-    return Skeleton(model, name or type(model).__name__, folder)
-
-
-def _quantization(said: Any, given: str | None) -> quantizing.Quantization:
-    return quantizing.by_name(given) if given is not None else quantizing.of_configuration(said)
+    return Skeleton(model, name or type(model).__name__, folder, notes)
 
 
 def _refuse_endless(config: Any, name: str) -> None:

@@ -34,6 +34,8 @@ class Prepared:
     """Whether a few of its layers may be traced for all."""
     runs: tuple[Run, ...] = ()
     """Stacks of which the model holds those few layers alone."""
+    notes: tuple[str, ...] = ()
+    """What is to be said of how it was built."""
 
     def shapes(self, batch: object) -> dict[str, tuple[int, ...]]:
         """Return the shape of each tensor of the batch by name."""
@@ -46,23 +48,29 @@ def prepare(
     adapter: Any = None,
     dtype: Any = None,
     attention: str | None = None,
-    quantization: str | None = None,
+    quantization: Any = None,
     buffers: bool = False,
     short: bool = False,
 ) -> Prepared:
     """Return a traceable model of what the user gave: a module, a transformers configuration, or a directory.
 
     ``adapter``: a PEFT configuration, or ``{"rank": 16, "targets": "all-linear", "alpha": 32}``; None where the model
-    has its trainables. ``dtype``, ``attention`` and ``quantization`` are for a model that is built here; ``buffers``: have its buffers hold their values.
+    has its trainables. ``dtype``, ``attention`` and ``quantization`` are for a model that is built here; ``buffers``: have
+    its buffers hold their values.
     ``short``: leave out layers that are like others of models that are known, before the adapter is added, see ``repeats.py``.
 
     Raises InputError for anything that cannot be used, ModelError for a model that cannot be placed.
     """
     if isinstance(model, nn.Module):
-        if dtype is not None or attention is not None or quantization is not None:
+        if dtype is not None or attention is not None:
             raise InputError(
-                "dtype, attention or quantization was given with a model that is built already: give them with a configuration, "
+                "dtype and attention were given with a model that is built already: give them with a configuration, "
                 "or build the model with them"
+            )
+        if quantization is not None:
+            raise InputError(
+                f"quantization was given with a {type(model).__name__} that is built already: load it quantized, or give "
+                "its configuration"
             )
         refuse_moved(model)
         base = base_of(model)
@@ -74,11 +82,22 @@ def prepare(
         )
     else:
         skeleton = from_configuration(model, dtype, attention, buffers=buffers, quantization=quantization)
+        if buffers and skeleton.notes:
+            raise InputError(
+                f"the times of {skeleton.name} cannot be measured without its quantized kernels: leave measure out"
+            )
         may = may_be_short(skeleton.model.config)
         runs = find_runs(skeleton.model) if short and may and _is_alike_everywhere(adapter) else ()
         if runs:
             shorten(runs)
-        prepared = Prepared(model=skeleton.model, name=skeleton.name, folder=skeleton.folder, short=may, runs=runs)
+        prepared = Prepared(
+            model=skeleton.model,
+            name=skeleton.name,
+            folder=skeleton.folder,
+            short=may,
+            runs=runs,
+            notes=skeleton.notes,
+        )
     if adapter is None:
         return prepared
     return replace(prepared, model=with_adapter(prepared.model, adapter))

@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Literal
 from msgspec.structs import replace
 from torch import nn
 
-from memplan import quantization
 from memplan.analyze.batch import Batch, base_of
 from memplan.analyze.blocks import Draft, dtype_name, head_of
 from memplan.analyze.graph import Access, Activations, Block, Fixed, FixedKind, LayerGraph, Lifetime, LifetimeKind, Rows
@@ -329,7 +328,6 @@ def _notes(model: nn.Module, blocks: Sequence[Block], kept: Traced, ran_again: i
             f"Its {experts} experts are loaded only where they are chosen: the plan counts with every one that an even "
             "routing calls, so its loads are about the most there can be."
         )
-    found += quantization.notes(model)
     assumed = sorted(kept.recorder.values.assumed)
     if assumed:
         found.append(

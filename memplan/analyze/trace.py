@@ -75,6 +75,7 @@ def analyze(
     autocast: object = None,
     short: bool = False,
     runs: Sequence[Run] = (),
+    notes: tuple[str, ...] = (),
 ) -> LayerGraph:
     """Return what a training pass of ``model`` on ``batch`` reads, keeps and costs.
 
@@ -84,7 +85,7 @@ def analyze(
     ``loss``: from the model's output to a scalar, where the output holds none. ``offload``: look also at what would be
     saved of each layer where that is offloaded (a trace more). ``short``: of layers that are alike trace a few, see
     ``repeats.py``; for models that were built from a configuration it knows. ``runs``: stacks of which the model holds what is
-    traced alone; then NotPeriodicError tells that the whole is needed.
+    traced alone; then NotPeriodicError tells that the whole is needed. ``notes``: what to say of the model besides.
 
     Raises ModelError for a model that cannot be placed or traced, InputError for a batch or an optimizer that cannot
     be used. The model is unchanged.
@@ -116,7 +117,7 @@ def analyze(
         times=seen.times,
         optimizer=optimizer,
         name=name or type(base_of(model)).__name__,
-        notes=seen.notes,
+        notes=(*notes, *seen.notes),
         left_out=left_out,
     )
 

@@ -62,7 +62,7 @@ def load(
         raise InputError(
             f"the plan was made with {plan.workload.adapter}, and no adapter was given: give the same with adapter="
         )
-    skeleton = from_configuration(path, _dtype_of(plan), attention, buffers=True)
+    skeleton = from_configuration(path, _dtype_of(plan), attention, buffers=True, plain=True)
     if skeleton.folder is None:
         raise CheckpointError(f"{path} is no folder with a checkpoint: give one with config.json and safetensors")
     device = torch.device(plan.table.device)

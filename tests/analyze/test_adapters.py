@@ -125,6 +125,7 @@ def test_a_model_with_its_trainables_is_taken_as_it_is():
         (llama(), {"adapter": "lora"}, "str"),
         (llama(), {"dtype": "int3"}, "int3"),
         (models.Plain(), {"dtype": "bf16"}, "built already"),
+        (models.Plain(), {"quantization": "nf4"}, "built already"),
     ],
 )
 def test_what_cannot_be_used(model, options, said):
@@ -147,9 +148,7 @@ def test_code_from_a_checkpoint_is_not_run(tmp_path):
         prepare(tmp_path)
 
 
-def test_quantized_and_unknown_configurations():
-    with pytest.raises(ModelError, match="quantized"):
-        prepare(llama(quantization_config={"quant_method": "gptq", "bits": 4}))
+def test_an_unknown_configuration():
     with pytest.raises(ModelError, match="architectures"):
         prepare(ViTConfig())
 

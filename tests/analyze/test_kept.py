@@ -56,6 +56,7 @@ def test_once_for_all_plans_alike(model, traces):
         {"attention": "eager"},
         {"autocast": "bf16"},
         {"dtype": "bf16"},
+        {"quantization": "int8"},
         {"activations": "offload"},
     ],
     ids=lambda other: next(iter(other)),
