@@ -7,7 +7,7 @@ import json
 import pytest
 import torch
 from torch import nn
-from transformers import BertConfig, LlamaConfig, T5Config, ViTConfig
+from transformers import BertConfig, CLIPVisionConfig, LlamaConfig, T5Config, ViTConfig
 
 from memplan.analyze.adapters import describe, prepare
 from memplan.analyze.trace import analyze
@@ -151,7 +151,7 @@ def test_quantized_and_unknown_configurations():
     with pytest.raises(ModelError, match="quantized"):
         prepare(llama(quantization_config={"quant_method": "gptq", "bits": 4}))
     with pytest.raises(ModelError, match="architectures"):
-        prepare(ViTConfig())
+        prepare(CLIPVisionConfig())
 
 
 def test_a_plain_module_without_a_linear_layer():
