@@ -84,7 +84,7 @@ def test_plan_hands_on_what_was_asked(calls: list[Any], capsys: pytest.CaptureFi
 def test_plan_without_options(calls: list[Any]) -> None:
     assert main(["plan", "./model"]) == 0
     ((args, kwargs),) = calls
-    assert args == ("./model", (1, 512))
+    assert args == ("./model", (1,))
     assert kwargs["vram"] == "auto"
     assert kwargs["ram"] is kwargs["disk"] is None
     assert kwargs["adapter"] == {"rank": 16, "targets": "all-linear"}
