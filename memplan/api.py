@@ -57,8 +57,8 @@ def plan(
     """Say where each frozen block lives and when it moves, before any weight is loaded.
 
     ``model``: an ``nn.Module`` on any device (``meta`` included), a transformers configuration, a directory with
-    ``config.json``, or a name: of ``memplan/models.json``, or on the hub.
-    ``batch``: a mapping of tensors (one micro-batch) or a (batch, sequence) shape.
+    ``config.json`` (of transformers or diffusers), or a name: of ``memplan/models.json``, or on the hub.
+    ``batch``: a mapping of tensors (one micro-batch), or a shape: (batch, sequence), or (batch,) for images.
     ``vram``, ``ram``, ``disk``: bytes, or text such as ``"6GiB"``. ``vram="auto"``: what is free less a reserve;
     ``ram=None``: what is available less a reserve; ``disk=None``: no disk beyond the checkpoint's own files.
     ``adapter``: a PEFT configuration or ``{"rank": 16, "targets": "all-linear"}``, where the model has none yet.

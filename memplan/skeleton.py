@@ -265,7 +265,8 @@ def _reason(error: Exception) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
-_LANGUAGE = ("AutoModelForSeq2SeqLM", "AutoModelForMaskedLM", "AutoModelForCausalLM")
+_ENCODER_DECODER = ("AutoModelForSeq2SeqLM", "AutoModelForSpeechSeq2Seq", "AutoModelForImageTextToText")
+_LANGUAGE = ("AutoModelForMaskedLM", "AutoModelForCausalLM")
 _OTHERS = (
     "AutoModelForImageTextToText",
     "AutoModelForImageClassification",
@@ -283,8 +284,6 @@ def _builder(transformers: Any, config: Any) -> Any:
 
     def automatic(names: tuple[str, ...]) -> Any:
         for name in names:
-            if name == "AutoModelForSeq2SeqLM" and not getattr(config, "is_encoder_decoder", False):
-                continue
             if name == "AutoModelForMaskedLM" and getattr(config, "is_decoder", False):
                 continue
             found: Any = getattr(transformers, name)
@@ -304,7 +303,8 @@ def _builder(transformers: Any, config: Any) -> Any:
         and (named is transformers.AutoModel._model_mapping[type(config)])
     )
     build = None if named is None or headless else named._from_config
-    build = build or automatic(_LANGUAGE) or (named._from_config if named is not None else automatic(_OTHERS))
+    language = (*_ENCODER_DECODER, *_LANGUAGE) if getattr(config, "is_encoder_decoder", False) else _LANGUAGE
+    build = build or automatic(language) or (named._from_config if named is not None else automatic(_OTHERS))
     if build is None:
         raise ModelError(
             f"transformers has no model of language, images or sound for {type(config).__name__}, and its architectures "

@@ -77,13 +77,12 @@ def make(kind: str) -> tuple[nn.Module, dict[str, object]]:
 
 
 def loss_of(output) -> torch.Tensor:
-    """The output's own loss, else a scalar of its first tensor."""
+    """The output's own loss, else a scalar of its first tensor that a gradient reaches."""
     loss = output.get("loss") if hasattr(output, "get") else None
     if loss is not None:
         return loss
-    first = output[0] if isinstance(output, tuple) else next(v for v in output.values() if v is not None)
-    while isinstance(first, (list, tuple)):
-        first = first[0]
+    leaves = [leaf for leaf in torch.utils._pytree.tree_leaves(output) if isinstance(leaf, torch.Tensor)]
+    first = next((leaf for leaf in leaves if leaf.requires_grad), leaves[0])
     return first.float().pow(2).mean()
 
 

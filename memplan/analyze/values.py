@@ -117,13 +117,14 @@ class Values:
         """Run an operator whose output has as many elements as the values say."""
         invented = _with_values(args, kwargs, invent=True)
         assert invented is not None
-        if _with_values(args, kwargs) is None:
+        known = _with_values(args, kwargs) is not None
+        if not known:
             self._decide(func._overloadpacket.__name__)
         with unset_fake_temporarily(), torch.no_grad():
             values = func(*invented[0], **invented[1])
         several = values if isinstance(values, tuple) else (values,)
         fakes = tuple(torch.empty(value.shape, dtype=value.dtype, device="cpu") for value in several)
-        if func is not _aten.index.Tensor:
+        if known or func is not _aten.index.Tensor:
             _remember_all(fakes, several)
         return fakes if isinstance(values, tuple) else fakes[0]
 

@@ -7,7 +7,7 @@ import json
 import pytest
 import torch
 from torch import nn
-from transformers import BertConfig, LlamaConfig, T5Config, ViTConfig
+from transformers import BertConfig, CLIPVisionConfig, LlamaConfig, T5Config, ViTConfig
 
 from memplan.analyze.adapters import describe, prepare
 from memplan.analyze.trace import analyze
@@ -150,7 +150,7 @@ def test_code_from_a_checkpoint_is_not_run(tmp_path):
 
 def test_an_unknown_configuration():
     with pytest.raises(ModelError, match="architectures"):
-        prepare(ViTConfig())
+        prepare(CLIPVisionConfig())
 
 
 def test_a_plain_module_without_a_linear_layer():
