@@ -17,7 +17,10 @@ from memplan.errors import HardwareError
 from memplan.hardware import Figure, HardwareProfile
 from memplan.units import GIB, MIB
 
-SHIPPED = ("a100-80gb", "h100-80gb", "h200", "l4", "rtx-3060-12gb", "rtx-3090", "rtx-4090", "t4")
+SHIPPED = (
+    "a10", "a100-40gb", "a100-80gb", "a40", "h100-80gb", "h200", "l4", "l40s", "rtx-3060-12gb", "rtx-3080-10gb", "rtx-3090",
+    "rtx-4060-ti-16gb", "rtx-4080", "rtx-4090", "rtx-5090", "rtx-a6000", "t4", "v100-16gb",
+)  # fmt: skip
 RATES = ("memory_bytes_per_s", "host_to_device_bytes_per_s", "device_to_host_bytes_per_s", "disk_bytes_per_s")
 
 
@@ -79,7 +82,7 @@ def test_a_file_is_read(tmp_path: Path) -> None:
 def test_an_unknown_name_lists_those_that_are_near() -> None:
     with pytest.raises(HardwareError, match=r"'rtx4090'; near it: rtx-4090.*h200.*\"auto\""):
         hardware.load("rtx4090")
-    with pytest.raises(HardwareError, match=r"'zzzz'; there are: a100-80gb, "):
+    with pytest.raises(HardwareError, match=r"'zzzz'; there are: a10, "):
         hardware.load("zzzz")
 
 
