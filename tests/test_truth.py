@@ -41,8 +41,6 @@ def test_what_was_measured_is_within_the_limits(path):
     assert found["worst"] <= truth.WORST
     assert found["most_under"] <= truth.UNDER
     rows = [row for row in kept(path)["rows"] if "times" in row]
-    if path == FILES[-1]:
-        assert len(rows) >= 60
     if rows:
         took = truth.verdict([truth.time_error_of(row) for row in rows])
         assert took["median"] <= truth.TIME_MEDIAN
