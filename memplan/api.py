@@ -308,7 +308,7 @@ def _run_of(
         return steps, None
     if steps is not None:
         raise InputError("steps were given, and examples to count them from: give one of the two")
-    if not isinstance(batch, (tuple, list)) or len(batch) != 2 or not all(isinstance(size, int) for size in batch):
+    if not isinstance(batch, (tuple, list)) or len(batch) not in (1, 2) or not all(type(size) is int for size in batch):
         raise InputError(
             "examples were given to count steps from, but the batch is no shape, so how many of them it holds is not "
             "known: give steps, or batch as (batch, sequence)"

@@ -135,11 +135,12 @@ def _refuse_endless(config: Any, name: str) -> None:
     """Raise InputError for more layers or experts than could be built in a lifetime: a slip, or a hostile file."""
     for part in (config, *(value for value in vars(config).values() if hasattr(value, "to_dict"))):
         for key, value in vars(part).items():
-            if _COUNTS.search(key) and isinstance(value, int) and value > MOST_MODULES:
-                raise InputError(
-                    f"{name or type(config).__name__} has {key} = {value}: more than {MOST_MODULES} are not built; mend the "
-                    "configuration"
-                )
+            _refuse_count(name or type(config).__name__, key, value)
+
+
+def _refuse_count(name: str, key: str, value: Any) -> None:
+    if _COUNTS.search(key) and isinstance(value, int) and value > MOST_MODULES:
+        raise InputError(f"{name} has {key} = {value}: more than {MOST_MODULES} are not built; mend the configuration")
 
 
 def _of_diffusers(given: str | Path, dtype: Any, attention: str | None, quantization: str | None) -> Skeleton | None:
@@ -154,6 +155,12 @@ def _of_diffusers(given: str | Path, dtype: Any, attention: str | None, quantiza
     name = settings.get("_class_name") if isinstance(settings, dict) else None
     if name is None:
         return None
+    if settings.get("quantization_config"):
+        raise ModelError(
+            f"{folder} is quantized, which is not known of models of diffusers: give the nn.Module as loaded"
+        )
+    for key, value in settings.items():
+        _refuse_count(folder.name, key, value)
     try:
         import diffusers
     except ImportError as error:

@@ -56,3 +56,8 @@ def test_plans_from_before_are_read(tmp_path):
         del held["workload"][name]
     (tmp_path / "old.json").write_text(json.dumps(held))
     assert memplan.Plan.load(tmp_path / "old.json") == planned()
+
+
+def test_a_batch_without_a_length():
+    given = {"adapter": {"rank": 2}, "vram": "1GiB", "ram": "1GiB", "hardware": CPU}
+    assert memplan.plan(CONFIG, (4,), examples=10, **given).workload.steps == 3

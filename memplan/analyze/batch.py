@@ -107,11 +107,13 @@ def batch_for(model: nn.Module, given: object) -> Batch:
 def random_tokens(model: nn.Module, call: Batch) -> Batch:
     """Return the call that a shape stands for with tokens of the whole vocabulary: zeros would all take one way."""
     config: Any = base_of(model).config
+    given: Any = getattr(base_of(model), "get_output_embeddings", None)
+    over_vocabulary = callable(given) and given() is not None  # else labels are classes, of which there may be two
     vocabulary = getattr(config.get_text_config(), "vocab_size", None) or 2
     tokens = {
         name: torch.randint(0, vocabulary, tuple(tensor.shape))
         for name, tensor in call.kwargs.items()
-        if name in ("input_ids", "decoder_input_ids", "labels") and tensor.dim() == 2
+        if tensor.dim() == 2 and (name in ("input_ids", "decoder_input_ids") or (name == "labels" and over_vocabulary))
     }
     return Batch(args=call.args, kwargs={**call.kwargs, **tokens})
 

@@ -128,6 +128,9 @@ def caches_empty(model: nn.Module) -> Iterator[None]:
             cache.cache_clear()
 
 
+_LIBRARIES = ("transformers", "diffusers", "peft")
+
+
 def _caches_of(model: nn.Module) -> list[Any]:
     kinds = {
         kind
@@ -137,7 +140,8 @@ def _caches_of(model: nn.Module) -> list[Any]:
         if kind.__module__.partition(".")[0] not in ("builtins", "torch", "typing", "collections")
     }
     held = [value for kind in kinds for value in vars(kind).values()]
-    for name in {kind.__module__ for kind in kinds}:
+    # Of a script's own module only what its classes keep: other functions there are none of ours.
+    for name in {kind.__module__ for kind in kinds if kind.__module__.partition(".")[0] in _LIBRARIES}:
         held += vars(sys.modules[name]).values() if name in sys.modules else ()
     found = {}
     for value in held:

@@ -99,46 +99,49 @@ def measure(
     there = torch.device(device)
     call = batch_for(model, batch)
     runs = find_runs(model) if short else ()
-    with ExitStack() as undo:
-        undo.enter_context(random_states_kept())
-        undo.enter_context(torch.inference_mode(False))
-        undo.enter_context(torch.enable_grad())
-        undo.enter_context(outside_autocast())
-        undo.enter_context(torch.compiler.set_stance("force_eager"))
-        whole = sum(parameter.requires_grad for parameter in model.parameters())
-        undo.enter_context(shortened(runs))
-        pool = _Pool(there, graph)
-        stand_ins = undo.enter_context(exchanged(model, pool.make))
-        inputs = _placed(random_tokens(model, call) if is_shape(batch) else call, there)
-        modules = modules_by_name(model)
-        names = {access.module: short_name(access.module, runs) for access in graph.accesses if access.module}
-        watched = {name: modules[name] for name in names.values()}
-        layers = {names[name]: modules[names[name]] for name in graph.recomputable}
-        trained = [parameter for parameter in stand_ins.values() if parameter.requires_grad and parameter.is_leaf]
-        run = _Passes(model, inputs, watched, trained, loss, autocast_dtype(autocast))
-        try:
+    lowered = autocast_dtype(autocast)  # the caller's own, where none is given
+    try:
+        with ExitStack() as undo:
+            undo.enter_context(random_states_kept())
+            undo.enter_context(torch.inference_mode(False))
+            undo.enter_context(torch.enable_grad())
+            undo.enter_context(outside_autocast())
+            undo.enter_context(torch.compiler.set_stance("force_eager"))
+            whole = sum(parameter.requires_grad for parameter in model.parameters())
+            undo.enter_context(shortened(runs))
+            pool = _Pool(there, graph)
+            stand_ins = undo.enter_context(exchanged(model, pool.make))
+            inputs = _placed(random_tokens(model, call) if is_shape(batch) else call, there)
+            modules = modules_by_name(model)
+            names = {access.module: short_name(access.module, runs) for access in graph.accesses if access.module}
+            watched = {name: modules[name] for name in names.values()}
+            layers = {names[name]: modules[names[name]] for name in graph.recomputable}
+            trained = [parameter for parameter in stand_ins.values() if parameter.requires_grad and parameter.is_leaf]
+            run = _Passes(model, inputs, watched, trained, loss, lowered)
             kept = None
-            if _fits(graph, runs, room_bytes):
+            if pool.held_bytes + _kept_bytes(graph, runs) <= room_bytes:
                 say("layers, activations kept")
                 kept = run.measured()
-            with ExitStack() as wrapped:
-                for module in layers.values():
-                    wrapped.callback(recompute.wrap(module))
-                again = kept
-                if layers or kept is None:
-                    say("layers, activations recomputed")
+            again = kept
+            if layers or kept is None:
+                say("layers, activations recomputed")
+                with ExitStack() as wrapped:
+                    for module in layers.values():
+                        wrapped.callback(recompute.wrap(module))
                     again = run.measured()
             say("the optimizer")
             step_s = _optimizer_s(optimizer, trained, whole)
-        except MemplanError:
-            raise
-        except Exception as error:
-            text = str(error).strip().splitlines()
-            raise ModelError(
-                f"a pass of {graph.model} could not be run on {device} to measure it ({type(error).__name__}"
-                f"{': ' + text[0] if text else ''}): check that one training step runs there, give smaller batches, or "
-                "leave measure out"
-            ) from error
+    except MemplanError:
+        raise
+    except Exception as error:
+        text = str(error).strip().splitlines()
+        raise ModelError(
+            f"a pass of {graph.model} could not be run on {device} to measure it ({type(error).__name__}"
+            f"{': ' + text[0] if text else ''}): check that one training step runs there, give smaller batches, or "
+            "leave measure out"
+        ) from error
+    if there.type == "cuda":
+        torch.cuda.empty_cache()  # what stays reserved is not free to the plan
     assert again is not None
     return _times(graph, names, kept, again, step_s, run.passes)
 
@@ -151,6 +154,8 @@ class _Pool:
         self._largest = max((block.size_bytes for block in graph.blocks), default=0)
         self._held: dict[torch.dtype, torch.Tensor] = {}
         self._next: Counter[torch.dtype] = Counter()
+        self.held_bytes = 0
+        """Of the pools, and of all else that stands in."""
 
     def make(self, tensor: torch.Tensor, *, is_weight: bool) -> torch.Tensor:
         if is_weight:
@@ -159,6 +164,7 @@ class _Pool:
             made = self._random(tensor.shape, tensor.dtype)
         else:
             made = tensor.detach().to(self._device, copy=True)
+            self.held_bytes += made.nbytes
         return nn.Parameter(made, requires_grad=tensor.requires_grad) if isinstance(tensor, nn.Parameter) else made
 
     def _share(self, tensor: torch.Tensor) -> torch.Tensor:
@@ -175,14 +181,17 @@ class _Pool:
 
     def _random(self, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
         made = torch.empty(tuple(shape), dtype=dtype, device=self._device)
+        self.held_bytes += made.nbytes
         if dtype.is_floating_point and dtype.itemsize > 1:
             return made.normal_(0, 0.02)
-        return made.view(torch.uint8).random_(0, 127).view(dtype) if dtype != torch.bool else made.fill_(True)
+        if dtype.itemsize > 1 or dtype == torch.bool:
+            return made.fill_(dtype == torch.bool)  # they may be indices: zeros are within any range
+        return made.view(torch.uint8).random_(0, 127).view(dtype)
 
 
 def _dense_strides(tensor: torch.Tensor) -> tuple[int, ...]:
-    """Return the tensor's strides, or those of a dense one where it is an expanded placeholder."""
-    if all(tensor.stride(d) or tensor.shape[d] <= 1 for d in range(tensor.dim())):
+    """Return the tensor's strides where it is dense, else those of a dense one: of a placeholder, or a part of another."""
+    if torch.empty_like(tensor, device="meta").stride() == tensor.stride():  # it keeps the strides of what is dense
         return tensor.stride()
     return torch.empty(tensor.shape, device="meta").stride()
 
@@ -271,16 +280,15 @@ def _placed(call: Batch, device: torch.device) -> Batch:
     for tensor in call.tensors():
         if tensor.device.type == "meta":
             raise InputError("the batch lies on meta, without values: give one that can be trained on to measure")
-    return call.changed(lambda tensor: tensor.to(device))
+    return call.changed(lambda tensor: tensor.to(device, copy=True))  # a forward may write into it
 
 
-def _fits(graph: LayerGraph, runs: Sequence[Run], room_bytes: int) -> bool:
-    """Whether the activations of all the layers that run can be kept, as far as the graph tells."""
+def _kept_bytes(graph: LayerGraph, runs: Sequence[Run]) -> int:
+    """Return the bytes of a pass of all the layers that run, activations kept, as far as the graph tells."""
     names = {access.module for access in graph.accesses}
     share = len({short_name(name, runs) for name in names}) / max(1, len(names))
     kept = sum(life.size_bytes for life in graph.lifetimes if life.policy in ("any", "keep"))
-    transient = max(access.transient_bytes for access in graph.accesses)
-    return POOL_BYTES + int(kept * share) + transient <= room_bytes
+    return int(kept * share) + max(access.transient_bytes for access in graph.accesses)
 
 
 def _optimizer_s(name: str, trained: Sequence[torch.Tensor], count: int) -> float | None:

@@ -55,6 +55,7 @@ def measure(say: Progress) -> Rates:
     rates.operator = operator_s("cuda")
     few, few_there = pinned[:512], there[:512]
     rates.latency = _median_cuda_s(lambda: [few_there.copy_(few, non_blocking=True) for _ in range(200)]) / 200
+    torch.cuda.empty_cache()  # what stays reserved is not free to a plan
     return rates
 
 
@@ -80,13 +81,14 @@ def _page_lock_bytes() -> float:
     """Return how much can be page-locked at once, found by doubling, up to a quarter of the RAM that is available."""
     most = available_host_bytes() // 4
     size = COPY_BYTES
-    while size < most:
+    while 2 * size <= most:
         try:
             torch.empty(2 * size, dtype=torch.uint8, pin_memory=True)
         except RuntimeError:
             break
+        finally:
+            torch._C._host_emptyCache()  # lest all that were tried stay locked
         size *= 2
-    torch._C._host_emptyCache()
     return float(size)
 
 

@@ -81,7 +81,8 @@ class _Count(TorchDispatchMode):
 
 def operator_s(device: str) -> float:
     """Return the host's time for each operator of a step whose kernels take none, in seconds: near the least of many passes."""
-    with torch.device(device), torch.inference_mode(False), torch.enable_grad(), torch.random.fork_rng(devices=[]):
+    devices = [torch.cuda.current_device()] if device == "cuda" else []
+    with torch.device(device), torch.inference_mode(False), torch.enable_grad(), torch.random.fork_rng(devices=devices):
         layers = nn.Sequential(*(_Layer() for _ in range(_LAYERS)))
         x = torch.randn(1, _TOKENS, _WIDTH)
 

@@ -6,7 +6,7 @@ import json
 
 import pytest
 import torch
-from transformers import LlamaConfig, MixtralConfig, T5Config
+from transformers import BertConfig, LlamaConfig, MixtralConfig, T5Config
 
 import memplan
 from memplan import cli, hardware
@@ -138,3 +138,24 @@ def test_the_command_line(tmp_path, capsys, monkeypatch):
     assert cli.main(given) == cli.OK
     notes = json.loads(capsys.readouterr().out)["notes"]
     assert any("were measured on this CPU" in note for note in notes)
+
+
+def test_under_the_callers_own_autocast(monkeypatch):
+    seen = []
+    monkeypatch.setattr("memplan.analyze.measure._Passes.measured", lambda run: seen.append(run._lowered) or {})
+    with torch.autocast("cpu", torch.bfloat16):
+        measured(CONFIGS["t5"])
+    measured(CONFIGS["t5"])
+    assert set(seen[: len(seen) // 2]) == {torch.bfloat16}
+    assert set(seen[len(seen) // 2 :]) == {None}
+
+
+def test_classes_that_are_few_and_indices_stay_in_range():
+    """Labels of a class for each token, and a table of positions in a buffer."""
+    config = BertConfig(
+        hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48, vocab_size=96, num_labels=2,
+        architectures=["BertForTokenClassification"],
+    )  # fmt: skip
+    prepared = prepare(config, adapter={"rank": 2, "targets": ["query"]}, buffers=True)
+    graph = analyze(prepared.model, SHAPE)
+    assert not measure(prepared.model, SHAPE, graph, device="cpu", room_bytes=GIB).unseen
