@@ -164,13 +164,12 @@ def plan(
 
     from memplan import api, models
     from memplan.analyze import kept
+    from memplan.show.listing import progress
 
     kept.ours = True
     if context["own_process"] and quantization is None and models.is_plain(model):
         _leave_out(_QUANTIZERS)
     gc.disable()  # a sixth of the time, and little is left to collect
-    from memplan.show.listing import progress
-
     with progress("Measuring") if measure else nullcontext() as tell:
         made = api.plan(
             model,
@@ -387,9 +386,8 @@ def demo(vram: str | None, steps: int | None, keep: Path | None, as_json: bool) 
 def _leave_out(packages: Sequence[str]) -> None:
     """Have packages that are not needed be as if they were not installed: PEFT and transformers import what they find."""
     for package in packages:
-        sys.modules.setdefault(
-            package, cast("ModuleType", None)
-        )  # what an import of it finds, and says that it is not there
+        # An import that finds None there says that there is no such package.
+        sys.modules.setdefault(package, cast("ModuleType", None))
 
 
 def _parse_pins(pins: tuple[str, ...]) -> dict[str, str]:

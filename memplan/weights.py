@@ -77,7 +77,7 @@ def mark_adapters(model: nn.Module) -> None:
                 _ADAPTERS.add(part)
 
 
-Times = Callable[[str], int]
+Standing = Callable[[str], int]
 """For how many modules of a whole model the one of a name stands, where the model is a part of it."""
 
 
@@ -86,7 +86,7 @@ def once(name: str) -> int:
     return 1
 
 
-def trained(model: nn.Module, times: Times = once) -> list[nn.Parameter]:
+def trained(model: nn.Module, times: Standing = once) -> list[nn.Parameter]:
     """Return the parameters that require gradients, each as often as there are such."""
     return [
         parameter
@@ -96,12 +96,12 @@ def trained(model: nn.Module, times: Times = once) -> list[nn.Parameter]:
     ]
 
 
-def trained_bytes(model: nn.Module) -> int:
+def trained_bytes(model: nn.Module, times: Standing = once) -> int:
     """Return the bytes of the parameters that require gradients."""
-    return sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
+    return sum(p.numel() * p.element_size() for p in trained(model, times))
 
 
-def adapters_bytes(model: nn.Module, times: Times = once) -> int:
+def adapters_bytes(model: nn.Module, times: Standing = once) -> int:
     """Return the bytes of what is trained and of adapters that wait."""
     found = {
         id(parameter): parameter.numel() * parameter.element_size() * times(canonical(name))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Literal
@@ -19,7 +18,7 @@ from memplan.analyze.origins import CASTS
 from memplan.analyze.recorder import Recorder, Work
 from memplan.names import canonical
 from memplan.units import KIB, format_bytes
-from memplan.weights import Times, adapters_bytes, frozen_weights, once, small_tensors, trained
+from memplan.weights import Standing, adapters_bytes, frozen_weights, once, small_tensors, trained, trained_bytes
 
 if TYPE_CHECKING:
     from memplan.analyze.trace import Traced
@@ -157,7 +156,7 @@ def complete(
     optimizer: str,
     name: str,
     notes: Sequence[str],
-    left_out: Times = once,
+    left_out: Standing = once,
 ) -> LayerGraph:
     """Return the graph with what is of the model as a whole. ``kept``: its trace, or that of some of its layers;
     ``ran_again``: how many of all its layers it checkpoints itself; ``times``: for how many modules a traced one stands.
@@ -188,12 +187,12 @@ def complete(
         fixed=tuple(Fixed(kind=kind, size_bytes=size) for kind, size in fixed.items()),
         tokens=batch.tokens(),
         matmul_dtype=_main_dtype(kept, times),
-        trainable_bytes=sum(math.prod(shape) * item_bytes for shape, item_bytes in trains),
+        trainable_bytes=trained_bytes(model, left_out),
         notes=(*notes, *_notes(model, graph.blocks, kept, ran_again), *_derived_notes(graph, kept)),
     )
 
 
-def _buffer_bytes(model: nn.Module, times: Times) -> int:
+def _buffer_bytes(model: nn.Module, times: Standing) -> int:
     """Return the bytes of buffers that are no weights, of what quantizers keep beside those, and of placeholders.
 
     While a block is away its tensors are one element of each dtype, expanded.

@@ -40,7 +40,7 @@ from memplan.analyze.recorder import Recorder
 from memplan.analyze.repeats import Run, find_runs, shortened
 from memplan.errors import InputError, MemplanError, ModelError
 from memplan.triggers import Triggers, in_backward, tensors_in
-from memplan.weights import once, trained, trained_bytes
+from memplan.weights import once, trained_bytes
 
 _DEEPEST = 8
 """Levels of containers within containers that are taken apart."""
@@ -106,7 +106,7 @@ def analyze(
         seen = look()
     left_out = seen.times if runs else once
     if runs and accumulation > 1:
-        more = sum(p.numel() * p.element_size() for p in trained(model, left_out)) - trained_bytes(model)
+        more = trained_bytes(model, left_out) - trained_bytes(model)
         seen = dataclasses.replace(seen, graph=with_gradients(seen.graph, more))
     return complete(
         seen.graph,
