@@ -47,6 +47,10 @@ def test_what_was_measured_is_within_the_limits(path):
         assert took["worst"] <= truth.TIME_WORST
 
 
+def test_times_were_measured_of_the_whole_grid():
+    assert any(all("times" in row for row in kept(path)["rows"]) for path in FILES)
+
+
 def _rows():
     for path in FILES:
         for row in kept(path)["rows"]:
