@@ -227,7 +227,7 @@ def _analysis(
     described = {"adapter": adapter, "dtype": dtype, "attention": attention, "quantization": quantization}
     asked = {**described, **options}
     key = None if loss is not None else kept.key_of(model, batch, asked)
-    folder = hardware_profiles.cache_path() / "graphs"
+    folder = hardware_profiles.cache_path() / kept.FOLDER
     if key is not None and (found := kept.recall(folder, key)) is not None:
         return found, models.folder_of(model)
 

@@ -348,14 +348,15 @@ def list_cache(as_json: bool) -> int:
 @click.option("--yes", is_flag=True, help="Do not ask.")
 @_JSON
 def clear_cache(yes: bool, as_json: bool) -> int:
-    """Remove all packed blocks. Runs that use them go on."""
+    """Remove all packed blocks, and the analyses of models. Runs that use them go on."""
+    from memplan.analyze import kept
     from memplan.cache import BlockCache
     from memplan.hardware import cache_folder
 
     held = BlockCache(cache_folder())
     if not yes:
         click.confirm(f"Remove {len(held.entries())} packed blocks from {held.folder}?", abort=True, err=True)
-    freed = held.clear()
+    freed = held.clear() + kept.clear(cache_folder() / kept.FOLDER)
     if as_json:
         _print_json({"folder": str(held.folder), "freed_bytes": freed})
     else:

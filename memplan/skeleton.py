@@ -12,7 +12,7 @@ import os
 import re
 import warnings
 from collections.abc import Mapping
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,6 +22,7 @@ from torch import nn
 from memplan import models
 from memplan.errors import InputError, MemplanError, ModelError
 from memplan.quantization import quantization_of
+from memplan.units import format_bytes
 
 ALL_LINEAR = "all-linear"
 MOST_MODULES = 4096
@@ -48,7 +49,9 @@ class Skeleton(NamedTuple):
     folder: Path | None
     """Where its checkpoint lies, as far as that is known."""
     notes: tuple[str, ...] = ()
-    """What is to be said of how it is quantized."""
+    """What is to be said of how it was built."""
+    estimated: bool = False
+    """Its quantized layers stand in for ones whose kernels are not there."""
 
 
 # ---- configurations ----------------------------------------------------------------------------------------------------
@@ -110,11 +113,11 @@ def from_configuration(
             )
         del config.quantization_config
         quantization = own
-    quantized = None if quantization is None else quantization_of(quantization, options["dtype"])
     if attention is not None:
         options["attn_implementation"] = attention
-    build = _builder(transformers, config)
     try:
+        quantized = None if quantization is None else quantization_of(quantization, options["dtype"])
+        build = _builder(transformers, config)
         with torch.random.fork_rng(devices=[]), _on_meta(buffers):
             model: nn.Module = build(config, options)
         if buffers:  # accelerate's context parts what is tied
@@ -124,11 +127,42 @@ def from_configuration(
             quantized.begin(model, options["dtype"])
         keep_in_float32(model, options["dtype"])
         notes = () if quantized is None else quantized.finish(model)
+        estimated = bool(notes)
     except MemplanError:
         raise
     except Exception as error:
         raise ModelError(f"transformers cannot build a {type(config).__name__} model: {_reason(error)}") from error
-    return Skeleton(model, name or type(model).__name__, folder, notes)
+    if _is_tied(model) and _says_untied(given):
+        notes = (*notes, _untied_note(transformers, model))
+    return Skeleton(model, name or type(model).__name__, folder, notes, estimated)
+
+
+def _says_untied(given: Any) -> bool:
+    """Whether the settings that a model was named by part its head from its embedding."""
+    settings: Any = {}
+    if (folder := models.folder_of(given)) is not None:
+        with suppress(OSError, ValueError):
+            settings = json.loads((folder / "config.json").read_text())
+    elif isinstance(given, str) and (known := models.find(given)) is not None:
+        settings = known[1].config
+    return isinstance(settings, dict) and settings.get("tie_word_embeddings") is False
+
+
+def _is_tied(model: Any) -> bool:
+    try:
+        head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+    except (AttributeError, NotImplementedError):
+        return False
+    weight = getattr(head, "weight", None)
+    return weight is not None and weight is getattr(embedding, "weight", None)
+
+
+def _untied_note(transformers: Any, model: Any) -> str:
+    weight = model.get_output_embeddings().weight
+    return (
+        f"Its configuration parts head and embedding, but transformers {transformers.__version__} makes one of them: where "
+        f"the checkpoint holds both, count {format_bytes(weight.numel() * weight.element_size())} more."
+    )
 
 
 def _refuse_endless(config: Any, name: str) -> None:

@@ -179,8 +179,11 @@ def test_the_command_line(tmp_path, monkeypatch, capsys):
     assert main(["cache", "list", "--json"]) == 0
     (block,) = json.loads(capsys.readouterr().out)["blocks"]
     assert block["size_bytes"] == 4096
+    (tmp_path / "graphs").mkdir()
+    (tmp_path / "graphs" / "x.json").write_bytes(bytes(100))
     assert main(["cache", "clear", "--yes", "--json"]) == 0
-    assert json.loads(capsys.readouterr().out)["freed_bytes"] == 4096
+    assert json.loads(capsys.readouterr().out)["freed_bytes"] == 4196
+    assert not list((tmp_path / "graphs").iterdir())
     assert BlockCache(tmp_path).entries() == ()
 
 

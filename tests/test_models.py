@@ -4,7 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    CLIPVisionConfig,
+    LlamaConfig,
+    LlavaConfig,
+)
 
 import memplan
 from memplan import models
@@ -126,3 +133,25 @@ def test_absurd_sizes(wrong, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama", **small, **wrong}))
     with pytest.raises(MemplanError):
         memplan.plan(tmp_path, (1, 8), adapter={"rank": 2}, vram="1GiB", ram="1GiB", hardware=CPU)
+
+
+def test_a_head_that_transformers_ties_is_told():
+    (note,) = from_configuration("t0-3b", "bfloat16", None).notes
+    assert note.startswith("Its configuration parts head and embedding")
+    assert note.endswith("count 125.5 MiB more.")
+    assert from_configuration("llama-3.2-1b", "bfloat16", None).notes == ()
+
+
+def test_weights_that_no_access_reads_are_told():
+    """Text alone for a model of images and text."""
+    config = LlavaConfig(
+        text_config=LlamaConfig(
+            hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2, vocab_size=64
+        ),
+        vision_config=CLIPVisionConfig(
+            hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2, image_size=28
+        ),
+        image_token_index=3,
+    )
+    plan = memplan.plan(config, (1, 8), adapter={"rank": 2}, vram="1GiB", ram="1GiB", hardware=CPU)
+    assert any("are never read with this batch" in note and "vision" in note for note in plan.notes)

@@ -82,7 +82,7 @@ def prepare(
         )
     else:
         skeleton = from_configuration(model, dtype, attention, buffers=buffers, quantization=quantization)
-        if buffers and skeleton.notes:
+        if buffers and skeleton.estimated:
             raise InputError(
                 f"the times of {skeleton.name} cannot be measured without its quantized kernels: leave measure out"
             )

@@ -26,6 +26,9 @@ if TYPE_CHECKING:
 TINY_DERIVED_BYTES = 64 * KIB
 """Copies of weights below this (of norms) are counted, not named."""
 
+_UNREAD_SHARE = 0.01
+"""Of the weights: what no access reads is worth a note from there on."""
+
 _Span = tuple[LifetimeKind, int, int]
 """Kind, first and last access."""
 
@@ -188,7 +191,7 @@ def complete(
         tokens=batch.tokens(),
         matmul_dtype=_main_dtype(kept, times),
         trainable_bytes=trained_bytes(model, left_out),
-        notes=(*notes, *_notes(model, graph.blocks, kept, ran_again), *_derived_notes(graph, kept)),
+        notes=(*notes, *_notes(model, graph, kept, ran_again), *_derived_notes(graph, kept)),
     )
 
 
@@ -302,8 +305,8 @@ def _fingerprint(blocks: Sequence[Block]) -> str:
     return hashlib.sha256("\n".join(rows).encode()).hexdigest()
 
 
-def _notes(model: nn.Module, blocks: Sequence[Block], kept: Traced, ran_again: int) -> list[str]:
-    found = []
+def _notes(model: nn.Module, graph: LayerGraph, kept: Traced, ran_again: int) -> list[str]:
+    found, blocks, accesses = [], graph.blocks, graph.accesses
     frozen_bytes: Counter[str] = Counter()
     for block in blocks:
         for tensor in block.tensors:
@@ -320,6 +323,14 @@ def _notes(model: nn.Module, blocks: Sequence[Block], kept: Traced, ran_again: i
     if pinned:
         found.append(
             f"{len(pinned)} blocks must stay on the device: {pinned[0].name}, since {pinned[0].pinned_because}."
+        )
+    read = {block for access in accesses for block in access.blocks}
+    unread = [block for block in blocks if block.id not in read]
+    unread_bytes = sum(block.size_bytes for block in unread)
+    if unread_bytes > _UNREAD_SHARE * sum(block.size_bytes for block in blocks):
+        found.append(
+            f"{format_bytes(unread_bytes)} of its weights ({unread[0].name} and others) are never read with this batch, and "
+            "stay on the device: give a batch of all that the training gives it (images, sound), as tensors."
         )
     experts = sum(block.kind == "expert" for block in blocks)
     if experts:

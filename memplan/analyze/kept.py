@@ -23,6 +23,9 @@ from msgspec import Struct
 from memplan import models
 from memplan.analyze.graph import LayerGraph
 
+FOLDER = "graphs"
+"""Of memplan's cache."""
+
 MOST = 64
 """Graphs that are kept; the oldest go first."""
 
@@ -95,6 +98,17 @@ def keep(folder: Path, key: str, analysis: Analysis) -> None:
     except OSError:
         with suppress(OSError):
             unfinished.unlink(missing_ok=True)
+
+
+def clear(folder: Path) -> int:
+    """Remove all that is kept; return the bytes."""
+    freed = 0
+    for path in folder.glob("*.json"):
+        with suppress(OSError):
+            size = path.stat().st_size
+            path.unlink()
+            freed += size
+    return freed
 
 
 def _is_plain(value: object) -> bool:
