@@ -1,0 +1,107 @@
+"""Commands about this machine: its rates, what is found on it, what is kept on its disk."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from memplan.cli.entry import BAD_INPUT, OK, group
+from memplan.cli.options import JSON
+from memplan.cli.output import print_json
+from memplan.units import format_bytes
+
+
+@group.command(short_help="Measure this machine's rates, for better times in plans.")
+@click.option("--out", type=click.Path(dir_okay=False, path_type=Path), help="Write the profile to this file too.")
+@JSON
+def calibrate(out: Path | None, as_json: bool) -> int:
+    """Measure what this machine can do, under two minutes, and keep it for the plans to come.
+
+    Plans measure it themselves where it was not yet: do so again on a quiet machine, after a change of hardware or driver.
+    """
+    if out is not None and not out.parent.is_dir():
+        raise click.BadParameter(f"the folder {out.parent} does not exist.", param_hint="--out")
+
+    from memplan import hardware
+    from memplan.show.listing import progress, write_rates
+
+    with progress("Measuring") as tell:
+        profile = hardware.measured(progress=tell)
+    if out is not None:
+        try:
+            hardware.save(profile, out)
+        except OSError as error:
+            raise click.BadParameter(f"{out} cannot be written ({error.strerror}).", param_hint="--out") from error
+    if as_json:
+        from msgspec import to_builtins
+
+        print_json(to_builtins(profile))
+        return OK
+    click.echo(f"{profile.name}\n")
+    write_rates(hardware.listed(profile))
+    if out is not None:
+        click.echo(f"\nThe profile is in {out}: memplan plan --hardware {out}")
+    return OK
+
+
+@group.command(short_help="Say what is found on this machine, and what it means.")
+@JSON
+def doctor(as_json: bool) -> int:
+    """Look at this machine: memory, devices, libraries, folders. Exits with 2 where something is in the way."""
+    from memplan import doctor as doctors
+
+    found = doctors.findings()
+    if as_json:
+        from msgspec import to_builtins
+
+        print_json({"findings": to_builtins(found)})
+    else:
+        from memplan.show.listing import write_findings
+
+        write_findings([(one.what, one.found, one.meaning, one.is_problem) for one in found])
+    return BAD_INPUT if any(one.is_problem for one in found) else OK
+
+
+@group.group(short_help="Look at packed blocks, or remove them.")
+def cache() -> None:
+    """Blocks that were packed for the disk because no checkpoint holds them as they are."""
+
+
+@cache.command("list")
+@JSON
+def list_cache(as_json: bool) -> int:
+    """Show what is cached, the oldest first."""
+    from memplan.cache import BlockCache
+    from memplan.hardware import cache_folder
+
+    held = BlockCache(cache_folder())
+    if as_json:
+        from msgspec import to_builtins
+
+        print_json({"folder": str(held.folder), "blocks": to_builtins(held.entries())})
+    else:
+        from memplan.show.listing import write_cache
+
+        write_cache(str(held.folder), [(e.about, e.size_bytes, e.created) for e in held.entries()])
+    return OK
+
+
+@cache.command("clear")
+@click.option("--yes", is_flag=True, help="Do not ask.")
+@JSON
+def clear_cache(yes: bool, as_json: bool) -> int:
+    """Remove all packed blocks, and the analyses of models. Runs that use them go on."""
+    from memplan.analyze import kept
+    from memplan.cache import BlockCache
+    from memplan.hardware import cache_folder
+
+    held = BlockCache(cache_folder())
+    if not yes:
+        click.confirm(f"Remove {len(held.entries())} packed blocks from {held.folder}?", abort=True, err=True)
+    freed = held.clear() + kept.clear(cache_folder() / kept.FOLDER)
+    if as_json:
+        print_json({"folder": str(held.folder), "freed_bytes": freed})
+    else:
+        click.echo(f"{format_bytes(freed)} freed in {held.folder}.")
+    return OK

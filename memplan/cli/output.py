@@ -1,0 +1,54 @@
+"""What commands print: reports, failures, one JSON object."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING
+
+import click
+
+if TYPE_CHECKING:
+    from memplan.errors import DoesNotFitError
+    from memplan.program.record import RunRecord
+    from memplan.program.schema import Plan
+
+
+def show(plan: Plan, record: RunRecord | None, as_json: bool) -> None:
+    """Print a plan, and what was measured under it where there is a record."""
+    if as_json:
+        from memplan.show.facts import as_dict
+
+        print_json(as_dict(plan, record))
+    else:
+        from memplan.show import terminal
+
+        terminal.write(plan, record)
+
+
+def show_failure(error: DoesNotFitError, as_json: bool) -> None:
+    """Print what does not fit, what would, and what to change."""
+    if as_json:
+        from memplan.show.facts import failure_dict
+
+        print_json(failure_dict(error))
+    else:
+        from memplan.show import terminal
+
+        click.echo(terminal.failure_text(error), nl=False, err=True)
+
+
+def fail(kind: str, message: str, as_json: bool, code: int) -> int:
+    """Print an error; return ``code``."""
+    if as_json:
+        print_json({"error": kind, "message": message})
+    else:
+        from memplan.show.glyphs import RICH
+
+        click.echo(f"memplan: {RICH.safe(message)}", err=True)
+    return code
+
+
+def print_json(value: dict[str, object]) -> None:
+    """Print an object as JSON."""
+    # ASCII only: the same bytes whatever the encoding of the output.
+    click.echo(json.dumps(value, indent=2))
