@@ -23,6 +23,12 @@ _FINER = (0.5, 0.75, 1.25, 1.5)
 _LEVELS = 9
 """Numbers of recomputed modules that are tried first."""
 
+_THOROUGH = 2
+"""Of them, those for which every ring is tried."""
+
+_NEAR = 2
+"""How many more or fewer are tried where the best is about known."""
+
 _STACKED_LEVELS = 3
 """Numbers of recomputed modules for which every arrangement is looked at, where there are few blocks."""
 
@@ -46,13 +52,15 @@ class Choice:
         return (self.moved_bytes // max(percent_bytes, 1), self.recomputed, off_bytes, len(self.arrangement.homes))
 
 
-def rings(problem: Problem) -> Iterator[Ring]:
-    """Yield every ring that is tried first: what the least vram is the least of, too."""
+def rings(problem: Problem, *, every: bool = True) -> Iterator[Ring]:
+    """Yield the rings that are tried for a number of recomputed modules: what the least vram is the least of, too. Fewer,
+    where not ``every``, tell which numbers are worth the others.
+    """
     may_be_disk = problem.budgets.disk_bytes is None or problem.budgets.disk_bytes > 0
     total = sum(problem.sizes_bytes[block] for block in (*problem.movable, *problem.forced))
     mixed = may_be_disk and problem.ram_bytes < total + problem.staging_bytes
     mixed = mixed or "disk" in problem.pins.values()
-    for times in _TIMES:
+    for times in _TIMES if every else _TIMES[:2]:
         yield Ring(times, "bundle", 0)
         if any(len(bundle) > 1 for bundle in problem.bundles):
             yield Ring(times, "block", 0)
@@ -90,24 +98,34 @@ class Search:
         """The least of :meth:`least_s`."""
         return min(self.least_s(level) for level in range(len(self._rooms)))
 
-    def best(self) -> Choice | None:
-        """Return the choice with the shortest pass, or None where nothing fits."""
-        first = list(rings(self._problem))
+    def best(self, near: int | None = None) -> Choice | None:
+        """Return the choice with the shortest pass, or None where nothing fits.
+
+        ``near``: a number of recomputed modules that is known to be about the best.
+        """
+        few, every = list(rings(self._problem, every=False)), list(rings(self._problem))
         levels = len(self._rooms)
         stride = max(1, -(-levels // _LEVELS))
         tried: dict[int, float] = {}  # by level: its best pass
 
         def look(chosen: Iterable[int]) -> None:
             for level in sorted(set(chosen) - tried.keys(), key=lambda level: (self.least_s(level), level)):
-                found = [pass_s for ring in first if (pass_s := self.time(level, ring)) is not None]
+                found = [pass_s for ring in few if (pass_s := self.time(level, ring)) is not None]
                 tried[level] = min(found, default=math.inf)
 
-        look([*range(0, levels, stride), levels - 1])
-        while stride > 1:
-            stride = max(1, stride // 2)
-            # With more of them less streams and more is computed: the best lies beside the best, or where it begins to fit.
-            around = sorted(tried, key=lambda level: (tried[level], level))[:2]
-            look(near for top in around for near in (top - stride, top + stride) if 0 <= near < levels)
+        if near is not None:
+            look(level for level in range(near - _NEAR, near + _NEAR + 1) if 0 <= level < levels)
+        else:
+            look([*range(0, levels, stride), levels - 1])
+            while stride > 1:
+                stride = max(1, stride // 2)
+                # With more of them less streams and more is computed: the best lies beside the best, or where it begins to fit.
+                around = sorted(tried, key=lambda level: (tried[level], level))[:2]
+                look(beside for top in around for beside in (top - stride, top + stride) if 0 <= beside < levels)
+        tops = sorted(tried, key=lambda level: (tried[level], level))
+        for level in tops[:_THOROUGH]:
+            for ring in every:
+                self.time(level, ring)
         for _ in range(2):
             choice = self.chosen()
             if choice is None or choice.pass_s <= self.compute_s(choice.recomputed) * (1 + _TIE):
@@ -116,7 +134,7 @@ class Search:
             assert ring is not None
             for factor in _FINER:
                 self.time(choice.recomputed, ring._replace(times=ring.times * factor))
-        for level in sorted(tried, key=lambda level: (tried[level], level))[:_STACKED_LEVELS]:
+        for level in tops[:_STACKED_LEVELS]:
             self._try_stacked(level)
         return self.chosen()
 

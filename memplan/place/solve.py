@@ -67,8 +67,7 @@ def place(
     if pieces and solution.leaves_much:
         finer, finer_pins = split(table, pins or {})
         if finer is not table:
-            enough_s = solution.choice.pass_s * (1 - _WORTH)
-            other = _solve(finer, budgets, staging_bytes, finer_pins, activations or {}, enough_s)
+            other = _solve(finer, budgets, staging_bytes, finer_pins, activations or {}, solution.choice)
             solution = other if other.choice is not None else solution
     plan = _plan(solution, model, fingerprint, workload, hardware, notes)
     require(plan)  # the judge shares no code with what made it
@@ -97,15 +96,16 @@ def _solve(
     staging_bytes: int,
     pins: Mapping[int, Tier],
     activations: Mapping[str, Activations],
-    below_s: float | None = None,
+    than: Choice | None = None,
 ) -> _Solution:
-    """``below_s``: a choice that takes longer is none."""
+    """``than``: of whole blocks; what is not better is no choice."""
     problem = make_problem(table, budgets, staging_bytes, pins, activations)
     memory = Memory(table)
     slots_bytes = problem.saves.device_bytes
     nonweight = [memory.at(policies_for(problem, level)) + slots_bytes for level in range(problem.levels)]
-    search = Search(problem, nonweight, below_s)
-    return _Solution(problem=problem, nonweight=nonweight, choice=search.best(), least_s=search.least_of_all_s)
+    search = Search(problem, nonweight, None if than is None else than.pass_s * (1 - _WORTH))
+    choice = search.best(None if than is None else than.recomputed)
+    return _Solution(problem=problem, nonweight=nonweight, choice=choice, least_s=search.least_of_all_s)
 
 
 # ---- what does not fit ----------------------------------------------------------------------------------------------
