@@ -22,9 +22,6 @@ TINY_BYTES = 64 * KIB
 MOST_LEVELS = 256
 """Numbers of recomputed modules that are looked at, beside none: each expert is a module."""
 
-MOST_SPECIALS = 4
-"""Every subset of these is tried, streamed or not."""
-
 Bytes = NDArray[np.int64]
 
 _POLICIES: tuple[Activations, ...] = ("keep", "recompute", "offload")
@@ -42,10 +39,10 @@ class Problem:
     """Of the modules for which they are given; those of the others are free."""
     saves: Saves
     """What is offloaded, which ``activations`` alone say."""
-    stack: tuple[int, ...]
-    """Streamable elements of stacks (and special blocks beyond four), in order of first access."""
-    specials: tuple[int, ...]
-    """Other streamable blocks that are worth streaming (embedding, head, shared), largest first, at most four."""
+    movable: tuple[int, ...]
+    """Blocks that may be streamed, in order of first access."""
+    bundles: tuple[tuple[int, ...], ...]
+    """Blocks that may leave the device, those together that are always read together, in order of first access."""
     resident: tuple[int, ...]
     """Blocks that stay on the device whatever happens."""
     forced: tuple[int, ...]
@@ -118,7 +115,7 @@ def make_problem(
     _refuse_strange_pins(table, pins)
     beside = _read_beside_others(table, pins, reads)
     total = sum(block.size_bytes for block in table.blocks)
-    stack, specials, resident, forced = [], [], [], []
+    movable, resident, forced = [], [], []
     for block in table.blocks:
         pin = pins.get(block.id)
         stays = block.pinned_because or ("it is read beside another streamed block" if block.id in beside else "")
@@ -131,13 +128,14 @@ def make_problem(
             resident.append(block.id)
         elif pin is not None:
             forced.append(block.id)
-        elif block.kind in ("layer", "expert"):
-            stack.append(block.id)
-        elif block.size_bytes < max(TINY_BYTES, total // 200):
+        elif block.kind not in ("layer", "expert") and block.size_bytes < max(TINY_BYTES, total // 200):
             resident.append(block.id)
         else:
-            specials.append(block.id)
-    specials.sort(key=lambda block: (-table.blocks[block].size_bytes, block))
+            movable.append(block.id)
+    movable.sort(key=lambda block: (reads[block][0], block))
+    bundles: dict[tuple[int, ...], list[int]] = {}
+    for streamable in sorted([*movable, *forced], key=lambda block: (reads[block][0], block)):
+        bundles.setdefault(tuple(reads[streamable]), []).append(streamable)
     return Problem(
         table=table,
         budgets=budgets,
@@ -145,8 +143,8 @@ def make_problem(
         pins=pins,
         activations=activations,
         saves=make_saves(table, activations),
-        stack=tuple(sorted([*stack, *specials[MOST_SPECIALS:]], key=lambda block: (reads[block][0], block))),
-        specials=tuple(specials[:MOST_SPECIALS]),
+        movable=tuple(movable),
+        bundles=tuple(tuple(bundle) for bundle in bundles.values()),
         resident=tuple(resident),
         forced=tuple(forced),
         sizes_bytes=tuple(align_up(block.size_bytes) for block in table.blocks),
@@ -171,21 +169,25 @@ def _refuse_strange_pins(table: CostTable, pins: Mapping[int, Tier]) -> None:
 
 
 def _read_beside_others(table: CostTable, pins: Mapping[int, Tier], reads: list[list[int]]) -> set[int]:
-    """Return the blocks to keep so that no access reads two streamed ones, which could not share a slot.
+    """Return the blocks to keep so that no access reads two streamed ones, but for those that are always read together.
 
-    Of those read at once the one stays free that is pinned away from the device, else is read least often.
+    Of those read at once the ones stay free that are pinned away from the device, else are read least often.
     """
     kept: set[int] = set()
     for access in table.accesses:
-        free = [
-            block
-            for block in dict.fromkeys(access.blocks)
-            if block not in kept and not table.blocks[block].pinned_because and pins.get(block) != "device"
-        ]
-        free.sort(
-            key=lambda b: (b in pins, table.blocks[b].kind != "shared", -len(reads[b]), table.blocks[b].size_bytes)
-        )
-        kept.update(free[:-1])
+        free: dict[tuple[int, ...], list[int]] = {}
+        for block in dict.fromkeys(access.blocks):
+            if block not in kept and not table.blocks[block].pinned_because and pins.get(block) != "device":
+                free.setdefault(tuple(reads[block]), []).append(block)
+        if len(free) < 2:
+            continue
+
+        def worth(bundle: list[int]) -> tuple[bool, bool, int, int]:
+            kinds, sizes = [table.blocks[b].kind for b in bundle], [table.blocks[b].size_bytes for b in bundle]
+            return (any(b in pins for b in bundle), "shared" not in kinds, -len(reads[bundle[0]]), sum(sizes))
+
+        for bundle in sorted(free.values(), key=worth)[:-1]:
+            kept.update(bundle)
     return kept
 
 
@@ -228,14 +230,6 @@ class Memory:
 def evenly(count: int, of: int) -> tuple[int, ...]:
     """Return ``count`` of the indices 0 … of-1, spread evenly."""
     return tuple((2 * index + 1) * of // (2 * count) for index in range(count))
-
-
-def to_the_ends(count: int, of: int) -> tuple[int, ...]:
-    """Return ``count`` of the indices 0 … of-1, spread evenly from the first to the last.
-
-    What is streamed there is used again at the turn-arounds, where its slot holds it anyway.
-    """
-    return tuple(index * (of - 1) // max(count - 1, 1) for index in range(count))
 
 
 def policies_for(problem: Problem, level: int) -> dict[str, Activations]:

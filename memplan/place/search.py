@@ -1,26 +1,36 @@
-"""The search: shapes × counts of streamed layers, coarse first and then finer, each judged by the timeline.
+"""The search: numbers of recomputed modules × rings, coarse first and then finer, each judged by the timeline.
 
-An arrangement takes the fewest recomputed modules that leave it room: more of them would only add compute. What cannot
-beat the best so far by its compute and its bytes on each channel alone is not timed.
+What cannot beat the best so far by its compute and its bytes on each channel alone is not timed.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
+from memplan.place.arrangement import Arrangement, Key, Stay, channel_of, stays_of
 from memplan.place.problem import Bytes, Problem, policies_for
-from memplan.place.spread import Arrangement, Key, Shape, arrange, channel_of, shapes, stays_of
+from memplan.place.ring import Ring, Rings
 from memplan.program.timeline import Load, durations, load_s, simulate
 
-_MOST_ARRANGEMENTS = 4000
-"""Arrangements listed at most; beyond that the counts of streamed layers are taken at a stride."""
+_TIMES = (2.0, 1.0, 3.0, 5.0, 8.0)
+"""Sizes of the shared region that are tried first, in units of the least."""
 
-_STRIDES = (4, 2, 1)
-"""Counts tried of each shape: every fourth, then ever nearer to its best."""
+_FINER = (0.5, 0.75, 1.25, 1.5)
+"""The best of them is multiplied by these."""
 
-_WORTH = 1.3
-"""A shape is looked at more finely where its best pass is below this times the best of all."""
+_LEVELS = 9
+"""Numbers of recomputed modules that are tried first."""
+
+_THOROUGH = 2
+"""Of them, those for which every ring is tried."""
+
+_NEAR = 2
+"""How many more or fewer are tried where the best is about known."""
+
+_STACKED_LEVELS = 3
+"""Numbers of recomputed modules for which every arrangement is looked at, where there are few blocks."""
 
 _TIE = 1e-4
 """Passes that differ by less are the same: no cost row is known so well. Then fewer bytes moved win."""
@@ -36,73 +46,40 @@ class Choice:
     moved_bytes: int
     """Bytes that cross the links in a pass."""
 
-    @property
-    def ties(self) -> tuple[int, int, int]:
-        """What decides between equal passes: bytes moved, recomputes, and streamed blocks. Less is better."""
-        return (self.moved_bytes, self.recomputed, len(self.arrangement.homes))
+    def ties(self, percent_bytes: int) -> tuple[int, int, int, int]:
+        """What decides between equal passes: bytes moved (to the percent), recomputes, bytes off the device, and blocks."""
+        off_bytes = self.arrangement.host_bytes + self.arrangement.disk_bytes
+        return (self.moved_bytes // max(percent_bytes, 1), self.recomputed, off_bytes, len(self.arrangement.homes))
 
 
-def arrangements(problem: Problem) -> dict[Shape, list[Arrangement]]:
-    """Return what is tried, by shape, with ever more streamed layers.
-
-    It depends on ``ram``, ``disk`` and the pins, not on ``vram``: so what is the least vram of these is the least of all.
+def rings(problem: Problem, *, every: bool = True) -> Iterator[Ring]:
+    """Yield the rings that are tried for a number of recomputed modules: what the least vram is the least of, too. Fewer,
+    where not ``every``, tell which numbers are worth the others.
     """
-    listed = list(shapes(problem))
-    most = len(problem.stack)
-    stride = max(1, -(-len(listed) * (most + 1) // _MOST_ARRANGEMENTS))
-    counts = sorted({*range(0, most + 1, stride), most})
-    seen: set[Key] = set()
-    found: dict[Shape, list[Arrangement]] = {}
-    for shape in listed:
-        for count in counts:
-            arrangement = arrange(problem, shape, count)
-            if arrangement is not None and arrangement.key not in seen:
-                seen.add(arrangement.key)
-                found.setdefault(shape, []).append(arrangement)
-    return found
+    may_be_disk = problem.budgets.disk_bytes is None or problem.budgets.disk_bytes > 0
+    total = sum(problem.sizes_bytes[block] for block in (*problem.movable, *problem.forced))
+    mixed = may_be_disk and problem.ram_bytes < total + problem.staging_bytes
+    mixed = mixed or "disk" in problem.pins.values()
+    for times in _TIMES if every else _TIMES[:2]:
+        yield Ring(times, "bundle", 0)
+        if any(len(bundle) > 1 for bundle in problem.bundles):
+            yield Ring(times, "block", 0)
+        if mixed:
+            yield Ring(times, "bundle", 1)
+            yield Ring(times, "bundle", 2)
 
 
-def best(problem: Problem, options: dict[Shape, list[Arrangement]], nonweight: Sequence[Bytes]) -> Choice | None:
-    """Return the choice with the shortest pass, or None where nothing fits.
-
-    ``nonweight``: device bytes at each access apart from frozen weights, by number of recomputed modules.
-    """
-    rooms = [problem.budgets.vram_bytes - int(bytes_at.max()) for bytes_at in nonweight]
-    search = _Search(problem)
-    by_compute = sorted(range(len(rooms)), key=lambda level: (search.compute_s(level), level))
-    rows: list[list[tuple[Arrangement, int]]] = []
-    for listed in options.values():
-        row: list[tuple[Arrangement, int]] = []
-        for arrangement in listed:
-            level = next((level for level in by_compute if arrangement.device_bytes <= rooms[level]), None)
-            if level is not None:
-                row.append((arrangement, level))
-        if row:
-            rows.append(row)
-    rows.sort(key=lambda row: min(search.compute_s(level) for _, level in row))
-    bests: list[tuple[float, int] | None] = [None] * len(rows)  # by row: best pass and where it stands
-    for stride in _STRIDES:
-        for number, row in enumerate(rows):
-            top = bests[number]
-            if stride == _STRIDES[0]:
-                places = sorted({*range(0, len(row), stride), len(row) - 1})
-            elif top is None or (search.best_s is not None and top[0] > search.best_s * _WORTH):
-                continue
-            else:
-                places = [at for at in (top[1] - stride, top[1] + stride) if 0 <= at < len(row)]
-            for at in places:
-                pass_s = search.time(*row[at])
-                now = bests[number]
-                if pass_s is not None and (now is None or pass_s < now[0]):
-                    bests[number] = (pass_s, at)
-    return search.chosen()
-
-
-class _Search:
+class Search:
     """What was timed so far, and the best of it."""
 
-    def __init__(self, problem: Problem) -> None:
+    def __init__(self, problem: Problem, nonweight: Sequence[Bytes], below_s: float | None = None) -> None:
+        """``nonweight``: device bytes at each access apart from frozen weights, by number of recomputed modules.
+        ``below_s``: a choice that takes longer is none.
+        """
         self._problem = problem
+        self._rings = Rings(problem)
+        self._sweeps_bytes = _sweeps(problem)
+        self._rooms = [problem.budgets.vram_bytes - int(bytes_at.max()) for bytes_at in nonweight]
         self._times: dict[int, tuple[list[float], float]] = {}
         self._load_s = {
             (block.id, name): load_s(problem.table, block.size_bytes, name)
@@ -110,13 +87,72 @@ class _Search:
             for name in (channel_of("host"), channel_of("disk"))
         }
         self._seen: dict[tuple[Key, int], float | None] = {}
-        self._near: list[Choice] = []
+        self._stays: dict[Key, list[Stay] | None] = {}
+        self._near: list[tuple[Choice, Ring | None]] = []
         self._stores, self._back = problem.saves.loads(problem.table)
-        self.best_s: float | None = None
+        self.best_s = math.inf if below_s is None else below_s
+        """Of what was timed; at first what must be beaten."""
+
+    @property
+    def least_of_all_s(self) -> float:
+        """The least of :meth:`least_s`."""
+        return min(self.least_s(level) for level in range(len(self._rooms)))
+
+    def best(self, near: int | None = None) -> Choice | None:
+        """Return the choice with the shortest pass, or None where nothing fits.
+
+        ``near``: a number of recomputed modules that is known to be about the best.
+        """
+        few, every = list(rings(self._problem, every=False)), list(rings(self._problem))
+        levels = len(self._rooms)
+        stride = max(1, -(-levels // _LEVELS))
+        tried: dict[int, float] = {}  # by level: its best pass
+
+        def look(chosen: Iterable[int]) -> None:
+            for level in sorted(set(chosen) - tried.keys(), key=lambda level: (self.least_s(level), level)):
+                found = [pass_s for ring in few if (pass_s := self.time(level, ring)) is not None]
+                tried[level] = min(found, default=math.inf)
+
+        if near is not None:
+            look(level for level in range(near - _NEAR, near + _NEAR + 1) if 0 <= level < levels)
+        else:
+            look([*range(0, levels, stride), levels - 1])
+            while stride > 1:
+                stride = max(1, stride // 2)
+                # With more of them less streams and more is computed: the best lies beside the best, or where it begins to fit.
+                around = sorted(tried, key=lambda level: (tried[level], level))[:2]
+                look(beside for top in around for beside in (top - stride, top + stride) if 0 <= beside < levels)
+        tops = sorted(tried, key=lambda level: (tried[level], level))
+        for level in tops[:_THOROUGH]:
+            for ring in every:
+                self.time(level, ring)
+        for _ in range(2):
+            choice = self.chosen()
+            if choice is None or choice.pass_s <= self.compute_s(choice.recomputed) * (1 + _TIE):
+                break
+            ring = self._ring_of(choice)
+            assert ring is not None
+            for factor in _FINER:
+                self.time(choice.recomputed, ring._replace(times=ring.times * factor))
+        for level in tops[:_STACKED_LEVELS]:
+            self._try_stacked(level)
+        return self.chosen()
+
+    def _try_stacked(self, level: int) -> None:
+        if self.least_s(level) * (1 + _TIE) < self.best_s:
+            for arrangement in self._rings.stacked(self._rooms[level]):
+                self._look_at(arrangement, level, None)
 
     def compute_s(self, recomputed: int) -> float:
         """Return the compute of a pass in s."""
         return self._durations(recomputed)[1]
+
+    def least_s(self, recomputed: int) -> float:
+        """Return a pass time in s that no arrangement beats: of what a sweep reads, what has no room has to come."""
+        table, room = self._problem.table, self._rooms[recomputed]
+        moved = sum(max(swept - room, 0) for swept in self._sweeps_bytes)
+        disk = 0.0 if self._problem.budgets.disk_bytes == 0 else table.disk_bytes_per_s
+        return max(self.compute_s(recomputed), moved / (table.host_to_device_bytes_per_s + disk))
 
     def _durations(self, recomputed: int) -> tuple[list[float], float]:
         if recomputed not in self._times:
@@ -124,24 +160,37 @@ class _Search:
             self._times[recomputed] = (times, sum(times))
         return self._times[recomputed]
 
-    def time(self, arrangement: Arrangement, recomputed: int) -> float | None:
-        """Return the pass in s, or None where it cannot be the best."""
+    def time(self, recomputed: int, ring: Ring) -> float | None:
+        """Return the pass in s, or None where it does not fit or cannot be the best."""
+        if self.least_s(recomputed) > self.best_s * (1 + _TIE):
+            return None
+        arrangement = self._rings.arrange(ring, self._rooms[recomputed])
+        return None if arrangement is None else self._look_at(arrangement, recomputed, ring)
+
+    def _look_at(self, arrangement: Arrangement, recomputed: int, ring: Ring | None) -> float | None:
         key = (arrangement.key, recomputed)
         if key not in self._seen:
-            self._seen[key] = self._time(arrangement, recomputed)
+            self._seen[key] = self._time(arrangement, recomputed, ring)
         return self._seen[key]
 
-    def _time(self, arrangement: Arrangement, recomputed: int) -> float | None:
+    def _time(self, arrangement: Arrangement, recomputed: int, ring: Ring | None) -> float | None:
         times, compute_s = self._durations(recomputed)
         if arrangement.rows_bytes and self._problem.table.device != "cpu":
             on_host = {block for block, tier in arrangement.homes.items() if tier == "host"}
             times = durations(self._problem.table, policies_for(self._problem, recomputed), on_host)
             compute_s = sum(times)
-        if self.best_s is not None and compute_s > self.best_s * (1 + _TIE):
+        if compute_s > self.best_s * (1 + _TIE):
+            return None
+        if self._least_loads_s(arrangement) > self.best_s * (1 + _TIE):
+            return None
+        if arrangement.key not in self._stays:
+            self._stays[arrangement.key] = stays_of(self._problem, arrangement)
+        stays = self._stays[arrangement.key]
+        if stays is None:
             return None
         loads: dict[str, list[Load]] = {"d2h": self._stores} if self._stores else {}
         moved_bytes = arrangement.rows_bytes
-        for stay in stays_of(self._problem, arrangement):
+        for stay in stays:
             channel = channel_of(arrangement.homes[stay.block])
             load = Load(stay.load_after, stay.first_use, self._load_s[stay.block, channel], None)
             loads.setdefault(channel, []).append(load)
@@ -149,22 +198,46 @@ class _Search:
         if self._back:
             loads["h2d"] = sorted([*loads.get("h2d", ()), *self._back], key=lambda load: load.first_use)
         least_s = max([compute_s, *(sum([load.time_s for load in queue]) for queue in loads.values())])
-        if self.best_s is not None and least_s > self.best_s * (1 + _TIE):
+        if least_s > self.best_s * (1 + _TIE):
             return None
         pass_s = simulate(times, list(loads.values())).pass_s
-        self._near.append(
-            Choice(arrangement=arrangement, recomputed=recomputed, pass_s=pass_s, moved_bytes=moved_bytes)
-        )
-        if self.best_s is None or pass_s < self.best_s:
-            self.best_s = pass_s
+        choice = Choice(arrangement=arrangement, recomputed=recomputed, pass_s=pass_s, moved_bytes=moved_bytes)
+        self._near.append((choice, ring))
+        self.best_s = min(self.best_s, pass_s)
         return pass_s
+
+    def _least_loads_s(self, arrangement: Arrangement) -> float:
+        """Return what its loads take at least: each streamed block comes once a pass."""
+        busy = {"host": 0.0, "disk": 0.0}
+        for block, tier in arrangement.homes.items():
+            if block in arrangement.offsets:
+                busy[tier] += self._load_s[block, channel_of(tier)]
+        return max(busy.values())
 
     def chosen(self) -> Choice | None:
         """Return the best of what was timed."""
-        if self.best_s is None:
-            return None
         equal = self.best_s * (1 + _TIE)
+        percent_bytes = sum(self._problem.sizes_bytes) // 100
         return min(
-            (choice for choice in self._near if choice.pass_s <= equal),
-            key=lambda choice: (*choice.ties, choice.pass_s),
+            (choice for choice, _ in self._near if choice.pass_s <= equal),
+            key=lambda choice: (*choice.ties(percent_bytes), choice.pass_s),
+            default=None,
         )
+
+    def _ring_of(self, choice: Choice) -> Ring | None:
+        """Return what a choice was made by."""
+        return next(ring for made, ring in self._near if made is choice)
+
+
+def _sweeps(problem: Problem) -> tuple[int, ...]:
+    """Return the bytes that the forward, and that the backward needs on the device, each block once."""
+    accesses = problem.table.accesses
+    read: dict[str, set[int]] = {"forward": set(), "backward": set()}
+    for access in accesses:
+        if access.kind in read:
+            read[access.kind].update(block for block in access.blocks if not access.reads_rows_of(block))
+    forwards = [access.index for access in accesses if access.kind == "forward"]
+    backwards = [access.index for access in accesses if access.kind == "backward"]
+    if not forwards or not backwards or max(forwards) > min(backwards):
+        return ()  # they are no two windows
+    return tuple(sum(problem.sizes_bytes[block] for block in blocks) for blocks in read.values())

@@ -1,16 +1,19 @@
-"""The solver: even spreading over all counts, judged by the timeline, and what it says where nothing fits."""
+"""The solver: rings over all numbers of recomputed modules, judged by the timeline, and what it says where nothing fits."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 from memplan.analyze.graph import Activations
 from memplan.cost.table import CostTable
 from memplan.errors import DoesNotFitError
+from memplan.place.arrangement import Arrangement, lay_out
 from memplan.place.bound import window_bound
+from memplan.place.pieces import split
 from memplan.place.problem import Bytes, Memory, Problem, make_problem, policies_for
-from memplan.place.search import Choice, arrangements, best
-from memplan.place.spread import Arrangement, lay_out
+from memplan.place.ring import Rings
+from memplan.place.search import Choice, Search, rings
 from memplan.program.check import require
 from memplan.program.schema import (
     SCHEMA_VERSION,
@@ -25,10 +28,16 @@ from memplan.program.schema import (
     Workload,
 )
 from memplan.program.timeline import Timeline, durations, replay
-from memplan.units import format_bytes
+from memplan.units import ALIGNMENT_BYTES, format_bytes
 
 _BINDS_SHARE = 0.01
 """A stall below this share of the pass is rounding of the real machine: compute binds."""
+
+_MUCH = 3e-3
+"""Blocks are split where a pass is longer than it need be by more than this share of it,"""
+
+_WORTH = 1e-3
+"""and where that makes it shorter by more than this."""
 
 
 def place(
@@ -43,36 +52,90 @@ def place(
     activations: Mapping[str, Activations] | None = None,
     staging_bytes: int = STAGING_BYTES,
     notes: tuple[str, ...] = (),
+    pieces: bool = True,
 ) -> Plan:
     """Return the plan with the shortest pass that keeps the budgets. Same input, same plan.
 
     ``pins``: tier by block id. ``activations``: what becomes of a module's, where that is not to be chosen here
-    (offloading never is). Raises DoesNotFitError with the least vram for which this returns a plan, InputError for a
-    pin or activations that cannot be kept.
+    (offloading never is). ``pieces``: whether blocks may be split into their natural parts where that buys time; the
+    plan's table then has these for blocks. Raises DoesNotFitError with the least vram for which this returns a plan,
+    InputError for a pin or activations that cannot be kept.
     """
-    problem = make_problem(table, budgets, staging_bytes, pins or {}, activations or {})
+    solution = _solve(table, budgets, staging_bytes, pins or {}, activations or {})
+    if solution.choice is None:
+        raise _does_not_fit(solution.problem, solution.nonweight, workload)
+    if pieces and solution.leaves_much:
+        finer, finer_pins = split(table, pins or {})
+        if finer is not table:
+            other = _solve(finer, budgets, staging_bytes, finer_pins, activations or {}, solution.choice)
+            solution = other if other.choice is not None else solution
+    plan = _plan(solution, model, fingerprint, workload, hardware, notes)
+    require(plan)  # the judge shares no code with what made it
+    return plan
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Solution:
+    problem: Problem
+    nonweight: list[Bytes]
+    """Device bytes at each access apart from frozen weights, by number of recomputed modules."""
+    choice: Choice | None
+
+    least_s: float
+    """No arrangement of any pieces of these blocks has a shorter pass, with these numbers of recomputed modules."""
+
+    @property
+    def leaves_much(self) -> bool:
+        """Whether another choice might be shorter by so much that blocks are worth splitting."""
+        return self.choice is None or self.choice.pass_s > self.least_s * (1 + _MUCH)
+
+
+def _solve(
+    table: CostTable,
+    budgets: Budgets,
+    staging_bytes: int,
+    pins: Mapping[int, Tier],
+    activations: Mapping[str, Activations],
+    than: Choice | None = None,
+) -> _Solution:
+    """``than``: of whole blocks; what is not better is no choice."""
+    problem = make_problem(table, budgets, staging_bytes, pins, activations)
     memory = Memory(table)
     slots_bytes = problem.saves.device_bytes
     nonweight = [memory.at(policies_for(problem, level)) + slots_bytes for level in range(problem.levels)]
-    options = arrangements(problem)
-    choice = best(problem, options, nonweight)
-    if choice is None:
-        every = [arrangement for listed in options.values() for arrangement in listed]
-        raise _does_not_fit(problem, every, nonweight, workload)
-    plan = _plan(problem, choice, nonweight[choice.recomputed], model, fingerprint, workload, hardware, notes)
-    require(plan)  # the judge shares no code with what made it
-    return plan
+    search = Search(problem, nonweight, None if than is None else than.pass_s * (1 - _WORTH))
+    choice = search.best(None if than is None else than.recomputed)
+    return _Solution(problem=problem, nonweight=nonweight, choice=choice, least_s=search.least_of_all_s)
 
 
 # ---- what does not fit ----------------------------------------------------------------------------------------------
 
 
-def _does_not_fit(
-    problem: Problem, options: Sequence[Arrangement], nonweight: Sequence[Bytes], workload: Workload
-) -> DoesNotFitError:
+def _smallest(problem: Problem) -> tuple[int, Arrangement] | None:
+    """Return the least room for which there is an arrangement, and that; None where ``ram`` and ``disk`` are too little."""
+    listed, made_in = list(rings(problem)), Rings(problem)
+
+    def first(room_bytes: int) -> Arrangement | None:
+        made = (made_in.arrange(ring, room_bytes) for ring in listed)
+        return next((found for found in made if found is not None), None)
+
+    low, high = -1, 2 * sum(problem.sizes_bytes) // ALIGNMENT_BYTES  # nothing fits in low, all that can fits in high
+    found = first(high * ALIGNMENT_BYTES)
+    while found is not None and high - low > 1:
+        middle = (low + high) // 2
+        less = first(middle * ALIGNMENT_BYTES)
+        if less is None:
+            low = middle
+        else:
+            found, high = less, middle
+    return None if found is None else (high * ALIGNMENT_BYTES, found)
+
+
+def _does_not_fit(problem: Problem, nonweight: Sequence[Bytes], workload: Workload) -> DoesNotFitError:
     budgets = problem.budgets
     asked = f"{problem_name(workload)} was to be trained in {format_bytes(budgets.vram_bytes)} of vram"
-    if not options:
+    found = _smallest(problem)
+    if found is None:
         frozen = sum(block.size_bytes for block in problem.table.blocks)
         limited = f"ram of {format_bytes(budgets.ram_bytes)} and no room on disk for the streamed blocks"
         enough = frozen + problem.staging_bytes + problem.saves.host_bytes
@@ -87,8 +150,8 @@ def _does_not_fit(
         )
     level = min(range(len(nonweight)), key=lambda index: (int(nonweight[index].max()), index))
     peak = int(nonweight[level].max())
-    smallest = min(options, key=lambda option: (option.device_bytes, len(option.homes)))
-    least = peak + smallest.device_bytes
+    room, smallest = found
+    least = peak + room
     shown = format_bytes(least)
     if shown == format_bytes(budgets.vram_bytes):
         shown = f"{least - budgets.vram_bytes} bytes more"
@@ -97,7 +160,7 @@ def _does_not_fit(
     how = f", {problem.recomputed_at(level)} of {len(problem.table.recomputable)} modules recomputed" if level else ""
     limited = (
         f"{format_bytes(peak)} of activations, adapters and optimizer state at {where}{how}, beside weights of "
-        f"{format_bytes(smallest.device_bytes)} ({format_bytes(smallest.slots_bytes)} of it slots)"
+        f"{format_bytes(room)} ({format_bytes(smallest.slots_bytes)} of it slots)"
     )
     fixed = sum(row.size_bytes for row in problem.table.fixed)
     tips = [f"give at least {format_bytes(least)} of vram ({least} bytes)"]
@@ -106,7 +169,7 @@ def _does_not_fit(
         staging = format_bytes(problem.staging_bytes)
         limited += f"; the disk is read through {staging} of ram, and there are {format_bytes(budgets.ram_bytes)}"
         tips.append(f"give at least {staging} of ram, so that blocks may be read from the disk")
-    elif smallest.device_bytes > 4 * smallest.slots_bytes and len(smallest.homes) < len(problem.stack):
+    elif smallest.device_bytes > 4 * smallest.slots_bytes and len(smallest.homes) < len(problem.movable):
         tips.append("give more ram or a disk budget, so that more blocks may leave the device")
     if fixed > least // 4:
         tips.append("use a smaller adapter rank or an optimizer with less state")
@@ -131,15 +194,11 @@ def problem_name(workload: Workload) -> str:
 
 
 def _plan(
-    problem: Problem,
-    choice: Choice,
-    nonweight: Bytes,
-    model: str,
-    fingerprint: str,
-    workload: Workload,
-    hardware: str,
-    notes: tuple[str, ...],
+    solution: _Solution, model: str, fingerprint: str, workload: Workload, hardware: str, notes: tuple[str, ...]
 ) -> Plan:
+    problem, choice = solution.problem, solution.choice
+    assert choice is not None
+    nonweight = solution.nonweight[choice.recomputed]
     table, arrangement = problem.table, choice.arrangement
     policies = policies_for(problem, choice.recomputed)
     saves = problem.saves

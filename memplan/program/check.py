@@ -111,15 +111,21 @@ def _references(plan: Plan) -> Iterator[str]:
 
 def _homes(plan: Plan) -> Iterator[str]:
     weights = [item for item in plan.items if item.kind == "weights"]
+    of_block: dict[int, list[Item]] = {}
+    for item in weights:
+        of_block.setdefault(item.block, []).append(item)
     for block in plan.table.blocks:
-        mine = [item for item in weights if item.block == block.id]
+        mine = of_block.get(block.id, [])
         if len(mine) != 1:
             yield f"the block {block.name} has {len(mine)} homes"
         elif mine[0].size_bytes != block.size_bytes:
             yield f"the item of {block.name} has {mine[0].size_bytes} bytes, the block {block.size_bytes}"
+    of_item: dict[int, list[Residence]] = {}
+    for stay in plan.residences:
+        of_item.setdefault(stay.item, []).append(stay)
     for item in weights:
         block = plan.table.blocks[item.block]
-        stays = [stay for stay in plan.residences if stay.item == item.id]
+        stays = of_item.get(item.id, [])
         on_device = [stay for stay in stays if plan.arenas[stay.arena].tier == "device"]
         on_host = [stay for stay in stays if plan.arenas[stay.arena].tier == "host"]
         if item.home == "device" and [stay.begins for stay in on_device] != ["always"]:
@@ -280,8 +286,11 @@ def _meet(one: Residence, other: Residence, length: int) -> bool:
         return True
     if one.id == other.id:
         return False
-    a, b = (one.load_after + 1, _until(one, other)), (other.load_after + 1, _until(other, one))
-    return any(a[0] <= b[1] + shift and b[0] + shift <= a[1] for shift in (-2 * length, -length, 0, length, 2 * length))
+    # Modulo the cycle, from the one's beginning to the other's: within the one, or the other way round.
+    one_begins, other_begins = one.load_after + 1, other.load_after + 1
+    return (other_begins - one_begins) % length <= _until(one, other) - one_begins or (
+        one_begins - other_begins
+    ) % length <= _until(other, one) - other_begins
 
 
 def _until(stay: Residence, other: Residence) -> int:

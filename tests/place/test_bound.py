@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import itertools
+import random
 import time
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from msgspec.structs import replace
 
 from memplan.errors import DoesNotFitError
 from memplan.place.bound import window_bound
@@ -15,6 +18,7 @@ from memplan.place.problem import Memory, make_problem
 from memplan.place.solve import place
 from memplan.program.schema import STAGING_BYTES
 from memplan.program.timeline import durations
+from tests.place import fluid
 from tests.tables import MIB, NAMES, budgets, make_table
 
 X = 10 * MIB
@@ -122,3 +126,41 @@ def test_never_above_a_plan(sizes, again, times, saved, rates, room, ram, device
     except DoesNotFitError:
         return
     assert plan.prediction.bound_s <= plan.prediction.pass_s * (1 + 1e-9)
+
+
+UNIT = 512
+
+
+def _random_problem(rng):
+    """Return a table, and the room at each access: 3 or 4 unequal blocks, half the time one read twice a sweep."""
+    sizes = [rng.randint(1, 8) * UNIT for _ in range(rng.randint(3, 4))]
+    reads = [(block,) for block in range(len(sizes))]
+    if rng.random() < 0.5:
+        reads.insert(rng.randint(0, len(sizes)), (rng.randrange(len(sizes)),))
+    table = make_table(sizes, reads, **FLAT, link=rng.choice([0.125, 0.25, 0.5, 1, 2]) * UNIT)
+    rows = tuple(replace(row, time_s=float(rng.randint(1, 8))) for row in table.accesses)
+    base = max(sizes) + rng.randrange(sum(sizes) // UNIT) * UNIT
+    varies = rng.random() < 0.5
+    return replace(table, accesses=rows), [base + (rng.randint(0, 4) * UNIT if varies else 0) for _ in rows]
+
+
+@pytest.mark.parametrize("count", [1000, pytest.param(30_000, marks=pytest.mark.full)])
+def test_never_above_the_optimum_and_nearly_always_it(count):
+    """The optimum of bytes that flow, by linear programming, on small problems, room varying by access."""
+    rng = random.Random(count)
+    equal = waits = 0
+    for _ in range(count):
+        table, rooms = _random_problem(rng)
+        times = durations(table, {})
+        vram = max(rooms)
+        problem = make_problem(table, budgets(vram), 0, {})
+        bound = max(window_bound(problem, times, np.array([vram - room for room in rooms]), False), sum(times))
+        sizes, reads = [block.size_bytes for block in table.blocks], [access.blocks for access in table.accesses]
+        best = fluid.optimum(times, reads, sizes, rooms, table.host_to_device_bytes_per_s)
+        assert best is not None
+        assert bound <= best * (1 + 1e-7)
+        if best > sum(times) * 1.01:  # else there is nothing to bound
+            waits += 1
+            equal += bound >= best * (1 - 1e-6)
+    assert waits >= 0.3 * count
+    assert equal >= 0.99 * waits

@@ -12,7 +12,7 @@ from msgspec.structs import replace
 
 from memplan.analyze.graph import Rows
 from memplan.errors import DoesNotFitError, InputError
-from memplan.place.problem import evenly, to_the_ends
+from memplan.place.problem import evenly
 from memplan.place.solve import place
 from memplan.program import codec
 from memplan.program.check import check
@@ -131,7 +131,7 @@ def test_blocks_read_at_once_are_never_streamed_both():
     ],
 )
 def test_pins_that_cannot_be_kept(pins, message):
-    table = make_table([X] * 4, reads=[(0, 1), (2,)])
+    table = make_table([X] * 4, reads=[(0, 1), (1,), (2,)])
     blocks = tuple(replace(b, pinned_because="its weight is read by name" if b.id == 2 else "") for b in table.blocks)
     with pytest.raises(InputError, match=message):
         place(replace(table, blocks=blocks), budgets(1 << 40), **NAMES, pins=pins)
@@ -215,9 +215,7 @@ def test_same_input_same_plan():
 
 def test_evenly():
     assert evenly(2, 4) == (1, 3)
-    assert evenly(4, 4) == to_the_ends(4, 4) == (0, 1, 2, 3)
-    assert to_the_ends(3, 9) == (0, 4, 8)
-    assert to_the_ends(1, 9) == (0,)
+    assert evenly(4, 4) == (0, 1, 2, 3)
     assert len(set(evenly(7, 80))) == 7
 
 
