@@ -190,6 +190,7 @@ def smaller(plan: Plan, vram_bytes: int) -> Plan:
         activations=plan.asked,
         staging_bytes=_staging_bytes(plan.table.device),
         notes=plan.notes,
+        pieces=False,  # the blocks stay those of the plan that is left
     )
 
 

@@ -43,6 +43,7 @@ class Rings:
         self._forced = [block for block in problem.forced if block not in self._in_place]
         self._resident_bytes = sum([sizes[block] for block in problem.resident])
         self._total_bytes = sum([sizes[block] for block in self._movable])
+        self._all_bytes = sum([sizes[block] for block in problem.movable])
         self._least = _least_region(problem, [*self._movable, *self._forced])
         self._least_forced = _least_region(problem, self._forced)
 
@@ -52,7 +53,10 @@ class Rings:
         """
         problem, sizes = self._problem, self._problem.sizes_bytes
         free_bytes = room_bytes - self._resident_bytes
-        if free_bytes >= self._total_bytes + self._least_forced:
+        in_place = self._in_place
+        if free_bytes >= self._all_bytes + self._least_forced:
+            residents, in_place = set(problem.movable), in_place & set(problem.forced)
+        elif free_bytes >= self._total_bytes + self._least_forced:
             residents = set(self._movable)
         elif free_bytes < self._least:
             return None
@@ -61,7 +65,7 @@ class Rings:
             residents = _residents(problem, self._movable, for_residents, ring.grain)
         region = free_bytes - sum([sizes[block] for block in residents])
         streamed = problem.in_order([*(block for block in self._movable if block not in residents), *self._forced])
-        homes = homes_of(problem, streamed, self._in_place)
+        homes = homes_of(problem, streamed, in_place)
         if homes is None:
             return None
         offsets = _offsets(problem, streamed, homes, region, ring.disk_bundles)
