@@ -43,7 +43,7 @@ def run(folder: Path, suite: str, skips: str, *arguments: str) -> subprocess.Com
     )
 
 
-@pytest.mark.parametrize("workers", ["0", "2"])
+@pytest.mark.parametrize("workers", [pytest.param("0", marks=pytest.mark.full), "2"])
 def test_a_skip_that_is_not_listed_fails_the_run(workers: str, tmp_path: Path) -> None:
     done = run(tmp_path, SUITE, "# none\n", "-n", workers)
     assert done.returncode == 1, done.stdout
@@ -58,7 +58,7 @@ def test_a_listed_skip_does_not(tmp_path: Path) -> None:
     assert "1 passed, 2 skipped" in done.stdout
 
 
-@pytest.mark.parametrize("workers", ["0", "2"])
+@pytest.mark.parametrize("workers", [pytest.param("0", marks=pytest.mark.full), "2"])
 def test_a_whole_file_that_is_skipped_fails_the_run(workers: str, tmp_path: Path) -> None:
     suite = "import pytest\npytest.importorskip('a_package_that_is_nowhere')\n"
     done = run(tmp_path, suite, "", "-n", workers)

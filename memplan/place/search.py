@@ -130,10 +130,10 @@ class Search:
             choice = self.chosen()
             if choice is None or choice.pass_s <= self.compute_s(choice.recomputed) * (1 + _TIE):
                 break
-            ring = self._ring_of(choice)
-            assert ring is not None
+            made_by = self._ring_of(choice)
+            assert made_by is not None
             for factor in _FINER:
-                self.time(choice.recomputed, ring._replace(times=ring.times * factor))
+                self.time(choice.recomputed, made_by._replace(times=made_by.times * factor))
         for level in tops[:_STACKED_LEVELS]:
             self._try_stacked(level)
         return self.chosen()

@@ -277,7 +277,7 @@ loss = loss_of(model(**batch_of("plain")))
 """
 
 
-@pytest.mark.parametrize(("end", "code"), [("", 0), ("raise ValueError", 1)])
+@pytest.mark.parametrize(("end", "code"), [pytest.param("", 0, marks=pytest.mark.full), ("raise ValueError", 1)])
 def test_the_interpreter_ends_while_attached(end, code, tmp_path):
     """In mid-step, loads under way, no detach: it ends, with its own code and nothing said."""
     plan_for(make("plain"), "plain", share=0.2, offload="all").save(tmp_path / "plan.json")

@@ -50,6 +50,9 @@ def config(out):
 
 
 LONG = (
+    "diffusers_unet",
+    "lightning_trainer",
+    "trl_dpo",
     "trl_sft_packed",
     "trl_reward",
     "accelerate_loop_bf16",

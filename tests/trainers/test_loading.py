@@ -124,7 +124,9 @@ def loaded(kind, folder, plan, **more):
     return memplan.load(folder, plan, adapter=adapter, checked=True, **more).train()
 
 
-@pytest.mark.parametrize("kind", CONFIGS)
+@pytest.mark.parametrize(
+    "kind", [kind if kind in ("llama", "t5") else pytest.param(kind, marks=pytest.mark.full) for kind in CONFIGS]
+)
 def test_trains_as_from_pretrained(kind, checkpoints, tmp_path):
     folder = checkpoints(kind)
     plan = plan_of(kind, folder, disk="1GiB")
@@ -184,7 +186,9 @@ def test_a_read_that_fails_in_a_load(checkpoints, monkeypatch):
         assert threading.active_count() == threads
 
 
-@pytest.mark.parametrize("more", [{"use_dora": True}, {"init_lora_weights": "pissa"}], ids=str)
+@pytest.mark.parametrize(
+    "more", [pytest.param({"use_dora": True}, marks=pytest.mark.full), {"init_lora_weights": "pissa"}], ids=str
+)
 def test_adapters_that_begin_with_the_models_weights(more, checkpoints, tmp_path):
     folder = checkpoints("llama")
     adapter = lora("llama", **more)
@@ -237,6 +241,7 @@ def test_detached_it_is_placeholders_and_nothing_stays(checkpoints):
     assert gone() is None
 
 
+@pytest.mark.full
 def test_the_bar_says_how_far_it_is(checkpoints, capsys):
     folder = checkpoints("llama")
     memplan.load(folder, plan_of("llama", folder), adapter=lora("llama"), progress=True)

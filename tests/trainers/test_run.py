@@ -43,8 +43,20 @@ def exact(done):
     return [line for line in done.stdout.splitlines() if line.startswith(("loss", "eval", "made", "sum"))]
 
 
-MODES = ["cast", "dora", "written", "reordered", "swapped", "counted", "merged", "best", "adapters", "checkpointing"]
-MORE = ["workers", "lora", "generate", "resized", "grouped", "reentrant", "autocast", "found", "smoothed"]
+MODES = ["cast", "written", "swapped", "counted", "merged", "best", "adapters", "checkpointing"]
+MORE = [
+    "dora",
+    "reordered",
+    "workers",
+    "lora",
+    "generate",
+    "resized",
+    "grouped",
+    "reentrant",
+    "autocast",
+    "found",
+    "smoothed",
+]
 VRAM = {"checkpointing": "1500KiB", "reentrant": "1500KiB", "autocast": "3MiB", "grouped": "3MiB"}
 SAID = {"generate": 6, "counted": 15, "best": 4, "adapters": 19, "smoothed": 9}
 
@@ -156,6 +168,7 @@ def test_what_does_not_fit_ends_with_one(checkpoint, hardware, tmp_path):
     assert exact(done) == []
 
 
+@pytest.mark.full
 def test_an_other_sitecustomize_runs_too(checkpoint, hardware, tmp_path):
     (tmp_path / "sitecustomize.py").write_text("print('theirs')\n")
     done = command(checkpoint, tmp_path, hardware, "2500KiB", "fail", path=str(tmp_path))
@@ -209,6 +222,7 @@ def test_a_script_without_torch_stays_without(tmp_path):
     assert (done.stdout, done.stderr, done.returncode) == ("[] True\n", "", 0)
 
 
+@pytest.mark.full
 def test_modules_keep_their_own_loaders():
     """Those who ask a module for its source or its loader find what they would without memplan."""
     code = "import inspect, transformers.trainer as t; print(type(t.__spec__.loader).__name__, len(inspect.getsource(t)) > 9)"

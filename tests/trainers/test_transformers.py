@@ -84,7 +84,7 @@ CHECKPOINTING = (  # transformers 5.23 has another name for it
 CASES = [
     {},
     {"gradient_accumulation_steps": 2},
-    {CHECKPOINTING: True, f"{CHECKPOINTING}_kwargs": {"use_reentrant": False}},
+    pytest.param({CHECKPOINTING: True, f"{CHECKPOINTING}_kwargs": {"use_reentrant": False}}, marks=pytest.mark.full),
     pytest.param({CHECKPOINTING: True, f"{CHECKPOINTING}_kwargs": {"use_reentrant": True}}, marks=pytest.mark.full),
     pytest.param({"eval_strategy": "steps", "eval_steps": 2}, marks=pytest.mark.full),
     {"bf16": True},
