@@ -28,11 +28,12 @@ from memplan.errors import (
     RunError,
     SizeError,
     StrayReadError,
+    TooSlowError,
     TransferError,
 )
 
 if TYPE_CHECKING:
-    from memplan.api import attach, materialise, memory_timeline, plan, report
+    from memplan.api import attach, fit, frontier, materialise, memory_timeline, plan, report
     from memplan.program.record import RunRecord
     from memplan.program.schema import Plan
     from memplan.run.handle import Handle, handle_of
@@ -59,9 +60,12 @@ __all__ = [
     "RunRecord",
     "SizeError",
     "StrayReadError",
+    "TooSlowError",
     "TransferError",
     "__version__",
     "attach",
+    "fit",
+    "frontier",
     "handle_of",
     "load",
     "materialise",
@@ -77,6 +81,8 @@ _HOMES = {
     "Plan": "memplan.program.schema",
     "RunRecord": "memplan.program.record",
     "attach": "memplan.api",
+    "fit": "memplan.api",
+    "frontier": "memplan.api",
     "handle_of": "memplan.run.handle",
     "load": "memplan.trainers.loading",
     "materialise": "memplan.api",

@@ -11,6 +11,7 @@ MemplanError
 │   ├── PlanMismatchError         a plan for another model
 │   └── PlanCheckError            a plan that breaks its own budgets or its own order
 ├── DoesNotFitError               no plan keeps the budgets; carries the least that would
+├── TooSlowError                  no plan within the budgets is as fast as was asked
 └── RunError (a RuntimeError)     training under a plan cannot go on
     ├── TransferError             a weight could not be brought: names the block and the file
     ├── StrayReadError            a weight was read that is not there (checked mode)
@@ -90,6 +91,19 @@ class DoesNotFitError(MemplanError):
         self.limited_by = limited_by
         self.suggestions = suggestions
         super().__init__(f"{asked}: {limited_by}. To make it fit: {'; '.join(suggestions)}")
+
+
+class TooSlowError(MemplanError):
+    """No plan within the budgets is as fast as was asked.
+
+    ``step_s``: of the best plan; ``least_vram_bytes``: the least ``vram`` at which a plan is as fast, to a 256th of the span
+    from the least that works to what holds everything, or None where no ``vram`` would do.
+    """
+
+    def __init__(self, message: str, *, step_s: float, least_vram_bytes: int | None) -> None:
+        self.step_s = step_s
+        self.least_vram_bytes = least_vram_bytes
+        super().__init__(message)
 
 
 class RunError(MemplanError, RuntimeError):

@@ -10,7 +10,7 @@ import click
 
 import memplan
 from memplan.cli.output import fail, show_failure
-from memplan.errors import DoesNotFitError, MemplanError
+from memplan.errors import DoesNotFitError, MemplanError, TooSlowError
 
 OK, DOES_NOT_FIT, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
 
@@ -33,6 +33,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except DoesNotFitError as error:
         show_failure(error, as_json)
         return DOES_NOT_FIT
+    except TooSlowError as error:
+        return fail(type(error).__name__, str(error), as_json, DOES_NOT_FIT)
     except MemplanError as error:
         return fail(type(error).__name__, str(error), as_json, BAD_INPUT)
     except ModuleNotFoundError as error:

@@ -113,8 +113,8 @@ class Asked:
             "activations": self.activations,
         }
 
-    def prepare(self, own_process: bool) -> None:
-        """Have this process be quick."""
+    def prepare(self, *, own_process: bool) -> None:
+        """Have this process be quick. ``own_process``: quantizers that are not asked for may be left out of it."""
         from memplan import models
         from memplan.analyze import kept
 

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING
 
 import click
 
+from memplan.units import format_bytes
+
 if TYPE_CHECKING:
     from memplan.errors import DoesNotFitError
     from memplan.program.record import RunRecord
@@ -23,6 +25,31 @@ def show(plan: Plan, record: RunRecord | None, as_json: bool) -> None:
         from memplan.show import terminal
 
         terminal.write(plan, record)
+
+
+def show_compared(plan: Plan, as_json: bool) -> None:
+    """Print what other ways of placing cost, beside a plan."""
+    from memplan.case import case_of_plan
+    from memplan.place.baselines import WAYS
+    from memplan.program.answers import point_of
+
+    case = case_of_plan(plan)
+    ours = "memplan"
+    found = {ours: point_of(plan)} | {
+        way: None if (made := case.place_as(way)) is None else point_of(made) for way in WAYS
+    }
+    if as_json:
+        from msgspec import to_builtins
+
+        print_json({"model": plan.model, "hardware": plan.hardware, "ways": to_builtins(found)})
+    else:
+        from memplan.show.answers import write_compared
+
+        write_compared(
+            f"{plan.model}: {plan.workload.tokens} tokens a pass, on {plan.hardware}, in vram of "
+            f"{format_bytes(plan.budgets.vram_bytes)}",
+            list(found.items()),
+        )
 
 
 def show_failure(error: DoesNotFitError, as_json: bool) -> None:

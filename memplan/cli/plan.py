@@ -7,9 +7,9 @@ from pathlib import Path
 
 import click
 
-from memplan.cli.entry import OK, group
+from memplan.cli.entry import DOES_NOT_FIT, OK, group
 from memplan.cli.options import COUNT, FILE, JSON, Asked, asking
-from memplan.cli.output import show
+from memplan.cli.output import print_json, show, show_compared
 
 
 @group.command(short_help="Say what fits, where each block goes, and the time of a step.")
@@ -19,7 +19,10 @@ from memplan.cli.output import show
 @click.option("--examples", metavar="N", type=COUNT, help="Of an epoch, to count the steps from.")
 @click.option("--epochs", metavar="N", type=COUNT, help="With --examples.  [default: 1]")
 @click.option("--measure", is_flag=True, help="Time every kind of layer on this machine, instead of by rates.")
+@click.option("--max-step-s", metavar="S", type=float, help="The longest step that will do; else exit with 1.")
+@click.option("--compare", is_flag=True, help="What other ways of placing would cost, beside the plan.")
 @click.option("--out", type=click.Path(dir_okay=False, path_type=Path), help="Write the plan to this file.")
+@click.option("--csv", type=click.Path(dir_okay=False, path_type=Path), help="Write a row a block to this file.")
 @JSON
 def plan(
     context: dict[str, bool],
@@ -28,7 +31,10 @@ def plan(
     examples: int | None,
     epochs: int | None,
     measure: bool,
+    max_step_s: float | None,
+    compare: bool,
     out: Path | None,
+    csv: Path | None,
     as_json: bool,
 ) -> int:
     """Say what fits, where each block goes, and the time of a step, before any weight is loaded.
@@ -42,13 +48,14 @@ def plan(
     if epochs is not None and examples is None:
         raise click.BadParameter("give --examples too, or --steps alone.", param_hint="--epochs")
     # Before the work: a plan may take a minute to make.
-    if out is not None and not out.parent.is_dir():
-        raise click.BadParameter(f"the folder {out.parent} does not exist.", param_hint="--out")
+    for file, option in ((out, "--out"), (csv, "--csv")):
+        if file is not None and not file.parent.is_dir():
+            raise click.BadParameter(f"the folder {file.parent} does not exist.", param_hint=option)
 
     from memplan import api
     from memplan.show.listing import progress
 
-    asked.prepare(context["own_process"])
+    asked.prepare(own_process=context["own_process"])
     with progress("Measuring") if measure else nullcontext() as tell:
         made = api.plan(
             asked.model,
@@ -58,14 +65,97 @@ def plan(
             examples=examples,
             epochs=epochs,
             measure=measure,
+            max_step_s=max_step_s,
             progress=tell,
         )
     if out is not None:
         made.save(out)
-    show(made, None, as_json)
+    if csv is not None:
+        from memplan.program.rows import write_csv
+
+        write_csv(made, csv)
+    if compare:
+        show_compared(made, as_json)
+    else:
+        show(made, None, as_json)
     if out is not None and not as_json:
         click.echo(f"\nThe plan is in {out}.")
     return OK
+
+
+@group.command("frontier", short_help="Show device memory against the time of a step.")
+@click.pass_obj
+@asking
+@click.option(
+    "--points", metavar="N", type=click.IntRange(2, 257), default=17, show_default=True, help="Budgets to try."
+)
+@JSON
+def frontier(context: dict[str, bool], asked: Asked, points: int, as_json: bool) -> int:
+    """Show device memory against the time of a step, from the least vram that works to what holds everything.
+
+    Only what is faster than with less memory is shown. --vram, where it is given, is tried too.
+    """
+    arguments = asked.arguments()
+
+    from memplan.case import case_of
+    from memplan.questions.frontier import frontier as across
+    from memplan.show.listing import progress
+
+    asked.prepare(own_process=context["own_process"])
+    with progress("Placing") as tell:
+        case = case_of(asked.model, asked.shape, **arguments)
+        beyond = () if asked.vram == "auto" else (arguments["vram"],)
+        found = across(case, points, tell, beyond)
+    if as_json:
+        from msgspec import to_builtins
+
+        print_json({"model": case.model, "hardware": case.hardware, "points": to_builtins(found)})
+    else:
+        from memplan.show.answers import write_frontier
+
+        write_frontier(f"{case.model}: {case.workload.tokens} tokens a pass, on {case.hardware}", found)
+    return OK
+
+
+@group.command("fit", short_help="Say what the most is that fits.")
+@asking
+@click.option(
+    "--slowdown", metavar="SHARE", type=float, default=0.05, show_default=True, help="That the least vram may cost."
+)
+@JSON
+def fit(asked: Asked, slowdown: float, as_json: bool) -> int:
+    """Say what the most is that fits: micro-batch, sequence, LoRA rank and quantization, each alone and the rest as asked.
+
+    And the least vram for what was asked. Exits with 0 if that fits, 1 if not.
+    """
+    arguments = asked.arguments()
+    if arguments.pop("pins") or arguments.pop("activations"):
+        raise click.BadParameter("leave --pin and --activations out: memplan chooses.", param_hint="fit")
+    adapter = arguments.pop("adapter")
+
+    from memplan.questions.fit import fit as most
+    from memplan.show.listing import progress
+
+    asked.prepare(own_process=False)  # quantizers are looked at too
+    with progress("Looking") as tell:
+        found = most(
+            asked.model,
+            asked.shape,
+            rank=adapter["rank"],
+            targets=adapter["targets"],
+            slowdown=slowdown,
+            progress=tell,
+            **arguments,
+        )
+    if as_json:
+        from msgspec import to_builtins
+
+        print_json({"model": asked.model, **to_builtins(found)})
+    else:
+        from memplan.show.answers import write_fit
+
+        write_fit(f"{asked.model}: the most that fits in {asked.vram} of vram, on {asked.hardware}", found)
+    return OK if found.asked is not None else DOES_NOT_FIT
 
 
 @group.command(short_help="Show a plan, and what was measured under it.")

@@ -39,6 +39,8 @@ class Arrangement:
     """Of the blocks whose home is the disk."""
     rows_bytes: int
     """Read in a pass from blocks on the host where they lie."""
+    on_demand: bool = False
+    """Each access brings what it reads, once the one before has ended, and nothing stays: as others do it."""
 
     @cached_property
     def key(self) -> Key:
@@ -59,7 +61,12 @@ class Stay(NamedTuple):
 
 
 def arrangement_of(
-    problem: Problem, offsets: Mapping[int, int], homes: Mapping[int, Tier], region_bytes: int
+    problem: Problem,
+    offsets: Mapping[int, int],
+    homes: Mapping[int, Tier],
+    region_bytes: int,
+    *,
+    on_demand: bool = False,
 ) -> Arrangement:
     """Return the arrangement of blocks in a shared region of the device arena. What overlaps nothing there stays there,
     unless it is pinned elsewhere.
@@ -78,6 +85,7 @@ def arrangement_of(
         host_bytes=sum([sizes[block] for block in on_host]),
         disk_bytes=sum([problem.size(block) for block, tier in homes.items() if tier == "disk"]),
         rows_bytes=sum([size for block, size in problem.rows if block in reads_rows]),
+        on_demand=on_demand,
     )
 
 
@@ -114,6 +122,8 @@ def stays_of(problem: Problem, arrangement: Arrangement) -> list[Stay] | None:
     number = {edge: index for index, edge in enumerate(edges)}
     parts = {b: range(number[offsets[b]], number[offsets[b] + problem.sizes_bytes[b]]) for b in moving}
     uses = sorted([(index, block) for block in moving for index in problem.needs(block, homes[block])])
+    if arrangement.on_demand:
+        return [Stay(index, block, index - 1, index) for index, block in uses]
     owners = [-1] * len(edges)
     lasts = [-1] * len(edges)
     stays: list[Stay] = []

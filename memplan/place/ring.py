@@ -8,12 +8,15 @@ moves as many bytes (all but what there is room for, each sweep) and asks for le
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from typing import Literal, NamedTuple
 
 from memplan.place.arrangement import Arrangement, arrangement_of
 from memplan.place.problem import Problem, evenly
 from memplan.program.schema import Tier
+
+_NEAR = 3
+"""Bundles before and after one that may stay in its place."""
 
 MOST_STACKED = 6
 """Blocks of which every arrangement is looked at."""
@@ -38,7 +41,7 @@ class Rings:
     def __init__(self, problem: Problem) -> None:
         sizes = problem.sizes_bytes
         self._problem = problem
-        self._in_place = _in_place(problem)
+        self._in_place = read_in_place(problem)
         self._movable = [block for block in problem.movable if block not in self._in_place]
         self._forced = [block for block in problem.forced if block not in self._in_place]
         self._resident_bytes = sum([sizes[block] for block in problem.resident])
@@ -51,7 +54,7 @@ class Rings:
         """Return the arrangement that takes at most ``room_bytes``; None where there is none, or ``ram`` and ``disk`` are
         too little.
         """
-        problem, sizes = self._problem, self._problem.sizes_bytes
+        problem = self._problem
         free_bytes = room_bytes - self._resident_bytes
         in_place = self._in_place
         if free_bytes >= self._all_bytes + self._least_forced:
@@ -63,16 +66,40 @@ class Rings:
         else:
             for_residents = free_bytes - min(int(ring.times * self._least), free_bytes)
             residents = _residents(problem, self._movable, for_residents, ring.grain)
-        region = free_bytes - sum([sizes[block] for block in residents])
+        return self._with(residents, free_bytes, in_place, ring.disk_bundles)
+
+    def _with(
+        self, residents: Container[int], free_bytes: int, in_place: set[int], disk_bundles: int
+    ) -> Arrangement | None:
+        problem, sizes = self._problem, self._problem.sizes_bytes
+        staying = [block for block in self._movable if block in residents]
+        region = free_bytes - sum([sizes[block] for block in staying])
         streamed = problem.in_order([*(block for block in self._movable if block not in residents), *self._forced])
         homes = homes_of(problem, streamed, in_place)
         if homes is None:
             return None
-        offsets = _offsets(problem, streamed, homes, region, ring.disk_bundles)
+        offsets = _offsets(problem, streamed, homes, region, disk_bundles)
         if offsets is None:
             return None
         used = max([offset + sizes[block] for block, offset in offsets.items()], default=0)
         return arrangement_of(problem, offsets, homes, used)
+
+    def beside(self, arrangement: Arrangement, ring: Ring, room_bytes: int) -> Iterator[Arrangement]:
+        """Yield the arrangements in which one bundle stays that did not, or does not that did, or one near it in its place."""
+        bundles = [kept for b in self._problem.bundles if (kept := tuple(x for x in b if x not in self._in_place))]
+        bundles = [bundle for bundle in bundles if bundle[0] not in self._problem.pins]
+        staying = {block for block in self._movable if block not in arrangement.homes}
+        free_bytes = room_bytes - self._resident_bytes
+        for turn, bundle in enumerate(bundles):
+            partners: list[tuple[int, ...]] = [()]
+            if bundle[0] in staying:
+                near = bundles[max(0, turn - _NEAR) : turn + _NEAR + 1]
+                partners += [other for other in near if other[0] not in staying]
+            for partner in partners:
+                changed = (staying ^ set(bundle)) | set(partner)
+                found = self._with(changed, free_bytes, self._in_place, ring.disk_bundles)
+                if found is not None:
+                    yield found
 
     def stacked(self, room_bytes: int) -> Iterator[Arrangement]:
         """Yield every arrangement in which each block lies at the start of the region or at the end of another, where
@@ -191,7 +218,7 @@ def _around(problem: Problem, streamed: Sequence[int], region_bytes: int) -> dic
     return found
 
 
-def _in_place(problem: Problem) -> set[int]:
+def read_in_place(problem: Problem) -> set[int]:
     """Return the blocks that stay on the host, whence rows of them are read: where RAM has room for them."""
     sizes, pins = problem.sizes_bytes, problem.pins
     away = problem.in_order({*problem.movable, *problem.forced})

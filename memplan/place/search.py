@@ -10,6 +10,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from memplan.place.arrangement import Arrangement, Key, Stay, channel_of, stays_of
+from memplan.place.baselines import Way, arrange_as
 from memplan.place.problem import Bytes, Problem, policies_for
 from memplan.place.ring import Ring, Rings
 from memplan.program.timeline import Load, durations, load_s, simulate
@@ -28,6 +29,18 @@ _THOROUGH = 2
 
 _NEAR = 2
 """How many more or fewer are tried where the best is about known."""
+
+_FEW = 20
+"""Blocks up to which less room is tried than there is:"""
+
+_ROOMS = 64
+"""in steps of this part of all blocks"""
+
+_LESS_ROOM = 0.25
+"""down to this share less."""
+
+_MOST_CLIMBED = 6000
+"""Changes of what stays that are looked at, times the blocks there are."""
 
 _STACKED_LEVELS = 3
 """Numbers of recomputed modules for which every arrangement is looked at, where there are few blocks."""
@@ -126,6 +139,7 @@ class Search:
         for level in tops[:_THOROUGH]:
             for ring in every:
                 self.time(level, ring)
+            self._try_less_room(level, every)
         for _ in range(2):
             choice = self.chosen()
             if choice is None or choice.pass_s <= self.compute_s(choice.recomputed) * (1 + _TIE):
@@ -136,6 +150,43 @@ class Search:
                 self.time(choice.recomputed, made_by._replace(times=made_by.times * factor))
         for level in tops[:_STACKED_LEVELS]:
             self._try_stacked(level)
+        self._climb()
+        return self.chosen()
+
+    def _try_less_room(self, level: int, rings_of: Sequence[Ring]) -> None:
+        """Have less room where blocks are few and unequal: which of them fit together is a matter of chance."""
+        if len(self._problem.movable) > _FEW:
+            return
+        step = max(1, sum(self._problem.sizes_bytes) // _ROOMS)
+        room = self._rooms[level] // step * step
+        while room > self._rooms[level] * (1 - _LESS_ROOM):
+            for ring in rings_of:
+                arrangement = self._rings.arrange(ring, room)
+                if arrangement is not None:
+                    self._look_at(arrangement, level, ring)
+            room -= step
+
+    def _climb(self) -> None:
+        """Change what stays, a bundle at a time, as long as that helps and is not too much work."""
+        left = _MOST_CLIMBED // max(1, len(self._problem.movable))
+        while (choice := self.chosen()) is not None and left > 0:
+            if choice.pass_s <= self.least_s(choice.recomputed) * (1 + _TIE):
+                return
+            ring = self._ring_of(choice) or Ring(1.0, "bundle", 0)
+            for arrangement in self._rings.beside(choice.arrangement, ring, self._rooms[choice.recomputed]):
+                left -= 1
+                pass_s = self._look_at(arrangement, choice.recomputed, ring)
+                if left <= 0 or (pass_s is not None and pass_s < choice.pass_s * (1 - _TIE)):
+                    break
+            else:
+                return
+
+    def as_others(self, way: Way) -> Choice | None:
+        """Return the choice of another way of placing: all activations kept, or all recomputed, as is faster."""
+        for level in (0, len(self._rooms) - 1):
+            arrangement = arrange_as(way, self._problem, self._rooms[level])
+            if arrangement is not None:
+                self._look_at(arrangement, level, None)
         return self.chosen()
 
     def _try_stacked(self, level: int) -> None:

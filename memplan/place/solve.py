@@ -9,6 +9,7 @@ from memplan.analyze.graph import Activations
 from memplan.cost.table import CostTable
 from memplan.errors import DoesNotFitError
 from memplan.place.arrangement import Arrangement, lay_out
+from memplan.place.baselines import Way
 from memplan.place.bound import window_bound
 from memplan.place.pieces import split
 from memplan.place.problem import Bytes, Memory, Problem, make_problem, policies_for
@@ -74,6 +75,34 @@ def place(
     return plan
 
 
+def place_as(
+    way: Way,
+    table: CostTable,
+    budgets: Budgets,
+    *,
+    model: str,
+    fingerprint: str,
+    workload: Workload,
+    hardware: str,
+    activations: Mapping[str, Activations] | None = None,
+    staging_bytes: int = STAGING_BYTES,
+    notes: tuple[str, ...] = (),
+) -> Plan | None:
+    """Return the plan that another way of placing comes to, on the same timeline; None where it does not fit.
+
+    As for :func:`place`; these ways know no pins.
+    """
+    problem = make_problem(table, budgets, staging_bytes, {}, activations or {})
+    nonweight = _nonweight(problem)
+    search = Search(problem, nonweight)
+    solution = _Solution(problem=problem, nonweight=nonweight, choice=search.as_others(way), least_s=0.0)
+    if solution.choice is None:
+        return None
+    plan = _plan(solution, model, fingerprint, workload, hardware, notes)
+    require(plan)
+    return plan
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Solution:
     problem: Problem
@@ -100,12 +129,33 @@ def _solve(
 ) -> _Solution:
     """``than``: of whole blocks; what is not better is no choice."""
     problem = make_problem(table, budgets, staging_bytes, pins, activations)
-    memory = Memory(table)
-    slots_bytes = problem.saves.device_bytes
-    nonweight = [memory.at(policies_for(problem, level)) + slots_bytes for level in range(problem.levels)]
+    nonweight = _nonweight(problem)
     search = Search(problem, nonweight, None if than is None else than.pass_s * (1 - _WORTH))
     choice = search.best(None if than is None else than.recomputed)
     return _Solution(problem=problem, nonweight=nonweight, choice=choice, least_s=search.least_of_all_s)
+
+
+def _nonweight(problem: Problem) -> list[Bytes]:
+    """Return the device bytes at each access apart from frozen weights, by number of recomputed modules."""
+    memory, slots_bytes = Memory(problem.table), problem.saves.device_bytes
+    return [memory.at(policies_for(problem, level)) + slots_bytes for level in range(problem.levels)]
+
+
+def least_vram_bytes(
+    table: CostTable,
+    budgets: Budgets,
+    *,
+    pins: Mapping[int, Tier] | None = None,
+    activations: Mapping[str, Activations] | None = None,
+    staging_bytes: int = STAGING_BYTES,
+) -> int | None:
+    """Return the least vram for which :func:`place` returns a plan; None where ``ram`` and ``disk`` are too little.
+
+    Raises InputError for a pin or activations that cannot be kept.
+    """
+    problem = make_problem(table, budgets, staging_bytes, pins or {}, activations or {})
+    found = _smallest(problem)
+    return None if found is None else found[0] + min(int(bytes_at.max()) for bytes_at in _nonweight(problem))
 
 
 # ---- what does not fit ----------------------------------------------------------------------------------------------

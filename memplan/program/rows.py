@@ -1,0 +1,55 @@
+"""A plan as a table: a row a block, for spreadsheets."""
+
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+
+from memplan.errors import InputError
+from memplan.program.schema import Plan
+
+COLUMNS = ("block", "name", "kind", "bytes", "home", "activations", "loads_per_pass", "first_access", "accesses")
+
+
+def write_csv(plan: Plan, path: Path) -> None:
+    """Write a row for each block: home, what becomes of its module's activations, loads of a pass, and its accesses.
+
+    Raises InputError where the file cannot be written.
+    """
+    homes = {item.block: item.home for item in plan.items if item.kind == "weights"}
+    policies = plan.policies()
+    loads = dict.fromkeys(homes, 0)
+    for stay in plan.residences:
+        item = plan.items[stay.item]
+        if stay.begins == "load" and item.kind == "weights":
+            loads[item.block] += 1
+    reads: dict[int, list[int]] = {block: [] for block in homes}
+    modules: dict[int, str] = {}
+    for access in plan.table.accesses:
+        for read in access.blocks:
+            reads[read].append(access.index)
+            modules.setdefault(read, access.module)
+    try:
+        with open(path, "w", newline="", encoding="utf-8") as file:
+            out = csv.writer(file)
+            out.writerow(COLUMNS)
+            for block in plan.table.blocks:
+                mine = reads[block.id]
+                policy = policies.get(modules.get(block.id, ""), "")
+                row = (
+                    block.id,
+                    _harmless(block.name),
+                    block.kind,
+                    block.size_bytes,
+                    homes[block.id],
+                    policy,
+                    loads[block.id],
+                )
+                out.writerow((*row, mine[0] if mine else "", len(mine)))
+    except OSError as error:
+        raise InputError(f"{path} cannot be written ({error.strerror}): give another file") from error
+
+
+def _harmless(name: str) -> str:
+    """Return a name that no spreadsheet takes for a formula."""
+    return f"'{name}" if name[:1] in ("=", "+", "-", "@") else name
