@@ -157,14 +157,14 @@ class Search:
         """Have less room where blocks are few and unequal: which of them fit together is a matter of chance."""
         if len(self._problem.movable) > _FEW:
             return
-        step = max(1, sum(self._problem.sizes_bytes) // _ROOMS)
-        room = self._rooms[level] // step * step
-        while room > self._rooms[level] * (1 - _LESS_ROOM):
+        total = sum(self._problem.sizes_bytes)
+        step = max(1, total // _ROOMS)
+        top = min(self._rooms[level], total) // step
+        for room in range(top * step, int(top * step * (1 - _LESS_ROOM)), -step):
             for ring in rings_of:
                 arrangement = self._rings.arrange(ring, room)
                 if arrangement is not None:
                     self._look_at(arrangement, level, ring)
-            room -= step
 
     def _climb(self) -> None:
         """Change what stays, a bundle at a time, as long as that helps and is not too much work."""

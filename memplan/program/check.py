@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from memplan.errors import PlanCheckError
+from memplan.program.check_flow import flow_faults
 from memplan.program.check_offloads import offload_faults
 from memplan.program.schema import Address, Item, Plan, Residence, Tier
 from memplan.units import ALIGNMENT_BYTES, format_bytes
@@ -34,7 +35,7 @@ def check(plan: Plan) -> tuple[str, ...]:
         *_coverage(plan),
         *_overlaps(plan),
         *_peaks(plan),
-        *_flow(plan),
+        *flow_faults(plan),
     )
 
 
@@ -248,6 +249,15 @@ def _coverage(plan: Plan) -> Iterator[str]:
             spans.setdefault(item.block, []).append(stay)
         elif item.kind == "weights" and stay.begins == "always" and item.home == "host":
             on_host.add(item.block)
+    for block, stays in spans.items():
+        for stay in stays if 0 <= block < len(plan.table.blocks) else ():
+            for at in (stay.first_use, stay.last_use) if stay.begins == "load" else ():
+                access = plan.table.accesses[at % length]
+                if block not in access.blocks:
+                    yield (
+                        f"residence {stay.id} has {plan.table.blocks[block].name} used from {stay.first_use} to "
+                        f"{stay.last_use}, but access {access.index} does not read it"
+                    )
     for access in plan.table.accesses:
         for block in access.blocks:
             if block in on_host and access.reads_rows_of(block):
@@ -353,52 +363,6 @@ def _peaks(plan: Plan) -> Iterator[str]:
     ):
         if sum(parts.values()) != total or min(parts.values(), default=0) < 0:
             yield f"the parts of the {what} peak do not sum to it"
-
-
-# ---- can it run at all ----------------------------------------------------------------------------------------------
-
-
-def _flow(plan: Plan) -> Iterator[str]:
-    """Play two passes without times: each channel in its order, each access once what it reads is there."""
-    length = len(plan.table.accesses)
-    queues: dict[str, list[Residence]] = {}
-    for stay in plan.residences:
-        if stay.begins == "load" and stay.channel is not None:
-            queues.setdefault(stay.channel, []).append(stay)
-    for queue in queues.values():
-        queue.sort(key=lambda stay: stay.order)
-    loaded: set[tuple[int, int]] = set()
-    pointer = dict.fromkeys(queues, 0)
-    needed: list[list[Residence]] = [[] for _ in range(length)]
-    for queue in queues.values():
-        for stay in queue:
-            if 0 <= stay.first_use < length:
-                needed[stay.first_use].append(stay)
-    done = 0
-    while done < 2 * length:
-        moved = False
-        for channel, queue in queues.items():
-            turn, at = divmod(pointer[channel], len(queue))
-            stay = queue[at]
-            source = stay.source.removeprefix("residence:")
-            there = (
-                source == stay.source or (int(source), turn) in loaded or plan.residences[int(source)].begins != "load"
-            )
-            if turn * length + stay.load_after < done and there and turn <= done // length + 1:
-                loaded.add((stay.id, turn))
-                pointer[channel] += 1
-                moved = True
-        cycle, index = divmod(done, length)
-        if all((stay.id, cycle) in loaded for stay in needed[index]):
-            done += 1
-            moved = True
-        if not moved:
-            stuck = next(stay for stay in needed[index] if (stay.id, cycle) not in loaded)
-            yield (
-                f"access {index} waits for residence {stuck.id} of {_name(plan, stuck)}, whose load waits for its turn on "
-                f"{stuck.channel}: nothing can move"
-            )
-            return
 
 
 def _name(plan: Plan, stay: Residence) -> str:

@@ -1,0 +1,150 @@
+"""Plans with one thing changed: the judge sees nearly every change that means something."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+from msgspec.structs import replace
+
+from memplan.place.solve import place
+from memplan.program.check import check
+from memplan.program.schema import STAGING_BYTES
+from tests.tables import MIB, NAMES, budgets, make_table
+
+CAUGHT = 0.95
+
+
+def _plans():
+    """Return plans of several kinds: streamed from RAM and from disk, recomputed, unequal, shared, offloaded."""
+    equal = make_table([10 * MIB] * 8)
+    rest = max(equal.device_bytes_at(access.index, {}) for access in equal.accesses)
+    yield place(equal, budgets(rest + 45 * MIB), **NAMES)
+    yield place(equal, budgets(rest - 10 * MIB + 35 * MIB), **NAMES)
+    yield place(equal, budgets(rest + 45 * MIB, ram=STAGING_BYTES + 25 * MIB), **NAMES)
+    sizes = [3 * MIB, 11 * MIB, 7 * MIB, 5 * MIB, 13 * MIB, 2 * MIB, 9 * MIB]
+    unequal = make_table(sizes, latency_s=1e-4, device="cuda")
+    yield place(unequal, budgets(rest + 24 * MIB), **NAMES)
+    shared = make_table(sizes, [(0,), (1,), (2,), (0,), (3,), (4,), (5,), (6,)])
+    yield place(shared, budgets(rest + 26 * MIB), **NAMES)
+
+
+def _one_of(rng, rows, **changes):
+    """Return rows with one of them changed; ``changes`` are functions of its field."""
+    at = rng.randrange(len(rows))
+    row = rows[at]
+    return (*rows[:at], replace(row, **{k: f(getattr(row, k)) for k, f in changes.items()}), *rows[at + 1 :])
+
+
+def _loads(plan):
+    return [i for i, stay in enumerate(plan.residences) if stay.begins == "load"]
+
+
+def _load_changed(rng, plan, **changes):
+    at = rng.choice(_loads(plan))
+    stays = list(plan.residences)
+    stays[at] = replace(stays[at], **{k: f(getattr(stays[at], k)) for k, f in changes.items()})
+    return replace(plan, residences=tuple(stays))
+
+
+def _swapped(rng, plan):
+    """Two addresses of one arena; those of equal size that are both there always may be swapped without harm."""
+    pairs = [
+        (a, b)
+        for a in range(len(plan.addresses))
+        for b in range(a)
+        if plan.addresses[a].arena == plan.addresses[b].arena
+        and plan.addresses[a].size_bytes != plan.addresses[b].size_bytes
+    ] or [(0, 1)]
+    a, b = rng.choice(pairs)
+    rows = list(plan.addresses)
+    rows[a], rows[b] = (
+        replace(rows[a], offset_bytes=rows[b].offset_bytes),
+        replace(rows[b], offset_bytes=rows[a].offset_bytes),
+    )
+    return replace(plan, addresses=tuple(rows))
+
+
+def _orders_swapped(rng, plan):
+    channel = plan.residences[_loads(plan)[0]].channel
+    loads = [i for i in _loads(plan) if plan.residences[i].channel == channel]
+    if len(loads) < 2:
+        return plan
+    a, b = rng.sample(loads, 2)
+    stays = list(plan.residences)
+    stays[a], stays[b] = replace(stays[a], order=stays[b].order), replace(stays[b], order=stays[a].order)
+    return replace(plan, residences=tuple(stays))
+
+
+def _dropped(rng, plan):
+    gone = rng.choice(_loads(plan))
+    kept = [stay for i, stay in enumerate(plan.residences) if i != gone]
+    return replace(plan, residences=tuple(replace(stay, id=i) for i, stay in enumerate(kept)))
+
+
+def _said(rng, plan):
+    field = rng.choice(["pass_s", "step_s", "compute_s", "loaded_bytes_per_pass", "loads_per_pass"])
+    return replace(plan, prediction=replace(plan.prediction, **{field: getattr(plan.prediction, field) * 2 + 1}))
+
+
+MUTATIONS = {
+    "a load later": lambda rng, plan: _load_changed(rng, plan, load_after=lambda at: at + rng.randint(1, 4)),
+    "a load earlier": lambda rng, plan: _load_changed(rng, plan, load_after=lambda at: at - rng.randint(1, 4)),
+    "used earlier": lambda rng, plan: _load_changed(rng, plan, first_use=lambda at: at - 1),
+    "used later": lambda rng, plan: _load_changed(rng, plan, first_use=lambda at: at + 1),
+    "kept shorter": lambda rng, plan: _load_changed(rng, plan, last_use=lambda at: at - 1),
+    "kept longer": lambda rng, plan: _load_changed(rng, plan, last_use=lambda at: at + rng.randint(1, 4)),
+    "a slot smaller": lambda rng, plan: replace(
+        plan, addresses=_one_of(rng, plan.addresses, size_bytes=lambda size: size - 512)
+    ),
+    "an arena smaller": lambda rng, plan: replace(
+        plan,
+        arenas=tuple(
+            replace(a, segments=tuple(replace(s, size_bytes=s.size_bytes - 512) for s in a.segments))
+            for a in plan.arenas
+        ),
+    ),
+    "two addresses swapped": _swapped,
+    "two orders swapped": _orders_swapped,
+    "a wait dropped": _dropped,
+    "an other home": lambda rng, plan: replace(
+        plan,
+        items=_one_of(rng, plan.items, home=lambda home: rng.choice([t for t in ("device", "host", "disk") if t != home])),
+    ),
+    "an other item": lambda rng, plan: _load_changed(
+        rng, plan, item=lambda item: (item + rng.randint(1, len(plan.items) - 1)) % len(plan.items)
+    ),
+    "an other policy": lambda rng, plan: replace(
+        plan,
+        activations=_one_of(
+            rng, plan.activations, activations=lambda policy: "recompute" if policy == "keep" else "keep"
+        ),
+    ),
+    "less vram": lambda rng, plan: replace(
+        plan, budgets=replace(plan.budgets, vram_bytes=plan.prediction.peaks.vram_bytes - 1)
+    ),
+    "an other figure": _said,
+}  # fmt: skip
+
+
+def _meaning(plan):
+    """What a plan says, but for what changes nothing: a load's earliest start that others hold up anyway."""
+    return (plan.residences, plan.addresses, plan.items, plan.activations, plan.budgets, plan.prediction, plan.arenas)
+
+
+@pytest.mark.parametrize("count", [1000])
+def test_nearly_every_mutation_is_caught(count):
+    rng = random.Random(7)
+    plans = list(_plans())
+    assert all(check(plan) == () for plan in plans)
+    missed, made = {}, 0
+    while made < count:
+        name = rng.choice(list(MUTATIONS))
+        plan = rng.choice(plans)
+        other = MUTATIONS[name](rng, plan)
+        if _meaning(other) == _meaning(plan):
+            continue
+        made += 1
+        if not check(other):
+            missed[name] = missed.get(name, 0) + 1
+    assert sum(missed.values()) <= (1 - CAUGHT) * count, missed
