@@ -114,7 +114,8 @@ class Rings:
         if homes is None:
             return
         for offsets in _stacks(blocks, sizes, free_bytes):
-            yield arrangement_of(problem, offsets, homes, free_bytes)
+            used = max(offset + sizes[block] for block, offset in offsets.items())
+            yield arrangement_of(problem, offsets, homes, used)
 
 
 def _stacks(blocks: Sequence[int], sizes: Sequence[int], region_bytes: int) -> Iterator[dict[int, int]]:

@@ -15,6 +15,7 @@ from memplan.analyze.extend import short_name
 from memplan.analyze.measure import measure
 from memplan.analyze.repeats import find_runs
 from memplan.analyze.trace import analyze
+from memplan.cli.entry import OK
 from memplan.cost.build import cost_table
 from memplan.errors import InputError, ModelError
 from memplan.units import GIB
@@ -135,7 +136,7 @@ def test_the_command_line(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(hardware, "is_here", lambda profile: True)
     CONFIGS["llama"].save_pretrained(tmp_path)
     given = ["plan", str(tmp_path), "--vram", "1GiB", "--seq", "16", "--dtype", "fp32", "--measure", "--json"]
-    assert cli.main(given) == cli.OK
+    assert cli.main(given) == OK
     notes = json.loads(capsys.readouterr().out)["notes"]
     assert any("were measured on this CPU" in note for note in notes)
 

@@ -29,7 +29,11 @@ def counted_step(model, kind, accumulation=1, batches=batch_of, apart=()):
 
 @pytest.mark.parametrize(
     "options",
-    [pytest.param({}, marks=pytest.mark.full), {"dropout": 0.2}, {"accumulation": 4}],
+    [
+        pytest.param({}, marks=pytest.mark.full),
+        pytest.param({"dropout": 0.2}, marks=pytest.mark.full),
+        {"accumulation": 4},
+    ],
     ids=["plain", "dropout", "accumulation"],
 )
 @pytest.mark.parametrize(("kind", "checkpointing"), EVERY_WAY)

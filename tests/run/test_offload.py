@@ -302,6 +302,11 @@ def changed(plan, index, **fields):
     return replace(plan, residences=tuple(stays))
 
 
+@pytest.fixture(scope="module")
+def chained():
+    return planned(activations="offload")
+
+
 def stays_of(plan):
     """The three residences of the first item that is stored."""
     made = next(s for s in plan.residences if s.ends == "store")
@@ -324,8 +329,8 @@ def stays_of(plan):
         (2, {"first_use": 30, "last_use": 31}, ""),
     ],
 )
-def test_the_judge_sees_a_broken_chain(which, fields, words):
-    plan = planned(activations="offload")
+def test_the_judge_sees_a_broken_chain(chained, which, fields, words):
+    plan = chained
     assert check(plan) == ()
     faults = check(changed(plan, stays_of(plan)[which].id, **fields))
     assert faults

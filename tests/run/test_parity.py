@@ -104,7 +104,7 @@ def test_three_steps(kind, checkpointing, checked, tmp_path):
             assert handle.checked_reads > 0
 
 
-@pytest.mark.parametrize("checked", [False, True], ids=["plain", "checked"])
+@pytest.mark.parametrize("checked", [pytest.param(False, marks=pytest.mark.full), True], ids=["plain", "checked"])
 @pytest.mark.parametrize(("kind", "checkpointing"), EVERY_WAY)
 def test_dropout_and_accumulation(kind, checkpointing, checked, tmp_path):
     options = {"dropout": 0.2, "accumulation": 4, "checkpointing": checkpointing, "checked": checked}

@@ -59,7 +59,9 @@ def test_three_steps(kind, checked, tmp_path):
 
 
 @pytest.mark.parametrize("checkpointing", [c for c in CHECKPOINTING if c != "off"])
-@pytest.mark.parametrize("kind", ["nf4-nested", "int8", "torchao-int8"])
+@pytest.mark.parametrize(
+    "kind", ["nf4-nested", *(pytest.param(kind, marks=pytest.mark.full) for kind in ("int8", "torchao-int8"))]
+)
 def test_checkpointed(kind, checkpointing, tmp_path):
     options = {"checkpointing": checkpointing, "dropout": 0.2, "accumulation": 2, "checked": True}
     compare("llama", make=maker(kind), **options, tmp_path=tmp_path).detach()
