@@ -76,4 +76,4 @@ def test_make_targets_are_there(file: Path) -> None:
 
 def test_the_blocks_are_found() -> None:
     assert len(blocks(ROOT / "README.md", "python")) >= 5
-    assert len(blocks(ROOT / "README.md", "console")) == 3
+    assert len(blocks(ROOT / "README.md", "console")) == 4
