@@ -20,6 +20,7 @@ def make_table(
     boundary_bytes=MIB // 4,
     transient_bytes=MIB,
     recomputable=True,
+    offloadable=False,
     link=1e9,
     disk=2e8,
     latency_s=0.0,
@@ -54,6 +55,8 @@ def make_table(
             recompute_s=recompute_s,
             transient_bytes=transient,
             transient_recompute_bytes=transient + (saved_bytes if kind == "backward" else 0),
+            transient_offload_bytes=transient + (saved_bytes if offloadable and kind == "forward" else 0),
+            offload_bytes=saved_bytes if offloadable and kind == "forward" else 0,
         )
 
     accesses = [row(i, "forward", f"layers.{i}", i, reads[i], forward_s) for i in range(count)]

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from memplan.analyze.graph import Activations
@@ -12,7 +13,7 @@ from memplan.place.arrangement import Arrangement, lay_out
 from memplan.place.baselines import Way
 from memplan.place.bound import window_bound
 from memplan.place.pieces import split
-from memplan.place.problem import Bytes, Memory, Problem, make_problem, policies_for
+from memplan.place.problem import Bytes, Memory, Problem, evenly, make_problem, policies_for
 from memplan.place.ring import Rings
 from memplan.place.search import Choice, Search, rings
 from memplan.program.check import require
@@ -37,6 +38,9 @@ _BINDS_SHARE = 0.01
 _MUCH = 3e-3
 """Blocks are split where a pass is longer than it need be by more than this share of it,"""
 
+_OFFLOAD_PARTS = 6
+"""Activations are offloaded of this many different numbers of modules, beside none."""
+
 _WORTH = 1e-3
 """and where that makes it shorter by more than this."""
 
@@ -57,20 +61,26 @@ def place(
 ) -> Plan:
     """Return the plan with the shortest pass that keeps the budgets. Same input, same plan.
 
-    ``pins``: tier by block id. ``activations``: what becomes of a module's, where that is not to be chosen here
-    (offloading never is). ``pieces``: whether blocks may be split into their natural parts where that buys time; the
-    plan's table then has these for blocks. Raises DoesNotFitError with the least vram for which this returns a plan,
-    InputError for a pin or activations that cannot be kept.
+    ``pins``: tier by block id. ``activations``: what becomes of a module's, where that is not to be chosen here.
+    ``pieces``: whether blocks may be split into their natural parts where that buys time; the plan's table then has these
+    for blocks. Raises DoesNotFitError with the least vram for which this returns a plan, InputError for a pin or
+    activations that cannot be kept.
     """
-    solution = _solve(table, budgets, staging_bytes, pins or {}, activations or {})
+    asked = activations or {}
+    solution = _solve(table, budgets, staging_bytes, pins or {}, asked)
+    for variant in offload_variants(table, asked) if solution.may_gain_by_offloading else ():
+        other = _solve(table, budgets, staging_bytes, pins or {}, variant, solution.choice)
+        solution = other if other.choice is not None else solution
     if solution.choice is None:
-        raise _does_not_fit(solution.problem, solution.nonweight, workload)
+        smallest = min(_problems(table, budgets, staging_bytes, pins or {}, asked), key=_least)
+        raise _does_not_fit(smallest, _nonweight(smallest), workload)
     if pieces and solution.leaves_much:
         finer, finer_pins = split(table, pins or {})
         if finer is not table:
-            other = _solve(finer, budgets, staging_bytes, finer_pins, activations or {}, solution.choice)
+            given, near = solution.problem.activations, solution.choice.recomputed
+            other = _solve(finer, budgets, staging_bytes, finer_pins, given, solution.choice, near)
             solution = other if other.choice is not None else solution
-    plan = _plan(solution, model, fingerprint, workload, hardware, notes)
+    plan = _plan(solution, asked, model, fingerprint, workload, hardware, notes)
     require(plan)  # the judge shares no code with what made it
     return plan
 
@@ -98,9 +108,23 @@ def place_as(
     solution = _Solution(problem=problem, nonweight=nonweight, choice=search.as_others(way), least_s=0.0)
     if solution.choice is None:
         return None
-    plan = _plan(solution, model, fingerprint, workload, hardware, notes)
+    plan = _plan(solution, activations or {}, model, fingerprint, workload, hardware, notes)
     require(plan)
     return plan
+
+
+def offload_variants(table: CostTable, given: Mapping[str, Activations]) -> Iterator[dict[str, Activations]]:
+    """Yield ``given`` with the activations of ever more of the other modules offloaded, evenly spread.
+
+    None on the CPU, whose own memory is where they would go.
+    """
+    if table.device == "cpu":
+        return
+    can = {access.module for access in table.accesses if access.kind == "forward" and access.offload_bytes}
+    free = [module for module in table.recomputable if module in can and module not in given]
+    counts = {-(-len(free) * part // _OFFLOAD_PARTS) for part in range(1, _OFFLOAD_PARTS + 1)}
+    for count in sorted(counts - {0}):
+        yield {**given, **dict.fromkeys([free[index] for index in evenly(count, len(free))], "offload")}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -118,6 +142,12 @@ class _Solution:
         """Whether another choice might be shorter by so much that blocks are worth splitting."""
         return self.choice is None or self.choice.pass_s > self.least_s * (1 + _MUCH)
 
+    @property
+    def may_gain_by_offloading(self) -> bool:
+        """Whether the pass is much longer than the compute would be if nothing were recomputed."""
+        kept_s = sum(durations(self.problem.table, policies_for(self.problem, 0)))
+        return self.choice is None or self.choice.pass_s > kept_s * (1 + _MUCH)
+
 
 def _solve(
     table: CostTable,
@@ -126,12 +156,13 @@ def _solve(
     pins: Mapping[int, Tier],
     activations: Mapping[str, Activations],
     than: Choice | None = None,
+    near: int | None = None,
 ) -> _Solution:
-    """``than``: of whole blocks; what is not better is no choice."""
+    """``than``: what is not better is no choice. ``near``: about the best number of recomputed modules, where it is known."""
     problem = make_problem(table, budgets, staging_bytes, pins, activations)
     nonweight = _nonweight(problem)
     search = Search(problem, nonweight, None if than is None else than.pass_s * (1 - _WORTH))
-    choice = search.best(None if than is None else than.recomputed)
+    choice = search.best(near)
     return _Solution(problem=problem, nonweight=nonweight, choice=choice, least_s=search.least_of_all_s)
 
 
@@ -153,9 +184,27 @@ def least_vram_bytes(
 
     Raises InputError for a pin or activations that cannot be kept.
     """
-    problem = make_problem(table, budgets, staging_bytes, pins or {}, activations or {})
+    problems = _problems(table, budgets, staging_bytes, pins or {}, activations or {})
+    least = min(_least(problem) for problem in problems)
+    return None if math.isinf(least) else int(least)
+
+
+def _problems(
+    table: CostTable,
+    budgets: Budgets,
+    staging_bytes: int,
+    pins: Mapping[int, Tier],
+    activations: Mapping[str, Activations],
+) -> Iterator[Problem]:
+    """Yield the problems that :func:`place` solves: with what was asked, and with more offloaded."""
+    for given in (activations, *offload_variants(table, activations)):
+        yield make_problem(table, budgets, staging_bytes, pins, given)
+
+
+def _least(problem: Problem) -> float:
+    """Return the least vram in bytes, infinity where there is none."""
     found = _smallest(problem)
-    return None if found is None else found[0] + min(int(bytes_at.max()) for bytes_at in _nonweight(problem))
+    return math.inf if found is None else found[0] + min(int(bytes_at.max()) for bytes_at in _nonweight(problem))
 
 
 # ---- what does not fit ----------------------------------------------------------------------------------------------
@@ -244,7 +293,13 @@ def problem_name(workload: Workload) -> str:
 
 
 def _plan(
-    solution: _Solution, model: str, fingerprint: str, workload: Workload, hardware: str, notes: tuple[str, ...]
+    solution: _Solution,
+    asked: Mapping[str, Activations],
+    model: str,
+    fingerprint: str,
+    workload: Workload,
+    hardware: str,
+    notes: tuple[str, ...],
 ) -> Plan:
     problem, choice = solution.problem, solution.choice
     assert choice is not None
@@ -300,7 +355,7 @@ def _plan(
         staging_bytes=staging,
         notes=notes,
         pins=dict(problem.pins),
-        asked=dict(problem.activations),
+        asked=dict(asked),
     )
 
 
