@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 
 _TIERS: tuple[Tier, ...] = ("device", "host", "disk")
 _ACTIVATIONS: tuple[Activations, ...] = ("keep", "recompute", "offload")
+ANY = "any"
+"""Activations that may be offloaded too, where that is fastest."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -171,7 +173,7 @@ def case_of(
         autocast=autocast,
         accumulation=accumulation,
         optimizer=optimizer,
-        offload="offload" in wanted.values(),
+        offload="try" if activations == ANY else "offload" in wanted.values(),
     )
     graph = analysis.graph
     vram_bytes, ram_bytes, disk_bytes = budgets_given["vram"], budgets_given["ram"], budgets_given["disk"]
@@ -340,7 +342,7 @@ def _staging_bytes(device: str) -> int:
 
 def _wanted(activations: str | Mapping[str, str] | None) -> dict[str, Activations]:
     """Return what was asked by the name that it was asked for; an empty name stands for all layers."""
-    if activations is None:
+    if activations is None or activations == ANY:
         return {}
     found: dict[str, Activations] = {}
     for name, policy in ({"": activations} if isinstance(activations, str) else activations).items():
@@ -348,7 +350,7 @@ def _wanted(activations: str | Mapping[str, str] | None) -> dict[str, Activation
         if known is None:
             raise InputError(
                 f"the activations{f' of {name}' if name else ''} were given as {policy!r}: give one of "
-                f"{', '.join(_ACTIVATIONS)}"
+                f"{', '.join(_ACTIVATIONS)}" + ("" if name else f" or {ANY}")
             )
         found[name] = known
     return found

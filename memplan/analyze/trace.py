@@ -11,7 +11,7 @@ from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from types import MappingProxyType
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -71,7 +71,7 @@ def analyze(
     optimizer: str = "adamw",
     name: str | None = None,
     loss: Callable[[Any], torch.Tensor] | None = None,
-    offload: bool = False,
+    offload: bool | Literal["try"] = False,
     autocast: object = None,
     short: bool = False,
     runs: Sequence[Run] = (),
@@ -83,7 +83,7 @@ def analyze(
     ("bf16", "fp16"), where the forward will run so; None: as the caller's own autocast, which counts.
     ``accumulation``: passes of a step; where there are several, gradients are there from the first access on.
     ``loss``: from the model's output to a scalar, where the output holds none. ``offload``: look also at what would be
-    saved of each layer where that is offloaded (a trace more). ``short``: of layers that are alike trace a few, see
+    saved of each layer where that is offloaded (a trace more); ``"try"``: without a word where that cannot be. ``short``: of layers that are alike trace a few, see
     ``repeats.py``; for models that were built from a configuration it knows. ``runs``: stacks of which the model holds what is
     traced alone; then NotPeriodicError tells that the whole is needed. ``notes``: what to say of the model besides.
 
@@ -167,7 +167,7 @@ def _look(
     accumulates: bool,
     loss: Callable[[Any], torch.Tensor] | None,
     lowered: torch.dtype | None,
-    offload: bool,
+    offload: bool | Literal["try"],
 ) -> _Seen:
     """Trace the model as it is, and with its layers' activations under the other policies."""
 
@@ -210,11 +210,13 @@ def _look(
                 model, call, units, drafts, accumulates=accumulates, loss=loss, lowered=lowered, policies=names
             )
         except ModelError as error:
-            notes.append(f"No activations can be {done}: with every layer's so {error}.")
-            return None
-        if found.recorder.log.accesses_alike(kept.recorder.log):
-            return found
-        notes.append(f"No activations can be {done}: with every layer's so the order of accesses differs.")
+            why = str(error)
+        else:
+            if found.recorder.log.accesses_alike(kept.recorder.log):
+                return found
+            why = "the order of accesses differs"
+        if policy != "offload" or offload != "try":
+            notes.append(f"No activations can be {done}: with every layer's so {why}.")
         return None
 
     offloaded = traced("offload", "offloaded") if offload else None

@@ -59,7 +59,9 @@ _OPTIONS = (
     ),
     HARDWARE,
     click.option(
-        "--activations", type=click.Choice(["keep", "recompute", "offload"]), help="Of every layer.  [default: chosen]"
+        "--activations",
+        type=click.Choice(["keep", "recompute", "offload", "any"]),
+        help="Of every layer; any: chosen among all three, after a longer look.  [default: kept or recomputed]",
     ),
     click.option("--pin", "pins", multiple=True, metavar="BLOCK=TIER", help="Such as layers.3=device. Repeatable."),
 )
