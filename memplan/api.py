@@ -74,6 +74,10 @@ def plan(
     """
     from memplan.case import case_of
 
+    if max_step_s is not None:
+        from memplan.questions.frontier import check_speed, require_speed
+
+        check_speed(max_step_s)
     case = case_of(
         model,
         batch,
@@ -100,8 +104,6 @@ def plan(
     )
     made = case.place()
     if max_step_s is not None:
-        from memplan.questions.frontier import require_speed
-
         require_speed(case, made, max_step_s)
     return made
 
@@ -109,7 +111,8 @@ def plan(
 def frontier(model: Any, batch: Any, *, points: int = 17, **options: Any) -> tuple[Point, ...]:
     """Return device memory against step time: budgets of vram, each with a shorter step than every smaller one.
 
-    ``points`` budgets are tried, from the least that works to what holds everything; ``options`` are those of :func:`plan`.
+    ``points`` budgets are tried, from the least that works to what holds everything; ``options`` are those of :func:`plan`, but for
+    ``max_step_s``.
     Raises InputError, and DoesNotFitError where no vram would do.
     """
     from memplan.case import case_of
@@ -130,7 +133,7 @@ def fit(
     """Return the most that fits, each alone and the rest as asked: micro-batch, sequence, LoRA rank, quantization; and the
     least vram, with and without a bound on the step (``slowdown``: a share of the step with everything on the device).
 
-    ``batch``: a shape. ``options``: those of :func:`plan`, but for the adapter. Raises InputError.
+    ``batch``: a shape. ``options``: those of :func:`plan`, but for ``adapter`` and ``max_step_s``. Raises InputError.
     """
     from memplan.questions.fit import fit
 

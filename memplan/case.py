@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from memplan.analyze.graph import Activations, LayerGraph
     from memplan.analyze.kept import Analysis
     from memplan.analyze.measure import Times
-    from memplan.cost.table import CostTable
+    from memplan.cost.table import AccessRow, CostTable
     from memplan.hardware import HardwareProfile
     from memplan.place.baselines import Way
 
@@ -213,6 +213,9 @@ def case_of(
         examples=examples,
         epochs=epochs,
     )
+    asked = _activations(wanted, graph.recomputable)
+    if activations != ANY:  # a look at one layer is a look at all, but only those named may be offloaded
+        table = replace(table, accesses=tuple(_only(asked, row) for row in table.accesses))
     return Case(
         table=table,
         budgets=budgets,
@@ -221,7 +224,7 @@ def case_of(
         workload=workload,
         hardware=profile.name,
         pins=_pins(pins, {block.name: block.id for block in graph.blocks}),
-        activations=_activations(wanted, graph.recomputable),
+        activations=asked,
         staging_bytes=_staging_bytes(table.device),
         notes=(*graph.notes, *cost_notes(graph, profile, times), *hardware_profiles.notes(profile, lies_in)),
     )
@@ -338,6 +341,10 @@ def _run_of(
 def _staging_bytes(device: str) -> int:
     """Return the host bytes that the disk is read through."""
     return STAGING_BYTES + (RING_BYTES if device == "cuda" else 0)
+
+
+def _only(asked: Mapping[str, Activations], row: AccessRow) -> AccessRow:
+    return row if not row.offload_bytes or asked.get(row.module) == "offload" else replace(row, offload_bytes=0)
 
 
 def _wanted(activations: str | Mapping[str, str] | None) -> dict[str, Activations]:

@@ -27,8 +27,6 @@ _SLOTS = 2
 def arrange_as(way: Way, problem: Problem, room_bytes: int) -> Arrangement | None:
     """Return the arrangement of a way of placing in a room; None where it needs more, or more RAM and disk."""
     sizes = problem.sizes_bytes
-    if problem.forced:
-        return None  # these ways know no pins
     on_demand = way == "accelerate's device map"
     in_place = set() if on_demand else read_in_place(problem)
     bundles = [bundle for bundle in problem.bundles if in_place.isdisjoint(bundle)]

@@ -72,7 +72,7 @@ class Rings:
         self, residents: Container[int], free_bytes: int, in_place: set[int], disk_bundles: int
     ) -> Arrangement | None:
         problem, sizes = self._problem, self._problem.sizes_bytes
-        staying = [block for block in self._movable if block in residents]
+        staying = [block for block in problem.movable if block in residents]
         region = free_bytes - sum([sizes[block] for block in staying])
         streamed = problem.in_order([*(block for block in self._movable if block not in residents), *self._forced])
         homes = homes_of(problem, streamed, in_place)

@@ -129,7 +129,10 @@ class Search:
         if near is not None:
             look(level for level in range(near - _NEAR, near + _NEAR + 1) if 0 <= level < levels)
         else:
-            look([*range(0, levels, stride), levels - 1])
+            roomiest = max(range(levels), key=lambda level: (self._rooms[level], -level))
+            look([*range(0, levels, stride), levels - 1, roomiest])
+            if all(math.isinf(pass_s) for pass_s in tried.values()):  # little room: every ring, where there is most
+                tried = {roomiest: math.inf}
             while stride > 1:
                 stride = max(1, stride // 2)
                 # With more of them less streams and more is computed: the best lies beside the best, or where it begins to fit.
@@ -149,7 +152,8 @@ class Search:
             for factor in _FINER:
                 self.time(choice.recomputed, made_by._replace(times=made_by.times * factor))
         for level in tops[:_STACKED_LEVELS]:
-            self._try_stacked(level)
+            if self.best_s > self.least_of_all_s * (1 + _TIE):
+                self._try_stacked(level)
         self._climb()
         return self.chosen()
 

@@ -35,11 +35,11 @@ from memplan.units import ALIGNMENT_BYTES, format_bytes
 _BINDS_SHARE = 0.01
 """A stall below this share of the pass is rounding of the real machine: compute binds."""
 
-_MUCH = 3e-3
-"""Blocks are split where a pass is longer than it need be by more than this share of it,"""
-
 _OFFLOAD_PARTS = 6
 """Activations are offloaded of this many different numbers of modules, beside none."""
+
+_MUCH = 3e-3
+"""Blocks are split where a pass is longer than it need be by more than this share of it,"""
 
 _WORTH = 1e-3
 """and where that makes it shorter by more than this."""

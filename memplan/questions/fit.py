@@ -20,6 +20,9 @@ MOST = {"batch": 4096, "sequence": 1 << 20, "rank": 1024}
 STEPS = {"batch": 1, "sequence": 64, "rank": 8}
 """What is counted in."""
 
+_FORETOLD = 6
+"""Sizes that are looked at by a line through what is known; then the span is halved."""
+
 QUANTIZATIONS = ("int8", "nf4", "nf4-nested")
 """From the dearest to the cheapest."""
 
@@ -40,6 +43,8 @@ def fit(
     """
     if not 0 <= slowdown < float("inf"):
         raise InputError(f"slowdown was given as {slowdown!r}: give a share such as 0.05, at least 0")
+    if not isinstance(batch, (tuple, list)):
+        raise InputError(f"the batch was given as a {type(batch).__name__}: give a shape, such as (4, 512)")
     tell = progress or _nothing
 
     def case(shape: tuple[int, ...], of_rank: int, **more: Any) -> Case:
@@ -65,7 +70,8 @@ def fit(
         asks["sequence"] = (batch[1], lambda size: case((batch[0], size), rank))
     for what, (start, make) in sorted(asks.items()):
         tell(f"the greatest {what}")
-        found, is_bounded = _greatest(make, start, STEPS[what], MOST[what])
+        step = STEPS[what] if start >= STEPS[what] else 1
+        found, is_bounded = _greatest(make, start, step, MOST[what])
         most[what] = found
         if is_bounded:
             bounded.append(what)
@@ -96,7 +102,7 @@ def _greatest(make: Callable[[int], Case], start: int, step: int, most: int) -> 
     best: Case | None = None
     low, high = 0, most + 1  # fits (nothing does), does not
     wrong = high  # the least size that is known to be none, whatever the memory
-    size = start
+    size, tries = start, 0
     while True:
         try:
             case = make(size)
@@ -115,7 +121,11 @@ def _greatest(make: Callable[[int], Case], start: int, step: int, most: int) -> 
         first, last = (low // step + 1) * step, (high - 1) // step * step
         if first > last:
             break
-        size = (low + high) // 2 if high == wrong <= most else _foretold(needs, case.budgets.vram_bytes)
+        tries += 1
+        if tries > _FORETOLD or high == wrong <= most:
+            size = (low + high) // 2 if high <= most else 2 * low
+        else:
+            size = _foretold(needs, case.budgets.vram_bytes)
         size = min(max(size // step * step, first), last)
     return (None if best is None else (low, point_of(best.place()))), high == wrong
 
@@ -127,7 +137,8 @@ def _foretold(needs: Mapping[int, int], budget: int) -> int:
         return 1
     (one, need_one) = nearest[0]
     if len(nearest) == 1 or nearest[1][1] == need_one:
-        return one * 2 if need_one <= budget else one // 2
+        alike = [size for size, need in needs.items() if need == need_one]
+        return max(alike) * 2 if need_one <= budget else min(alike) // 2
     two, need_two = nearest[1]
     return int(one + (budget - need_one) * (two - one) / (need_two - need_one))
 

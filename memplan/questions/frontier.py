@@ -25,6 +25,8 @@ def budgets_of(case: Case, points: int = POINTS) -> list[int]:
 
     Raises DoesNotFitError where no vram would do.
     """
+    if points < 2:
+        raise InputError(f"points were given as {points!r}: give a whole number, at least 2")
     least = case.least_vram_bytes()
     if least is None:
         case.place(vram_bytes=1)  # says why
@@ -84,10 +86,15 @@ def least_for(case: Case, step_s: float) -> Point | None:
     return found
 
 
-def require_speed(case: Case, plan: Plan, max_step_s: float) -> None:
-    """Raise TooSlowError where a plan's step takes longer than ``max_step_s`` seconds, with what would do."""
+def check_speed(max_step_s: float) -> None:
+    """Raise InputError for what is no time of a step."""
     if not 0 < max_step_s < float("inf"):
         raise InputError(f"the longest step was given as {max_step_s!r} s: give seconds, more than 0")
+
+
+def require_speed(case: Case, plan: Plan, max_step_s: float) -> None:
+    """Raise TooSlowError where a plan's step takes longer than ``max_step_s`` seconds, with what would do."""
+    check_speed(max_step_s)
     said = plan.prediction
     if said.step_s <= max_step_s:
         return

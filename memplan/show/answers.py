@@ -17,27 +17,23 @@ _BAR = 16
 _LEAST_WIDTH = 84
 """Of what is piped: no figure is cut."""
 
-_BINDS = {"compute": "compute", "link": "link", "disk": "disk"}
 
-
-def write_frontier(title: str, points: Sequence[Point], slowdown: float | None = None) -> None:
-    """Print the points, the cheapest first, each with a bar as long as its step. ``slowdown``: mark the first within it."""
+def write_frontier(title: str, points: Sequence[Point]) -> None:
+    """Print the points, the cheapest first, each with a bar as long as its step."""
     fastest = min(point.step_s for point in points)
     slowest = max(point.step_s for point in points)
     table = _table("vram", "step", "slower", "recomputed", "loaded", "binds", "")
     table.columns[-1].justify = "left"
     for point in points:
         more = point.step_s / fastest - 1
-        mark = " <" if slowdown is not None and more <= slowdown else ""
-        slowdown = None if mark else slowdown
         table.add_row(
             format_bytes(point.vram_bytes),
             format_seconds(point.step_s),
             f"{more:+.1%}" if more else "-",
             str(point.recomputed) if point.recomputed else "-",
             format_bytes(point.loaded_bytes_per_pass) if point.loaded_bytes_per_pass else "-",
-            _BINDS[point.binds],
-            "#" * max(1, round(_BAR * point.step_s / slowest)) + mark,
+            point.binds,
+            "#" * max(1, round(_BAR * point.step_s / slowest)),
         )
     _print(title, table)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import random
 import time
 
 import pytest
@@ -13,7 +14,7 @@ from msgspec.structs import replace
 from memplan.analyze.graph import Rows
 from memplan.errors import DoesNotFitError, InputError
 from memplan.place.problem import evenly
-from memplan.place.solve import place
+from memplan.place.solve import least_vram_bytes, place
 from memplan.program import codec
 from memplan.program.check import check
 from memplan.program.schema import STAGING_BYTES
@@ -347,3 +348,35 @@ def test_tables_never_lose_a_plan_and_never_break_one(data):
     plan = place(rows, room, pins=pins, **NAMES)
     assert check(plan) == ()
     assert plan.prediction.bound_s <= plan.prediction.pass_s * (1 + 1e-9)
+
+
+def test_what_fits_whole_beside_pins_keeps_the_budget():
+    """All that may move fits, an embedding of which rows are read among it, and blocks are pinned to the host."""
+    table = make_table([10 * MIB] + [MIB] * 4, recomputable=False)
+    rows = tuple(
+        replace(row, rows=(Rows(block=0, size_bytes=4096),)) if row.module == "layers.0" else row
+        for row in table.accesses
+    )
+    table = replace(table, accesses=rows)
+    peak = max(table.device_bytes_at(access.index, {}) for access in table.accesses)
+    plan = place(table, budgets(peak + 12 * MIB), **NAMES, pins={2: "host", 3: "host", 4: "host"})
+    assert check(plan) == ()
+    assert plan.prediction.peaks.vram_bytes <= peak + 12 * MIB
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_the_least_works_where_one_number_of_recomputed_layers_needs_the_least(seed):
+    """Layers whose recompute takes unlike room: the number that needs the least may be any."""
+    rng = random.Random(seed)
+    table = make_table([MIB] * 23, saved_bytes=MIB // 4, boundary_bytes=MIB // 8)
+    more = {f"layers.{index}": rng.choice([0, MIB // 4, 20 * MIB]) for index in range(23)}
+    rows = tuple(
+        replace(row, transient_recompute_bytes=row.transient_bytes + more[row.module])
+        if row.kind == "backward"
+        else row
+        for row in table.accesses
+    )
+    table = replace(table, accesses=rows)
+    least = least_vram_bytes(table, budgets(1))
+    for vram in (least, least + 4096):
+        assert place(table, budgets(vram), **NAMES).prediction.peaks.vram_bytes <= vram

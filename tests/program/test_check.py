@@ -191,3 +191,10 @@ def test_every_shift_of_a_load_is_seen_or_harmless(plan):
                     slots.setdefault((address.offset_bytes, when % length), []).append(other.id)
             clash = any(len(found) > 1 for found in slots.values())  # equal blocks: same bytes means same offset
             assert bool(check(broken)) == clash
+
+
+def test_a_store_over_no_channel_is_a_fault_and_no_traceback():
+    table = make_table([MIB] * 6, offloadable=True, device="cuda")
+    plan = place(table, budgets(300 * MIB), **NAMES, activations=dict.fromkeys(table.recomputable, "offload"))
+    stays = tuple(replace(stay, channel=None) if stay.channel == "d2h" else stay for stay in plan.residences)
+    assert any("over no channel" in fault for fault in check(replace(plan, residences=stays)))

@@ -10,6 +10,8 @@ import memplan
 from memplan.case import case_of
 from memplan.cli import main
 from memplan.errors import DoesNotFitError, InputError
+from memplan.program.schema import Budgets
+from memplan.questions import fit as fitting
 from tests.questions.small import config_of
 from tests.training import CPU
 
@@ -79,3 +81,39 @@ def test_on_the_command_line(capsys):
     assert "does not fit" in shown
     assert "greatest batch" in shown
     assert main([*command, "--activations", "keep"]) == 2
+
+
+class _Needs:
+    """A case of which only the need is known."""
+
+    def __init__(self, need: int, budget: int) -> None:
+        self.budgets = Budgets(vram_bytes=budget, ram_bytes=0, disk_bytes=0)
+        self._need = need
+
+    def least_vram_bytes(self) -> int:
+        return self._need
+
+
+@pytest.mark.parametrize(
+    ("need", "expected"),
+    [
+        (lambda size: max(1000, 10 * size), 500),
+        (lambda size: 1000 if size < 3000 else 9000, 2999),
+        (lambda size: size * size // 100, 707),
+        (lambda size: 10 * size + (3000 if size > 77 else 0), 200),
+    ],
+)
+def test_few_sizes_are_looked_at(need, expected, monkeypatch):
+    """Each is a trace of a model: however memory grows, some two dozen will do."""
+    tried = []
+
+    def make(size):
+        tried.append(size)
+        return _Needs(need(size), 5000)
+
+    monkeypatch.setattr(_Needs, "place", lambda self: None, raising=False)
+    monkeypatch.setattr(fitting, "point_of", lambda plan: None)
+    (found, _), bounded = fitting._greatest(make, 1, 1, 4096)
+    assert found == expected
+    assert not bounded
+    assert len(tried) <= 24
