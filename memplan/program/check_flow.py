@@ -31,6 +31,7 @@ def flow_faults(plan: Plan) -> Iterator[str]:
     durations = _durations(plan)
     ended: dict[str, list[float]] = {channel: [] for channel in queues}  # loads, pass after pass
     ends: list[float] = []  # of accesses, pass after pass
+    turns = {"": length, **{channel: len(queue) for channel, queue in queues.items()}}
 
     def advance(channel: str) -> bool:
         """Let the next load of a channel run, if what it waits for has happened."""
@@ -66,7 +67,7 @@ def flow_faults(plan: Plan) -> Iterator[str]:
                 return
             begins = max(begins, ended[channel][number])
         ends.append(begins + durations[index])
-        if len(ends) % length == 0 and len(ends) >= 3 * length and _is_said(plan.prediction.pass_s, ends, length):
+        if len(ends) % length == 0 and _is_said(plan.prediction.pass_s, ends, ended, turns):
             break
     else:
         found, stated = (ends[-1] - ends[-1 - _MOST_PASSES // 2 * length]) / (_MOST_PASSES // 2), plan.prediction.pass_s
@@ -82,13 +83,22 @@ def flow_faults(plan: Plan) -> Iterator[str]:
             yield f"the prediction says {stated:.6g} s of {what}, the rows say {found:.6g} s"
 
 
-def _is_said(pass_s: float, ends: list[float], length: int) -> bool:
-    """Whether the last pass, or the mean of the last few that may take turns, is what was said."""
+def _is_said(pass_s: float, ends: list[float], ended: Mapping[str, list[float]], turns: Mapping[str, int]) -> bool:
+    """Whether the last pass, or the mean of the last few that may take turns, is what was said, and comes again and again:
+    not its accesses alone but its loads too, since what is brought ahead less and less hides for many passes.
+
+    ``turns``: by channel its loads in a pass, and under an empty name the accesses.
+    """
+    rows = [(ends, turns[""]), *((finished, turns[channel]) for channel, finished in ended.items())]
     for back in (1, 2, 3, 4):
-        if len(ends) > back * length:
-            found = (ends[-1] - ends[-1 - back * length]) / back
-            if abs(found - pass_s) <= _SAME * max(found, pass_s):
-                return True
+        shift = back * pass_s
+        near = _SAME * max(shift, 1e-12)
+        if all(
+            len(times) > (back + 1) * turn
+            and all(abs(times[-k] - times[-k - back * turn] - shift) <= near for k in range(1, turn + 1))
+            for times, turn in rows
+        ):
+            return True
     return False
 
 
