@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from memplan.cost.table import AccessRow, CostTable
     from memplan.hardware import HardwareProfile
     from memplan.place.baselines import Way
+    from memplan.place.solve import Said
 
 _TIERS: tuple[Tier, ...] = ("device", "host", "disk")
 _ACTIVATIONS: tuple[Activations, ...] = ("keep", "recompute", "offload")
@@ -51,48 +52,32 @@ class Case:
         """Return the plan. ``budgets``: bytes in place of the case's own, such as ``vram_bytes``. Raises DoesNotFitError."""
         from memplan.place.solve import place
 
-        return place(
-            self.table,
-            replace(self.budgets, **budgets),
-            model=self.model,
-            fingerprint=self.fingerprint,
-            workload=self.workload,
-            hardware=self.hardware,
-            pins=self.pins,
-            activations=self.activations,
-            staging_bytes=self.staging_bytes,
-            notes=self.notes,
-            pieces=pieces,
-        )
+        within = replace(self.budgets, **budgets)
+        return place(self.table, within, pins=self.pins, pieces=pieces, **self._asked(), **self._said())
 
     def place_as(self, way: Way) -> Plan | None:
         """Return what another way of placing comes to (:mod:`memplan.place.baselines`); None where it does not fit."""
         from memplan.place.solve import place_as
 
-        return place_as(
-            way,
-            self.table,
-            self.budgets,
-            model=self.model,
-            fingerprint=self.fingerprint,
-            workload=self.workload,
-            hardware=self.hardware,
-            activations=self.activations,
-            staging_bytes=self.staging_bytes,
-            notes=self.notes,
-        )
+        return place_as(way, self.table, self.budgets, **self._asked(), **self._said())
 
     def least_vram_bytes(self) -> int | None:
         """Return the least vram for which there is a plan, in bytes; None where RAM and disk are too little for any."""
         from memplan.place.solve import least_vram_bytes
 
-        return least_vram_bytes(
-            self.table,
-            self.budgets,
-            pins=self.pins,
-            activations=self.activations,
-            staging_bytes=self.staging_bytes,
-        )
+        return least_vram_bytes(self.table, self.budgets, pins=self.pins, **self._asked())
+
+    def _asked(self) -> dict[str, Any]:
+        return {"activations": self.activations, "staging_bytes": self.staging_bytes}
+
+    def _said(self) -> Said:
+        return {
+            "model": self.model,
+            "fingerprint": self.fingerprint,
+            "workload": self.workload,
+            "hardware": self.hardware,
+            "notes": self.notes,
+        }
 
     def whole_vram_bytes(self) -> int:
         """Return the vram in bytes that holds all weights and all activations: with more, nothing is faster."""

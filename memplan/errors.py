@@ -21,6 +21,17 @@ MemplanError
 from __future__ import annotations
 
 
+def first_line(error: BaseException) -> str:
+    """Return the first line of what an error says; its type where it says nothing."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def type_and_line(error: BaseException) -> str:
+    """Return an error's type, and the first line of what it says where it says something."""
+    kind, line = type(error).__name__, first_line(error)
+    return kind if line == kind else f"{kind}: {line}"
+
+
 class MemplanError(Exception):
     """The root of everything that memplan raises on purpose."""
 

@@ -20,7 +20,7 @@ import torch
 from torch import nn
 
 from memplan import models
-from memplan.errors import InputError, MemplanError, ModelError
+from memplan.errors import InputError, MemplanError, ModelError, first_line
 from memplan.quantization import quantization_of
 from memplan.units import format_bytes
 
@@ -131,7 +131,7 @@ def from_configuration(
     except MemplanError:
         raise
     except Exception as error:
-        raise ModelError(f"transformers cannot build a {type(config).__name__} model: {_reason(error)}") from error
+        raise ModelError(f"transformers cannot build a {type(config).__name__} model: {first_line(error)}") from error
     if _is_tied(model) and _says_untied(given):
         notes = (*notes, _untied_note(transformers, model))
     return Skeleton(model, name or type(model).__name__, folder, notes, estimated)
@@ -210,7 +210,7 @@ def _of_diffusers(given: str | Path, dtype: Any, attention: str | None, quantiza
     try:
         model = diffusers_model(known, settings, None if dtype is None else _dtype(dtype))
     except Exception as error:
-        raise ModelError(f"diffusers cannot build a {name}: {_reason(error)}") from error
+        raise ModelError(f"diffusers cannot build a {name}: {first_line(error)}") from error
     return Skeleton(model.train(), folder.resolve().name, folder)
 
 
@@ -264,7 +264,7 @@ def _named(transformers: Any, given: str | Path) -> tuple[Any, str, Path | None]
             )
         except Exception as error:
             raise ModelError(
-                f"{folder / 'config.json'} cannot be used: {_reason(error)} (memplan runs no code from a checkpoint; for "
+                f"{folder / 'config.json'} cannot be used: {first_line(error)} (memplan runs no code from a checkpoint; for "
                 "such a model give the nn.Module)"
             ) from error
         return config, folder.resolve().name, folder
@@ -276,7 +276,7 @@ def _named(transformers: Any, given: str | Path) -> tuple[Any, str, Path | None]
             return transformers.AutoConfig.for_model(kind, **settings), known[0], None
         except Exception as error:
             raise ModelError(
-                f"this transformers cannot describe {known[0]}, of type {kind}: {_reason(error)}"
+                f"this transformers cannot describe {known[0]}, of type {kind}: {first_line(error)}"
             ) from error
     if isinstance(given, str) and _HUB_NAME.fullmatch(given) and not os.path.isdir(given):
         return _from_hub(transformers, given), given.rsplit("/", 1)[-1], None
@@ -297,13 +297,9 @@ def _from_hub(transformers: Any, name: str) -> Any:
         like = models.near(name)
         known = f", or one of the names that memplan knows itself, such as {like[0]}" if like else ""
         raise InputError(
-            f"the configuration of {name} cannot be had from the hub: {_reason(error)}. Check the name and the network, or "
+            f"the configuration of {name} cannot be had from the hub: {first_line(error)}. Check the name and the network, or "
             f"give a directory with its config.json{known}"
         ) from error
-
-
-def _reason(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 _ENCODER_DECODER = ("AutoModelForSeq2SeqLM", "AutoModelForSpeechSeq2Seq", "AutoModelForImageTextToText")
@@ -401,7 +397,7 @@ def with_adapter(model: nn.Module, adapter: Any, *, real: bool = False) -> nn.Mo
             warnings.filterwarnings("ignore", message="fan_in_fan_out", category=UserWarning)  # it sets it right itself
             adapted: nn.Module = peft.get_peft_model(model, config)
     except (ValueError, TypeError, KeyError) as error:
-        raise InputError(f"the adapter does not fit {type(model).__name__}: {_reason(error)}") from error
+        raise InputError(f"the adapter does not fit {type(model).__name__}: {first_line(error)}") from error
     return adapted
 
 

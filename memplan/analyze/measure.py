@@ -29,7 +29,7 @@ from memplan.analyze.fake import random_states_kept
 from memplan.analyze.graph import Access, LayerGraph
 from memplan.analyze.repeats import Run, find_runs, shortened
 from memplan.analyze.trace import loss_of
-from memplan.errors import InputError, MemplanError, ModelError
+from memplan.errors import InputError, MemplanError, ModelError, type_and_line
 from memplan.triggers import Triggers, modules_by_name
 from memplan.units import MIB
 
@@ -134,10 +134,9 @@ def measure(
     except MemplanError:
         raise
     except Exception as error:
-        text = str(error).strip().splitlines()
         raise ModelError(
-            f"a pass of {graph.model} could not be run on {device} to measure it ({type(error).__name__}"
-            f"{': ' + text[0] if text else ''}): check that one training step runs there, give smaller batches, or "
+            f"a pass of {graph.model} could not be run on {device} to measure it ({type_and_line(error)}): "
+            f"check that one training step runs there, give smaller batches, or "
             "leave measure out"
         ) from error
     if there.type == "cuda":

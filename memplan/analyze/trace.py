@@ -38,7 +38,7 @@ from memplan.analyze.offloads import Offloads
 from memplan.analyze.optimizers import check_optimizer
 from memplan.analyze.recorder import Recorder
 from memplan.analyze.repeats import Run, find_runs, shortened
-from memplan.errors import InputError, MemplanError, ModelError
+from memplan.errors import InputError, MemplanError, ModelError, type_and_line
 from memplan.triggers import Triggers, in_backward, tensors_in
 from memplan.weights import once, trained_bytes
 
@@ -284,10 +284,9 @@ def _trace(
         except MemplanError:
             raise
         except Exception as error:
-            text = str(error).strip().splitlines()
             raise ModelError(
-                f"the model could not be traced with this batch ({type(error).__name__}"
-                f"{': ' + text[0] if text else ''}): check that one training step of it runs"
+                f"the model could not be traced with this batch ({type_and_line(error)}): "
+                f"check that one training step of it runs"
             ) from error
         recorder.finish()
         gradients = {id(recorder.held(p.grad)) for p in trainables if p.grad is not None}

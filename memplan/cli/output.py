@@ -29,15 +29,9 @@ def show(plan: Plan, record: RunRecord | None, as_json: bool) -> None:
 
 def show_compared(plan: Plan, as_json: bool) -> None:
     """Print what other ways of placing cost, beside a plan."""
-    from memplan.case import case_of_plan
-    from memplan.place.baselines import WAYS
-    from memplan.program.answers import point_of
+    from memplan.questions.compare import compare
 
-    case = case_of_plan(plan)
-    ours = "memplan"
-    found = {ours: point_of(plan)} | {
-        way: None if (made := case.place_as(way)) is None else point_of(made) for way in WAYS
-    }
+    found = compare(plan)
     if as_json:
         from msgspec import to_builtins
 

@@ -71,7 +71,7 @@ def plan(
     if out is not None:
         made.save(out)
     if csv is not None:
-        from memplan.program.rows import write_csv
+        from memplan.show.sheet import write_csv
 
         write_csv(made, csv)
     if compare:

@@ -34,7 +34,7 @@ def arrange_as(way: Way, problem: Problem, room_bytes: int) -> Arrangement | Non
     bytes_of = [sum(sizes[block] for block in bundle) for bundle in bundles]
     if free_bytes >= sum(bytes_of):
         return _arranged(problem, bundles, range(len(bundles)), 0, in_place, on_demand=False)
-    greatest = max(bytes_of)
+    greatest = max(bytes_of, default=0)
     slots = 1 if on_demand else _SLOTS
     for_residents = free_bytes - slots * greatest
     if for_residents < 0:

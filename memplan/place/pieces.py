@@ -6,7 +6,7 @@ over that is smaller than a layer, and a load begins as soon as there is room fo
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 
 from msgspec.structs import replace
 
@@ -37,7 +37,7 @@ def split(table: CostTable, pins: Mapping[int, Tier]) -> tuple[CostTable, dict[i
     for block in table.blocks:
         whole = block.pinned_because or pins.get(block.id) == "device" or block.id in by_rows
         parts = [] if whole else _parts(block, max(least_bytes, block.size_bytes // MOST_PIECES))
-        made = [block] if len(parts) < 2 else [_piece(block, name, tensors) for name, tensors in parts]
+        made = [block] if len(parts) < 2 else [_piece(block, tensors) for tensors in parts]
         pieces_of.append(tuple(range(len(blocks), len(blocks) + len(made))))
         blocks += [replace(piece, id=len(blocks) + turn) for turn, piece in enumerate(made)]
     if len(blocks) == len(table.blocks):
@@ -56,36 +56,31 @@ def split(table: CostTable, pins: Mapping[int, Tier]) -> tuple[CostTable, dict[i
     )
 
 
-def _piece(block: Block, name: str, tensors: list[Tensor]) -> Block:
+def _piece(block: Block, tensors: list[Tensor]) -> Block:
+    """Return some tensors of a block as a block, called after the part of the largest."""
     held, offset = [], 0
     for tensor in tensors:
         held.append(replace(tensor, offset_bytes=offset))
         offset += align_up(tensor.size_bytes)
+    name = _part_of(max(tensors, key=lambda tensor: tensor.size_bytes).name)
     return replace(block, name=name, tensors=tuple(held), size_bytes=offset)
 
 
-def _parts(block: Block, least_bytes: int) -> list[tuple[str, list[Tensor]]]:
-    """Return a block's tensors by part, what is small with a neighbour; each is called after its largest."""
+def _parts(block: Block, least_bytes: int) -> list[list[Tensor]]:
+    """Return a block's tensors by part, what is small with a neighbour."""
     by_part: dict[str, list[Tensor]] = {}
     for tensor in block.tensors:
         by_part.setdefault(_part_of(tensor.name), []).append(tensor)
-    parts: list[tuple[str, list[Tensor]]] = []
+    parts: list[list[Tensor]] = []
     waiting: list[Tensor] = []
-    for name, tensors in by_part.items():
-        if _bytes(waiting) + _bytes(tensors) >= least_bytes:
-            parts.append((name, [*waiting, *tensors]))
+    for tensors in by_part.values():
+        waiting += tensors
+        if _bytes(waiting) >= least_bytes:
+            parts.append(waiting)
             waiting = []
-        else:
-            waiting += tensors
     if waiting and parts:
-        parts[-1][1].extend(waiting)
-    names = list(_largest(parts))
-    return [(name, tensors) for name, (_, tensors) in zip(names, parts, strict=True)]
-
-
-def _largest(parts: list[tuple[str, list[Tensor]]]) -> Iterator[str]:
-    for _, tensors in parts:
-        yield _part_of(max(tensors, key=lambda tensor: tensor.size_bytes).name)
+        parts[-1].extend(waiting)
+    return parts
 
 
 def _part_of(tensor: str) -> str:

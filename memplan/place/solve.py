@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import NotRequired, TypedDict, Unpack
 
 from memplan.analyze.graph import Activations
 from memplan.cost.table import CostTable
@@ -45,19 +46,25 @@ _WORTH = 1e-3
 """and where that makes it shorter by more than this."""
 
 
+class Said(TypedDict):
+    """What a plan says of its case besides."""
+
+    model: str
+    fingerprint: str
+    workload: Workload
+    hardware: str
+    notes: NotRequired[tuple[str, ...]]
+
+
 def place(
     table: CostTable,
     budgets: Budgets,
     *,
-    model: str,
-    fingerprint: str,
-    workload: Workload,
-    hardware: str,
     pins: Mapping[int, Tier] | None = None,
     activations: Mapping[str, Activations] | None = None,
     staging_bytes: int = STAGING_BYTES,
-    notes: tuple[str, ...] = (),
     pieces: bool = True,
+    **said: Unpack[Said],
 ) -> Plan:
     """Return the plan with the shortest pass that keeps the budgets. Same input, same plan.
 
@@ -72,15 +79,18 @@ def place(
         other = _solve(table, budgets, staging_bytes, pins or {}, variant, solution.choice)
         solution = other if other.choice is not None else solution
     if solution.choice is None:
-        smallest = min(_problems(table, budgets, staging_bytes, pins or {}, asked), key=_least)
-        raise _does_not_fit(smallest, _nonweight(smallest), workload)
+        smallest = min(
+            (_Least(p) for p in _problems(table, budgets, staging_bytes, pins or {}, asked)),
+            key=lambda least: least.vram_bytes,
+        )
+        raise _does_not_fit(smallest, said["workload"])
     if pieces and solution.leaves_much:
         finer, finer_pins = split(table, pins or {})
         if finer is not table:
             given, near = solution.problem.activations, solution.choice.recomputed
             other = _solve(finer, budgets, staging_bytes, finer_pins, given, solution.choice, near)
             solution = other if other.choice is not None else solution
-    plan = _plan(solution, asked, model, fingerprint, workload, hardware, notes)
+    plan = _plan(solution, asked, said)
     require(plan)  # the judge shares no code with what made it
     return plan
 
@@ -90,13 +100,9 @@ def place_as(
     table: CostTable,
     budgets: Budgets,
     *,
-    model: str,
-    fingerprint: str,
-    workload: Workload,
-    hardware: str,
     activations: Mapping[str, Activations] | None = None,
     staging_bytes: int = STAGING_BYTES,
-    notes: tuple[str, ...] = (),
+    **said: Unpack[Said],
 ) -> Plan | None:
     """Return the plan that another way of placing comes to, on the same timeline; None where it does not fit.
 
@@ -108,7 +114,7 @@ def place_as(
     solution = _Solution(problem=problem, nonweight=nonweight, choice=search.as_others(way), least_s=0.0)
     if solution.choice is None:
         return None
-    plan = _plan(solution, activations or {}, model, fingerprint, workload, hardware, notes)
+    plan = _plan(solution, activations or {}, said)
     require(plan)
     return plan
 
@@ -185,7 +191,7 @@ def least_vram_bytes(
     Raises InputError for a pin or activations that cannot be kept.
     """
     problems = _problems(table, budgets, staging_bytes, pins or {}, activations or {})
-    least = min(_least(problem) for problem in problems)
+    least = min(_Least(problem).vram_bytes for problem in problems)
     return None if math.isinf(least) else int(least)
 
 
@@ -201,10 +207,21 @@ def _problems(
         yield make_problem(table, budgets, staging_bytes, pins, given)
 
 
-def _least(problem: Problem) -> float:
-    """Return the least vram in bytes, infinity where there is none."""
-    found = _smallest(problem)
-    return math.inf if found is None else found[0] + min(int(bytes_at.max()) for bytes_at in _nonweight(problem))
+class _Least:
+    """The least vram of a problem, and what sets it."""
+
+    def __init__(self, problem: Problem) -> None:
+        nonweight = _nonweight(problem)
+        self.problem = problem
+        self.level = min(range(len(nonweight)), key=lambda level: (int(nonweight[level].max()), level))
+        self.nonweight = nonweight[self.level]
+        self.smallest = _smallest(problem)
+        """The room and the arrangement; None where no vram would do."""
+
+    @property
+    def vram_bytes(self) -> float:
+        """In bytes; infinity where no vram would do."""
+        return math.inf if self.smallest is None else self.smallest[0] + int(self.nonweight.max())
 
 
 # ---- what does not fit ----------------------------------------------------------------------------------------------
@@ -230,11 +247,11 @@ def _smallest(problem: Problem) -> tuple[int, Arrangement] | None:
     return None if found is None else (high * ALIGNMENT_BYTES, found)
 
 
-def _does_not_fit(problem: Problem, nonweight: Sequence[Bytes], workload: Workload) -> DoesNotFitError:
+def _does_not_fit(of: _Least, workload: Workload) -> DoesNotFitError:
+    problem, level = of.problem, of.level
     budgets = problem.budgets
     asked = f"{problem_name(workload)} was to be trained in {format_bytes(budgets.vram_bytes)} of vram"
-    found = _smallest(problem)
-    if found is None:
+    if of.smallest is None:
         frozen = sum(block.size_bytes for block in problem.table.blocks)
         limited = f"ram of {format_bytes(budgets.ram_bytes)} and no room on disk for the streamed blocks"
         enough = frozen + problem.staging_bytes + problem.saves.host_bytes
@@ -247,14 +264,13 @@ def _does_not_fit(problem: Problem, nonweight: Sequence[Bytes], workload: Worklo
             limited_by=limited,
             suggestions=tuple(tips),
         )
-    level = min(range(len(nonweight)), key=lambda index: (int(nonweight[index].max()), index))
-    peak = int(nonweight[level].max())
-    room, smallest = found
+    peak = int(of.nonweight.max())
+    room, smallest = of.smallest
     least = peak + room
     shown = format_bytes(least)
     if shown == format_bytes(budgets.vram_bytes):
         shown = f"{least - budgets.vram_bytes} bytes more"
-    access = problem.table.accesses[int(nonweight[level].argmax())]
+    access = problem.table.accesses[int(of.nonweight.argmax())]
     where = f"the {access.kind}" + (f" of {access.module}" if access.module else "")
     how = f", {problem.recomputed_at(level)} of {len(problem.table.recomputable)} modules recomputed" if level else ""
     limited = (
@@ -292,15 +308,7 @@ def problem_name(workload: Workload) -> str:
 # ---- the plan -------------------------------------------------------------------------------------------------------
 
 
-def _plan(
-    solution: _Solution,
-    asked: Mapping[str, Activations],
-    model: str,
-    fingerprint: str,
-    workload: Workload,
-    hardware: str,
-    notes: tuple[str, ...],
-) -> Plan:
+def _plan(solution: _Solution, asked: Mapping[str, Activations], said: Said) -> Plan:
     problem, choice = solution.problem, solution.choice
     assert choice is not None
     nonweight = solution.nonweight[choice.recomputed]
@@ -321,7 +329,7 @@ def _plan(
     prediction = Prediction(
         compute_s=timeline.compute_s,
         pass_s=timeline.pass_s,
-        step_s=workload.accumulation * timeline.pass_s + optimizer_s,
+        step_s=said["workload"].accumulation * timeline.pass_s + optimizer_s,
         bound_s=bound,
         stall_s=max(timeline.pass_s - timeline.compute_s, 0.0),
         binds=_binds(timeline),
@@ -340,11 +348,8 @@ def _plan(
     )
     return Plan(
         schema_version=SCHEMA_VERSION,
-        model=model,
-        fingerprint=fingerprint,
-        workload=workload,
+        **said,
         budgets=problem.budgets,
-        hardware=hardware,
         table=table,
         items=layout.items,
         arenas=layout.arenas,
@@ -353,7 +358,6 @@ def _plan(
         activations=tuple(ActivationPolicy(module=m, activations=p) for m, p in policies.items()),
         prediction=prediction,
         staging_bytes=staging,
-        notes=notes,
         pins=dict(problem.pins),
         asked=dict(asked),
     )

@@ -9,7 +9,7 @@ from typing import Any
 from memplan.case import Case, case_of
 from memplan.errors import DoesNotFitError, InputError
 from memplan.program.answers import Fit, Point, point_of
-from memplan.questions.frontier import least_for
+from memplan.questions.frontier import ends_of, least_for
 
 SLOWDOWN = 0.05
 """Of the step with everything on the device: the least vram is said for a step that is at most so much longer."""
@@ -54,12 +54,10 @@ def fit(
     tell("what was asked")
     asked = case(batch, rank)
     asked_point = _point(asked)
-    least_bytes = asked.least_vram_bytes()
-    least = None if least_bytes is None else _point(asked, least_bytes)
-    whole = least_at = None
-    if least_bytes is not None:
-        whole = point_of(asked.place(vram_bytes=max(least_bytes, asked.whole_vram_bytes())))
-        least_at = least_for(asked, whole.step_s * (1 + slowdown))
+    least = least_at = whole = None
+    with suppress(DoesNotFitError):
+        least, whole = ends_of(asked)
+        least_at = least_for(asked, (least, whole), whole.step_s * (1 + slowdown))
     most: dict[str, tuple[int, Point] | None] = {}
     bounded: list[str] = []
     asks: dict[str, tuple[int, Callable[[int], Case]]] = {
@@ -143,9 +141,9 @@ def _foretold(needs: Mapping[int, int], budget: int) -> int:
     return int(one + (budget - need_one) * (two - one) / (need_two - need_one))
 
 
-def _point(case: Case, vram_bytes: int | None = None) -> Point | None:
+def _point(case: Case) -> Point | None:
     try:
-        return point_of(case.place() if vram_bytes is None else case.place(vram_bytes=vram_bytes))
+        return point_of(case.place())
     except DoesNotFitError:
         return None
 

@@ -63,18 +63,26 @@ def _best(points: Sequence[Point]) -> Iterator[Point]:
             yield point
 
 
-def least_for(case: Case, step_s: float) -> Point | None:
-    """Return the least vram, to a 256th of its span, whose plan takes at most ``step_s`` seconds a step; None where none
-    does.
+def ends_of(case: Case) -> tuple[Point, Point]:
+    """Return the plan in the least vram that works, and the one that holds everything.
+
+    Raises DoesNotFitError where no vram would do.
     """
-    budgets = budgets_of(case, 2)
-    low, high = budgets[0], budgets[-1]
-    found = point_of(case.place(vram_bytes=high))
-    if found.step_s > step_s:
-        return None
-    cheapest = point_of(case.place(vram_bytes=low))
+    budgets = budgets_of(case, 2)  # one where the least holds everything
+    low, high = (point_of(case.place(vram_bytes=vram_bytes)) for vram_bytes in (budgets[0], budgets[-1]))
+    return low, high
+
+
+def least_for(case: Case, ends: tuple[Point, Point], step_s: float) -> Point | None:
+    """Return the least vram, to a 256th of its span, whose plan takes at most ``step_s`` seconds a step; None where none
+    does. ``ends``: those of :func:`ends_of`.
+    """
+    cheapest, found = ends
     if cheapest.step_s <= step_s:
         return cheapest
+    if found.step_s > step_s:
+        return None
+    low, high = cheapest.vram_bytes, found.vram_bytes
     close = max(1, int((high - low) * _CLOSE))
     while high - low > close:
         middle = (low + high) // 2
@@ -98,7 +106,7 @@ def require_speed(case: Case, plan: Plan, max_step_s: float) -> None:
     said = plan.prediction
     if said.step_s <= max_step_s:
         return
-    enough = least_for(case, max_step_s)
+    enough = least_for(case, ends_of(case), max_step_s)
     bound_step_s = said.step_s - (said.pass_s - said.bound_s) * plan.workload.accumulation
     way_out = (
         f"{format_bytes(enough.vram_bytes)} of vram would do ({format_seconds(enough.step_s)})"

@@ -14,7 +14,7 @@ from typing import TypeVar
 import torch
 from torch import nn
 
-from memplan.errors import DoesNotFitError, RunError
+from memplan.errors import DoesNotFitError, RunError, first_line
 from memplan.program.record import RunRecord
 from memplan.program.schema import Plan
 from memplan.recompute import drop_hooks_that_stayed
@@ -114,7 +114,7 @@ class Handle:
                 if not tries:
                     before.restore()
                     raise
-                said = (str(error).splitlines() or [type(error).__name__])[0]
+                said = first_line(error)
                 traceback.clear_frames(error.__traceback__)
             # Outside of the except block: the error is gone, and with it all that its frames held.
             tries -= 1

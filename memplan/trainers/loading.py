@@ -14,7 +14,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from memplan import api
 from memplan.checkpoint import StoredTensor
-from memplan.errors import CheckpointError, InputError, ModelError, PlanMismatchError
+from memplan.errors import CheckpointError, InputError, ModelError, PlanMismatchError, first_line
 from memplan.names import canonical, stored_name
 from memplan.program.check import require
 from memplan.program.schema import Plan
@@ -197,7 +197,7 @@ def _adapted(model: nn.Module, adapter: Any) -> nn.Module:
     try:
         adapted: nn.Module = peft.PeftModel.from_pretrained(asked, str(adapter), is_trainable=True)
     except (ValueError, TypeError, KeyError, RuntimeError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        reason = first_line(error)
         raise CheckpointError(f"the adapter in {adapter} does not fit {type(model).__name__}: {reason}") from error
     return adapted
 

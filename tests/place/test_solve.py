@@ -13,8 +13,9 @@ from msgspec.structs import replace
 
 from memplan.analyze.graph import Rows
 from memplan.errors import DoesNotFitError, InputError
+from memplan.place.baselines import WAYS
 from memplan.place.problem import evenly
-from memplan.place.solve import least_vram_bytes, place
+from memplan.place.solve import least_vram_bytes, place, place_as
 from memplan.program import codec
 from memplan.program.check import check
 from memplan.program.schema import STAGING_BYTES
@@ -380,3 +381,14 @@ def test_the_least_works_where_one_number_of_recomputed_layers_needs_the_least(s
     least = least_vram_bytes(table, budgets(1))
     for vram in (least, least + 4096):
         assert place(table, budgets(vram), **NAMES).prediction.peaks.vram_bytes <= vram
+
+
+def test_other_ways_where_nothing_may_move():
+    """All is pinned to the device by its kind, and one number of recomputed layers has no room."""
+    table = make_table([MIB] * 3, saved_bytes=64 * MIB)
+    blocks = tuple(replace(block, pinned_because="it is read by name") for block in table.blocks)
+    table = replace(table, blocks=blocks)
+    vram = least_vram_bytes(table, budgets(1))
+    for way in WAYS:
+        assert place_as(way, table, budgets(vram), **NAMES).prediction.loads_per_pass == 0
+        assert place_as(way, table, budgets(vram - 512), **NAMES) is None

@@ -11,7 +11,7 @@ import memplan
 from memplan.case import case_of
 from memplan.cli import main
 from memplan.errors import InputError, TooSlowError
-from memplan.questions.frontier import budgets_of, least_for, require_speed
+from memplan.questions.frontier import budgets_of, ends_of, least_for, require_speed
 from tests.questions.small import config_of
 from tests.training import CPU
 
@@ -51,11 +51,11 @@ def test_the_least_for_a_speed(case):
     low, high = budgets_of(case, 2)
     slow, fast = (case.place(vram_bytes=size).prediction.step_s for size in (low, high))
     wanted = (slow + fast) / 2
-    found = least_for(case, wanted)
+    found = least_for(case, ends_of(case), wanted)
     assert found.step_s <= wanted
     assert case.place(vram_bytes=found.vram_bytes - (high - low) // 64).prediction.step_s > wanted * 0.98
-    assert least_for(case, slow * 2).vram_bytes == low
-    assert least_for(case, fast * 0.5) is None
+    assert least_for(case, ends_of(case), slow * 2).vram_bytes == low
+    assert least_for(case, ends_of(case), fast * 0.5) is None
 
 
 def test_what_is_too_slow_says_what_would_do(case):
