@@ -164,3 +164,14 @@ def test_never_above_the_optimum_and_nearly_always_it(count):
             equal += bound >= best * (1 - 1e-6)
     assert waits >= 0.3 * count
     assert equal >= 0.99 * waits
+
+
+@pytest.mark.parametrize("backward", [1, 2, 3])
+@pytest.mark.parametrize("count", [8, 32, pytest.param(80, marks=pytest.mark.full)])
+def test_equal_blocks_meet_it(count, backward):
+    """Forward to backward 1:1 to 1:3, a load half to three times a forward, room from two blocks up."""
+    for load in (0.5, 1, 2, 3):
+        table = make_table([X] * count, forward_s=1, backward_s=backward, link=X / load, **FLAT)
+        for room in {2, 3, count // 4, count // 2, 3 * count // 4, count - 1}:
+            said = place(table, budgets(rest_of(table) + room * X), **NAMES).prediction
+            assert said.pass_s <= said.bound_s * 1.001
