@@ -43,6 +43,7 @@ def plan(
     checkpoint: str | Path | None = None,
     measure: bool = False,
     max_step_s: float | None = None,
+    gains: bool = True,
     progress: Callable[[str], None] | None = None,
 ) -> Plan:
     """Say where each frozen block lives and when it moves, before any weight is loaded.
@@ -67,7 +68,9 @@ def plan(
     on a device of its own (a longer look at the model). ``loss``: from the model's output to a scalar, where the output holds none.
     ``checkpoint``: folder of safetensors that blocks may be read from (default: where the model says it came from).
     ``measure``: time each access on this machine, with one block's memory, in place of estimating it from rates;
-    ``max_step_s``: the longest step that will do, in seconds. ``progress`` is called with a short text before each part.
+    ``max_step_s``: the longest step that will do, in seconds. ``gains``: look at what one more GiB (of vram, of
+    RAM, a second of the link) or a loss in chunks would save, for the report. ``progress`` is called with a short text
+    before each part.
 
     Raises DoesNotFitError (with the least vram that would), TooSlowError, InputError and its children. The model is
     unchanged.
@@ -105,6 +108,10 @@ def plan(
     made = case.place()
     if max_step_s is not None:
         require_speed(case, made, max_step_s)
+    if gains:
+        from memplan.questions.gains import with_gains
+
+        made = with_gains(made)
     return made
 
 

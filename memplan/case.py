@@ -55,6 +55,12 @@ class Case:
         within = replace(self.budgets, **budgets)
         return place(self.table, within, pins=self.pins, pieces=pieces, **self._asked(), **self._said())
 
+    def pass_below_s(self, below_s: float) -> float | None:
+        """Return the pass in s of the plan, whole blocks alone; None where it does not fit or takes ``below_s`` or longer."""
+        from memplan.place.solve import pass_below_s
+
+        return pass_below_s(self.table, self.budgets, below_s, pins=self.pins, **self._asked())
+
     def place_as(self, way: Way) -> Plan | None:
         """Return what another way of placing comes to (:mod:`memplan.place.baselines`); None where it does not fit."""
         from memplan.place.solve import place_as

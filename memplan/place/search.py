@@ -111,10 +111,11 @@ class Search:
         """The least of :meth:`least_s`."""
         return min(self.least_s(level) for level in range(len(self._rooms)))
 
-    def best(self, near: int | None = None) -> Choice | None:
+    def best(self, near: int | None = None, *, climb: bool = True) -> Choice | None:
         """Return the choice with the shortest pass, or None where nothing fits.
 
-        ``near``: a number of recomputed modules that is known to be about the best.
+        ``near``: a number of recomputed modules that is known to be about the best. ``climb``: whether single blocks
+        change places in the end; without, a pass may be a little longer.
         """
         few, every = list(rings(self._problem, every=False)), list(rings(self._problem))
         levels = len(self._rooms)
@@ -154,7 +155,8 @@ class Search:
         for level in tops[:_STACKED_LEVELS]:
             if self.best_s > self.least_of_all_s * (1 + _TIE):
                 self._try_stacked(level)
-        self._climb()
+        if climb:
+            self._climb()
         return self.chosen()
 
     def _try_less_room(self, level: int, rings_of: Sequence[Ring]) -> None:

@@ -95,6 +95,23 @@ def place(
     return plan
 
 
+def pass_below_s(
+    table: CostTable,
+    budgets: Budgets,
+    below_s: float,
+    *,
+    pins: Mapping[int, Tier] | None = None,
+    activations: Mapping[str, Activations] | None = None,
+    staging_bytes: int = STAGING_BYTES,
+) -> float | None:
+    """Return a pass in s that :func:`place` reaches at least, without splitting blocks or offloading more; None where that
+    does not fit, or takes ``below_s`` or longer.
+    """
+    problem = make_problem(table, budgets, staging_bytes, pins or {}, activations or {})
+    choice = Search(problem, _nonweight(problem), below_s).best(climb=False)
+    return None if choice is None else choice.pass_s
+
+
 def place_as(
     way: Way,
     table: CostTable,

@@ -41,6 +41,8 @@ RING_BYTES = 16 << 20
 
 Tier = Literal["device", "host", "disk"]
 Channel = Literal["h2d", "d2h", "disk"]
+Changed = Literal["vram", "ram", "link", "loss"]
+"""What may be otherwise: more vram, more RAM, a faster link from the host, or the loss in chunks of tokens."""
 
 
 class Workload(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -183,6 +185,15 @@ class Prediction(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """weights, activations (offloaded), staging. They sum to ``peaks.ram_bytes``."""
 
 
+class Gain(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What a pass would take if one thing were otherwise, by the solver."""
+
+    of: Changed
+    more: int
+    """Bytes; bytes a second of the link; tokens of a chunk."""
+    pass_s: float
+
+
 class Plan(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Where every frozen block lives and when it moves, with the rows it was made from and what it predicts."""
 
@@ -207,6 +218,8 @@ class Plan(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Homes that were asked for, by block; the others were chosen."""
     asked: dict[str, Activations] = {}
     """Activations that were asked for, by module; the others were chosen."""
+    gains: tuple[Gain, ...] = ()
+    """What would make a pass shorter, each alone, where that was looked at."""
 
     def policies(self) -> dict[str, Activations]:
         """Return the activation policy of each recomputable module."""

@@ -237,6 +237,9 @@ class _Page:
         ]
         if why:
             remarks.append(f"Slower than holding everything by {' and '.join(why)}.")
+        for change, saved_s in said.gain_texts(self.plan):
+            share = _percent(saved_s / prediction.pass_s)
+            remarks.append(f"With {change} a pass would be {seconds(saved_s)} ({share}) shorter.")
         if seen is not None:
             remarks.append("Error: predicted against measured.")
         return Group(table, *map(_remark, remarks))
