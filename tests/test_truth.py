@@ -13,11 +13,9 @@ FILES = sorted((Path(__file__).parents[1] / "benchmarks" / "results").glob("*-tr
 QUICK = {
     "llama",
     "llama sequence=192 vocabulary=8192 checkpointing=True",
-    "llama adapter=dora",
     "qwen3 checkpointing=True dtype=bfloat16",
     "gemma2 vocabulary=8192",
     "gpt2 adapter=dropout",
-    "t5 batch=1 sequence=192",
     "mixtral checkpointing=True",
 }
 

@@ -100,7 +100,7 @@ def test_a_module_of_the_users_own_is_as_it_was():
     assert torch.equal(torch.get_rng_state(), random)
 
 
-@pytest.mark.parametrize("kind", ["nf4", "int8", "torchao-int8"])
+@pytest.mark.parametrize("kind", ["nf4", *(pytest.param(k, marks=pytest.mark.full) for k in ("int8", "torchao-int8"))])
 def test_quantized_weights_are_measured_as_they_are_read(kind):
     model = quantized.make(kind)
     batch = batch_of("llama")

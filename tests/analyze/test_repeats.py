@@ -121,11 +121,11 @@ ALL = {"offload": True, "accumulation": 2, "autocast": "bf16"}
 def _cases():
     for make in MODELS:
         for name, options in (("plain", {}), ("all", ALL)):
-            slow = make not in (llama, mixtral, plain) or bool(options) != (make is llama)
+            slow = make not in (llama, mixtral) or bool(options) != (make is llama)
             yield pytest.param(make, options, id=f"{make.__name__}-{name}", marks=[pytest.mark.full] if slow else [])
 
 
-@pytest.mark.parametrize("targets", ["all-linear", ["q_proj", "v_proj"]])
+@pytest.mark.parametrize("targets", [pytest.param("all-linear", marks=pytest.mark.full), ["q_proj", "v_proj"]])
 @pytest.mark.parametrize("options", [{}, {"accumulation": 2, "optimizer": "adafactor"}], ids=str)
 def test_layers_may_be_left_out_before_the_adapter_is_added(targets, options):
     given = {"adapter": {"rank": 4, "targets": targets}}

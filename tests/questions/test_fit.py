@@ -70,6 +70,7 @@ def test_bad_input():
         memplan.fit(config_of("llama"), (0, 16), vram="1GiB", **GIVEN)
 
 
+@pytest.mark.full
 def test_on_the_command_line(capsys):
     command = ["fit", "smollm2-135m", "--seq", "64", "--hardware", "rtx-4090", "--ram", "8GiB", "--vram", "2GiB"]
     assert main([*command, "--json"]) == 0

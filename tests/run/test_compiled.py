@@ -89,6 +89,7 @@ def test_compiled_layers_under_autocast(tmp_path):
     compare("plain", "call", "aot_eager", tmp_path, checked=True, around_forward=autocast)
 
 
+@pytest.mark.full
 def test_compiled_layers_that_are_checkpointed_within(tmp_path):
     compare("llama", "call", "aot_eager", tmp_path, checkpointing="native")
 

@@ -50,6 +50,8 @@ def config(out):
 
 
 LONG = (
+    "accelerate_loop",
+    "trl_sft",
     "diffusers_unet",
     "lightning_trainer",
     "trl_dpo",

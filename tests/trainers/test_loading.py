@@ -125,7 +125,7 @@ def loaded(kind, folder, plan, **more):
 
 
 @pytest.mark.parametrize(
-    "kind", [kind if kind in ("llama", "t5") else pytest.param(kind, marks=pytest.mark.full) for kind in CONFIGS]
+    "kind", [kind if kind == "llama" else pytest.param(kind, marks=pytest.mark.full) for kind in CONFIGS]
 )
 def test_trains_as_from_pretrained(kind, checkpoints, tmp_path):
     folder = checkpoints(kind)
@@ -278,6 +278,7 @@ def test_what_is_refused(checkpoints, tmp_path):
         memplan.load(tmp_path / "short", plan, adapter=lora("llama"))
 
 
+@pytest.mark.full
 def test_experts_that_do_not_fit_together(checkpoints, tmp_path):
     folder = tmp_path / "short"
     shutil.copytree(checkpoints("mixtral"), folder)

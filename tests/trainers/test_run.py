@@ -43,8 +43,12 @@ def exact(done):
     return [line for line in done.stdout.splitlines() if line.startswith(("loss", "eval", "made", "sum"))]
 
 
-MODES = ["cast", "written", "swapped", "counted", "merged", "best", "adapters", "checkpointing"]
+MODES = ["cast", "counted", "merged", "adapters"]
 MORE = [
+    "written",
+    "swapped",
+    "best",
+    "checkpointing",
     "dora",
     "reordered",
     "workers",

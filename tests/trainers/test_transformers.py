@@ -82,12 +82,12 @@ CHECKPOINTING = (  # transformers 5.23 has another name for it
     "activation_checkpointing" if hasattr(TrainingArguments, "activation_checkpointing") else "gradient_checkpointing"
 )
 CASES = [
-    {},
+    pytest.param({}, marks=pytest.mark.full),
     {"gradient_accumulation_steps": 2},
     pytest.param({CHECKPOINTING: True, f"{CHECKPOINTING}_kwargs": {"use_reentrant": False}}, marks=pytest.mark.full),
     pytest.param({CHECKPOINTING: True, f"{CHECKPOINTING}_kwargs": {"use_reentrant": True}}, marks=pytest.mark.full),
     pytest.param({"eval_strategy": "steps", "eval_steps": 2}, marks=pytest.mark.full),
-    {"bf16": True},
+    pytest.param({"bf16": True}, marks=pytest.mark.full),
 ]
 
 
@@ -111,7 +111,7 @@ def test_whole_wrapped_and_placed_agree(checkpoint, tmp_path, arguments):
     assert handle_of(trainer.model) is trainer.memplan
 
 
-@pytest.mark.parametrize("max_steps", [-1, 3])
+@pytest.mark.parametrize("max_steps", [-1, pytest.param(3, marks=pytest.mark.full)])
 def test_the_plan_knows_how_many_steps_the_trainer_does(checkpoint, tmp_path, max_steps):
     trainer = build(checkpoint, tmp_path, gradient_accumulation_steps=4, num_train_epochs=1.5)
     trainer.args.max_steps = max_steps
@@ -121,6 +121,7 @@ def test_the_plan_knows_how_many_steps_the_trainer_does(checkpoint, tmp_path, ma
     assert plan.workload.steps == trainer.state.global_step == 3
 
 
+@pytest.mark.full
 def test_under_autocast_the_prediction_is_what_is_measured(checkpoint, tmp_path):
     """The trainer wraps the model in autocast only once training starts; the plan is made as if it had."""
     trainer = build(checkpoint, tmp_path / "wrapped", bf16=True)
@@ -137,6 +138,7 @@ def test_under_autocast_the_prediction_is_what_is_measured(checkpoint, tmp_path)
     assert plan.prediction.peaks.vram_bytes == pytest.approx(record.vram_peak_bytes, rel=0.05)
 
 
+@pytest.mark.full
 def test_placed_from_the_disk_alone(checkpoint, tmp_path):
     """No RAM but the staging ring: every streamed block comes from the checkpoint's own files."""
     whole = finish(build(checkpoint, tmp_path / "whole"), tmp_path / "whole")
@@ -149,6 +151,7 @@ def test_placed_from_the_disk_alone(checkpoint, tmp_path):
     assert finish(trainer, tmp_path / "placed") == whole
 
 
+@pytest.mark.full
 def test_layers_that_are_put_elsewhere_keep_their_weights(checkpoint, tmp_path, monkeypatch):
     """A placeholder stands for what it was made for, not for what now has its name."""
     load = AutoModelForCausalLM.from_pretrained
