@@ -62,6 +62,15 @@ def load_record(path: str | Path) -> RunRecord:
     return _decode(_read(path), RunRecord, str(path))
 
 
+def load_either(path: str | Path) -> Plan | RunRecord:
+    """Read a plan or a record, as the file is one or the other. Raises as the two do."""
+    try:
+        head = json.loads(_read(path))
+    except (ValueError, RecursionError):
+        head = None  # load_plan says what is wrong with it
+    return load_record(path) if isinstance(head, dict) and "passes" in head else load_plan(path)
+
+
 def decode_plan(data: bytes) -> Plan:
     """Return the plan that ``data`` is the JSON of, not yet checked. Raises PlanFormatError."""
     return _decode(data, Plan, "the plan")

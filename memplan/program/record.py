@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Literal
 
 from msgspec import Struct
 
@@ -17,6 +18,19 @@ class BlockRecord(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
     """Time that the compute waited for it."""
     misses: int
     """Loads that no prefetch had begun when they were needed."""
+
+
+Lane = Literal["compute", "wait", "h2d", "d2h", "disk"]
+"""An access, the wait for what it reads, or a load on a channel."""
+
+
+class Span(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What took place in one pass, and when: seconds from its beginning."""
+
+    lane: Lane
+    name: str
+    start_s: float
+    end_s: float
 
 
 class RunRecord(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -54,6 +68,8 @@ class RunRecord(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     derived_bytes: int = 0
     """Copies of weights that the first pass saved for backward beyond what the plan has (not looked for in the checked
     mode)."""
+    spans: tuple[Span, ...] = ()
+    """Of the last whole pass, where it was traced."""
 
     def save(self, path: str | Path) -> None:
         """Write the record as JSON, whole or not at all."""

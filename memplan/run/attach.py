@@ -28,6 +28,7 @@ def attach(
     *,
     checkpoint: str | Path | Checkpoint | None = None,
     checked: bool = False,
+    traced: bool = False,
     cache: str | Path | None = None,
     verify: bool = False,
     progress: Callable[[int], None] | None = None,
@@ -41,7 +42,8 @@ def attach(
     is first read (a checkpoint's own files have none: of those size and date are watched, always). ``progress`` is told
     the bytes of each block that has come home or is the one on its way. ``checked``: poison each slot before it is
     loaded, check every saved weight at its use in backward, and the order of every load and read by vector clocks;
-    slower, for tests and new kinds of models. ``replan``: gives the same plan for less vram, in bytes (see
+    slower, for tests and new kinds of models. ``traced``: note when each access and load of a pass takes place, for the
+    record's ``spans``, and name accesses in torch's profiler. ``replan``: gives the same plan for less vram, in bytes (see
     ``Handle.micro_batch``).
 
     Raises PlanCheckError, PlanMismatchError, ModelError, CheckpointError; the model then is as it was.
@@ -78,7 +80,7 @@ def attach(
                 with held_back():
                     parts.installed.close()
                     resettle(parts, other, files)
-                    install(model, parts, handle, triggers, checked=checked)
+                    install(model, parts, handle, triggers, checked=checked, traced=traced)
             except BaseException:
                 handle.detach()
                 raise
@@ -87,7 +89,7 @@ def attach(
             undo.callback(forget_compiled)
             forget_compiled()
             undo.callback(lambda: parts.installed.close())
-            install(model, parts, handle, triggers, checked=checked)
+            install(model, parts, handle, triggers, checked=checked, traced=traced)
             handle.change, handle.replan = change, replan
             handle.undo.enter_context(undo.pop_all())
     return handle

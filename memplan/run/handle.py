@@ -12,6 +12,7 @@ from types import TracebackType
 from typing import TypeVar
 
 import torch
+from msgspec.structs import replace
 from torch import nn
 
 from memplan.errors import DoesNotFitError, RunError, first_line
@@ -75,6 +76,8 @@ class Handle:
             recoveries=self.recoveries,
             derived_bytes=parts.copies.unforeseen_bytes if parts.copies else 0,
         )
+        if parts.spans is not None:
+            record = replace(record, spans=parts.spans.last())
         return record, parts.checked.checked if parts.checked else 0
 
     @contextlib.contextmanager

@@ -20,6 +20,7 @@ from memplan.run.offloads import Offloaded, offloaded_activations
 from memplan.run.parts import Parts
 from memplan.run.rows import look_up_on_host, read_in_place
 from memplan.run.sequence import offload_key
+from memplan.run.spans import Spans, TracedWatcher
 from memplan.run.streamed import Streamed
 from memplan.run.transfer import CpuTransfers, CudaTransfers, Transfers
 from memplan.triggers import Triggers
@@ -27,16 +28,19 @@ from memplan.weights import frozen_weights, keep_layout
 
 
 def install(
-    model: nn.Module, parts: Parts, handle: Handle, triggers: Mapping[str, nn.Module], *, checked: bool
+    model: nn.Module, parts: Parts, handle: Handle, triggers: Mapping[str, nn.Module], *, checked: bool, traced: bool
 ) -> None:
     """Have ``model`` run on ``parts``; ``parts.installed`` undoes it. On failure nothing is left.
 
-    ``triggers``: the plan's trigger modules by name. ``checked``: as for ``attach``.
+    ``triggers``: the plan's trigger modules by name. ``checked``, ``traced``: as for ``attach``.
     """
     plan, device = parts.plan, parts.device
     with Undo() as undo:
+        parts.spans = Spans(device, _names(plan)) if traced else None
         transfers: Transfers = (
-            CudaTransfers(device, poisoned=checked) if device.type == "cuda" else CpuTransfers(poisoned=checked)
+            CudaTransfers(device, poisoned=checked, spans=parts.spans)
+            if device.type == "cuda"
+            else CpuTransfers(poisoned=checked, spans=parts.spans)
         )
         undo.callback(transfers.close)
         if checked:
@@ -79,7 +83,8 @@ def _hook(
         if any(parts.is_beyond_the_device(block) for block in blocks):
             for owner in parts.owners(triggers[trigger], blocks):
                 undo.callback(look_up_on_host(owner, device))
-    hooks = Triggers(triggers, parts.conductor)
+    watcher = parts.conductor if parts.spans is None else TracedWatcher(parts.conductor, parts.spans)
+    hooks = Triggers(triggers, watcher)
     undo.callback(hooks.remove)
     if parts.checked is None:
         parts.copies = Copies(plan, triggers, parts.arena)

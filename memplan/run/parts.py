@@ -23,6 +23,7 @@ from memplan.run.disk import DiskReader, Extent
 from memplan.run.home import Checkpoint, Home, Weights
 from memplan.run.interrupts import Undo, held_back
 from memplan.run.rows import as_seen_from, read_in_place
+from memplan.run.spans import Spans
 from memplan.run.streamed import Streamed
 from memplan.run.transfer import DiskSource, HostSource, Source
 from memplan.weights import Weight, plain_parts, small_tensors
@@ -50,6 +51,7 @@ class Parts:
         self.conductor: Conductor
         self.checked: CheckedReads | None = None
         self.copies: Copies | None = None
+        self.spans: Spans | None = None
         self.installed = Undo()
         """What unhooks the model and ends the transfers."""
 

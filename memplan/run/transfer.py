@@ -13,6 +13,7 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Protocol
 
@@ -24,6 +25,7 @@ from memplan.program.schema import RING_BYTES, Channel
 from memplan.run.arena import Arena, poison
 from memplan.run.disk import Bytes, DiskReader, Extent, copy_bytes
 from memplan.run.interrupts import held_back
+from memplan.run.spans import Spans
 from memplan.run.worker import Job, Worker
 
 DEADLINE_S = 600
@@ -163,7 +165,8 @@ def _nothing() -> None:
 class CpuTransfers:
     """Worker threads and jobs. ``poisoned``: each slot is filled with NaN before it is loaded (checked mode)."""
 
-    def __init__(self, *, poisoned: bool = False) -> None:
+    def __init__(self, *, poisoned: bool = False, spans: Spans | None = None) -> None:
+        self._spans = spans
         self._channels: dict[str, Worker] = {}
         self._arrays: dict[int, Bytes] = {}  # each block's slot, made once: to make it runs an operator
         self._poisoned = poisoned
@@ -178,7 +181,13 @@ class CpuTransfers:
         if worker is None:
             with held_back():
                 worker = self._channels[channel] = Worker(f"memplan-{channel}")
-        return worker.submit(self._fill, source, array)
+        if self._spans is None:
+            return worker.submit(self._fill, source, array)
+        return worker.submit(self._fill_noted, self._spans, channel, block, source, array)
+
+    def _fill_noted(self, spans: Spans, channel: Channel, block: int, source: Source, destination: Bytes) -> None:
+        with spans.of(channel, block):
+            self._fill(source, destination)
 
     @staticmethod
     def _fill(source: Source, destination: Bytes) -> None:
@@ -230,8 +239,9 @@ class CudaTransfers:
 
     _TIMED = 256
 
-    def __init__(self, device: torch.device, *, poisoned: bool = False) -> None:
+    def __init__(self, device: torch.device, *, poisoned: bool = False, spans: Spans | None = None) -> None:
         self._device = device
+        self._spans = spans
         self._stream = torch.cuda.Stream(device)
         self._back_stream = torch.cuda.Stream(device)
         self._staging_stream = torch.cuda.Stream(device)
@@ -256,13 +266,15 @@ class CudaTransfers:
             self._staging_stream.wait_stream(self._stream)
         if channel not in self._staged:
             assert isinstance(source, HostSource)
-            self._copy(self._back_stream if channel == "d2h" else self._stream, source, destination, free, done)
+            stream = self._back_stream if channel == "d2h" else self._stream
+            self._copy(channel, block, stream, source, destination, free, done)
             return _CudaTicket(done, None)
         if channel == "d2h":
             assert isinstance(source, HostSource)
-            filled = self._worker("back").submit(self._copy, self._back_stream, source, destination, free, done)
+            what = channel, block, self._back_stream
+            filled = self._worker("back").submit(self._copy, *what, source, destination, free, done)
         else:
-            filled = self._worker("staging").submit(self._stage, source, destination, free, done)
+            filled = self._worker("staging").submit(self._stage, channel, block, source, destination, free, done)
         return _CudaTicket(done, filled)
 
     def _worker(self, name: str) -> Worker:
@@ -272,8 +284,13 @@ class CudaTransfers:
                 worker = self._workers[name] = Worker(f"memplan-{name}")
         return worker
 
-    @staticmethod
+    def _noted(self, channel: Channel, block: int, stream: torch.cuda.Stream) -> AbstractContextManager[None]:
+        return nullcontext() if self._spans is None else self._spans.of(channel, block, stream)
+
     def _copy(
+        self,
+        channel: Channel,
+        block: int,
         stream: torch.cuda.Stream,
         source: HostSource,
         destination: torch.Tensor,
@@ -282,11 +299,20 @@ class CudaTransfers:
     ) -> None:
         """Enqueue a copy. Into pageable memory this returns when it is done."""
         stream.wait_event(free)
-        with torch.cuda.stream(stream), torch.inference_mode(False), torch.no_grad():
+        noted = self._noted(channel, block, stream)
+        with noted, torch.cuda.stream(stream), torch.inference_mode(False), torch.no_grad():
             destination.copy_(source.part, non_blocking=True)
         done.record(stream)
 
-    def _stage(self, source: Source, destination: torch.Tensor, free: torch.cuda.Event, done: torch.cuda.Event) -> None:
+    def _stage(
+        self,
+        channel: Channel,
+        block: int,
+        source: Source,
+        destination: torch.Tensor,
+        free: torch.cuda.Event,
+        done: torch.cuda.Event,
+    ) -> None:
         if not self._ring:  # where even this is refused, a copy from it returns when the driver has taken it
             with torch.cuda.device(self._device):  # this thread's own is the first one
                 ring = Arena(RING_BYTES, torch.device("cpu"), pinned=True)
@@ -295,13 +321,14 @@ class CudaTransfers:
         self._staging_stream.wait_event(free)
         if isinstance(source, HostSource):  # the processor reads it: what was sent there must have come
             free.synchronize()
-        for turn, (offset, size, fill) in enumerate(source.pieces(self._ring[0][0].numel())):
-            buffer, empty = self._ring[turn % 2]
-            empty.synchronize()
-            fill(buffer.numpy()[:size])
-            with torch.cuda.stream(self._staging_stream), torch.inference_mode(False), torch.no_grad():
-                destination[offset : offset + size].copy_(buffer[:size], non_blocking=True)
-            empty.record(self._staging_stream)
+        with self._noted(channel, block, self._staging_stream):
+            for turn, (offset, size, fill) in enumerate(source.pieces(self._ring[0][0].numel())):
+                buffer, empty = self._ring[turn % 2]
+                empty.synchronize()
+                fill(buffer.numpy()[:size])
+                with torch.cuda.stream(self._staging_stream), torch.inference_mode(False), torch.no_grad():
+                    destination[offset : offset + size].copy_(buffer[:size], non_blocking=True)
+                empty.record(self._staging_stream)
         done.record(self._staging_stream)
 
     def wait(self, ticket: Ticket, block: int) -> float:

@@ -68,6 +68,15 @@ def write(plan: Plan, record: RunRecord | None = None, file: IO[str] | None = No
         console.file.write(text(plan, record))
 
 
+def print_or_write(made: Callable[[Glyphs], RenderableType]) -> None:
+    """Print what ``made`` makes to standard output: in colour to a terminal, as plain ASCII to anything else."""
+    console = Console(highlight=False)
+    if console.is_terminal:
+        console.print(made(RICH))
+    else:
+        console.file.write(_plain(made(PLAIN), _columns()))
+
+
 def failure_text(error: DoesNotFitError) -> str:
     """Return, as plain ASCII, that no plan keeps the budgets: what would do, what limits, what helps."""
     table = _table()

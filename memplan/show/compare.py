@@ -1,0 +1,257 @@
+"""Two plans, or two runs, side by side: what changed, and what it cost."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from memplan.errors import InputError
+from memplan.show.facts import BlockFact, facts
+from memplan.show.glyphs import Glyphs
+from memplan.show.terminal import print_or_write
+from memplan.units import format_bytes
+
+if TYPE_CHECKING:
+    from memplan.program.record import RunRecord
+    from memplan.program.schema import Plan
+
+_SAME = 5e-4
+"""Times that differ by less than this share read the same."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Row:
+    """One figure of both; ``unit``: ``bytes``, ``s``, ``tokens/s`` or empty for a count."""
+
+    what: str
+    first: float | None
+    second: float | None
+    unit: str
+
+    @property
+    def share(self) -> float | None:
+        """By what share the second is more; None where there is nothing to compare with."""
+        return self.second / self.first - 1 if self.first and self.second is not None else None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Moved:
+    """Blocks that are another way in the second plan."""
+
+    first: str
+    second: str
+    blocks: tuple[str, ...]
+    size_bytes: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Compared:
+    """What two plans, or two runs, differ in."""
+
+    settings: tuple[tuple[str, str, str], ...]
+    """What was asked otherwise: what, and each one's."""
+    rows: tuple[Row, ...]
+    moved: tuple[Moved, ...]
+    """By home, then by what becomes of their activations."""
+    notes: tuple[str, ...]
+
+
+def compare_plans(first: Plan, second: Plan) -> Compared:
+    """Return what the second plan has otherwise. Blocks are compared by name; those that only one has are told."""
+    one, other = facts(first), facts(second)
+    rows = [
+        *_both("vram", first.prediction.vram_parts, second.prediction.vram_parts),
+        Row(
+            what="vram peak",
+            first=first.prediction.peaks.vram_bytes,
+            second=second.prediction.peaks.vram_bytes,
+            unit="bytes",
+        ),
+        *_both("ram", first.prediction.ram_parts, second.prediction.ram_parts),
+        Row(
+            what="disk",
+            first=first.prediction.peaks.disk_bytes,
+            second=second.prediction.peaks.disk_bytes,
+            unit="bytes",
+        ),
+        Row(what="compute", first=first.prediction.compute_s, second=second.prediction.compute_s, unit="s"),
+        Row(what="  recompute", first=one.recompute_s, second=other.recompute_s, unit="s"),
+        Row(what="stall", first=first.prediction.stall_s, second=second.prediction.stall_s, unit="s"),
+        Row(what="pass", first=first.prediction.pass_s, second=second.prediction.pass_s, unit="s"),
+        Row(what="step", first=first.prediction.step_s, second=second.prediction.step_s, unit="s"),
+        Row(what="bound of a pass", first=first.prediction.bound_s, second=second.prediction.bound_s, unit="s"),
+        Row(what="tokens/s", first=one.tokens_per_s, second=other.tokens_per_s, unit="tokens/s"),
+        Row(what="loads/pass", first=first.prediction.loads_per_pass, second=second.prediction.loads_per_pass, unit=""),
+        Row(
+            what="loaded/pass",
+            first=first.prediction.loaded_bytes_per_pass,
+            second=second.prediction.loaded_bytes_per_pass,
+            unit="bytes",
+        ),
+    ]
+    here, there = {b.name: b for b in one.blocks}, {b.name: b for b in other.blocks}
+    common = [(here[name], there[name]) for name in here if name in there]
+    moved = [*_moved(common, lambda block: block.home), *_moved(common, lambda block: block.activations)]
+    notes = []
+    if first.fingerprint != second.fingerprint and first.model == second.model:
+        notes.append(f"The two are of different models, though both are called {first.model}.")
+    if lone := here.keys() ^ there.keys():
+        notes.append(f"{len(lone)} blocks are in one of the two only: they are cut otherwise, or of another model.")
+    return Compared(
+        settings=tuple(_settings(first, second)),
+        rows=tuple(row for row in rows if row.first or row.second),
+        moved=tuple(moved),
+        notes=tuple(notes),
+    )
+
+
+def compare_records(first: RunRecord, second: RunRecord) -> Compared:
+    """Return what the second run did otherwise. Raises InputError where the two are of different models."""
+    if first.fingerprint != second.fingerprint:
+        raise InputError(
+            f"the records are of different models (fingerprints {first.fingerprint[:12]} and {second.fingerprint[:12]}): "
+            "give two runs of one"
+        )
+    passes = (max(first.passes, 1), max(second.passes, 1))
+    rows = (
+        Row(what="passes", first=first.passes, second=second.passes, unit=""),
+        Row(what="pass", first=first.pass_s, second=second.pass_s, unit="s"),
+        Row(what="stall", first=first.stall_s, second=second.stall_s, unit="s"),
+        Row(what="vram peak", first=first.vram_peak_bytes, second=second.vram_peak_bytes, unit="bytes"),
+        Row(what="ram peak", first=first.ram_peak_bytes, second=second.ram_peak_bytes, unit="bytes"),
+        Row(what="loads/pass", first=first.loads / passes[0], second=second.loads / passes[1], unit=""),
+        Row(
+            what="loaded/pass",
+            first=first.loaded_bytes / passes[0],
+            second=second.loaded_bytes / passes[1],
+            unit="bytes",
+        ),
+        Row(what="misses", first=first.misses, second=second.misses, unit=""),
+        Row(what="off the sequence", first=first.off_sequence, second=second.off_sequence, unit=""),
+        Row(what="recoveries", first=first.recoveries, second=second.recoveries, unit=""),
+    )
+    settings = [("device", first.device, second.device)] if first.device != second.device else []
+    return Compared(
+        settings=tuple(settings),
+        rows=tuple(row for row in rows if row.first or row.second),
+        moved=(),
+        notes=(),
+    )
+
+
+def _both(tier: str, first: dict[str, int], second: dict[str, int]) -> Iterator[Row]:
+    for kind in dict.fromkeys((*first, *second)):
+        yield Row(what=f"  {tier} {kind}", first=first.get(kind, 0), second=second.get(kind, 0), unit="bytes")
+
+
+def _moved(common: list[tuple[BlockFact, BlockFact]], how: Callable[[BlockFact], str]) -> Iterator[Moved]:
+    groups: dict[tuple[str, str], list[BlockFact]] = {}
+    for one, other in common:
+        if how(one) != how(other):
+            groups.setdefault((how(one), how(other)), []).append(other)
+    for (before, after), blocks in sorted(groups.items()):
+        yield Moved(
+            first=before,
+            second=after,
+            blocks=tuple(block.name for block in blocks),
+            size_bytes=sum(block.size_bytes for block in blocks),
+        )
+
+
+def _settings(first: Plan, second: Plan) -> Iterator[tuple[str, str, str]]:
+    def budget(size_bytes: int | None) -> str:
+        return "the checkpoint's files" if size_bytes is None else format_bytes(size_bytes)
+
+    for what, of in _SETTINGS.items():
+        one, other = of(first), of(second)
+        if one != other:
+            yield what, one, other
+    for tier in ("vram_bytes", "ram_bytes", "disk_bytes"):
+        limits = getattr(first.budgets, tier), getattr(second.budgets, tier)
+        if limits[0] != limits[1]:
+            yield f"{tier.removesuffix('_bytes')} budget", budget(limits[0]), budget(limits[1])
+
+
+_SETTINGS: dict[str, Callable[[Plan], str]] = {
+    "model": lambda plan: plan.model,
+    "hardware": lambda plan: f"{plan.hardware} ({plan.table.device})",
+    "adapter": lambda plan: plan.workload.adapter or "the model's own",
+    "optimizer": lambda plan: plan.workload.optimizer,
+    "batch": lambda plan: ", ".join(f"{k} {'x'.join(map(str, v))}" for k, v in plan.workload.batch.items()),
+    "passes a step": lambda plan: str(plan.workload.accumulation),
+}
+
+
+# ---- as text --------------------------------------------------------------------------------------------------------
+
+
+def write_compared_files(compared: Compared, names: tuple[str, str]) -> None:
+    """Print the comparison to standard output: in colour to a terminal, as plain ASCII to anything else."""
+    print_or_write(lambda glyphs: _render(compared, names, glyphs))
+
+
+def _render(compared: Compared, names: tuple[str, str], glyphs: Glyphs) -> RenderableType:
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
+    table.add_column("", no_wrap=True)
+    for name in names:
+        table.add_column(Text(glyphs.safe(name)), justify="right", overflow="fold")
+    table.add_column("change", justify="right", no_wrap=True)
+    for what, one, other in compared.settings:
+        table.add_row(what, Text(glyphs.safe(one)), Text(glyphs.safe(other)))
+    for row in compared.rows:
+        table.add_row(
+            row.what, _value(row.first, row.unit, glyphs), _value(row.second, row.unit, glyphs), _change(row, glyphs)
+        )
+    parts: list[RenderableType] = [table]
+    if compared.moved:
+        parts += [Text(""), Text("Changed blocks", style="bold")]
+        for moved in compared.moved:
+            what = f"  {moved.first} -> {moved.second}: {len(moved.blocks)} of {format_bytes(moved.size_bytes)}, "
+            parts.append(Text(what + glyphs.safe(", ".join(_runs(moved.blocks)))))
+    parts += [Text(note) for note in compared.notes]
+    return Group(*parts)
+
+
+def _value(value: float | None, unit: str, glyphs: Glyphs) -> str:
+    if value is None:
+        return "-"
+    if unit == "bytes":
+        return format_bytes(round(value))
+    if unit == "s":
+        return glyphs.seconds(value)
+    return f"{value:,.0f}" if value == round(value) or value >= 100 else f"{value:.3g}"
+
+
+def _change(row: Row, glyphs: Glyphs) -> str:
+    if row.first is None or row.second is None or row.first == row.second:
+        return ""
+    if row.unit == "bytes":
+        more = round(row.second - row.first)
+        return ("+" if more > 0 else "") + format_bytes(more)
+    if row.share is None:
+        return "new"
+    return "same" if abs(row.share) < _SAME else f"{row.share:+.1%}"
+
+
+def _runs(names: tuple[str, ...]) -> Iterator[str]:
+    """Yield names, those that differ by consecutive numbers in one: ``layers.3-7``."""
+    run: list[str] = []
+    for name in (*names, ""):
+        if run and not _follows(run[-1], name):
+            yield run[0] if len(run) == 1 else f"{run[0]}-{_number(run[-1])}"
+            run = []
+        run.append(name)
+
+
+def _follows(name: str, after: str) -> bool:
+    one, other = name.rpartition("."), after.rpartition(".")
+    return one[0] == other[0] and one[2].isdigit() and other[2].isdigit() and int(other[2]) == int(one[2]) + 1
+
+
+def _number(name: str) -> str:
+    return name.rpartition(".")[2]
