@@ -158,14 +158,50 @@ def fit(asked: Asked, slowdown: float, as_json: bool) -> int:
     return OK if found.asked is not None else DOES_NOT_FIT
 
 
-@group.command(short_help="Show a plan, and what was measured under it.")
+@group.command(short_help="Show a plan, and what was measured under it; or two plans or runs side by side.")
 @click.argument("plan", type=FILE)
-@click.argument("record", type=FILE, required=False)
+@click.argument("other", metavar="[RECORD|PLAN]", type=FILE, required=False)
+@click.option(
+    "--trace",
+    type=click.Path(dir_okay=False, path_type=Path),
+    help="Write a pass to this file, for Perfetto or Chrome.",
+)
 @JSON
-def report(plan: Path, record: Path | None, as_json: bool) -> int:
-    """Show a PLAN file, and beside it the RECORD of a run under it: what was predicted, what was measured."""
+def report(plan: Path, other: Path | None, trace: Path | None, as_json: bool) -> int:
+    """Show a PLAN file, and beside it the RECORD of a run under it: what was predicted, what was measured.
+
+    Two plans, or the records of two runs, are compared: what changed, and what it cost.
+    """
+    from memplan.program.codec import load_either
     from memplan.program.record import RunRecord
     from memplan.program.schema import Plan
 
-    show(Plan.load(plan), None if record is None else RunRecord.load(record), as_json)
+    first = load_either(plan)
+    second = None if other is None else load_either(other)
+    if isinstance(first, Plan) and not isinstance(second, Plan):
+        if trace is not None:
+            from memplan.show.trace import write_trace
+
+            write_trace(trace, first, second)
+        show(first, second, as_json)
+        return OK
+    if trace is not None:
+        raise click.BadParameter(
+            "give one plan, and the record of a run under it where there is one.", param_hint="--trace"
+        )
+    from memplan.show import compare
+
+    if isinstance(first, Plan) and isinstance(second, Plan):
+        compared = compare.compare_plans(first, second)
+    elif isinstance(first, RunRecord) and isinstance(second, RunRecord):
+        compared = compare.compare_records(first, second)
+    else:
+        raise click.BadParameter("give the plan first, then the record.", param_hint="PLAN")
+    names = (plan.name, other.name) if other is not None and plan.name != other.name else (str(plan), str(other))
+    if as_json:
+        from dataclasses import asdict
+
+        print_json(asdict(compared))
+    else:
+        compare.write_compared_files(compared, names)
     return OK

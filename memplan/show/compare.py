@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from rich.console import Group, RenderableType
+from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
@@ -211,8 +212,9 @@ def _render(compared: Compared, names: tuple[str, str], glyphs: Glyphs) -> Rende
     if compared.moved:
         parts += [Text(""), Text("Changed blocks", style="bold")]
         for moved in compared.moved:
-            what = f"  {moved.first} -> {moved.second}: {len(moved.blocks)} of {format_bytes(moved.size_bytes)}, "
-            parts.append(Text(what + glyphs.safe(", ".join(_runs(moved.blocks)))))
+            count = "1 block" if len(moved.blocks) == 1 else f"{len(moved.blocks):,} blocks"
+            what = f"{moved.first} -> {moved.second}: {count}, {format_bytes(moved.size_bytes)}, of "
+            parts.append(Padding(Text(what + glyphs.safe("; ".join(_owners(moved.blocks)))), (0, 0, 0, 2)))
     parts += [Text(note) for note in compared.notes]
     return Group(*parts)
 
@@ -238,20 +240,23 @@ def _change(row: Row, glyphs: Glyphs) -> str:
     return "same" if abs(row.share) < _SAME else f"{row.share:+.1%}"
 
 
-def _runs(names: tuple[str, ...]) -> Iterator[str]:
-    """Yield names, those that differ by consecutive numbers in one: ``layers.3-7``."""
-    run: list[str] = []
-    for name in (*names, ""):
-        if run and not _follows(run[-1], name):
-            yield run[0] if len(run) == 1 else f"{run[0]}-{_number(run[-1])}"
-            run = []
-        run.append(name)
+def _owners(names: tuple[str, ...]) -> Iterator[str]:
+    """Yield the layers that blocks are, or are parts of: ``model.layers.0, 4-7``; what has no number by its name."""
+    numbers: dict[str, list[int]] = {}
+    for name in names:
+        parts = name.split(".")
+        at = max((index for index, part in enumerate(parts) if part.isdigit()), default=None)
+        owner, number = (name, []) if at is None else (".".join(parts[:at]), [int(parts[at])])
+        found = numbers.setdefault(owner, [])
+        found += [one for one in number if one not in found]
+    for owner, of in numbers.items():
+        yield ".".join([owner, ", ".join(_ranges(sorted(of)))]) if of else owner
 
 
-def _follows(name: str, after: str) -> bool:
-    one, other = name.rpartition("."), after.rpartition(".")
-    return one[0] == other[0] and one[2].isdigit() and other[2].isdigit() and int(other[2]) == int(one[2]) + 1
-
-
-def _number(name: str) -> str:
-    return name.rpartition(".")[2]
+def _ranges(numbers: list[int]) -> Iterator[str]:
+    begin = 0
+    for turn in range(1, len(numbers) + 1):
+        if turn == len(numbers) or numbers[turn] != numbers[turn - 1] + 1:
+            first, last = numbers[begin], numbers[turn - 1]
+            yield str(first) if first == last else f"{first}-{last}"
+            begin = turn

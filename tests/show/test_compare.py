@@ -1,0 +1,80 @@
+"""Two plans, or two runs, side by side."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from msgspec.structs import replace
+
+from memplan.cli import main
+from memplan.errors import InputError
+from memplan.show.compare import compare_plans, compare_records, write_compared_files
+from tests.show.plans import make_plan, make_record, solve_plan
+
+FIRST, SECOND = make_plan("dhhhhhhd"), make_plan("dhhddhhd", recomputed="  ^^    ", stall_s=0.01)
+
+
+def test_what_changed_and_what_it_cost():
+    found = compare_plans(FIRST, SECOND)
+    rows = {row.what.strip(): row for row in found.rows}
+    assert rows["pass"].first == FIRST.prediction.pass_s
+    assert rows["pass"].second == SECOND.prediction.pass_s
+    assert rows["stall"].second == 0.01
+    assert rows["vram peak"].first == FIRST.prediction.peaks.vram_bytes
+    for tier in ("vram", "ram"):
+        parts = [row for row in found.rows if row.what.startswith(f"  {tier} ")]
+        peaks = [getattr(plan.prediction.peaks, f"{tier}_bytes") for plan in (FIRST, SECOND)]
+        assert [sum(row.first for row in parts), sum(row.second for row in parts)] == peaks
+    moved = {(m.first, m.second): m.blocks for m in found.moved}
+    assert moved["host", "device"] == ("model.layers.2", "model.layers.3")
+    assert moved["keep", "recompute"] == ("model.layers.1", "model.layers.2")
+    assert [what for what, _, _ in found.settings] == ["vram budget"]
+
+
+def test_the_same_has_no_changes():
+    found = compare_plans(FIRST, FIRST)
+    assert found.moved == found.settings == found.notes == ()
+    assert all(row.first == row.second for row in found.rows)
+
+
+def test_other_settings_are_told():
+    other = replace(SECOND, hardware="another", budgets=replace(SECOND.budgets, vram_bytes=1 << 40))
+    settings = {what: (one, two) for what, one, two in compare_plans(FIRST, other).settings}
+    assert settings["hardware"] == (f"{FIRST.hardware} (cuda)", "another (cuda)")
+    assert settings["vram budget"][1] == "1024.00 GiB"
+
+
+def test_two_runs():
+    first = make_record(FIRST, pass_s=0.2)
+    found = compare_records(first, replace(first, pass_s=2 * first.pass_s))
+    (row,) = [row for row in found.rows if row.what == "pass"]
+    assert row.share == 1
+    with pytest.raises(InputError, match="different models"):
+        compare_records(first, replace(first, fingerprint="another"))
+
+
+def test_on_the_command_line(tmp_path, capsys):
+    """Plans of a real solver, since the command has them checked."""
+    plan = solve_plan()
+    plan.save(tmp_path / "a.json")
+    replace(plan, notes=("another",)).save(tmp_path / "b.json")
+    make_record(plan, pass_s=0.2).save(tmp_path / "run.json")
+    first, second, run = (str(tmp_path / name) for name in ("a.json", "b.json", "run.json"))
+    assert main(["report", first, second, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert {row["what"]: row["first"] for row in found["rows"]}["pass"] == plan.prediction.pass_s
+    assert main(["report", run, run]) == 0
+    assert "loads/pass" in capsys.readouterr().out
+    assert main(["report", run, first]) == 2
+    assert "the plan first" in capsys.readouterr().err
+    assert main(["report", run, run, "--trace", str(tmp_path / "t.json")]) == 2
+    assert main(["report", first, "--trace", str(tmp_path / "t.json")]) == 0
+    assert json.loads((tmp_path / "t.json").read_text())["traceEvents"]
+
+
+def test_text_names_layers_by_number(capsys):
+    write_compared_files(compare_plans(FIRST, SECOND), ("first", "second"))
+    shown = capsys.readouterr().out
+    assert shown.isascii()
+    assert "host -> device: 2 blocks, 400.0 MiB, of model.layers.2-3" in shown
