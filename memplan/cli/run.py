@@ -23,6 +23,8 @@ from memplan.units import parse_size
 @HARDWARE
 @click.option("--plan", "plan_file", type=FILE, help="A plan made before, in place of one made for the script.")
 @click.option("--report", "report_file", type=click.Path(dir_okay=False, path_type=Path), help="Write the report here.")
+@click.option("--log", is_flag=True, help="Add what memplan measures to what transformers' Trainer logs.")
+@click.option("--lines", is_flag=True, help="Say a line a step, with transformers' Trainer.")
 @click.argument("command", nargs=-1, required=True, type=click.UNPROCESSED)
 def run(
     vram: str,
@@ -31,6 +33,8 @@ def run(
     hardware: str,
     plan_file: Path | None,
     report_file: Path | None,
+    log: bool,
+    lines: bool,
     command: tuple[str, ...],
 ) -> int:
     """Run COMMAND, such as -- python train.py, with its trainer's model under a plan.
@@ -62,6 +66,8 @@ def run(
         hardware=hardware,
         plan=None if plan_file is None else str(plan_file.resolve()),
         report=None if report_file is None else str(report_file.resolve()),
+        log=log,
+        lines=lines,
     )
     sys.stdout.flush()
     sys.stderr.flush()

@@ -23,6 +23,7 @@ from memplan.run.guard import guard_of
 from memplan.run.interrupts import held_back
 from memplan.run.parts import Parts
 from memplan.run.recovery import Before, is_out_of_memory
+from memplan.run.scalars import Scalars
 from memplan.storages import StorageLedger
 from memplan.units import format_bytes
 
@@ -51,11 +52,18 @@ class Handle:
         self._vram_peak_bytes = 0
         self._readers = 0
         self._last: tuple[RunRecord, int] | None = None
+        self._scalars = Scalars()
 
     @property
     def record(self) -> RunRecord:
         """What was measured so far. ``vram_peak_bytes`` on the CPU is that of the steps inside ``watch_memory``."""
         return self._measured()[0]
+
+    def scalars(self) -> dict[str, float]:
+        """Return figures for a log, since the last call: ``memplan/pass_s``, ``memplan/stall_share``,
+        ``memplan/loaded_gib_per_s``, and ``memplan/vram_peak_gib`` so far, where it is measured.
+        """
+        return self._scalars.take(self.record)
 
     @property
     def checked_reads(self) -> int:

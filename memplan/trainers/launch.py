@@ -22,7 +22,9 @@ STARTUP = Path(__file__).with_name("startup")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Settings:
-    """What ``memplan run`` was asked for; each as in :func:`memplan.plan`. ``plan``, ``report``: files."""
+    """What ``memplan run`` was asked for; each as in :func:`memplan.plan`. ``plan``, ``report``: files;
+    ``log``, ``lines``: as in :func:`memplan.wrap`.
+    """
 
     vram: str = "auto"
     ram: str | None = None
@@ -30,6 +32,8 @@ class Settings:
     hardware: str = "auto"
     plan: str | None = None
     report: str | None = None
+    log: bool = False
+    lines: bool = False
 
     def planning(self) -> dict[str, Any]:
         """Return what of it :func:`memplan.plan` is to know."""

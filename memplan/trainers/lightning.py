@@ -30,6 +30,7 @@ class Placement(Callback):
     ``batch``: the keywords of the largest call of that model that will come; without it, what ``training_step`` calls it
     with for the longest rows of a dataset of ``datasets``, or else for the loader's first batch (random states are put
     back). ``optimizer`` as for :func:`memplan.plan`; budgets, ``hardware``, ``plan`` and ``pins`` as for :func:`memplan.wrap`.
+    ``log``: log the scalars of :meth:`memplan.Handle.scalars` after each batch, as the module logs its own.
     The handle is ``handle``, once fitting has begun; the model stays under its plan until ``handle.detach()``.
 
     Fitting raises what ``plan`` and ``attach`` raise; the model then is as it was.
@@ -47,11 +48,13 @@ class Placement(Callback):
         batch: Mapping[str, torch.Tensor] | None = None,
         pins: Mapping[str, str] | None = None,
         checked: bool = False,
+        log: bool = False,
     ) -> None:
         self.handle: Handle | None = None
         self._plan = plan
         self._batch = batch
         self._checked = checked
+        self._log = log
         self._options: dict[str, Any] = {
             "vram": vram, "ram": ram, "disk": disk, "hardware": hardware, "optimizer": optimizer, "pins": pins,
         }  # fmt: skip
@@ -73,6 +76,11 @@ class Placement(Callback):
             **self._options,
         )
         self.handle = attach(model, plan, checkpoint=checkpoint_of(model), checked=self._checked, replan=api.smaller)
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
+        """Log what was measured."""
+        if self._log and self.handle is not None:
+            pl_module.log_dict(self.handle.scalars())
 
 
 class PlacementAtFirstCall(Callback):

@@ -23,6 +23,7 @@ from memplan.errors import DoesNotFitError, MemplanError
 from memplan.program.schema import Plan
 from memplan.run.guard import MERGES
 from memplan.run.handle import Handle, handle_of
+from memplan.show.lines import startup_lines
 from memplan.trainers.launch import say, settings
 from memplan.trainers.loading import checkpoint_of
 from memplan.trainers.mapped import folder_of, give_way, is_mapped
@@ -142,8 +143,12 @@ def _place(trainer: Trainer) -> None:
     forget(model)
     try:
         if why is None:
-            options = settings().planning()
-            why = _served(model, lambda: plan_for(trainer, **options), lambda plan: wrap(trainer, plan=plan))
+            asked = settings()
+            why = _served(
+                model,
+                lambda: plan_for(trainer, **asked.planning()),
+                lambda plan: wrap(trainer, plan=plan, log=asked.log, lines=asked.lines),
+            )
     except BaseException:
         if waited:
             serve_model(model)
@@ -224,6 +229,8 @@ def _served(model: nn.Module, planned: Callable[[], Plan], attach: Callable[[Pla
         raise
     except MemplanError as error:
         return str(error)
+    for line in startup_lines(plan):
+        say(line)
     api.report(plan, file=sys.stderr)
     return None
 

@@ -65,13 +65,16 @@ def wrap(
     batch: Mapping[str, torch.Tensor] | None = None,
     pins: Mapping[str, str] | None = None,
     checked: bool = False,
+    log: bool = False,
+    lines: bool = False,
 ) -> Trainer:
     """Put a plan to work on a trainer that exists. Return the same trainer, its handle as ``trainer.memplan``.
 
     ``batch``: the largest micro-batch that will come; without it that of the longest rows of a dataset of ``datasets``, or
     else the first that the trainer's loader gives (its random state is put back). A micro-batch that runs out of device
     memory is done over under a smaller plan (:meth:`memplan.Handle.micro_batch`). The plan is made under the autocast
-    that ``bf16`` or ``fp16`` among the arguments will have it run in. ``plan``: one made before. Budgets, ``hardware`` and ``pins`` as in :func:`memplan.plan`.
+    that ``bf16`` or ``fp16`` among the arguments will have it run in. ``plan``: one made before. ``log``: add the scalars of
+    :meth:`memplan.Handle.scalars` to what the trainer logs; ``lines``: say them after each step, on standard error. Budgets, ``hardware`` and ``pins`` as in :func:`memplan.plan`.
 
     Raises what ``plan`` and ``attach`` raise; trainer and model then are as they were.
     """
@@ -92,6 +95,11 @@ def wrap(
         handle = attach(model, plan, checkpoint=checkpoint_of(model), checked=checked, replan=api.smaller)
         undo.pop_all()
     trainer.__dict__["memplan"] = handle
+    if log or lines:
+        from memplan.trainers.telling import Telling
+
+        # Before all others: those that report see what it adds.
+        trainer.callback_handler.callbacks.insert(0, Telling(handle, log=log, lines=lines))
     if not args.auto_find_batch_size:  # the trainer itself then takes a smaller batch
         trainer.__dict__["training_step"] = _done_over(trainer.training_step, handle)
     return trainer
@@ -153,6 +161,8 @@ def placing(
     batch: Mapping[str, torch.Tensor] | None = None,
     pins: Mapping[str, str] | None = None,
     checked: bool = False,
+    log: bool = False,
+    lines: bool = False,
 ) -> Iterator[None]:
     """Load a model that would not fit, and build its trainer, inside this context; arguments as for :func:`wrap`.
 
@@ -184,6 +194,8 @@ def placing(
                 batch=batch,
                 pins=pins,
                 checked=checked,
+                log=log,
+                lines=lines,
             )
 
     _set(PreTrainedModel, "from_pretrained", classmethod(from_pretrained))

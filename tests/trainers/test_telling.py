@@ -1,0 +1,79 @@
+"""What memplan measures, where the trainer logs: nothing else changes."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+from transformers import TrainerCallback
+
+import memplan
+from memplan.program.record import RunRecord
+from memplan.run.scalars import Scalars
+from memplan.show.lines import startup_lines, step_line
+from tests.show.plans import solve_plan
+from tests.trainers.test_transformers import budget, build, checkpoint, finish  # noqa: F401
+from tests.training import CPU
+
+NAMES = {"memplan/pass_s", "memplan/stall_share", "memplan/loaded_gib_per_s"}
+
+
+class Seen(TrainerCallback):
+    def __init__(self):
+        self.logs = []
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        self.logs.append(dict(logs))
+
+
+def test_scalars_are_logged_and_lines_said(checkpoint, tmp_path, capsys):  # noqa: F811
+    whole = finish(build(checkpoint, tmp_path / "whole"), tmp_path / "whole")
+    vram = budget(checkpoint, tmp_path / "budget")
+    trainer = build(checkpoint, tmp_path / "told")
+    seen = Seen()
+    trainer.add_callback(seen)
+    memplan.wrap(trainer, vram=vram, ram="1GiB", hardware=CPU, log=True, lines=True)
+    capsys.readouterr()
+    assert finish(trainer, tmp_path / "told") == whole
+    told = [logs for logs in seen.logs if "loss" in logs]
+    assert len(told) == 4
+    assert all(logs.keys() >= NAMES for logs in told)
+    assert all(0 <= logs["memplan/stall_share"] <= 1 for logs in told)
+    assert all(logs["memplan/loaded_gib_per_s"] > 0 for logs in told[1:])
+    lines = re.findall(r"^memplan: step (\d): pass .*, waiting .*%, loading .*/s$", capsys.readouterr().err, re.M)
+    assert lines == ["1", "2", "3", "4"]
+
+
+def record(**fields):
+    names = ("loads", "misses", "off_sequence", "offloaded_bytes", "crowded", "recoveries", "ram_peak_bytes")
+    empty = dict.fromkeys(names, 0) | {"pass_s": 0.0, "stall_s": 0.0, "vram_peak_bytes": 0, "blocks": ()}
+    return RunRecord(schema_version=1, fingerprint="", device="cpu", **(empty | fields))
+
+
+def test_scalars_are_of_what_came_since():
+    scalars = Scalars()
+    assert scalars.take(record(passes=2, wall_s=4.0, loaded_bytes=1 << 32)) == {
+        "memplan/pass_s": 2.0, "memplan/stall_share": 0.0, "memplan/loaded_gib_per_s": 1.0,
+    }  # fmt: skip
+    found = scalars.take(record(passes=4, wall_s=5.0, loaded_bytes=3 << 32, vram_peak_bytes=1 << 30))
+    assert found["memplan/pass_s"] == 0.5
+    assert found["memplan/loaded_gib_per_s"] == 8.0
+    assert found["memplan/vram_peak_gib"] == 1.0
+    again = scalars.take(record(passes=1, wall_s=1.0, loaded_bytes=0))  # out of memory: a smaller plan, a new record
+    assert again["memplan/pass_s"] == 1.0
+    assert scalars.take(record(passes=1, wall_s=1.0, loaded_bytes=0))["memplan/stall_share"] == 0.0
+
+
+def test_three_lines_have_a_fixed_form():
+    plan = solve_plan()
+    said = plan.prediction
+    found = {}
+    for line in startup_lines(plan):
+        kind, _, rest = line.partition(": ")
+        found[kind] = rest
+    assert list(found) == ["memory", "speed", "blocks"]
+    assert found["memory"].startswith(f"vram={said.peaks.vram_bytes} of={plan.budgets.vram_bytes} ram=")
+    assert float(re.search(r"pass_s=(\S+)", found["speed"])[1]) == pytest.approx(said.pass_s, rel=1e-5)
+    assert f"loaded_bytes_per_pass={said.loaded_bytes_per_pass}" in found["blocks"]
+    scalars = {"memplan/pass_s": 1.5, "memplan/stall_share": 0.25, "memplan/loaded_gib_per_s": 2.0}
+    assert step_line(7, scalars) == "step 7: pass 1.50 s, waiting 25.0%, loading 2.00 GiB/s"
