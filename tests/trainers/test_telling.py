@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import re
 
+import lightning
 import pytest
+import torch
+from lightning.pytorch.loggers import CSVLogger
 from transformers import TrainerCallback
 
 import memplan
 from memplan.program.record import RunRecord
 from memplan.run.scalars import Scalars
 from memplan.show.lines import startup_lines, step_line
+from memplan.trainers.lightning import Placement
 from tests.show.plans import solve_plan
-from tests.trainers.test_transformers import budget, build, checkpoint, finish  # noqa: F401
+from tests.trainers.test_transformers import Rows, budget, build, checkpoint, finish  # noqa: F401
 from tests.training import CPU
 
 NAMES = {"memplan/pass_s", "memplan/stall_share", "memplan/loaded_gib_per_s"}
@@ -77,3 +81,43 @@ def test_three_lines_have_a_fixed_form():
     assert f"loaded_bytes_per_pass={said.loaded_bytes_per_pass}" in found["blocks"]
     scalars = {"memplan/pass_s": 1.5, "memplan/stall_share": 0.25, "memplan/loaded_gib_per_s": 2.0}
     assert step_line(7, scalars) == "step 7: pass 1.50 s, waiting 25.0%, loading 2.00 GiB/s"
+
+
+@pytest.mark.full
+@pytest.mark.filterwarnings("ignore:.*LeafSpec.*:FutureWarning")  # Lightning asks torch by an old name
+@pytest.mark.filterwarnings("ignore:The '.*dataloader' does not have many workers:UserWarning")
+@pytest.mark.filterwarnings("ignore:Found .* in eval mode at the start of training:UserWarning")
+def test_lightning_logs_them_too(checkpoint, tmp_path):  # noqa: F811
+    """Beside the module's own, and the losses are those of a whole run."""
+
+    def fitted(**options):
+        class Module(lightning.LightningModule):
+            def __init__(self):
+                super().__init__()
+                self.model = build(checkpoint, tmp_path).model
+                self.losses = []
+
+            def on_train_start(self):
+                self.train()
+
+            def training_step(self, batch, index):
+                loss = self.model(**batch).loss
+                self.losses.append(loss.item())
+                return loss
+
+            def configure_optimizers(self):
+                return torch.optim.AdamW([p for p in self.parameters() if p.requires_grad], lr=1e-2)
+
+        module, callback = Module(), Placement(**options) if options else None
+        trainer = lightning.Trainer(
+            max_steps=3, accelerator="cpu", logger=CSVLogger(tmp_path), log_every_n_steps=1, enable_progress_bar=False,
+            enable_checkpointing=False, enable_model_summary=False, callbacks=[callback] if callback else [],
+        )  # fmt: skip
+        torch.manual_seed(3)
+        trainer.fit(module, torch.utils.data.DataLoader(Rows(), batch_size=2))
+        return module.losses, trainer.logged_metrics
+
+    whole, _ = fitted()
+    losses, logged = fitted(vram=budget(checkpoint, tmp_path), ram="1GiB", hardware=CPU, log=True)
+    assert losses == whole
+    assert logged.keys() >= NAMES
