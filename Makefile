@@ -7,13 +7,14 @@ INSTALLED := .venv/.installed
 # Nothing is downloaded by a test.
 TEST_ENV := TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
 
-.PHONY: demo test test-full check schemas help
+.PHONY: demo test test-full check schemas docs help
 
 help:
 	@echo "make demo       plan and train a small model under a budget, and print the report"
 	@echo "make test       format, types, import rules, tests"
 	@echo "make test-full  the slow and large tests, one process each; picks up where it stopped"
 	@echo "make schemas    write schemas/*.json anew"
+	@echo "make docs       build the documents into docs/_build"
 
 $(INSTALLED): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
@@ -38,3 +39,8 @@ test-full: $(INSTALLED)
 
 schemas: $(INSTALLED)
 	$(BIN)/python tests/schemas.py
+
+docs: $(INSTALLED)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[docs]"
+	$(BIN)/python docs/figures.py
+	$(BIN)/sphinx-build --fail-on-warning --quiet docs docs/_build
