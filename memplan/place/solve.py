@@ -13,6 +13,7 @@ from memplan.errors import DoesNotFitError
 from memplan.place.arrangement import Arrangement, lay_out
 from memplan.place.baselines import Way
 from memplan.place.bound import window_bound
+from memplan.place.door import require_input
 from memplan.place.pieces import split
 from memplan.place.problem import Bytes, Memory, Problem, evenly, make_problem, policies_for
 from memplan.place.ring import Rings
@@ -71,8 +72,9 @@ def place(
     ``pins``: tier by block id. ``activations``: what becomes of a module's, where that is not to be chosen here.
     ``pieces``: whether blocks may be split into their natural parts where that buys time; the plan's table then has these
     for blocks. Raises DoesNotFitError with the least vram for which this returns a plan, InputError for a pin or
-    activations that cannot be kept.
+    activations that cannot be kept, and for budgets or a table that cannot be (see :mod:`memplan.place.door`).
     """
+    require_input(table, budgets, staging_bytes)
     asked = activations or {}
     solution = _solve(table, budgets, staging_bytes, pins or {}, asked)
     for variant in offload_variants(table, asked) if solution.may_gain_by_offloading else ():
@@ -108,6 +110,7 @@ def place_as(
 
     As for :func:`place`; these ways know no pins.
     """
+    require_input(table, budgets, staging_bytes)
     problem = make_problem(table, budgets, staging_bytes, {}, activations or {})
     nonweight = _nonweight(problem)
     search = Search(problem, nonweight)
@@ -188,8 +191,9 @@ def least_vram_bytes(
 ) -> int | None:
     """Return the least vram for which :func:`place` returns a plan; None where ``ram`` and ``disk`` are too little.
 
-    Raises InputError for a pin or activations that cannot be kept.
+    Raises InputError as :func:`place` does.
     """
+    require_input(table, budgets, staging_bytes)
     problems = _problems(table, budgets, staging_bytes, pins or {}, activations or {})
     least = min(_Least(problem).vram_bytes for problem in problems)
     return None if math.isinf(least) else int(least)
