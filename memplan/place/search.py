@@ -95,14 +95,15 @@ class Search:
         self._rooms = [problem.budgets.vram_bytes - int(bytes_at.max()) for bytes_at in nonweight]
         self._times: dict[int, tuple[list[float], float]] = {}
         self._load_s = {
-            (block.id, name): load_s(problem.table, block.size_bytes, name)
+            (block.id, name, disk_used): load_s(problem.table, block.size_bytes, name, disk_used)
             for block in problem.table.blocks
             for name in (channel_of("host"), channel_of("disk"))
+            for disk_used in (False, True)
         }
         self._seen: dict[tuple[Key, int], float | None] = {}
         self._stays: dict[Key, list[Stay] | None] = {}
         self._near: list[tuple[Choice, Ring | None]] = []
-        self._stores, self._back = problem.saves.loads(problem.table)
+        self._saves = [problem.saves.loads(problem.table, disk_used) for disk_used in (False, True)]
         self.best_s = math.inf if below_s is None else below_s
         """Of what was timed; at first what must be beaten."""
 
@@ -206,8 +207,9 @@ class Search:
         """Return a pass time in s that no arrangement beats: of what a sweep reads, what has no room has to come."""
         table, room = self._problem.table, self._rooms[recomputed]
         moved = sum(max(swept - room, 0) for swept in self._sweeps_bytes)
-        disk = 0.0 if self._problem.budgets.disk_bytes == 0 else table.disk_bytes_per_s
-        return max(self.compute_s(recomputed), moved / (table.host_to_device_bytes_per_s + disk))
+        beside = self._problem.budgets.disk_bytes != 0 and table.device == "cpu"
+        together = table.host_to_device_bytes_per_s + (table.disk_bytes_per_s if beside else 0.0)
+        return max(self.compute_s(recomputed), moved / together)
 
     def _durations(self, recomputed: int) -> tuple[list[float], float]:
         if recomputed not in self._times:
@@ -243,15 +245,17 @@ class Search:
         stays = self._stays[arrangement.key]
         if stays is None:
             return None
-        loads: dict[str, list[Load]] = {"d2h": self._stores} if self._stores else {}
+        disk_used = arrangement.reads_disk
+        stores, back = self._saves[disk_used]
+        loads: dict[str, list[Load]] = {"d2h": stores} if stores else {}
         moved_bytes = arrangement.rows_bytes
         for stay in stays:
             channel = channel_of(arrangement.homes[stay.block])
-            load = Load(stay.load_after, stay.first_use, self._load_s[stay.block, channel], None)
+            load = Load(stay.load_after, stay.first_use, self._load_s[stay.block, channel, disk_used], None)
             loads.setdefault(channel, []).append(load)
             moved_bytes += self._problem.size(stay.block)
-        if self._back:
-            loads["h2d"] = sorted([*loads.get("h2d", ()), *self._back], key=lambda load: load.first_use)
+        if back:
+            loads["h2d"] = sorted([*loads.get("h2d", ()), *back], key=lambda load: load.first_use)
         least_s = max([compute_s, *(sum([load.time_s for load in queue]) for queue in loads.values())])
         if least_s > self.best_s * (1 + _TIE):
             return None
@@ -263,10 +267,10 @@ class Search:
 
     def _least_loads_s(self, arrangement: Arrangement) -> float:
         """Return what its loads take at least: each streamed block comes once a pass."""
-        busy = {"host": 0.0, "disk": 0.0}
+        busy, disk_used = {"host": 0.0, "disk": 0.0}, arrangement.reads_disk
         for block, tier in arrangement.homes.items():
             if block in arrangement.offsets:
-                busy[tier] += self._load_s[block, channel_of(tier)]
+                busy[tier] += self._load_s[block, channel_of(tier), disk_used]
         return max(busy.values())
 
     def chosen(self) -> Choice | None:
