@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from memplan.place.arrangement import Arrangement, Key, Stay, channel_of, stays_of
 from memplan.place.baselines import Way, arrange_as
-from memplan.place.problem import Bytes, Problem, policies_for
+from memplan.place.problem import MOST_SUBSETS, Bytes, Problem, policies_for
 from memplan.place.ring import Ring, Rings
 from memplan.program.timeline import Load, durations, load_s, simulate
 
@@ -43,7 +43,7 @@ _MOST_CLIMBED = 6000
 """Changes of what stays that are looked at, times the blocks there are."""
 
 _STACKED_LEVELS = 3
-"""Numbers of recomputed modules for which every arrangement is looked at, where there are few blocks."""
+"""Numbers of recomputed modules for which every arrangement is looked at, where there are few blocks; all of few modules."""
 
 _TIE = 1e-4
 """Passes that differ by less are the same: no cost row is known so well. Then fewer bytes moved win."""
@@ -119,7 +119,8 @@ class Search:
         """
         few, every = list(rings(self._problem, every=False)), list(rings(self._problem))
         levels = len(self._rooms)
-        stride = max(1, -(-levels // _LEVELS))
+        every_choice = len(self._problem.free_modules) <= MOST_SUBSETS
+        stride = 1 if every_choice else max(1, -(-levels // _LEVELS))
         tried: dict[int, float] = {}  # by level: its best pass
 
         def look(chosen: Iterable[int]) -> None:
@@ -152,7 +153,7 @@ class Search:
             assert made_by is not None
             for factor in _FINER:
                 self.time(choice.recomputed, made_by._replace(times=made_by.times * factor))
-        for level in tops[:_STACKED_LEVELS]:
+        for level in tops if every_choice else tops[:_STACKED_LEVELS]:
             if self.best_s > self.least_of_all_s * (1 + _TIE):
                 self._try_stacked(level)
         self._climb()

@@ -15,7 +15,16 @@ from memplan.place.baselines import Way
 from memplan.place.bound import window_bound
 from memplan.place.door import require_input
 from memplan.place.pieces import split
-from memplan.place.problem import Bytes, Memory, Problem, evenly, make_problem, policies_for
+from memplan.place.problem import (
+    MOST_SUBSETS,
+    Bytes,
+    Memory,
+    Problem,
+    evenly,
+    make_problem,
+    policies_for,
+    subsets,
+)
 from memplan.place.ring import Rings
 from memplan.place.search import Choice, Search, rings
 from memplan.program.check import require
@@ -123,7 +132,7 @@ def place_as(
 
 
 def offload_variants(table: CostTable, given: Mapping[str, Activations]) -> Iterator[dict[str, Activations]]:
-    """Yield ``given`` with the activations of ever more of the other modules offloaded, evenly spread.
+    """Yield ``given`` with the activations of ever more of the other modules offloaded, evenly spread; of few every choice.
 
     None on the CPU, whose own memory is where they would go.
     """
@@ -132,8 +141,9 @@ def offload_variants(table: CostTable, given: Mapping[str, Activations]) -> Iter
     can = {access.module for access in table.accesses if access.kind == "forward" and access.offload_bytes}
     free = [module for module in table.recomputable if module in can and module not in given]
     counts = {-(-len(free) * part // _OFFLOAD_PARTS) for part in range(1, _OFFLOAD_PARTS + 1)}
-    for count in sorted(counts - {0}):
-        yield {**given, **dict.fromkeys([free[index] for index in evenly(count, len(free))], "offload")}
+    spread = [[free[index] for index in evenly(count, len(free))] for count in sorted(counts - {0})]
+    for chosen in subsets(free)[1:] if len(free) <= MOST_SUBSETS else spread:
+        yield {**given, **dict.fromkeys(chosen, "offload")}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -276,7 +286,11 @@ def _does_not_fit(of: _Least, workload: Workload) -> DoesNotFitError:
         shown = f"{least - budgets.vram_bytes} bytes more"
     access = problem.table.accesses[int(of.nonweight.argmax())]
     where = f"the {access.kind}" + (f" of {access.module}" if access.module else "")
-    how = f", {problem.recomputed_at(level)} of {len(problem.table.recomputable)} modules recomputed" if level else ""
+    how = (
+        f", {len(problem.recomputed_at(level))} of {len(problem.table.recomputable)} modules recomputed"
+        if level
+        else ""
+    )
     limited = (
         f"{format_bytes(peak)} of activations, adapters and optimizer state at {where}{how}, beside weights of "
         f"{format_bytes(room)} ({format_bytes(smallest.slots_bytes)} of it slots)"
