@@ -50,6 +50,10 @@ class Arrangement:
             tiers[tier].add(block)
         return (tuple(sorted(self.offsets.items())), frozenset(tiers["host"]), frozenset(tiers["disk"]))
 
+    @property
+    def reads_disk(self) -> bool:
+        return bool(self.key[2])
+
 
 class Stay(NamedTuple):
     """One loaded stay of a block on the device; accesses as in :class:`memplan.program.schema.Residence`."""

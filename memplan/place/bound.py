@@ -29,7 +29,7 @@ def window_bound(problem: Problem, times_s: Sequence[float], nonweight_bytes: By
     """Return the least pass time in seconds for the activations whose times and bytes are given.
 
     ``nonweight_bytes``: device bytes at each access apart from frozen weights. ``disk_used``: whether the plan reads
-    the disk beside the host; then bytes come over both links at once, as the timeline has it.
+    the disk beside the host; then bytes come from both at once on the CPU, as the timeline has it.
     """
     windows = _windows(problem, (problem.budgets.vram_bytes - nonweight_bytes).tolist(), disk_used)
     length = problem.length
@@ -49,7 +49,8 @@ def _windows(problem: Problem, room_bytes: list[int], disk_used: bool) -> Second
     """Return the least time from the end of access p (row) to the start of access p + span (column)."""
     table, length = problem.table, problem.length
     disk = table.disk_bytes_per_s
-    together = table.host_to_device_bytes_per_s + (disk if disk_used else 0.0)
+    beside = disk_used and table.device == "cpu"  # else the disk's bytes cross the same link
+    together = table.host_to_device_bytes_per_s + (disk if beside else 0.0)
     ram_bytes = max(problem.ram_bytes - problem.staging_bytes, 0)
     sizes = [block.size_bytes for block in table.blocks]
     # Rows may be read where they lie: they need no room.

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import itertools
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 
@@ -23,6 +24,9 @@ MOST_LEVELS = 256
 """Numbers of recomputed modules that are looked at, beside none: each expert is a module."""
 
 Bytes = NDArray[np.int64]
+
+MOST_SUBSETS = 4
+"""Free modules up to which every choice of them is looked at, not their number alone."""
 
 _POLICIES: tuple[Activations, ...] = ("keep", "recompute", "offload")
 
@@ -64,17 +68,25 @@ class Problem:
         return self.budgets.ram_bytes - self.saves.host_bytes
 
     @property
-    def levels(self) -> int:
-        """How many numbers of recomputed modules there are to choose from: none to all of those that are free."""
-        return 1 + min(self._free_modules, MOST_LEVELS)
+    def free_modules(self) -> list[str]:
+        """Recomputable modules whose activations are to be chosen."""
+        return [module for module in self.table.recomputable if module not in self.activations]
 
     @property
-    def _free_modules(self) -> int:
-        return len(set(self.table.recomputable) - self.activations.keys())
+    def levels(self) -> int:
+        """How many choices of recomputed modules there are, from none to all of those that are free."""
+        free = len(self.free_modules)
+        return 1 << free if free <= MOST_SUBSETS else 1 + min(free, MOST_LEVELS)
 
-    def recomputed_at(self, level: int) -> int:
-        """Return how many modules are recomputed at a level: as many as it says, or in even steps where there are many."""
-        return level if self._free_modules <= MOST_LEVELS else -(-level * self._free_modules // MOST_LEVELS)
+    def recomputed_at(self, level: int) -> tuple[str, ...]:
+        """Return the modules that are recomputed at a level: of a few every choice, by their number; of more as many as it
+        says, of many in even steps, spread evenly.
+        """
+        free = self.free_modules
+        if len(free) <= MOST_SUBSETS:
+            return subsets(free)[level]
+        count = level if len(free) <= MOST_LEVELS else -(-level * len(free) // MOST_LEVELS)
+        return tuple(free[index] for index in evenly(count, len(free))) if count else ()
 
     @property
     def length(self) -> int:
@@ -232,9 +244,12 @@ def evenly(count: int, of: int) -> tuple[int, ...]:
     return tuple((2 * index + 1) * of // (2 * count) for index in range(count))
 
 
+def subsets(modules: Sequence[str]) -> list[tuple[str, ...]]:
+    """Return every choice of modules, the fewest first."""
+    return [chosen for count in range(len(modules) + 1) for chosen in itertools.combinations(modules, count)]
+
+
 def policies_for(problem: Problem, level: int) -> dict[str, Activations]:
-    """Return the policies that recompute as many of the modules whose activations are free as a level says, spread evenly."""
-    modules, given, recomputed = problem.table.recomputable, problem.activations, problem.recomputed_at(level)
-    free = [module for module in modules if module not in given]
-    chosen = {free[index] for index in evenly(recomputed, len(free))} if recomputed else set()
+    """Return the policies that recompute the modules that a level says."""
+    modules, given, chosen = problem.table.recomputable, problem.activations, set(problem.recomputed_at(level))
     return {module: given.get(module, "recompute" if module in chosen else "keep") for module in modules}

@@ -59,13 +59,14 @@ class Saves:
     def host_bytes(self) -> int:
         return sum(align_up(save.size_bytes) for save in self.items if not save.stays)
 
-    def loads(self, table: CostTable) -> tuple[list[Load], list[Load]]:
+    def loads(self, table: CostTable, disk_used: bool) -> tuple[list[Load], list[Load]]:
         """Return a pass's stores in their order, and what comes back by first use; the latter's sources are channel 0."""
         moving = [save for save in self.items if not save.stays]
-        stores = [Load(s.made, s.next_in_slot, load_s(table, s.size_bytes, "d2h"), None) for s in moving]
+        stores = [Load(s.made, s.next_in_slot, load_s(table, s.size_bytes, "d2h", disk_used), None) for s in moving]
         back = sorted((save.used, turn) for turn, save in enumerate(moving))
         return stores, [
-            Load(moving[t].before_in_slot, used, load_s(table, moving[t].size_bytes, "h2d"), (0, t)) for used, t in back
+            Load(moving[t].before_in_slot, used, load_s(table, moving[t].size_bytes, "h2d", disk_used), (0, t))
+            for used, t in back
         ]
 
 

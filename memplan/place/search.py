@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from memplan.place.arrangement import Arrangement, Key, Stay, channel_of, stays_of
 from memplan.place.baselines import Way, arrange_as
-from memplan.place.problem import Bytes, Problem, policies_for
+from memplan.place.problem import MOST_SUBSETS, Bytes, Problem, policies_for
 from memplan.place.ring import Ring, Rings
 from memplan.program.timeline import Load, durations, load_s, simulate
 
@@ -43,7 +43,7 @@ _MOST_CLIMBED = 6000
 """Changes of what stays that are looked at, times the blocks there are."""
 
 _STACKED_LEVELS = 3
-"""Numbers of recomputed modules for which every arrangement is looked at, where there are few blocks."""
+"""Numbers of recomputed modules for which every arrangement is looked at, where there are few blocks; all of few modules."""
 
 _TIE = 1e-4
 """Passes that differ by less are the same: no cost row is known so well. Then fewer bytes moved win."""
@@ -95,14 +95,15 @@ class Search:
         self._rooms = [problem.budgets.vram_bytes - int(bytes_at.max()) for bytes_at in nonweight]
         self._times: dict[int, tuple[list[float], float]] = {}
         self._load_s = {
-            (block.id, name): load_s(problem.table, block.size_bytes, name)
+            (block.id, name, disk_used): load_s(problem.table, block.size_bytes, name, disk_used)
             for block in problem.table.blocks
             for name in (channel_of("host"), channel_of("disk"))
+            for disk_used in (False, True)
         }
         self._seen: dict[tuple[Key, int], float | None] = {}
         self._stays: dict[Key, list[Stay] | None] = {}
         self._near: list[tuple[Choice, Ring | None]] = []
-        self._stores, self._back = problem.saves.loads(problem.table)
+        self._saves = [problem.saves.loads(problem.table, disk_used) for disk_used in (False, True)]
         self.best_s = math.inf if below_s is None else below_s
         """Of what was timed; at first what must be beaten."""
 
@@ -119,7 +120,8 @@ class Search:
         """
         few, every = list(rings(self._problem, every=False)), list(rings(self._problem))
         levels = len(self._rooms)
-        stride = max(1, -(-levels // _LEVELS))
+        every_choice = len(self._problem.free_modules) <= MOST_SUBSETS
+        stride = 1 if every_choice else max(1, -(-levels // _LEVELS))
         tried: dict[int, float] = {}  # by level: its best pass
 
         def look(chosen: Iterable[int]) -> None:
@@ -152,7 +154,7 @@ class Search:
             assert made_by is not None
             for factor in _FINER:
                 self.time(choice.recomputed, made_by._replace(times=made_by.times * factor))
-        for level in tops[:_STACKED_LEVELS]:
+        for level in tops if every_choice else tops[:_STACKED_LEVELS]:
             if self.best_s > self.least_of_all_s * (1 + _TIE):
                 self._try_stacked(level)
         if climb:
@@ -208,8 +210,9 @@ class Search:
         """Return a pass time in s that no arrangement beats: of what a sweep reads, what has no room has to come."""
         table, room = self._problem.table, self._rooms[recomputed]
         moved = sum(max(swept - room, 0) for swept in self._sweeps_bytes)
-        disk = 0.0 if self._problem.budgets.disk_bytes == 0 else table.disk_bytes_per_s
-        return max(self.compute_s(recomputed), moved / (table.host_to_device_bytes_per_s + disk))
+        beside = self._problem.budgets.disk_bytes != 0 and table.device == "cpu"
+        together = table.host_to_device_bytes_per_s + (table.disk_bytes_per_s if beside else 0.0)
+        return max(self.compute_s(recomputed), moved / together)
 
     def _durations(self, recomputed: int) -> tuple[list[float], float]:
         if recomputed not in self._times:
@@ -245,15 +248,17 @@ class Search:
         stays = self._stays[arrangement.key]
         if stays is None:
             return None
-        loads: dict[str, list[Load]] = {"d2h": self._stores} if self._stores else {}
+        disk_used = arrangement.reads_disk
+        stores, back = self._saves[disk_used]
+        loads: dict[str, list[Load]] = {"d2h": stores} if stores else {}
         moved_bytes = arrangement.rows_bytes
         for stay in stays:
             channel = channel_of(arrangement.homes[stay.block])
-            load = Load(stay.load_after, stay.first_use, self._load_s[stay.block, channel], None)
+            load = Load(stay.load_after, stay.first_use, self._load_s[stay.block, channel, disk_used], None)
             loads.setdefault(channel, []).append(load)
             moved_bytes += self._problem.size(stay.block)
-        if self._back:
-            loads["h2d"] = sorted([*loads.get("h2d", ()), *self._back], key=lambda load: load.first_use)
+        if back:
+            loads["h2d"] = sorted([*loads.get("h2d", ()), *back], key=lambda load: load.first_use)
         least_s = max([compute_s, *(sum([load.time_s for load in queue]) for queue in loads.values())])
         if least_s > self.best_s * (1 + _TIE):
             return None
@@ -265,10 +270,10 @@ class Search:
 
     def _least_loads_s(self, arrangement: Arrangement) -> float:
         """Return what its loads take at least: each streamed block comes once a pass."""
-        busy = {"host": 0.0, "disk": 0.0}
+        busy, disk_used = {"host": 0.0, "disk": 0.0}, arrangement.reads_disk
         for block, tier in arrangement.homes.items():
             if block in arrangement.offsets:
-                busy[tier] += self._load_s[block, channel_of(tier)]
+                busy[tier] += self._load_s[block, channel_of(tier), disk_used]
         return max(busy.values())
 
     def chosen(self) -> Choice | None:

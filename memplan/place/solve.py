@@ -13,8 +13,18 @@ from memplan.errors import DoesNotFitError
 from memplan.place.arrangement import Arrangement, lay_out
 from memplan.place.baselines import Way
 from memplan.place.bound import window_bound
+from memplan.place.door import require_input
 from memplan.place.pieces import split
-from memplan.place.problem import Bytes, Memory, Problem, evenly, make_problem, policies_for
+from memplan.place.problem import (
+    MOST_SUBSETS,
+    Bytes,
+    Memory,
+    Problem,
+    evenly,
+    make_problem,
+    policies_for,
+    subsets,
+)
 from memplan.place.ring import Rings
 from memplan.place.search import Choice, Search, rings
 from memplan.program.check import require
@@ -71,8 +81,9 @@ def place(
     ``pins``: tier by block id. ``activations``: what becomes of a module's, where that is not to be chosen here.
     ``pieces``: whether blocks may be split into their natural parts where that buys time; the plan's table then has these
     for blocks. Raises DoesNotFitError with the least vram for which this returns a plan, InputError for a pin or
-    activations that cannot be kept.
+    activations that cannot be kept, and for budgets or a table that cannot be (see :mod:`memplan.place.door`).
     """
+    require_input(table, budgets, staging_bytes)
     asked = activations or {}
     solution = _solve(table, budgets, staging_bytes, pins or {}, asked)
     for variant in offload_variants(table, asked) if solution.may_gain_by_offloading else ():
@@ -125,6 +136,7 @@ def place_as(
 
     As for :func:`place`; these ways know no pins.
     """
+    require_input(table, budgets, staging_bytes)
     problem = make_problem(table, budgets, staging_bytes, {}, activations or {})
     nonweight = _nonweight(problem)
     search = Search(problem, nonweight)
@@ -137,7 +149,7 @@ def place_as(
 
 
 def offload_variants(table: CostTable, given: Mapping[str, Activations]) -> Iterator[dict[str, Activations]]:
-    """Yield ``given`` with the activations of ever more of the other modules offloaded, evenly spread.
+    """Yield ``given`` with the activations of ever more of the other modules offloaded, evenly spread; of few every choice.
 
     None on the CPU, whose own memory is where they would go.
     """
@@ -146,8 +158,9 @@ def offload_variants(table: CostTable, given: Mapping[str, Activations]) -> Iter
     can = {access.module for access in table.accesses if access.kind == "forward" and access.offload_bytes}
     free = [module for module in table.recomputable if module in can and module not in given]
     counts = {-(-len(free) * part // _OFFLOAD_PARTS) for part in range(1, _OFFLOAD_PARTS + 1)}
-    for count in sorted(counts - {0}):
-        yield {**given, **dict.fromkeys([free[index] for index in evenly(count, len(free))], "offload")}
+    spread = [[free[index] for index in evenly(count, len(free))] for count in sorted(counts - {0})]
+    for chosen in subsets(free)[1:] if len(free) <= MOST_SUBSETS else spread:
+        yield {**given, **dict.fromkeys(chosen, "offload")}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -205,8 +218,9 @@ def least_vram_bytes(
 ) -> int | None:
     """Return the least vram for which :func:`place` returns a plan; None where ``ram`` and ``disk`` are too little.
 
-    Raises InputError for a pin or activations that cannot be kept.
+    Raises InputError as :func:`place` does.
     """
+    require_input(table, budgets, staging_bytes)
     problems = _problems(table, budgets, staging_bytes, pins or {}, activations or {})
     least = min(_Least(problem).vram_bytes for problem in problems)
     return None if math.isinf(least) else int(least)
@@ -289,7 +303,11 @@ def _does_not_fit(of: _Least, workload: Workload) -> DoesNotFitError:
         shown = f"{least - budgets.vram_bytes} bytes more"
     access = problem.table.accesses[int(of.nonweight.argmax())]
     where = f"the {access.kind}" + (f" of {access.module}" if access.module else "")
-    how = f", {problem.recomputed_at(level)} of {len(problem.table.recomputable)} modules recomputed" if level else ""
+    how = (
+        f", {len(problem.recomputed_at(level))} of {len(problem.table.recomputable)} modules recomputed"
+        if level
+        else ""
+    )
     limited = (
         f"{format_bytes(peak)} of activations, adapters and optimizer state at {where}{how}, beside weights of "
         f"{format_bytes(room)} ({format_bytes(smallest.slots_bytes)} of it slots)"

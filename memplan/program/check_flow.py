@@ -29,6 +29,7 @@ def flow_faults(plan: Plan) -> Iterator[str]:
             if 0 <= stay.first_use < length:
                 needed[stay.first_use].append(stay)
     durations = _durations(plan)
+    rates = _rates(plan, "disk" in queues)
     ended: dict[str, list[float]] = {channel: [] for channel in queues}  # loads, pass after pass
     ends: list[float] = []  # of accesses, pass after pass
     turns = {"": length, **{channel: len(queue) for channel, queue in queues.items()}}
@@ -48,7 +49,7 @@ def flow_faults(plan: Plan) -> Iterator[str]:
             if len(ended[their]) <= turn * len(queues[their]) + position:
                 return False
             begins = max(begins, ended[their][turn * len(queues[their]) + position])
-        finished.append(begins + _load_s(plan, stay))
+        finished.append(begins + plan.table.load_latency_s + plan.items[stay.item].size_bytes / rates[channel])
         return True
 
     while len(ends) < _MOST_PASSES * length:
@@ -112,14 +113,15 @@ def _queues(plan: Plan) -> Mapping[str, list[Residence]]:
     return queues
 
 
-def _load_s(plan: Plan, stay: Residence) -> float:
+def _rates(plan: Plan, reads_disk: bool) -> Mapping[str, float]:
+    """Return bytes a second by channel. A card has one link: while the disk is read, its bytes have up to half of it."""
     table = plan.table
-    rates = {
-        "h2d": table.host_to_device_bytes_per_s,
-        "d2h": table.device_to_host_bytes_per_s,
-        "disk": table.disk_bytes_per_s,
-    }
-    return table.load_latency_s + plan.items[stay.item].size_bytes / rates[stay.channel or "h2d"]
+    host, disk = table.host_to_device_bytes_per_s, table.disk_bytes_per_s
+    if table.device == "cuda":
+        disk = min(disk, 0.5 * host)
+        if reads_disk:
+            host = host - disk
+    return {"h2d": host, "d2h": table.device_to_host_bytes_per_s, "disk": disk}
 
 
 def _durations(plan: Plan) -> list[float]:

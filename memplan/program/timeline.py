@@ -201,12 +201,17 @@ def rows_s(table: CostTable, row: AccessRow, on_host: Container[int]) -> float:
     return sum(r.size_bytes for r in row.rows if r.block in on_host) / table.host_to_device_bytes_per_s
 
 
-def load_s(table: CostTable, size_bytes: int, channel: Channel) -> float:
-    """Return the time of one load in s: the latency, and its bytes at the channel's rate."""
-    if channel == "disk":
-        rate = table.disk_bytes_per_s
-    else:
-        rate = table.host_to_device_bytes_per_s if channel == "h2d" else table.device_to_host_bytes_per_s
+def load_s(table: CostTable, size_bytes: int, channel: Channel, disk_used: bool) -> float:
+    """Return the time of one load in s: the latency, and its bytes at the channel's rate.
+
+    ``disk_used``: whether the plan reads the disk. To a device of its own those bytes cross the link too: they take the
+    disk's rate of it, half at most, and what comes from the host has the rest.
+    """
+    link, disk = table.host_to_device_bytes_per_s, table.disk_bytes_per_s
+    if table.device != "cpu":
+        disk = min(disk, link / 2)
+        link -= disk if disk_used else 0.0
+    rate = {"h2d": link, "d2h": table.device_to_host_bytes_per_s, "disk": disk}[channel]
     return table.load_latency_s + size_bytes / rate
 
 
@@ -232,7 +237,7 @@ def replay(
             Load(
                 stay.load_after,
                 stay.first_use,
-                load_s(table, items[stay.item].size_bytes, name),
+                load_s(table, items[stay.item].size_bytes, name, "disk" in queues),
                 places.get(stay.source),
             )
             for stay in queue

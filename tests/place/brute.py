@@ -18,18 +18,22 @@ def optimum(
     rooms: Sequence[int],
     rate: float,
     below: float = float("inf"),
+    saves: tuple[Sequence[Load], Sequence[Load]] = ((), ()),
 ) -> float | None:
-    """Return the shortest pass; None where nothing works. ``rooms``: at each access."""
+    """Return the shortest pass below ``below``; None where there is none. ``rooms``: at each access. ``saves``: stores of
+    activations on a channel of their own, and their loads among those of the blocks.
+    """
     length = len(times)
     gaps: list[tuple[int, int, int]] = []  # block, use, next use
     for block in range(len(sizes)):
         uses = [k for k in range(length) if block in reads[k]]
         gaps += [(block, use, after) for use, after in zip(uses, [*uses[1:], uses[0] + length], strict=True)]
     best = below
-    total_s = sum(times)
+    stores, back = saves
+    total_s, back_s = sum(times), sum(load.time_s for load in back)
     for held in itertools.product((True, False), repeat=len(gaps)):
         dropped = [gap for gap, stays in zip(gaps, held, strict=True) if not stays]
-        if max(total_s, sum(sizes[block] for block, _, _ in dropped) / rate) >= best:
+        if max(total_s, sum(sizes[block] for block, _, _ in dropped) / rate + back_s) >= best:
             continue
         free = list(rooms)
         for k in range(length):
@@ -39,8 +43,8 @@ def optimum(
                 free[k % length] -= sizes[block]
         if min(free) < 0:
             continue
-        loads = list(_loads(dropped, free, sizes, length, rate))
-        best = min(best, simulate(times, [loads] if loads else []).pass_s)
+        loads = sorted([*_loads(dropped, free, sizes, length, rate), *back], key=lambda load: load.first_use)
+        best = min(best, simulate(times, [channel for channel in (stores, loads) if channel]).pass_s)
     return best if best < below else None
 
 

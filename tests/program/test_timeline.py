@@ -9,6 +9,8 @@ from msgspec.structs import replace
 
 from memplan.errors import PlanCheckError
 from memplan.place.solve import place
+from memplan.program.check import check
+from memplan.program.schema import STAGING_BYTES
 from memplan.program.timeline import Load, durations, simulate, timeline_of
 from tests.tables import MIB, NAMES, budgets, make_table
 
@@ -158,3 +160,29 @@ def test_recompute_takes_time_where_it_is_planned():
     changed = [row.index for row in table.accesses if kept[row.index] != one[row.index]]
     assert [table.accesses[index].kind for index in changed] == ["backward"]
     assert sum(one) - sum(kept) == pytest.approx(table.accesses[changed[0]].recompute_s)
+
+
+@pytest.mark.parametrize(("disk", "share"), [(2e8, 0.2), (5e8, 0.5), (3e9, 0.5)])
+def test_what_comes_from_the_disk_takes_its_share_of_a_cards_link(disk, share):
+    """The disk's bytes cross the link too: both together are never faster than it, and the judge has the same times."""
+    rates, kinds = {"link": 1e9, "disk": disk}, {"forward_s": 1e-6, "backward_s": 1e-6, "recomputable": False}
+    table = make_table([X] * 12, device="cuda", **rates, **kinds)
+    rest = max(table.device_bytes_at(access.index, {}) for access in table.accesses)
+    mixed = place(table, budgets(rest + 4 * X, ram=6 * X + STAGING_BYTES), **NAMES)
+    timeline = timeline_of(mixed)
+    spent = {channel: {round(load.end_s - load.start_s, 9) for load in timeline.loads if load.channel == channel}
+             for channel in ("h2d", "disk")}  # fmt: skip
+    assert spent == {"h2d": {round(X / (1 - share) / 1e9, 9)}, "disk": {round(X / share / 1e9, 9)}}
+    assert mixed.prediction.loaded_bytes_per_pass <= mixed.prediction.pass_s * 1e9
+    wrong = replace(mixed.prediction, pass_s=mixed.prediction.pass_s * 0.99)
+    assert check(mixed) == ()
+    assert any("a pass of" in fault for fault in check(replace(mixed, prediction=wrong)))
+    alone = timeline_of(place(table, budgets(rest + 4 * X), **NAMES))
+    assert {round(load.end_s - load.start_s, 9) for load in alone.loads} == {round(X / 1e9, 9)}
+
+
+def test_on_the_cpu_the_disk_is_read_beside_the_host():
+    table = make_table([X] * 12, link=1e9, disk=2e8, forward_s=1e-6, backward_s=1e-6, recomputable=False)
+    rest = max(table.device_bytes_at(access.index, {}) for access in table.accesses)
+    mixed = timeline_of(place(table, budgets(rest + 4 * X, ram=6 * X + STAGING_BYTES), **NAMES))
+    assert {round(load.end_s - load.start_s, 9) for load in mixed.loads} == {round(X / 1e9, 9), round(X / 2e8, 9)}
