@@ -109,7 +109,11 @@ def frontier(context: dict[str, bool], asked: Asked, points: int, as_json: bool)
     if as_json:
         from msgspec import to_builtins
 
-        print_json({"model": case.model, "hardware": case.hardware, "points": to_builtins(found)})
+        from memplan.program.answers import Frontier
+
+        print_json(
+            to_builtins(Frontier(model=case.model, hardware=case.hardware, tokens=case.workload.tokens, points=found))
+        )
     else:
         from memplan.show.answers import write_frontier
 
@@ -161,11 +165,29 @@ def fit(asked: Asked, slowdown: float, as_json: bool) -> int:
 @group.command(short_help="Show a plan, and what was measured under it.")
 @click.argument("plan", type=FILE)
 @click.argument("record", type=FILE, required=False)
+@click.option("--html", type=click.Path(dir_okay=False, path_type=Path), help="Write a page to this file instead.")
+@click.option("--frontier", type=FILE, help="With --html: what memplan frontier --json printed for the same case.")
 @JSON
-def report(plan: Path, record: Path | None, as_json: bool) -> int:
+def report(plan: Path, record: Path | None, html: Path | None, frontier: Path | None, as_json: bool) -> int:
     """Show a PLAN file, and beside it the RECORD of a run under it: what was predicted, what was measured."""
+    if html is None and frontier is not None:
+        raise click.BadParameter("give --html too: points are drawn on a page.", param_hint="--frontier")
+    if html is not None and as_json:
+        raise click.BadParameter("give --html or --json, not both.", param_hint="--html")
+
     from memplan.program.record import RunRecord
     from memplan.program.schema import Plan
 
-    show(Plan.load(plan), None if record is None else RunRecord.load(record), as_json)
+    read = Plan.load(plan)
+    seen = None if record is None else RunRecord.load(record)
+    if html is None:
+        show(read, seen, as_json)
+        return OK
+
+    from memplan import api
+    from memplan.program.answers import Frontier
+
+    points = () if frontier is None else Frontier.load(frontier).beside(read)
+    api.report(read, seen, html=html, points=points)
+    click.echo(f"The report is in {html}.")
     return OK

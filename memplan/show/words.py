@@ -69,8 +69,12 @@ def bound(plan: Plan, facts: Facts, glyphs: Glyphs) -> str:
         return "No bound is known for these blocks."
     if gap < 1e-9:
         return f"At the bound ({least}): no plan of these blocks is faster."
-    # Rounded up: "within" may not promise too much.
-    return f"Within {math.ceil(gap * 1000 - 1e-6) / 10:.1f}% of any plan of these blocks (bound {least})."
+    return f"Within {gap_up(gap)} of any plan of these blocks (bound {least})."
+
+
+def gap_up(gap: float) -> str:
+    """Return a distance to the bound in percent, rounded up: "within" may not promise too much."""
+    return f"{math.ceil(gap * 1000 - 1e-6) / 10:.1f}%"
 
 
 def whole_run(workload: Workload) -> str:
