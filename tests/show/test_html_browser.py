@@ -21,8 +21,8 @@ import pytest
 from memplan.program.answers import point_of
 from memplan.program.schema import Plan
 from memplan.show.html import render
-from tests.show.plans import make_plan, make_record, solve_plan
-from tests.show.test_html import EVIL, disk_plan, long_plan
+from tests.show.plans import disk_plan, long_plan, make_plan, make_record, solve_plan
+from tests.show.test_html import EVIL
 
 CHROMIUM = os.environ.get("MEMPLAN_CHROMIUM") or next(
     filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
