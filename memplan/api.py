@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     from memplan.program.answers import Fit, Point
     from memplan.program.memory import Moment
     from memplan.run.handle import Handle
+    from memplan.show.html.view import Machine
 
 
 def plan(
@@ -176,11 +178,57 @@ def materialise(model: nn.Module) -> AbstractContextManager[nn.Module]:
     return materialise(model)
 
 
-def report(plan: Plan, record: RunRecord | None = None, file: TextIO | None = None) -> None:
+def report(
+    plan: Plan,
+    record: RunRecord | None = None,
+    file: TextIO | None = None,
+    *,
+    html: str | Path | None = None,
+    points: Sequence[Point] = (),
+) -> None:
     """Print the plan, and what was measured beside it where a record is given, to ``file`` (default: standard output).
 
-    Raises PlanMismatchError where the record is of another model.
+    ``html``: write one page to this file instead, with ``points`` of :func:`frontier` on it. In a notebook, where no file is
+    given, the page is shown.
+
+    Raises PlanMismatchError where the record is of another model, InputError where the page cannot be written.
     """
+    if html is not None:
+        from memplan.show.html import render
+
+        render.write(html, plan, record, points, _machine(plan))
+        return
+    if file is None and _in_notebook():
+        from IPython.display import display
+
+        from memplan.show import terminal
+        from memplan.show.html import render
+
+        page = render.text(plan, record, points, _machine(plan))
+        display(render.Frame(page=page, plain=terminal.text(plan, record)))
+        return
     from memplan.show.terminal import write
 
     write(plan, record, file)
+
+
+def _machine(plan: Plan) -> Machine | None:
+    """Return the profile that a plan was timed with, where it is still at hand."""
+    from memplan import hardware
+    from memplan.show.html.view import Machine
+
+    table = plan.table
+    rates = (table.host_to_device_bytes_per_s, table.device_to_host_bytes_per_s, table.disk_bytes_per_s)
+    profile = hardware.behind(plan.hardware, rates)
+    if profile is None:
+        return None
+    return Machine(figures=hardware.listed(profile), device_bytes=int(profile.device_bytes.value))
+
+
+def _in_notebook() -> bool:
+    """Whether this runs in a kernel that shows HTML."""
+    if "IPython" not in sys.modules:
+        return False
+    from rich.console import Console
+
+    return Console().is_jupyter

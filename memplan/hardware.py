@@ -12,7 +12,7 @@ import os
 import platform
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import date
 from importlib.metadata import version
 from pathlib import Path
@@ -139,6 +139,22 @@ def load(name_or_path: str | Path) -> HardwareProfile:
         f"there is no hardware profile named {text!r}; {hint}: {', '.join(names())}. "
         'Or give a JSON file, or "auto" to measure this machine'
     )
+
+
+def behind(name: str, rates_bytes_per_s: Sequence[float]) -> HardwareProfile | None:
+    """Return the profile of this name, shipped or kept in the cache, that has these rates; None where there is none.
+
+    ``rates_bytes_per_s``: to the device, from it, of the disk. A profile may have been measured anew since a plan was made.
+    """
+    for path in (*sorted(_folder().glob("*.json")), *sorted((cache_path() / "profiles").glob("*.json"))):
+        try:
+            found = _read(path)
+        except HardwareError:
+            continue  # one that cannot be read is no plan's
+        rates = (found.host_to_device_bytes_per_s, found.device_to_host_bytes_per_s, found.disk_bytes_per_s)
+        if found.name == name and [rate.value for rate in rates] == list(rates_bytes_per_s):
+            return found
+    return None
 
 
 def listed(profile: HardwareProfile) -> list[tuple[str, str, str]]:

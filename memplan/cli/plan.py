@@ -109,7 +109,11 @@ def frontier(context: dict[str, bool], asked: Asked, points: int, as_json: bool)
     if as_json:
         from msgspec import to_builtins
 
-        print_json({"model": case.model, "hardware": case.hardware, "points": to_builtins(found)})
+        from memplan.program.answers import Frontier
+
+        print_json(
+            to_builtins(Frontier(model=case.model, hardware=case.hardware, tokens=case.workload.tokens, points=found))
+        )
     else:
         from memplan.show.answers import write_frontier
 
@@ -161,17 +165,26 @@ def fit(asked: Asked, slowdown: float, as_json: bool) -> int:
 @group.command(short_help="Show a plan, and what was measured under it; or two plans or runs side by side.")
 @click.argument("plan", type=FILE)
 @click.argument("other", metavar="[RECORD|PLAN]", type=FILE, required=False)
+@click.option("--html", type=click.Path(dir_okay=False, path_type=Path), help="Write a page to this file instead.")
+@click.option("--frontier", type=FILE, help="With --html: what memplan frontier --json printed for the same case.")
 @click.option(
     "--trace",
     type=click.Path(dir_okay=False, path_type=Path),
     help="Write a pass to this file, for Perfetto or Chrome.",
 )
 @JSON
-def report(plan: Path, other: Path | None, trace: Path | None, as_json: bool) -> int:
+def report(
+    plan: Path, other: Path | None, html: Path | None, frontier: Path | None, trace: Path | None, as_json: bool
+) -> int:
     """Show a PLAN file, and beside it the RECORD of a run under it: what was predicted, what was measured.
 
     Two plans, or the records of two runs, are compared: what changed, and what it cost.
     """
+    if html is None and frontier is not None:
+        raise click.BadParameter("give --html too: points are drawn on a page.", param_hint="--frontier")
+    if html is not None and as_json:
+        raise click.BadParameter("give --html or --json, not both.", param_hint="--html")
+
     from memplan.program.codec import load_either
     from memplan.program.record import RunRecord
     from memplan.program.schema import Plan
@@ -183,11 +196,21 @@ def report(plan: Path, other: Path | None, trace: Path | None, as_json: bool) ->
             from memplan.show.trace import write_trace
 
             write_trace(trace, first, second)
-        show(first, second, as_json)
+        if html is None:
+            show(first, second, as_json)
+            return OK
+
+        from memplan import api
+        from memplan.program.answers import Frontier
+
+        points = () if frontier is None else Frontier.load(frontier).beside(first)
+        api.report(first, second, html=html, points=points)
+        click.echo(f"The report is in {html}.")
         return OK
-    if trace is not None:
+    if trace is not None or html is not None:
         raise click.BadParameter(
-            "give one plan, and the record of a run under it where there is one.", param_hint="--trace"
+            "give one plan, and the record of a run under it where there is one.",
+            param_hint="--html" if trace is None else "--trace",
         )
     from memplan.show import compare
 

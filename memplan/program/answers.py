@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
+import msgspec
 from msgspec import Struct
 
+from memplan.errors import PlanFormatError, PlanMismatchError
 from memplan.program.schema import Plan
 
 
@@ -47,6 +51,37 @@ def point_of(plan: Plan) -> Point:
         offloaded=policies.count("offload"),
         binds=said.binds,
     )
+
+
+class Frontier(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Budgets of vram, each with a shorter step than every smaller one: what ``memplan frontier --json`` prints."""
+
+    model: str
+    hardware: str
+    tokens: int
+    """Of one micro-batch."""
+    points: tuple[Point, ...]
+
+    @classmethod
+    def load(cls, path: str | Path) -> Frontier:
+        """Read what ``memplan frontier --json`` printed. Raises PlanFormatError."""
+        try:
+            return msgspec.json.decode(Path(path).read_bytes(), type=cls)
+        except (OSError, msgspec.DecodeError, UnicodeDecodeError) as error:
+            raise PlanFormatError(
+                f"{path} is no frontier: {error}; give a file that memplan frontier --json wrote"
+            ) from None
+
+    def beside(self, plan: Plan) -> tuple[Point, ...]:
+        """Return the points. Raises PlanMismatchError where they are of another case than ``plan``."""
+        mine = (self.model, self.hardware, self.tokens)
+        its = (plan.model, plan.hardware, plan.workload.tokens)
+        if mine != its:
+            raise PlanMismatchError(
+                f"the frontier is of {mine[0]} on {mine[1]} with {mine[2]} tokens a pass, the plan of {its[0]} on {its[1]} "
+                f"with {its[2]}: make it with what the plan was made with"
+            )
+        return self.points
 
 
 class Fit(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

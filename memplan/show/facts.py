@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING
 
 from memplan.errors import DoesNotFitError, PlanMismatchError
 from memplan.program.memory import timeline
-from memplan.units import format_bytes
 
 if TYPE_CHECKING:
     from memplan.program.memory import Moment
@@ -100,19 +99,6 @@ def facts(plan: Plan) -> Facts:
         run_s=None if plan.workload.steps is None else plan.workload.steps * prediction.step_s,
         derived_bytes=min(_derived_at(plan, prediction.vram_peak_at), prediction.vram_parts.get("activations", 0)),
     )
-
-
-def gain_texts(plan: Plan) -> list[tuple[str, float]]:
-    """Return what would make a pass shorter, for people, and by how many seconds; the most first."""
-    changed = {
-        "vram": lambda more: f"{format_bytes(more)} more vram",
-        "ram": lambda more: f"{format_bytes(more)} more ram",
-        "link": lambda more: f"a link that is {format_bytes(more)}/s faster",
-        "loss": lambda more: f"the loss in chunks of {more:,} tokens",
-    }
-    pass_s = plan.prediction.pass_s
-    texts = [(changed[gain.of](gain.more), pass_s - gain.pass_s) for gain in plan.gains]
-    return sorted(texts, key=lambda text: -text[1])
 
 
 def _derived_at(plan: Plan, index: int) -> int:

@@ -6,7 +6,6 @@ Every number is taken from the plan and the record (facts.py); here they only ge
 from __future__ import annotations
 
 import io
-import math
 import os
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -19,6 +18,7 @@ from rich.text import Text
 
 from memplan.program.schema import RAM_KINDS, VRAM_KINDS
 from memplan.show import facts as said
+from memplan.show import words
 from memplan.show.facts import as_dict, failure_dict
 from memplan.show.glyphs import PLAIN, RICH, Glyphs
 from memplan.show.strip import legend, ranges, strip
@@ -38,7 +38,6 @@ _WIDE = 112
 _LABEL = 14
 _VALUE = 11
 _MOST_STALLED = 5
-_BINDS = {"compute": "compute binds", "link": "the link binds", "disk": "the disk binds"}
 
 
 def render(plan: Plan, record: RunRecord | None = None) -> Report:
@@ -130,7 +129,7 @@ class _Page:
         if self.record is not None:
             yield Text("")
             yield self.run(self.record)
-        notes = self.notes()
+        notes = words.notes(self.plan, self.record)
         if notes:
             yield Text("")
             yield Group(Text("Notes", style="bold"), *(_inset(_bullet(self.glyphs.safe(note))) for note in notes))
@@ -141,43 +140,18 @@ class _Page:
         workload, safe = self.plan.workload, self.glyphs.safe
         how = ", ".join(part for part in (workload.adapter, workload.optimizer) if part)
         model = Text.assemble((safe(self.plan.model), "bold"), ": " if how else "", safe(how))
-        shapes = {name: f" {self.glyphs.times} ".join(map(str, shape)) for name, shape in workload.batch.items()}
-        if len(set(shapes.values())) == 1:
-            batch = f"batch {next(iter(shapes.values()))}"
-        else:
-            batch = "batch " + ", ".join(f"{safe(name)} {shape}" for name, shape in shapes.items())
-        passes = "1 pass" if workload.accumulation == 1 else f"{workload.accumulation} passes"
-        where = f"{safe(self.plan.hardware)} ({safe(self.plan.table.device)})"
-        return Group(model, Text(f"{batch}, {workload.tokens:,} tokens a pass, {passes} a step, on {where}"))
+        return Group(model, Text(words.subject(self.plan, self.glyphs)))
 
     def verdict(self) -> RenderableType:
-        plan, slowdown = self.plan, self.facts.slowdown
-        peaks, budgets = plan.prediction.peaks, plan.budgets
-        fits = Text.assemble(("Fits:", "bold green"), f" {_share(peaks.vram_bytes, budgets.vram_bytes)} vram")
-        if peaks.ram_bytes:
-            fits.append(f", {_share(peaks.ram_bytes, budgets.ram_bytes)} ram")
-        if slowdown is None:
-            speed = "The time is not known"
-        elif slowdown < 0.0005:
-            speed = "No slower than holding everything"
-        else:
-            speed = f"{_percent(slowdown)} slower than holding everything"
-        binds = _BINDS.get(plan.prediction.binds, f"{self.glyphs.safe(plan.prediction.binds)} binds")
-        lines = [fits.append("."), Text(f"{speed}; {binds}.")]
+        plan = self.plan
+        lines = [Text.assemble(("Fits:", "bold green"), f" {words.fits(plan)}")]
+        lines.append(Text(f"{words.speed(self.facts)}; {words.binds(plan, self.glyphs)}."))
         if self.facts.run_s is not None:
-            lines.append(Text(f"About {self.glyphs.seconds(self.facts.run_s)} for {self.whole_run()}."))
-        if self.seen is not None and self.seen.vram_bytes is not None and self.seen.vram_bytes > budgets.vram_bytes:
-            over = format_bytes(self.seen.vram_bytes - budgets.vram_bytes)
-            lines.append(Text(f"The run went {over} over the vram budget.", style="bold red"))
+            lines.append(Text(f"About {self.glyphs.seconds(self.facts.run_s)} for {words.whole_run(plan.workload)}."))
+        over = words.over_budget(plan, self.seen)
+        if over:
+            lines.append(Text(over, style="bold red"))
         return Group(*lines)
-
-    def whole_run(self) -> str:
-        workload = self.plan.workload
-        steps = _plural(workload.steps or 0, "step", "steps")
-        if workload.examples is None or workload.epochs is None:
-            return steps
-        epochs = _plural(workload.epochs, "epoch", "epochs")
-        return f"{epochs} of {_plural(workload.examples, 'example', 'examples')} ({steps})"
 
     # ── memory and time ───────────────────────────────────────────────────────────────────────────────────────────
 
@@ -209,7 +183,9 @@ class _Page:
             table.add_row("  measured", self.size(seen.vram_bytes), self.size(seen.ram_bytes), "", style="bold")
             extra = (seen.unaccounted_vram_bytes, seen.unaccounted_ram_bytes)
             table.add_row("  unaccounted", *(self.size(part, signed=True) for part in extra), "")
-        return Group(table, _remark(f"The vram peak stands in {self.place(prediction.vram_peak_at)}."))
+        return Group(
+            table, _remark(f"The vram peak stands in {words.place(plan, prediction.vram_peak_at, self.glyphs)}.")
+        )
 
     def time(self) -> RenderableType:
         prediction, facts, seen = self.plan.prediction, self.facts, self.seen
@@ -222,7 +198,7 @@ class _Page:
             if seen is not None:
                 there, error = beside.get(key), seen.errors.get(key)
                 cells.append(form(there) if there is not None else "-" if key else "")
-                cells.append("" if error is None else _percent(error, "+"))
+                cells.append("" if error is None else words.percent(error, "+"))
             table.add_row(*cells, style=style)
 
         row("compute", prediction.compute_s, seconds)
@@ -233,41 +209,18 @@ class _Page:
         row("pass", prediction.pass_s, seconds, "pass_s", "bold")
         row("step", prediction.step_s, seconds)
         if facts.tokens_per_s is not None:
-            row("tokens/s", facts.tokens_per_s, _rate, "tokens_per_s")
-        row("loads/pass", prediction.loads_per_pass, _number, "loads_per_pass")
+            row("tokens/s", facts.tokens_per_s, words.rate, "tokens_per_s")
+        row("loads/pass", prediction.loads_per_pass, words.number, "loads_per_pass")
         row("loaded/pass", prediction.loaded_bytes_per_pass, format_bytes, "loaded_bytes_per_pass")
         if prediction.rows_bytes_per_pass:
             row("rows/pass", prediction.rows_bytes_per_pass, format_bytes)
-        remarks = [self.bound()]
-        why = [
-            f"{_percent(part)} {name}"
-            for part, name in ((facts.recompute_slowdown, "recompute"), (facts.stall_slowdown, "waiting"))
-            if part is not None and part >= 0.0005
-        ]
-        if why:
-            remarks.append(f"Slower than holding everything by {' and '.join(why)}.")
-        for change, saved_s in said.gain_texts(self.plan):
-            share = _percent(saved_s / prediction.pass_s)
-            remarks.append(f"With {change} a pass would be {seconds(saved_s)} ({share}) shorter.")
+        remarks = [words.bound(self.plan, facts, self.glyphs)]
+        if why := words.why_slower(facts):
+            remarks.append(why)
+        remarks += words.gains(self.plan, self.glyphs)
         if seen is not None:
             remarks.append("Error: predicted against measured.")
         return Group(table, *map(_remark, remarks))
-
-    def bound(self) -> str:
-        gap, bound = self.facts.bound_gap, self.glyphs.seconds(self.plan.prediction.bound_s)
-        if gap is None:
-            return "No bound is known for these blocks."
-        if gap < 1e-9:
-            return f"At the bound ({bound}): no plan of these blocks is faster."
-        # Rounded up: "within" may not promise too much.
-        return f"Within {math.ceil(gap * 1000 - 1e-6) / 10:.1f}% of any plan of these blocks (bound {bound})."
-
-    def place(self, index: int) -> str:
-        access = self.plan.table.accesses[index]
-        if access.kind in ("loss", "optimizer"):
-            return {"loss": "the loss", "optimizer": "the optimizer step"}[access.kind]
-        name = "the whole model" if access.module == "." else self.glyphs.safe(access.module)
-        return f"the {access.kind} of {name}"
 
     # ── blocks ────────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -281,25 +234,13 @@ class _Page:
     # ── after a run ───────────────────────────────────────────────────────────────────────────────────────────────
 
     def run(self, record: RunRecord) -> RenderableType:
-        passes = "1 pass" if record.passes == 1 else f"{record.passes:,} passes"
-        wall = self.glyphs.seconds(record.wall_s)
-        counts = [f"{record.loads:,} loads", _plural(record.misses, "miss", "misses")]
-        counts.append(f"{_plural(record.off_sequence, 'access', 'accesses')} off the sequence")
-        if record.learned:
-            counts.append(f"the sequence learned anew {_plural(record.learned, 'time', 'times')}")
-        if record.crowded:
-            forwards = _plural(record.crowded, "forward", "forwards")
-            counts.append(f"{forwards} kept activations on the device that were to be offloaded")
-        if record.recoveries:
-            counts.append(f"ran out of memory and went on smaller {_plural(record.recoveries, 'time', 'times')}")
-        if record.derived_bytes:
-            counts.append(f"{format_bytes(record.derived_bytes)} of copies of weights saved that are not in the plan")
-        title = Text.assemble(("Run", "bold"), f"  {passes} in {wall} on {self.glyphs.safe(record.device)}")
+        counts = words.counts(record)
+        title = Text.assemble(("Run", "bold"), f"  {words.run(record, self.glyphs)}")
         stalled = sorted((row for row in record.blocks if row.stall_s > 0), key=lambda row: (-row.stall_s, row.block))
         total = sum(row.stall_s for row in stalled)
         if not stalled:
-            return Group(title, Text(f"  {', '.join(counts)}; no block was waited for."))
-        head = Text(f"  {', '.join(counts)}; {self.glyphs.seconds(total)} of waiting.")
+            return Group(title, Text(f"  {counts}; no block was waited for."))
+        head = Text(f"  {counts}; {self.glyphs.seconds(total)} of waiting.")
         return Group(title, head, Text(""), self.stalled(stalled, total))
 
     def stalled(self, rows: list[BlockRecord], total_s: float) -> Table:
@@ -327,15 +268,6 @@ class _Page:
                 f"{rest / total_s:.0%}",
             )
         return table
-
-    def notes(self) -> tuple[str, ...]:
-        device, record = self.plan.table.device, self.record
-        notes = self.plan.notes
-        if device == "cpu":
-            notes += ("The compute device is the CPU: vram is the memory that the step itself may use.",)
-        if record is not None and record.device.partition(":")[0] != device:
-            notes += (f"The run was on {record.device}, the plan is for {device}: their times do not compare.",)
-        return notes
 
     # ── cells ─────────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -392,23 +324,3 @@ def _bullet(note: str) -> Table:
     table = Table.grid(padding=(0, 1, 0, 0))
     table.add_row(Text("-"), Text(note))
     return table
-
-
-def _share(part_bytes: int, whole_bytes: int) -> str:
-    return f"{format_bytes(part_bytes)} of {format_bytes(whole_bytes)}"
-
-
-def _percent(value: float, sign: str = "") -> str:
-    return f"{value:{sign}.1%}"
-
-
-def _number(value: float) -> str:
-    return f"{value:,.0f}" if value == round(value) else f"{value:,.1f}"
-
-
-def _rate(value: float) -> str:
-    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
-
-
-def _plural(count: int, one: str, many: str) -> str:
-    return f"{count:,} {one if count == 1 else many}"

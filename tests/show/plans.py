@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from memplan.analyze.graph import AccessKind, Block, BlockKind, Fixed, FixedKind, Tensor
+import msgspec
+
+from memplan.analyze.graph import AccessKind, Activations, Block, BlockKind, Fixed, FixedKind, Tensor
 from memplan.cost.table import AccessRow, CostTable
 from memplan.place.solve import place
 from memplan.program.record import BlockRecord, RunRecord
@@ -18,9 +20,19 @@ from memplan.program.schema import (
     Workload,
 )
 from memplan.units import GIB, MIB
+from tests.tables import NAMES, budgets, make_table
 
 LAYER_BYTES = 200 * MIB
 EMBEDDING_BYTES = 500 * MIB
+_PARTS = (
+    "self_attn.q_proj",
+    "self_attn.k_proj",
+    "self_attn.v_proj",
+    "self_attn.o_proj",
+    "mlp.gate",
+    "mlp.up",
+    "mlp.down",
+)
 FORWARD_S, BACKWARD_S, RECOMPUTE_S, LOSS_S = 0.010, 0.015, 0.005, 0.020
 
 
@@ -177,6 +189,27 @@ def solve_plan(layers: int = 6) -> Plan:
         staging_bytes=64 * MIB,
         notes=(),
     )
+
+
+def disk_plan() -> Plan:
+    """Return a plan that holds, streams from RAM and from disk, waits, and has activations on the host."""
+    table = make_table([40 * MIB] * 9, link=2e9, disk=5e8, device="cuda", offloadable=True)
+    policies: dict[str, Activations] = {"layers.2": "offload", "layers.3": "recompute"}
+    return place(table, budgets(240 * MIB, ram=170 * MIB, disk=1 << 30), activations=policies, pieces=False, **NAMES)
+
+
+def long_plan() -> Plan:
+    """Return a plan of two stacks of 63 layers in seven parts each: as many as are ever planned."""
+    table = make_table([4 * MIB] * 882, [range(7 * i, 7 * i + 7) for i in range(126)], link=2e9, device="cuda")
+    stacks = [("encoder" if i < 441 else "decoder") + ".layers" for i in range(882)]
+    named = tuple(
+        msgspec.structs.replace(
+            block, name=f"{stacks[block.id]}.{block.id // 7 % 63}.{_PARTS[block.id % 7]}", stack=stacks[block.id]
+        )
+        for block in table.blocks
+    )
+    table = msgspec.structs.replace(table, blocks=named)
+    return place(table, budgets(1500 * MIB, ram=2000 * MIB, disk=1 << 40), pieces=False, **NAMES)
 
 
 def _block(index: int, name: str, stack: str) -> Block:

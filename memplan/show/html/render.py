@@ -1,0 +1,85 @@
+"""The page written down: one file, or a frame in a notebook."""
+
+from __future__ import annotations
+
+import html
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
+
+from memplan.errors import InputError
+from memplan.program.answers import Point
+from memplan.program.record import RunRecord
+from memplan.program.schema import Plan
+from memplan.show.glyphs import RICH
+from memplan.show.html.tables import size, time
+from memplan.show.html.view import Machine, page
+
+
+def text(
+    plan: Plan, record: RunRecord | None = None, points: Sequence[Point] = (), machine: Machine | None = None
+) -> str:
+    """Return the page. Raises PlanMismatchError where ``record`` is of another plan."""
+    return _environment().get_template("page.html").render(page=page(plan, record, points, machine))
+
+
+def write(
+    path: str | Path,
+    plan: Plan,
+    record: RunRecord | None = None,
+    points: Sequence[Point] = (),
+    machine: Machine | None = None,
+) -> None:
+    """Write the page, whole or not at all. Raises InputError where the file cannot be written."""
+    data = text(plan, record, points, machine).encode()
+    target = Path(path)
+    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    try:
+        try:
+            temporary.write_bytes(data)
+            temporary.replace(target)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
+    except OSError as error:
+        raise InputError(f"{target} cannot be written ({error.strerror}): give another file") from error
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Frame:
+    """The page as notebooks show it: in a frame of its own, so that neither's style reaches the other."""
+
+    page: str
+    plain: str
+    """For whoever shows no HTML."""
+
+    def _repr_html_(self) -> str:
+        return (
+            f'<iframe title="memplan report" sandbox srcdoc="{html.escape(self.page)}" '
+            'style="width:100%;height:44rem;border:0" loading="lazy"></iframe>'
+        )
+
+    def __repr__(self) -> str:
+        return self.plain
+
+
+def _environment() -> Environment:
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=StrictUndefined,
+        finalize=_safe,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {"size": size, "time": time}
+    return environment
+
+
+def _safe(value: object) -> object:
+    """Write out what could steer the reader's eye: names come from other people's models. jinja2 escapes the rest."""
+    return RICH.safe(value) if isinstance(value, str) and not isinstance(value, Markup) else value
