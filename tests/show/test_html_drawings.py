@@ -6,9 +6,10 @@ import re
 from collections.abc import Callable
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
+from memplan.errors import DoesNotFitError
 from memplan.place.solve import place
 from memplan.program.memory import DEVICE_KINDS, timeline
 from memplan.program.schema import Plan
