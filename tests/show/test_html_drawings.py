@@ -6,9 +6,10 @@ import re
 from collections.abc import Callable
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
+from memplan.errors import DoesNotFitError
 from memplan.place.solve import place
 from memplan.program.memory import DEVICE_KINDS, timeline
 from memplan.program.schema import Plan
@@ -70,9 +71,9 @@ def test_any_memory_is_drawn_to_scale(rows: list[dict[str, int]], budget_bytes: 
     holds(memory.chart("vram", rows, budget_bytes), rows)
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=10, deadline=None)
 @given(
-    st.lists(st.integers(1, 30), min_size=3, max_size=7),
+    st.lists(st.integers(1, 30), min_size=7, max_size=9),  # of up to six the solver looks at every arrangement
     st.floats(0.2, 1.2),
     st.booleans(),
     st.booleans(),
