@@ -17,7 +17,7 @@ import pytest
 from memplan.cli import group
 
 ROOT = Path(__file__).parents[1]
-FILES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
+FILES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), *(ROOT / "docs" / "stages").glob("*.md")])
 BLOCK = re.compile(r"^(?P<run><!-- run -->\n+)?```(?P<language>\w*)\n(?P<text>.*?)^```$", re.MULTILINE | re.DOTALL)
 LINK = re.compile(r"\]\((?!https?:|#)([^)#\s]+)")
 
@@ -36,8 +36,12 @@ def test_python_compiles(file: Path) -> None:
         compile(block["text"], name(file), "exec", dont_inherit=True)
 
 
+MARKED = [file for file in FILES if "<!-- run -->" in file.read_text(encoding="utf-8")]
+QUICK = ("README.md", "docs/stages/run.md")
+
+
 @pytest.mark.parametrize(
-    "file", [file for file in FILES if "<!-- run -->" in file.read_text(encoding="utf-8")], ids=name
+    "file", [f if name(f) in QUICK else pytest.param(f, marks=pytest.mark.full) for f in MARKED], ids=name
 )
 def test_what_is_marked_runs(file: Path, tmp_path: Path) -> None:
     marked = [block for block in blocks(file, "python") if block["run"]]
