@@ -33,6 +33,8 @@ class Ring(NamedTuple):
     """Residents are chosen block by block, or in bundles: blocks that are always read together."""
     disk_bundles: int
     """What comes from the disk has a region of its own for so many of its greatest bundles; 0: all share one."""
+    disk_share: float = 0.0
+    """Of the streamed blocks at least so many lie on the disk, by number, where RAM would hold more."""
 
 
 class Rings:
@@ -66,19 +68,17 @@ class Rings:
         else:
             for_residents = free_bytes - min(int(ring.times * self._least), free_bytes)
             residents = _residents(problem, self._movable, for_residents, ring.grain)
-        return self._with(residents, free_bytes, in_place, ring.disk_bundles)
+        return self._with(residents, free_bytes, in_place, ring)
 
-    def _with(
-        self, residents: Container[int], free_bytes: int, in_place: set[int], disk_bundles: int
-    ) -> Arrangement | None:
+    def _with(self, residents: Container[int], free_bytes: int, in_place: set[int], ring: Ring) -> Arrangement | None:
         problem, sizes = self._problem, self._problem.sizes_bytes
         staying = [block for block in problem.movable if block in residents]
         region = free_bytes - sum([sizes[block] for block in staying])
         streamed = problem.in_order([*(block for block in self._movable if block not in residents), *self._forced])
-        homes = homes_of(problem, streamed, in_place)
+        homes = homes_of(problem, streamed, in_place, ring.disk_share)
         if homes is None:
             return None
-        offsets = _offsets(problem, streamed, homes, region, disk_bundles)
+        offsets = _offsets(problem, streamed, homes, region, ring.disk_bundles)
         if offsets is None:
             return None
         used = max([offset + sizes[block] for block, offset in offsets.items()], default=0)
@@ -97,7 +97,7 @@ class Rings:
                 partners += [other for other in near if other[0] not in staying]
             for partner in partners:
                 changed = (staying ^ set(bundle)) | set(partner)
-                found = self._with(changed, free_bytes, self._in_place, ring.disk_bundles)
+                found = self._with(changed, free_bytes, self._in_place, ring)
                 if found is not None:
                     yield found
 
@@ -238,8 +238,13 @@ def read_in_place(problem: Problem) -> set[int]:
     return found
 
 
-def homes_of(problem: Problem, streamed: Sequence[int], in_place: set[int]) -> dict[int, Tier] | None:
-    """Return a home for each block: RAM while it lasts, the disk for the rest, spread evenly among what is streamed."""
+def homes_of(
+    problem: Problem, streamed: Sequence[int], in_place: set[int], disk_share: float = 0.0
+) -> dict[int, Tier] | None:
+    """Return a home for each block: RAM while it lasts, the disk for the rest, spread evenly among what is streamed.
+
+    ``disk_share``: of those that are free to lie in either at least so many lie on the disk.
+    """
     sizes, disk_room = problem.sizes_bytes, problem.budgets.disk_bytes
     ram = problem.ram_bytes - sum(sizes[block] for block in in_place)
     pins = dict(problem.pins)
@@ -259,10 +264,10 @@ def homes_of(problem: Problem, streamed: Sequence[int], in_place: set[int]) -> d
         host = host_pinned + all_free - sum([sizes[block] for block in to_disk(count)])
         return host + (problem.staging_bytes if count or disk_pinned else 0) > ram
 
-    low = 0
-    if short(0):
-        low, high = 1, len(free)  # the least count that RAM allows; as sizes differ, near it
-        if not free or short(high):
+    low = round(disk_share * len(free))
+    if short(low):
+        low, high = low + 1, len(free)  # the least count that RAM allows; as sizes differ, near it
+        if low > high or short(high):
             return None
         while low < high:
             middle = (low + high) // 2

@@ -5,6 +5,7 @@ What cannot beat the best so far by its compute and its bytes on each channel al
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -39,8 +40,14 @@ _ROOMS = 64
 _LESS_ROOM = 0.25
 """down to this share less."""
 
+_DISK_SHARES = 4
+"""Parts of the streamed blocks, by number, that lie on the disk where RAM would hold more: every number of few."""
+
 _MOST_CLIMBED = 6000
 """Changes of what stays that are looked at, times the blocks there are."""
+
+_STARTS = 8
+"""Rings from whose best the climb begins where blocks are few."""
 
 _STACKED_LEVELS = 3
 """Numbers of recomputed modules for which every arrangement is looked at, where there are few blocks; all of few modules."""
@@ -100,7 +107,7 @@ class Search:
             for name in (channel_of("host"), channel_of("disk"))
             for disk_used in (False, True)
         }
-        self._seen: dict[tuple[Key, int], float | None] = {}
+        self._seen: dict[tuple[Key, int], Choice | None] = {}
         self._stays: dict[Key, list[Stay] | None] = {}
         self._near: list[tuple[Choice, Ring | None]] = []
         self._saves = [problem.saves.loads(problem.table, disk_used) for disk_used in (False, True)]
@@ -154,6 +161,7 @@ class Search:
             assert made_by is not None
             for factor in _FINER:
                 self.time(choice.recomputed, made_by._replace(times=made_by.times * factor))
+        self._try_disk(tops[:_THOROUGH], every)
         for level in tops if every_choice else tops[:_STACKED_LEVELS]:
             if self.best_s > self.least_of_all_s * (1 + _TIE):
                 self._try_stacked(level)
@@ -174,20 +182,52 @@ class Search:
                 if arrangement is not None:
                     self._look_at(arrangement, level, ring)
 
+    def _try_disk(self, levels: Sequence[int], rings_of: Sequence[Ring]) -> None:
+        """Have more on the disk than RAM forces: both bring bytes at once, so that with fewer there a pass may be longer."""
+        choice = self.chosen()
+        if choice is None or not any(ring.disk_bundles for ring in rings_of):
+            return
+        count = len(self._problem.movable)
+        parts = count if count <= _FEW else _DISK_SHARES
+        if count > _FEW:
+            levels, rings_of = [choice.recomputed], [self._ring_of(choice) or rings_of[0]]
+        for level in levels:
+            for part, ring in itertools.product(range(1, parts + 1), rings_of):
+                if self.best_s <= self.compute_s(level) * (1 + _TIE):
+                    return
+                self.time(level, ring._replace(disk_share=part / parts))
+
     def _climb(self) -> None:
-        """Change what stays, a bundle at a time, as long as that helps and is not too much work."""
-        left = _MOST_CLIMBED // max(1, len(self._problem.movable))
-        while (choice := self.chosen()) is not None and left > 0:
-            if choice.pass_s <= self.least_s(choice.recomputed) * (1 + _TIE):
-                return
-            ring = self._ring_of(choice) or Ring(1.0, "bundle", 0)
-            for arrangement in self._rings.beside(choice.arrangement, ring, self._rooms[choice.recomputed]):
-                left -= 1
-                pass_s = self._look_at(arrangement, choice.recomputed, ring)
-                if left <= 0 or (pass_s is not None and pass_s < choice.pass_s * (1 - _TIE)):
-                    break
-            else:
-                return
+        """Change what stays, a bundle at a time, as long as that helps and is not too much work: from the best, and where
+        blocks are few from the best of other rings too, since where a climb ends depends on where it begins.
+        """
+        for start, ring in self._starts():
+            left = _MOST_CLIMBED // max(1, len(self._problem.movable))
+            choice: Choice | None = start
+            while choice is not None and left > 0:
+                if self.best_s <= self.least_s(start.recomputed) * (1 + _TIE):
+                    return
+                top, choice = choice, None
+                for arrangement in self._rings.beside(top.arrangement, ring, self._rooms[start.recomputed]):
+                    left -= 1
+                    found = self._look_at(arrangement, start.recomputed, ring)
+                    if found is not None and found.pass_s < top.pass_s * (1 - _TIE):
+                        choice = found
+                        break
+                    if left <= 0:
+                        break
+
+    def _starts(self) -> list[tuple[Choice, Ring]]:
+        """Return what is climbed from."""
+        best = self.chosen()
+        if best is None:
+            return []
+        starts = {self._ring_of(best) or Ring(1.0, "bundle", 0): best}
+        if len(self._problem.movable) <= _FEW:
+            for choice, ring in sorted(self._near, key=lambda one: one[0].pass_s):
+                if len(starts) < _STARTS and ring is not None:
+                    starts.setdefault(ring, choice)
+        return [(choice, ring) for ring, choice in starts.items()]
 
     def as_others(self, way: Way) -> Choice | None:
         """Return the choice of another way of placing: all activations kept, or all recomputed, as is faster."""
@@ -225,15 +265,16 @@ class Search:
         if self.least_s(recomputed) > self.best_s * (1 + _TIE):
             return None
         arrangement = self._rings.arrange(ring, self._rooms[recomputed])
-        return None if arrangement is None else self._look_at(arrangement, recomputed, ring)
+        found = None if arrangement is None else self._look_at(arrangement, recomputed, ring)
+        return None if found is None else found.pass_s
 
-    def _look_at(self, arrangement: Arrangement, recomputed: int, ring: Ring | None) -> float | None:
+    def _look_at(self, arrangement: Arrangement, recomputed: int, ring: Ring | None) -> Choice | None:
         key = (arrangement.key, recomputed)
         if key not in self._seen:
             self._seen[key] = self._time(arrangement, recomputed, ring)
         return self._seen[key]
 
-    def _time(self, arrangement: Arrangement, recomputed: int, ring: Ring | None) -> float | None:
+    def _time(self, arrangement: Arrangement, recomputed: int, ring: Ring | None) -> Choice | None:
         times, compute_s = self._durations(recomputed)
         if arrangement.rows_bytes and self._problem.table.device != "cpu":
             on_host = {block for block, tier in arrangement.homes.items() if tier == "host"}
@@ -266,7 +307,7 @@ class Search:
         choice = Choice(arrangement=arrangement, recomputed=recomputed, pass_s=pass_s, moved_bytes=moved_bytes)
         self._near.append((choice, ring))
         self.best_s = min(self.best_s, pass_s)
-        return pass_s
+        return choice
 
     def _least_loads_s(self, arrangement: Arrangement) -> float:
         """Return what its loads take at least: each streamed block comes once a pass."""
