@@ -302,6 +302,12 @@ def _does_not_fit(of: _Least, workload: Workload) -> DoesNotFitError:
         tips.append(f"give at least {staging} of ram, so that blocks may be read from the disk")
     elif smallest.device_bytes > 4 * smallest.slots_bytes and len(smallest.homes) < len(problem.movable):
         tips.append("give more ram or a disk budget, so that more blocks may leave the device")
+    if (
+        problem.table.device != "cpu"
+        and problem.recomputed_at(level)
+        and not any(r.offload_bytes for r in problem.table.accesses)
+    ):
+        tips.append('let activations wait in ram too (activations "any"), which may need less vram')
     if fixed > least // 4:
         tips.append("use a smaller adapter rank or an optimizer with less state")
     if len(tips) < 2 or peak - fixed > smallest.device_bytes // 4:

@@ -91,3 +91,11 @@ def test_the_least_is_the_least():
     with pytest.raises(DoesNotFitError) as refused:
         place(table, budgets(least - 1), **NAMES)
     assert refused.value.least_vram_bytes == least
+    assert not any("activations" in tip and "any" in tip for tip in refused.value.suggestions)
+
+
+def test_what_does_not_fit_names_the_way_that_was_not_looked_at():
+    table = table_of(link=1e10, offloadable=False)
+    with pytest.raises(DoesNotFitError) as refused:
+        place(table, budgets(least_vram_bytes(table, budgets(0)) - 1), **NAMES)
+    assert any('activations "any"' in tip for tip in refused.value.suggestions)
