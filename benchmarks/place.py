@@ -1,11 +1,13 @@
 """Plans of real models beside the bound: how far each is from what any plan could do, and how long it takes to find it.
 
-    python -m benchmarks.place [--only TEXT] [--graphs FOLDER] [--keep]
+    python -m benchmarks.place [--only TEXT] [--tokens N] [--graphs FOLDER] [--keep]
 
 Models (from shapes alone) x dtypes x cards x tokens x budgets from the least feasible to all. ``bound``: the window bound at
 the plan's granularity, room as it is at each access. ``--graphs``: where analyses are kept from one run to the next.
 ``one arena``: the same bound where the room is that of the
-access with the least. ``all kept``, ``all recomputed``: the same solver without that choice.
+access with the least. ``all kept``, ``all recomputed``: the same solver without that choice. ``joint``: the same solver with
+the choice of offloading too; for it there are budgets besides from where both of those fit to all, and two at and above
+the least that works with it where nothing else fits.
 A table for people; the last line is JSON.
 """
 
@@ -23,19 +25,20 @@ from typing import Any
 
 import msgspec
 import numpy as np
+from msgspec.structs import replace
 from rich.console import Console
 from rich.table import Table
 
 from benchmarks.about import about, keep
 from memplan import hardware
-from memplan.analyze.graph import LayerGraph
+from memplan.analyze.graph import Activations, LayerGraph
 from memplan.cost.build import cost_table
 from memplan.cost.table import CostTable
 from memplan.errors import DoesNotFitError
 from memplan.place.bound import window_bound
 from memplan.place.problem import Memory, make_problem
-from memplan.place.solve import place
-from memplan.program.schema import Budgets, Plan, Workload
+from memplan.place.solve import least_vram_bytes, place
+from memplan.program.schema import Budgets, Plan, Prediction, Workload
 from memplan.program.timeline import durations
 
 MODELS = {
@@ -50,8 +53,13 @@ MODELS = {
 """Names, and their quantizations; the others' weights are bfloat16."""
 CARDS = ("rtx-4060-ti-16gb", "rtx-4090", "h100-80gb")
 SHAPES = ((1, 2048), (4, 2048))
+LONG = {"llama-3.1-8b": (1, 8192), "qwen3-14b": (1, 8192)}
+"""A sequence besides in which activations matter more."""
 SHARES = (0.0, 0.1, 0.25, 0.5, 0.75, 0.9, 1.0)
 """Budgets: from the least that works to what holds everything."""
+BOTH_SHARES = (0.0, 0.1, 0.25, 0.5, 0.75, 1.0)
+"""Budgets for the joint choice: from the least in which all kept and all recomputed both fit to what holds everything."""
+ALONE: tuple[Activations, ...] = ("keep", "recompute")
 RAM_BYTES = 2 << 40
 
 
@@ -68,14 +76,16 @@ def graph_of(name: str, quantization: str, shape: tuple[int, int], folder: Path 
     if name == "flux":
         model, batch = flux(shape[0])
         prepared = prepare(model, adapter=lora)
-        graph = analyze(prepared.model, batch, name="flux", loss=lambda out: out[0].float().pow(2).mean())
+        graph = analyze(
+            prepared.model, batch, name="flux", offload="try", loss=lambda out: out[0].float().pow(2).mean()
+        )
     else:
         given = {"adapter": lora, "dtype": "bfloat16", "quantization": quantization or None}
         prepared = prepare(name, **given, short=True)
         try:
-            graph = analyze(prepared.model, shape, runs=prepared.runs, name=name, short=prepared.short)
+            graph = analyze(prepared.model, shape, runs=prepared.runs, name=name, short=prepared.short, offload="try")
         except NotPeriodicError:  # T5's first layer is not like the others
-            graph = analyze(prepare(name, **given).model, shape, name=name)
+            graph = analyze(prepare(name, **given).model, shape, name=name, offload="try")
     if path is not None:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(msgspec.json.encode(graph))
@@ -114,6 +124,11 @@ def least_and_whole(table: CostTable, **names: Any) -> tuple[int, int]:
     return least, peak + sum(-(-block.size_bytes // 512) * 512 for block in table.blocks)
 
 
+def without_offload(table: CostTable) -> CostTable:
+    """Return the table as of a look that did not ask what offloading would move."""
+    return replace(table, accesses=tuple(replace(access, offload_bytes=0) for access in table.accesses))
+
+
 def one_arena_bound_s(plan: Plan) -> float:
     """Return the window bound in s of plans whose arena is as large all along the pass as it can be where room is least."""
     policies = plan.policies()
@@ -124,39 +139,105 @@ def one_arena_bound_s(plan: Plan) -> float:
     return max(found, sum(times))
 
 
-def alone_s(table: CostTable, budgets: Budgets, how: str, names: dict[str, Any]) -> float | None:
-    """Return the pass in s with all activations kept, or all recomputed; None where that does not fit."""
+def pass_s(
+    table: CostTable, vram_bytes: int, names: dict[str, Any], how: Activations | None = None
+) -> Prediction | None:
+    """Return what a pass takes with the activations of all layers as ``how``, or as is fastest; None where it does not fit."""
+    asked = {} if how is None else dict.fromkeys(table.recomputable, how)
+    within = Budgets(vram_bytes=vram_bytes, ram_bytes=RAM_BYTES, disk_bytes=0)
     try:
-        return place(table, budgets, activations=dict.fromkeys(table.recomputable, how), **names).prediction.pass_s
+        return place(table, within, activations=asked, **names).prediction
     except DoesNotFitError:
         return None
+
+
+def joint_budgets(table: CostTable, plain: CostTable, whole: int) -> list[int]:
+    """Return the budgets of vram in bytes at which the joint choice is looked at. ``plain``: the table without offloading."""
+    within = Budgets(vram_bytes=0, ram_bytes=RAM_BYTES, disk_bytes=0)
+
+    def least(of: CostTable, how: Activations | None = None) -> int:
+        asked = {} if how is None else dict.fromkeys(of.recomputable, how)
+        return least_vram_bytes(of, within, activations=asked) or whole
+
+    kept, recomputed, joint = least(plain, "keep"), least(plain, "recompute"), least(table)
+    both, either = max(kept, recomputed), min(kept, recomputed)
+    beyond = [joint, (joint + either) // 2] if joint < either else []
+    return beyond + [int(both + share * (whole - both)) for share in BOTH_SHARES]
+
+
+def joint_rows(table: CostTable, plain: CostTable, whole: int, names: dict[str, Any]) -> list[dict[str, Any]]:
+    """Return a pass of the joint choice at each of its budgets, and of what it is held against."""
+    rows = []
+    for vram in joint_budgets(table, plain, whole):
+        began = time.perf_counter()
+        joint = pass_s(table, vram, names)
+        took = time.perf_counter() - began
+        others = {how: pass_s(plain, vram, names, how) for how in ALONE}
+        either = pass_s(plain, vram, names)
+        rows.append(
+            {
+                "vram_bytes": vram, "solved_s": took, "joint_s": joint and joint.pass_s,
+                "loads": joint.loads_per_pass if joint else 0,
+                "stores_bytes": joint.offloaded_bytes_per_pass if joint else 0,
+                "without_offload_s": either and either.pass_s,
+                "streams": any(said and said.loads_per_pass for said in (joint, either, *others.values())),
+                "all_kept_s": others["keep"] and others["keep"].pass_s,
+                "all_recomputed_s": others["recompute"] and others["recompute"].pass_s,
+            }
+        )  # fmt: skip
+    return rows
+
+
+def joint_summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """Return how much longer the better of all kept and all recomputed takes than the joint choice, in the median, over the
+    budgets where something streams and both fit; and at how many only the joint choice fits.
+    """
+    both = [row for row in rows if row["streams"] and row["all_kept_s"] and row["all_recomputed_s"] and row["joint_s"]]
+    gains = [min(row["all_kept_s"], row["all_recomputed_s"]) / row["joint_s"] - 1 for row in both]
+    return {
+        "budgets": len(rows), "cases": len(both), "gain_median": statistics.median(gains) if gains else None,
+        "gain_over_5_percent": sum(gain >= 0.05 for gain in gains), "gain_most": max(gains, default=None),
+        "gain_least": min(gains, default=None),
+        "neither_fits": sum(not row["all_kept_s"] and not row["all_recomputed_s"] for row in rows),
+        "only_joint_fits": sum(
+            bool(row["joint_s"]) and not row["all_kept_s"] and not row["all_recomputed_s"] for row in rows
+        ),
+        "only_offload_fits": sum(bool(row["joint_s"]) and not row["without_offload_s"] for row in rows),
+    }  # fmt: skip
 
 
 def main() -> int:
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     options.add_argument("--only", default="", help="models whose name holds this")
+    options.add_argument("--tokens", type=int, help="passes of so many tokens alone")
     options.add_argument("--graphs", type=Path, help="folder in which analyses are kept")
     options.add_argument("--keep", action="store_true", help="keep the result in benchmarks/results")
     given = options.parse_args()
     warnings.simplefilter("ignore")
     rows: list[dict[str, Any]] = []
+    joint: list[dict[str, Any]] = []
     shown = Table(
         "model", "dtype", "card", "tokens", "vram GiB", "pass s", "gap", "one arena", "solved s", "blocks", box=None
     )
     for name, kinds in MODELS.items():
         for quantization in kinds:
-            for shape in SHAPES:
-                case = f"{name} {quantization or 'bf16'} {shape[0] * shape[1]}"
-                if given.only not in case:
+            for shape in (*SHAPES, *([LONG[name]] if name in LONG else [])):
+                case = f"{name} {quantization or 'bf16'}"
+                if given.only not in case or given.tokens not in (None, shape[0] * shape[1]):
                     continue
                 graph = graph_of(name, quantization, shape, given.graphs)
                 workload = Workload(
                     batch={"input_ids": shape}, tokens=graph.tokens, accumulation=1, optimizer="adamw", adapter="LoRA"
                 )
                 for card in CARDS:
-                    table = cost_table(graph, hardware.load(card))
+                    with_offload = cost_table(graph, hardware.load(card))
+                    table = without_offload(with_offload)
                     names = {"model": name, "fingerprint": graph.fingerprint, "workload": workload, "hardware": card}
                     least, whole = least_and_whole(table, **names)
+                    labels = {
+                        "model": name, "dtype": quantization or "bf16", "card": card, "tokens": graph.tokens, "rows": shape[0]
+                    }  # fmt: skip
+                    joint += [labels | row for row in joint_rows(with_offload, table, whole, names)]
                     for share in SHARES:
                         vram = int(least + share * (whole - least))
                         budgets = Budgets(vram_bytes=vram, ram_bytes=RAM_BYTES, disk_bytes=0)
@@ -166,18 +247,15 @@ def main() -> int:
                         said = plan.prediction
                         gap = said.pass_s / said.bound_s - 1
                         flat_s = one_arena_bound_s(plan)
-                        alone = {how: alone_s(table, budgets, how, names) for how in ("keep", "recompute")}
                         rows.append(
                             {
                                 "model": name, "dtype": quantization or "bf16", "card": card, "tokens": graph.tokens,
                                 "share": share, "vram_bytes": vram, "pass_s": said.pass_s, "bound_s": said.bound_s,
                                 "compute_s": said.compute_s, "gap": gap, "solved_s": took,
                                 "one_arena_bound_s": flat_s, "loads": said.loads_per_pass,
-                                "all_kept_s": alone["keep"], "all_recomputed_s": alone["recompute"],
                                 "layers": sum(block.kind == "layer" for block in table.blocks),
                                 "blocks": len(plan.table.blocks),
                                 "recomputed": sum(p.activations == "recompute" for p in plan.activations),
-                                "offloaded": sum(p.activations == "offload" for p in plan.activations),
                             }
                         )  # fmt: skip
                         cells = [name, quantization or "bf16", card, str(graph.tokens), f"{vram / 2**30:.1f}",
@@ -188,24 +266,28 @@ def main() -> int:
     Console().print(shown)
     gaps = [row["gap"] for row in rows]
     flat = [row["pass_s"] / row["one_arena_bound_s"] - 1 for row in rows]
-    both = [
-        min(row["all_kept_s"], row["all_recomputed_s"]) / row["pass_s"] - 1
-        for row in rows
-        if row["loads"] and row["all_kept_s"] and row["all_recomputed_s"]
-    ]
-    neither = sum(row["all_kept_s"] is None and row["all_recomputed_s"] is None for row in rows)
+    kinds_of = sorted({(row["rows"], row["tokens"] // row["rows"]) for row in joint})
+    by_shape = {
+        f"{count}x{length}": joint_summary(
+            [r for r in joint if (r["rows"], r["tokens"] // r["rows"]) == (count, length)]
+        )
+        for count, length in kinds_of
+    }
     result = {
         "benchmark": "place", "cases": len(rows), "median": statistics.median(gaps), "worst": max(gaps),
         "slowest_s": max(row["solved_s"] for row in rows),
         "one_arena_median": statistics.median(flat), "one_arena_worst": max(flat),
-        "joint_cases": len(both), "joint_gain_median": statistics.median(both) if both else None,
-        "only_joint_fits": neither,
+        "joint": joint_summary(joint), "joint_by_shape": by_shape, "joint_rows": joint,
         "peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024, "rows": rows,
     }  # fmt: skip
-    print(
-        f"one arena: median {result['one_arena_median']:.2%}, worst {result['one_arena_worst']:.2%}; chosen together against the "
-        f"better of all kept and all recomputed, in {len(both)} cases: {result['joint_gain_median'] or 0:.1%} in the median"
-    )
+    print(f"one arena: median {result['one_arena_median']:.2%}, worst {result['one_arena_worst']:.2%}")
+    for shape, found in {**by_shape, "all": joint_summary(joint)}.items():
+        gain = "-" if found["gain_median"] is None else f"{found['gain_median']:.1%}"
+        print(
+            f"kept, recomputed and offloaded together, {shape}: the better of all kept and all recomputed takes {gain} longer in "
+            f"the median of {found['cases']} cases; of {found['neither_fits']} budgets in which neither fits there is a plan for "
+            f"{found['only_joint_fits']}, for {found['only_offload_fits']} by offloading alone"
+        )
     print(f"gap: median {result['median']:.2%}, worst {result['worst']:.2%}; slowest {result['slowest_s']:.2f} s")
     if given.keep:
         print(keep(result, "place"))

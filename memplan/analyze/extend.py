@@ -317,8 +317,7 @@ class _Extension:
             born, last = self._places[life.born], self._places[life.last]
             anchor = born.period if born.period is not None else last.period
             rest = (life.kind, life.policy, life.size_bytes)
-            if anchor in alike and any(p.period is None and p.offset != len(self._places) - 1 for p in (born, last)):
-                # As many as there are layers come or go there, which its peak follows from.
+            if anchor in alike and any(self._sets_the_peak(place, life.policy) for place in (born, last)):
                 raise NotPeriodicError("what layers keep ends in an access outside them")
             if anchor in alike:
                 alike[anchor][(_from(born, anchor), _from(last, anchor), *rest)] += 1
@@ -334,6 +333,14 @@ class _Extension:
             Lifetime(kind=kind, born=first, last=end, size_bytes=size, policy=policy)  # type: ignore[arg-type]
             for (first, end, kind, policy), size in sorted(together.items())
         )
+
+    def _sets_the_peak(self, place: _Place, policy: str) -> bool:
+        """Whether an access outside has a peak of its own under the policy: as many as there are layers come or go there,
+        which that follows from. What is never recomputed has the one of the trace in which all is kept (see ``assemble``).
+        """
+        if place.period is not None or place.offset == len(self._places) - 1:
+            return False
+        return policy in ("any", "keep") or self._graph.accesses[place.offset].module in self._graph.recomputable
 
     def _carried(self, place: _Place, anchor: int | None, copy: int) -> _Place:
         """Return a place that a lifetime of period ``anchor`` begins or ends at, in the whole run."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import NotRequired, TypedDict, Unpack
 
@@ -15,18 +15,10 @@ from memplan.place.baselines import Way
 from memplan.place.bound import window_bound
 from memplan.place.door import require_input
 from memplan.place.pieces import split
-from memplan.place.problem import (
-    MOST_SUBSETS,
-    Bytes,
-    Memory,
-    Problem,
-    evenly,
-    make_problem,
-    policies_for,
-    subsets,
-)
+from memplan.place.problem import Bytes, Memory, Problem, make_problem, policies_for
 from memplan.place.ring import Rings
 from memplan.place.search import Choice, Search, rings
+from memplan.place.variants import Variants
 from memplan.program.check import require
 from memplan.program.schema import (
     SCHEMA_VERSION,
@@ -46,8 +38,8 @@ from memplan.units import ALIGNMENT_BYTES, format_bytes
 _BINDS_SHARE = 0.01
 """A stall below this share of the pass is rounding of the real machine: compute binds."""
 
-_OFFLOAD_PARTS = 6
-"""Activations are offloaded of this many different numbers of modules, beside none."""
+_HALVINGS = 3
+"""Numbers of offloading modules are tried ever nearer to the best, so often by half the distance."""
 
 _MUCH = 3e-3
 """Blocks are split where a pass is longer than it need be by more than this share of it,"""
@@ -86,9 +78,8 @@ def place(
     require_input(table, budgets, staging_bytes)
     asked = activations or {}
     solution = _solve(table, budgets, staging_bytes, pins or {}, asked)
-    for variant in offload_variants(table, asked) if solution.may_gain_by_offloading else ():
-        other = _solve(table, budgets, staging_bytes, pins or {}, variant, solution.choice)
-        solution = other if other.choice is not None else solution
+    if solution.may_gain_by_offloading:
+        solution = _with_offloads(solution, table, budgets, staging_bytes, pins or {}, asked)
     if solution.choice is None:
         smallest = min(
             (_Least(p) for p in _problems(table, budgets, staging_bytes, pins or {}, asked)),
@@ -148,21 +139,6 @@ def place_as(
     return plan
 
 
-def offload_variants(table: CostTable, given: Mapping[str, Activations]) -> Iterator[dict[str, Activations]]:
-    """Yield ``given`` with the activations of ever more of the other modules offloaded, evenly spread; of few every choice.
-
-    None on the CPU, whose own memory is where they would go.
-    """
-    if table.device == "cpu":
-        return
-    can = {access.module for access in table.accesses if access.kind == "forward" and access.offload_bytes}
-    free = [module for module in table.recomputable if module in can and module not in given]
-    counts = {-(-len(free) * part // _OFFLOAD_PARTS) for part in range(1, _OFFLOAD_PARTS + 1)}
-    spread = [[free[index] for index in evenly(count, len(free))] for count in sorted(counts - {0})]
-    for chosen in subsets(free)[1:] if len(free) <= MOST_SUBSETS else spread:
-        yield {**given, **dict.fromkeys(chosen, "offload")}
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Solution:
     problem: Problem
@@ -202,6 +178,38 @@ def _solve(
     return _Solution(problem=problem, nonweight=nonweight, choice=choice, least_s=search.least_of_all_s)
 
 
+def _with_offloads(
+    solution: _Solution,
+    table: CostTable,
+    budgets: Budgets,
+    staging_bytes: int,
+    pins: Mapping[int, Tier],
+    asked: Mapping[str, Activations],
+) -> _Solution:
+    """Return what is better where activations are offloaded too: of ever more modules, then of about as many as the best."""
+    variants = Variants(table, asked)
+    for given in variants.every:
+        other = _solve(table, budgets, staging_bytes, pins, given, solution.choice)
+        solution = other if other.choice is not None else solution
+    found, tried = {0: solution}, {0}
+    best = 0
+
+    def look(counts: Iterable[int]) -> None:
+        nonlocal best
+        for count in sorted({count for count in counts if 0 < count <= variants.most} - tried):
+            tried.add(count)
+            other = _solve(table, budgets, staging_bytes, pins, variants.of(count), found[best].choice)
+            if other.choice is not None:
+                found[count], best = other, count
+
+    look(variants.counts)
+    step = variants.counts[0] if variants.counts else 0
+    for _ in range(_HALVINGS if found[best].choice is not None else 0):
+        step = -(-step // 2)
+        look((best - step, best + step))
+    return found[best]
+
+
 def _nonweight(problem: Problem) -> list[Bytes]:
     """Return the device bytes at each access apart from frozen weights, by number of recomputed modules."""
     memory, slots_bytes = Memory(problem.table), problem.saves.device_bytes
@@ -234,7 +242,8 @@ def _problems(
     activations: Mapping[str, Activations],
 ) -> Iterator[Problem]:
     """Yield the problems that :func:`place` solves: with what was asked, and with more offloaded."""
-    for given in (activations, *offload_variants(table, activations)):
+    variants = Variants(table, activations)
+    for given in (activations, *variants.every, *map(variants.of, variants.counts)):
         yield make_problem(table, budgets, staging_bytes, pins, given)
 
 
@@ -321,6 +330,12 @@ def _does_not_fit(of: _Least, workload: Workload) -> DoesNotFitError:
         tips.append(f"give at least {staging} of ram, so that blocks may be read from the disk")
     elif smallest.device_bytes > 4 * smallest.slots_bytes and len(smallest.homes) < len(problem.movable):
         tips.append("give more ram or a disk budget, so that more blocks may leave the device")
+    if (
+        problem.table.device != "cpu"
+        and problem.recomputed_at(level)
+        and not any(r.offload_bytes for r in problem.table.accesses)
+    ):
+        tips.append('let activations wait in ram too (activations "any"), which may need less vram')
     if fixed > least // 4:
         tips.append("use a smaller adapter rank or an optimizer with less state")
     if len(tips) < 2 or peak - fixed > smallest.device_bytes // 4:

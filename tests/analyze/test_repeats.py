@@ -246,9 +246,22 @@ def test_every_type_that_is_traced_short(kind, monkeypatch):
     traced = []
     of_short = trace.extended
     monkeypatch.setattr(trace, "extended", lambda graph, run: traced.append(run) or of_short(graph, run))
-    graph = analyze(model, batch_of("llama"), short=True)
+    graph = analyze(model, batch_of("llama"), short=True, offload=True)
     assert traced
-    assert graph == analyze(model, batch_of("llama"))
+    assert graph == analyze(model, batch_of("llama"), offload=True)
+
+
+@pytest.mark.parametrize("options", [{"offload": True}, {"offload": True, "accumulation": 2}], ids=str)
+def test_layers_that_hold_a_cache_are_traced_short_with_offload(options, monkeypatch):
+    """The cache has keys and values of every layer until the loss, offloaded or not."""
+    given = {"adapter": {"rank": 4, "targets": "all-linear"}}
+    config = LlamaConfig(**SMALL, **TOKENS, num_hidden_layers=DEPTH, use_cache=True)
+    short, whole = prepare(config, **given, short=True), prepare(config, **given)
+    graph = analyze(short.model, (2, 16), runs=short.runs, **options)  # else it would raise NotPeriodicError
+    assert graph == analyze(whole.model, (2, 16), **options)
+    at_loss = next(access.index for access in graph.accesses if access.kind == "loss")
+    held = [life for life in graph.lifetimes if life.policy == "offload" and life.last == at_loss]
+    assert len(held) == DEPTH
 
 
 @pytest.mark.full

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
+
 import pytest
+from msgspec.structs import replace
 
 from memplan.errors import DoesNotFitError
 from memplan.place.solve import least_vram_bytes, place
+from memplan.place.variants import Variants
 from memplan.program.check import check
 from tests.tables import MIB, NAMES, budgets, make_table
 
@@ -34,6 +38,26 @@ def test_a_link_that_is_idle_takes_them(share):
     assert "offload" in policies(plan)
     assert plan.prediction.pass_s < 0.95 * without.prediction.pass_s
     assert plan.asked == {}
+
+
+@pytest.mark.parametrize(("link", "share"), [(4e8, 0.4), (5e8, 0.1)])
+def test_their_number_is_about_the_best(link, share):
+    """No number of modules does better by much, and those that are tried first do worse."""
+    table = make_table([4 * MIB] * 24, **{**KINDS, "offloadable": True, "link": link})
+    least = least_vram_bytes(table, budgets(0))
+    whole = max(table.device_bytes_at(access.index, {}) for access in table.accesses) + 24 * 4 * MIB
+    given = budgets(int(least + share * (whole - least)))
+    variants = Variants(table, {})
+    passes_s = {}
+    for count in range(1, variants.most + 1):
+        asked = variants.of(count)
+        rows = tuple(row if row.module in asked else replace(row, offload_bytes=0) for row in table.accesses)
+        with suppress(DoesNotFitError):
+            plan = place(replace(table, accesses=rows), given, activations=asked, pieces=False, **NAMES)
+            passes_s[count] = plan.prediction.pass_s
+    chosen_s = place(table, given, pieces=False, **NAMES).prediction.pass_s
+    assert chosen_s <= 1.002 * min(passes_s.values())
+    assert chosen_s < 0.995 * min(passes_s[count] for count in variants.counts if count in passes_s)
 
 
 def test_a_link_that_binds_does_not():
@@ -67,3 +91,11 @@ def test_the_least_is_the_least():
     with pytest.raises(DoesNotFitError) as refused:
         place(table, budgets(least - 1), **NAMES)
     assert refused.value.least_vram_bytes == least
+    assert not any("activations" in tip and "any" in tip for tip in refused.value.suggestions)
+
+
+def test_what_does_not_fit_names_the_way_that_was_not_looked_at():
+    table = table_of(link=1e10, offloadable=False)
+    with pytest.raises(DoesNotFitError) as refused:
+        place(table, budgets(least_vram_bytes(table, budgets(0)) - 1), **NAMES)
+    assert any('activations "any"' in tip for tip in refused.value.suggestions)

@@ -1,0 +1,40 @@
+"""Which activations are offloaded, where that is to be chosen: the numbers of modules that are tried."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from memplan.analyze.graph import Activations
+from memplan.cost.table import CostTable
+from memplan.place.problem import MOST_SUBSETS, evenly, subsets
+
+_PARTS = 6
+"""So many different numbers of modules are tried first, beside none."""
+
+
+class Variants:
+    """What was asked, with the activations of some of the other modules offloaded, evenly spread.
+
+    There is none on the CPU, whose own memory is where they would go.
+    """
+
+    def __init__(self, table: CostTable, given: Mapping[str, Activations]) -> None:
+        can = {access.module for access in table.accesses if access.kind == "forward" and access.offload_bytes}
+        on_cpu = table.device == "cpu"
+        self._given = given
+        self._free = [m for m in table.recomputable if m in can and m not in given and not on_cpu]
+        few = len(self._free) <= MOST_SUBSETS
+        self.every = [self._with(chosen) for chosen in subsets(self._free)[1:]] if few else []
+        """Every choice of modules, where there are few."""
+        self.most = 0 if few else len(self._free)
+        """Modules that may be, where there are more."""
+        parts = range(1, _PARTS + 1) if self.most else ()
+        self.counts = sorted({-(-self.most * part // _PARTS) for part in parts})
+        """Numbers of them that are tried first."""
+
+    def of(self, count: int) -> dict[str, Activations]:
+        """Return the activations with those of ``count`` modules offloaded."""
+        return self._with([self._free[i] for i in evenly(count, self.most)])
+
+    def _with(self, chosen: Sequence[str]) -> dict[str, Activations]:
+        return {**self._given, **dict.fromkeys(chosen, "offload")}
