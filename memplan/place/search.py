@@ -45,6 +45,9 @@ _MOST_CLIMBED = 6000
 _STACKED_LEVELS = 3
 """Numbers of recomputed modules for which every arrangement is looked at, where there are few blocks."""
 
+_PART = 0.25
+"""Size of a tail in units of the middle bundle, where bundles are of several blocks."""
+
 _TIE = 1e-4
 """Passes that differ by less are the same: no cost row is known so well. Then fewer bytes moved win."""
 
@@ -65,34 +68,43 @@ class Choice:
         return (self.moved_bytes // max(percent_bytes, 1), self.recomputed, off_bytes, len(self.arrangement.homes))
 
 
-def rings(problem: Problem, *, every: bool = True) -> Iterator[Ring]:
+def rings(problem: Problem, *, every: bool = True, tails: bool = False) -> Iterator[Ring]:
     """Yield the rings that are tried for a number of recomputed modules: what the least vram is the least of, too. Fewer,
-    where not ``every``, tell which numbers are worth the others.
+    where not ``every``, tell which numbers are worth the others. ``tails``: those with tails too.
     """
+    in_parts = any(len(bundle) > 1 for bundle in problem.bundles)
     may_be_disk = problem.budgets.disk_bytes is None or problem.budgets.disk_bytes > 0
     total = sum(problem.sizes_bytes[block] for block in (*problem.movable, *problem.forced))
     mixed = may_be_disk and problem.ram_bytes < total + problem.staging_bytes
     mixed = mixed or "disk" in problem.pins.values()
     for times in _TIMES if every else _TIMES[:2]:
         yield Ring(times, "bundle", 0)
-        if any(len(bundle) > 1 for bundle in problem.bundles):
+        if in_parts:
             yield Ring(times, "block", 0)
         if mixed:
             yield Ring(times, "bundle", 1)
             yield Ring(times, "bundle", 2)
+    for times in (_TIMES if every else _TIMES[:2]) if tails else ():
+        yield Ring(times, "bundle", 0, 1.0)
+        if in_parts and every:
+            yield Ring(times, "bundle", 0, _PART)
 
 
 class Search:
     """What was timed so far, and the best of it."""
 
-    def __init__(self, problem: Problem, nonweight: Sequence[Bytes], below_s: float | None = None) -> None:
+    def __init__(
+        self, problem: Problem, nonweight: Sequence[Bytes], below_s: float | None = None, *, elastic: bool = False
+    ) -> None:
         """``nonweight``: device bytes at each access apart from frozen weights, by number of recomputed modules.
-        ``below_s``: a choice that takes longer is none.
+        ``below_s``: a choice that takes longer is none. ``elastic``: whether the device arena may have tails.
         """
         self._problem = problem
         self._rings = Rings(problem)
-        self._sweeps_bytes = _sweeps(problem)
-        self._rooms = [problem.budgets.vram_bytes - int(bytes_at.max()) for bytes_at in nonweight]
+        self._elastic = elastic
+        self._sweeps = _sweeps(problem)
+        self._room_at = [problem.budgets.vram_bytes - bytes_at for bytes_at in nonweight]
+        self._rooms = [int(room_at.min()) for room_at in self._room_at]
         self._times: dict[int, tuple[list[float], float]] = {}
         self._load_s = {
             (block.id, name): load_s(problem.table, block.size_bytes, name)
@@ -116,7 +128,8 @@ class Search:
 
         ``near``: a number of recomputed modules that is known to be about the best.
         """
-        few, every = list(rings(self._problem, every=False)), list(rings(self._problem))
+        few = list(rings(self._problem, every=False, tails=self._elastic))
+        every = list(rings(self._problem, tails=self._elastic))
         levels = len(self._rooms)
         stride = max(1, -(-levels // _LEVELS))
         tried: dict[int, float] = {}  # by level: its best pass
@@ -166,7 +179,7 @@ class Search:
         top = min(self._rooms[level], total) // step
         for room in range(top * step, int(top * step * (1 - _LESS_ROOM)), -step):
             for ring in rings_of:
-                arrangement = self._rings.arrange(ring, room)
+                arrangement = self._rings.arrange(ring, room, self._room_at[level] - room)
                 if arrangement is not None:
                     self._look_at(arrangement, level, ring)
 
@@ -177,7 +190,9 @@ class Search:
             if choice.pass_s <= self.least_s(choice.recomputed) * (1 + _TIE):
                 return
             ring = self._ring_of(choice) or Ring(1.0, "bundle", 0)
-            for arrangement in self._rings.beside(choice.arrangement, ring, self._rooms[choice.recomputed]):
+            room = self._rooms[choice.recomputed]
+            spare = self._room_at[choice.recomputed] - room
+            for arrangement in self._rings.beside(choice.arrangement, ring, room, spare):
                 left -= 1
                 pass_s = self._look_at(arrangement, choice.recomputed, ring)
                 if left <= 0 or (pass_s is not None and pass_s < choice.pass_s * (1 - _TIE)):
@@ -204,8 +219,8 @@ class Search:
 
     def least_s(self, recomputed: int) -> float:
         """Return a pass time in s that no arrangement beats: of what a sweep reads, what has no room has to come."""
-        table, room = self._problem.table, self._rooms[recomputed]
-        moved = sum(max(swept - room, 0) for swept in self._sweeps_bytes)
+        table, room_at, least = self._problem.table, self._room_at[recomputed], self._rooms[recomputed]
+        moved = sum(max(swept - (int(room_at[at]) if self._elastic else least), 0) for at, swept in self._sweeps)
         disk = 0.0 if self._problem.budgets.disk_bytes == 0 else table.disk_bytes_per_s
         return max(self.compute_s(recomputed), moved / (table.host_to_device_bytes_per_s + disk))
 
@@ -219,7 +234,10 @@ class Search:
         """Return the pass in s, or None where it does not fit or cannot be the best."""
         if self.least_s(recomputed) > self.best_s * (1 + _TIE):
             return None
-        arrangement = self._rings.arrange(ring, self._rooms[recomputed])
+        if ring.tails and self.best_s <= self.least_s(recomputed) * (1 + _TIE):
+            return None  # it would win nothing
+        room = self._rooms[recomputed]
+        arrangement = self._rings.arrange(ring, room, self._room_at[recomputed] - room)
         return None if arrangement is None else self._look_at(arrangement, recomputed, ring)
 
     def _look_at(self, arrangement: Arrangement, recomputed: int, ring: Ring | None) -> float | None:
@@ -284,8 +302,10 @@ class Search:
         return next(ring for made, ring in self._near if made is choice)
 
 
-def _sweeps(problem: Problem) -> tuple[int, ...]:
-    """Return the bytes that the forward, and that the backward needs on the device, each block once."""
+def _sweeps(problem: Problem) -> tuple[tuple[int, int], ...]:
+    """Return the bytes that the forward, and that the backward needs on the device, each block once; before each, the
+    access that precedes it (-1: the last of a pass), whose room is all that can be there as it begins.
+    """
     accesses = problem.table.accesses
     read: dict[str, set[int]] = {"forward": set(), "backward": set()}
     for access in accesses:
@@ -295,4 +315,5 @@ def _sweeps(problem: Problem) -> tuple[int, ...]:
     backwards = [access.index for access in accesses if access.kind == "backward"]
     if not forwards or not backwards or max(forwards) > min(backwards):
         return ()  # they are no two windows
-    return tuple(sum(problem.sizes_bytes[block] for block in blocks) for blocks in read.values())
+    swept = [sum(problem.sizes_bytes[block] for block in read[kind]) for kind in ("forward", "backward")]
+    return ((min(forwards) - 1, swept[0]), (min(backwards) - 1, swept[1]))

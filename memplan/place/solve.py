@@ -7,6 +7,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import NotRequired, TypedDict, Unpack
 
+import numpy as np
+
 from memplan.analyze.graph import Activations
 from memplan.cost.table import CostTable
 from memplan.errors import DoesNotFitError
@@ -64,19 +66,22 @@ def place(
     activations: Mapping[str, Activations] | None = None,
     staging_bytes: int = STAGING_BYTES,
     pieces: bool = True,
+    elastic: bool | None = None,
     **said: Unpack[Said],
 ) -> Plan:
     """Return the plan with the shortest pass that keeps the budgets. Same input, same plan.
 
     ``pins``: tier by block id. ``activations``: what becomes of a module's, where that is not to be chosen here.
     ``pieces``: whether blocks may be split into their natural parts where that buys time; the plan's table then has these
-    for blocks. Raises DoesNotFitError with the least vram for which this returns a plan, InputError for a pin or
+    for blocks. ``elastic``: whether the device arena may have bytes beyond what the access with the least room allows, which
+    are given back around it; None: on the CPU alone, since no GPU has proven it. Raises DoesNotFitError with the least vram for which this returns a plan, InputError for a pin or
     activations that cannot be kept.
     """
     asked = activations or {}
-    solution = _solve(table, budgets, staging_bytes, pins or {}, asked)
+    elastic = bool(elastic)
+    solution = _solve(table, budgets, staging_bytes, pins or {}, asked, elastic)
     for variant in offload_variants(table, asked) if solution.may_gain_by_offloading else ():
-        other = _solve(table, budgets, staging_bytes, pins or {}, variant, solution.choice)
+        other = _solve(table, budgets, staging_bytes, pins or {}, variant, elastic, solution.choice)
         solution = other if other.choice is not None else solution
     if solution.choice is None:
         smallest = min(
@@ -88,7 +93,7 @@ def place(
         finer, finer_pins = split(table, pins or {})
         if finer is not table:
             given, near = solution.problem.activations, solution.choice.recomputed
-            other = _solve(finer, budgets, staging_bytes, finer_pins, given, solution.choice, near)
+            other = _solve(finer, budgets, staging_bytes, finer_pins, given, elastic, solution.choice, near)
             solution = other if other.choice is not None else solution
     plan = _plan(solution, asked, said)
     require(plan)  # the judge shares no code with what made it
@@ -161,13 +166,14 @@ def _solve(
     staging_bytes: int,
     pins: Mapping[int, Tier],
     activations: Mapping[str, Activations],
+    elastic: bool,
     than: Choice | None = None,
     near: int | None = None,
 ) -> _Solution:
     """``than``: what is not better is no choice. ``near``: about the best number of recomputed modules, where it is known."""
     problem = make_problem(table, budgets, staging_bytes, pins, activations)
     nonweight = _nonweight(problem)
-    search = Search(problem, nonweight, None if than is None else than.pass_s * (1 - _WORTH))
+    search = Search(problem, nonweight, None if than is None else than.pass_s * (1 - _WORTH), elastic=elastic)
     choice = search.best(near)
     return _Solution(problem=problem, nonweight=nonweight, choice=choice, least_s=search.least_of_all_s)
 
@@ -319,10 +325,12 @@ def _plan(solution: _Solution, asked: Mapping[str, Activations], said: Said) -> 
     timeline = replay(table, layout.items, layout.residences, policies)
     on_disk = arrangement.disk_bytes
     staging = problem.staging_bytes if on_disk else 0
-    at = int(nonweight.argmax())
+    tails = [arrangement.tail_bytes_at(index) for index in range(problem.length)]
+    beside = nonweight + np.asarray(tails, dtype=np.int64)
+    at = int(beside.argmax())
     parts = _vram_parts(table, policies, at)
     parts["weights"] = arrangement.device_bytes - arrangement.slots_bytes
-    parts["slots"] = arrangement.slots_bytes + saves.device_bytes
+    parts["slots"] = arrangement.slots_bytes + saves.device_bytes + tails[at]
     times_s = durations(table, policies)  # that rows are read on the host is this plan's choice
     bound = max(window_bound(problem, times_s, nonweight, on_disk > 0), sum(times_s))
     optimizer_s = sum(row.time_s for row in table.accesses if row.kind == "optimizer")
@@ -338,7 +346,7 @@ def _plan(solution: _Solution, asked: Mapping[str, Activations], said: Said) -> 
         offloaded_bytes_per_pass=sum(save.size_bytes for save in saves.items if not save.stays),
         rows_bytes_per_pass=arrangement.rows_bytes,
         peaks=Peaks(
-            vram_bytes=arrangement.device_bytes + int(nonweight.max()),
+            vram_bytes=arrangement.device_bytes + int(beside.max()),
             ram_bytes=arrangement.host_bytes + saves.host_bytes + staging,
             disk_bytes=on_disk,
         ),

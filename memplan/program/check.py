@@ -34,6 +34,7 @@ def check(plan: Plan) -> tuple[str, ...]:
         *_order(plan),
         *_coverage(plan),
         *_overlaps(plan),
+        *_absences(plan),
         *_peaks(plan),
         *flow_faults(plan),
     )
@@ -312,15 +313,58 @@ def _until(stay: Residence, other: Residence) -> int:
     return stay.last_use + (stay.ends == "store" and other.begins == "load")
 
 
+def _absences(plan: Plan) -> Iterator[str]:
+    """No stay, from when its load may start, touches an access in which its segment is given back."""
+    length = len(plan.table.accesses)
+    for arena in plan.arenas:
+        for position, segment in enumerate(arena.segments):
+            absent = segment.absent
+            if absent and (position == 0 or arena.tier != "device"):
+                yield f"segment {position} of arena {arena.id} is given back, but must be there always"
+            before = -1
+            for first, last in absent:
+                if not before < first <= last < length:
+                    yield f"segment {position} of arena {arena.id} is absent from {first} to {last}: not in order, or not in a pass"
+                before = last
+    places = {(address.item, address.arena): address for address in plan.addresses}
+    for stay in plan.residences:
+        address = places.get((stay.item, stay.arena))
+        if address is None:
+            continue
+        for segment in plan.arenas[stay.arena].segments:
+            if not segment.offset_bytes <= address.offset_bytes < segment.offset_bytes + segment.size_bytes:
+                continue
+            times = range(length) if stay.begins == "always" else range(stay.load_after + 1, _there_until(stay) + 1)
+            gone = [at % length for at in times if any(first <= at % length <= last for first, last in segment.absent)]
+            if gone:
+                yield (
+                    f"residence {stay.id} of {_name(plan, stay)} lies in bytes that are given back in access {gone[0]}, within "
+                    "its stay"
+                )
+
+
+def _there_until(stay: Residence) -> int:
+    """The last access in which its bytes must be there: what is stored may be on its way as the next one begins."""
+    return stay.last_use + (stay.ends == "store")
+
+
 # ---- budgets --------------------------------------------------------------------------------------------------------
 
 
 def _peaks(plan: Plan) -> Iterator[str]:
     table, budgets, stated = plan.table, plan.budgets, plan.prediction
-    arenas = {tier: sum(arena.size_bytes for arena in plan.arenas if arena.tier == tier) for tier in ("device", "host")}
+    host = sum(arena.size_bytes for arena in plan.arenas if arena.tier == "host")
     policies = plan.policies()
-    peak, at = max((table.device_bytes_at(access.index, policies), -access.index) for access in table.accesses)
-    vram = arenas["device"] + peak
+
+    def bytes_at(index: int) -> int:
+        return table.device_bytes_at(index, policies) + sum(
+            segment.size_bytes
+            for arena in plan.arenas
+            for segment in arena.segments
+            if arena.tier == "device" and all(index < first or last < index for first, last in segment.absent)
+        )
+
+    vram, at = max((bytes_at(access.index), -access.index) for access in table.accesses)
     access = table.accesses[-at]
     if vram > budgets.vram_bytes:
         yield (
@@ -328,12 +372,12 @@ def _peaks(plan: Plan) -> Iterator[str]:
             f"{format_bytes(vram - budgets.vram_bytes)} over the budget of {format_bytes(budgets.vram_bytes)}"
         )
     on_disk = sum(item.size_bytes for item in plan.items if item.home == "disk")
-    ram = arenas["host"] + (plan.staging_bytes if on_disk else 0)
+    ram = host + (plan.staging_bytes if on_disk else 0)
     if ram > budgets.ram_bytes:
         yield f"{format_bytes(ram)} of ram are needed, the budget is {format_bytes(budgets.ram_bytes)}"
     if budgets.disk_bytes is not None and on_disk > budgets.disk_bytes:
         yield f"{format_bytes(on_disk)} of disk are needed, the budget is {format_bytes(budgets.disk_bytes)}"
-    there = arenas["device"] + table.device_bytes_at(stated.vram_peak_at, policies)
+    there = bytes_at(stated.vram_peak_at)
     if there != vram:
         yield f"the prediction's vram peak is at access {stated.vram_peak_at}, where {there} bytes are needed, not {vram}"
     moved = [(plan.items[stay.item], stay.channel) for stay in plan.residences if stay.begins == "load"]
