@@ -78,7 +78,7 @@ def place(
     activations that cannot be kept.
     """
     asked = activations or {}
-    elastic = bool(elastic)
+    elastic = table.device == "cpu" if elastic is None else elastic
     solution = _solve(table, budgets, staging_bytes, pins or {}, asked, elastic)
     for variant in offload_variants(table, asked) if solution.may_gain_by_offloading else ():
         other = _solve(table, budgets, staging_bytes, pins or {}, variant, elastic, solution.choice)

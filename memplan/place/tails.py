@@ -114,16 +114,16 @@ def around_with_tails(
         open_to_it = [space for space in spaces if space.allowed[number]]
         waiting = sorted(bundle, key=lambda block: (-sizes[block], block))
         while waiting:
-            space = _best(open_to_it, spaces, sizes[waiting[0]], number)
-            if space is None:
+            best = _best(open_to_it, spaces, sizes[waiting[0]], number)
+            if best is None:
                 return None
-            fits = [block for block in waiting if space.top + sizes[block] <= space.size_bytes]
+            fits = [block for block in waiting if best.top + sizes[block] <= best.size_bytes]
             block = fits[0] if fits else waiting[0]
-            if space.next_last(sizes[block]) == number:
+            if best.next_last(sizes[block]) == number:
                 return None
-            begin = space.begin_of(sizes[block])
-            space.put(begin, sizes[block], number)
-            at[block] = (space, begin)
+            begin = best.begin_of(sizes[block])
+            best.put(begin, sizes[block], number)
+            at[block] = (best, begin)
             waiting.remove(block)
     begins, kept_tails, end = {id(spaces[0]): 0}, [], spaces[0].used
     for space, tail in zip(spaces[1:], tails, strict=True):
