@@ -39,7 +39,11 @@ def tails_of(spare_bytes: Bytes, step_bytes: int, most_bytes: int) -> tuple[Tail
     """Return the tails that accesses have room for beyond the worst one, in steps of ``step_bytes`` or more.
 
     ``spare_bytes``: room at each access beyond the worst one's. ``most_bytes``: more are of no use.
+
+    An access has no more than the one before it: what that leaves behind may still be there as it begins, which the rows
+    of accesses other than the worst are not exact about.
     """
+    spare_bytes = np.minimum(spare_bytes, np.roll(spare_bytes, 1))
     top = min(int(spare_bytes.max()), most_bytes)
     step = align_up(max(step_bytes, ALIGNMENT_BYTES))
     step *= max(1, -(-(top // step) // MOST_TAILS))
