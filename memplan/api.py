@@ -43,6 +43,7 @@ def plan(
     checkpoint: str | Path | None = None,
     measure: bool = False,
     max_step_s: float | None = None,
+    elastic: bool | None = None,
     progress: Callable[[str], None] | None = None,
 ) -> Plan:
     """Say where each frozen block lives and when it moves, before any weight is loaded.
@@ -67,7 +68,8 @@ def plan(
     on a device of its own (a longer look at the model). ``loss``: from the model's output to a scalar, where the output holds none.
     ``checkpoint``: folder of safetensors that blocks may be read from (default: where the model says it came from).
     ``measure``: time each access on this machine, with one block's memory, in place of estimating it from rates;
-    ``max_step_s``: the longest step that will do, in seconds. ``progress`` is called with a short text before each part.
+    ``max_step_s``: the longest step that will do, in seconds. ``elastic``: whether weights may have more room where
+    activations leave it, in bytes that come and go; None: on the CPU alone, since no GPU has proven it. ``progress`` is called with a short text before each part.
 
     Raises DoesNotFitError (with the least vram that would), TooSlowError, InputError and its children. The model is
     unchanged.
@@ -100,6 +102,7 @@ def plan(
         loss=loss,
         checkpoint=checkpoint,
         measure=measure,
+        elastic=elastic,
         progress=progress,
     )
     made = case.place()

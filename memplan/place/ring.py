@@ -36,6 +36,9 @@ class Ring(NamedTuple):
     """What comes from the disk has a region of its own for so many of its greatest bundles; 0: all share one."""
     tails: float = 0.0
     """Size of a tail at least, in units of the middle one of all bundles; 0: there are none."""
+    most: float = 1.0
+    """Of the tails only those that last the longest, up to this share of what is streamed: what lies in others cannot be
+    brought ahead."""
 
 
 class Rings:
@@ -86,7 +89,7 @@ class Rings:
         if homes is None:
             return None
         if ring.tails and spare_bytes is not None:
-            streamed_bytes = sum([sizes[block] for block in streamed])
+            streamed_bytes = int(ring.most * sum([sizes[block] for block in streamed]))
             tails = tails_of(spare_bytes, int(ring.tails * self._middle_bytes), streamed_bytes)
             around = around_with_tails(problem, streamed, homes, region, tails)
             return None if around is None else arrangement_of(problem, around[0], homes, around[1], tails=around[2])

@@ -48,6 +48,9 @@ _STACKED_LEVELS = 3
 _PART = 0.25
 """Size of a tail in units of the middle bundle, where bundles are of several blocks."""
 
+_HALF = 0.5
+"""Share of what is streamed up to which there are tails, beside all of it."""
+
 _TIE = 1e-4
 """Passes that differ by less are the same: no cost row is known so well. Then fewer bytes moved win."""
 
@@ -86,6 +89,8 @@ def rings(problem: Problem, *, every: bool = True, tails: bool = False) -> Itera
             yield Ring(times, "bundle", 2)
     for times in (_TIMES if every else _TIMES[:2]) if tails else ():
         yield Ring(times, "bundle", 0, 1.0)
+        if every:
+            yield Ring(times, "bundle", 0, 1.0, _HALF)
         if in_parts and every:
             yield Ring(times, "bundle", 0, _PART)
 
@@ -164,6 +169,8 @@ class Search:
             assert made_by is not None
             for factor in _FINER:
                 self.time(choice.recomputed, made_by._replace(times=made_by.times * factor))
+                if made_by.tails:
+                    self.time(choice.recomputed, made_by._replace(most=made_by.most * factor))
         for level in tops[:_STACKED_LEVELS]:
             if self.best_s > self.least_of_all_s * (1 + _TIE):
                 self._try_stacked(level)
@@ -193,7 +200,7 @@ class Search:
             room = self._rooms[choice.recomputed]
             spare = self._room_at[choice.recomputed] - room
             for arrangement in self._rings.beside(choice.arrangement, ring, room, spare):
-                left -= 1
+                left -= 1 + (ring.tails > 0)  # tails are twice the work
                 pass_s = self._look_at(arrangement, choice.recomputed, ring)
                 if left <= 0 or (pass_s is not None and pass_s < choice.pass_s * (1 - _TIE)):
                     break

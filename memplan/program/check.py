@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from memplan.errors import PlanCheckError
+from memplan.program.check_absences import absence_faults
 from memplan.program.check_flow import flow_faults
 from memplan.program.check_offloads import offload_faults
 from memplan.program.schema import Address, Item, Plan, Residence, Tier
@@ -34,7 +35,7 @@ def check(plan: Plan) -> tuple[str, ...]:
         *_order(plan),
         *_coverage(plan),
         *_overlaps(plan),
-        *_absences(plan),
+        *absence_faults(plan),
         *_peaks(plan),
         *flow_faults(plan),
     )
@@ -311,41 +312,6 @@ def _until(stay: Residence, other: Residence) -> int:
     there from then on, but a load does not wait for that access before it has ended.
     """
     return stay.last_use + (stay.ends == "store" and other.begins == "load")
-
-
-def _absences(plan: Plan) -> Iterator[str]:
-    """No stay, from when its load may start, touches an access in which its segment is given back."""
-    length = len(plan.table.accesses)
-    for arena in plan.arenas:
-        for position, segment in enumerate(arena.segments):
-            absent = segment.absent
-            if absent and (position == 0 or arena.tier != "device"):
-                yield f"segment {position} of arena {arena.id} is given back, but must be there always"
-            before = -1
-            for first, last in absent:
-                if not before < first <= last < length:
-                    yield f"segment {position} of arena {arena.id} is absent from {first} to {last}: not in order, or not in a pass"
-                before = last
-    places = {(address.item, address.arena): address for address in plan.addresses}
-    for stay in plan.residences:
-        address = places.get((stay.item, stay.arena))
-        if address is None:
-            continue
-        for segment in plan.arenas[stay.arena].segments:
-            if not segment.offset_bytes <= address.offset_bytes < segment.offset_bytes + segment.size_bytes:
-                continue
-            times = range(length) if stay.begins == "always" else range(stay.load_after + 1, _there_until(stay) + 1)
-            gone = [at % length for at in times if any(first <= at % length <= last for first, last in segment.absent)]
-            if gone:
-                yield (
-                    f"residence {stay.id} of {_name(plan, stay)} lies in bytes that are given back in access {gone[0]}, within "
-                    "its stay"
-                )
-
-
-def _there_until(stay: Residence) -> int:
-    """The last access in which its bytes must be there: what is stored may be on its way as the next one begins."""
-    return stay.last_use + (stay.ends == "store")
 
 
 # ---- budgets --------------------------------------------------------------------------------------------------------
