@@ -73,14 +73,14 @@ class Choice:
 
 def rings(problem: Problem, *, every: bool = True, tails: bool = False) -> Iterator[Ring]:
     """Yield the rings that are tried for a number of recomputed modules: what the least vram is the least of, too. Fewer,
-    where not ``every``, tell which numbers are worth the others. ``tails``: those with tails too.
+    where not ``every``, tell which numbers are worth the others. ``tails``: those with tails instead.
     """
     in_parts = any(len(bundle) > 1 for bundle in problem.bundles)
     may_be_disk = problem.budgets.disk_bytes is None or problem.budgets.disk_bytes > 0
     total = sum(problem.sizes_bytes[block] for block in (*problem.movable, *problem.forced))
     mixed = may_be_disk and problem.ram_bytes < total + problem.staging_bytes
     mixed = mixed or "disk" in problem.pins.values()
-    for times in _TIMES if every else _TIMES[:2]:
+    for times in (_TIMES if every else _TIMES[:2]) if not tails else ():
         yield Ring(times, "bundle", 0)
         if in_parts:
             yield Ring(times, "block", 0)
@@ -133,8 +133,13 @@ class Search:
 
         ``near``: a number of recomputed modules that is known to be about the best.
         """
-        few = list(rings(self._problem, every=False, tails=self._elastic))
-        every = list(rings(self._problem, tails=self._elastic))
+        found = self._search(near, tails=False)
+        # Only then with tails: what a search finds without them is never lost.
+        return self._search(near, tails=True) if self._elastic else found
+
+    def _search(self, near: int | None, *, tails: bool) -> Choice | None:
+        few = list(rings(self._problem, every=False, tails=tails))
+        every = list(rings(self._problem, tails=tails))
         levels = len(self._rooms)
         stride = max(1, -(-levels // _LEVELS))
         tried: dict[int, float] = {}  # by level: its best pass
@@ -166,12 +171,13 @@ class Search:
             if choice is None or choice.pass_s <= self.compute_s(choice.recomputed) * (1 + _TIE):
                 break
             made_by = self._ring_of(choice)
-            assert made_by is not None
+            if made_by is None:
+                break
             for factor in _FINER:
                 self.time(choice.recomputed, made_by._replace(times=made_by.times * factor))
                 if made_by.tails:
                     self.time(choice.recomputed, made_by._replace(most=made_by.most * factor))
-        for level in tops[:_STACKED_LEVELS]:
+        for level in tops[: 0 if tails else _STACKED_LEVELS]:
             if self.best_s > self.least_of_all_s * (1 + _TIE):
                 self._try_stacked(level)
         self._climb()
