@@ -46,6 +46,7 @@ def plan(
     measure: bool = False,
     max_step_s: float | None = None,
     gains: bool = True,
+    elastic: bool | None = None,
     progress: Callable[[str], None] | None = None,
 ) -> Plan:
     """Say where each frozen block lives and when it moves, before any weight is loaded.
@@ -71,8 +72,9 @@ def plan(
     ``checkpoint``: folder of safetensors that blocks may be read from (default: where the model says it came from).
     ``measure``: time each access on this machine, with one block's memory, in place of estimating it from rates;
     ``max_step_s``: the longest step that will do, in seconds. ``gains``: look at what one more GiB (of vram, of
-    RAM, a second of the link) or a loss in chunks would save, for the report. ``progress`` is called with a short text
-    before each part.
+    RAM, a second of the link) or a loss in chunks would save, for the report. ``elastic``: whether weights may have more
+    room where activations leave it, in bytes that come and go; None: on the CPU alone, since no GPU has proven it.
+    ``progress`` is called with a short text before each part.
 
     Raises DoesNotFitError (with the least vram that would), TooSlowError, InputError and its children. The model is
     unchanged.
@@ -105,6 +107,7 @@ def plan(
         loss=loss,
         checkpoint=checkpoint,
         measure=measure,
+        elastic=elastic,
         progress=progress,
     )
     made = case.place()

@@ -47,19 +47,23 @@ class Case:
     """Of the modules for which they were asked."""
     staging_bytes: int
     notes: tuple[str, ...]
+    elastic: bool | None = None
+    """Whether the device arena may give bytes back for part of a pass; None: as :func:`memplan.place.solve.place` has it."""
 
     def place(self, *, pieces: bool = True, **budgets: int) -> Plan:
         """Return the plan. ``budgets``: bytes in place of the case's own, such as ``vram_bytes``. Raises DoesNotFitError."""
         from memplan.place.solve import place
 
         within = replace(self.budgets, **budgets)
-        return place(self.table, within, pins=self.pins, pieces=pieces, **self._asked(), **self._said())
+        more = {"pins": self.pins, "pieces": pieces, "elastic": self.elastic, **self._asked()}
+        return place(self.table, within, **more, **self._said())
 
     def pass_below_s(self, below_s: float) -> float | None:
         """Return the pass in s of the plan, whole blocks alone; None where it does not fit or takes ``below_s`` or longer."""
         from memplan.place.solve import pass_below_s
 
-        return pass_below_s(self.table, self.budgets, below_s, pins=self.pins, **self._asked())
+        more = {"pins": self.pins, "elastic": self.elastic, **self._asked()}
+        return pass_below_s(self.table, self.budgets, below_s, **more)
 
     def place_as(self, way: Way) -> Plan | None:
         """Return what another way of placing comes to (:mod:`memplan.place.baselines`); None where it does not fit."""
@@ -111,6 +115,7 @@ def case_of_plan(plan: Plan) -> Case:
         activations=plan.asked,
         staging_bytes=_staging_bytes(plan.table.device),
         notes=plan.notes,
+        elastic=any(segment.absent for arena in plan.arenas for segment in arena.segments) or None,
     )
 
 
@@ -137,6 +142,7 @@ def case_of(
     loss: Callable[[Any], Any] | None = None,
     checkpoint: str | Path | None = None,
     measure: bool = False,
+    elastic: bool | None = None,
     progress: Callable[[str], None] | None = None,
 ) -> Case:
     """Look at a model and a batch, and price them; the arguments are those of :func:`memplan.plan`. Raises InputError."""
@@ -218,6 +224,7 @@ def case_of(
         activations=asked,
         staging_bytes=_staging_bytes(table.device),
         notes=(*graph.notes, *cost_notes(graph, profile, times), *hardware_profiles.notes(profile, lies_in)),
+        elastic=elastic,
     )
 
 

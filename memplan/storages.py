@@ -98,6 +98,10 @@ class StorageLedger(TorchDispatchMode):
             self._grow(size_bytes)
             self.live_bytes -= size_bytes
 
+    def hold(self, size_bytes: int) -> None:
+        """Count bytes that are no storage of their own from now on; less than none where they go."""
+        self._grow(size_bytes)
+
     def begin_segment(self, segment: int) -> None:
         """Count births, deaths and the peak toward ``segment`` from now on."""
         self._segment_ends()

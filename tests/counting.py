@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import mmap
 import weakref
 
 import torch
@@ -11,9 +13,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 class LiveBytes(TorchDispatchMode):
     """Bytes of all storages that operators return or that were told, while they are alive."""
 
-    def __init__(self, tensors=(), apart=()):
-        """``apart``: tensors whose storages are no device bytes."""
+    def __init__(self, tensors=(), apart=(), arena=None):
+        """``apart``: tensors whose storages are no device bytes. ``arena``: a plan's, of which the kernel says what is there."""
         super().__init__()
+        self.segments = []
+        if arena is not None and arena.is_elastic:
+            self.segments, apart = [part for _, part in arena._segments], (*apart, arena.bytes)
         self.apart = {tensor.untyped_storage().data_ptr() for tensor in apart}
         self.alive = weakref.WeakKeyDictionary()
         self.peak = 0
@@ -23,7 +28,8 @@ class LiveBytes(TorchDispatchMode):
 
     def look(self):
         counted = (storage.nbytes() for storage in self.alive if storage.data_ptr() not in self.apart)
-        self.peak = max(self.peak, sum(counted))
+        there = (min(resident_bytes(part), part.numel()) for part in self.segments)
+        self.peak = max(self.peak, sum(counted) + sum(there))
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if any(hasattr(kind, "__tensor_flatten__") for kind in types):
@@ -37,6 +43,16 @@ class LiveBytes(TorchDispatchMode):
         if grown:
             self.look()
         return result
+
+
+def resident_bytes(tensor):
+    """Bytes of the pages of a tensor's memory that the kernel holds."""
+    pages = -(-tensor.numel() // mmap.PAGESIZE)
+    found = (ctypes.c_ubyte * pages)()
+    begin, size = ctypes.c_void_p(tensor.data_ptr()), ctypes.c_size_t(tensor.numel())
+    if ctypes.CDLL(None, use_errno=True).mincore(begin, size, found):
+        raise OSError(ctypes.get_errno(), "mincore")
+    return sum(byte & 1 for byte in found) * mmap.PAGESIZE
 
 
 def held_by(model, optimizer):

@@ -63,6 +63,11 @@ _OPTIONS = (
         type=click.Choice(["keep", "recompute", "offload", "any"]),
         help="Of every layer; any: chosen among all three, after a longer look.  [default: kept or recomputed]",
     ),
+    click.option(
+        "--elastic/--no-elastic",
+        default=None,
+        help="Weights have more room where activations leave it.  [default: on the CPU alone; no GPU has proven it]",
+    ),
     click.option("--pin", "pins", multiple=True, metavar="BLOCK=TIER", help="Such as layers.3=device. Repeatable."),
 )
 
@@ -87,6 +92,7 @@ class Asked:
     optimizer: str
     hardware: str
     activations: str | None
+    elastic: bool | None
     pins: tuple[str, ...]
 
     @property
@@ -113,6 +119,7 @@ class Asked:
             "hardware": self.hardware,
             "pins": _parse_pins(self.pins),
             "activations": self.activations,
+            "elastic": self.elastic,
         }
 
     def prepare(self, *, own_process: bool) -> None:

@@ -15,10 +15,11 @@ from msgspec.structs import replace
 
 from memplan.place.problem import Problem
 from memplan.place.saves import addresses_of, items_of, residences_of
+from memplan.place.tails import Tail
 from memplan.program.schema import Address, Arena, Channel, Item, Residence, Segment, Tier
 
-Key = tuple[tuple[tuple[int, int], ...], frozenset[int], frozenset[int]]
-"""Addresses, and the blocks whose home is the host, and the disk."""
+Key = tuple[tuple[tuple[int, int], ...], frozenset[int], frozenset[int], tuple[Tail, ...]]
+"""Addresses, the blocks whose home is the host, and the disk, and the tails."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,11 +27,11 @@ class Arrangement:
     """Where blocks lie that share bytes of the device arena with others. All others lie on the device always."""
 
     offsets: Mapping[int, int]
-    """Of each block that has bytes of the shared region, from its beginning."""
+    """Of each block that has bytes of the shared region or of a tail behind it, from the region's beginning."""
     homes: Mapping[int, Tier]
     """Home of each block that is not always on the device: host or disk. Of those without an offset only rows are read."""
     device_bytes: int
-    """Of the device arena: residents and the shared region."""
+    """Of the device arena: residents and the shared region, which are there all the time."""
     slots_bytes: int
     """Of the shared region."""
     host_bytes: int
@@ -39,6 +40,7 @@ class Arrangement:
     """Of the blocks whose home is the disk."""
     rows_bytes: int
     """Read in a pass from blocks on the host where they lie."""
+    tails: tuple[Tail, ...] = ()
     on_demand: bool = False
     """Each access brings what it reads, once the one before has ended, and nothing stays: as others do it."""
 
@@ -48,7 +50,11 @@ class Arrangement:
         tiers: dict[Tier, set[int]] = {"host": set(), "disk": set()}
         for block, tier in self.homes.items():
             tiers[tier].add(block)
-        return (tuple(sorted(self.offsets.items())), frozenset(tiers["host"]), frozenset(tiers["disk"]))
+        return (tuple(sorted(self.offsets.items())), frozenset(tiers["host"]), frozenset(tiers["disk"]), self.tails)
+
+    def tail_bytes_at(self, access: int) -> int:
+        """Bytes of the tails that are there in an access."""
+        return sum(tail.size_bytes for tail in self.tails if not tail.is_absent(access))
 
     @property
     def reads_disk(self) -> bool:
@@ -70,13 +76,14 @@ def arrangement_of(
     homes: Mapping[int, Tier],
     region_bytes: int,
     *,
+    tails: tuple[Tail, ...] = (),
     on_demand: bool = False,
 ) -> Arrangement:
-    """Return the arrangement of blocks in a shared region of the device arena. What overlaps nothing there stays there,
-    unless it is pinned elsewhere.
+    """Return the arrangement of blocks in a shared region of the device arena, and in tails behind it. What overlaps
+    nothing in the region stays there, unless it is pinned elsewhere.
     """
     sizes = problem.sizes_bytes
-    alone = _alone(problem, offsets)
+    alone = _alone(problem, {block: offset for block, offset in offsets.items() if offset < region_bytes})
     homes = {block: tier for block, tier in homes.items() if block not in alone or block in problem.pins}
     on_host = [block for block, tier in homes.items() if tier == "host"]
     reads_rows = set(on_host)
@@ -89,6 +96,7 @@ def arrangement_of(
         host_bytes=sum([sizes[block] for block in on_host]),
         disk_bytes=sum([problem.size(block) for block, tier in homes.items() if tier == "disk"]),
         rows_bytes=sum([size for block, size in problem.rows if block in reads_rows]),
+        tails=tails,
         on_demand=on_demand,
     )
 
@@ -117,19 +125,24 @@ def stays_of(problem: Problem, arrangement: Arrangement) -> list[Stay] | None:
     """Return the loaded stays by first use: the earliest deadline first, which cannot deadlock. None where blocks that
     one access reads overlap.
 
+    A tail's absence is as a rival that reads all its bytes: what lies there has left before, and comes back after its end.
     Three passes are replayed on the bytes: in the first each block takes its own, the second is what comes again and
     again, the third shows how long its last stays last.
     """
     offsets, homes, length = arrangement.offsets, arrangement.homes, problem.length
     moving = [block for block in homes if block in offsets]
-    edges = sorted({e for b in moving for e in (offsets[b], offsets[b] + problem.sizes_bytes[b])})
-    number = {edge: index for index, edge in enumerate(edges)}
-    parts = {b: range(number[offsets[b]], number[offsets[b] + problem.sizes_bytes[b]]) for b in moving}
+    spans = {b: (offsets[b], offsets[b] + problem.sizes_bytes[b]) for b in moving}
+    rivals = {-2 - turn: tail for turn, tail in enumerate(arrangement.tails)}
+    spans |= {key: (tail.offset_bytes, tail.offset_bytes + tail.size_bytes) for key, tail in rivals.items()}
+    number = {edge: index for index, edge in enumerate(sorted({edge for span in spans.values() for edge in span}))}
+    parts = {key: range(number[begin], number[end]) for key, (begin, end) in spans.items()}
     uses = sorted([(index, block) for block in moving for index in problem.needs(block, homes[block])])
     if arrangement.on_demand:
         return [Stay(index, block, index - 1, index) for index, block in uses]
-    owners = [-1] * len(edges)
-    lasts = [-1] * len(edges)
+    # The last access of a stretch is enough: nothing in a tail is read within one.
+    uses = sorted([*uses, *((last, key) for key, tail in rivals.items() for _, last in tail.absent)])
+    owners = [-1] * len(number)
+    lasts = [-1] * len(number)
     stays: list[Stay] = []
     open_stays: dict[int, int] = {}
     for turn in range(3):
@@ -145,6 +158,8 @@ def stays_of(problem: Problem, arrangement: Arrangement) -> list[Stay] | None:
                 lasts[part] = now
             if load_after == now:
                 return None
+            if block < 0:
+                continue
             if held:
                 if block in open_stays:
                     stay = stays[open_stays[block]]
@@ -193,12 +208,19 @@ def lay_out(problem: Problem, arrangement: Arrangement) -> Layout:
             if block.id not in offsets:
                 addresses.append(Address(item=block.id, arena=0, offset_bytes=top, size_bytes=block.size_bytes))
                 top += sizes[block.id]
-    for moving, offset in offsets.items():
-        addresses.append(Address(item=moving, arena=0, offset_bytes=top + offset, size_bytes=problem.size(moving)))
-    top += arrangement.slots_bytes
     saves = problem.saves
-    device_bytes = top + saves.device_bytes
-    arenas = [Arena(id=0, tier="device", segments=(Segment(offset_bytes=0, size_bytes=device_bytes),))]
+    region = arrangement.slots_bytes
+    for moving, offset in offsets.items():
+        begin = top + offset + (saves.device_bytes if offset >= region else 0)  # the tails are behind all else
+        addresses.append(Address(item=moving, arena=0, offset_bytes=begin, size_bytes=problem.size(moving)))
+    behind = top + saves.device_bytes
+    segments = [Segment(offset_bytes=0, size_bytes=behind + region)]
+    segments += [
+        Segment(offset_bytes=behind + tail.offset_bytes, size_bytes=tail.size_bytes, absent=tail.absent)
+        for tail in arrangement.tails
+    ]
+    top += region
+    arenas = [Arena(id=0, tier="device", segments=tuple(segments))]
     on_host = sorted(held for held, tier in homes.items() if tier == "host")
     host_top = 0
     for held in on_host:

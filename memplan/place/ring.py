@@ -12,7 +12,8 @@ from collections.abc import Container, Iterator, Mapping, Sequence
 from typing import Literal, NamedTuple
 
 from memplan.place.arrangement import Arrangement, arrangement_of
-from memplan.place.problem import Problem, evenly
+from memplan.place.problem import Bytes, Problem, evenly
+from memplan.place.tails import around_with_tails, tails_of
 from memplan.program.schema import Tier
 
 _NEAR = 3
@@ -35,6 +36,11 @@ class Ring(NamedTuple):
     """What comes from the disk has a region of its own for so many of its greatest bundles; 0: all share one."""
     disk_share: float = 0.0
     """Of the streamed blocks at least so many lie on the disk, by number, where RAM would hold more."""
+    tails: float = 0.0
+    """Size of a tail at least, in units of the middle one of all bundles; 0: there are none."""
+    most: float = 1.0
+    """Of the tails only those that last the longest, up to this share of what is streamed: what lies in others cannot be
+    brought ahead."""
 
 
 class Rings:
@@ -51,10 +57,12 @@ class Rings:
         self._all_bytes = sum([sizes[block] for block in problem.movable])
         self._least = _least_region(problem, [*self._movable, *self._forced])
         self._least_forced = _least_region(problem, self._forced)
+        by_size = sorted([sum([sizes[block] for block in bundle]) for bundle in problem.bundles])
+        self._middle_bytes = by_size[len(by_size) // 2] if by_size else 0
 
-    def arrange(self, ring: Ring, room_bytes: int) -> Arrangement | None:
+    def arrange(self, ring: Ring, room_bytes: int, spare_bytes: Bytes | None = None) -> Arrangement | None:
         """Return the arrangement that takes at most ``room_bytes``; None where there is none, or ``ram`` and ``disk`` are
-        too little.
+        too little. ``spare_bytes``: room beside that, by access, for a ring with tails.
         """
         problem = self._problem
         free_bytes = room_bytes - self._resident_bytes
@@ -68,23 +76,34 @@ class Rings:
         else:
             for_residents = free_bytes - min(int(ring.times * self._least), free_bytes)
             residents = _residents(problem, self._movable, for_residents, ring.grain)
-        return self._with(residents, free_bytes, in_place, ring)
+        return self._with(residents, free_bytes, in_place, ring, spare_bytes)
 
-    def _with(self, residents: Container[int], free_bytes: int, in_place: set[int], ring: Ring) -> Arrangement | None:
+    def _with(
+        self, residents: Container[int], free_bytes: int, in_place: set[int], ring: Ring, spare_bytes: Bytes | None
+    ) -> Arrangement | None:
         problem, sizes = self._problem, self._problem.sizes_bytes
         staying = [block for block in problem.movable if block in residents]
         region = free_bytes - sum([sizes[block] for block in staying])
+        if region < 0:
+            return None
         streamed = problem.in_order([*(block for block in self._movable if block not in residents), *self._forced])
         homes = homes_of(problem, streamed, in_place, ring.disk_share)
         if homes is None:
             return None
+        if ring.tails and spare_bytes is not None:
+            streamed_bytes = int(ring.most * sum([sizes[block] for block in streamed]))
+            tails = tails_of(spare_bytes, int(ring.tails * self._middle_bytes), streamed_bytes)
+            around = around_with_tails(problem, streamed, homes, region, tails)
+            return None if around is None else arrangement_of(problem, around[0], homes, around[1], tails=around[2])
         offsets = _offsets(problem, streamed, homes, region, ring.disk_bundles)
         if offsets is None:
             return None
         used = max([offset + sizes[block] for block, offset in offsets.items()], default=0)
         return arrangement_of(problem, offsets, homes, used)
 
-    def beside(self, arrangement: Arrangement, ring: Ring, room_bytes: int) -> Iterator[Arrangement]:
+    def beside(
+        self, arrangement: Arrangement, ring: Ring, room_bytes: int, spare_bytes: Bytes | None = None
+    ) -> Iterator[Arrangement]:
         """Yield the arrangements in which one bundle stays that did not, or does not that did, or one near it in its place."""
         bundles = [kept for b in self._problem.bundles if (kept := tuple(x for x in b if x not in self._in_place))]
         bundles = [bundle for bundle in bundles if bundle[0] not in self._problem.pins]
@@ -97,7 +116,7 @@ class Rings:
                 partners += [other for other in near if other[0] not in staying]
             for partner in partners:
                 changed = (staying ^ set(bundle)) | set(partner)
-                found = self._with(changed, free_bytes, self._in_place, ring)
+                found = self._with(changed, free_bytes, self._in_place, ring, spare_bytes)
                 if found is not None:
                     yield found
 

@@ -52,6 +52,12 @@ _STARTS = 8
 _STACKED_LEVELS = 3
 """Numbers of recomputed modules for which every arrangement is looked at, where there are few blocks; all of few modules."""
 
+_PART = 0.25
+"""Size of a tail in units of the middle bundle, where bundles are of several blocks."""
+
+_HALF = 0.5
+"""Share of what is streamed up to which there are tails, beside all of it."""
+
 _TIE = 1e-4
 """Passes that differ by less are the same: no cost row is known so well. Then fewer bytes moved win."""
 
@@ -72,34 +78,45 @@ class Choice:
         return (self.moved_bytes // max(percent_bytes, 1), self.recomputed, off_bytes, len(self.arrangement.homes))
 
 
-def rings(problem: Problem, *, every: bool = True) -> Iterator[Ring]:
+def rings(problem: Problem, *, every: bool = True, tails: bool = False) -> Iterator[Ring]:
     """Yield the rings that are tried for a number of recomputed modules: what the least vram is the least of, too. Fewer,
-    where not ``every``, tell which numbers are worth the others.
+    where not ``every``, tell which numbers are worth the others. ``tails``: those with tails instead.
     """
+    in_parts = any(len(bundle) > 1 for bundle in problem.bundles)
     may_be_disk = problem.budgets.disk_bytes is None or problem.budgets.disk_bytes > 0
     total = sum(problem.sizes_bytes[block] for block in (*problem.movable, *problem.forced))
     mixed = may_be_disk and problem.ram_bytes < total + problem.staging_bytes
     mixed = mixed or "disk" in problem.pins.values()
-    for times in _TIMES if every else _TIMES[:2]:
+    for times in (_TIMES if every else _TIMES[:2]) if not tails else ():
         yield Ring(times, "bundle", 0)
-        if any(len(bundle) > 1 for bundle in problem.bundles):
+        if in_parts:
             yield Ring(times, "block", 0)
         if mixed:
             yield Ring(times, "bundle", 1)
             yield Ring(times, "bundle", 2)
+    for times in (_TIMES if every else _TIMES[:2]) if tails else ():
+        yield Ring(times, "bundle", 0, 1.0)
+        if every:
+            yield Ring(times, "bundle", 0, 1.0, _HALF)
+        if in_parts and every:
+            yield Ring(times, "bundle", 0, _PART)
 
 
 class Search:
     """What was timed so far, and the best of it."""
 
-    def __init__(self, problem: Problem, nonweight: Sequence[Bytes], below_s: float | None = None) -> None:
+    def __init__(
+        self, problem: Problem, nonweight: Sequence[Bytes], below_s: float | None = None, *, elastic: bool = False
+    ) -> None:
         """``nonweight``: device bytes at each access apart from frozen weights, by number of recomputed modules.
-        ``below_s``: a choice that takes longer is none.
+        ``below_s``: a choice that takes longer is none. ``elastic``: whether the device arena may have tails.
         """
         self._problem = problem
         self._rings = Rings(problem)
-        self._sweeps_bytes = _sweeps(problem)
-        self._rooms = [problem.budgets.vram_bytes - int(bytes_at.max()) for bytes_at in nonweight]
+        self._elastic = elastic
+        self._sweeps = _sweeps(problem)
+        self._room_at = [problem.budgets.vram_bytes - bytes_at for bytes_at in nonweight]
+        self._rooms = [int(room_at.min()) for room_at in self._room_at]
         self._times: dict[int, tuple[list[float], float]] = {}
         self._load_s = {
             (block.id, name, disk_used): load_s(problem.table, block.size_bytes, name, disk_used)
@@ -125,7 +142,13 @@ class Search:
         ``near``: a number of recomputed modules that is known to be about the best. ``climb``: whether single blocks
         change places in the end; without, a pass may be a little longer.
         """
-        few, every = list(rings(self._problem, every=False)), list(rings(self._problem))
+        found = self._search(near, tails=False)
+        # Only then with tails: what a search finds without them is never lost.
+        return self._search(near, tails=True) if self._elastic else found
+
+    def _search(self, near: int | None, *, tails: bool) -> Choice | None:
+        few = list(rings(self._problem, every=False, tails=tails))
+        every = list(rings(self._problem, tails=tails))
         levels = len(self._rooms)
         every_choice = len(self._problem.free_modules) <= MOST_SUBSETS
         stride = 1 if every_choice else max(1, -(-levels // _LEVELS))
@@ -158,11 +181,16 @@ class Search:
             if choice is None or choice.pass_s <= self.compute_s(choice.recomputed) * (1 + _TIE):
                 break
             made_by = self._ring_of(choice)
-            assert made_by is not None
+            if made_by is None:
+                break
             for factor in _FINER:
                 self.time(choice.recomputed, made_by._replace(times=made_by.times * factor))
-        self._try_disk(tops[:_THOROUGH], every)
-        for level in tops if every_choice else tops[:_STACKED_LEVELS]:
+                if made_by.tails:
+                    self.time(choice.recomputed, made_by._replace(most=made_by.most * factor))
+        if not tails:
+            self._try_disk(tops[:_THOROUGH], every)
+        stacked = tops if every_choice else tops[:_STACKED_LEVELS]
+        for level in () if tails else stacked:
             if self.best_s > self.least_of_all_s * (1 + _TIE):
                 self._try_stacked(level)
         if climb:
@@ -178,7 +206,7 @@ class Search:
         top = min(self._rooms[level], total) // step
         for room in range(top * step, int(top * step * (1 - _LESS_ROOM)), -step):
             for ring in rings_of:
-                arrangement = self._rings.arrange(ring, room)
+                arrangement = self._rings.arrange(ring, room, self._room_at[level] - room)
                 if arrangement is not None:
                     self._look_at(arrangement, level, ring)
 
@@ -203,13 +231,15 @@ class Search:
         """
         for start, ring in self._starts():
             left = _MOST_CLIMBED // max(1, len(self._problem.movable))
+            room = self._rooms[start.recomputed]
+            spare = self._room_at[start.recomputed] - room
             choice: Choice | None = start
             while choice is not None and left > 0:
                 if self.best_s <= self.least_s(start.recomputed) * (1 + _TIE):
                     return
                 top, choice = choice, None
-                for arrangement in self._rings.beside(top.arrangement, ring, self._rooms[start.recomputed]):
-                    left -= 1
+                for arrangement in self._rings.beside(top.arrangement, ring, room, spare):
+                    left -= 1 + (ring.tails > 0)  # tails are twice the work
                     found = self._look_at(arrangement, start.recomputed, ring)
                     if found is not None and found.pass_s < top.pass_s * (1 - _TIE):
                         choice = found
@@ -248,8 +278,8 @@ class Search:
 
     def least_s(self, recomputed: int) -> float:
         """Return a pass time in s that no arrangement beats: of what a sweep reads, what has no room has to come."""
-        table, room = self._problem.table, self._rooms[recomputed]
-        moved = sum(max(swept - room, 0) for swept in self._sweeps_bytes)
+        table, room_at, least = self._problem.table, self._room_at[recomputed], self._rooms[recomputed]
+        moved = sum(max(swept - (int(room_at[at]) if self._elastic else least), 0) for at, swept in self._sweeps)
         beside = self._problem.budgets.disk_bytes != 0 and table.device == "cpu"
         together = table.host_to_device_bytes_per_s + (table.disk_bytes_per_s if beside else 0.0)
         return max(self.compute_s(recomputed), moved / together)
@@ -264,7 +294,10 @@ class Search:
         """Return the pass in s, or None where it does not fit or cannot be the best."""
         if self.least_s(recomputed) > self.best_s * (1 + _TIE):
             return None
-        arrangement = self._rings.arrange(ring, self._rooms[recomputed])
+        if ring.tails and self.best_s <= self.least_s(recomputed) * (1 + _TIE):
+            return None  # it would win nothing
+        room = self._rooms[recomputed]
+        arrangement = self._rings.arrange(ring, room, self._room_at[recomputed] - room)
         found = None if arrangement is None else self._look_at(arrangement, recomputed, ring)
         return None if found is None else found.pass_s
 
@@ -332,8 +365,10 @@ class Search:
         return next(ring for made, ring in self._near if made is choice)
 
 
-def _sweeps(problem: Problem) -> tuple[int, ...]:
-    """Return the bytes that the forward, and that the backward needs on the device, each block once."""
+def _sweeps(problem: Problem) -> tuple[tuple[int, int], ...]:
+    """Return the bytes that the forward, and that the backward needs on the device, each block once; before each, the
+    access that precedes it (-1: the last of a pass), whose room is all that can be there as it begins.
+    """
     accesses = problem.table.accesses
     read: dict[str, set[int]] = {"forward": set(), "backward": set()}
     for access in accesses:
@@ -343,4 +378,5 @@ def _sweeps(problem: Problem) -> tuple[int, ...]:
     backwards = [access.index for access in accesses if access.kind == "backward"]
     if not forwards or not backwards or max(forwards) > min(backwards):
         return ()  # they are no two windows
-    return tuple(sum(problem.sizes_bytes[block] for block in blocks) for blocks in read.values())
+    swept = [sum(problem.sizes_bytes[block] for block in read[kind]) for kind in ("forward", "backward")]
+    return ((min(forwards) - 1, swept[0]), (min(backwards) - 1, swept[1]))

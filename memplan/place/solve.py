@@ -7,6 +7,8 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import NotRequired, TypedDict, Unpack
 
+import numpy as np
+
 from memplan.analyze.graph import Activations
 from memplan.cost.table import CostTable
 from memplan.errors import DoesNotFitError
@@ -66,20 +68,24 @@ def place(
     activations: Mapping[str, Activations] | None = None,
     staging_bytes: int = STAGING_BYTES,
     pieces: bool = True,
+    elastic: bool | None = None,
     **said: Unpack[Said],
 ) -> Plan:
     """Return the plan with the shortest pass that keeps the budgets. Same input, same plan.
 
     ``pins``: tier by block id. ``activations``: what becomes of a module's, where that is not to be chosen here.
     ``pieces``: whether blocks may be split into their natural parts where that buys time; the plan's table then has these
-    for blocks. Raises DoesNotFitError with the least vram for which this returns a plan, InputError for a pin or
-    activations that cannot be kept, and for budgets or a table that cannot be (see :mod:`memplan.place.door`).
+    for blocks. ``elastic``: whether the device arena may have bytes beyond what the access with the least room allows, which
+    are given back around it; None: on the CPU alone, since no GPU has proven it. Raises DoesNotFitError with the least
+    vram for which this returns a plan, InputError for a pin or activations that cannot be kept, and for budgets or a table
+    that cannot be (see :mod:`memplan.place.door`).
     """
     require_input(table, budgets, staging_bytes)
     asked = activations or {}
-    solution = _solve(table, budgets, staging_bytes, pins or {}, asked)
+    elastic = table.device == "cpu" if elastic is None else elastic
+    solution = _solve(table, budgets, staging_bytes, pins or {}, asked, elastic)
     if solution.may_gain_by_offloading:
-        solution = _with_offloads(solution, table, budgets, staging_bytes, pins or {}, asked)
+        solution = _with_offloads(solution, table, budgets, staging_bytes, pins or {}, asked, elastic)
     if solution.choice is None:
         smallest = min(
             (_Least(p) for p in _problems(table, budgets, staging_bytes, pins or {}, asked)),
@@ -90,7 +96,7 @@ def place(
         finer, finer_pins = split(table, pins or {})
         if finer is not table:
             given, near = solution.problem.activations, solution.choice.recomputed
-            other = _solve(finer, budgets, staging_bytes, finer_pins, given, solution.choice, near)
+            other = _solve(finer, budgets, staging_bytes, finer_pins, given, elastic, solution.choice, near)
             solution = other if other.choice is not None else solution
     plan = _plan(solution, asked, said)
     require(plan)  # the judge shares no code with what made it
@@ -105,12 +111,14 @@ def pass_below_s(
     pins: Mapping[int, Tier] | None = None,
     activations: Mapping[str, Activations] | None = None,
     staging_bytes: int = STAGING_BYTES,
+    elastic: bool | None = None,
 ) -> float | None:
     """Return a pass in s that :func:`place` reaches at least, without splitting blocks or offloading more; None where that
     does not fit, or takes ``below_s`` or longer.
     """
     problem = make_problem(table, budgets, staging_bytes, pins or {}, activations or {})
-    choice = Search(problem, _nonweight(problem), below_s).best(climb=False)
+    elastic = table.device == "cpu" if elastic is None else elastic
+    choice = Search(problem, _nonweight(problem), below_s, elastic=elastic).best(climb=False)
     return None if choice is None else choice.pass_s
 
 
@@ -167,13 +175,14 @@ def _solve(
     staging_bytes: int,
     pins: Mapping[int, Tier],
     activations: Mapping[str, Activations],
+    elastic: bool,
     than: Choice | None = None,
     near: int | None = None,
 ) -> _Solution:
     """``than``: what is not better is no choice. ``near``: about the best number of recomputed modules, where it is known."""
     problem = make_problem(table, budgets, staging_bytes, pins, activations)
     nonweight = _nonweight(problem)
-    search = Search(problem, nonweight, None if than is None else than.pass_s * (1 - _WORTH))
+    search = Search(problem, nonweight, None if than is None else than.pass_s * (1 - _WORTH), elastic=elastic)
     choice = search.best(near)
     return _Solution(problem=problem, nonweight=nonweight, choice=choice, least_s=search.least_of_all_s)
 
@@ -185,11 +194,12 @@ def _with_offloads(
     staging_bytes: int,
     pins: Mapping[int, Tier],
     asked: Mapping[str, Activations],
+    elastic: bool,
 ) -> _Solution:
     """Return what is better where activations are offloaded too: of ever more modules, then of about as many as the best."""
     variants = Variants(table, asked)
     for given in variants.every:
-        other = _solve(table, budgets, staging_bytes, pins, given, solution.choice)
+        other = _solve(table, budgets, staging_bytes, pins, given, elastic, solution.choice)
         solution = other if other.choice is not None else solution
     found, tried = {0: solution}, {0}
     best = 0
@@ -198,7 +208,7 @@ def _with_offloads(
         nonlocal best
         for count in sorted({count for count in counts if 0 < count <= variants.most} - tried):
             tried.add(count)
-            other = _solve(table, budgets, staging_bytes, pins, variants.of(count), found[best].choice)
+            other = _solve(table, budgets, staging_bytes, pins, variants.of(count), elastic, found[best].choice)
             if other.choice is not None:
                 found[count], best = other, count
 
@@ -369,10 +379,12 @@ def _plan(solution: _Solution, asked: Mapping[str, Activations], said: Said) -> 
     timeline = replay(table, layout.items, layout.residences, policies)
     on_disk = arrangement.disk_bytes
     staging = problem.staging_bytes if on_disk else 0
-    at = int(nonweight.argmax())
+    tails = [arrangement.tail_bytes_at(index) for index in range(problem.length)]
+    beside = nonweight + np.asarray(tails, dtype=np.int64)
+    at = int(beside.argmax())
     parts = _vram_parts(table, policies, at)
     parts["weights"] = arrangement.device_bytes - arrangement.slots_bytes
-    parts["slots"] = arrangement.slots_bytes + saves.device_bytes
+    parts["slots"] = arrangement.slots_bytes + saves.device_bytes + tails[at]
     times_s = durations(table, policies)  # that rows are read on the host is this plan's choice
     bound = max(window_bound(problem, times_s, nonweight, on_disk > 0), sum(times_s))
     optimizer_s = sum(row.time_s for row in table.accesses if row.kind == "optimizer")
@@ -388,7 +400,7 @@ def _plan(solution: _Solution, asked: Mapping[str, Activations], said: Said) -> 
         offloaded_bytes_per_pass=sum(save.size_bytes for save in saves.items if not save.stays),
         rows_bytes_per_pass=arrangement.rows_bytes,
         peaks=Peaks(
-            vram_bytes=arrangement.device_bytes + int(nonweight.max()),
+            vram_bytes=arrangement.device_bytes + int(beside.max()),
             ram_bytes=arrangement.host_bytes + saves.host_bytes + staging,
             disk_bytes=on_disk,
         ),

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from memplan.errors import PlanCheckError
+from memplan.program.check_absences import absence_faults
 from memplan.program.check_flow import flow_faults
 from memplan.program.check_offloads import offload_faults
 from memplan.program.schema import Address, Item, Plan, Residence, Tier
@@ -34,6 +35,7 @@ def check(plan: Plan) -> tuple[str, ...]:
         *_order(plan),
         *_coverage(plan),
         *_overlaps(plan),
+        *absence_faults(plan),
         *_peaks(plan),
         *flow_faults(plan),
     )
@@ -317,10 +319,18 @@ def _until(stay: Residence, other: Residence) -> int:
 
 def _peaks(plan: Plan) -> Iterator[str]:
     table, budgets, stated = plan.table, plan.budgets, plan.prediction
-    arenas = {tier: sum(arena.size_bytes for arena in plan.arenas if arena.tier == tier) for tier in ("device", "host")}
+    host = sum(arena.size_bytes for arena in plan.arenas if arena.tier == "host")
     policies = plan.policies()
-    peak, at = max((table.device_bytes_at(access.index, policies), -access.index) for access in table.accesses)
-    vram = arenas["device"] + peak
+
+    def bytes_at(index: int) -> int:
+        return table.device_bytes_at(index, policies) + sum(
+            segment.size_bytes
+            for arena in plan.arenas
+            for segment in arena.segments
+            if arena.tier == "device" and all(index < first or last < index for first, last in segment.absent)
+        )
+
+    vram, at = max((bytes_at(access.index), -access.index) for access in table.accesses)
     access = table.accesses[-at]
     if vram > budgets.vram_bytes:
         yield (
@@ -328,12 +338,12 @@ def _peaks(plan: Plan) -> Iterator[str]:
             f"{format_bytes(vram - budgets.vram_bytes)} over the budget of {format_bytes(budgets.vram_bytes)}"
         )
     on_disk = sum(item.size_bytes for item in plan.items if item.home == "disk")
-    ram = arenas["host"] + (plan.staging_bytes if on_disk else 0)
+    ram = host + (plan.staging_bytes if on_disk else 0)
     if ram > budgets.ram_bytes:
         yield f"{format_bytes(ram)} of ram are needed, the budget is {format_bytes(budgets.ram_bytes)}"
     if budgets.disk_bytes is not None and on_disk > budgets.disk_bytes:
         yield f"{format_bytes(on_disk)} of disk are needed, the budget is {format_bytes(budgets.disk_bytes)}"
-    there = arenas["device"] + table.device_bytes_at(stated.vram_peak_at, policies)
+    there = bytes_at(stated.vram_peak_at)
     if there != vram:
         yield f"the prediction's vram peak is at access {stated.vram_peak_at}, where {there} bytes are needed, not {vram}"
     moved = [(plan.items[stay.item], stay.channel) for stay in plan.residences if stay.begins == "load"]

@@ -1,7 +1,7 @@
 """What lies in each tier at every access of a pass, by kind: the plan's own peaks, taken apart.
 
-Sums are those of the plan's check: the arenas whole, and beside the device's what is fixed, the lifetimes that are alive and
-the transient of the access. No kind is ever negative. Where a transient is (what is born and what dies in an access need
+Sums are those of the plan's check: of the arenas what is there, and beside the device's what is fixed, the lifetimes that are
+alive and the transient of the access. No kind is ever negative. Where a transient is (what is born and what dies in an access need
 not be alive at once), the lifetimes that begin or end in it are shown by so much less.
 """
 
@@ -103,7 +103,7 @@ def timeline(plan: Plan) -> tuple[Moment, ...]:
 def _arena(plan: Plan, tier: Tier) -> _Sums:
     """Return what lies in a tier's arenas. A stay lasts from the access after which its load may start to its last use."""
     length = len(plan.table.accesses)
-    arenas = {arena.id: arena.size_bytes for arena in plan.arenas if arena.tier == tier}
+    arenas = {arena.id: arena for arena in plan.arenas if arena.tier == tier}
     always, spans = 0, dict[str, list[tuple[int, int, int]]]()
     for stay in plan.residences:
         if stay.arena not in arenas:
@@ -114,11 +114,11 @@ def _arena(plan: Plan, tier: Tier) -> _Sums:
             continue
         kind = "streamed" if item.kind == "weights" else "offloaded"
         spans.setdefault(kind, []).extend(_wrapped(stay.load_after + 1, stay.last_use, item.size_bytes, length))
-    total = sum(arenas.values())
-    always = min(always, total)  # where an arena ends with the last tensor's own end
+    totals = [sum(arena.size_bytes_at(index) for arena in arenas.values()) for index in range(length)]
+    always = min([always, *totals])  # where an arena ends with the last tensor's own end
     found = {kind: _sums(spans.get(kind, ()), length) for kind in ("streamed", "offloaded")}
     found["weights"] = [always] * length
-    found["idle"] = [total - sum(found[kind][index] for kind in found) for index in range(length)]
+    found["idle"] = [total - sum(found[kind][index] for kind in found) for index, total in enumerate(totals)]
     return found
 
 

@@ -89,12 +89,17 @@ class Item(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
 
 
 class Segment(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Bytes of an arena that are there together. No address reaches over the end of one."""
+
     offset_bytes: int
     size_bytes: int
+    absent: tuple[tuple[int, int], ...] = ()
+    """First and last access of each stretch of a pass in which its bytes are given back; empty where they never are, as in
+    an arena's first segment. They go before the first access begins, and come back for a load after the last one."""
 
 
 class Arena(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """One flat allocation of a tier. One segment for the whole cycle today; elastic ones later."""
+    """One line of offsets in a tier, in segments. Those of the device may be elastic: given back for part of a pass."""
 
     id: int
     tier: Literal["device", "host"]
@@ -102,7 +107,16 @@ class Arena(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
 
     @property
     def size_bytes(self) -> int:
+        """With every segment there."""
         return sum(segment.size_bytes for segment in self.segments)
+
+    def size_bytes_at(self, access: int) -> int:
+        """Return the bytes of the segments that are there in an access of the pass."""
+        return sum(
+            segment.size_bytes
+            for segment in self.segments
+            if not any(first <= access <= last for first, last in segment.absent)
+        )
 
 
 class Address(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

@@ -1,16 +1,27 @@
-"""Arenas: one flat allocation of a tier. Items are byte ranges of it; parameters are views of those."""
+"""Arenas: one line of offsets in a tier. Items are byte ranges of it; parameters are views of those.
+
+[Note: bytes that come and go] A segment may be given back and brought back, while views of it live on (autograd's saved
+ones too). On the CPU all segments lie in one mapping at addresses that never change: the kernel takes the pages of what is
+given back, and reads there give zeros until it is filled again. On a CUDA device each is a storage of its own that is
+resized to nothing and back, which its views follow; it is allocated and freed in the order of the compute stream, behind
+which every copy into it waits. Unproven: no GPU has run it yet.
+"""
 
 from __future__ import annotations
 
 import logging
+import mmap
+from collections.abc import Callable, Sequence
 
+import numpy as np
 import torch
 from torch import nn
 
 from memplan.analyze.graph import Tensor
 from memplan.errors import RunError
+from memplan.program.schema import Segment
 from memplan.run.page_lock import page_locked
-from memplan.units import format_bytes
+from memplan.units import align_up, format_bytes
 
 _LOG = logging.getLogger("memplan")
 
@@ -28,23 +39,131 @@ def dtype_of(name: str) -> torch.dtype:
     return dtype
 
 
+class Addresses:
+    """Where an arena lies in memory at the moment. Holds none of it: a graph that is alive may keep this."""
+
+    def __init__(self) -> None:
+        self.spans: dict[int, tuple[int, int]] = {}
+        """By segment that is there, or 0 for all: begin and end."""
+
+    def holds(self, address: int) -> bool:
+        """Whether an address is in the arena."""
+        return any(begin <= address < end for begin, end in self.spans.values())
+
+
 class Arena:
-    """Bytes of one tier. On the compute device, or on the host (page-locked where the device is a CUDA one).
+    """Bytes of one tier, all there at first. On the compute device, or on the host (page-locked where the device is a CUDA one).
 
     [Note: alignment changes bits] torch aligns CPU allocations to 64 bytes and CUDA ones to 512, and addresses are
     multiples of 512: a weight's alignment here is that of a tensor of its own, so results are a whole run's to the bit.
     """
 
-    def __init__(self, size_bytes: int, device: torch.device, *, pinned: bool = False) -> None:
+    def __init__(
+        self,
+        size_bytes: int,
+        device: torch.device,
+        *,
+        pinned: bool = False,
+        segments: Sequence[Segment] = (),
+        poisoned: bool = False,
+    ) -> None:
+        """``segments``: what may come and go of it, the first one apart; they follow one another and sum to
+        ``size_bytes``. ``poisoned``: what is given back is filled with NaN instead, so that a stale read is heard.
+        """
+        self.size_bytes = size_bytes
+        self.watch: Callable[[int], None] | None = None
+        """Told the change of ``there_bytes`` where segments come and go."""
+        self._poisoned = poisoned
+        self._mapping: mmap.mmap | None = None
+        self._segments: list[tuple[int, torch.Tensor]] = []  # where each begins, and its bytes
+        self._away: set[int] = set()
+        self.addresses = Addresses()
         # Lightning validates in inference mode; tensors made there could not be used in training.
         with torch.inference_mode(False), torch.no_grad():
-            self.bytes = _allocate(size_bytes, device, pinned)
-        self.size_bytes = size_bytes
+            if len(segments) < 2:
+                self.bytes = _allocate(size_bytes, device, pinned)
+                self._segments.append((0, self.bytes))
+            elif device.type == "cpu":
+                self.bytes = self._map(segments)
+            else:
+                for segment in segments:
+                    self._segments.append((segment.offset_bytes, _allocate(segment.size_bytes, device, pinned)))
+                self.bytes = self._segments[0][1]
+            flat = device.type == "cpu" or len(segments) < 2
+            whole = [(0, self.bytes)] if flat else enumerate(part for _, part in self._segments)
+            self.addresses.spans.update((number, _span(part)) for number, part in whole)
+
+    def _map(self, segments: Sequence[Segment]) -> torch.Tensor:
+        """Map memory of the CPU, in which each segment begins on a page of its own. Raises RunError."""
+        total = sum(align_up(segment.size_bytes, mmap.PAGESIZE) for segment in segments)
+        try:
+            self._mapping = mmap.mmap(-1, total, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        except OSError as error:
+            raise _refused(total, "memory", error) from error
+        held = torch.from_numpy(np.frombuffer(self._mapping, np.uint8))
+        top = 0
+        for segment in segments:
+            self._segments.append((segment.offset_bytes, held[top : top + segment.size_bytes]))
+            top += align_up(segment.size_bytes, mmap.PAGESIZE)
+        return held
+
+    @property
+    def there_bytes(self) -> int:
+        """Bytes of the segments that are there."""
+        return sum(held.numel() for number, (_, held) in enumerate(self._segments) if number not in self._away)
+
+    @property
+    def is_elastic(self) -> bool:
+        return len(self._segments) > 1
+
+    def segment(self, number: int) -> torch.Tensor:
+        """Return a segment's bytes, there or not: uint8, one dimension, no copy."""
+        return self._segments[number][1]
+
+    def is_there(self, number: int) -> bool:
+        """Whether a segment is there."""
+        return number not in self._away
 
     def part(self, offset_bytes: int, size_bytes: int) -> torch.Tensor:
-        """Return that byte range: uint8, one dimension, no copy."""
+        """Return that byte range, which lies in one segment: uint8, one dimension, no copy."""
+        begin, held = next(one for one in reversed(self._segments) if one[0] <= offset_bytes)
         with torch.inference_mode(False), torch.no_grad():
-            return self.bytes[offset_bytes : offset_bytes + size_bytes]
+            return held[offset_bytes - begin : offset_bytes - begin + size_bytes]
+
+    def give_back(self, number: int) -> None:
+        """Have a segment's bytes be others' until ``bring_back``. What lay there is lost."""
+        if number in self._away:
+            return
+        held = self.segment(number)
+        if self._poisoned and held.device.type == "cpu":
+            poison(held)
+        elif self._mapping is not None:
+            begin = held.data_ptr() - self.bytes.data_ptr()
+            self._mapping.madvise(mmap.MADV_DONTNEED, begin, held.numel())
+        else:
+            held.untyped_storage().resize_(0)
+            del self.addresses.spans[number]
+        self._away.add(number)
+        self._changed(-held.numel())
+
+    def bring_back(self, number: int) -> None:
+        """Have a segment's bytes there again, unfilled. Raises torch's error where a device has none left."""
+        if number not in self._away:
+            return
+        held = self.segment(number)
+        if self._mapping is None:
+            held.untyped_storage().resize_(held.numel())
+            self.addresses.spans[number] = _span(held)
+        self._away.discard(number)
+        self._changed(held.numel())
+
+    def _changed(self, size_bytes: int) -> None:
+        if self.watch is not None:
+            self.watch(size_bytes)
+
+
+def _span(part: torch.Tensor) -> tuple[int, int]:
+    return part.data_ptr(), part.data_ptr() + part.numel()
 
 
 def poison(part: torch.Tensor) -> None:
@@ -105,11 +224,14 @@ def _allocate(size_bytes: int, device: torch.device, pinned: bool) -> torch.Tens
     try:
         return torch.empty(size_bytes, dtype=torch.uint8, device=device)
     except (RuntimeError, MemoryError) as error:
-        tier = "vram" if device.type != "cpu" else "memory"
-        raise RunError(
-            f"{format_bytes(size_bytes)} of {tier} for the plan's blocks could not be had ({str(error).splitlines()[0]}): "
-            "end what else uses it, or make the plan with a smaller budget"
-        ) from error
+        raise _refused(size_bytes, "vram" if device.type != "cpu" else "memory", error) from error
+
+
+def _refused(size_bytes: int, tier: str, error: Exception) -> RunError:
+    return RunError(
+        f"{format_bytes(size_bytes)} of {tier} for the plan's blocks could not be had ({str(error).splitlines()[0]}): "
+        "end what else uses it, or make the plan with a smaller budget"
+    )
 
 
 class Placeholders:

@@ -67,7 +67,7 @@ def attach(
     with Undo() as modes, Undo() as undo:
         # A Ctrl-C on the way in or out of a no_grad leaves it on.
         modes.callback(torch.set_grad_enabled, torch.is_grad_enabled())
-        parts = Parts(plan, device, weights)
+        parts = Parts(plan, device, weights, poisoned=checked)
         undo.callback(parts.reader.close)
         with Undo() as ahead:
             touch_ahead(parts.to_be_filled(), ahead)

@@ -30,8 +30,7 @@ class CheckedReads:
     def __init__(
         self, arena: Arena, streamed: Mapping[int, Streamed], conductor: Conductor, transfers: ClockedTransfers
     ) -> None:
-        self._begin = arena.bytes.data_ptr()
-        self._end = self._begin + arena.size_bytes
+        self._addresses = arena.addresses
         self._conductor = conductor
         self._transfers = transfers
         self._names = {block: s.name for block, s in streamed.items()}
@@ -98,7 +97,7 @@ class CheckedReads:
         """Return which of ``blocks`` a tensor is a view of. Slots are shared: another block may lie there now."""
         for plain in plain_parts(tensor):
             pointer = plain.data_ptr()
-            if not self._begin <= pointer < self._end or plain.numel() == 0:
+            if plain.numel() == 0 or not self._addresses.holds(pointer):
                 continue
             for block in blocks:
                 part = self._streamed[block].part

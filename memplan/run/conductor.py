@@ -14,7 +14,9 @@ import torch
 from memplan.errors import RunError
 from memplan.program.record import BlockRecord, RunRecord
 from memplan.program.schema import Plan
+from memplan.run.arena import Arena
 from memplan.run.choices import Choices
+from memplan.run.elastic import Elastic
 from memplan.run.learning import Learner, Mover, sequence_of
 from memplan.run.lock import Lock
 from memplan.run.measured import Measured, blocks_of
@@ -34,9 +36,9 @@ class Conductor:
         streamed: dict[int, Streamed],
         transfers: Transfers,
         offloaded: dict[int, Offloaded],
-        arena: torch.Tensor,
+        arena: Arena,
     ) -> None:
-        """``arena``: the bytes of the device arena."""
+        """``arena``: the device's."""
         self._plan = plan
         self._streamed = streamed
         self._transfers = transfers
@@ -55,7 +57,8 @@ class Conductor:
         self._learner = Learner()
         self._first_call = 0  # what a forward at position 0 of this sequence is called: calls before it lie below
         self._aside = -1  # the last name of a forward that the sequence lacks: it counts down
-        self._follow(planned(plan, reads))
+        self._elastic = Elastic(plan, arena, transfers)
+        self._follow(planned(plan, reads, self._elastic.planned))
         self._pinned: frozenset[int] = frozenset()
         self._closed = False
         self._paused = ""
@@ -186,9 +189,11 @@ class Conductor:
         way = self._learner.cycle_ends()
         if way is None:
             return
-        movers = {block: Mover(s.channel, s.rivals) for block, s in self._streamed.items()}
+        segments = self._elastic.segment_of
+        movers = {b: Mover(s.channel, s.rivals, segment=segments.get(b, -1)) for b, s in self._streamed.items()}
         movers |= {key: Mover("h2d", held.rivals, held.module) for key, held in self.offloads.by_key.items()}
-        sequence = sequence_of(way, self._module_reads, movers, self._sequence.experts)
+        experts, absences = self._sequence.experts, self._elastic.absences
+        sequence = sequence_of(way, self._module_reads, movers, experts, absences)
         if sequence is None:
             return
         is_new = sequence.steps != self._sequence.steps  # else an odd forward has put it out of step for good
@@ -237,6 +242,7 @@ class Conductor:
 
     def _start_loads(self) -> None:
         """Start every planned load whose room is free, in each channel's order."""
+        self._give_back()
         length = self._sequence.length
         for channel, loads in self._sequence.loads.items():
             while True:
@@ -249,6 +255,16 @@ class Conductor:
                     break
                 self._next[channel] += 1
 
+    def _give_back(self) -> None:
+        """Give back the segments that what is under way has no room for. [Note: when a segment is there]"""
+        for number in self._elastic.there():
+            if self._sequence.lacks(number, self._now, self._done):
+                blocks = self._elastic.blocks[number]
+                if self._pinned.isdisjoint(blocks):
+                    for block in blocks:
+                        self._evict(self._streamed[block])
+                    self._elastic.leave(number)
+
     def _start(self, key: int) -> bool:
         """Start a load unless it is there already, or nobody wants it. Returns False where it has to wait for its room."""
         streamed = self._streamed.get(key)
@@ -256,6 +272,9 @@ class Conductor:
         if wanted:
             rivals = self.offloads.by_key[key].rivals if streamed is None else streamed.rivals
             if any(rival in self._pinned for rival in rivals):
+                return False
+            segment = self._elastic.segment_of.get(key)
+            if segment is not None and self._sequence.lacks(segment, self._now, self._done):
                 return False
             if streamed is None:
                 self.offloads.load(key)
@@ -266,6 +285,7 @@ class Conductor:
     def _load(self, streamed: Streamed) -> None:
         for rival in streamed.rivals:
             self._clear(rival)
+        self._elastic.come(streamed.block)
         streamed.ticket = self._transfers.load(streamed.channel, streamed.block, streamed.source, streamed.part)
         streamed.loads += 1
 
@@ -313,6 +333,8 @@ class Conductor:
     def begin(self) -> None:
         """Start the first loads."""
         with self._lock:
+            for number in self._elastic.there():
+                self._elastic.leave(number)
             self._start_loads()
 
     def is_there(self, block: int) -> bool:
@@ -353,6 +375,7 @@ class Conductor:
             finally:
                 self._closed = True
                 self._blocks = blocks_of(self._streamed.values())
+                del self._elastic
                 self._streamed, self._at_home = {}, {}  # a graph that is still alive must not keep the arenas
                 self._lock.mend = None  # no circle is left
                 self._transfers.close()

@@ -34,7 +34,7 @@ class Copies:
         """``modules``: the plan's trigger modules by name. ``arena``: the device's, where the weights lie."""
         self._plan = plan
         self._modules = modules
-        self._weights = (arena.bytes.data_ptr(), arena.bytes.data_ptr() + arena.size_bytes)
+        self._weights = arena.addresses
         policies = plan.policies()
         self._left = {
             row.index
@@ -68,7 +68,7 @@ class Copies:
                 if storage is None:
                     continue
                 address, size_bytes = storage.data_ptr(), storage.nbytes()
-                if address in held or self._weights[0] <= address < self._weights[1]:
+                if address in held or self._weights.holds(address):
                     continue
                 storages[address] = size_bytes
                 if (tuple(sorted(part.shape)), size_bytes // part.element_size()) in alike:

@@ -98,9 +98,18 @@ class Handle:
         if parts is None or parts.device.type == "cuda":
             yield
             return
-        counted = (self.model, optimizer, parts.arena.bytes)
-        with StorageLedger.of_training(*counted, ignore=parts.on_host()) as ledger:
-            yield
+        arena = parts.arena
+        counted, apart = [arena.bytes], [*parts.on_host()]
+        if arena.is_elastic:  # of its storage not all is there
+            counted, apart = [], [*apart, arena.bytes]
+        with StorageLedger.of_training(self.model, optimizer, *counted, ignore=apart) as ledger:
+            if arena.is_elastic:
+                ledger.hold(arena.there_bytes)
+                arena.watch = ledger.hold
+            try:
+                yield
+            finally:
+                arena.watch = None
         self._vram_peak_bytes = max(self._vram_peak_bytes, ledger.peak_bytes)
 
     def micro_batch(self, run: Callable[[], Result], *, tries: int = 3) -> Result:

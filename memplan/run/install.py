@@ -47,7 +47,7 @@ def install(
             transfers = ClockedTransfers(transfers, _names(plan))
         offloaded = offloaded_activations(plan, triggers, parts.arena, parts.host, parts.rooms)
         _rivals([*parts.streamed.values(), *offloaded.values()])
-        parts.conductor = Conductor(plan, parts.streamed, transfers, offloaded, parts.arena.bytes)
+        parts.conductor = Conductor(plan, parts.streamed, transfers, offloaded, parts.arena)
         undo.callback(parts.conductor.close)
         for guard in _hook(model, plan, parts, triggers, undo, transfers):
             guard.handle = handle
@@ -100,9 +100,15 @@ def _hook(
 
 def _rivals(owners: Sequence[Streamed | Offloaded]) -> None:
     """Note of each what cannot be on the device beside it: what lies on the same bytes."""
-    ranges = [(one.part.data_ptr(), one.part.data_ptr() + one.part.numel(), one) for one in owners]
-    for begin, end, one in ranges:
-        one.rivals = tuple(s.key for b, e, s in ranges if s is not one and b < end and begin < e)
+    # Not by address: bytes that are given back have none.
+    ranges = [(one.part.untyped_storage()._cdata, one.part.storage_offset(), one) for one in owners]
+    for storage, begin, one in ranges:
+        end = begin + one.part.numel()
+        one.rivals = tuple(
+            other.key
+            for s, b, other in ranges
+            if other is not one and s == storage and b < end and begin < b + other.part.numel()
+        )
 
 
 def _names(plan: Plan) -> dict[int, str]:

@@ -8,7 +8,7 @@ in which they are really used. In the steady state nothing is written.
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from collections.abc import Sequence as Collection
 from typing import Literal, NamedTuple
 
@@ -127,14 +127,21 @@ class Mover(NamedTuple):
     """Keys of what lies on the same bytes."""
     module: str = ""
     """Whose saved activations it is; empty for a block."""
+    segment: int = -1
+    """Segment of the device arena that it lies in, where that is not always there."""
 
 
 def sequence_of(
-    way: Way, reads: Mapping[str, tuple[int, ...]], movers: Mapping[int, Mover], experts: frozenset[int]
+    way: Way,
+    reads: Mapping[str, tuple[int, ...]],
+    movers: Mapping[int, Mover],
+    experts: frozenset[int],
+    absences: Callable[[Collection[Step]], Mapping[int, frozenset[int]]],
 ) -> Sequence | None:
     """Return the sequence of a way; None where a backward's forward is not in it.
 
-    ``reads``: blocks by the module that reads them. ``movers``: what comes into slots, by key.
+    ``reads``: blocks by the module that reads them. ``movers``: what comes into slots, by key. ``absences``: says at which
+    steps segments are absent.
     """
     steps = []
     for index, one in enumerate(way.accesses):
@@ -142,11 +149,16 @@ def sequence_of(
         if forward < 0 or (way.accesses[forward].kind, way.accesses[forward].module) != ("forward", one.module):
             return None
         steps.append(Step(one.kind, one.module, forward, reads.get(one.module, ())))
-    return Sequence(tuple(steps), loads_of(steps, movers), experts, way.passes)
+    absent = absences(steps)
+    return Sequence(tuple(steps), loads_of(steps, movers, absent), experts, absent, way.passes)
 
 
-def loads_of(steps: Collection[Step], movers: Mapping[int, Mover]) -> dict[Channel, tuple[Due, ...]]:
-    """Return the loads of a cycle. A stay lasts from a use until a rival's, and is loaded once the rival before is over."""
+def loads_of(
+    steps: Collection[Step], movers: Mapping[int, Mover], absent: Mapping[int, frozenset[int]]
+) -> dict[Channel, tuple[Due, ...]]:
+    """Return the loads of a cycle. A stay lasts from a use until a rival's, and is loaded once the rival before is over.
+    The absence of a segment is as a rival's use of all that lies there; what is read in one comes on demand.
+    """
     length = len(steps)
     of_module = {mover.module: key for key, mover in movers.items() if mover.module}
     uses: dict[int, list[int]] = {key: [] for key in movers}
@@ -158,10 +170,13 @@ def loads_of(steps: Collection[Step], movers: Mapping[int, Mover]) -> dict[Chann
     around = {key: [at + shift for shift in (-length, 0, length) for at in own] for key, own in uses.items()}
     found: dict[Channel, list[Due]] = {}
     for key, mover in movers.items():
-        others = sorted(at for rival in mover.rivals for at in around[rival])
+        gone = absent.get(mover.segment, frozenset())
+        others = sorted(
+            {at + shift for at in gone for shift in (-length, 0, length)}.union(*(around[r] for r in mover.rivals))
+        )
         for first in uses[key] if others else ():
             load_after = others[bisect_left(others, first) - 1]
-            if around[key][bisect_left(around[key], first) - 1] > load_after or (key, first) in made:
+            if around[key][bisect_left(around[key], first) - 1] > load_after or (key, first) in made or first in gone:
                 continue  # it is there still, or comes to be there
             until = others[bisect_left(others, first + 1)]
             last_use = first if mover.module else around[key][bisect_left(around[key], until) - 1]

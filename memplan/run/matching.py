@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from itertools import accumulate
 from pathlib import Path
 
 from torch import nn
@@ -22,11 +23,14 @@ from memplan.weights import Weight, own_weights, unready
 def require_supported(plan: Plan) -> None:
     """Refuse what the contract allows and this runtime does not do yet."""
     for tier in ("device", "host"):
-        segments = [segment for arena in plan.arenas if arena.tier == tier for segment in arena.segments]
-        if len(segments) > 1 or any(segment.offset_bytes for segment in segments):
+        segments = [arena.segments for arena in plan.arenas if arena.tier == tier]
+        parts = [segment for listed in segments for segment in listed]
+        ends = [0, *accumulate(segment.size_bytes for segment in parts)]
+        follow = all(segment.offset_bytes == end for segment, end in zip(parts, ends, strict=False))
+        if len(segments) > 1 or not follow or (tier == "host" and len(parts) > 1):
             raise PlanMismatchError(
-                f"the plan's {tier} arena has {len(segments)} parts, and this version runs one that begins at 0: make the "
-                "plan again with this version"
+                f"the plan's {tier} has {len(segments)} arenas of {len(parts)} parts, and this version runs one that begins at "
+                "0, on the device in parts that follow one another: make the plan again with this version"
             )
     for stay in plan.residences:
         item = plan.items[stay.item]

@@ -145,21 +145,21 @@ class Offloads:
         transfers: Transfers,
         lock: AbstractContextManager[object],
         evict: Callable[[int], None],
-        arena: torch.Tensor,
+        arena: Arena,
     ) -> None:
-        """``evict``: clears the bytes of what has that key. ``arena``: all of the device arena."""
+        """``evict``: clears the bytes of what has that key. ``arena``: the device's."""
         self.by_key = held
         self._transfers = transfers
         self._clocks = transfers if isinstance(transfers, ClockedTransfers) else None
         self._lock = lock
         self._evict = evict
-        self._arena = (arena.data_ptr(), arena.data_ptr() + arena.numel())
+        self._weights = arena.addresses
         self._making: set[int] = set()
         self._closed = False
 
     def is_outside(self, held: Offloaded, address: int) -> bool:
         """Whether a storage holds weights: those of a streamed block would be another's by the backward."""
-        return self._arena[0] <= address < self._arena[1] or address in held.outside
+        return self._weights.holds(address) or address in held.outside
 
     def beginning(self, key: int) -> Callable[[], _Call | None]:
         """Return what begins a forward of a module."""

@@ -35,8 +35,11 @@ class Parts:
     arena: Arena
     plan: Plan
 
-    def __init__(self, plan: Plan, device: torch.device, weights: Mapping[str, Weight]) -> None:
+    def __init__(
+        self, plan: Plan, device: torch.device, weights: Mapping[str, Weight], *, poisoned: bool = False
+    ) -> None:
         self.device = device
+        self._poisoned = poisoned
         self.weights = weights
         host_bytes = sum(a.size_bytes for a in plan.arenas if a.tier == "host")
         self.host: Arena | None = Arena(host_bytes, torch.device("cpu"), pinned=device.type == "cuda")
@@ -71,7 +74,9 @@ class Parts:
 
     def take_over(self, plan: Plan) -> None:
         """Have the device arena of ``plan``. Raises RunError where it cannot be had."""
-        self.arena = Arena(sum(a.size_bytes for a in plan.arenas if a.tier == "device"), self.device)
+        segments = [segment for arena in plan.arenas if arena.tier == "device" for segment in arena.segments]
+        size_bytes = sum(segment.size_bytes for segment in segments)
+        self.arena = Arena(size_bytes, self.device, segments=segments, poisoned=self._poisoned)
         self.plan = plan
         self._slots = self.places("device")
         self._in_place = {block for blocks in read_in_place(plan).values() for block in blocks}

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import NamedTuple
 
 from memplan.analyze.graph import AccessKind
@@ -50,12 +51,22 @@ def offload_key(plan: Plan, item: int) -> int:
 class Sequence:
     """The accesses of a cycle by module, and its loads by channel."""
 
-    def __init__(self, steps: tuple[Step, ...], loads: Loads, experts: frozenset[int], passes: int = 1) -> None:
-        """``experts``: blocks that are only read where they are chosen. ``passes``: its number of outermost backwards."""
+    def __init__(
+        self,
+        steps: tuple[Step, ...],
+        loads: Loads,
+        experts: frozenset[int],
+        absent: Mapping[int, frozenset[int]],
+        passes: int = 1,
+    ) -> None:
+        """``experts``: blocks that are only read where they are chosen. ``absent``: by segment of the device arena that is
+        not always there, the steps without it. ``passes``: its number of outermost backwards.
+        """
         self.steps = steps
         self.length = len(steps)
         self.loads = loads
         self.experts = experts
+        self.absent = absent
         self.passes = passes
         self.forwards: dict[str, tuple[int, ...]] = {}
         self.backwards: dict[str, tuple[int, ...]] = {}
@@ -127,13 +138,28 @@ class Sequence:
         end = now // self.length * self.length + self.last_backward
         return now >= end or not self.skipped_reads(now, end + 1)
 
+    def lacks(self, segment: int, now: int, done: int) -> bool:
+        """Whether a segment is absent in the access ``now``, or in one that may be under way behind it since it is over:
+        no trigger tells of the loss and the optimizer. ``done``: accesses below it are over.
+        """
+        if now < 0:
+            return False
+        end = max(done, now + 1)
+        while done > now and self.steps[end % self.length].kind in ("loss", "optimizer") and end % self.length:
+            end += 1
+        return any(linear % self.length in self.absent[segment] for linear in range(now, end))
+
     def _is_left(self, index: int) -> bool:
         """Whether an access may be left out without a word: it reads no weights, or an expert's alone."""
         return self.experts.issuperset(self.steps[index].blocks)
 
 
-def planned(plan: Plan, reads: Mapping[int, tuple[int, ...]]) -> Sequence:
-    """Return the plan's own sequence. ``reads``: the blocks that each access reads on the device."""
+def planned(
+    plan: Plan, reads: Mapping[int, tuple[int, ...]], absent: Mapping[int, frozenset[int]] = MappingProxyType({})
+) -> Sequence:
+    """Return the plan's own sequence. ``reads``: the blocks that each access reads on the device. ``absent``: as for
+    :class:`Sequence`.
+    """
     steps = tuple(Step(a.kind, a.module, a.forward, reads[a.index]) for a in plan.table.accesses)
     device = {arena.id for arena in plan.arenas if arena.tier == "device"}
     found: dict[Channel, list[tuple[int, Due]]] = {}
@@ -151,4 +177,5 @@ def planned(plan: Plan, reads: Mapping[int, tuple[int, ...]]) -> Sequence:
             )
             found.setdefault(stay.channel, []).append((stay.order, due))
     loads = {channel: tuple(due for _, due in sorted(rows, key=lambda row: row[0])) for channel, rows in found.items()}
-    return Sequence(steps, loads, frozenset(block.id for block in plan.table.blocks if block.kind == "expert"))
+    experts = frozenset(block.id for block in plan.table.blocks if block.kind == "expert")
+    return Sequence(steps, loads, experts, absent)

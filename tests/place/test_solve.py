@@ -35,7 +35,7 @@ def test_equal_blocks_move_2_n_minus_m_times(n, share):
     m = max(3, int(n * share))
     table = make_table([X] * n, recomputable=False)
     rest = max(table.device_bytes_at(access.index, {}) for access in table.accesses)
-    plan = place(table, budgets(rest + m * X), **NAMES)
+    plan = place(table, budgets(rest + m * X), elastic=False, **NAMES)
     assert check(plan) == ()
     assert loads(plan) == plan.prediction.loads_per_pass == 2 * (n - m)
     assert plan.prediction.loaded_bytes_per_pass == 2 * (n - m) * X
@@ -176,7 +176,7 @@ def test_a_frozen_embedding_without_backward():
 def test_of_equal_passes_the_one_that_moves_least(latency):
     table = make_table([X] * 16, link=1e12, recomputable=False, latency_s=latency)
     peak = max(table.device_bytes_at(access.index, {}) for access in table.accesses)
-    plan = place(table, budgets(peak + 10 * X), **NAMES)
+    plan = place(table, budgets(peak + 10 * X), elastic=False, **NAMES)
     assert loads(plan) == 2 * (16 - 10)
 
 

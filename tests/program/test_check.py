@@ -18,7 +18,7 @@ X = 10 * MIB
 def plan():
     table = make_table([X] * 10, recomputable=False)
     rest = max(table.device_bytes_at(access.index, {}) for access in table.accesses)
-    made = place(table, budgets(rest + 4 * X, ram=4 * X + STAGING_BYTES), **NAMES)
+    made = place(table, budgets(rest + 4 * X, ram=4 * X + STAGING_BYTES), elastic=False, **NAMES)
     assert check(made) == ()
     return made
 

@@ -17,13 +17,15 @@ def holds(plan):
     """Check every moment by what a plan's rows say, and return them."""
     moments, policies = timeline(plan), plan.policies()
     peaks, stated = plan.prediction.peaks, plan.prediction.vram_parts
-    arena = sum(arena.size_bytes for arena in plan.arenas if arena.tier == "device")
+    segments = [segment for arena in plan.arenas if arena.tier == "device" for segment in arena.segments]
     assert [moment.index for moment in moments] == list(range(len(plan.table.accesses)))
     for moment in moments:
         assert tuple(moment.vram) == DEVICE_KINDS
         assert tuple(moment.ram) == HOST_KINDS
         assert min(moment.vram.values()) >= 0
         assert min(moment.ram.values()) >= 0
+        gone = [s for s in segments if any(moment.index in range(first, last + 1) for first, last in s.absent)]
+        arena = sum(segment.size_bytes for segment in segments if segment not in gone)
         assert moment.vram_bytes == arena + plan.table.device_bytes_at(moment.index, policies)
         assert moment.ram_bytes == peaks.ram_bytes
         assert moment.disk_bytes == peaks.disk_bytes

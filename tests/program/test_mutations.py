@@ -25,6 +25,13 @@ def _plans():
     sizes = [3 * MIB, 11 * MIB, 7 * MIB, 5 * MIB, 13 * MIB, 2 * MIB, 9 * MIB]
     unequal = make_table(sizes, latency_s=1e-4, device="cuda")
     yield place(unequal, budgets(rest + 24 * MIB), **NAMES)
+    yield place(
+        equal,
+        budgets(rest + 45 * MIB),
+        **NAMES,
+        pins={0: "host"},
+        activations=dict.fromkeys(equal.recomputable, "keep"),
+    )
     shared = make_table(sizes, [(0,), (1,), (2,), (0,), (3,), (4,), (5,), (6,)])
     yield place(shared, budgets(rest + 26 * MIB), **NAMES)
 
@@ -87,6 +94,21 @@ def _said(rng, plan):
     return replace(plan, prediction=replace(plan.prediction, **{field: getattr(plan.prediction, field) * 2 + 1}))
 
 
+def _absence_changed(rng, plan, change):
+    """The plan with one stretch of a segment's absence changed; the same where nothing is ever absent."""
+    device, *others = plan.arenas
+    elastic = [number for number, segment in enumerate(device.segments) if segment.absent]
+    if not elastic:
+        return plan
+    number = rng.choice(elastic)
+    absent = list(device.segments[number].absent)
+    at = rng.randrange(len(absent))
+    absent[at : at + 1] = change(*absent[at])
+    segments = list(device.segments)
+    segments[number] = replace(segments[number], absent=tuple(absent))
+    return replace(plan, arenas=(replace(device, segments=tuple(segments)), *others))
+
+
 MUTATIONS = {
     "a load later": lambda rng, plan: _load_changed(rng, plan, load_after=lambda at: at + rng.randint(1, 4)),
     "a load earlier": lambda rng, plan: _load_changed(rng, plan, load_after=lambda at: at - rng.randint(1, 4)),
@@ -103,6 +125,13 @@ MUTATIONS = {
             replace(a, segments=tuple(replace(s, size_bytes=s.size_bytes - 512) for s in a.segments))
             for a in plan.arenas
         ),
+    ),
+    "an absence gone": lambda rng, plan: _absence_changed(rng, plan, lambda first, last: []),
+    "an absence longer": lambda rng, plan: _absence_changed(
+        rng, plan, lambda first, last: [(first - rng.randint(3, 5), last + rng.randint(3, 5))]
+    ),
+    "an absence moved": lambda rng, plan: _absence_changed(
+        rng, plan, lambda first, last: [(first + shift, last + shift) for shift in [rng.choice([-4, 4])]]
     ),
     "two addresses swapped": _swapped,
     "two orders swapped": _orders_swapped,

@@ -188,7 +188,11 @@ def movers_of(plan: Plan) -> dict[int, Mover]:
         begin, end = places[i]
         rivals = tuple(keys[j] for j in moving if j != i and places[j][0] < end and begin < places[j][1])
         channel = "disk" if item.home == "disk" else "h2d"
-        found[keys[i]] = Mover(channel, rivals, item.module)
+        segment = next(
+            (n for n, s in enumerate(plan.arenas[0].segments) if s.absent and s.offset_bytes <= places[i][0]
+             < s.offset_bytes + s.size_bytes), -1,
+        )  # fmt: skip
+        found[keys[i]] = Mover(channel, rivals, item.module, segment)
     return found
 
 
@@ -201,9 +205,16 @@ def test_the_loads_of_the_plans_own_accesses_are_the_plans(kind, share, offload)
     away = {item.block for item in plan.items if item.kind == "weights" and item.home != "device"}
     sequence = planned(plan, {a.index: tuple(b for b in a.blocks if b in away) for a in plan.table.accesses})
     movers = movers_of(plan)
-    found = loads_of(sequence.steps, movers)
+    absent = {
+        number: frozenset(at for first, last in segment.absent for at in range(first, last + 1))
+        for number, segment in enumerate(plan.arenas[0].segments)
+    }
+    found = loads_of(sequence.steps, movers, absent)
     # What shares its bytes with nothing (a block that is pinned away from the device) comes once and stays.
-    expected = {c: {due for due in dues if movers[due.key].rivals} for c, dues in sequence.loads.items()}
+    expected = {
+        c: {due for due in dues if movers[due.key].rivals or movers[due.key].segment > 0}
+        for c, dues in sequence.loads.items()
+    }
     assert {channel: set(dues) for channel, dues in found.items() if dues} == {c: d for c, d in expected.items() if d}
 
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from memplan.run.attach import attach
+from memplan.run.handle import handle_of
 from tests.counting import LiveBytes, held_by
 from tests.run.test_parity import plan_for
 from tests.training import EVERY_WAY, KINDS, batch_of, loss_of, make
@@ -22,7 +23,8 @@ def counted_step(model, kind, accumulation=1, batches=batch_of, apart=()):
         optimizer.zero_grad()
 
     step()
-    with LiveBytes(held_by(model, optimizer), apart) as count:
+    handle = handle_of(model)
+    with LiveBytes(held_by(model, optimizer), apart, handle and handle._parts.arena) as count:
         step()
     return count.peak
 
@@ -65,7 +67,10 @@ def test_the_handles_own_count_agrees(tmp_path):
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
     with attach(model, plan, cache=tmp_path) as handle:
         for _ in range(2):
-            with handle.watch_memory(optimizer), LiveBytes(held_by(model, optimizer)) as count:
+            with (
+                handle.watch_memory(optimizer),
+                LiveBytes(held_by(model, optimizer), arena=handle._parts.arena) as count,
+            ):
                 model(**batch_of("llama")).loss.backward()
                 optimizer.step()
                 optimizer.zero_grad()
