@@ -142,11 +142,11 @@ class Search:
         ``near``: a number of recomputed modules that is known to be about the best. ``climb``: whether single blocks
         change places in the end; without, a pass may be a little longer.
         """
-        found = self._search(near, tails=False)
+        found = self._search(near, tails=False, climb=climb)
         # Only then with tails: what a search finds without them is never lost.
-        return self._search(near, tails=True) if self._elastic else found
+        return self._search(near, tails=True, climb=climb) if self._elastic else found
 
-    def _search(self, near: int | None, *, tails: bool) -> Choice | None:
+    def _search(self, near: int | None, *, tails: bool, climb: bool) -> Choice | None:
         few = list(rings(self._problem, every=False, tails=tails))
         every = list(rings(self._problem, tails=tails))
         levels = len(self._rooms)
