@@ -29,7 +29,8 @@ class LiveBytes(TorchDispatchMode):
     def look(self):
         counted = (storage.nbytes() for storage in self.alive if storage.data_ptr() not in self.apart)
         there = (min(resident_bytes(part), part.numel()) for part in self.segments)
-        self.peak = max(self.peak, sum(counted) + sum(there))
+        self.now = sum(counted) + sum(there)
+        self.peak = max(self.peak, self.now)
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if any(hasattr(kind, "__tensor_flatten__") for kind in types):

@@ -18,6 +18,7 @@ from memplan.program.schema import Budgets, Workload
 from memplan.recompute import hooks_around
 from memplan.run import copies
 from memplan.run.attach import attach
+from memplan.run.handle import handle_of
 from memplan.units import GIB
 from tests import families
 from tests.counting import LiveBytes, held_by
@@ -60,7 +61,7 @@ def counted_step(model, family, precision):
         optimizer.zero_grad()
 
     step()
-    with LiveBytes(held_by(model, optimizer)) as count:
+    with LiveBytes(held_by(model, optimizer), arena=handle_of(model)._parts.arena) as count:
         step()
     return count.peak
 

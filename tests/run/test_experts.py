@@ -192,9 +192,9 @@ def test_peak_is_what_was_predicted(share, tmp_path):
     shape = (2, 24)
     model, plan = make(), plan_for("routed", share, shape=shape)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
-    with attach(model, plan, cache=tmp_path):
+    with attach(model, plan, cache=tmp_path) as handle:
         for turn in range(2):
-            with LiveBytes(held_by(model, optimizer)) as count:
+            with LiveBytes(held_by(model, optimizer), arena=handle._parts.arena) as count:
                 loss_of(model(**batch_of("routed", seed=turn, shape=shape))).backward()
                 optimizer.step()
             assert all(p.grad is not None for p in model.parameters() if p.requires_grad)

@@ -110,13 +110,13 @@ def reset(model):
 class Card(LiveBytes):
     """A card of that size: what would not fit raises."""
 
-    def __init__(self, size_bytes, tensors):
+    def __init__(self, size_bytes, tensors, arena):
         self.size_bytes = size_bytes
-        super().__init__(tensors)
+        super().__init__((*tensors, arena.bytes), arena=arena)
 
     def look(self):
         super().look()
-        if sum(storage.nbytes() for storage in self.alive) > self.size_bytes:
+        if self.now > self.size_bytes:
             raise torch.OutOfMemoryError("CUDA out of memory.")
 
 
@@ -131,7 +131,7 @@ def test_it_goes_down_until_it_fits(tmp_path):
 
         def limited(run):
             def on_the_card():
-                with Card(free, (*held_by(model, optimizer), handle._parts.arena.bytes)):
+                with Card(free, held_by(model, optimizer), handle._parts.arena):
                     return run()
 
             return handle.micro_batch(on_the_card)
