@@ -95,11 +95,11 @@ def rings(problem: Problem, *, every: bool = True, tails: bool = False) -> Itera
             yield Ring(times, "bundle", 1)
             yield Ring(times, "bundle", 2)
     for times in (_TIMES if every else _TIMES[:2]) if tails else ():
-        yield Ring(times, "bundle", 0, 1.0)
+        yield Ring(times, "bundle", 0, tails=1.0)
         if every:
-            yield Ring(times, "bundle", 0, 1.0, _HALF)
+            yield Ring(times, "bundle", 0, tails=1.0, most=_HALF)
         if in_parts and every:
-            yield Ring(times, "bundle", 0, _PART)
+            yield Ring(times, "bundle", 0, tails=_PART)
 
 
 class Search:
