@@ -17,7 +17,10 @@ from memplan.place.tails import around_with_tails, tails_of
 from memplan.program.schema import Tier
 
 _NEAR = 3
-"""Bundles before and after one that may stay in its place."""
+"""Bundles before and after one that may stay in its place, where there are more than"""
+
+_FEW = 20
+"""of them; else any may."""
 
 MOST_STACKED = 6
 """Blocks of which every arrangement is looked at."""
@@ -109,10 +112,11 @@ class Rings:
         bundles = [bundle for bundle in bundles if bundle[0] not in self._problem.pins]
         staying = {block for block in self._movable if block not in arrangement.homes}
         free_bytes = room_bytes - self._resident_bytes
+        reach = _NEAR if len(bundles) > _FEW else len(bundles)
         for turn, bundle in enumerate(bundles):
             partners: list[tuple[int, ...]] = [()]
             if bundle[0] in staying:
-                near = bundles[max(0, turn - _NEAR) : turn + _NEAR + 1]
+                near = bundles[max(0, turn - reach) : turn + reach + 1]
                 partners += [other for other in near if other[0] not in staying]
             for partner in partners:
                 changed = (staying ^ set(bundle)) | set(partner)

@@ -46,7 +46,7 @@ _DISK_SHARES = 4
 _MOST_CLIMBED = 6000
 """Changes of what stays that are looked at, times the blocks there are."""
 
-_STARTS = 8
+_STARTS = 24
 """Rings from whose best the climb begins where blocks are few."""
 
 _STACKED_LEVELS = 3

@@ -116,7 +116,7 @@ def _ladder(rng, table, what):
 @pytest.mark.parametrize("what", ["vram", "vram beside the disk", "ram", "link", "disk"])
 @pytest.mark.parametrize("count", [12, pytest.param(60, marks=pytest.mark.full)])
 def test_up_to_fourteen_unequal_blocks(what, count):
-    """At most half a percent slower in 19 of 20 lists, and nowhere over 4%."""
+    """At most half a percent slower in 19 of 20 lists, and nowhere over 7%."""
     rng, slower = random.Random(count), []
     for _ in range(count):
         best, worst = float("inf"), 0.0
@@ -127,4 +127,4 @@ def test_up_to_fourteen_unequal_blocks(what, count):
         slower.append(worst)
     print(f"{what}: {sum(worst > SLACK for worst in slower)} of {count} lists, worst {max(slower):.2%}")
     assert sum(worst > SLACK for worst in slower) <= max(1, 0.05 * count)
-    assert max(slower) <= 0.04
+    assert max(slower) <= 0.07
