@@ -75,19 +75,22 @@ def place(
     activations that cannot be kept.
     """
     asked = activations or {}
-    solution = _solve(table, budgets, staging_bytes, pins or {}, asked)
-    if solution.may_gain_by_offloading:
-        solution = _with_offloads(solution, table, budgets, staging_bytes, pins or {}, asked)
+    solution = plain = _solve(table, budgets, staging_bytes, pins or {}, asked)
+    if plain.may_gain_by_offloading:
+        solution = _with_offloads(plain, table, budgets, staging_bytes, pins or {}, asked)
     if solution.choice is None:
         smallest = min(
             (_Least(p) for p in _problems(table, budgets, staging_bytes, pins or {}, asked)),
             key=lambda least: least.vram_bytes,
         )
         raise _does_not_fit(smallest, said["workload"])
-    if pieces and solution.leaves_much:
+    # What is offloaded may be better as long as blocks are whole, and worse than what is not where they are split.
+    for whole in dict.fromkeys((plain, solution)) if pieces else ():
+        if whole.choice is None or not whole.leaves_much:
+            continue
         finer, finer_pins = split(table, pins or {})
         if finer is not table:
-            given, near = solution.problem.activations, solution.choice.recomputed
+            given, near = whole.problem.activations, whole.choice.recomputed
             other = _solve(finer, budgets, staging_bytes, finer_pins, given, solution.choice, near)
             solution = other if other.choice is not None else solution
     plan = _plan(solution, asked, said)
@@ -119,7 +122,7 @@ def place_as(
     return plan
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class _Solution:
     problem: Problem
     nonweight: list[Bytes]
