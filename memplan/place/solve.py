@@ -46,6 +46,9 @@ _MUCH = 3e-3
 _WORTH = 1e-3
 """and where that makes it shorter by more than this."""
 
+_MOST_TIPS = 4
+"""That a refusal gives."""
+
 
 class Said(TypedDict):
     """What a plan says of its case besides."""
@@ -305,18 +308,15 @@ def _does_not_fit(of: _Least, workload: Workload) -> DoesNotFitError:
         tips.append(f"give at least {staging} of ram, so that blocks may be read from the disk")
     elif smallest.device_bytes > 4 * smallest.slots_bytes and len(smallest.homes) < len(problem.movable):
         tips.append("give more ram or a disk budget, so that more blocks may leave the device")
-    if (
-        problem.table.device != "cpu"
-        and problem.recomputed_at(level)
-        and not any(r.offload_bytes for r in problem.table.accesses)
-    ):
-        tips.append('let activations wait in ram too (activations "any"), which may need less vram')
     if fixed > least // 4:
         tips.append("use a smaller adapter rank or an optimizer with less state")
     if len(tips) < 2 or peak - fixed > smallest.device_bytes // 4:
         tips.append(
             "use a smaller micro-batch with more accumulation, or shorter sequences: activations shrink with them"
         )
+    looked = any(row.offload_bytes for row in problem.table.accesses)
+    if level and not looked and problem.table.device != "cpu" and len(tips) < _MOST_TIPS:
+        tips.append('let activations wait in ram too (activations "any"), which may need less vram')
     return DoesNotFitError(
         f"{asked}, but the least that works is {shown}",
         least_vram_bytes=least,
