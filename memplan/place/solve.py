@@ -49,6 +49,9 @@ _MUCH = 3e-3
 _WORTH = 1e-3
 """and where that makes it shorter by more than this."""
 
+_MOST_TIPS = 4
+"""That a refusal gives."""
+
 
 class Said(TypedDict):
     """What a plan says of its case besides."""
@@ -83,19 +86,22 @@ def place(
     require_input(table, budgets, staging_bytes)
     asked = activations or {}
     elastic = table.device == "cpu" if elastic is None else elastic
-    solution = _solve(table, budgets, staging_bytes, pins or {}, asked, elastic)
-    if solution.may_gain_by_offloading:
-        solution = _with_offloads(solution, table, budgets, staging_bytes, pins or {}, asked, elastic)
+    solution = plain = _solve(table, budgets, staging_bytes, pins or {}, asked, elastic)
+    if plain.may_gain_by_offloading:
+        solution = _with_offloads(plain, table, budgets, staging_bytes, pins or {}, asked, elastic)
     if solution.choice is None:
         smallest = min(
             (_Least(p) for p in _problems(table, budgets, staging_bytes, pins or {}, asked)),
             key=lambda least: least.vram_bytes,
         )
         raise _does_not_fit(smallest, said["workload"])
-    if pieces and solution.leaves_much:
+    # What is offloaded may be better as long as blocks are whole, and worse than what is not where they are split.
+    for whole in dict.fromkeys((plain, solution)) if pieces else ():
+        if whole.choice is None or not whole.leaves_much:
+            continue
         finer, finer_pins = split(table, pins or {})
         if finer is not table:
-            given, near = solution.problem.activations, solution.choice.recomputed
+            given, near = whole.problem.activations, whole.choice.recomputed
             other = _solve(finer, budgets, staging_bytes, finer_pins, given, elastic, solution.choice, near)
             solution = other if other.choice is not None else solution
     plan = _plan(solution, asked, said)
@@ -147,7 +153,7 @@ def place_as(
     return plan
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class _Solution:
     problem: Problem
     nonweight: list[Bytes]
@@ -340,18 +346,15 @@ def _does_not_fit(of: _Least, workload: Workload) -> DoesNotFitError:
         tips.append(f"give at least {staging} of ram, so that blocks may be read from the disk")
     elif smallest.device_bytes > 4 * smallest.slots_bytes and len(smallest.homes) < len(problem.movable):
         tips.append("give more ram or a disk budget, so that more blocks may leave the device")
-    if (
-        problem.table.device != "cpu"
-        and problem.recomputed_at(level)
-        and not any(r.offload_bytes for r in problem.table.accesses)
-    ):
-        tips.append('let activations wait in ram too (activations "any"), which may need less vram')
     if fixed > least // 4:
         tips.append("use a smaller adapter rank or an optimizer with less state")
     if len(tips) < 2 or peak - fixed > smallest.device_bytes // 4:
         tips.append(
             "use a smaller micro-batch with more accumulation, or shorter sequences: activations shrink with them"
         )
+    looked = any(row.offload_bytes for row in problem.table.accesses)
+    if level and not looked and problem.table.device != "cpu" and len(tips) < _MOST_TIPS:
+        tips.append('let activations wait in ram too (activations "any"), which may need less vram')
     return DoesNotFitError(
         f"{asked}, but the least that works is {shown}",
         least_vram_bytes=least,
