@@ -29,7 +29,7 @@ def graph_of(kind, shape=(1, 4), checkpointing="off"):
 
 
 @cache
-def plan_for(kind, share=0.1, *, policy=None, shape=(1, 4), checkpointing="off"):
+def plan_for(kind, share=0.1, *, policy=None, shape=(1, 4), checkpointing="off", elastic=None):
     """A plan with that share of the way from the least vram to all of it, every other streamed block on the disk.
 
     ``policy``: of all activations that memplan has a say in.
@@ -42,7 +42,7 @@ def plan_for(kind, share=0.1, *, policy=None, shape=(1, 4), checkpointing="off")
     def placed(vram, **more):
         names = {"model": graph.model, "fingerprint": graph.fingerprint, "hardware": CPU.name}
         budgets = Budgets(vram_bytes=vram, ram_bytes=GIB, disk_bytes=GIB)
-        return place(table, budgets, workload=workload, activations=activations, **names, **more)
+        return place(table, budgets, workload=workload, activations=activations, elastic=elastic, **names, **more)
 
     with pytest.raises(DoesNotFitError) as caught:
         placed(1)
@@ -162,7 +162,7 @@ def passes_of(model, plan, count):
 
 @pytest.mark.parametrize("share", [0.0, 0.1, 0.3])
 def test_only_what_is_chosen_is_loaded(share):
-    plan, never = plan_for("routed", share), (1, 3, 4)
+    plan, never = plan_for("routed", share, elastic=False), (1, 3, 4)
     records, uses = passes_of(make(never=never), plan, HABIT)
     of_never = {b.id for b in plan.table.blocks for expert in never if b.name.endswith(f".experts.{expert}")}
     assert any(row.block in of_never for row in records[-1].blocks)
@@ -175,7 +175,7 @@ def test_only_what_is_chosen_is_loaded(share):
 
 
 def test_what_is_always_chosen_is_loaded_ahead():
-    plan = plan_for("routed", 0.0)
+    plan = plan_for("routed", 0.0, elastic=False)
     records, uses = passes_of(make(never=(0, 2, 3, 5)), plan, HABIT + 3)
     misses = [record.misses for record in records]
     assert misses[HABIT - 1] > misses[HABIT - 2] > 0
