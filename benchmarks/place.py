@@ -36,8 +36,9 @@ from memplan.cost.build import cost_table
 from memplan.cost.table import CostTable
 from memplan.errors import DoesNotFitError
 from memplan.place.bound import window_bound
+from memplan.place.least import least_vram_bytes
 from memplan.place.problem import Memory, make_problem
-from memplan.place.solve import least_vram_bytes, place
+from memplan.place.solve import place
 from memplan.program.schema import Budgets, Plan, Prediction, Workload
 from memplan.program.timeline import durations
 

@@ -73,7 +73,7 @@ class Case:
 
     def least_vram_bytes(self) -> int | None:
         """Return the least vram for which there is a plan, in bytes; None where RAM and disk are too little for any."""
-        from memplan.place.solve import least_vram_bytes
+        from memplan.place.least import least_vram_bytes
 
         return least_vram_bytes(self.table, self.budgets, pins=self.pins, **self._asked())
 

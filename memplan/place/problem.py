@@ -253,3 +253,9 @@ def policies_for(problem: Problem, level: int) -> dict[str, Activations]:
     """Return the policies that recompute the modules that a level says."""
     modules, given, chosen = problem.table.recomputable, problem.activations, set(problem.recomputed_at(level))
     return {module: given.get(module, "recompute" if module in chosen else "keep") for module in modules}
+
+
+def nonweight_bytes(problem: Problem) -> list[Bytes]:
+    """Return the device bytes at each access apart from frozen weights, by number of recomputed modules."""
+    memory, slots_bytes = Memory(problem.table), problem.saves.device_bytes
+    return [memory.at(policies_for(problem, level)) + slots_bytes for level in range(problem.levels)]

@@ -2,24 +2,22 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import NotRequired, TypedDict, Unpack
+from typing import NamedTuple, NotRequired, TypedDict, Unpack
 
 import numpy as np
 
 from memplan.analyze.graph import Activations
 from memplan.cost.table import CostTable
-from memplan.errors import DoesNotFitError
-from memplan.place.arrangement import Arrangement, lay_out
+from memplan.place.arrangement import lay_out
 from memplan.place.baselines import Way
 from memplan.place.bound import window_bound
 from memplan.place.door import require_input
+from memplan.place.least import does_not_fit
 from memplan.place.pieces import split
-from memplan.place.problem import Bytes, Memory, Problem, make_problem, policies_for
-from memplan.place.ring import Rings
-from memplan.place.search import Choice, Search, rings
+from memplan.place.problem import Problem, make_problem, nonweight_bytes, policies_for
+from memplan.place.search import Choice, Search
 from memplan.place.variants import Variants
 from memplan.program.check import require
 from memplan.program.schema import (
@@ -35,7 +33,6 @@ from memplan.program.schema import (
     Workload,
 )
 from memplan.program.timeline import Timeline, durations, replay
-from memplan.units import ALIGNMENT_BYTES, format_bytes
 
 _BINDS_SHARE = 0.01
 """A stall below this share of the pass is rounding of the real machine: compute binds."""
@@ -48,9 +45,6 @@ _MUCH = 3e-3
 
 _WORTH = 1e-3
 """and where that makes it shorter by more than this."""
-
-_MOST_TIPS = 4
-"""That a refusal gives."""
 
 
 class Said(TypedDict):
@@ -85,24 +79,20 @@ def place(
     """
     require_input(table, budgets, staging_bytes)
     asked = activations or {}
-    elastic = table.device == "cpu" if elastic is None else elastic
-    solution = plain = _solve(table, budgets, staging_bytes, pins or {}, asked, elastic)
+    given = _Given(table, budgets, staging_bytes, pins or {}, elastic)
+    solution = plain = given.solve(asked)
     if plain.may_gain_by_offloading:
-        solution = _with_offloads(plain, table, budgets, staging_bytes, pins or {}, asked, elastic)
+        solution = _with_offloads(plain, given, asked)
     if solution.choice is None:
-        smallest = min(
-            (_Least(p) for p in _problems(table, budgets, staging_bytes, pins or {}, asked)),
-            key=lambda least: least.vram_bytes,
-        )
-        raise _does_not_fit(smallest, said["workload"])
+        raise does_not_fit(table, budgets, pins or {}, asked, staging_bytes, said["workload"])
     # What is offloaded may be better as long as blocks are whole, and worse than what is not where they are split.
     for whole in dict.fromkeys((plain, solution)) if pieces else ():
         if whole.choice is None or not whole.leaves_much:
             continue
         finer, finer_pins = split(table, pins or {})
         if finer is not table:
-            given, near = whole.problem.activations, whole.choice.recomputed
-            other = _solve(finer, budgets, staging_bytes, finer_pins, given, elastic, solution.choice, near)
+            in_pieces = _Given(finer, budgets, staging_bytes, finer_pins, elastic)
+            other = in_pieces.solve(whole.problem.activations, solution.choice, whole.choice.recomputed)
             solution = other if other.choice is not None else solution
     plan = _plan(solution, asked, said)
     require(plan)  # the judge shares no code with what made it
@@ -122,9 +112,8 @@ def pass_below_s(
     """Return a pass in s that :func:`place` reaches at least, without splitting blocks or offloading more; None where that
     does not fit, or takes ``below_s`` or longer.
     """
-    problem = make_problem(table, budgets, staging_bytes, pins or {}, activations or {})
-    elastic = table.device == "cpu" if elastic is None else elastic
-    choice = Search(problem, _nonweight(problem), below_s, elastic=elastic).best(climb=False)
+    given = _Given(table, budgets, staging_bytes, pins or {}, elastic)
+    choice = given.search(activations or {}, below_s)[1].best(climb=False)
     return None if choice is None else choice.pass_s
 
 
@@ -143,9 +132,8 @@ def place_as(
     """
     require_input(table, budgets, staging_bytes)
     problem = make_problem(table, budgets, staging_bytes, {}, activations or {})
-    nonweight = _nonweight(problem)
-    search = Search(problem, nonweight)
-    solution = _Solution(problem=problem, nonweight=nonweight, choice=search.as_others(way), least_s=0.0)
+    search = Search(problem, nonweight_bytes(problem))
+    solution = _Solution(problem=problem, choice=search.as_others(way), least_s=0.0)
     if solution.choice is None:
         return None
     plan = _plan(solution, activations or {}, said)
@@ -156,10 +144,7 @@ def place_as(
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class _Solution:
     problem: Problem
-    nonweight: list[Bytes]
-    """Device bytes at each access apart from frozen weights, by number of recomputed modules."""
     choice: Choice | None
-
     least_s: float
     """No arrangement of any pieces of these blocks has a shorter pass, with these numbers of recomputed modules."""
 
@@ -175,37 +160,37 @@ class _Solution:
         return self.choice is None or self.choice.pass_s > kept_s * (1 + _MUCH)
 
 
-def _solve(
-    table: CostTable,
-    budgets: Budgets,
-    staging_bytes: int,
-    pins: Mapping[int, Tier],
-    activations: Mapping[str, Activations],
-    elastic: bool,
-    than: Choice | None = None,
-    near: int | None = None,
-) -> _Solution:
-    """``than``: what is not better is no choice. ``near``: about the best number of recomputed modules, where it is known."""
-    problem = make_problem(table, budgets, staging_bytes, pins, activations)
-    nonweight = _nonweight(problem)
-    search = Search(problem, nonweight, None if than is None else than.pass_s * (1 - _WORTH), elastic=elastic)
-    choice = search.best(near)
-    return _Solution(problem=problem, nonweight=nonweight, choice=choice, least_s=search.least_of_all_s)
+class _Given(NamedTuple):
+    """What every search has in common, beside the activations."""
+
+    table: CostTable
+    budgets: Budgets
+    staging_bytes: int
+    pins: Mapping[int, Tier]
+    elastic: bool | None
+
+    def search(self, activations: Mapping[str, Activations], below_s: float | None = None) -> tuple[Problem, Search]:
+        """Return the problem with these activations, and a search for what is shorter than ``below_s``."""
+        problem = make_problem(self.table, self.budgets, self.staging_bytes, self.pins, activations)
+        elastic = self.table.device == "cpu" if self.elastic is None else self.elastic
+        return problem, Search(problem, nonweight_bytes(problem), below_s, elastic=elastic)
+
+    def solve(
+        self, activations: Mapping[str, Activations], than: Choice | None = None, near: int | None = None
+    ) -> _Solution:
+        """``than``: what is not better is no choice. ``near``: about the best number of recomputed modules, where it is
+        known.
+        """
+        problem, search = self.search(activations, None if than is None else than.pass_s * (1 - _WORTH))
+        choice = search.best(near)
+        return _Solution(problem=problem, choice=choice, least_s=search.least_of_all_s)
 
 
-def _with_offloads(
-    solution: _Solution,
-    table: CostTable,
-    budgets: Budgets,
-    staging_bytes: int,
-    pins: Mapping[int, Tier],
-    asked: Mapping[str, Activations],
-    elastic: bool,
-) -> _Solution:
+def _with_offloads(solution: _Solution, given: _Given, asked: Mapping[str, Activations]) -> _Solution:
     """Return what is better where activations are offloaded too: of ever more modules, then of about as many as the best."""
-    variants = Variants(table, asked)
-    for given in variants.every:
-        other = _solve(table, budgets, staging_bytes, pins, given, elastic, solution.choice)
+    variants = Variants(given.table, asked)
+    for chosen in variants.every:
+        other = given.solve(chosen, solution.choice)
         solution = other if other.choice is not None else solution
     found, tried = {0: solution}, {0}
     best = 0
@@ -214,7 +199,7 @@ def _with_offloads(
         nonlocal best
         for count in sorted({count for count in counts if 0 < count <= variants.most} - tried):
             tried.add(count)
-            other = _solve(table, budgets, staging_bytes, pins, variants.of(count), elastic, found[best].choice)
+            other = given.solve(variants.of(count), found[best].choice)
             if other.choice is not None:
                 found[count], best = other, count
 
@@ -226,155 +211,13 @@ def _with_offloads(
     return found[best]
 
 
-def _nonweight(problem: Problem) -> list[Bytes]:
-    """Return the device bytes at each access apart from frozen weights, by number of recomputed modules."""
-    memory, slots_bytes = Memory(problem.table), problem.saves.device_bytes
-    return [memory.at(policies_for(problem, level)) + slots_bytes for level in range(problem.levels)]
-
-
-def least_vram_bytes(
-    table: CostTable,
-    budgets: Budgets,
-    *,
-    pins: Mapping[int, Tier] | None = None,
-    activations: Mapping[str, Activations] | None = None,
-    staging_bytes: int = STAGING_BYTES,
-) -> int | None:
-    """Return the least vram for which :func:`place` returns a plan; None where ``ram`` and ``disk`` are too little.
-
-    Raises InputError as :func:`place` does.
-    """
-    require_input(table, budgets, staging_bytes)
-    problems = _problems(table, budgets, staging_bytes, pins or {}, activations or {})
-    least = min(_Least(problem).vram_bytes for problem in problems)
-    return None if math.isinf(least) else int(least)
-
-
-def _problems(
-    table: CostTable,
-    budgets: Budgets,
-    staging_bytes: int,
-    pins: Mapping[int, Tier],
-    activations: Mapping[str, Activations],
-) -> Iterator[Problem]:
-    """Yield the problems that :func:`place` solves: with what was asked, and with more offloaded."""
-    variants = Variants(table, activations)
-    for given in (activations, *variants.every, *map(variants.of, variants.counts)):
-        yield make_problem(table, budgets, staging_bytes, pins, given)
-
-
-class _Least:
-    """The least vram of a problem, and what sets it."""
-
-    def __init__(self, problem: Problem) -> None:
-        nonweight = _nonweight(problem)
-        self.problem = problem
-        self.level = min(range(len(nonweight)), key=lambda level: (int(nonweight[level].max()), level))
-        self.nonweight = nonweight[self.level]
-        self.smallest = _smallest(problem)
-        """The room and the arrangement; None where no vram would do."""
-
-    @property
-    def vram_bytes(self) -> float:
-        """In bytes; infinity where no vram would do."""
-        return math.inf if self.smallest is None else self.smallest[0] + int(self.nonweight.max())
-
-
-# ---- what does not fit ----------------------------------------------------------------------------------------------
-
-
-def _smallest(problem: Problem) -> tuple[int, Arrangement] | None:
-    """Return the least room for which there is an arrangement, and that; None where ``ram`` and ``disk`` are too little."""
-    listed, made_in = list(rings(problem)), Rings(problem)
-
-    def first(room_bytes: int) -> Arrangement | None:
-        made = (made_in.arrange(ring, room_bytes) for ring in listed)
-        return next((found for found in made if found is not None), None)
-
-    low, high = -1, 2 * sum(problem.sizes_bytes) // ALIGNMENT_BYTES  # nothing fits in low, all that can fits in high
-    found = first(high * ALIGNMENT_BYTES)
-    while found is not None and high - low > 1:
-        middle = (low + high) // 2
-        less = first(middle * ALIGNMENT_BYTES)
-        if less is None:
-            low = middle
-        else:
-            found, high = less, middle
-    return None if found is None else (high * ALIGNMENT_BYTES, found)
-
-
-def _does_not_fit(of: _Least, workload: Workload) -> DoesNotFitError:
-    problem, level = of.problem, of.level
-    budgets = problem.budgets
-    asked = f"{problem_name(workload)} was to be trained in {format_bytes(budgets.vram_bytes)} of vram"
-    if of.smallest is None:
-        frozen = sum(block.size_bytes for block in problem.table.blocks)
-        limited = f"ram of {format_bytes(budgets.ram_bytes)} and no room on disk for the streamed blocks"
-        enough = frozen + problem.staging_bytes + problem.saves.host_bytes
-        tips = [f"give {format_bytes(enough)} of ram", "give a disk budget"]
-        if problem.saves.host_bytes:
-            limited += f", beside {format_bytes(problem.saves.host_bytes)} of ram for offloaded activations"
-        return DoesNotFitError(
-            f"{asked}, but there is no room for the blocks that would leave it",
-            least_vram_bytes=None,
-            limited_by=limited,
-            suggestions=tuple(tips),
-        )
-    peak = int(of.nonweight.max())
-    room, smallest = of.smallest
-    least = peak + room
-    shown = format_bytes(least)
-    if shown == format_bytes(budgets.vram_bytes):
-        shown = f"{least - budgets.vram_bytes} bytes more"
-    access = problem.table.accesses[int(of.nonweight.argmax())]
-    where = f"the {access.kind}" + (f" of {access.module}" if access.module else "")
-    how = (
-        f", {len(problem.recomputed_at(level))} of {len(problem.table.recomputable)} modules recomputed"
-        if level
-        else ""
-    )
-    limited = (
-        f"{format_bytes(peak)} of activations, adapters and optimizer state at {where}{how}, beside weights of "
-        f"{format_bytes(room)} ({format_bytes(smallest.slots_bytes)} of it slots)"
-    )
-    fixed = sum(row.size_bytes for row in problem.table.fixed)
-    tips = [f"give at least {format_bytes(least)} of vram ({least} bytes)"]
-    no_staging = budgets.disk_bytes != 0 and budgets.ram_bytes < problem.staging_bytes
-    if no_staging:
-        staging = format_bytes(problem.staging_bytes)
-        limited += f"; the disk is read through {staging} of ram, and there are {format_bytes(budgets.ram_bytes)}"
-        tips.append(f"give at least {staging} of ram, so that blocks may be read from the disk")
-    elif smallest.device_bytes > 4 * smallest.slots_bytes and len(smallest.homes) < len(problem.movable):
-        tips.append("give more ram or a disk budget, so that more blocks may leave the device")
-    if fixed > least // 4:
-        tips.append("use a smaller adapter rank or an optimizer with less state")
-    if len(tips) < 2 or peak - fixed > smallest.device_bytes // 4:
-        tips.append(
-            "use a smaller micro-batch with more accumulation, or shorter sequences: activations shrink with them"
-        )
-    looked = any(row.offload_bytes for row in problem.table.accesses)
-    if level and not looked and problem.table.device != "cpu" and len(tips) < _MOST_TIPS:
-        tips.append('let activations wait in ram too (activations "any"), which may need less vram')
-    return DoesNotFitError(
-        f"{asked}, but the least that works is {shown}",
-        least_vram_bytes=least,
-        limited_by=limited,
-        suggestions=tuple(tips),
-    )
-
-
-def problem_name(workload: Workload) -> str:
-    """Return a short name of the workload for messages."""
-    return f"a micro-batch of {workload.tokens} tokens"
-
-
 # ---- the plan -------------------------------------------------------------------------------------------------------
 
 
 def _plan(solution: _Solution, asked: Mapping[str, Activations], said: Said) -> Plan:
     problem, choice = solution.problem, solution.choice
     assert choice is not None
-    nonweight = solution.nonweight[choice.recomputed]
+    nonweight = nonweight_bytes(problem)[choice.recomputed]
     table, arrangement = problem.table, choice.arrangement
     policies = policies_for(problem, choice.recomputed)
     saves = problem.saves

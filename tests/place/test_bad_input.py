@@ -10,7 +10,8 @@ from msgspec.structs import replace
 from memplan.analyze.graph import Rows
 from memplan.errors import DoesNotFitError, InputError, SizeError
 from memplan.place.baselines import WAYS
-from memplan.place.solve import least_vram_bytes, place, place_as
+from memplan.place.least import least_vram_bytes
+from memplan.place.solve import place, place_as
 from memplan.program.check import check
 from memplan.program.schema import STAGING_BYTES
 from tests.tables import MIB, NAMES, budgets, make_table

@@ -8,7 +8,8 @@ import pytest
 from msgspec.structs import replace
 
 from memplan.errors import DoesNotFitError
-from memplan.place.solve import least_vram_bytes, place
+from memplan.place.least import least_vram_bytes
+from memplan.place.solve import place
 from memplan.place.variants import Variants
 from memplan.program.check import check
 from tests.tables import MIB, NAMES, budgets, make_table

@@ -1,0 +1,163 @@
+"""The least vram for which there is a plan, and what is said where there is none."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+
+from memplan.analyze.graph import Activations
+from memplan.cost.table import CostTable
+from memplan.errors import DoesNotFitError
+from memplan.place.arrangement import Arrangement
+from memplan.place.door import require_input
+from memplan.place.problem import Problem, make_problem, nonweight_bytes
+from memplan.place.ring import Rings
+from memplan.place.search import rings
+from memplan.place.variants import Variants
+from memplan.program.schema import STAGING_BYTES, Budgets, Tier, Workload
+from memplan.units import ALIGNMENT_BYTES, format_bytes
+
+_MOST_TIPS = 4
+"""That a refusal gives."""
+
+
+def least_vram_bytes(
+    table: CostTable,
+    budgets: Budgets,
+    *,
+    pins: Mapping[int, Tier] | None = None,
+    activations: Mapping[str, Activations] | None = None,
+    staging_bytes: int = STAGING_BYTES,
+) -> int | None:
+    """Return the least vram for which :func:`memplan.place.solve.place` returns a plan; None where ``ram`` and ``disk`` are too little.
+
+    Raises InputError as that does.
+    """
+    require_input(table, budgets, staging_bytes)
+    problems = _problems(table, budgets, staging_bytes, pins or {}, activations or {})
+    least = min(_Least(problem).vram_bytes for problem in problems)
+    return None if math.isinf(least) else int(least)
+
+
+def _problems(
+    table: CostTable,
+    budgets: Budgets,
+    staging_bytes: int,
+    pins: Mapping[int, Tier],
+    activations: Mapping[str, Activations],
+) -> Iterator[Problem]:
+    """Yield the problems that :func:`place` solves: with what was asked, and with more offloaded."""
+    variants = Variants(table, activations)
+    for given in (activations, *variants.every, *map(variants.of, variants.counts)):
+        yield make_problem(table, budgets, staging_bytes, pins, given)
+
+
+class _Least:
+    """The least vram of a problem, and what sets it."""
+
+    def __init__(self, problem: Problem) -> None:
+        nonweight = nonweight_bytes(problem)
+        self.problem = problem
+        self.level = min(range(len(nonweight)), key=lambda level: (int(nonweight[level].max()), level))
+        self.nonweight = nonweight[self.level]
+        self.smallest = _smallest(problem)
+        """The room and the arrangement; None where no vram would do."""
+
+    @property
+    def vram_bytes(self) -> float:
+        """In bytes; infinity where no vram would do."""
+        return math.inf if self.smallest is None else self.smallest[0] + int(self.nonweight.max())
+
+
+def _smallest(problem: Problem) -> tuple[int, Arrangement] | None:
+    """Return the least room for which there is an arrangement, and that; None where ``ram`` and ``disk`` are too little."""
+    listed, made_in = list(rings(problem)), Rings(problem)
+
+    def first(room_bytes: int) -> Arrangement | None:
+        made = (made_in.arrange(ring, room_bytes) for ring in listed)
+        return next((found for found in made if found is not None), None)
+
+    low, high = -1, 2 * sum(problem.sizes_bytes) // ALIGNMENT_BYTES  # nothing fits in low, all that can fits in high
+    found = first(high * ALIGNMENT_BYTES)
+    while found is not None and high - low > 1:
+        middle = (low + high) // 2
+        less = first(middle * ALIGNMENT_BYTES)
+        if less is None:
+            low = middle
+        else:
+            found, high = less, middle
+    return None if found is None else (high * ALIGNMENT_BYTES, found)
+
+
+def does_not_fit(
+    table: CostTable,
+    budgets: Budgets,
+    pins: Mapping[int, Tier],
+    activations: Mapping[str, Activations],
+    staging_bytes: int,
+    workload: Workload,
+) -> DoesNotFitError:
+    """Return what to raise where no plan keeps the budgets: the least vram that would do, what sets it, what helps."""
+    problems = _problems(table, budgets, staging_bytes, pins, activations)
+    of = min(map(_Least, problems), key=lambda least: least.vram_bytes)
+    problem, level = of.problem, of.level
+    asked = f"{problem_name(workload)} was to be trained in {format_bytes(budgets.vram_bytes)} of vram"
+    if of.smallest is None:
+        frozen = sum(block.size_bytes for block in problem.table.blocks)
+        limited = f"ram of {format_bytes(budgets.ram_bytes)} and no room on disk for the streamed blocks"
+        enough = frozen + problem.staging_bytes + problem.saves.host_bytes
+        tips = [f"give {format_bytes(enough)} of ram", "give a disk budget"]
+        if problem.saves.host_bytes:
+            limited += f", beside {format_bytes(problem.saves.host_bytes)} of ram for offloaded activations"
+        return DoesNotFitError(
+            f"{asked}, but there is no room for the blocks that would leave it",
+            least_vram_bytes=None,
+            limited_by=limited,
+            suggestions=tuple(tips),
+        )
+    peak = int(of.nonweight.max())
+    room, smallest = of.smallest
+    least = peak + room
+    shown = format_bytes(least)
+    if shown == format_bytes(budgets.vram_bytes):
+        shown = f"{least - budgets.vram_bytes} bytes more"
+    access = problem.table.accesses[int(of.nonweight.argmax())]
+    where = f"the {access.kind}" + (f" of {access.module}" if access.module else "")
+    how = (
+        f", {len(problem.recomputed_at(level))} of {len(problem.table.recomputable)} modules recomputed"
+        if level
+        else ""
+    )
+    limited = (
+        f"{format_bytes(peak)} of activations, adapters and optimizer state at {where}{how}, beside weights of "
+        f"{format_bytes(room)} ({format_bytes(smallest.slots_bytes)} of it slots)"
+    )
+    fixed = sum(row.size_bytes for row in problem.table.fixed)
+    tips = [f"give at least {format_bytes(least)} of vram ({least} bytes)"]
+    no_staging = budgets.disk_bytes != 0 and budgets.ram_bytes < problem.staging_bytes
+    if no_staging:
+        staging = format_bytes(problem.staging_bytes)
+        limited += f"; the disk is read through {staging} of ram, and there are {format_bytes(budgets.ram_bytes)}"
+        tips.append(f"give at least {staging} of ram, so that blocks may be read from the disk")
+    elif smallest.device_bytes > 4 * smallest.slots_bytes and len(smallest.homes) < len(problem.movable):
+        tips.append("give more ram or a disk budget, so that more blocks may leave the device")
+    if fixed > least // 4:
+        tips.append("use a smaller adapter rank or an optimizer with less state")
+    if len(tips) < 2 or peak - fixed > smallest.device_bytes // 4:
+        tips.append(
+            "use a smaller micro-batch with more accumulation, or shorter sequences: activations shrink with them"
+        )
+    looked = any(row.offload_bytes for row in problem.table.accesses)
+    if level and not looked and problem.table.device != "cpu" and len(tips) < _MOST_TIPS:
+        tips.append('let activations wait in ram too (activations "any"), which may need less vram')
+    return DoesNotFitError(
+        f"{asked}, but the least that works is {shown}",
+        least_vram_bytes=least,
+        limited_by=limited,
+        suggestions=tuple(tips),
+    )
+
+
+def problem_name(workload: Workload) -> str:
+    """Return a short name of the workload for messages."""
+    return f"a micro-batch of {workload.tokens} tokens"
