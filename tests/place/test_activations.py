@@ -92,8 +92,8 @@ def best_of_addresses(table, vram, limit_s):
 @pytest.mark.parametrize(
     ("device", "count"),
     [
-        ("cpu", 70),
-        ("cuda", 30),
+        ("cpu", 40),
+        ("cuda", 10),
         pytest.param("cpu", 200, marks=pytest.mark.full),
         pytest.param("cuda", 100, marks=pytest.mark.full),
     ],

@@ -62,7 +62,7 @@ def test_room_for_one_block_at_the_worst_access_is_room_for_two_elsewhere():
     assert plan.prediction.pass_s < flat.prediction.pass_s * 0.75
 
 
-@settings(max_examples=40, deadline=None, derandomize=True, phases=[Phase.explicit, Phase.generate])
+@settings(max_examples=15, deadline=None, derandomize=True, phases=[Phase.explicit, Phase.generate])
 @given(
     sizes=st.lists(st.integers(1, 12), min_size=2, max_size=10),
     again=st.integers(0, 9),

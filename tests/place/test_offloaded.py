@@ -57,7 +57,7 @@ def test_their_number_is_about_the_best(link, share):
             plan = place(replace(table, accesses=rows), given, activations=asked, pieces=False, **NAMES)
             passes_s[count] = plan.prediction.pass_s
     chosen_s = place(table, given, pieces=False, **NAMES).prediction.pass_s
-    assert chosen_s <= 1.002 * min(passes_s.values())
+    assert chosen_s <= 1.01 * min(passes_s.values())
     assert chosen_s < 0.995 * min(passes_s[count] for count in variants.counts if count in passes_s)
 
 

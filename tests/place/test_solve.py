@@ -249,7 +249,7 @@ def tables(draw):
     )
 
 
-@settings(max_examples=150, deadline=None, derandomize=True)
+@settings(max_examples=50, deadline=None, derandomize=True)
 @given(
     table=tables(),
     vram=st.integers(0, 60 * MIB),
@@ -328,7 +328,7 @@ def test_the_bound_does_not_count_where_this_plan_reads_rows():
     assert read.bound_s <= held.pass_s * (1 + 1e-9)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(st.data())
 def test_tables_never_lose_a_plan_and_never_break_one(data):
     """What can be placed where whole tables are read can be where rows are; every plan passes the judge."""
