@@ -68,7 +68,7 @@ def plan(
     ``hardware``: ``"auto"`` (measured once, then cached), a shipped profile's name, or a profile's file.
     ``pins``: tier by block name. ``activations``: ``"keep"``, ``"recompute"`` or ``"offload"`` (to RAM, until backward)
     for every layer, or by layer name; None: kept or recomputed, as is fastest; ``"any"``: one of the three, as is fastest
-    on a device of its own (a longer look at the model). ``loss``: from the model's output to a scalar, where the output holds none.
+    on a device with memory of its own (a look more at the model). ``loss``: from the model's output to a scalar, where the output holds none.
     ``checkpoint``: folder of safetensors that blocks may be read from (default: where the model says it came from).
     ``measure``: time each access on this machine, with one block's memory, in place of estimating it from rates;
     ``max_step_s``: the longest step that will do, in seconds. ``gains``: look at what one more GiB (of vram, of

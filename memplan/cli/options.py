@@ -61,7 +61,7 @@ _OPTIONS = (
     click.option(
         "--activations",
         type=click.Choice(["keep", "recompute", "offload", "any"]),
-        help="Of every layer; any: chosen among all three, after a longer look.  [default: kept or recomputed]",
+        help="Of every layer; any: chosen among all three, after one look more.  [default: kept or recomputed]",
     ),
     click.option(
         "--elastic/--no-elastic",
