@@ -1,6 +1,6 @@
 """Plans of real models beside the bound: how far each is from what any plan could do, and how long it takes to find it.
 
-    python -m benchmarks.place [--only TEXT] [--tokens N] [--graphs FOLDER] [--keep]
+    python -m benchmarks.place [--only TEXT] [--tokens N] [--graphs FOLDER] [--elastic] [--keep]
 
 Models (from shapes alone) x dtypes x cards x tokens x budgets from the least feasible to all. ``bound``: the window bound at
 the plan's granularity, room as it is at each access. ``--graphs``: where analyses are kept from one run to the next.
@@ -212,6 +212,9 @@ def main() -> int:
     options.add_argument("--only", default="", help="models whose name holds this")
     options.add_argument("--tokens", type=int, help="passes of so many tokens alone")
     options.add_argument("--graphs", type=Path, help="folder in which analyses are kept")
+    options.add_argument(
+        "--elastic", action="store_true", help="plans whose device arena gives bytes back for part of a pass"
+    )
     options.add_argument("--keep", action="store_true", help="keep the result in benchmarks/results")
     given = options.parse_args()
     warnings.simplefilter("ignore")
@@ -243,7 +246,7 @@ def main() -> int:
                         vram = int(least + share * (whole - least))
                         budgets = Budgets(vram_bytes=vram, ram_bytes=RAM_BYTES, disk_bytes=0)
                         began = time.perf_counter()
-                        plan = place(table, budgets, **names)
+                        plan = place(table, budgets, elastic=given.elastic, **names)
                         took = time.perf_counter() - began
                         said = plan.prediction
                         gap = said.pass_s / said.bound_s - 1
@@ -275,7 +278,7 @@ def main() -> int:
         for count, length in kinds_of
     }
     result = {
-        "benchmark": "place", "cases": len(rows), "median": statistics.median(gaps), "worst": max(gaps),
+        "benchmark": "place", "elastic": given.elastic, "cases": len(rows), "median": statistics.median(gaps), "worst": max(gaps),
         "slowest_s": max(row["solved_s"] for row in rows),
         "one_arena_median": statistics.median(flat), "one_arena_worst": max(flat),
         "joint": joint_summary(joint), "joint_by_shape": by_shape, "joint_rows": joint,

@@ -54,7 +54,7 @@ def test_plan_hands_on_what_was_asked(calls: list[Any], capsys: pytest.CaptureFi
         "plan ./model --vram 6GiB --ram 24GiB --disk 100GB --lora-rank 8 --lora-targets q_proj,v_proj --batch 4 "
         "--seq 1024 --quantization nf4 --accumulation 2 --examples 100 --epochs 3 --dtype fp32 --attention eager --autocast fp16 --optimizer sgd "
         "--hardware rtx-3060 "
-        "--pin model.layers.3=device --pin lm_head=host --activations offload"
+        "--pin model.layers.3=device --pin lm_head=host --activations offload --no-elastic"
     )
     assert main(arguments.split()) == 0
     assert calls == [
@@ -77,6 +77,7 @@ def test_plan_hands_on_what_was_asked(calls: list[Any], capsys: pytest.CaptureFi
                 "hardware": "rtx-3060",
                 "pins": {"model.layers.3": "device", "lm_head": "host"},
                 "activations": "offload",
+                "elastic": False,
                 "measure": False,
                 "max_step_s": None,
                 "progress": None,
