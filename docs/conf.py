@@ -1,4 +1,5 @@
 """How Sphinx builds these documents: ``make docs``."""
+
 from __future__ import annotations
 
 project = "memplan"
