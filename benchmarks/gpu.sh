@@ -1,7 +1,18 @@
 #!/usr/bin/env bash
-# The one entry for a CUDA machine without network: GPU tests, the demo, and whole against memplan against FSDP2's CPU
-# offload on one 8B-shaped model. At most 8 minutes; writes one JSON file and prints its path.
-# Unproven until a results file of it stands in benchmarks/results/.
+# The one entry for a CUDA machine without network. Each part takes at most nine minutes and writes a JSON file of its own;
+# one whose file lies there already is not run again.
+#
+#   bash benchmarks/gpu.sh [PART ...]
+#
+# tests      pytest -m gpu
+# calibrate  this card's measured profile (a copy for profiles/ lies beside the result)
+# demo       the demo, whole and under a plan
+# truth      predicted memory and times beside measured ones, 76 small models
+# any other  a part of benchmarks.versus (its --list): memplan side by side with the peers
+#
+# Without any: tests, calibrate, demo and a short llama-3.1-8b-bf16-2048, nine minutes in all. OUT: where results lie (default:
+# benchmarks/results). CHECKPOINTS: where random weights are kept between parts (default: they go). Unproven until a results
+# file of it stands in benchmarks/results/.
 set -u
 cd "$(dirname "$0")/.."
 python=${PYTHON:-python3}
@@ -11,30 +22,55 @@ python=${PYTHON:-python3}
 }
 out=${OUT:-benchmarks/results}
 mkdir -p "$out"
-export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1 TOKENIZERS_PARALLELISM=false
-export MEMPLAN_CACHE=${MEMPLAN_CACHE:-$(mktemp -d)}
 work=$(mktemp -d)
-timeout 110 "$python" -m pytest -q -m gpu -p no:cacheprovider tests >"$work/tests" 2>&1
-echo $? >"$work/tests.rc"
-tail -n 25 "$work/tests"
-timeout 90 "$python" -m memplan demo --json >"$work/demo" 2>"$work/demo.err"
-echo $? >"$work/demo.rc"
-tail -n 3 "$work/demo.err"
-timeout 270 "$python" benchmarks/versus.py --steps 5 --seconds 60 --tokens 2048 >"$work/versus" 2>&1
-echo $? >"$work/versus.rc"
-cat "$work/versus"
-"$python" - "$work" "$out" <<'PY'
+trap 'rm -rf "$work"' EXIT
+export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
+export MEMPLAN_CACHE=${MEMPLAN_CACHE:-$work/cache}
+bad=0
+
+# part NAME SECONDS COMMAND...: run it, keep its exit code and the last line of JSON that it printed.
+part() {
+    local name=$1 seconds=$2
+    shift 2
+    if compgen -G "$out/*-gpu-$name.json" >/dev/null; then
+        echo "$name: done before"
+        return
+    fi
+    timeout "$seconds" "$@" >"$work/$name" 2>"$work/$name.err"
+    local code=$?
+    tail -n 25 "$work/$name.err" "$work/$name" | cut -c1-400
+    "$python" - "$work/$name" "$out" "$name" $code <<'PY' || code=1
 import json, pathlib, sys
 from benchmarks.about import keep
 
-work, out = map(pathlib.Path, sys.argv[1:])
-
-def last(name):
-    lines = [line for line in (work / name).read_text().splitlines() if line.startswith("{")]
-    return json.loads(lines[-1]) if lines else None
-
-codes = {part: int((work / f"{part}.rc").read_text()) for part in ("tests", "demo", "versus")}
-tests = (work / "tests").read_text().strip().splitlines()[-1:]
-print(keep({"exit_codes": codes, "tests": tests, "demo": last("demo"), "versus": last("versus")}, "gpu", out))
-sys.exit(1 if any(codes.values()) else 0)
+path, out, name, code = pathlib.Path(sys.argv[1]), pathlib.Path(sys.argv[2]), sys.argv[3], int(sys.argv[4])
+lines = path.read_text().strip().splitlines()
+found = next((json.loads(line) for line in reversed(lines) if line.startswith("{")), None)
+result = {"part": name, "exit_code": code, "result": found, "last_line": lines[-1] if lines and found is None else None}
+print(keep(result, f"gpu-{name}" if code == 0 else f"gpu-{name}-failed", out))
 PY
+    [ $code -eq 0 ] || bad=1
+}
+
+# versus NAME SECONDS [LIMIT]: it keeps its own file, and knows by it what is done.
+versus() {
+    local folder=()
+    [ -n "${CHECKPOINTS:-}" ] && folder=(--folder "$CHECKPOINTS")
+    timeout "$2" "$python" -m benchmarks.versus --part "$1" --out "$out" --profile --seconds "$3" "${folder[@]}" || bad=1
+}
+
+short=0
+[ $# -gt 0 ] || { short=1; set -- tests calibrate demo llama-3.1-8b-bf16-2048; }
+for name in "$@"; do
+    case $name in
+        tests) part tests $((short ? 110 : 540)) "$python" -m pytest -q -m gpu -p no:cacheprovider tests ;;
+        calibrate)
+            part calibrate 120 "$python" -m memplan calibrate --json --out "$work/profile.json"
+            [ ! -f "$work/profile.json" ] || cp "$work/profile.json" "$out/profile.json"
+            ;;
+        demo) part demo 90 "$python" -m memplan demo --json ;;
+        truth) part truth 540 "$python" -m benchmarks.truth --times ;;
+        *) versus "$name" $((short ? 220 : 540)) $((short ? 150 : 400)) ;;
+    esac
+done
+exit $bad

@@ -1,0 +1,1 @@
+"""memplan side by side with the peers: see ``__main__.py``."""
