@@ -115,7 +115,7 @@ def case_of_plan(plan: Plan) -> Case:
         activations=plan.asked,
         staging_bytes=_staging_bytes(plan.table.device),
         notes=plan.notes,
-        elastic=any(segment.absent for arena in plan.arenas for segment in arena.segments) or None,
+        elastic=plan.elastic,
     )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Literal
 
 from msgspec.structs import replace
@@ -274,8 +274,12 @@ def _once(one: _Pass, sizes_bytes: Mapping[str, int]) -> dict[str, int]:
 
 
 def _lifetimes(traces: Mapping[Activations, _Pass], recomputable: frozenset[str]) -> tuple[Lifetime, ...]:
-    """Return what outlives an access: of recomputable modules once for each policy, of all others once."""
-    found = []
+    """Return what outlives an access: of recomputable modules once for each policy, of all others once.
+
+    What a module without a choice made may live longer where the next one is recomputed (it is what that begins from): that
+    is the next one's.
+    """
+    found = list(_held_longer(traces, recomputable))
     for here, traced in traces.items():
         for (kind, born, last), size_bytes in traced.spans.items():
             policy: Activations | Literal["any"] = "any"
@@ -285,6 +289,29 @@ def _lifetimes(traces: Mapping[Activations, _Pass], recomputable: frozenset[str]
                 continue
             found.append(Lifetime(kind=kind, born=born, last=last, size_bytes=size_bytes, policy=policy))
     return tuple(sorted(found, key=lambda life: (life.born, life.last, life.kind, life.policy)))
+
+
+def _held_longer(traces: Mapping[Activations, _Pass], recomputable: frozenset[str]) -> Iterator[Lifetime]:
+    """Yield what of modules without a choice lives longer under a policy than where all is kept, as the next module's."""
+    kept = traces["keep"]
+    for here, traced in traces.items():
+        made: dict[tuple[LifetimeKind, int], dict[int, int]] = {}
+        for (kind, born, last), size_bytes in traced.spans.items() if here != "keep" else ():
+            access = traced.accesses[born]
+            if access.module not in recomputable and access.kind == "forward":
+                made.setdefault((kind, born), {})[last] = size_bytes
+        for (kind, born), sizes in made.items():
+            after = range(born, len(traced.accesses))
+            then = next((index for index in after if traced.accesses[index].module in recomputable), None)
+            if then is None or traced.accesses[then].kind != "forward":
+                continue
+            told = 0
+            for last in sorted(sizes, reverse=True):
+                of_all = sum(size for end, size in sizes.items() if end >= last)
+                of_kept = sum(s for (k, b, end), s in kept.spans.items() if (k, b) == (kind, born) and end >= last)
+                if last > then and of_all - of_kept > told:
+                    yield Lifetime(kind=kind, born=then, last=last, size_bytes=of_all - of_kept - told, policy=here)
+                    told = of_all - of_kept
 
 
 def _spanning(lifetimes: Sequence[Lifetime], index: int, policy: str) -> int:

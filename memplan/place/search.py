@@ -49,7 +49,7 @@ _MOST_CLIMBED = 6000
 _STARTS = 24
 """Rings from whose best the climb begins where blocks are few."""
 
-_MOST_STACKED = 12_000
+_MOST_STACKED = 11_000
 """Arrangements that are looked at where every one of a few blocks is: there are 10,000 of six blocks. A search for what is
 better than something looks at a fortieth of that."""
 

@@ -79,6 +79,7 @@ def place(
     """
     require_input(table, budgets, staging_bytes)
     asked = activations or {}
+    elastic = _is_elastic(table, elastic)
     given = _Given(table, budgets, staging_bytes, pins or {}, elastic)
     solution = plain = given.solve(asked)
     if plain.may_gain_by_offloading:
@@ -94,7 +95,7 @@ def place(
             in_pieces = _Given(finer, budgets, staging_bytes, finer_pins, elastic)
             other = in_pieces.solve(whole.problem.activations, solution.choice, whole.choice.recomputed)
             solution = other if other.choice is not None else solution
-    plan = _plan(solution, asked, said)
+    plan = _plan(solution, asked, said, elastic=elastic)
     require(plan)  # the judge shares no code with what made it
     return plan
 
@@ -112,7 +113,7 @@ def pass_below_s(
     """Return a pass in s that :func:`place` reaches at least, without splitting blocks or offloading more; None where that
     does not fit, or takes ``below_s`` or longer.
     """
-    given = _Given(table, budgets, staging_bytes, pins or {}, elastic)
+    given = _Given(table, budgets, staging_bytes, pins or {}, _is_elastic(table, elastic))
     choice = given.search(activations or {}, below_s)[1].best(climb=False)
     return None if choice is None else choice.pass_s
 
@@ -136,7 +137,7 @@ def place_as(
     solution = _Solution(problem=problem, choice=search.as_others(way), least_s=0.0)
     if solution.choice is None:
         return None
-    plan = _plan(solution, activations or {}, said)
+    plan = _plan(solution, activations or {}, said, elastic=False)
     require(plan)
     return plan
 
@@ -160,6 +161,11 @@ class _Solution:
         return self.choice is None or self.choice.pass_s > kept_s * (1 + _MUCH)
 
 
+def _is_elastic(table: CostTable, asked: bool | None) -> bool:
+    """No GPU has proven what gives bytes back, so it must be asked for there."""
+    return table.device == "cpu" if asked is None else asked
+
+
 class _Given(NamedTuple):
     """What every search has in common, beside the activations."""
 
@@ -167,13 +173,12 @@ class _Given(NamedTuple):
     budgets: Budgets
     staging_bytes: int
     pins: Mapping[int, Tier]
-    elastic: bool | None
+    elastic: bool
 
     def search(self, activations: Mapping[str, Activations], below_s: float | None = None) -> tuple[Problem, Search]:
         """Return the problem with these activations, and a search for what is shorter than ``below_s``."""
         problem = make_problem(self.table, self.budgets, self.staging_bytes, self.pins, activations)
-        elastic = self.table.device == "cpu" if self.elastic is None else self.elastic
-        return problem, Search(problem, nonweight_bytes(problem), below_s, elastic=elastic)
+        return problem, Search(problem, nonweight_bytes(problem), below_s, elastic=self.elastic)
 
     def solve(
         self, activations: Mapping[str, Activations], than: Choice | None = None, near: int | None = None
@@ -214,7 +219,7 @@ def _with_offloads(solution: _Solution, given: _Given, asked: Mapping[str, Activ
 # ---- the plan -------------------------------------------------------------------------------------------------------
 
 
-def _plan(solution: _Solution, asked: Mapping[str, Activations], said: Said) -> Plan:
+def _plan(solution: _Solution, asked: Mapping[str, Activations], said: Said, *, elastic: bool) -> Plan:
     problem, choice = solution.problem, solution.choice
     assert choice is not None
     nonweight = nonweight_bytes(problem)[choice.recomputed]
@@ -268,6 +273,7 @@ def _plan(solution: _Solution, asked: Mapping[str, Activations], said: Said) -> 
         staging_bytes=staging,
         pins=dict(problem.pins),
         asked=dict(asked),
+        elastic=elastic,
     )
 
 

@@ -232,6 +232,8 @@ class Plan(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Homes that were asked for, by block; the others were chosen."""
     asked: dict[str, Activations] = {}
     """Activations that were asked for, by module; the others were chosen."""
+    elastic: bool = False
+    """Whether segments of the device arena might be absent for part of a pass, be there any or not."""
     gains: tuple[Gain, ...] = ()
     """What would make a pass shorter, each alone, where that was looked at."""
 

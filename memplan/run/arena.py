@@ -141,8 +141,11 @@ class Arena:
             begin = held.data_ptr() - self.bytes.data_ptr()
             self._mapping.madvise(mmap.MADV_DONTNEED, begin, held.numel())
         else:
+            self._away.add(
+                number
+            )  # first: an interrupt must not leave a segment that counts as there without its bytes
+            self.addresses.spans.pop(number, None)
             held.untyped_storage().resize_(0)
-            del self.addresses.spans[number]
         self._away.add(number)
         self._changed(-held.numel())
 

@@ -36,8 +36,10 @@ class Elastic:
                 self.planned[number] = frozenset(i for first, last in segment.absent for i in range(first, last + 1))
                 end = segment.offset_bytes + segment.size_bytes
                 for address in plan.addresses:
-                    if address.arena == held.id and segment.offset_bytes <= address.offset_bytes < end:
-                        self.segment_of[plan.items[address.item].block] = number
+                    item = plan.items[address.item]
+                    inside = address.arena == held.id and segment.offset_bytes <= address.offset_bytes < end
+                    if inside and item.kind == "weights":  # others are refused: matching.require_supported
+                        self.segment_of[item.block] = number
         self.blocks: dict[int, tuple[int, ...]] = {
             number: tuple(block for block, within in self.segment_of.items() if within == number)
             for number in self.planned

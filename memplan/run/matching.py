@@ -32,6 +32,19 @@ def require_supported(plan: Plan) -> None:
                 f"the plan's {tier} has {len(segments)} arenas of {len(parts)} parts, and this version runs one that begins at "
                 "0, on the device in parts that follow one another: make the plan again with this version"
             )
+    comes_and_goes = [
+        (arena.id, segment.offset_bytes, segment.offset_bytes + segment.size_bytes)
+        for arena in plan.arenas
+        for segment in arena.segments
+        if segment.absent
+    ]
+    for address in plan.addresses:
+        item, offset = plan.items[address.item], address.offset_bytes
+        if item.kind != "weights" and any(a == address.arena and b <= offset < e for a, b, e in comes_and_goes):
+            raise PlanMismatchError(
+                f"the plan has what {item.module} saved lie in bytes that are given back for part of a pass, which this "
+                "version does for weights alone: make the plan again with this version"
+            )
     for stay in plan.residences:
         item = plan.items[stay.item]
         if item.kind == "boundary" or (item.kind == "weights" and stay.source.startswith("residence:")):

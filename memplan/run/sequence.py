@@ -142,8 +142,8 @@ class Sequence:
         """Whether a segment is absent in the access ``now``, or in one that may be under way behind it since it is over:
         no trigger tells of the loss and the optimizer. ``done``: accesses below it are over.
         """
-        if now < 0:
-            return False
+        if now < 0:  # a sequence begins anew behind a pass: the optimizer step may be under way
+            return self.length - 1 in self.absent[segment]
         end = max(done, now + 1)
         while done > now and self.steps[end % self.length].kind in ("loss", "optimizer") and end % self.length:
             end += 1

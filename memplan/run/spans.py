@@ -62,6 +62,11 @@ class Spans:
         yield
         self.add(channel, what, begins, self.mark(stream))
 
+    def drop(self) -> None:
+        """What is under way is no pass."""
+        with self._lock:
+            self._now = []
+
     def turn(self) -> None:
         """A pass is over."""
         with self._lock:
@@ -105,12 +110,21 @@ class TracedWatcher:
         self._open: tuple[str, Mark, record_function] | None = None
         self._came_back = False
         """Whether a backward was seen in this pass."""
+        self._forwards: set[str] = set()
+        """Modules whose forward was seen in it."""
 
     def forward_begins(self, module: str, *, in_backward: bool) -> int:
-        if not in_backward and self._came_back:
-            self._end()
-            self._spans.turn()
-            self._came_back = False
+        if not in_backward:
+            if self._came_back:
+                self._end()
+                self._spans.turn()
+                self._came_back = False
+                self._forwards.clear()
+            elif module in self._forwards:  # a forward without a backward, as in an evaluation: that was no pass
+                self._end()
+                self._spans.drop()
+                self._forwards.clear()
+            self._forwards.add(module)
         with self._access("recompute" if in_backward else "forward", module):
             return self._inner.forward_begins(module, in_backward=in_backward)
 

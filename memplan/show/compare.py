@@ -206,7 +206,10 @@ def _render(compared: Compared, names: tuple[str, str], glyphs: Glyphs) -> Rende
         table.add_row(what, Text(glyphs.safe(one)), Text(glyphs.safe(other)))
     for row in compared.rows:
         table.add_row(
-            row.what, _value(row.first, row.unit, glyphs), _value(row.second, row.unit, glyphs), _change(row, glyphs)
+            Text(glyphs.safe(row.what)),
+            _value(row.first, row.unit, glyphs),
+            _value(row.second, row.unit, glyphs),
+            _change(row, glyphs),
         )
     parts: list[RenderableType] = [table]
     if compared.moved:
@@ -215,7 +218,7 @@ def _render(compared: Compared, names: tuple[str, str], glyphs: Glyphs) -> Rende
             count = "1 block" if len(moved.blocks) == 1 else f"{len(moved.blocks):,} blocks"
             what = f"{moved.first} -> {moved.second}: {count}, {format_bytes(moved.size_bytes)}, of "
             parts.append(Padding(Text(what + glyphs.safe("; ".join(_owners(moved.blocks)))), (0, 0, 0, 2)))
-    parts += [Text(note) for note in compared.notes]
+    parts += [Text(glyphs.safe(note)) for note in compared.notes]
     return Group(*parts)
 
 

@@ -5,11 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 
+import memplan
 from memplan.run.attach import attach
 from memplan.run.handle import handle_of
 from tests.counting import LiveBytes, held_by
 from tests.run.test_parity import plan_for
-from tests.training import EVERY_WAY, KINDS, batch_of, loss_of, make
+from tests.training import CPU, EVERY_WAY, KINDS, batch_of, loss_of, make
 
 
 def counted_step(model, kind, accumulation=1, batches=batch_of, apart=()):
@@ -75,3 +76,15 @@ def test_the_handles_own_count_agrees(tmp_path):
                 optimizer.step()
                 optimizer.zero_grad()
         assert handle.record.vram_peak_bytes == pytest.approx(count.peak, rel=0.001)
+
+
+@pytest.mark.parametrize("kept", ["", "rkkkkk", "rrkkkk", "krkrkr", "kkkkkr", "rkrrrk"])
+def test_any_choice_of_recomputed_layers_is_foreseen(kept):
+    """What the first recomputed layer begins from lives to its backward: the embedding's output, which else goes early."""
+    model = make("llama")
+    policies = {f"layers.{turn}": {"k": "keep", "r": "recompute"}[mark] for turn, mark in enumerate(kept)}
+    given = {"vram": "1GiB", "ram": "1GiB", "hardware": CPU, "loss": loss_of, "gains": False}
+    plan = memplan.plan(model, batch_of("llama"), activations=policies or None, **given)
+    with attach(model, plan):
+        peak = counted_step(model, "llama")
+    assert 0.99 * plan.prediction.peaks.vram_bytes <= peak <= plan.prediction.peaks.vram_bytes

@@ -37,16 +37,18 @@ def write(
     """Write the page, whole or not at all. Raises InputError where the file cannot be written."""
     data = text(plan, record, points, machine).encode()
     target = Path(path)
-    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
     try:
+        temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
         try:
             temporary.write_bytes(data)
             temporary.replace(target)
         except BaseException:
             temporary.unlink(missing_ok=True)
             raise
-    except OSError as error:
-        raise InputError(f"{target} cannot be written ({error.strerror}): give another file") from error
+    except (OSError, ValueError) as error:  # ValueError: no name at all, or one that no file can have
+        raise InputError(
+            f"{target} cannot be written ({getattr(error, 'strerror', error)}): give another file"
+        ) from error
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
