@@ -32,7 +32,7 @@ class Part:
 
 
 def _cpu(name: str, kind: str, tokens: int = 192) -> Part:
-    return Part(name=name, device="cpu", model=small(kind), shape=(1, tokens), rounds=3, steps=3, seconds=300)
+    return Part(name=name, device="cpu", model=small(kind), shape=(1, tokens), rounds=10, steps=1, seconds=300)
 
 
 CPU = (_cpu("cpu-llama", "llama"), _cpu("cpu-moe", "mixtral"), _cpu("cpu-t5", "t5"))
