@@ -21,7 +21,7 @@ class Part:
     steps: int
     """Of a round."""
     seconds: int
-    """After which no round begins; a contender's first round has all that is left."""
+    """After which no turn begins; one answer may take half of what is left."""
     card_gib: int | None = None
     checkpointing: bool = False
     contenders: tuple[str, ...] = ("whole", *PLANNED, *PEERS)
