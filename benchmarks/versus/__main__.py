@@ -53,7 +53,7 @@ def main() -> int:
     options.add_argument("--list", action="store_true", help="name all parts")
     options.add_argument("--only", nargs="+", help="contenders")
     options.add_argument("--rounds", type=int, help="in place of the part's own")
-    options.add_argument("--seconds", type=int, help="after which no round begins, in place of the part's own")
+    options.add_argument("--seconds", type=int, help="after which no turn begins, in place of the part's own")
     options.add_argument("--out", type=Path, help="folder of results; what lies there is not run again")
     options.add_argument("--keep", action="store_true", help="keep results in benchmarks/results")
     options.add_argument("--folder", type=Path, help="where checkpoints are written and stay")
@@ -61,7 +61,7 @@ def main() -> int:
     given = options.parse_args()
     if given.list:
         for part in parts.ALL.values():
-            print(f"{part.name}: {part.device}, at most {part.seconds} s before its last round")
+            print(f"{part.name}: {part.device}, no turn begins after {part.seconds} s")
         return 0
     chosen = [part.name for part in parts.CPU] * given.cpu + given.part
     if not chosen:

@@ -18,7 +18,7 @@ from torch import nn
 
 import memplan
 from benchmarks.link import Throttled
-from benchmarks.versus.models import ADAPTER, STD
+from benchmarks.versus.models import STD
 from benchmarks.versus.training import LEARNING_RATE, Setting, Training, Whole
 from memplan.demo import align
 from memplan.names import canonical
@@ -52,7 +52,7 @@ def base_of(setting: Setting, device: str) -> nn.Module:
 
 def adapted(model: nn.Module, setting: Setting) -> nn.Module:
     """Return the model with its adapter, in training mode."""
-    return begun(with_adapter(model, ADAPTER, real=True), setting)
+    return begun(with_adapter(model, setting.model.adapter, real=True), setting)
 
 
 def begun(model: nn.Module, setting: Setting) -> nn.Module:
@@ -111,7 +111,9 @@ def planned(setting: Setting, name: str) -> Training:
             model = adapted(base_of(setting, "cpu"), setting)
             handle = memplan.attach(model, plan)
         else:
-            model = begun(memplan.load(setting.checkpoint, plan, adapter=ADAPTER, progress=False), setting)
+            model = begun(
+                memplan.load(setting.checkpoint, plan, adapter=setting.model.adapter, progress=False), setting
+            )
             found = memplan.handle_of(model)
             assert found is not None
             handle = found
@@ -208,14 +210,14 @@ def accelerate_map(setting: Setting, name: str) -> Training:
     names = {id(module): name for name, module in model.named_modules()}
     layers = [names[id(layer)] for _, stack in stacks(model) for layer in stack]
     place = {layer: on_device if i < MAP_SHARE * len(layers) else away for i, layer in enumerate(layers)}
-    for parameter, _ in model.named_parameters():
+    for parameter, _ in model.named_parameters(remove_duplicate=False):
         if not any(parameter.startswith(layer + ".") for layer in layers):
             place[parameter.rpartition(".")[0] or parameter] = on_device
     for buffer, _ in model.named_buffers():
         if not any(buffer.startswith(f"{module}.") for module in place):
             place[buffer.rpartition(".")[0] or buffer] = on_device
     model = dispatch_model(model, place, main_device=on_device, offload_dir=str(setting.scratch / "weights"))
-    model = with_adapter(model, ADAPTER, real=True)
+    model = with_adapter(model, setting.model.adapter, real=True)
     for module in model.modules():  # PEFT leaves them where their layer's weight is: on meta
         for key, parameter in module._parameters.items():
             if parameter is not None and parameter.requires_grad:

@@ -46,12 +46,11 @@ class Rounds:
         try:
             found |= self._prepare()
             for turn in range(self.part.rounds):
-                if turn and self._left_s() <= 0:
-                    break
                 # Each begins a round once: what the machine does meanwhile falls on all of them.
                 order = self.names[turn % len(self.names) :] + self.names[: turn % len(self.names)]
                 for name in order:
-                    self._turn(name, last=turn + 1 == self.part.rounds)
+                    if self._left_s() > 0:
+                        self._turn(name)
             if profile:
                 self._look_closer()
         finally:
@@ -69,7 +68,7 @@ class Rounds:
             done.touch()
         whole_s = None
         if "whole" in self.names:
-            self._turn("whole", last=False)  # round zero: the times of its steps are for the plans alone
+            self._turn("whole")  # round zero: the times of its steps are for the plans alone
             times = self._times.pop("whole", None)
             whole_s = statistics.median(times[0]) if times else None
         planned = tuple(name for name in self.names if name in (*PLANNED, *CARD))
@@ -92,7 +91,7 @@ class Rounds:
 
     # ---- one contender ---------------------------------------------------------------------------------------------------
 
-    def _turn(self, name: str, *, last: bool) -> None:
+    def _turn(self, name: str) -> None:
         """Have a contender train its steps of a round; drop it where it cannot."""
         row = self.rows[name]
         if "error" in row:

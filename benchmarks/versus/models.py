@@ -20,7 +20,6 @@ from torch import nn
 from memplan import models as known_models
 
 RANK = 16
-ADAPTER = {"rank": RANK, "targets": "all-linear"}
 STD = 0.02
 _LAYER = re.compile(r"^(.*?\.\d+)\.")
 _TOKENS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
@@ -39,6 +38,12 @@ class Model:
     """transformers' settings with ``model_type``; of ``flux``: diffusers'."""
     dtype: str = "float32"
     nf4: bool = False
+
+    @property
+    def adapter(self) -> dict[str, Any]:
+        """LoRA on all linear layers; of a mixture on those of attention, since PEFT would merge fused experts whole."""
+        of_attention = [f"{name}_proj" for name in "qkvo"]
+        return {"rank": RANK, "targets": of_attention if self.config["model_type"] == "mixtral" else "all-linear"}
 
     @property
     def is_flux(self) -> bool:

@@ -21,7 +21,7 @@ class Part:
     steps: int
     """Of a round."""
     seconds: int
-    """After which no round begins; a contender's first round has all that is left."""
+    """After which no turn begins; one answer may take half of what is left."""
     card_gib: int | None = None
     checkpointing: bool = False
     contenders: tuple[str, ...] = ("whole", *PLANNED, *PEERS)
@@ -32,7 +32,7 @@ class Part:
 
 
 def _cpu(name: str, kind: str, tokens: int = 192) -> Part:
-    return Part(name=name, device="cpu", model=small(kind), shape=(1, tokens), rounds=3, steps=3, seconds=300)
+    return Part(name=name, device="cpu", model=small(kind), shape=(1, tokens), rounds=10, steps=1, seconds=300)
 
 
 CPU = (_cpu("cpu-llama", "llama"), _cpu("cpu-moe", "mixtral"), _cpu("cpu-t5", "t5"))

@@ -9,7 +9,7 @@ from typing import Any
 
 from msgspec.structs import replace
 
-from benchmarks.versus.models import ADAPTER, batch_of, loss_of
+from benchmarks.versus.models import batch_of, loss_of
 from benchmarks.versus.training import Setting
 from memplan import hardware
 from memplan.case import Case, case_of
@@ -66,7 +66,7 @@ def _case(setting: Setting) -> Case:
             vram=ROOM,
             ram=ROOM,
             disk=0,
-            adapter=ADAPTER,
+            adapter=setting.model.adapter,
             dtype=None if setting.model.nf4 else setting.model.dtype,
             hardware=hardware.auto(),
             measure=True,

@@ -42,7 +42,9 @@ def write(result: dict[str, Any], console: Console) -> None:
     """Print a part's result."""
     rate = result.get("link_bytes_per_s")
     link = "" if rate is None else f", link {format_bytes(int(rate))}/s"
-    table = Table(title=f"{result['part']}: {result['tokens']} tokens, {result['dtype']}{link}", box=None)
+    before_s = result.get("whole_s_planned_with")
+    drift = "" if before_s is None else f", planned with a whole step of {before_s:.3f} s"
+    table = Table(title=f"{result['part']}: {result['tokens']} tokens, {result['dtype']}{link}{drift}", box=None)
     for column in ("contender", *COLUMNS):
         table.add_column(column, justify="left" if column == "contender" else "right")
     for row in result["rows"]:

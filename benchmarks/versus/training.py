@@ -81,7 +81,7 @@ class Training:
                     if gradient is None:
                         missing += 1
                     else:
-                        full = gradient.full_tensor() if hasattr(gradient, "full_tensor") else gradient
+                        full = gradient.to_local() if hasattr(gradient, "to_local") else gradient  # of one process
                         kept[f"{index}.{name}"] = full.detach().float().cpu().clone()
                 self._step()
         from safetensors.torch import save_file

@@ -68,11 +68,11 @@ class Worker:
             self._pipe.send(None)  # it ends by itself, unless it hangs; others that were forked hold the pipe open too
         self._pipe.close()
         self._process.join(CLOSE_S)
-        if self._process.is_alive() and pid is not None:
-            with contextlib.suppress(ProcessLookupError, PermissionError):
+        if pid is not None:
+            with contextlib.suppress(ProcessLookupError):  # none is left
                 os.killpg(pid, signal.SIGKILL)
-            self._process.kill()
-            self._process.join()
+        self._process.kill()
+        self._process.join()
         shutil.rmtree(self.setting.scratch, ignore_errors=True)
 
 
