@@ -75,7 +75,15 @@ def test_what_llamas_are_made_of():
     assert again == {module for module, policy in policies.items() if policy == "recompute"}
     hidden_bytes = batch.numel() * config.hidden_size * 4
     recomputed = sum(policy == "recompute" for policy in policies.values())
-    assert loss.vram["boundaries"] == recomputed * hidden_bytes
+    first = next(module for module, policy in policies.items() if policy == "recompute")
+    forward, backward = (
+        next(r.index for r in rows if (r.kind, r.module) == (k, first)) for k in ("forward", "backward")
+    )
+    spans = {(life.born, life.last): life.size_bytes for life in plan.table.lifetimes if life.policy == "recompute"}
+    # What the embedding made: the first layer's checkpoint begins from it, the positions' sines and cosines with it.
+    begun_bytes = spans.get((forward, backward), 0) if first.endswith(".0") else 0
+    assert hidden_bytes <= begun_bytes < 1.1 * hidden_bytes
+    assert loss.vram["boundaries"] == recomputed * hidden_bytes + begun_bytes
     assert loss.vram["passing"] == loss.vram["recomputed"] == 0
     turn = next(moment for moment in moments if moment.kind == "backward" and moment.module in policies)
     assert turn.vram["passing"] > 0

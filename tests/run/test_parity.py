@@ -41,7 +41,9 @@ def plan_for(model, kind, *, share=0.4, accumulation=1, tiers="all", offload=())
     least, most = caught.value.least_vram_bytes, placed(GIB).prediction.peaks.vram_bytes
     vram = int(least + share * (most - least))
     plan = placed(vram)
-    if all(item.home == "device" for item in plan.items):  # small weights: recomputing makes room for all of them
+    if tiers == "all" and all(
+        item.home == "device" for item in plan.items
+    ):  # small weights: recomputing makes room for all of them
         vram = int(least + share / 8 * (most - least))
         plan = placed(vram)
     if tiers == "all":  # half of what is streamed goes to the disk
