@@ -22,7 +22,7 @@ from memplan.storages import StorageLedger
 
 LEARNING_RATE = 1e-3
 GRADIENT_STEPS = 2
-"""The first steps, whose gradients are kept and of which the last is watched for its memory."""
+"""The first steps, whose gradients are kept."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -70,23 +70,26 @@ class Training:
     # ---- steps ---------------------------------------------------------------------------------------------------------
 
     def first(self) -> dict[str, Any]:
-        """Train the first steps; write their gradients to ``gradients.safetensors``; return the peaks of the last."""
+        """Train the first steps, write their gradients to ``gradients.safetensors``, and one more; return that one's peaks."""
         kept: dict[str, torch.Tensor] = {}
         missing = 0
         for index in range(GRADIENT_STEPS):
-            with nullcontext() if index + 1 < GRADIENT_STEPS else self._counted() as ledger:
-                self._pass()
-                for name, parameter in self._trained():
-                    gradient = self.gradient(parameter)
-                    if gradient is None:
-                        missing += 1
-                    else:
-                        full = gradient.to_local() if hasattr(gradient, "to_local") else gradient  # of one process
-                        kept[f"{index}.{name}"] = full.detach().float().cpu().clone()
-                self._step()
+            self._pass()
+            for name, parameter in self._trained():
+                gradient = self.gradient(parameter)
+                if gradient is None:
+                    missing += 1
+                else:
+                    full = gradient.to_local() if hasattr(gradient, "to_local") else gradient  # of one process
+                    kept[f"{index}.{name}"] = full.detach().float().cpu().clone()
+            self._step()
         from safetensors.torch import save_file
 
         save_file(kept, self.setting.scratch / "gradients.safetensors")
+        kept.clear()
+        with self._counted() as ledger:  # in a step of its own: on the CPU those copies would be device bytes
+            self._pass()
+            self._step()
         found: dict[str, Any] = {"gradients_missing": missing}
         if self.setting.device == "cuda":
             found["device_peak_bytes"] = torch.cuda.max_memory_allocated()
