@@ -169,7 +169,7 @@ class Samples(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
 def make_plan(checkpoint: Path, vram_bytes: int | None) -> Plan:
     """Plan from the configuration alone. By default the weights get a third of their bytes, a part of them on disk."""
     shapes = (BATCH, SEQUENCE)
-    roomy = api.plan(checkpoint, shapes, vram="1TiB", ram="1TiB", adapter=lora())
+    roomy = api.plan(checkpoint, shapes, vram="1TiB", ram="1TiB", adapter=lora(), gains=False)
     frozen = sum(block.size_bytes for block in roomy.table.blocks)
     if vram_bytes is None:
         vram_bytes = align_up(roomy.prediction.peaks.vram_bytes - frozen + frozen // 3)

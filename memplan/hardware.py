@@ -24,6 +24,7 @@ import psutil
 from msgspec import Struct
 
 from memplan.errors import HardwareError
+from memplan.files import write_whole
 from memplan.units import GIB, MIB, format_bytes, format_seconds
 
 SCHEMA_VERSION = 1
@@ -178,15 +179,7 @@ def listed(profile: HardwareProfile) -> list[tuple[str, str, str]]:
 
 def save(profile: HardwareProfile, path: str | Path) -> None:
     """Write the profile as JSON, whole or not at all. Raises OSError where the folder cannot be written."""
-    target = Path(path)
-    data = msgspec.json.format(msgspec.json.encode(profile), indent=2) + b"\n"
-    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_bytes(data)
-        temporary.replace(target)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
+    write_whole(Path(path), msgspec.json.format(msgspec.json.encode(profile), indent=2) + b"\n")
 
 
 def cache_path() -> Path:

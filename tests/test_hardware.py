@@ -166,7 +166,7 @@ def test_a_failed_save_leaves_the_old_file_and_no_other(tmp_path: Path, monkeypa
     def fail(*_: object) -> None:
         raise OSError("no room")
 
-    monkeypatch.setattr(Path, "replace", fail)
+    monkeypatch.setattr("memplan.files.os.replace", fail)
     with pytest.raises(OSError, match="no room"):
         hardware.save(a_profile(name="new"), file)
     assert hardware.load(file).name == "old"

@@ -22,6 +22,7 @@ from msgspec import Struct
 
 from memplan import models
 from memplan.analyze.graph import LayerGraph
+from memplan.files import write_whole
 
 FOLDER = "graphs"
 """Of memplan's cache."""
@@ -87,17 +88,11 @@ def recall(folder: Path, key: str) -> Analysis | None:
 
 def keep(folder: Path, key: str, analysis: Analysis) -> None:
     """Keep an analysis. A folder that cannot be written costs the next plan some seconds, no more."""
-    path = folder / f"{key}.json"
-    unfinished = path.with_name(f".{key}.{os.getpid()}.tmp")
-    try:
+    with suppress(OSError):
         folder.mkdir(parents=True, exist_ok=True)
-        unfinished.write_bytes(msgspec.json.encode(analysis))
-        unfinished.replace(path)
+        write_whole(folder / f"{key}.json", msgspec.json.encode(analysis))
         for old in sorted(folder.glob("*.json"), key=lambda file: file.stat().st_mtime)[:-MOST]:
             old.unlink(missing_ok=True)
-    except OSError:
-        with suppress(OSError):
-            unfinished.unlink(missing_ok=True)
 
 
 def clear(folder: Path) -> int:

@@ -91,19 +91,21 @@ def rings(problem: Problem, *, every: bool = True, tails: bool = False) -> Itera
     total = sum(problem.sizes_bytes[block] for block in (*problem.movable, *problem.forced))
     mixed = may_be_disk and problem.ram_bytes < total + problem.staging_bytes
     mixed = mixed or "disk" in problem.pins.values()
-    for times in (_TIMES if every else _TIMES[:2]) if not tails else ():
-        yield Ring(times, "bundle", 0)
+    for times in _TIMES if every else _TIMES[:2]:
+        ring = Ring(times, "bundle", 0)
+        if tails:
+            yield ring._replace(tails=1.0)
+            if every:
+                yield ring._replace(tails=1.0, most=_HALF)
+            if every and in_parts:
+                yield ring._replace(tails=_PART)
+            continue
+        yield ring
         if in_parts:
-            yield Ring(times, "block", 0)
+            yield ring._replace(grain="block")
         if mixed:
-            yield Ring(times, "bundle", 1)
-            yield Ring(times, "bundle", 2)
-    for times in (_TIMES if every else _TIMES[:2]) if tails else ():
-        yield Ring(times, "bundle", 0, tails=1.0)
-        if every:
-            yield Ring(times, "bundle", 0, tails=1.0, most=_HALF)
-        if in_parts and every:
-            yield Ring(times, "bundle", 0, tails=_PART)
+            yield ring._replace(disk_bundles=1)
+            yield ring._replace(disk_bundles=2)
 
 
 class Search:
@@ -148,8 +150,10 @@ class Search:
         change places in the end; without, a pass may be a little longer.
         """
         found = self._search(near, tails=False, climb=climb)
+        if not self._elastic or self.best_s <= self.least_of_all_s * (1 + _TIE):
+            return found
         # Only then with tails: what a search finds without them is never lost.
-        return self._search(near, tails=True, climb=climb) if self._elastic else found
+        return self._search(near, tails=True, climb=climb)
 
     def _search(self, near: int | None, *, tails: bool, climb: bool) -> Choice | None:
         few = list(rings(self._problem, every=False, tails=tails))
@@ -204,7 +208,7 @@ class Search:
 
     def _try_less_room(self, level: int, rings_of: Sequence[Ring]) -> None:
         """Have less room where blocks are few and unequal: which of them fit together is a matter of chance."""
-        if len(self._problem.movable) > _FEW:
+        if len(self._problem.movable) > _FEW or self.best_s <= self.least_s(level) * (1 + _TIE):
             return
         total = sum(self._problem.sizes_bytes)
         step = max(1, total // _ROOMS)

@@ -16,7 +16,7 @@ from memplan.place.bound import window_bound
 from memplan.place.door import require_input
 from memplan.place.least import does_not_fit
 from memplan.place.pieces import split
-from memplan.place.problem import Problem, make_problem, nonweight_bytes, policies_for
+from memplan.place.problem import Memory, Problem, make_problem, nonweight_bytes, policies_for
 from memplan.place.search import Choice, Search
 from memplan.place.variants import Variants
 from memplan.program.check import require
@@ -222,10 +222,10 @@ def _with_offloads(solution: _Solution, given: _Given, asked: Mapping[str, Activ
 def _plan(solution: _Solution, asked: Mapping[str, Activations], said: Said, *, elastic: bool) -> Plan:
     problem, choice = solution.problem, solution.choice
     assert choice is not None
-    nonweight = nonweight_bytes(problem)[choice.recomputed]
     table, arrangement = problem.table, choice.arrangement
     policies = policies_for(problem, choice.recomputed)
     saves = problem.saves
+    nonweight = Memory(table).at(policies) + saves.device_bytes
     layout = lay_out(problem, arrangement)
     timeline = replay(table, layout.items, layout.residences, policies)
     on_disk = arrangement.disk_bytes

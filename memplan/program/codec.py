@@ -4,18 +4,25 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import threading
 from pathlib import Path
 from typing import Any, TypeVar
 
 import msgspec
 
 from memplan.errors import InputError, PlanFormatError
+from memplan.files import write_whole
 from memplan.program.record import RunRecord
 from memplan.program.schema import SCHEMA_VERSION, Plan
 
 Value = TypeVar("Value", Plan, RunRecord)
+
+
+class _Told(msgspec.Struct):
+    """What tells a record from a plan."""
+
+    passes: int | None = None
+
+
 _KINDS: dict[str, type[Plan] | type[RunRecord]] = {"plan": Plan, "record": RunRecord}
 
 
@@ -35,24 +42,20 @@ def encode(value: Plan | RunRecord) -> bytes:
 def save(value: Plan | RunRecord, path: str | Path) -> None:
     """Write a plan or record, whole or not at all. Raises PlanFormatError where it cannot be written."""
     data = encode(value)
-    path = Path(path)
-    temporary = path.parent / f".{path.name}.{os.getpid()}-{threading.get_ident()}.tmp"
     try:
-        try:
-            temporary.write_bytes(data)  # a plain open: the file has the mode that the user's umask gives
-            os.replace(temporary, path)
-        except BaseException:
-            temporary.unlink(missing_ok=True)
-            raise
+        write_whole(Path(path), data)
     except (OSError, ValueError) as error:  # ValueError: a zero byte in the path
         raise PlanFormatError(f"{path} cannot be written: {_reason(error)}; give another path") from None
 
 
 def load_plan(path: str | Path) -> Plan:
     """Read a plan and check it. Raises PlanFormatError or PlanCheckError."""
+    return _checked(_decode(_read(path), Plan, str(path)))
+
+
+def _checked(plan: Plan) -> Plan:
     from memplan.program.check import require
 
-    plan = _decode(_read(path), Plan, str(path))
     require(plan)
     return plan
 
@@ -64,11 +67,12 @@ def load_record(path: str | Path) -> RunRecord:
 
 def load_either(path: str | Path) -> Plan | RunRecord:
     """Read a plan or a record, as the file is one or the other. Raises as the two do."""
+    data = _read(path)
     try:
-        head = json.loads(_read(path))
-    except (ValueError, RecursionError):
-        head = None  # load_plan says what is wrong with it
-    return load_record(path) if isinstance(head, dict) and "passes" in head else load_plan(path)
+        is_record = msgspec.json.decode(data, type=_Told).passes is not None
+    except (msgspec.DecodeError, UnicodeDecodeError):
+        is_record = False  # what is wrong with it is said below
+    return _decode(data, RunRecord, str(path)) if is_record else _checked(_decode(data, Plan, str(path)))
 
 
 def decode_plan(data: bytes) -> Plan:

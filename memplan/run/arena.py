@@ -141,9 +141,8 @@ class Arena:
             begin = held.data_ptr() - self.bytes.data_ptr()
             self._mapping.madvise(mmap.MADV_DONTNEED, begin, held.numel())
         else:
-            self._away.add(
-                number
-            )  # first: an interrupt must not leave a segment that counts as there without its bytes
+            # First: an interrupt must not leave a segment that counts as there without its bytes.
+            self._away.add(number)
             self.addresses.spans.pop(number, None)
             held.untyped_storage().resize_(0)
         self._away.add(number)

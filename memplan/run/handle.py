@@ -55,6 +55,11 @@ class Handle:
         self._scalars = Scalars()
 
     @property
+    def is_attached(self) -> bool:
+        """Whether the model is under the plan still."""
+        return self._parts is not None
+
+    @property
     def record(self) -> RunRecord:
         """What was measured so far. ``vram_peak_bytes`` on the CPU is that of the steps inside ``watch_memory``."""
         return self._measured()[0]

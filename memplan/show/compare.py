@@ -15,6 +15,7 @@ from memplan.errors import InputError
 from memplan.show.facts import BlockFact, facts
 from memplan.show.glyphs import Glyphs
 from memplan.show.terminal import print_or_write
+from memplan.show.words import number, rate
 from memplan.units import format_bytes
 
 if TYPE_CHECKING:
@@ -229,7 +230,7 @@ def _value(value: float | None, unit: str, glyphs: Glyphs) -> str:
         return format_bytes(round(value))
     if unit == "s":
         return glyphs.seconds(value)
-    return f"{value:,.0f}" if value == round(value) or value >= 100 else f"{value:.3g}"
+    return rate(value) if unit else number(value)
 
 
 def _change(row: Row, glyphs: Glyphs) -> str:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from memplan.errors import InputError
+from memplan.files import write_whole
 from memplan.program.timeline import timeline_of
 from memplan.show.facts import check_pair
 
@@ -51,9 +52,10 @@ def write_trace(path: Path, plan: Plan, record: RunRecord | None = None) -> None
     """Write :func:`chrome_trace` to a file. Raises as it does, and InputError where it cannot be written."""
     text = json.dumps(chrome_trace(plan, record), allow_nan=False)
     try:
-        path.write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise InputError(f"the trace cannot be written to {path}: {error.strerror}; give another path") from None
+        write_whole(path, text.encode())
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise InputError(f"the trace cannot be written to {path}: {reason}; give another path") from None
 
 
 def _planned(plan: Plan) -> Iterator[dict[str, Any]]:

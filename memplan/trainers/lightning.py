@@ -73,6 +73,7 @@ class Placement(Callback):
             autocast=_AUTOCAST.get(str(trainer.precision)),
             loss=loss_of,
             checkpoint=folder_of(model),
+            gains=False,
             **self._options,
         )
         self.handle = attach(model, plan, checkpoint=checkpoint_of(model), checked=self._checked, replan=api.smaller)

@@ -98,6 +98,7 @@ def _place_for_loop(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, A
                 accumulation=accumulation,
                 loss=loss_of,
                 checkpoint=folder_of(model),
+                gains=False,
             )
 
         def attach(plan: Plan) -> None:

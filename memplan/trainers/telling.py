@@ -6,7 +6,7 @@ from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from memplan.run.handle import Handle, handle_of
+from memplan.run.handle import Handle
 from memplan.run.scalars import Scalars
 from memplan.show.lines import step_line
 from memplan.trainers.launch import say
@@ -29,10 +29,10 @@ class Telling(TrainerCallback):
         **kwargs: Any,
     ) -> None:
         """Add to what is logged of training."""
-        if self._log and handle_of(self._handle.model) is self._handle and logs is not None and "loss" in logs:
+        if self._log and self._handle.is_attached and logs is not None and "loss" in logs:
             logs |= self._handle.scalars()
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Say the step's line."""
-        if self._lines is not None and handle_of(self._handle.model) is self._handle:
+        if self._lines is not None and self._handle.is_attached:
             say(step_line(state.global_step, self._lines.take(self._handle.record)))

@@ -137,6 +137,7 @@ def _plan(trainer: Trainer, batch: Mapping[str, torch.Tensor] | None, **options:
             steps=steps,
             optimizer=optimizer,
             loss=loss_of,
+            gains=False,
             **options,
         )
 

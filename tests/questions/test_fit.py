@@ -23,6 +23,7 @@ def fits(shape, rank, vram):
     return case.least_vram_bytes() <= vram
 
 
+@pytest.mark.full
 def test_one_more_does_not_fit():
     shape, rank = (2, 16), 4
     least = case_of(config_of("llama"), shape, adapter={"rank": rank, "targets": "all-linear"}, vram=1, **GIVEN)
@@ -53,7 +54,6 @@ def test_positions_bound_the_sequence():
     assert sequence == config.n_positions // 64 * 64
 
 
-@pytest.mark.full
 def test_what_does_not_fit_at_all():
     found = memplan.fit(config_of("llama"), (64, 64), rank=4, vram="100KiB", **GIVEN)
     assert found.asked is None

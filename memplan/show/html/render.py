@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import html
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +11,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from memplan.errors import InputError
+from memplan.files import write_whole
 from memplan.program.answers import Point
 from memplan.program.record import RunRecord
 from memplan.program.schema import Plan
@@ -36,18 +36,11 @@ def write(
 ) -> None:
     """Write the page, whole or not at all. Raises InputError where the file cannot be written."""
     data = text(plan, record, points, machine).encode()
-    target = Path(path)
     try:
-        temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
-        try:
-            temporary.write_bytes(data)
-            temporary.replace(target)
-        except BaseException:
-            temporary.unlink(missing_ok=True)
-            raise
+        write_whole(Path(path), data)
     except (OSError, ValueError) as error:  # ValueError: no name at all, or one that no file can have
         raise InputError(
-            f"{target} cannot be written ({getattr(error, 'strerror', error)}): give another file"
+            f"{path} cannot be written ({getattr(error, 'strerror', error)}): give another file"
         ) from error
 
 
