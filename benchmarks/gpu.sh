@@ -73,7 +73,7 @@ for name in "$@"; do
     case $name in
         tests)
             part tests $((short ? 100 : 520)) "$python" -m pytest -q -rf -m gpu -p no:cacheprovider \
-                tests/run/test_gpu.py tests/test_hardware.py
+                tests/run/test_gpu.py tests/run/test_recompute.py tests/test_hardware.py
             ;;
         calibrate)
             part calibrate 110 "$python" -m memplan calibrate --json --out "$work/profile.json"
