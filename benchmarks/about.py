@@ -12,6 +12,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 
 from memplan.hardware import processor_name
@@ -19,29 +20,50 @@ from memplan.hardware import processor_name
 RESULTS = Path(__file__).parent / "results"
 
 
+PACKAGES = ("torch", "transformers", "peft", "accelerate", "diffusers", "bitsandbytes", "deepspeed")
+
+
 def about() -> dict[str, Any]:
-    """Return date, commit, machine and versions."""
-    git = ["git", "-C", str(RESULTS.parent)]
-    commit = subprocess.run([*git, "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True).stdout.strip()
-    changed = subprocess.run(
-        [*git, "status", "--porcelain", "--", "..", ":!results"], capture_output=True, text=True
-    ).stdout
+    """Return date, commit, machine and versions. ``COMMIT`` in the environment: that of a copy without its history."""
+    git = ("git", "-C", str(RESULTS.parent))
+    commit = _said(*git, "rev-parse", "--short=12", "HEAD")
+    changed = _said(*git, "status", "--porcelain", "--", "..", ":!results")
     packages = {}
-    for package in ("torch", "transformers", "peft", "accelerate"):
+    for package in PACKAGES:
         try:
             packages[package] = version(package)
         except PackageNotFoundError:
             pass
     return {
         "date": datetime.date.today().isoformat(),
-        "commit": (commit or "none") + (" and changes" if changed.strip() else ""),
-        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "commit": (commit or os.environ.get("COMMIT") or "none") + (" and changes" if changed else ""),
+        "gpu": None,
+        **(_gpu() if torch.cuda.is_available() else {}),
         "processor": processor_name(),
         "cpus": os.cpu_count(),
+        "ram_bytes": psutil.virtual_memory().total,
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
         **packages,
     }
+
+
+def _gpu() -> dict[str, Any]:
+    """Return what is known of the CUDA device."""
+    return {
+        "gpu": torch.cuda.get_device_name(),
+        "gpu_bytes": torch.cuda.get_device_properties().total_memory,
+        "cuda": torch.version.cuda,
+        "driver": _said("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader").partition("\n")[0] or None,
+    }
+
+
+def _said(*command: str) -> str:
+    """Return what a command prints; nothing where there is no such command, or it fails."""
+    try:
+        return subprocess.run(command, capture_output=True, text=True).stdout.strip()
+    except OSError:
+        return ""
 
 
 def keep(result: dict[str, Any], name: str, folder: Path = RESULTS) -> Path:

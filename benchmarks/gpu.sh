@@ -4,15 +4,17 @@
 #
 #   bash benchmarks/gpu.sh [PART ...]
 #
-# tests      pytest -m gpu
-# calibrate  this card's measured profile (a copy for profiles/ lies beside the result)
-# demo       the demo, whole and under a plan
-# truth      predicted memory and times beside measured ones, 76 small models
-# any other  a part of benchmarks.versus (its --list): memplan side by side with the peers
+# tests        pytest -m gpu
+# calibrate    this card's measured profile (a copy for profiles/ lies beside the result)
+# demo         the demo, whole and under a plan
+# truth-LLAMA  predicted memory and times beside measured ones, small models of an architecture: llama, qwen3, gemma2,
+#              gpt2, t5 or mixtral
+# any other    a part of benchmarks.versus (its --list): memplan side by side with the peers. What had no turn in a call has
+#              one in the next, beside the whole model again
 #
 # Without any: tests, calibrate, demo and a short llama-3.1-8b-bf16-2048, nine minutes in all. OUT: where results lie (default:
-# benchmarks/results). CHECKPOINTS: where random weights are kept between parts (default: they go). Unproven until a results
-# file of it stands in benchmarks/results/.
+# benchmarks/results). CHECKPOINTS: where random weights are kept between parts (default: they go). COMMIT: of a copy
+# without its history. Unproven until a results file of it stands in benchmarks/results/.
 set -u
 cd "$(dirname "$0")/.."
 python=${PYTHON:-python3}
@@ -28,7 +30,8 @@ export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1 TOKENIZER
 export MEMPLAN_CACHE=${MEMPLAN_CACHE:-$work/cache}
 bad=0
 
-# part NAME SECONDS COMMAND...: run it, keep its exit code and the last line of JSON that it printed.
+# part NAME SECONDS COMMAND...: run it, keep its exit code and the JSON that it printed: all of it, or the last such line.
+# With that it is done, whatever it says; without it only if nothing failed.
 part() {
     local name=$1 seconds=$2
     shift 2
@@ -36,7 +39,7 @@ part() {
         echo "$name: done before"
         return
     fi
-    timeout "$seconds" "$@" >"$work/$name" 2>"$work/$name.err"
+    timeout -k 15 "$seconds" "$@" >"$work/$name" 2>"$work/$name.err"
     local code=$?
     tail -n 25 "$work/$name.err" "$work/$name" | cut -c1-400
     "$python" - "$work/$name" "$out" "$name" $code <<'PY' || code=1
@@ -44,10 +47,15 @@ import json, pathlib, sys
 from benchmarks.about import keep
 
 path, out, name, code = pathlib.Path(sys.argv[1]), pathlib.Path(sys.argv[2]), sys.argv[3], int(sys.argv[4])
-lines = path.read_text().strip().splitlines()
-found = next((json.loads(line) for line in reversed(lines) if line.startswith("{")), None)
-result = {"part": name, "exit_code": code, "result": found, "last_line": lines[-1] if lines and found is None else None}
-print(keep(result, f"gpu-{name}" if code == 0 else f"gpu-{name}-failed", out))
+text, found = path.read_text(errors="replace").strip(), None
+lines = text.splitlines()
+for part in (*lines, text):
+    try:
+        found = json.loads(part) if part.startswith("{") else found
+    except ValueError:
+        pass
+result = {"part": name, "exit_code": code, "result": found, "last_lines": lines[-40:] if found is None else []}
+print(keep(result, f"gpu-{name}" if code == 0 or found is not None else f"gpu-{name}-failed", out))
 PY
     [ $code -eq 0 ] || bad=1
 }
@@ -56,21 +64,24 @@ PY
 versus() {
     local folder=()
     [ -n "${CHECKPOINTS:-}" ] && folder=(--folder "$CHECKPOINTS")
-    timeout "$2" "$python" -m benchmarks.versus --part "$1" --out "$out" --profile --seconds "$3" "${folder[@]}" || bad=1
+    timeout -k 15 "$2" "$python" -m benchmarks.versus --part "$1" --out "$out" --profile --seconds "$3" "${folder[@]}" || bad=1
 }
 
 short=0
 [ $# -gt 0 ] || { short=1; set -- tests calibrate demo llama-3.1-8b-bf16-2048; }
 for name in "$@"; do
     case $name in
-        tests) part tests $((short ? 110 : 540)) "$python" -m pytest -q -m gpu -p no:cacheprovider tests ;;
+        tests)
+            part tests $((short ? 100 : 520)) "$python" -m pytest -q -rf -m gpu -p no:cacheprovider \
+                tests/run/test_gpu.py tests/run/test_recompute.py tests/test_hardware.py
+            ;;
         calibrate)
-            part calibrate 120 "$python" -m memplan calibrate --json --out "$work/profile.json"
+            part calibrate 110 "$python" -m memplan calibrate --json --out "$work/profile.json"
             [ ! -f "$work/profile.json" ] || cp "$work/profile.json" "$out/profile.json"
             ;;
-        demo) part demo 90 "$python" -m memplan demo --json ;;
-        truth) part truth 540 "$python" -m benchmarks.truth --times ;;
-        *) versus "$name" $((short ? 220 : 540)) $((short ? 150 : 400)) ;;
+        demo) part demo 85 "$python" -m memplan demo --json ;;
+        truth-*) part "$name" 520 "$python" -m benchmarks.truth --times --only "${name#truth-}" ;;
+        *) versus "$name" $((short ? 210 : 520)) $((short ? 150 : 390)) ;;
     esac
 done
 exit $bad

@@ -43,6 +43,8 @@ def results(folder: Path = RESULTS) -> list[dict[str, Any]]:
     """Return the last result of each part that was kept, those of CPUs first."""
     last: dict[str, dict[str, Any]] = {}
     for path in sorted(folder.glob("*-versus-*.json")):
+        if path.stem.endswith("-failed"):
+            continue
         found = json.loads(path.read_text())
         last[found["part"]] = found
     order = list(parts.ALL)

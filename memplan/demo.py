@@ -9,6 +9,7 @@ from __future__ import annotations
 import gc
 import importlib.util
 import json
+import os
 import statistics
 import sys
 import time
@@ -63,6 +64,8 @@ def run(vram: str | None = None, steps: int | None = None, folder: Path | None =
     count = STEPS if steps is None else steps
     if count < WATCHED_STEP + 2:
         raise InputError(f"the demo was asked for {count} steps: give at least {WATCHED_STEP + 2}")
+    if torch.cuda.is_available():  # cuBLAS looks at it once, at its first product
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     place = hardware.cache_folder() / "demo" if folder is None else folder
     console = Console(stderr=as_json)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
@@ -252,7 +255,8 @@ def train(
         adapted = get_peft_model(model, lora())
         trainer = Exact(model=adapted, args=args, train_dataset=samples, callbacks=[Watch()])
     trainer.remove_callback(transformers.PrinterCallback)
-    trainer.train()
+    with deterministic() if on_cuda else nullcontext():
+        trainer.train()
     adapted.save_pretrained(str(folder))
     if plan is not None:
         handle = handle_of(adapted)
@@ -262,6 +266,17 @@ def train(
     del trainer, adapted, model
     gc.collect()
     return outcome
+
+
+@contextmanager
+def deterministic() -> Iterator[None]:
+    """Have CUDA kernels give the same bits each time: attention's backward does not unless it is told to, and no less."""
+    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
 
 
 def align(model: torch.nn.Module) -> None:

@@ -80,7 +80,7 @@ class HardwareProfile(Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     load_latency_s: Figure
     """Time that one load takes whatever its size."""
     context_bytes: Figure
-    """Device memory that the process holds before its first tensor."""
+    """Device memory that the process holds beside its tensors: the context, kernels, matrix libraries' workspaces."""
     operator_s: Figure | None = None
     """Time of the host for one operator of a training step, whatever its size: Python, dispatch, autograd."""
     pageable_bytes_per_s: Figure | None = None

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
 from memplan.compiled import call_of, replace_call
@@ -18,6 +19,9 @@ def wrap(module: nn.Module) -> Callable[[], None]:
     [Note: caches] A key-value cache handed in is written to by the forward, as ever. The recompute is given one that is
     as that was before: it may hold what came before (a trained prefix), and what is taken from a cache lies otherwise
     in memory, which changes bits.
+    [Note: keywords and random numbers] torch keeps the random state of the devices of positional arguments, and of no
+    others: a layer that is called by keywords alone would drop out other elements as it runs again. So it is shown where
+    those lie.
     """
     original = call_of(module)
     numbers: list[Any] = [getattr(part, "layer_idx", None) for part in module.modules()]
@@ -38,7 +42,7 @@ def wrap(module: nn.Module) -> Callable[[], None]:
 
         args, kwargs = tuple(map(keep, args)), {name: keep(value) for name, value in kwargs.items()}
         if not now:
-            return checkpoint(original, *args, use_reentrant=False, **kwargs)
+            return _checkpoint(original, args, kwargs)
 
         def run(*args: Any, **kwargs: Any) -> Any:
             given = dict(now)
@@ -51,9 +55,26 @@ def wrap(module: nn.Module) -> Callable[[], None]:
 
             return original(*map(cache_of, args), **{name: cache_of(value) for name, value in kwargs.items()})
 
-        return checkpoint(run, *args, use_reentrant=False, **kwargs)
+        return _checkpoint(run, args, kwargs)
 
     return replace_call(module, forward)
+
+
+def _checkpoint(run: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Return ``run(*args, **kwargs)``, checkpointed. [Note: keywords and random numbers]"""
+    shown = on_other_devices(args, kwargs)
+    if not shown:
+        return checkpoint(run, *args, use_reentrant=False, **kwargs)
+    # In a list: what is an argument itself is saved for backward, and these are no one's.
+    return checkpoint(lambda _, *given, **named: run(*given, **named), shown, *args, use_reentrant=False, **kwargs)
+
+
+def on_other_devices(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[torch.Tensor]:
+    """Return a tensor of each device, the CPU apart, on which keyword arguments lie and no positional one does."""
+    seen = {value.device for value in tree_leaves(args) if isinstance(value, torch.Tensor)}
+    named = [value for value in tree_leaves(kwargs) if isinstance(value, torch.Tensor)]
+    found = {tensor.device: tensor for tensor in named if tensor.device.type not in ("cpu", "meta")}
+    return [tensor for device, tensor in found.items() if device not in seen]
 
 
 def run_hooked(

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -50,6 +51,7 @@ class StorageLedger(TorchDispatchMode):
         """Bytes of the dead by the segments of birth and death."""
         self._segment = 0
         self._segment_peak = 0
+        self._looks_away = False
         self._held: dict[int, Held] = {}
         self._ignored: dict[int, torch.UntypedStorage] = {}  # kept, lest their addresses be used again
         for tensor in ignore:
@@ -87,6 +89,11 @@ class StorageLedger(TorchDispatchMode):
         """Whether the tensor's storage never counts."""
         return tensor.untyped_storage()._cdata in self._ignored
 
+    def regard(self, tensor: torch.Tensor) -> None:
+        """Let go of a tensor that was ignored."""
+        for part in plain_parts(tensor):
+            self._ignored.pop(part.untyped_storage()._cdata, None)
+
     def add(self, tensor: torch.Tensor) -> None:
         """Count a tensor that was there before."""
         for part in plain_parts(tensor):
@@ -101,6 +108,15 @@ class StorageLedger(TorchDispatchMode):
     def hold(self, size_bytes: int) -> None:
         """Count bytes that are no storage of their own from now on; less than none where they go."""
         self._grow(size_bytes)
+
+    @contextmanager
+    def looking_away(self) -> Iterator[None]:
+        """Count nothing that comes inside; what goes there is noted as ever."""
+        self._looks_away = True
+        try:
+            yield
+        finally:
+            self._looks_away = False
 
     def begin_segment(self, segment: int) -> None:
         """Count births, deaths and the peak toward ``segment`` from now on."""
@@ -132,7 +148,8 @@ class StorageLedger(TorchDispatchMode):
         if opens(types):
             return NotImplemented
         result = func(*args, **(kwargs or {}))
-        self.note_all(result)
+        if not self._looks_away:
+            self.note_all(result)
         return result
 
     def note_all(self, result: object) -> None:

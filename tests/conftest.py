@@ -16,6 +16,7 @@ _unlisted = pytest.StashKey[dict[str, str]]()
 def pytest_configure(config: pytest.Config) -> None:
     # The user's own cache stays as it is. Subprocesses inherit this.
     os.environ.setdefault("MEMPLAN_CACHE", str(_ROOT / ".cache" / "memplan"))
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS looks at it once, at its first product
     config.stash[_unlisted] = {}
     config.pluginmanager.register(_SkipGuard(config, allowed_skips(_ALLOWED_SKIPS.read_text())), "memplan-skips")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import json
 import os
@@ -14,8 +15,10 @@ import psutil
 import pytest
 
 from benchmarks import readme
+from benchmarks.about import about
+from benchmarks.versus import __main__ as main
 from benchmarks.versus import parts
-from benchmarks.versus.harness import compare
+from benchmarks.versus.harness import NO_TURN, Rounds, compare
 from benchmarks.versus.models import small
 from benchmarks.versus.training import Setting
 from benchmarks.versus.worker import Worker, WorkerError
@@ -114,6 +117,100 @@ def test_a_contender_that_does_not_answer_is_ended(tmp_path, monkeypatch):
         worker.ask("first", seconds=1)
     assert not worker._process.is_alive()
     assert not alive(worker._process.pid)
+
+
+def test_without_a_checkpoint_each_row_says_why(tmp_path, monkeypatch):
+    def full(self, name, what, *args):
+        raise WorkerError("OSError: no room")
+
+    monkeypatch.setattr(Rounds, "_alone", full)
+    rows = Rounds(parts.TINY, tmp_path).run(profile=True)["rows"]
+    assert {row["contender"] for row in rows} == set(parts.TINY.contenders)
+    assert {row["error"] for row in rows} == {"no checkpoint could be made: OSError: no room"}
+
+
+def test_what_had_no_turn_has_one_in_the_next_call(tmp_path, monkeypatch):
+    """Beside the whole model again; what had one stays, unless the code or the machine is another."""
+    asked = []
+
+    class TwoTurns:
+        def __init__(self, part, folder):
+            self.part = part
+
+        def run(self, *, profile):
+            names, call = self.part.contenders, len(asked)
+            asked.append(names)
+            turns = [{"contender": name, "call": call} for name in names[:3]]
+            return {"part": self.part.name, "rows": turns + [{"contender": n, "error": NO_TURN} for n in names[3:]]}
+
+    given = argparse.Namespace(keep=False, only=None, rounds=None, seconds=None, folder=tmp_path, profile=False)
+    monkeypatch.setattr(main, "Rounds", TwoTurns)
+    monkeypatch.setattr(main, "import_all", lambda names: None)
+    names = parts.TINY.contenders
+    for _ in range(len(names) // 2):
+        result = main._one(parts.TINY, given, tmp_path, tmp_path, [])
+    assert asked == [names, *(("whole", *names[at:]) for at in range(3, len(names), 2))]
+    assert [row["contender"] for row in result["rows"]] == list(names)
+    assert [row["call"] for row in result["rows"][:5]] == [len(asked) - 1, 0, 0, 1, 1]
+    assert main._one(parts.TINY, given, tmp_path, tmp_path, []) == json.loads(
+        main.kept("cpu-tiny", tmp_path).read_text()
+    )
+    assert len(asked) == len(names) // 2
+    path = main.kept("cpu-tiny", tmp_path)
+    path.write_text(json.dumps({**json.loads(path.read_text()), "rows": result["rows"][:-1], "commit": "another"}))
+    assert len(main._one(parts.TINY, given, tmp_path, tmp_path, [])["rows"]) == len(names) - 1
+    result["rows"][-1] = {"contender": names[-1], "error": NO_TURN}
+    path.write_text(json.dumps({**json.loads(path.read_text()), "rows": result["rows"]}))
+    main._one(parts.TINY, given, tmp_path, tmp_path, [])
+    assert asked[-1] == names
+
+
+def test_a_result_says_what_it_depends_on_without_git(monkeypatch):
+    monkeypatch.setenv("PATH", "")
+    monkeypatch.setenv("COMMIT", "0123456789ab")
+    found = about()
+    assert found["commit"] == "0123456789ab"
+    assert {"date", "gpu", "processor", "cpus", "ram_bytes", "torch", "transformers", "peft"} <= set(found)
+
+
+STUB = """#!/usr/bin/env bash
+case $1 in
+    -c) exit 0 ;;
+    -) exec {python} "$@" ;;
+esac
+echo "$@" >> {calls}
+case $* in
+    *calibrate*) printf 'measuring\\n' >&2; printf '{{\\n  "name": "a card"\\n}}\\n' ;;
+    *demo*) printf '{{broken\\n{{"same": false}}\\n'; exit 1 ;;
+    *) echo "1 failed"; exit 1 ;;
+esac
+"""
+
+
+def test_gpu_parts_are_kept_and_not_run_again(tmp_path):
+    """Whatever their JSON says; what printed none and failed is run again."""
+    stub, calls, out = tmp_path / "python", tmp_path / "calls", tmp_path / "out"
+    stub.write_text(STUB.format(python=sys.executable, calls=calls))
+    stub.chmod(0o755)
+    for _ in range(2):
+        done = subprocess.run(
+            ["bash", str(ROOT / "benchmarks" / "gpu.sh"), "calibrate", "demo", "tests"],
+            env={**os.environ, "PYTHON": str(stub), "OUT": str(out), "CUDA_VISIBLE_DEVICES": ""},
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode == 1, done.stderr
+    kept = {path.stem.partition("-gpu-")[2]: json.loads(path.read_text()) for path in out.glob("*.json")}
+    assert set(kept) == {"calibrate", "demo", "tests-failed"}
+    assert kept["calibrate"]["result"] == {"name": "a card"}
+    assert (kept["demo"]["result"], kept["demo"]["exit_code"]) == ({"same": False}, 1)
+    assert kept["tests-failed"]["last_lines"] == ["1 failed"]
+    assert [("pytest" in call, "demo" in call) for call in calls.read_text().splitlines()] == [
+        (False, False),
+        (False, True),
+        (True, False),
+        (True, False),
+    ]
 
 
 def test_gradients_are_compared():

@@ -15,9 +15,10 @@ whole model's step for all frozen bytes), one thread computes, and the peers cop
 Python and the rest of their machinery cost, not what a link would; their memory is told as RAM alone. What is true of both:
 losses and gradients.
 
-``--out``: where each part's result lies; parts that lie there are not run again. ``--keep``: in ``benchmarks/results``,
-always run. ``--profile``: rows more than 3% over their bound are looked at with torch's profiler. Checkpoints lie in a
-temporary folder (``--folder`` for another, where they stay). CUDA is unproven here: no GPU has run it.
+``--out``: where each part's result lies; parts that lie there are not run again, and of one whose time was over before
+all had a turn, the rest are run, beside the whole model again. ``--keep``: in ``benchmarks/results``, always run.
+``--profile``: rows more than 3% over their bound are looked at with torch's profiler. Checkpoints lie in a temporary folder
+(``--folder`` for another, where they stay). CUDA is unproven here: no GPU has run it.
 """
 
 from __future__ import annotations
@@ -37,13 +38,18 @@ from rich.console import Console
 
 from benchmarks.about import RESULTS, about, keep
 from benchmarks.versus import parts
-from benchmarks.versus.harness import Rounds, import_all
+from benchmarks.versus.harness import NO_TURN, Rounds, import_all
 from benchmarks.versus.table import write
 
 
 def kept(name: str, folder: Path) -> Path | None:
     """Return the last result of a part in a folder, or None."""
     return max(folder.glob(f"*-versus-{name}.json"), default=None)
+
+
+def failed(result: dict[str, Any]) -> bool:
+    """Whether a part has no row but errors: it is run again next time."""
+    return all("error" in row for row in result["rows"])
 
 
 def main() -> int:
@@ -77,21 +83,30 @@ def main() -> int:
     for result in results:
         write(result, console)
     print(json.dumps({**about(), "benchmark": "versus", "parts": results}))
-    return 0
+    return int(any(failed(result) for result in results))
 
 
 def _one(part: parts.Part, given: Any, out: Path | None, folder: Path, to_come: list[str]) -> dict[str, Any]:
-    """Return a part's result, from before where it lies in ``--out``."""
-    if out is not None and not given.keep and (before := kept(part.name, out)) is not None:
-        found: dict[str, Any] = json.loads(before.read_text())
-        return found
+    """Return a part's result, from before where it lies in ``--out``; what had no turn then has one now."""
     wanted = tuple(name for name in part.contenders if given.only is None or name in given.only)
+    before: dict[str, Any] = {"rows": []}
+    if out is not None and not given.keep and (path := kept(part.name, out)) is not None:
+        found: dict[str, Any] = json.loads(path.read_text())
+        waiting = {row["contender"] for row in found["rows"] if row.get("error") == NO_TURN}
+        if not waiting:
+            return found
+        here = about()
+        if all(found.get(key) == value for key, value in here.items() if key != "date"):
+            before = {key: value for key, value in found.items() if key not in here}
+            wanted = tuple(name for name in wanted if name == "whole" or name in waiting)
     part = replace(part, contenders=wanted, rounds=given.rounds or part.rounds, seconds=given.seconds or part.seconds)
     if part.device == "cpu":
         import_all(wanted)
-    result = {"benchmark": "versus", **Rounds(part, folder).run(profile=given.profile)}
+    result = {"benchmark": "versus", **before, **Rounds(part, folder).run(profile=given.profile)}
+    rows = {row["contender"]: row for row in (*before["rows"], *result["rows"])}
+    result["rows"] = list(rows.values())
     if out is not None:
-        print(keep(result, f"versus-{part.name}", out), file=sys.stderr)
+        print(keep(result, f"versus-{part.name}{'-failed' * failed(result)}", out), file=sys.stderr)
     if given.folder is None and all(parts.ALL[name].model != part.model for name in to_come):
         shutil.rmtree(folder / part.model.name, ignore_errors=True)
     return result

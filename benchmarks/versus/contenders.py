@@ -161,9 +161,10 @@ def deepspeed(setting: Setting, name: str) -> Training:
     model = adapted(base_of(setting, "cpu"), setting)
     checkpointed(model, setting)
     on_disk = name.endswith("nvme")
-    offload = {"device": "nvme" if on_disk else "cpu", "pin_memory": True}
-    if on_disk:
-        offload["nvme_path"] = str(setting.scratch)
+    offload: dict[str, Any] = {"device": "nvme" if on_disk else "cpu", "pin_memory": True}
+    if on_disk:  # a buffer must hold the greatest weight, and is too small for an embedding unless it is told to
+        most = max(parameter.numel() for parameter in model.parameters())
+        offload |= {"nvme_path": str(setting.scratch), "buffer_size": most + 1}
     engine, *_ = library.initialize(
         model=model,
         optimizer=torch.optim.AdamW(trainables(model), lr=LEARNING_RATE),
@@ -271,7 +272,8 @@ CARD = ("memplan-card", "spread-card")
 def begin(name: str, setting: Setting) -> Training:
     """Return the contender of that name, ready to train."""
     if setting.card_bytes is not None:
-        total = torch.cuda.get_device_properties(0).total_memory
-        torch.cuda.set_per_process_memory_fraction(min(1.0, setting.card_bytes / total))
+        free, total = torch.cuda.mem_get_info()
+        # Of such a card the process's context would take its part too; the fraction is of what torch allocates.
+        torch.cuda.set_per_process_memory_fraction(min(1.0, max(0, setting.card_bytes - (total - free)) / total))
     make = whole if name == "whole" else PEERS.get(name, planned)
     return make(setting, name)

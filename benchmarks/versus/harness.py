@@ -21,6 +21,9 @@ from benchmarks.versus.worker import Worker, WorkerError
 
 OVER_BOUND = 0.03
 """A row farther than this from its bound is looked at with torch's profiler, where that is asked for."""
+PROFILE_SHARE = 1 / 6
+"""Of a part's time that is left for that."""
+NO_TURN = "had no turn before the part's time was over"
 
 
 class Rounds:
@@ -45,11 +48,12 @@ class Rounds:
         found: dict[str, Any] = {}
         try:
             found |= self._prepare()
+            spare_s = self.part.seconds * PROFILE_SHARE if profile else 0.0
             for turn in range(self.part.rounds):
                 # Each begins a round once: what the machine does meanwhile falls on all of them.
                 order = self.names[turn % len(self.names) :] + self.names[: turn % len(self.names)]
                 for name in order:
-                    if self._left_s() > 0:
+                    if self._left_s() > spare_s:
                         self._turn(name)
             if profile:
                 self._look_closer()
@@ -64,7 +68,12 @@ class Rounds:
         done = self._setting("checkpoint").checkpoint / "complete"
         found: dict[str, Any] = {}
         if not done.is_file():
-            self._alone("checkpoint", "checkpoint")
+            try:
+                self._alone("checkpoint", "checkpoint")
+            except WorkerError as error:
+                for name in self.names:
+                    self._drop(name, f"no checkpoint could be made: {error}")
+                return found
             done.touch()
         whole_s = None
         if "whole" in self.names:
@@ -120,6 +129,9 @@ class Rounds:
         for name in self.names:
             row = self.rows[name]
             if "error" in row or row.get("over_bound") is None or row["over_bound"] <= OVER_BOUND:
+                continue
+            if self._left_s() <= 0:
+                row["profile"] = {"error": "no time was left for it"}
                 continue
             try:
                 worker = self._workers.get(name)
@@ -183,7 +195,7 @@ class Rounds:
         for name, row in self.rows.items():
             times = self._times.get(name)
             if "error" in row or not times:
-                row.setdefault("error", "had no turn before the part's time was over")
+                row.setdefault("error", NO_TURN)
                 continue
             step_s = statistics.median(time_s for turn in times for time_s in turn)
             row |= {"rounds": len(times), "step_s": step_s, "tokens_per_s": self.part.tokens / step_s}

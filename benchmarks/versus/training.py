@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import resource
 import statistics
 import time
 from collections.abc import Callable, Mapping
@@ -138,6 +139,7 @@ class Training:
     def _counted(self) -> AbstractContextManager[Any]:
         """Count live device bytes inside: on the CPU where device and host are told apart, or all is on the device."""
         if self.setting.device == "cuda":
+            torch.cuda.empty_cache()  # what loading left: else the peak of what is reserved begins with it
             torch.cuda.reset_peak_memory_stats()
             return nullcontext()
         if self.handle is not None:
@@ -152,9 +154,10 @@ class Training:
         if self.setting.device != "cuda":
             return 0
         found = int(torch.cuda.host_memory_stats().get("allocated_bytes.peak", 0))
-        parts = self.handle and self.handle._parts
-        if parts and parts.host is not None and parts.host.bytes.is_pinned():
-            found += self.handle.record.ram_peak_bytes  # the ring in it too
+        if self.handle is not None and (parts := self.handle._parts) is not None:
+            locked = [held.untyped_storage() for held in parts.on_host() if held.is_pinned()]
+            found += sum({storage.data_ptr(): storage.nbytes() for storage in locked}.values())
+            found += self.handle.record.ram_peak_bytes - parts.host_bytes  # the ring
         return found
 
     # ---- what came of it -----------------------------------------------------------------------------------------------
@@ -194,14 +197,22 @@ class Whole(Training):
 
 
 def peak_rss_bytes() -> int:
-    """Return the greatest resident memory of this process since it began or since :func:`forget_peak_rss`."""
+    """Return the greatest resident memory of this process since it began or since :func:`forget_peak_rss`.
+
+    Page-locked memory that a driver gave is not in it on every system: it is told apart.
+    """
     lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
+    peak = next((int(line.split()[1]) for line in lines if line.startswith("VmHWM")), None)
+    return 1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss if peak is None else peak)
 
 
-def forget_peak_rss() -> None:
-    """Have the peak begin anew with what is resident now."""
-    Path("/proc/self/clear_refs").write_text("5")
+def forget_peak_rss() -> bool:
+    """Have the peak begin anew with what is resident now. Returns False where the kernel does not do that (gVisor's)."""
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        return False
+    return True
 
 
 def end_with_parent() -> None:

@@ -130,8 +130,7 @@ class _Commands:
         began = time.perf_counter()
         self._training = contenders.begin(self._name, self._setting)
         loaded = {"load_s": time.perf_counter() - began, "load_rss_peak_bytes": peak_rss_bytes()}
-        forget_peak_rss()
-        return loaded
+        return {**loaded, "rss_peak_is_with_load": not forget_peak_rss()}
 
     def checkpoint(self) -> int:
         """Write the model's checkpoint; return its bytes."""

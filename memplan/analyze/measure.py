@@ -97,6 +97,8 @@ def measure(
     """
     say = progress if progress is not None else (lambda text: None)
     there = torch.device(device)
+    if there.type == "cuda":
+        torch.cuda.init()  # else its random state would not be among those that are kept
     call = batch_for(model, batch)
     runs = find_runs(model) if short else ()
     lowered = autocast_dtype(autocast)  # the caller's own, where none is given

@@ -22,10 +22,20 @@ TOKENS, WIDTH_IN, WIDTH_OUT = 4096, 4096, 11008
 
 def measure(say: Progress) -> Rates:
     """[Note: CUDA unproven]"""
+    held_before = torch.cuda.memory_allocated()
+    rates = _rates(say)
+    torch.cuda.empty_cache()  # what stays reserved is not free to a plan
+    torch._C._host_emptyCache()
+    free, total = torch.cuda.mem_get_info()
+    # Only now: kernels are loaded, and cuBLAS has its workspaces (a forward's and a backward's, in torch's own pool), as in
+    # training. What else the driver counts as used is the context (and other processes, if there are any).
+    workspaces = torch.cuda.memory_allocated() - held_before
+    rates.context = max(0, total - free - torch.cuda.memory_reserved() + workspaces)
+    return rates
+
+
+def _rates(say: Progress) -> Rates:
     rates = Rates()
-    free_before, total = torch.cuda.mem_get_info()
-    # What the driver counts as used beyond torch's own pool is the context (and other processes, if there are any).
-    rates.context = max(0, total - free_before - torch.cuda.memory_reserved())
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         if dtype == torch.bfloat16 and not torch.cuda.is_bf16_supported(including_emulation=False):
             continue
@@ -55,7 +65,6 @@ def measure(say: Progress) -> Rates:
     rates.operator = operator_s("cuda")
     few, few_there = pinned[:512], there[:512]
     rates.latency = _median_cuda_s(lambda: [few_there.copy_(few, non_blocking=True) for _ in range(200)]) / 200
-    torch.cuda.empty_cache()  # what stays reserved is not free to a plan
     return rates
 
 

@@ -50,6 +50,8 @@ class Handle:
         """Has the same blocks run under another plan."""
         self.replan: Callable[[Plan, int], Plan] | None = None
         self._vram_peak_bytes = 0
+        self._ledger: StorageLedger | None = None
+        """Counts live device bytes, inside ``watch_memory``."""
         self._readers = 0
         self._last: tuple[RunRecord, int] | None = None
         self._scalars = Scalars()
@@ -103,23 +105,34 @@ class Handle:
         if parts is None or parts.device.type == "cuda":
             yield
             return
-        arena = parts.arena
-        counted, apart = [arena.bytes], [*parts.on_host()]
-        if arena.is_elastic:  # of its storage not all is there
-            counted, apart = [], [*apart, arena.bytes]
-        with StorageLedger.of_training(self.model, optimizer, *counted, ignore=apart) as ledger:
-            if arena.is_elastic:
-                ledger.hold(arena.there_bytes)
-                arena.watch = ledger.hold
+        apart = [*parts.on_host(), *([parts.arena.bytes] if parts.arena.is_elastic else [])]
+        with StorageLedger.of_training(self.model, optimizer, ignore=apart) as ledger:
+            _count_arena(ledger, parts)
+            self._ledger = ledger
             if parts.optimizer_state is not None:
                 parts.optimizer_state.watch = ledger.ignore
             try:
                 yield
             finally:
-                arena.watch = None
+                self._ledger = parts.arena.watch = None
                 if parts.optimizer_state is not None:
                     parts.optimizer_state.watch = None
         self._vram_peak_bytes = max(self._vram_peak_bytes, ledger.peak_bytes)
+
+    @contextlib.contextmanager
+    def _counted_anew(self) -> Iterator[None]:
+        """Have ``watch_memory`` count the arena that comes inside in the place of the one before, and nothing of the way."""
+        ledger, parts = self._ledger, self._parts
+        if ledger is None or parts is None:
+            yield
+            return
+        if parts.arena.is_elastic:
+            parts.arena.watch = None
+            ledger.hold(-parts.arena.there_bytes)
+            ledger.regard(parts.arena.bytes)
+        with ledger.looking_away():
+            yield
+        _count_arena(ledger, parts)
 
     def adopt(self, optimizer: torch.optim.Optimizer) -> None:
         """Have an optimizer's state wait where the plan has it from now on, where it has a state already: one that was loaded
@@ -175,7 +188,8 @@ class Handle:
                 ) from None
             plan = self.replan(self.plan, least)
         gc.collect()
-        self.change(plan)
+        with self._counted_anew():
+            self.change(plan)
         if parts.device.type == "cuda":
             torch.cuda.empty_cache()
         self.plan = plan
@@ -233,6 +247,19 @@ class Handle:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.detach()
+
+
+def _count_arena(ledger: StorageLedger, parts: Parts) -> None:
+    """Have the device arena counted from now on, as far as it is there, and nothing of what lies in RAM for the plan."""
+    arena = parts.arena
+    for held in parts.on_host():
+        ledger.ignore(held)
+    if arena.is_elastic:  # of its storage not all is there
+        ledger.ignore(arena.bytes)
+        ledger.hold(arena.there_bytes)
+        arena.watch = ledger.hold
+    else:
+        ledger.add(arena.bytes)
 
 
 def handle_of(model: nn.Module) -> Handle | None:

@@ -5,14 +5,16 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 
-from memplan.errors import MemplanError
+from memplan.errors import MemplanError, TransferError
 
 
 class Lock:
     """A lock that may be taken again by who has it. What raised under it is mended by who takes it next.
 
     [Note: half done] An error, or a Ctrl-C in a notebook, may come between the start of a load and the note of it; where
-    training goes on then, that load must not write to what has come into its slot since.
+    training goes on then, that load must not write to what has come into its slot since. Nor may what a load that failed
+    has left on its way: one that comes too late, or the first pieces of one that a disk cut short (on CUDA they wait in
+    a stream).
     """
 
     def __init__(self, mend: Callable[[], None]) -> None:
@@ -31,6 +33,6 @@ class Lock:
             self._torn = False
 
     def __exit__(self, kind: type[BaseException] | None, error: object, trace: object) -> None:
-        if kind is not None and not issubclass(kind, MemplanError):  # a refusal has changed nothing
-            self._torn = True
+        if kind is not None and (issubclass(kind, TransferError) or not issubclass(kind, MemplanError)):
+            self._torn = True  # else it was refused: nothing has changed
         self._lock.release()

@@ -256,7 +256,7 @@ class CudaTransfers:
         self._back_stream.wait_stream(torch.cuda.current_stream(device))
 
     def load(self, channel: Channel, block: int, source: Source, destination: torch.Tensor) -> _CudaTicket:
-        if self._poisoned:
+        if self._poisoned and destination.device.type != "cpu":  # in no stream: a copy that waits may still read it
             poison(destination)
         free = torch.cuda.Event()
         free.record(torch.cuda.current_stream(self._device))

@@ -321,6 +321,31 @@ def test_a_load_that_hangs_is_heard(monkeypatch, tmp_path):
     assert_equal(train(model, "plain"), train(trained_once(), "plain"))
 
 
+def test_what_comes_too_late_is_waited_for_before_anything_else_is_loaded(monkeypatch, tmp_path):
+    """Else it would write to a slot that another block has come into since."""
+    model, seen, release = make("plain"), [], threading.Event()
+    copy, load = transfer.copy_bytes, transfer.CpuTransfers.load
+    with attach(model, plan_for(model, "plain", share=0.2), cache=tmp_path):
+        train(model, "plain", steps=1)
+
+        def late(*args):
+            release.wait(60)
+            copy(*args)
+            seen.append("written")
+
+        with monkeypatch.context() as patch:
+            patch.setattr(transfer, "DEADLINE_S", 0.2)
+            patch.setattr(transfer, "copy_bytes", late)
+            with pytest.raises(TransferError, match=r"has not come within 0\.2 s"):
+                train(model, "plain", steps=2)
+        monkeypatch.setattr(transfer.CpuTransfers, "load", lambda *args: (seen.append("loaded"), load(*args))[1])
+        threading.Timer(0.3, release.set).start()
+        assert_equal(train(model, "plain"), train(trained_once(), "plain"))
+    assert "loaded" in seen
+    assert seen[0] == "written"
+    assert "written" not in seen[seen.index("loaded") :]
+
+
 def trained_once():
     model = make("plain")
     train(model, "plain", steps=1)

@@ -235,6 +235,29 @@ def test_ram_is_counted_after_it_too(tmp_path):
         assert all(kept[name].data_ptr() == address for name, address in rooms.items())
 
 
+@pytest.mark.parametrize(("kind", "share"), [("plain", 0.6), ("llama", 0.4), ("llama", 0.9)])
+def test_inside_watch_memory_the_new_arena_counts_in_place_of_the_old(kind, share, tmp_path):
+    """And nothing of the way there, on which RAM holds what was on the device."""
+    model = make(kind)
+    plan = plan_for(model, kind, share=share)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
+    fails = [40]  # in forward: of a backward that fails torch keeps what it had queued until the next one
+    with attach(model, plan, cache=tmp_path, replan=smaller) as handle:
+
+        def run():
+            with FailsAt(fails.pop() if fails else -1):
+                loss_of(model(**batch_of(kind))).backward()
+
+        with handle.watch_memory(optimizer):
+            handle.micro_batch(run)
+            counted = handle._ledger.live_bytes
+        assert handle.recoveries == 1
+        with handle.watch_memory(optimizer):
+            anew = handle._ledger.live_bytes
+        assert counted == anew
+        assert handle.record.vram_peak_bytes <= plan.budgets.vram_bytes
+
+
 def test_without_the_way_to_a_smaller_plan_the_error_is_torchs_own(tmp_path):
     model = make("llama")
     with attach(model, plan_for(model, "llama"), cache=tmp_path) as handle, pytest.raises(torch.OutOfMemoryError):

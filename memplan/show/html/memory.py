@@ -18,7 +18,7 @@ _TALLEST = 1.25
 
 _WEIGHTS, _TRAINED, _SAVED, _OTHER = "weights", "trained", "saved", "other"
 _KINDS: dict[str, tuple[str, int, str]] = {
-    "context": (_OTHER, 0, "the process, before its first tensor"),
+    "context": (_OTHER, 0, "the process, beside its tensors"),
     "buffers": (_OTHER, 1, "buffers of the model"),
     "batch": (_OTHER, 2, "the micro-batch"),
     "staging": (_OTHER, 3, "through which the disk is read"),
