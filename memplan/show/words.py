@@ -154,13 +154,21 @@ def notes(plan: Plan, record: RunRecord | None) -> tuple[str, ...]:
 
 
 def percent(value: float, sign: str = "") -> str:
-    """Return a fraction of 1 in percent; ``sign="+"`` writes the plus too."""
-    return f"{value:{sign}.1%}"
+    """Return a fraction of 1 in percent; ``sign="+"`` writes the plus too. None at all is ``0%``, nothing else is."""
+    if value == 0:
+        return "0%"
+    if abs(value) >= 0.0005:
+        return f"{value:{sign}.1%}"
+    if abs(value) >= 0.00005:
+        return f"{value:{sign}.2%}"
+    return f"{'-' if value < 0 else sign}<0.01%"
 
 
 def number(value: float) -> str:
-    """Return a count, or the mean of counts."""
-    return f"{value:,.0f}" if value == round(value) else f"{value:,.1f}"
+    """Return a count, or the mean of counts; never as 0 where there are some."""
+    if value == round(value):
+        return f"{value:,.0f}"
+    return f"{value:,.1f}" if value >= 0.05 else f"{value:.1g}"
 
 
 def rate(value: float) -> str:

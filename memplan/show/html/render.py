@@ -53,9 +53,11 @@ class Frame:
     """For whoever shows no HTML."""
 
     def _repr_html_(self) -> str:
+        # The text is for those who show HTML but no frames: a notebook that is not trusted, a forge.
         return (
             f'<iframe title="memplan report" sandbox srcdoc="{html.escape(self.page)}" '
             'style="width:100%;height:44rem;border:0" loading="lazy"></iframe>'
+            f"<details><summary>The report as text</summary><pre>{html.escape(self.plain)}</pre></details>"
         )
 
     def __repr__(self) -> str:
