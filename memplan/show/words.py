@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from memplan.program.schema import Plan, Workload
     from memplan.show.facts import Facts, Measured
 
+_NOTHING = 1e-9
+"""A share below this is what rounding leaves of none."""
 _BINDS = {"compute": "compute binds", "link": "the link binds", "disk": "the disk binds"}
 
 
@@ -86,14 +88,14 @@ def bound(plan: Plan, facts: Facts, glyphs: Glyphs) -> str:
     gap, least = facts.bound_gap, glyphs.seconds(plan.prediction.bound_s)
     if gap is None:
         return "No bound is known for these blocks."
-    if gap < 1e-9:
+    if gap < _NOTHING:
         return f"At the bound ({least}): no plan of these blocks is faster."
     return f"Within {gap_up(gap)} of any plan of these blocks (bound {least})."
 
 
 def gap_up(gap: float) -> str:
     """Return a distance to the bound in percent, rounded up: "within" may not promise too much."""
-    return f"{math.ceil(gap * 1000 - 1e-6) / 10:.1f}%"
+    return "0%" if gap < _NOTHING else f"{max(1, math.ceil(gap * 1000 - 1e-6)) / 10:.1f}%"
 
 
 def whole_run(workload: Workload) -> str:
@@ -155,7 +157,7 @@ def notes(plan: Plan, record: RunRecord | None) -> tuple[str, ...]:
 
 def percent(value: float, sign: str = "") -> str:
     """Return a fraction of 1 in percent; ``sign="+"`` writes the plus too. None at all is ``0%``, nothing else is."""
-    if value == 0:
+    if abs(value) < _NOTHING:
         return "0%"
     if abs(value) >= 0.0005:
         return f"{value:{sign}.1%}"

@@ -30,7 +30,7 @@ MEANING = {
 
 def percent(value: float, sign: str = "") -> str:
     """Return a share in percent: a digit behind the point, more where it would be 0."""
-    if value == 0:
+    if abs(value) < 1e-9:
         return "0%"
     if abs(value) >= 5e-4:
         return f"{100 * value:{sign}.1f}%"
@@ -80,7 +80,7 @@ class Figures:
         return ("+" if size_bytes > 0 else "") + format_bytes(size_bytes)
 
     def time(self, time_s: float) -> str:
-        text = format_seconds(time_s) if time_s else "0 s"
+        text = format_seconds(time_s)
         return text if self.page else text.replace("µ", "u")
 
     # ---- bytes
@@ -154,7 +154,8 @@ class Figures:
 
     def gap(self) -> str:
         """How far a pass is above the bound, rounded up."""
-        return f"{math.ceil(1000 * max(0.0, self.said.pass_s / self.said.bound_s - 1) - 1e-6) / 10:.1f}%"
+        gap = self.said.pass_s / self.said.bound_s - 1
+        return "0%" if gap < 1e-9 else f"{max(1, math.ceil(1000 * gap - 1e-6)) / 10:.1f}%"
 
     def speed(self) -> str:
         slower = self.said.pass_s / self.held_s - 1

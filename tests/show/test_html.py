@@ -34,7 +34,7 @@ EVIL = (
 
 
 def seconds(value: float) -> str:
-    return format_seconds(value) if value else "0 s"
+    return format_seconds(value)
 
 
 def percent(value: float, sign: str = "") -> str:
@@ -151,7 +151,7 @@ def test_what_others_named_is_harmless() -> None:
         assert not any(name.startswith("on") or name in ("src", "href") for name in element.attributes), element
 
     frame = read(render.Frame(page=text, plain=EVIL)._repr_html_())
-    assert [element.tag for element in _every(frame)] == ["iframe", "details", "summary", "pre"]
+    assert [element.tag for element in _every(frame)] == ["style", "iframe", "details", "summary", "pre"]
     assert frame.all("pre")[0].children == [EVIL]
     assert frame.all("iframe")[0].attributes["srcdoc"] == text
     assert frame.all("iframe")[0].attributes["sandbox"] == ""
@@ -251,6 +251,8 @@ def test_a_notebook_shows_the_page(monkeypatch: pytest.MonkeyPatch, capsys: pyte
     assert frame.page == render.text(plan)
     assert escaping.escape(frame.page) in frame._repr_html_()
     assert repr(frame).startswith(plan.model)
+    plan._ipython_display_()
+    assert shown.pop() == frame
     with open("/dev/null", "w") as file:  # a file is a file in a notebook too
         api.report(plan, file=file)
     assert len(shown) == 1

@@ -192,6 +192,26 @@ def test_a_frame_keeps_its_style_to_itself(tmp_path: Path) -> None:
     assert found == {"font": "monospace", "height": 704, "inside": True}
 
 
+@pytest.mark.parametrize(
+    ("told", "dark", "paper"),
+    [
+        ("data-jp-theme-light=false", False, "rgb(22, 24, 27)"),
+        ("data-jp-theme-light=true", True, "rgb(252, 251, 248)"),
+        ("class=vscode-dark", False, "rgb(22, 24, 27)"),
+        ("", True, "rgb(22, 24, 27)"),
+    ],
+)
+def test_a_frame_has_the_colours_of_its_notebook(tmp_path: Path, told: str, dark: bool, paper: str) -> None:
+    frame = render.Frame(page=made("run"), plain="")._repr_html_().replace(" sandbox ", " ")  # to look inside
+    tell = """<script>addEventListener("load", () => {
+      const frame = document.querySelector("iframe"), page = frame.contentDocument;
+      const result = {paper: frame.contentWindow.getComputedStyle(page.body).backgroundColor};
+      document.body.innerHTML = "<pre id=result></pre>";
+      document.getElementById("result").textContent = JSON.stringify(result);
+    })</script>"""
+    assert result(tmp_path, f"<!doctype html><body {told}><p>a notebook</p>{frame}{tell}", dark=dark) == {"paper": paper}
+
+
 def test_it_prints(tmp_path: Path, page: str) -> None:
     (tmp_path / "opened.html").write_text(page, encoding="utf-8")
     chromium(
