@@ -344,7 +344,7 @@ class Figures:
         stays = {stay.id: stay for stay in self.plan.residences}
         found = []
         for index, stall_s in enumerate(self.line.stall_s):
-            if stall_s <= 0:
+            if stall_s < 1e-9:
                 continue
             needed = [load for load in self.line.loads if stays[load.residence].first_use == index]
             if not needed:

@@ -282,7 +282,7 @@ def test_the_tables_of_a_page(plan: Plan, measured: bool) -> None:
             row.module or want.none,
             want.time(want.line.access_start_s[row.index]),
             want.time(want.line.access_end_s[row.index] - want.line.access_start_s[row.index]),
-            want.time(want.line.stall_s[row.index]) if want.line.stall_s[row.index] else want.none,
+            want.time(want.line.stall_s[row.index]) if row.index in waits else want.none,
             waited_for(want, *waits[row.index]) if row.index in waits else want.none,
         )
         for row in want.rows
