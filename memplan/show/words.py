@@ -156,14 +156,11 @@ def notes(plan: Plan, record: RunRecord | None) -> tuple[str, ...]:
 
 
 def percent(value: float, sign: str = "") -> str:
-    """Return a fraction of 1 in percent; ``sign="+"`` writes the plus too. None at all is ``0%``, nothing else is."""
+    """Return a fraction of 1 in percent, with a digit that is not 0; ``sign="+"`` writes the plus too. None is ``0%``."""
     if abs(value) < _NOTHING:
         return "0%"
-    if abs(value) >= 0.0005:
-        return f"{value:{sign}.1%}"
-    if abs(value) >= 0.00005:
-        return f"{value:{sign}.2%}"
-    return f"{'-' if value < 0 else sign}<0.01%"
+    digits = 1 if abs(value) >= 0.0005 else -math.floor(math.log10(100 * abs(value)))
+    return f"{value:{sign}.{digits}%}"
 
 
 def number(value: float) -> str:

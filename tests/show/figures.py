@@ -32,9 +32,10 @@ def percent(value: float, sign: str = "") -> str:
     """Return a share in percent: a digit behind the point, more where it would be 0."""
     if abs(value) < 1e-9:
         return "0%"
-    if abs(value) >= 5e-4:
-        return f"{100 * value:{sign}.1f}%"
-    return f"{100 * value:{sign}.2f}%" if abs(value) >= 5e-5 else f"{'-' if value < 0 else sign}<0.01%"
+    digits = 1
+    while abs(value) < 5e-4 and 100 * abs(value) < 10.0**-digits:
+        digits += 1
+    return f"{100 * value:{sign}.{digits}f}%"
 
 
 def count(value: float) -> str:

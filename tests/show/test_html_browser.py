@@ -106,14 +106,20 @@ def result(folder: Path, page: str, *, dark: bool = False) -> Any:
     return json.loads(html.unescape(found[1]))
 
 
+def long_names() -> Plan:
+    """Return a plan whose layers have names as long as a phone is wide, without a space."""
+    long = "language_model.decoder_with_a_long_name.blocks_of_the_stack"
+    return make_plan("dhhkd", rename={index: f"{long}.{index}" for index in range(4)}, stack=long, recomputed=" ^^")
+
+
 @functools.cache
 def made(which: str) -> str:
-    plan = {"disk": disk_plan, "run": solve_plan, "long": long_plan}[which]()
-    record = make_record(plan, pass_s=1.0) if which == "run" else None
+    plan = {"disk": disk_plan, "run": solve_plan, "long": long_plan, "names": long_names}[which]()
+    record = make_record(plan, pass_s=1.0) if which in ("run", "names") else None
     return render.text(plan, record, (point_of(plan),))
 
 
-@pytest.fixture(params=["disk", "run", "long"])
+@pytest.fixture(params=["disk", "run", "long", "names"])
 def page(request: pytest.FixtureRequest) -> str:
     return made(request.param)
 
@@ -244,7 +250,7 @@ def test_what_is_folded_is_printed(tmp_path: Path) -> None:
         assert re.search(r"^ *0 +forward ", text.stdout, re.MULTILINE)
 
 
-@pytest.mark.parametrize("which", ["disk", "run", pytest.param("long", marks=pytest.mark.full)])
+@pytest.mark.parametrize("which", ["disk", "run", "names", pytest.param("long", marks=pytest.mark.full)])
 def test_on_paper_nothing_is_cut(tmp_path: Path, which: str) -> None:
     """Folded tables and those that scroll on a screen too: in the width of a page of A4 between its margins."""
     text = made(which).replace("@media print", "@media all").replace("@media screen", "@media not all")
