@@ -71,7 +71,7 @@ def format_bytes(size_bytes: int) -> str:
 
 
 def format_seconds(seconds: float) -> str:
-    """Return a time for people: ``"2.41 s"``, ``"13.2 ms"``, ``"40 µs"``, ``"3 h 10 min"``."""
+    """Return a time for people: ``"2.41 s"``, ``"13.2 ms"``, ``"40 µs"``, ``"3 h 10 min"``; ``"0 s"`` where there is none."""
     if seconds >= 3600:
         return f"{int(seconds // 3600)} h {int(seconds % 3600 // 60):02d} min"
     if seconds >= 120:
@@ -80,4 +80,8 @@ def format_seconds(seconds: float) -> str:
         return f"{seconds:.2f} s"
     if seconds >= 1e-3:
         return f"{seconds * 1e3:.1f} ms"
-    return f"{seconds * 1e6:.0f} µs"
+    if seconds >= 1e-6:
+        return f"{seconds * 1e6:.0f} µs"
+    if seconds >= 1e-9:
+        return f"{seconds * 1e9:.0f} ns"
+    return "0 s"  # less is what sums of times leave of rounding

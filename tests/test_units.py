@@ -36,3 +36,5 @@ def test_there_are_never_zero_bytes_where_there_are_some():
     assert format_bytes(3 * GIB) == "3.00 GiB"
     assert format_seconds(11400) == "3 h 10 min"
     assert format_seconds(4e-5) == "40 µs"
+    assert format_seconds(4.2e-7) == "420 ns"
+    assert format_seconds(0) == format_seconds(3e-18) == "0 s"

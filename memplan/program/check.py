@@ -290,7 +290,7 @@ def _overlaps(plan: Plan) -> Iterator[str]:
         for other, there in stays[position + 1 :]:
             if other.arena != one.arena or there.offset_bytes >= here.offset_bytes + here.size_bytes:
                 break
-            if min(here.size_bytes, there.size_bytes) and _meet(one, other, length):
+            if here.size_bytes and there.size_bytes and _meet(one, other, length):
                 yield (
                     f"residences {one.id} of {_name(plan, one)} and {other.id} of {_name(plan, other)} lie on the same bytes "
                     "at the same time"

@@ -26,6 +26,8 @@ def absence_faults(plan: Plan) -> Iterator[str]:
         if address is None:
             continue
         for segment in plan.arenas[stay.arena].segments:
+            if not segment.absent:
+                continue
             if not segment.offset_bytes <= address.offset_bytes < segment.offset_bytes + segment.size_bytes:
                 continue
             times = range(length) if stay.begins == "always" else range(stay.load_after + 1, _there_until(stay) + 1)

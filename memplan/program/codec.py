@@ -115,7 +115,7 @@ def _decode(data: bytes, kind: type[Value], where: str) -> Value:
         value = msgspec.json.decode(data, type=kind)
     except (msgspec.DecodeError, UnicodeDecodeError) as error:  # also what json takes and JSON has not: NaN, UTF-16
         raise PlanFormatError(f"{where} is no {name}: {error}; make it again, or mend what was edited") from None
-    negative = _negative(head, "")
+    negative = _negative(head).lstrip(".")
     if negative:
         raise PlanFormatError(
             f"{where} has a negative size or time at {negative}: make it again, or mend what was edited"
@@ -136,20 +136,17 @@ def _not_finite(node: Any, path: str) -> str:
     return next((found for where, value in parts if (found := _not_finite(value, where))), "")
 
 
-def _negative(node: Any, path: str) -> str:
-    """Return where a size or time is negative, or an empty string. Transients may be."""
-    if isinstance(node, dict):
-        parts = [(f"{path}.{key}", key, value) for key, value in node.items()]
-    elif isinstance(node, list):
-        parts = [(f"{path}[{index}]", "", value) for index, value in enumerate(node)]
-    else:
+def _negative(node: Any) -> str:
+    """Return the path to a size or time that is negative, or an empty string. Transients may be."""
+    # Paths are made on the way back alone: a long plan has tens of thousands of values.
+    if isinstance(node, list):
+        return next((f"[{index}]{found}" for index, value in enumerate(node) if (found := _negative(value))), "")
+    if not isinstance(node, dict):
         return ""
-    for where, key, value in parts:
-        if key.startswith("transient"):
-            continue
-        if key.endswith(("_bytes", "_s")) and isinstance(value, (int, float)) and value < 0:
-            return where.lstrip(".")
-        found = _negative(value, where)
-        if found:
-            return found
+    for key, value in node.items():
+        if isinstance(value, (int, float)):
+            if value < 0 and key.endswith(("_bytes", "_s")) and not key.startswith("transient"):
+                return f".{key}"
+        elif (found := _negative(value)) and not key.startswith("transient"):
+            return f".{key}{found}"
     return ""

@@ -7,6 +7,8 @@ from typing import Literal
 
 from msgspec import Struct
 
+from memplan.units import format_bytes, format_seconds
+
 
 class BlockRecord(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """One streamed block over the whole run."""
@@ -70,6 +72,13 @@ class RunRecord(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     mode)."""
     spans: tuple[Span, ...] = ()
     """Of the last whole pass, where it was traced."""
+
+    def __repr__(self) -> str:
+        """Say what it is in a line: ``report(plan, record)`` shows it beside its plan."""
+        passes = "1 pass" if self.passes == 1 else f"{self.passes:,} passes"
+        took = f" of {format_seconds(self.pass_s)}" if self.pass_s > 0 else ""
+        peak = f", at most {format_bytes(self.vram_peak_bytes)} vram" if self.vram_peak_bytes else ""
+        return f"<RunRecord of {passes}{took} on {self.device}: {self.loads:,} loads, {self.misses:,} misses{peak}>"
 
     def save(self, path: str | Path) -> None:
         """Write the record as JSON, whole or not at all."""

@@ -14,6 +14,7 @@ from msgspec import Struct
 
 from memplan.analyze.graph import Activations
 from memplan.cost.table import CostTable
+from memplan.units import format_bytes, format_seconds
 
 SCHEMA_VERSION = 1
 
@@ -243,6 +244,20 @@ class Plan(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     def optimizer_state(self) -> StateHome:
         """Where the optimizer's state lies between steps."""
         return "host" if self.table.state_on_host_bytes else "device"
+
+    def __repr__(self) -> str:
+        """Say what it is in a line; its rows would fill pages."""
+        said, budgets = self.prediction, self.budgets
+        return (
+            f"<Plan of {self.model!r} on {self.hardware!r}: {format_bytes(said.peaks.vram_bytes)} of "
+            f"{format_bytes(budgets.vram_bytes)} vram, a pass of {format_seconds(said.pass_s)}>"
+        )
+
+    def _ipython_display_(self) -> None:
+        """Show the report where a notebook shows the plan."""
+        import memplan
+
+        memplan.report(self)
 
     def policies(self) -> dict[str, Activations]:
         """Return the activation policy of each recomputable module."""

@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from memplan.program.record import RunRecord
     from memplan.program.schema import Plan
 
+_NOTHING = 1e-9
+"""A figure below this is what rounding leaves of none."""
 _SAME = 5e-4
 """Times that differ by less than this share read the same."""
 
@@ -38,7 +40,14 @@ class Row:
     @property
     def share(self) -> float | None:
         """By what share the second is more; None where there is nothing to compare with."""
-        return self.second / self.first - 1 if self.first and self.second is not None else None
+        if self.first is None or self.second is None or self.first < _NOTHING:
+            return None
+        return self.second / self.first - 1
+
+    @property
+    def is_some(self) -> bool:
+        """Whether either has anything of it."""
+        return any(value is not None and value >= _NOTHING for value in (self.first, self.second))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -106,7 +115,7 @@ def compare_plans(first: Plan, second: Plan) -> Compared:
         notes.append(f"{len(lone)} blocks are in one of the two only: they are cut otherwise, or of another model.")
     return Compared(
         settings=tuple(_settings(first, second)),
-        rows=tuple(row for row in rows if row.first or row.second),
+        rows=tuple(row for row in rows if row.is_some),
         moved=tuple(moved),
         notes=tuple(notes),
     )
@@ -140,7 +149,7 @@ def compare_records(first: RunRecord, second: RunRecord) -> Compared:
     settings = [("device", first.device, second.device)] if first.device != second.device else []
     return Compared(
         settings=tuple(settings),
-        rows=tuple(row for row in rows if row.first or row.second),
+        rows=tuple(row for row in rows if row.is_some),
         moved=(),
         notes=(),
     )

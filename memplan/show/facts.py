@@ -200,6 +200,7 @@ def as_dict(plan: Plan, record: RunRecord | None = None) -> dict[str, object]:
         "binds": prediction.binds,
         "loads_per_pass": prediction.loads_per_pass,
         "loaded_bytes_per_pass": prediction.loaded_bytes_per_pass,
+        "offloaded_bytes_per_pass": prediction.offloaded_bytes_per_pass,
         "rows_bytes_per_pass": prediction.rows_bytes_per_pass,
         "budgets": {
             "vram_bytes": budgets.vram_bytes,

@@ -37,7 +37,7 @@ class Glyphs:
 
     def seconds(self, seconds: float) -> str:
         """Return a time for people."""
-        text = format_seconds(seconds) if seconds else "0 s"
+        text = format_seconds(seconds)
         return text.replace("µ", "u") if self.ascii_only else text
 
     def safe(self, text: str) -> str:

@@ -212,6 +212,8 @@ class _Page:
             row("tokens/s", facts.tokens_per_s, words.rate, "tokens_per_s")
         row("loads/pass", prediction.loads_per_pass, words.number, "loads_per_pass")
         row("loaded/pass", prediction.loaded_bytes_per_pass, format_bytes, "loaded_bytes_per_pass")
+        if prediction.offloaded_bytes_per_pass:
+            row("offloaded/pass", prediction.offloaded_bytes_per_pass, format_bytes)
         if prediction.rows_bytes_per_pass:
             row("rows/pass", prediction.rows_bytes_per_pass, format_bytes)
         remarks = [words.bound(self.plan, facts, self.glyphs)]
@@ -255,7 +257,7 @@ class _Page:
                 Text(f"  {self.glyphs.safe(block.name)}"),
                 Text(block.home, style=self.glyphs.style(block.home)),
                 self.glyphs.seconds(row.stall_s),
-                f"{row.stall_s / total_s:.0%}",
+                words.percent(row.stall_s / total_s),
                 f"{row.loads:,}",
                 f"{row.misses:,}",
             )
@@ -265,7 +267,7 @@ class _Page:
                 Text(f"  {len(rows) - _MOST_STALLED} others", style="dim"),
                 "",
                 self.glyphs.seconds(rest),
-                f"{rest / total_s:.0%}",
+                words.percent(rest / total_s),
             )
         return table
 

@@ -30,6 +30,8 @@ _LANE_NAMES = {
     "disk": "from the disk",
 }
 _US = 1e6
+_LEAST_S = 1e-9
+"""A wait below this is what rounding leaves of none."""
 
 
 def chrome_trace(plan: Plan, record: RunRecord | None = None) -> dict[str, Any]:
@@ -64,7 +66,7 @@ def _planned(plan: Plan) -> Iterator[dict[str, Any]]:
         table.accesses, timeline.access_start_s, timeline.access_end_s, timeline.stall_s, strict=True
     ):
         name = row.module or row.kind
-        if stall_s > 0:
+        if stall_s >= _LEAST_S:
             yield _event(1, "wait", name, start_s - stall_s, start_s, access=row.index)
         if row.kind != "optimizer":  # once a step, not in a pass
             blocks = [table.blocks[block].name for block in row.blocks]

@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from memplan.program.schema import Plan, Workload
     from memplan.show.facts import Facts, Measured
 
+_NOTHING = 1e-9
+"""A share below this is what rounding leaves of none."""
 _BINDS = {"compute": "compute binds", "link": "the link binds", "disk": "the disk binds"}
 
 
@@ -86,14 +88,14 @@ def bound(plan: Plan, facts: Facts, glyphs: Glyphs) -> str:
     gap, least = facts.bound_gap, glyphs.seconds(plan.prediction.bound_s)
     if gap is None:
         return "No bound is known for these blocks."
-    if gap < 1e-9:
+    if gap < _NOTHING:
         return f"At the bound ({least}): no plan of these blocks is faster."
     return f"Within {gap_up(gap)} of any plan of these blocks (bound {least})."
 
 
 def gap_up(gap: float) -> str:
     """Return a distance to the bound in percent, rounded up: "within" may not promise too much."""
-    return f"{math.ceil(gap * 1000 - 1e-6) / 10:.1f}%"
+    return "0%" if gap < _NOTHING else f"{max(1, math.ceil(gap * 1000 - 1e-6)) / 10:.1f}%"
 
 
 def whole_run(workload: Workload) -> str:
@@ -154,13 +156,18 @@ def notes(plan: Plan, record: RunRecord | None) -> tuple[str, ...]:
 
 
 def percent(value: float, sign: str = "") -> str:
-    """Return a fraction of 1 in percent; ``sign="+"`` writes the plus too."""
-    return f"{value:{sign}.1%}"
+    """Return a fraction of 1 in percent, with a digit that is not 0; ``sign="+"`` writes the plus too. None is ``0%``."""
+    if abs(value) < _NOTHING:
+        return "0%"
+    digits = 1 if abs(value) >= 0.0005 else -math.floor(math.log10(100 * abs(value)))
+    return f"{value:{sign}.{digits}%}"
 
 
 def number(value: float) -> str:
-    """Return a count, or the mean of counts."""
-    return f"{value:,.0f}" if value == round(value) else f"{value:,.1f}"
+    """Return a count, or the mean of counts; never as 0 where there are some."""
+    if value == round(value):
+        return f"{value:,.0f}"
+    return f"{value:,.1f}" if value >= 0.05 else f"{value:.1g}"
 
 
 def rate(value: float) -> str:

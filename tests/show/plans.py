@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import msgspec
 
 from memplan.analyze.graph import AccessKind, Activations, Block, BlockKind, Fixed, FixedKind, Tensor
@@ -169,6 +171,7 @@ def make_record(plan: Plan, *, pass_s: float, extra_bytes: int = 0, passes: int 
     return RunRecord(**(values | fields))  # type: ignore[arg-type]
 
 
+@functools.cache
 def solve_plan(layers: int = 6) -> Plan:
     """Return a plan that the solver made and that its check holds: half the layers fit."""
     names = ["model.embed_tokens", *(f"model.layers.{i}" for i in range(layers)), "lm_head"]
@@ -191,6 +194,7 @@ def solve_plan(layers: int = 6) -> Plan:
     )
 
 
+@functools.cache
 def disk_plan() -> Plan:
     """Return a plan that holds, streams from RAM and from disk, waits, and has activations on the host."""
     table = make_table([40 * MIB] * 9, link=2e9, disk=5e8, device="cuda", offloadable=True)
@@ -198,18 +202,32 @@ def disk_plan() -> Plan:
     return place(table, budgets(240 * MIB, ram=170 * MIB, disk=1 << 30), activations=policies, pieces=False, **NAMES)
 
 
+@functools.cache
 def long_plan() -> Plan:
     """Return a plan of two stacks of 63 layers in seven parts each: as many as are ever planned."""
-    table = make_table([4 * MIB] * 882, [range(7 * i, 7 * i + 7) for i in range(126)], link=2e9, device="cuda")
-    stacks = [("encoder" if i < 441 else "decoder") + ".layers" for i in range(882)]
+    return place(_in_parts(63), budgets(1500 * MIB, ram=2000 * MIB, disk=1 << 40), pieces=False, **NAMES)
+
+
+@functools.cache
+def parts_plan() -> Plan:
+    """Return a plan of two stacks of four layers in seven parts each, of which some lie on each tier."""
+    return place(_in_parts(4), budgets(130 * MIB, ram=80 * MIB, disk=1 << 40), pieces=False, **NAMES)
+
+
+def _in_parts(layers: int) -> CostTable:
+    """Return the table of two stacks of ``layers`` layers in seven parts each."""
+    each = 7 * layers
+    table = make_table(
+        [4 * MIB] * 2 * each, [range(7 * i, 7 * i + 7) for i in range(2 * layers)], link=2e9, device="cuda"
+    )
+    stacks = [("encoder" if i < each else "decoder") + ".layers" for i in range(2 * each)]
     named = tuple(
         msgspec.structs.replace(
-            block, name=f"{stacks[block.id]}.{block.id // 7 % 63}.{_PARTS[block.id % 7]}", stack=stacks[block.id]
+            block, name=f"{stacks[block.id]}.{block.id // 7 % layers}.{_PARTS[block.id % 7]}", stack=stacks[block.id]
         )
         for block in table.blocks
     )
-    table = msgspec.structs.replace(table, blocks=named)
-    return place(table, budgets(1500 * MIB, ram=2000 * MIB, disk=1 << 40), pieces=False, **NAMES)
+    return msgspec.structs.replace(table, blocks=named)
 
 
 def _block(index: int, name: str, stack: str) -> Block:

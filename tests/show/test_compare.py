@@ -38,6 +38,16 @@ def test_the_same_has_no_changes():
     assert all(row.first == row.second for row in found.rows)
 
 
+def test_what_rounding_leaves_is_nothing_to_compare_with(capsys):
+    few = replace(FIRST, prediction=replace(FIRST.prediction, stall_s=3e-18))
+    rows = {row.what: row for row in compare_plans(few, SECOND).rows}
+    assert rows["stall"].share is None
+    write_compared_files(compare_plans(few, SECOND), ("first", "second"))
+    shown = {line.split()[0]: line.split()[1:] for line in capsys.readouterr().out.splitlines() if line.strip()}
+    assert shown["stall"] == ["0", "s", "10.0", "ms", "new"]
+    assert "stall" not in {row.what for row in compare_plans(few, few).rows}
+
+
 def test_other_settings_are_told():
     other = replace(SECOND, hardware="another", budgets=replace(SECOND.budgets, vram_bytes=1 << 40))
     settings = {what: (one, two) for what, one, two in compare_plans(FIRST, other).settings}

@@ -44,6 +44,17 @@ def write(
         ) from error
 
 
+_THEMES = "".join(
+    f":is({where}) .memplan-report{{color-scheme:{scheme}}}"
+    for scheme, where in (
+        ("light", "[data-jp-theme-light=true],.vscode-light,html[theme=light]"),
+        ("dark", "[data-jp-theme-light=false],.vscode-dark,html[theme=dark]"),
+    )
+)
+"""The page goes with the colours of the notebook, where that says what they are (Jupyter, VS Code, Colab); else with the
+system's. Nothing but the frame is named."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Frame:
     """The page as notebooks show it: in a frame of its own, so that neither's style reaches the other."""
@@ -53,9 +64,12 @@ class Frame:
     """For whoever shows no HTML."""
 
     def _repr_html_(self) -> str:
+        # The text is for those who show HTML but no frames: a notebook that is not trusted, a forge.
         return (
-            f'<iframe title="memplan report" sandbox srcdoc="{html.escape(self.page)}" '
+            f"<style>{_THEMES}</style>"
+            f'<iframe title="memplan report" class="memplan-report" sandbox srcdoc="{html.escape(self.page)}" '
             'style="width:100%;height:44rem;border:0" loading="lazy"></iframe>'
+            f"<details><summary>The report as text</summary><pre>{html.escape(self.plain)}</pre></details>"
         )
 
     def __repr__(self) -> str:

@@ -15,6 +15,8 @@ from memplan.show.html.tables import NONE, Row, Table, numbers, time
 from memplan.show.words import percent
 
 _CHANNELS = {"h2d": "link, to the device", "d2h": "link, from the device", "disk": "disk"}
+_LEAST_S = 1e-9
+"""A wait below this is what rounding leaves of none."""
 _LEAST = 0.4
 """Width below which a bar is not seen; what is nearer to its neighbour is drawn as one with it."""
 
@@ -64,7 +66,7 @@ def lanes(plan: Plan, line: Timeline) -> Lanes:
     stalls: list[tuple[float, float]] = []
     for row, start, end, stall in zip(rows, line.access_start_s, line.access_end_s, line.stall_s, strict=True):
         (backward if row.kind == "backward" else forward).append((start, end))
-        if stall > 0:
+        if stall >= _LEAST_S:
             stalls.append((start - stall, start))
     stall_s = line.total_stall_s
     compute = Bars(
@@ -110,7 +112,7 @@ def waits(plan: Plan, line: Timeline) -> tuple[Wait, ...]:
         last[stay.first_use] = max(last.get(stay.first_use, (-1.0, -1, "")), (load.end_s, stay.item, load.channel))
     found = []
     for index, stall in enumerate(line.stall_s):
-        if stall > 0:
+        if stall >= _LEAST_S:
             _, item, channel = last.get(index, (0.0, -1, ""))
             weights = item >= 0 and plan.items[item].kind == "weights"
             block = plan.items[item].block if weights else None
@@ -133,7 +135,7 @@ def table(plan: Plan, line: Timeline, found: Sequence[Wait]) -> Table:
                     row.module or NONE,
                     time(start),
                     time(end - start),
-                    time(stall or None),
+                    time(stall if stall >= _LEAST_S else None),
                     _waited(plan, held.get(row.index)),
                 ),
             )

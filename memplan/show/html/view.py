@@ -156,7 +156,8 @@ def _budget(plan: Plan, known: Facts, seen: Measured | None, machine: Machine | 
     rows.append(Row(name="budget", cells=tuple(map(size, limits)), style="sum"))
     if machine is not None:
         others = machine.device_bytes - budgets.vram_bytes
-        rows.append(Row(name="left to others", cells=(size(others), NONE, NONE)))
+        name = "left to others" if others >= 0 else "more than there is"
+        rows.append(Row(name=name, cells=(size(abs(others)), NONE, NONE)))
         rows.append(Row(name="memory of the device", cells=(size(machine.device_bytes), NONE, NONE), style="sum"))
     if seen is not None:
         rows.append(Row(name="peak, measured", cells=(size(seen.vram_bytes), size(seen.ram_bytes), NONE), style="sum"))

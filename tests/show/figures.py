@@ -1,0 +1,370 @@
+"""What a report has to say, by arithmetic of its own on a plan and a record. Only sizes and times are written by ``units``.
+
+Nothing here comes from ``memplan.show``: a figure that the two disagree in is a fault of one of them.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import re
+from collections.abc import Iterable, Iterator
+
+from memplan.program.answers import Point
+from memplan.program.memory import Moment, timeline
+from memplan.program.record import RunRecord
+from memplan.program.schema import Plan
+from memplan.program.timeline import timeline_of
+from memplan.units import format_bytes, format_seconds
+
+Rows = dict[str, tuple[str, ...]]
+TIERS = ("device", "host", "disk")
+MEANING = {
+    "device": "held: never moves",
+    "host": "streamed from ram",
+    "disk": "streamed from disk",
+    "recomputed": "activations made again in backward",
+    "offloaded": "activations wait in ram for the backward",
+}
+
+
+def percent(value: float, sign: str = "") -> str:
+    """Return a share in percent: a digit behind the point, more where it would be 0."""
+    if abs(value) < 1e-9:
+        return "0%"
+    digits = 1
+    while abs(value) < 5e-4 and 100 * abs(value) < 10.0**-digits:
+        digits += 1
+    return f"{100 * value:{sign}.{digits}f}%"
+
+
+def count(value: float) -> str:
+    """Return a count, or a mean of counts."""
+    return f"{int(value):,}" if value == int(value) else f"{value:,.1f}" if value >= 0.05 else f"{value:.1g}"
+
+
+def rate(value: float) -> str:
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+
+
+def some(number: int, one: str, many: str) -> str:
+    return f"{number:,} {one if number == 1 else many}"
+
+
+class Figures:
+    """All figures of one plan, and of a run under it. ``page``: as a page writes them, else as plain text does."""
+
+    def __init__(self, plan: Plan, record: RunRecord | None = None, *, page: bool = False) -> None:
+        self.plan, self.record, self.page = plan, record, page
+        self.none = "–" if page else "-"
+        self.said = plan.prediction
+        self.rows = plan.table.accesses
+        self.blocks = plan.table.blocks
+        self.policies = {policy.module: policy.activations for policy in plan.activations}
+        self.homes = {item.block: item.home for item in plan.items if item.kind == "weights"}
+        self.moments: tuple[Moment, ...] = timeline(plan)
+        self.line = timeline_of(plan)
+        again = [row.recompute_s for row in self.rows if self.policies.get(row.module) == "recompute"]
+        self.recompute_s = sum(again)
+        self.held_s = self.said.compute_s - self.recompute_s
+        self.loads = [0] * len(self.blocks)
+        for stay in plan.residences:
+            if stay.begins == "load" and plan.items[stay.item].kind == "weights":
+                self.loads[plan.items[stay.item].block] += 1
+
+    # ---- how it is written
+
+    def size(self, size_bytes: int | None) -> str:
+        return self.none if size_bytes is None else format_bytes(size_bytes)
+
+    def more(self, size_bytes: int) -> str:
+        return ("+" if size_bytes > 0 else "") + format_bytes(size_bytes)
+
+    def time(self, time_s: float) -> str:
+        text = format_seconds(time_s)
+        return text if self.page else text.replace("µ", "u")
+
+    # ---- bytes
+
+    @property
+    def tops(self) -> tuple[int, int, int]:
+        peaks = self.said.peaks
+        return peaks.vram_bytes, peaks.ram_bytes, peaks.disk_bytes
+
+    @property
+    def limits(self) -> tuple[int | None, ...]:
+        budgets = self.plan.budgets
+        return budgets.vram_bytes, budgets.ram_bytes, budgets.disk_bytes
+
+    def parts(self) -> Rows:
+        """By kind: bytes of vram, ram, disk."""
+        on_disk = sum(block.size_bytes for block in self.blocks if self.homes[block.id] == "disk")
+        found: Rows = {}
+        for kind in dict.fromkeys((*self.said.vram_parts, *self.said.ram_parts)):
+            row = (
+                self.said.vram_parts.get(kind, 0),
+                self.said.ram_parts.get(kind, 0),
+                on_disk if kind == "weights" else 0,
+            )
+            if any(row):
+                found[kind] = tuple(self.size(part or None) for part in row)
+        return found
+
+    @property
+    def copies_bytes(self) -> int:
+        """Of the activations at the peak, copies of weights: of layers that keep, from their forward to their backward."""
+        alive, peak = 0, self.said.vram_peak_at
+        for row in self.rows:
+            ends = [other.index for other in self.rows if other.kind == "backward" and other.forward == row.index]
+            keeps = self.policies.get(row.module, "keep") == "keep"
+            if keeps and row.index <= peak <= (ends[-1] if ends else row.index):
+                alive += row.derived_bytes
+        return min(alive, self.said.vram_parts.get("activations", 0))
+
+    def free(self) -> tuple[str, ...]:
+        pairs = zip(self.limits, self.tops, strict=True)
+        return tuple(self.none if limit is None else format_bytes(limit - top) for limit, top in pairs)
+
+    def unaccounted(self) -> tuple[str, str]:
+        assert self.record is not None
+        seen = (self.record.vram_peak_bytes, self.record.ram_peak_bytes)
+        vram, ram = (self.more(got - said) if got else self.none for got, said in zip(seen, self.tops[:2], strict=True))
+        return vram, ram
+
+    # ---- times
+
+    @property
+    def tokens_per_s(self) -> float:
+        return self.plan.workload.tokens * self.plan.workload.accumulation / self.said.step_s
+
+    @property
+    def tokens_per_s_seen(self) -> float:
+        assert self.record is not None
+        return self.plan.workload.tokens / self.record.pass_s
+
+    def compared(self, predicted: float, measured: float, form: object) -> tuple[str, str, str]:
+        """A row of what was predicted, what was measured, and the error of the prediction."""
+        assert callable(form)
+        return form(predicted), form(measured), percent(predicted / measured - 1, "+")
+
+    def bound(self) -> str:
+        gap, least = self.said.pass_s / self.said.bound_s - 1, self.time(self.said.bound_s)
+        if gap < 1e-9:
+            return f"At the bound ({least}): no plan of these blocks is faster."
+        return f"Within {self.gap()} of any plan of these blocks (bound {least})."
+
+    def gap(self) -> str:
+        """How far a pass is above the bound, rounded up."""
+        gap = self.said.pass_s / self.said.bound_s - 1
+        return "0%" if gap < 1e-9 else f"{max(1, math.ceil(1000 * gap - 1e-6)) / 10:.1f}%"
+
+    def speed(self) -> str:
+        slower = self.said.pass_s / self.held_s - 1
+        said = f"{percent(slower)} slower than" if slower >= 5e-4 else "No slower than"
+        binds = {"compute": "compute binds", "link": "the link binds", "disk": "the disk binds"}[self.said.binds]
+        return f"{said} holding everything; {binds}."
+
+    def why(self) -> str:
+        shares = [(self.recompute_s / self.held_s, "recompute"), (self.said.stall_s / self.held_s, "waiting")]
+        named = [f"{percent(share)} {what}" for share, what in shares if share >= 5e-4]
+        return f"Slower than holding everything by {' and '.join(named)}." if named else ""
+
+    def gains(self) -> list[str]:
+        found = []
+        for gain in sorted(self.plan.gains, key=lambda gain: gain.pass_s):
+            more = format_bytes(gain.more)
+            what = {
+                "vram": f"{more} more vram",
+                "ram": f"{more} more ram",
+                "link": f"a link that is {more}/s faster",
+                "loss": f"the loss in chunks of {gain.more:,} tokens",
+            }[gain.of]
+            saved = self.said.pass_s - gain.pass_s
+            found.append(
+                f"With {what} a pass would be {self.time(saved)} ({percent(saved / self.said.pass_s)}) shorter."
+            )
+        return found
+
+    def whole_run(self) -> str:
+        """The time of the whole run; empty where its steps are not known."""
+        work = self.plan.workload
+        if work.steps is None:
+            return ""
+        steps = some(work.steps, "step", "steps")
+        if work.examples and work.epochs:
+            steps = f"{some(work.epochs, 'epoch', 'epochs')} of {some(work.examples, 'example', 'examples')} ({steps})"
+        return f"About {self.time(work.steps * self.said.step_s)} for {steps}."
+
+    # ---- sentences
+
+    def subject(self) -> str:
+        work, by = self.plan.workload, " × " if self.page else " x "
+        shapes = {name: by.join(map(str, shape)) for name, shape in work.batch.items()}
+        alike = len(set(shapes.values())) == 1
+        batch = next(iter(shapes.values())) if alike else ", ".join(f"{k} {v}" for k, v in shapes.items())
+        return (
+            f"batch {batch}, {work.tokens:,} tokens a pass, {some(work.accumulation, 'pass', 'passes')} a step, "
+            f"on {self.plan.hardware} ({self.plan.table.device})"
+        )
+
+    def fits(self) -> str:
+        (vram, ram, _), (vram_limit, ram_limit, _) = self.tops, self.limits
+        text = f"{self.size(vram)} of {self.size(vram_limit)} vram"
+        return f"Fits: {text}, {self.size(ram)} of {self.size(ram_limit)} ram." if ram else f"Fits: {text}."
+
+    def over(self) -> str:
+        """By how much a run left the budget; empty where it did not."""
+        over = 0 if self.record is None else self.record.vram_peak_bytes - self.plan.budgets.vram_bytes
+        return f"The run went {self.size(over)} over the vram budget." if over > 0 else ""
+
+    def peak(self) -> str:
+        row = self.rows[self.said.vram_peak_at]
+        named = {"loss": "the loss", "optimizer": "the optimizer step"}
+        return f"The vram peak stands in {named.get(row.kind, f'the {row.kind} of {row.module}')}."
+
+    def run(self) -> str:
+        assert self.record is not None
+        passes = some(self.record.passes, "pass", "passes")
+        return f"{passes} in {self.time(self.record.wall_s)} on {self.record.device}"
+
+    def counts(self) -> str:
+        run = self.record
+        assert run is not None
+        found = [
+            f"{run.loads:,} loads",
+            some(run.misses, "miss", "misses"),
+            f"{some(run.off_sequence, 'access', 'accesses')} off the sequence",
+        ]
+        if run.learned:
+            found.append(f"the sequence learned anew {some(run.learned, 'time', 'times')}")
+        if run.crowded:
+            found.append(
+                f"{some(run.crowded, 'forward', 'forwards')} kept activations on the device that were to be offloaded"
+            )
+        if run.recoveries:
+            found.append(f"ran out of memory and went on smaller {some(run.recoveries, 'time', 'times')}")
+        if run.derived_bytes:
+            found.append(f"{self.size(run.derived_bytes)} of copies of weights saved that are not in the plan")
+        return ", ".join(found)
+
+    def notes(self) -> tuple[str, ...]:
+        found = self.plan.notes
+        if self.plan.table.device == "cpu":
+            found += ("The compute device is the CPU: vram is the memory that the step itself may use.",)
+        return found
+
+    # ---- blocks
+
+    def policy(self, name: str) -> str:
+        """What becomes of a block's activations: as its module says, or the nearest one around it."""
+        parts = name.split(".")
+        around = [".".join(parts[:length]) for length in range(len(parts), 0, -1)]
+        return next((self.policies[one] for one in around if one in self.policies), "keep")
+
+    def layer(self, block: int) -> str:
+        """The layer that a block is part of: up to the number behind its stack's name; else its own name."""
+        name, stack = self.blocks[block].name, self.blocks[block].stack
+        inside = re.match(rf"{re.escape(stack)}\.[^.]+", name) if stack else None
+        return inside[0] if inside else name
+
+    def layers(self) -> dict[str, list[int]]:
+        """Blocks by layer, in the order of the blocks."""
+        found: dict[str, list[int]] = {}
+        for block in self.blocks:
+            found.setdefault(self.layer(block.id), []).append(block.id)
+        return found
+
+    def bytes_of(self, blocks: Iterable[int], tier: str) -> int:
+        return sum(self.blocks[block].size_bytes for block in blocks if self.homes[block] == tier)
+
+    def legend(self) -> Iterator[tuple[str, str, str | None]]:
+        """Yield what marks mean: a tier or policy, its blocks, their bytes."""
+        for tier in TIERS:
+            here = [block.id for block in self.blocks if self.homes[block.id] == tier]
+            if here:
+                yield tier, f"{len(here):,}", self.size(self.bytes_of(here, tier))
+        for policy, name in (("recompute", "recomputed"), ("offload", "offloaded")):
+            number = sum(self.policy(block.name) == policy for block in self.blocks)
+            if number:
+                yield name, f"{number:,}", None
+
+    def runs(self) -> list[tuple[str, ...]]:
+        """Neighbouring layers of a stack that are alike, as a row each."""
+        rows = []
+        for _, group in itertools.groupby(self.layers().items(), self._look):
+            names, members = zip(*group, strict=True)
+            every = [block for blocks in members for block in blocks]
+            stack = self.blocks[every[0]].stack
+            name = names[0] if len(names) == 1 else f"{names[0]} … {names[-1].removeprefix(stack + '.')}"
+            sizes = [self.bytes_of(every, tier) for tier in TIERS]
+            loads = sum(self.loads[block] for block in every)
+            policy = self.policy(self.blocks[every[0]].name) if stack else self.none
+            cells = (f"{len(names):,}", *(self.size(size or None) for size in sizes), policy, f"{loads:,}")
+            rows.append((name, *cells))
+        return rows
+
+    def _look(self, layer: tuple[str, list[int]]) -> tuple[object, ...]:
+        name, blocks = layer
+        stack = self.blocks[blocks[0]].stack
+        return (
+            stack or name,
+            *(self.bytes_of(blocks, tier) for tier in TIERS),
+            self.policy(self.blocks[blocks[0]].name),
+            sum(self.loads[block] for block in blocks),
+            len(blocks),
+        )
+
+    # ---- waits
+
+    def stalled(self) -> list[tuple[str, ...]]:
+        """What a run waited for, the longest first: the five worst and the sum of the others."""
+        assert self.record is not None
+        found = sorted(
+            (row for row in self.record.blocks if row.stall_s > 0), key=lambda row: (-row.stall_s, row.block)
+        )
+        total = sum(row.stall_s for row in found)
+        rows: list[tuple[str, ...]] = [
+            (
+                self.blocks[row.block].name,
+                self.homes[row.block],
+                self.time(row.stall_s),
+                percent(row.stall_s / total),
+                f"{row.loads:,}",
+                f"{row.misses:,}",
+            )
+            for row in found[:5]
+        ]
+        if found[5:]:
+            rest = sum(row.stall_s for row in found[5:])
+            rows.append((f"{len(found) - 5} others", self.time(rest), percent(rest / total)))
+        return rows
+
+    def waits(self) -> list[tuple[int, float, int | None, str]]:
+        """Accesses that wait: for how long, for which block (None: no weights), over what."""
+        names = {"h2d": "link, to the device", "d2h": "link, from the device", "disk": "disk"}
+        stays = {stay.id: stay for stay in self.plan.residences}
+        found = []
+        for index, stall_s in enumerate(self.line.stall_s):
+            if stall_s < 1e-9:
+                continue
+            needed = [load for load in self.line.loads if stays[load.residence].first_use == index]
+            if not needed:
+                found.append((index, stall_s, None, self.none))
+                continue
+            last = max(needed, key=lambda load: (load.end_s, stays[load.residence].item))
+            item = self.plan.items[stays[last.residence].item]
+            found.append((index, stall_s, item.block if item.kind == "weights" else None, names[last.channel]))
+        return found
+
+
+def point_cells(point: Point, fastest_s: float, figures: Figures) -> tuple[str, ...]:
+    """A point of a frontier on a page, but for its budget."""
+    slower = percent(point.step_s / fastest_s - 1, "+") if point.step_s > fastest_s else figures.none
+    return (
+        figures.time(point.step_s),
+        slower,
+        f"{point.recomputed:,}",
+        f"{point.offloaded:,}",
+        figures.size(point.loaded_bytes_per_pass or None),
+        point.binds,
+    )
