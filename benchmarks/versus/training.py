@@ -153,8 +153,9 @@ class Training:
             return 0
         found = int(torch.cuda.host_memory_stats().get("allocated_bytes.peak", 0))
         parts = self.handle and self.handle._parts
-        if parts and parts.host is not None and parts.host.bytes.is_pinned():
-            found += self.handle.record.ram_peak_bytes  # the ring in it too
+        if parts:
+            found += sum(arena.size_bytes for arena in parts.host.values() if arena.bytes.is_pinned())
+            found += self.handle.record.ram_peak_bytes - parts.host_bytes  # the rings
         return found
 
     # ---- what came of it -----------------------------------------------------------------------------------------------

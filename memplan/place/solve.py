@@ -227,9 +227,9 @@ def _plan(solution: _Solution, asked: Mapping[str, Activations], said: Said, *, 
     saves = problem.saves
     nonweight = Memory(table).at(policies) + saves.device_bytes
     layout = lay_out(problem, arrangement)
-    timeline = replay(table, layout.items, layout.residences, policies)
     on_disk = arrangement.disk_bytes
-    staging = problem.staging_bytes if on_disk else 0
+    timeline = replay(table, layout.items, layout.residences, policies, layout.pageable)
+    staging = problem.staged_bytes(arrangement.host_bytes, reads_disk=on_disk > 0)
     tails = [arrangement.tail_bytes_at(index) for index in range(problem.length)]
     beside = nonweight + np.asarray(tails, dtype=np.int64)
     at = int(beside.argmax())
