@@ -17,6 +17,7 @@ from memplan import api, hardware
 from memplan.cli import main
 from memplan.program.answers import Frontier, point_of
 from memplan.program.memory import DEVICE_KINDS, HOST_KINDS, timeline
+from memplan.program.page_lock import page_locked_bytes, pageable_items
 from memplan.program.record import BlockRecord, RunRecord
 from memplan.program.schema import Plan
 from memplan.program.timeline import timeline_of
@@ -24,7 +25,7 @@ from memplan.show.html import render
 from memplan.units import format_bytes as size
 from memplan.units import format_seconds
 from tests.show.pages import Element, read, tables
-from tests.show.plans import disk_plan, long_plan, make_plan, make_record, solve_plan
+from tests.show.plans import disk_plan, long_plan, make_plan, make_record, pageable_plan, solve_plan
 from tests.tables import MIB
 
 NONE = "–"
@@ -41,7 +42,12 @@ def percent(value: float, sign: str = "") -> str:
     return f"{value:{sign}.1%}"
 
 
-PLANS = {"solved": solve_plan, "disk": disk_plan, "by hand": lambda: make_plan("dhhhkkd", recomputed=" ^^")}
+PLANS = {
+    "solved": solve_plan,
+    "disk": disk_plan,
+    "pageable": pageable_plan,
+    "by hand": lambda: make_plan("dhhhkkd", recomputed=" ^^"),
+}
 
 
 @pytest.fixture(scope="module", params=PLANS)
@@ -75,6 +81,9 @@ def test_tables_say_what_the_plan_and_the_record_say(plan: Plan) -> None:
     assert rows.pop("free") == tuple(NONE if left is None else size(left) for left in free)
     assert rows.pop("peak, measured") == (size(record.vram_peak_bytes), size(record.ram_peak_bytes), NONE)
     assert rows.pop("unaccounted") == (f"+{size(5 * MIB)}", "0 B", NONE)
+    locked = page_locked_bytes(plan)
+    assert rows.pop("of it page-locked") == (NONE, size(locked), NONE)
+    assert rows.pop("of it pageable") == (NONE, size(said.peaks.ram_bytes - locked), NONE)
     parts = dict.fromkeys((*said.vram_parts, *said.ram_parts), NONE)
     expected = {
         kind: tuple(
@@ -138,9 +147,10 @@ def test_tables_say_what_the_plan_and_the_record_say(plan: Plan) -> None:
     for stay in plan.residences:
         if stay.begins == "load" and plan.items[stay.item].kind == "weights":
             loads[plan.items[stay.item].block] += 1
-    policies = plan.policies()
+    policies, slow = plan.policies(), {plan.items[item].block for item in pageable_items(plan)}
+    home_of = {b.id: plan.home_of(b.id) + ", pageable" * (b.id in slow) for b in plan.table.blocks}
     assert found.pop("blocks")[1:] == [
-        (b.name, size(b.size_bytes), plan.home_of(b.id), policies.get(b.name, "keep"), str(loads[b.id]))
+        (b.name, size(b.size_bytes), home_of[b.id], policies.get(b.name, "keep"), str(loads[b.id]))
         for b in plan.table.blocks
     ]
     layers = found.pop("layers")[1:]
@@ -150,6 +160,8 @@ def test_tables_say_what_the_plan_and_the_record_say(plan: Plan) -> None:
     for tier in ("device", "host", "disk"):
         here = [b.size_bytes for b in plan.table.blocks if plan.home_of(b.id) == tier]
         assert homes.get(tier) == ((str(len(here)), size(sum(here))) if here else None)
+    slow_sizes = [plan.table.blocks[block].size_bytes for block in slow]
+    assert homes.get("of it pageable") == ((str(len(slow)), size(sum(slow_sizes))) if slow else None)
     assert homes["all"] == (str(len(loads)), size(sum(b.size_bytes for b in plan.table.blocks)))
 
     # The frontier, and the figures that the plan keeps.
@@ -173,6 +185,8 @@ def test_numbers_in_sentences_are_the_plans(plan: Plan) -> None:
     sizes = [*msgspec.structs.astuple(said.peaks), *msgspec.structs.astuple(plan.budgets), record.vram_peak_bytes]
     sizes += [max(moment.vram_bytes for moment in moments), max(moment.ram_bytes for moment in moments)]
     sizes += [record.vram_peak_bytes - plan.budgets.vram_bytes]
+    slow = [plan.items[item].size_bytes for item in pageable_items(plan)]
+    sizes.append(sum(slow))
     times_s = [said.pass_s, said.step_s, said.bound_s, record.pass_s, record.wall_s, 0.0]
     times_s += [line.pass_s, line.compute_s, line.total_stall_s]
     shares = [said.pass_s / held - 1, said.compute_s / held - 1, said.stall_s / held, line.compute_s / line.pass_s]
@@ -185,7 +199,7 @@ def test_numbers_in_sentences_are_the_plans(plan: Plan) -> None:
         percent(said.pass_s / record.pass_s - 1, "+"),
         *(f"{n / 10:.1f}%" for n in (int(gap * 1000), int(gap * 1000) + 1)),
     ]
-    known += [str(value) for shape in work.batch.values() for value in shape]
+    known += [str(value) for shape in work.batch.values() for value in shape] + [str(len(slow))]
     known += [
         f"{value:,}"
         for value in (work.tokens, work.accumulation, record.loads, record.misses, record.off_sequence, record.passes)
