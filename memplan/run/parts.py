@@ -203,7 +203,7 @@ def resettle(parts: Parts, plan: Plan, files: Files) -> None:
     another home. Raises RunError where an arena cannot be had, CheckpointError where blocks cannot go to the disk; each
     block then has a home still, and may be given back.
     """
-    locked = _locked(plan, parts.device)
+    locked = locked_blocks(plan, parts.device)
     for index, home in parts.homes.items():
         if index not in parts.streamed and parts.plan.home_of(index) != "host":
             home.source = HostSource(_on_host(home, index in locked))
@@ -244,7 +244,7 @@ def host_arenas(plan: Plan, device: torch.device) -> dict[int, Arena]:
     }
 
 
-def _locked(plan: Plan, device: torch.device) -> set[int]:
+def locked_blocks(plan: Plan, device: torch.device) -> set[int]:
     """Return the blocks whose home a plan has in page-locked RAM. What lies there under another plan stays as it is."""
     slow = pageable_items(plan)
     on_host = [item for item in plan.items if item.kind == "weights" and item.home == "host"]

@@ -13,9 +13,11 @@ from msgspec.structs import replace
 import memplan
 from memplan.cache import checksum
 from memplan.errors import TransferError
+from memplan.program.page_lock import is_ring_locked, page_locked_bytes, pageable_items, ring_bytes
 from memplan.program.schema import RING_BYTES, STAGING_BYTES
 from memplan.run.arena import Arena
 from memplan.run.disk import DiskReader, Extent
+from memplan.run.parts import host_arenas, locked_blocks
 from memplan.run.transfer import DiskSource, HostSource, is_staged
 from tests.training import CPU, batch_of, make
 
@@ -78,6 +80,35 @@ def test_page_locked_where_there_is_a_device_that_can_do_it(source_of, caplog):
     said = [record.message for record in caplog.records]
     assert len(said) == (not torch.cuda.is_available())
     assert all("of page-locked memory were refused (torch sees no CUDA device)" in one for one in said)
+
+
+@pytest.mark.parametrize("page_lock", [None, 0, RING_BYTES + (1 << 18)])
+def test_what_the_plan_has_pageable_is_not_asked_to_be_page_locked(page_lock, monkeypatch):
+    """The choice alone: what page-locking itself does only a GPU shows."""
+    machine = replace(CPU, device="cuda")
+    given = {"vram": "1GiB", "ram": "1GiB", "disk": 0, "hardware": machine, "page_lock": page_lock, "gains": False}
+    pins = dict.fromkeys(("layers.0", "layers.1", "layers.2"), "host")
+    plan = memplan.plan(make("llama"), batch_of("llama"), pins=pins, activations={"layers.1": "offload"}, **given)
+    asked = []
+
+    def lock(size_bytes):
+        asked.append(size_bytes)
+        return torch.empty(size_bytes, dtype=torch.uint8)
+
+    monkeypatch.setattr("memplan.run.arena.page_locked", lock)
+    held = host_arenas(plan, torch.device("cuda"))
+    assert {number: arena.size_bytes for number, arena in held.items()} == {a.id: a.size_bytes for a in plan.arenas[1:]}
+    assert asked == [arena.size_bytes for arena in plan.arenas[1:] if not arena.pageable]
+    assert sum(asked) + (ring_bytes(plan) if is_ring_locked(plan) else 0) == page_locked_bytes(plan)
+    assert page_lock is None or page_locked_bytes(plan) <= page_lock
+    asked.clear()
+    host_arenas(plan, torch.device("cpu"))
+    assert not asked
+    slow = {plan.items[item].block for item in pageable_items(plan)}
+    assert locked_blocks(plan, torch.device("cuda")) == {0, 1, 2, 3, 4, 5} & {
+        item.block for item in plan.items if item.home == "host" and item.block not in slow
+    }
+    assert locked_blocks(plan, torch.device("cpu")) == set()
 
 
 @pytest.mark.parametrize(("device", "ring_bytes"), [("cpu", 0), ("cuda", RING_BYTES)])
