@@ -40,8 +40,10 @@ def pageable_of(
     on_host = [block for block, tier in homes.items() if tier == "host"]
     host_bytes = sum([sizes[block] for block in on_host])
     reads_disk = "disk" in homes.values()
-    if limit is None or not problem.is_pageable(host_bytes, reads_disk=reads_disk):
+    if limit is None:
         return NOTHING
+    if not problem.is_pageable(host_bytes, reads_disk=reads_disk):
+        return Pageable(rings=reads_disk and limit < RING_BYTES)
     left = limit - RING_BYTES * (1 + reads_disk)  # below 0 where not even the rings can be: then nothing is
     rings = left < 0
     modules: set[str] = set()

@@ -77,7 +77,8 @@ class Problem:
         limit = self.page_lock_bytes
         if limit is None:
             return False
-        return host_bytes + self.saves.host_bytes + (RING_BYTES if reads_disk else 0) > limit
+        held = host_bytes + self.saves.host_bytes
+        return held > 0 and held + (RING_BYTES if reads_disk else 0) > limit
 
     def staged_bytes(self, host_bytes: int, *, reads_disk: bool) -> int:
         """Return the bytes of RAM for staging beside so many of weights."""

@@ -63,9 +63,8 @@ def flow_faults(plan: Plan) -> Iterator[str]:
         return durations[index] if all(is_brought(stay, turn) for stay in needed[index]) else None
 
     now = 0.0
-    under_way: dict[
-        str, float
-    ] = {}  # what each still takes, alone: of a channel, and under an empty name of the compute
+    # What each still takes, alone: of a channel, and under an empty name of the compute.
+    under_way: dict[str, float] = {}
     while len(ends) < _MOST_PASSES * length:
         for name in turns:
             takes = None if name in under_way else next_load(name) if name else next_access()

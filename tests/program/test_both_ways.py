@@ -110,7 +110,7 @@ def test_as_the_oracle_plays_it(system, share):
             simulate(times, channels, BothWays((0, 1), share))
     else:
         found = simulate(times, channels, BothWays((0, 1), share)).pass_s
-        assert found == pytest.approx(mean_s, rel=2e-2 if mean_s else 0, abs=1e-9)
+        assert found == pytest.approx(mean_s, rel=1e-9, abs=1e-9)
         assert found >= sum(times) * (1 - 1e-9)
 
 

@@ -15,6 +15,7 @@ from memplan.program.schema import RING_BYTES
 from memplan.run import arena, page_lock
 from memplan.run.attach import attach
 from tests.run.test_parity import assert_forwards
+from tests.run.test_staging import with_small_rings
 from tests.training import CPU, assert_equal, batch_of, loss_of, make, train
 
 pytestmark = pytest.mark.gpu
@@ -134,14 +135,16 @@ def test_a_ring_between_pageable_memory_and_the_device(tmp_path, monkeypatch):
         assert_equal(whole, train_on_cuda(model, "llama", monkeypatch))
 
 
-@pytest.mark.parametrize("limit", [0, RING_BYTES + (1 << 19)])
+@pytest.mark.parametrize("share", [0.0, 0.5])
 @pytest.mark.parametrize("offload", [(), "all"], ids=["kept", "offloaded"])
-def test_what_the_plan_has_pageable_is_pageable(offload, limit, tmp_path, monkeypatch):
+def test_what_the_plan_has_pageable_is_pageable(offload, share, tmp_path, monkeypatch):
     """Beside what is page-locked, on the same channel: results are the same, and no more is locked than was said."""
+    with_small_rings(monkeypatch)
     whole = train_on_cuda(make("llama").cuda(), "llama", monkeypatch)
     model = make("llama")
     kept = plan_on_cuda(model, "llama", 0.2, monkeypatch, offload=offload)
     table = replace(kept.table, pageable_bytes_per_s=kept.table.host_to_device_bytes_per_s / 2)
+    limit = int(share * kept.prediction.peaks.ram_bytes)
     case = case_of_plan(replace(kept, table=table, budgets=replace(kept.budgets, page_lock_bytes=limit)))
     plan = dataclasses.replace(case, activations=kept.policies()).place(pieces=False)
     assert pageable_items(plan)
