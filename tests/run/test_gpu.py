@@ -144,7 +144,7 @@ def test_what_the_plan_has_pageable_is_pageable(offload, share, tmp_path, monkey
     model = make("llama")
     kept = plan_on_cuda(model, "llama", 0.2, monkeypatch, offload=offload)
     table = replace(kept.table, pageable_bytes_per_s=kept.table.host_to_device_bytes_per_s / 2)
-    limit = int(share * kept.prediction.peaks.ram_bytes)
+    limit = int(share * sum(arena.size_bytes for arena in kept.arenas[1:]))
     case = case_of_plan(replace(kept, table=table, budgets=replace(kept.budgets, page_lock_bytes=limit)))
     plan = dataclasses.replace(case, activations=kept.policies()).place(pieces=False)
     assert pageable_items(plan)
