@@ -28,6 +28,7 @@ def plan(
     vram: int | str = "auto",
     ram: int | str | None = None,
     disk: int | str | None = None,
+    page_lock: int | str | None = None,
     adapter: Any = None,
     dtype: Any = None,
     attention: str | None = None,
@@ -57,6 +58,8 @@ def plan(
     ``batch``: a mapping of tensors (one micro-batch), or a shape: (batch, sequence), or (batch,) for images.
     ``vram``, ``ram``, ``disk``: bytes, or text such as ``"6GiB"``. ``vram="auto"``: what is free less a reserve;
     ``ram=None``: what is available less a reserve; ``disk=None``: no disk beyond the checkpoint's own files.
+    ``page_lock``: of ``ram`` what may be page-locked for a CUDA device, the rest is read at the rate of pageable RAM; None:
+    the profile's limit, where page-locking was seen to be refused, and else all.
     ``adapter``: a PEFT configuration or ``{"rank": 16, "targets": "all-linear"}``, where the model has none yet.
     ``dtype``, ``attention``, ``quantization``: for a model built here from its configuration. ``quantization``: ``"nf4"``,
     ``"nf4-nested"``, ``"fp4"``, ``"int8"`` and others (:data:`memplan.quantization.NAMES`), or transformers' configuration
@@ -94,6 +97,7 @@ def plan(
         vram=vram,
         ram=ram,
         disk=disk,
+        page_lock=page_lock,
         adapter=adapter,
         dtype=dtype,
         attention=attention,

@@ -132,6 +132,7 @@ def case_of(
     vram: int | str = "auto",
     ram: int | str | None = None,
     disk: int | str | None = None,
+    page_lock: int | str | None = None,
     adapter: Any = None,
     dtype: Any = None,
     attention: str | None = None,
@@ -165,6 +166,7 @@ def case_of(
         "vram": None if vram == "auto" else parse_size(vram, "vram"),
         "ram": None if ram is None or ram == "auto" else parse_size(ram, "ram"),
         "disk": None if disk is None else parse_size(disk, "disk"),
+        "page_lock": None if page_lock is None else parse_size(page_lock, "page_lock"),
     }
     wanted = _wanted(activations)
     state_home = next((home for home in _STATE_HOMES if home == optimizer_state), None)
@@ -187,6 +189,7 @@ def case_of(
     )
     graph = analysis.graph
     vram_bytes, ram_bytes, disk_bytes = budgets_given["vram"], budgets_given["ram"], budgets_given["disk"]
+    page_lock_bytes = budgets_given["page_lock"]
     lies_in: str | Path | None = checkpoint or folder
     if disk_bytes is None and not has_checkpoint(lies_in):
         disk_bytes = 0
@@ -194,6 +197,9 @@ def case_of(
         vram_bytes=hardware_profiles.auto_vram_bytes(profile) if vram_bytes is None else vram_bytes,
         ram_bytes=hardware_profiles.auto_ram_bytes(profile) if ram_bytes is None else ram_bytes,
         disk_bytes=disk_bytes,
+        page_lock_bytes=hardware_profiles.page_lock_limit_bytes(profile)
+        if page_lock_bytes is None
+        else page_lock_bytes,
     )
     times = None
     if measure:
@@ -214,7 +220,7 @@ def case_of(
         )
     table = cost_table(graph, profile, times)
     if state_home == "host":
-        table = state_on_host(table)
+        table = state_on_host(table, pageable=budgets.page_lock_bytes is not None)
     workload = Workload(
         batch=analysis.shapes,
         tokens=graph.tokens,

@@ -165,10 +165,11 @@ def _measured(profile: hardware.HardwareProfile | None) -> Finding:
             found="not measured yet",
             meaning="the first plan measures them, or: memplan calibrate",
         )
-    link = profile.host_to_device_bytes_per_s.value
+    link, limit = profile.host_to_device_bytes_per_s.value, hardware.page_lock_limit_bytes(profile)
     return Finding(
         what="rates",
         found=f"measured {profile.disk_bytes_per_s.date}: link {format_bytes(int(link))}/s, "
         f"disk {format_bytes(int(profile.disk_bytes_per_s.value))}/s, "
-        f"float32 products {profile.matmul_flops_per_s['float32'].value / 1e12:.3g} TFLOP/s",
+        f"float32 products {profile.matmul_flops_per_s['float32'].value / 1e12:.3g} TFLOP/s"
+        + ("" if limit is None else f", no more than {format_bytes(limit)} of RAM page-locked"),
     )

@@ -89,6 +89,8 @@ class HardwareProfile(Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     """Share of its own rate that a direction of the link reaches while the other is as busy: 1 for a full duplex."""
     page_lock_bytes: Figure | None = None
     """RAM that was page-locked at once when it was tried: at least so much can be."""
+    page_lock_refused_bytes: Figure | None = None
+    """The least that was refused. None where nothing was: then ``page_lock_bytes`` is as much as was tried, and no limit."""
     disk_depth: Figure | None = None
     """Reads at once from which on the disk gave nine tenths of its best rate."""
     machine: str = ""
@@ -140,6 +142,14 @@ def load(name_or_path: str | Path) -> HardwareProfile:
         f"there is no hardware profile named {text!r}; {hint}: {', '.join(names())}. "
         'Or give a JSON file, or "auto" to measure this machine'
     )
+
+
+def page_lock_limit_bytes(profile: HardwareProfile) -> int | None:
+    """Return how much RAM may be page-locked at once; None where no limit is known: no try was ever refused."""
+    if profile.device == "cpu" or profile.page_lock_refused_bytes is None:
+        return None
+    locked = profile.page_lock_bytes
+    return 0 if locked is None else int(locked.value)
 
 
 def behind(name: str, rates_bytes_per_s: Sequence[float]) -> HardwareProfile | None:

@@ -25,6 +25,8 @@ def make_table(
     disk=2e8,
     latency_s=0.0,
     device="cpu",
+    pageable=None,
+    duplex=1.0,
 ):
     """A stack of blocks of ``sizes``, read in order and back; ``reads`` may name the blocks that each module reads."""
     reads = [(index,) for index in range(len(sizes))] if reads is None else reads
@@ -85,11 +87,13 @@ def make_table(
         device_to_host_bytes_per_s=link,
         disk_bytes_per_s=disk,
         load_latency_s=latency_s,
+        pageable_bytes_per_s=pageable,
+        duplex_factor=duplex,
     )
 
 
-def budgets(vram, ram=1 << 40, disk=None):
-    return Budgets(vram_bytes=vram, ram_bytes=ram, disk_bytes=disk)
+def budgets(vram, ram=1 << 40, disk=None, page_lock=None):
+    return Budgets(vram_bytes=vram, ram_bytes=ram, disk_bytes=disk, page_lock_bytes=page_lock)
 
 
 NAMES = {"model": "made", "fingerprint": "0" * 64, "workload": WORKLOAD, "hardware": "made"}

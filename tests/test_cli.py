@@ -51,7 +51,7 @@ def refuse(monkeypatch: pytest.MonkeyPatch, error: BaseException) -> None:
 
 def test_plan_hands_on_what_was_asked(calls: list[Any], capsys: pytest.CaptureFixture[str], solved: Plan) -> None:
     arguments = (
-        "plan ./model --vram 6GiB --ram 24GiB --disk 100GB --lora-rank 8 --lora-targets q_proj,v_proj --batch 4 "
+        "plan ./model --vram 6GiB --ram 24GiB --disk 100GB --page-lock 8GiB --lora-rank 8 --lora-targets q_proj,v_proj --batch 4 "
         "--seq 1024 --quantization nf4 --accumulation 2 --examples 100 --epochs 3 --dtype fp32 --attention eager --autocast fp16 --optimizer sgd "
         "--hardware rtx-3060 "
         "--pin model.layers.3=device --pin lm_head=host --activations offload --no-elastic"
@@ -64,6 +64,7 @@ def test_plan_hands_on_what_was_asked(calls: list[Any], capsys: pytest.CaptureFi
                 "vram": 6 * GIB,
                 "ram": 24 * GIB,
                 "disk": 100 * 10**9,
+                "page_lock": 8 * GIB,
                 "adapter": {"rank": 8, "targets": ["q_proj", "v_proj"]},
                 "dtype": "fp32",
                 "attention": "eager",
@@ -94,7 +95,7 @@ def test_plan_without_options(calls: list[Any]) -> None:
     ((args, kwargs),) = calls
     assert args == ("./model", (1,))  # 512 tokens, where the model reads text
     assert kwargs["vram"] == "auto"
-    assert kwargs["ram"] is kwargs["disk"] is None
+    assert kwargs["ram"] is kwargs["disk"] is kwargs["page_lock"] is None
     assert kwargs["adapter"] == {"rank": 16, "targets": "all-linear"}
     assert kwargs["pins"] == {}
 
@@ -141,6 +142,7 @@ def test_does_not_fit(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.Mo
         ("plan ./model --vram 6", "SizeError", "--vram was given as '6', which is not a size"),
         ("plan ./model --ram -1GiB", "SizeError", "--ram was given as"),
         ("plan ./model --disk 3Gib/s", "SizeError", "--disk was given as"),
+        ("plan ./model --page-lock half", "SizeError", "--page-lock was given as"),
         ("demo --vram much", "SizeError", "--vram was given as 'much'"),
         ("plan ./model --batch 0", "BadParameter", "0 is not in the range"),
         ("plan ./model --pin layers.3", "BadParameter", "not BLOCK=TIER"),

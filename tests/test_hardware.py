@@ -13,6 +13,7 @@ import pytest
 
 from memplan import calibrate, hardware
 from memplan.calibrate import disk
+from memplan.calibrate.cuda import tried_page_locks
 from memplan.errors import HardwareError
 from memplan.hardware import Figure, HardwareProfile
 from memplan.units import GIB, MIB
@@ -232,7 +233,43 @@ def test_cuda_rates_are_sane(tmp_path: Path) -> None:
     assert 0 < profile.context_bytes.value < profile.device_bytes.value
     assert 1e8 < profile.pageable_bytes_per_s.value < profile.memory_bytes_per_s.value
     assert 0.3 < profile.duplex_factor.value <= 1
-    assert profile.page_lock_bytes.value >= 128 * MIB
+    refused = profile.page_lock_refused_bytes
+    assert profile.page_lock_bytes is None or refused is None or profile.page_lock_bytes.value < refused.value
+
+
+@pytest.mark.parametrize("limit_mib", [0, 100, 128, 500, 1000, 1024, 3000, 5000, 1 << 20])
+@pytest.mark.parametrize("most_mib", [0, 200, 4096, 6000])
+def test_page_locks_are_tried_until_one_is_refused(limit_mib: int, most_mib: int) -> None:
+    """To the 128 MiB; the top of what was tried is no limit."""
+    held = 0
+
+    def lock(size_bytes: int) -> object:
+        nonlocal held
+        assert size_bytes & (size_bytes - 1) == 0
+        if held + size_bytes > limit_mib * MIB:
+            raise RuntimeError("out of memory")
+        held += size_bytes
+        assert held <= most_mib * MIB
+        return object()
+
+    locked, refused = tried_page_locks(lock, most_mib * MIB)
+    assert locked == held
+    if refused is None:
+        assert 2 * locked > most_mib * MIB - 128 * MIB
+    else:
+        assert locked <= limit_mib * MIB < refused
+        assert refused - locked == 128 * MIB
+
+
+def test_a_limit_on_page_locking_is_one_that_was_seen() -> None:
+    """Profiles of before say how much was tried, which is no limit."""
+    tried, refused = a_figure(4.0 * GIB), a_figure(5.0 * GIB)
+    assert hardware.page_lock_limit_bytes(a_profile()) is None
+    assert hardware.page_lock_limit_bytes(a_profile(page_lock_bytes=tried)) is None
+    assert hardware.page_lock_limit_bytes(a_profile(page_lock_bytes=tried, page_lock_refused_bytes=refused)) == 4 * GIB
+    assert hardware.page_lock_limit_bytes(a_profile(page_lock_refused_bytes=refused)) == 0
+    on_cpu = a_profile(device="cpu", page_lock_bytes=tried, page_lock_refused_bytes=refused)
+    assert hardware.page_lock_limit_bytes(on_cpu) is None
 
 
 # ---------------------------------------------------------------------------------------------------- auto and budgets

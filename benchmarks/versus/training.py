@@ -157,7 +157,7 @@ class Training:
         if self.handle is not None and (parts := self.handle._parts) is not None:
             locked = [held.untyped_storage() for held in parts.on_host() if held.is_pinned()]
             found += sum({storage.data_ptr(): storage.nbytes() for storage in locked}.values())
-            found += self.handle.record.ram_peak_bytes - parts.host_bytes  # the ring
+            found += self.handle.record.ram_peak_bytes - parts.host_bytes  # the rings
         return found
 
     # ---- what came of it -----------------------------------------------------------------------------------------------

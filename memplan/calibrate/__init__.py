@@ -82,6 +82,7 @@ def _profile(device: Literal["cpu", "cuda"], rates: Rates, disk: tuple[float, in
         context_bytes=whole(int(rates.context)),
         pageable_bytes_per_s=None if rates.pageable is None else figure(rates.pageable),
         duplex_factor=None if rates.duplex is None else figure(rates.duplex),
-        page_lock_bytes=None if rates.page_lock is None else whole(int(rates.page_lock)),
+        page_lock_bytes=whole(int(rates.page_lock)) if rates.page_lock else None,
+        page_lock_refused_bytes=None if rates.page_lock_refused is None else whole(int(rates.page_lock_refused)),
         machine=machine_key(),
     )

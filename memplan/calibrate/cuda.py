@@ -50,7 +50,8 @@ def _rates(say: Progress) -> Rates:
     b = torch.empty_like(a)
     rates.memory = 2 * a.nbytes / _median_cuda_s(lambda: torch.mul(a, 2.0, out=b))
     say("link")
-    rates.page_lock = _page_lock_bytes()
+    rates.page_lock, rates.page_lock_refused = tried_page_locks(_lock, available_host_bytes() // 4)
+    torch._C._host_emptyCache()  # lest all that were tried stay locked
     pinned = torch.empty(COPY_BYTES, dtype=torch.uint8, pin_memory=True)
     there = torch.empty(COPY_BYTES, dtype=torch.uint8, device="cuda")
     rates.to_device = COPY_BYTES / _median_cuda_s(lambda: there.copy_(pinned, non_blocking=True))
@@ -86,19 +87,29 @@ def _duplex(pinned: torch.Tensor, there: torch.Tensor, alone_s: float) -> float:
     return min(1.0, alone_s / _median_cuda_s(both))
 
 
-def _page_lock_bytes() -> float:
-    """Return how much can be page-locked at once, found by doubling, up to a quarter of the RAM that is available."""
-    most = available_host_bytes() // 4
-    size = COPY_BYTES
-    while 2 * size <= most:
+def _lock(size_bytes: int) -> object:
+    """Page-lock so many bytes more, a power of two: torch's allocator rounds others up. Raises RuntimeError."""
+    return torch.empty(size_bytes, dtype=torch.uint8, pin_memory=True)
+
+
+def tried_page_locks(lock: Callable[[int], object], most_bytes: int) -> tuple[int, int | None]:
+    """Return how much RAM was page-locked at once, and the least that was refused; None where no more than ``most_bytes`` was
+    tried and nothing was refused.
+
+    What is locked stays so until all was tried: each piece doubles it; once one is refused they are halved, down to COPY_BYTES.
+    """
+    held: list[object] = []
+    locked, refused, piece = 0, None, COPY_BYTES
+    while piece >= COPY_BYTES and locked + piece <= most_bytes:
         try:
-            torch.empty(2 * size, dtype=torch.uint8, pin_memory=True)
+            held.append(lock(piece))
         except RuntimeError:
-            break
-        finally:
-            torch._C._host_emptyCache()  # lest all that were tried stay locked
-        size *= 2
-    return float(size)
+            refused = locked + piece
+            piece //= 2
+        else:
+            locked += piece
+            piece = locked if refused is None else piece // 2
+    return locked, refused
 
 
 def _median_cuda_s(work: Callable[[], object], repeats: int = 7) -> float:

@@ -23,6 +23,7 @@ class Rates:
         self.pageable: float | None = None
         self.duplex: float | None = None
         self.page_lock: float | None = None
+        self.page_lock_refused: float | None = None
 
 
 def median_s(work: Callable[[], object], repeats: int) -> float:

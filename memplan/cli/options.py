@@ -24,6 +24,11 @@ RAM = click.option("--ram", metavar="SIZE", help="Host memory, such as 24GiB.  [
 DISK = click.option(
     "--disk", metavar="SIZE", help="Disk for packed blocks.  [default: the checkpoint's own files only]"
 )
+PAGE_LOCK = click.option(
+    "--page-lock",
+    metavar="SIZE",
+    help="Of RAM what a GPU may have page-locked.  [default: all, or where the profile saw a limit]",
+)
 HARDWARE = click.option(
     "--hardware", metavar="NAME|FILE", default="auto", show_default=True, help="A profile, or this machine, measured."
 )
@@ -37,6 +42,7 @@ _OPTIONS = (
     VRAM,
     RAM,
     DISK,
+    PAGE_LOCK,
     click.option("--batch", metavar="N", type=COUNT, default=1, show_default=True, help="Sequences of a micro-batch."),
     click.option("--seq", metavar="N", type=COUNT, help="Tokens of a sequence.  [default: 512 where it reads text]"),
     click.option(
@@ -85,6 +91,7 @@ class Asked:
     vram: str
     ram: str | None
     disk: str | None
+    page_lock: str | None
     batch: int
     seq: int | None
     accumulation: int
@@ -115,6 +122,7 @@ class Asked:
             "vram": "auto" if self.vram == "auto" else parse_size(self.vram, "--vram"),
             "ram": None if self.ram is None else parse_size(self.ram, "--ram"),
             "disk": None if self.disk is None else parse_size(self.disk, "--disk"),
+            "page_lock": None if self.page_lock is None else parse_size(self.page_lock, "--page-lock"),
             "adapter": {"rank": self.lora_rank, "targets": "all-linear" if targets == ["all-linear"] else targets},
             "dtype": self.dtype,
             "attention": self.attention,

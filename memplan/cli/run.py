@@ -10,7 +10,7 @@ from pathlib import Path
 import click
 
 from memplan.cli.entry import group
-from memplan.cli.options import COUNT, DISK, FILE, HARDWARE, JSON, RAM, VRAM
+from memplan.cli.options import COUNT, DISK, FILE, HARDWARE, JSON, PAGE_LOCK, RAM, VRAM
 from memplan.units import parse_size
 
 
@@ -20,6 +20,7 @@ from memplan.units import parse_size
 @VRAM
 @RAM
 @DISK
+@PAGE_LOCK
 @HARDWARE
 @click.option("--plan", "plan_file", type=FILE, help="A plan made before, in place of one made for the script.")
 @click.option("--report", "report_file", type=click.Path(dir_okay=False, path_type=Path), help="Write the report here.")
@@ -30,6 +31,7 @@ def run(
     vram: str,
     ram: str | None,
     disk: str | None,
+    page_lock: str | None,
     hardware: str,
     plan_file: Path | None,
     report_file: Path | None,
@@ -42,7 +44,7 @@ def run(
     The script is not changed. What cannot be served runs as it would without memplan, and a line on standard error says
     why. The exit code is the script's.
     """
-    for size, option in ((vram, "--vram"), (ram, "--ram"), (disk, "--disk")):
+    for size, option in ((vram, "--vram"), (ram, "--ram"), (disk, "--disk"), (page_lock, "--page-lock")):
         if size not in (None, "auto"):
             parse_size(size, option)
     if report_file is not None and not report_file.parent.is_dir():
@@ -63,6 +65,7 @@ def run(
         vram=vram,
         ram=ram,
         disk=disk,
+        page_lock=page_lock,
         hardware=hardware,
         plan=None if plan_file is None else str(plan_file.resolve()),
         report=None if report_file is None else str(report_file.resolve()),

@@ -18,6 +18,9 @@ STEP_SHARE = 0.25
 FOREACH = 64
 """Tensors that one kernel of torch's foreach takes on a CUDA device, about."""
 
+PAGEABLE_SHARE = 0.5
+"""Of the rate from page-locked RAM, where a profile has none for pageable RAM: each byte is copied once more."""
+
 FALLBACK_DTYPE = "float32"
 """Its rate stands in where a profile has none for the model's dtype."""
 
@@ -92,6 +95,8 @@ def cost_table(graph: LayerGraph, hardware: HardwareProfile, times: Times | None
         )
 
     context = Fixed(kind="context", size_bytes=int(hardware.context_bytes.value))
+    pageable, duplex = hardware.pageable_bytes_per_s, hardware.duplex_factor
+    to_device = hardware.host_to_device_bytes_per_s.value
     return CostTable(
         blocks=graph.blocks,
         accesses=tuple(row(access) for access in graph.accesses),
@@ -99,10 +104,16 @@ def cost_table(graph: LayerGraph, hardware: HardwareProfile, times: Times | None
         fixed=(*graph.fixed, context),
         recomputable=graph.recomputable,
         device=hardware.device,
-        host_to_device_bytes_per_s=hardware.host_to_device_bytes_per_s.value,
+        host_to_device_bytes_per_s=to_device,
         device_to_host_bytes_per_s=hardware.device_to_host_bytes_per_s.value,
         disk_bytes_per_s=hardware.disk_bytes_per_s.value,
         load_latency_s=hardware.load_latency_s.value,
+        pageable_bytes_per_s=None
+        if hardware.device == "cpu"
+        else to_device * PAGEABLE_SHARE
+        if pageable is None
+        else pageable.value,
+        duplex_factor=1.0 if duplex is None else min(1.0, duplex.value),
     )
 
 

@@ -13,10 +13,12 @@ from typing import NamedTuple
 
 from msgspec.structs import replace
 
+from memplan.place.pages import Pageable, pageable_of
 from memplan.place.problem import Problem
 from memplan.place.saves import addresses_of, items_of, residences_of
 from memplan.place.tails import Tail
 from memplan.program.schema import Address, Arena, Channel, Item, Residence, Segment, Tier
+from memplan.units import align_up
 
 Key = tuple[tuple[tuple[int, int], ...], frozenset[int], frozenset[int], tuple[Tail, ...]]
 """Addresses, the blocks whose home is the host, and the disk, and the tails."""
@@ -189,6 +191,8 @@ class Layout:
     arenas: tuple[Arena, ...]
     addresses: tuple[Address, ...]
     residences: tuple[Residence, ...]
+    pageable: frozenset[int]
+    """Items whose bytes pass through RAM that is not page-locked."""
 
 
 def lay_out(problem: Problem, arrangement: Arrangement) -> Layout:
@@ -221,20 +225,27 @@ def lay_out(problem: Problem, arrangement: Arrangement) -> Layout:
     ]
     top += region
     arenas = [Arena(id=0, tier="device", segments=tuple(segments))]
-    on_host = sorted(held for held, tier in homes.items() if tier == "host")
-    host_top = 0
-    for held in on_host:
-        addresses.append(Address(item=held, arena=1, offset_bytes=host_top, size_bytes=problem.size(held)))
-        stays.append(_always(len(stays), held, 1, problem.length))
-        host_top += sizes[held]
-    addresses += addresses_of(saves, len(items), top, host_top)
-    if host_top + saves.host_bytes:
-        segment = Segment(offset_bytes=0, size_bytes=host_top + saves.host_bytes)
-        arenas.append(Arena(id=1, tier="host", segments=(segment,)))
-    made, back = residences_of(saves, len(items), len(stays))
-    stays += made
     moved = stays_of(problem, arrangement)
     assert moved is not None
+    slow = pageable_of(problem, homes, offsets, [stay.block for stay in moved])
+    on_host, pageable = _on_host(problem, homes, slow)
+    arena_of: dict[int, int] = {}
+    for is_pageable in (False, True):
+        host_top = 0
+        for held, size_bytes in on_host.items():
+            if (held in pageable) == is_pageable:
+                arena_of[held] = len(arenas)
+                addresses.append(Address(item=held, arena=len(arenas), offset_bytes=host_top, size_bytes=size_bytes))
+                host_top += align_up(size_bytes)
+        if host_top:
+            segment = Segment(offset_bytes=0, size_bytes=host_top)
+            arenas.append(Arena(id=len(arenas), tier="host", segments=(segment,), pageable=is_pageable))
+    for held in on_host:
+        if held < len(items):
+            stays.append(_always(len(stays), held, arena_of[held], problem.length))
+    addresses += addresses_of(saves, len(items), top)
+    made, back = residences_of(saves, len(items), len(stays), arena_of)
+    stays += made
     loads = [*(_loaded(problem, stay, channel_of(homes[stay.block])) for stay in moved), *back]
     orders: dict[Channel, int] = {}
     for load in sorted(loads, key=lambda load: load.first_use):  # stable: weights come before what shares their access
@@ -246,7 +257,21 @@ def lay_out(problem: Problem, arrangement: Arrangement) -> Layout:
         arenas=tuple(arenas),
         addresses=tuple(addresses),
         residences=tuple(stays),
+        pageable=frozenset(pageable),
     )
+
+
+def _on_host(problem: Problem, homes: Mapping[int, Tier], slow: Pageable) -> tuple[dict[int, int], set[int]]:
+    """Return the bytes of each item that waits on the host, and which items pass through pageable RAM."""
+    first = len(problem.table.blocks)
+    found = {block: problem.size(block) for block in sorted(homes) if homes[block] == "host"}
+    pageable = {*slow.blocks, *(block for block, tier in homes.items() if tier == "disk" and slow.rings)}
+    for turn, save in enumerate(problem.saves.items):
+        if not save.stays:
+            found[first + turn] = save.size_bytes
+            if save.module in slow.modules:
+                pageable.add(first + turn)
+    return found, pageable
 
 
 def _loaded(problem: Problem, stay: Stay, channel: Channel) -> Residence:

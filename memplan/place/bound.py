@@ -7,7 +7,8 @@ On the unrolled cycle, with V(p) the bytes of room for weights at access p and B
 
 since at end(p) at most V(p) bytes are there, p's own among them, and the rest crosses the links before start(q). What
 neither vram nor ram can hold at end(p) comes from the disk, at the disk's rate. The bound is the longest cycle of these
-over one period. Latencies and slots are left out, and V(p) may be used up at each access: it stays a bound.
+over one period. Latencies and slots are left out, V(p) may be used up at each access, and the link is at its best: from
+page-locked RAM, as if nothing went the other way. It stays a bound.
 """
 
 from __future__ import annotations

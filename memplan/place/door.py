@@ -13,10 +13,13 @@ from memplan.program.schema import Budgets
 def require_input(table: CostTable, budgets: Budgets, staging_bytes: int) -> None:
     """Raise SizeError for a budget that is no count of bytes, InputError for a table that cannot be of a pass."""
     given = {"vram": budgets.vram_bytes, "ram": budgets.ram_bytes, "disk": budgets.disk_bytes, "staging": staging_bytes}
+    given["page lock"] = budgets.page_lock_bytes
     for what, size in given.items():
-        if not _is_size(size) and not (what == "disk" and size is None):
+        if not _is_size(size) and not (what in ("disk", "page lock") and size is None):
             raise SizeError(what, size)
     faults = [*_machine(table), *_rows(table), *_bytes(table)]
+    if table.device == "cuda" and budgets.page_lock_bytes is not None and table.pageable_bytes_per_s is None:
+        faults.append("not all of RAM may be page-locked, and it has no rate of what is pageable")
     if faults:
         more = f"; and {len(faults) - 3} more" if len(faults) > 3 else ""
         raise InputError(
@@ -39,9 +42,12 @@ def _machine(table: CostTable) -> Iterator[str]:
         ("host to device", table.host_to_device_bytes_per_s),
         ("device to host", table.device_to_host_bytes_per_s),
         ("disk", table.disk_bytes_per_s),
+        ("pageable RAM", table.pageable_bytes_per_s),
     ):
-        if not (math.isfinite(rate) and rate > 0):
+        if rate is not None and not (math.isfinite(rate) and rate > 0):
             yield f"the rate of {what} is {rate} bytes/s"
+    if not 0 < table.duplex_factor <= 1:
+        yield f"a direction of the link reaches {table.duplex_factor} of its rate while the other is busy"
     if not _is_time(table.load_latency_s):
         yield f"the latency of a load is {table.load_latency_s} s"
 

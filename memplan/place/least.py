@@ -14,7 +14,7 @@ from memplan.place.problem import Problem, make_problem, nonweight_bytes
 from memplan.place.ring import Rings
 from memplan.place.search import rings
 from memplan.place.variants import Variants, tables_of
-from memplan.program.schema import STAGING_BYTES, Budgets, StateHome, Tier, Workload
+from memplan.program.schema import RING_BYTES, STAGING_BYTES, Budgets, StateHome, Tier, Workload
 from memplan.units import ALIGNMENT_BYTES, format_bytes
 
 _MOST_TIPS = 4
@@ -49,7 +49,7 @@ def _problems(
     optimizer_state: StateHome | None,
 ) -> Iterator[Problem]:
     """Yield the problems that :func:`place` solves: with what was asked, with more offloaded, with the optimizer's state in RAM."""
-    for rows in tables_of(table, optimizer_state):
+    for rows in tables_of(table, budgets, optimizer_state):
         variants = Variants(rows, activations)
         for given in (activations, *variants.every, *map(variants.of, variants.counts)):
             yield make_problem(rows, budgets, staging_bytes, pins, given)
@@ -109,8 +109,12 @@ def does_not_fit(
     if of.smallest is None:
         frozen = sum(block.size_bytes for block in problem.table.blocks)
         limited = f"ram of {format_bytes(budgets.ram_bytes)} and no room on disk for the streamed blocks"
-        enough = frozen + problem.staging_bytes + problem.budgets.ram_bytes - problem.ram_bytes
+        enough = frozen + problem.staged_bytes(frozen, reads_disk=True) + problem.budgets.ram_bytes - problem.ram_bytes
         tips = [f"give {format_bytes(enough)} of ram", "give a disk budget"]
+        if problem.is_pageable(frozen, reads_disk=False):
+            lock = format_bytes(problem.page_lock_bytes or 0)
+            limited += f"; {lock} of ram may be page-locked, and what is not passes through {format_bytes(RING_BYTES)} of ram besides"
+            tips.append("let more ram be page-locked, if the machine does")
         if problem.saves.host_bytes:
             limited += f", beside {format_bytes(problem.saves.host_bytes)} of ram for offloaded activations"
         return DoesNotFitError(

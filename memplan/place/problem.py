@@ -14,7 +14,7 @@ from memplan.analyze.graph import Activations
 from memplan.cost.table import CostTable
 from memplan.errors import InputError
 from memplan.place.saves import Saves, make_saves
-from memplan.program.schema import Budgets, Tier
+from memplan.program.schema import RING_BYTES, Budgets, Tier
 from memplan.units import KIB, align_up
 
 TINY_BYTES = 64 * KIB
@@ -66,6 +66,24 @@ class Problem:
     def ram_bytes(self) -> int:
         """The budget for weights and staging: what offloaded activations and the optimizer's state leave of it."""
         return self.budgets.ram_bytes - self.saves.host_bytes - self.table.state_on_host_bytes
+
+    @property
+    def page_lock_bytes(self) -> int | None:
+        """What may be page-locked; None where all may be. On the CPU there is nothing to lock pages for."""
+        return None if self.table.device == "cpu" else self.budgets.page_lock_bytes
+
+    def is_pageable(self, host_bytes: int, *, reads_disk: bool) -> bool:
+        """Whether some of so many bytes of weights on the host, and of offloaded activations, cannot be page-locked."""
+        limit = self.page_lock_bytes
+        if limit is None:
+            return False
+        held = host_bytes + self.saves.host_bytes
+        return held > 0 and held + (RING_BYTES if reads_disk else 0) > limit
+
+    def staged_bytes(self, host_bytes: int, *, reads_disk: bool) -> int:
+        """Return the bytes of RAM for staging beside so many of weights."""
+        ring = RING_BYTES if self.is_pageable(host_bytes, reads_disk=reads_disk) else 0
+        return ring + (self.staging_bytes if reads_disk else 0)
 
     @property
     def free_modules(self) -> list[str]:

@@ -252,7 +252,8 @@ def read_in_place(problem: Problem) -> set[int]:
     pinned = [block for block in away if pins.get(block) == "host"]
     on_disk = any(pins.get(block) == "disk" for block in away)
     on_disk = on_disk or (problem.budgets.disk_bytes != 0 and sum(sizes[block] for block in away) > problem.ram_bytes)
-    left = problem.ram_bytes - sum(sizes[block] for block in pinned) - (problem.staging_bytes if on_disk else 0)
+    most = min(sum(sizes[block] for block in away), problem.ram_bytes)
+    left = problem.ram_bytes - sum(sizes[block] for block in pinned) - problem.staged_bytes(most, reads_disk=on_disk)
     found = {block for block in rows_only if block in pinned}
     for block in rows_only:
         if block not in pins and sizes[block] <= left:
@@ -269,7 +270,7 @@ def homes_of(
     ``disk_share``: of those that are free to lie in either at least so many lie on the disk.
     """
     sizes, disk_room = problem.sizes_bytes, problem.budgets.disk_bytes
-    ram = problem.ram_bytes - sum(sizes[block] for block in in_place)
+    read_there = sum(sizes[block] for block in in_place)
     pins = dict(problem.pins)
     # Of the others only rows are read; they come whole since RAM has no room for them.
     pins |= {block: "disk" for block in streamed if not problem.whole_uses[block]}
@@ -284,8 +285,8 @@ def homes_of(
 
     def short(count: int) -> bool:
         """Whether ``ram`` is too little with that many of the free blocks on disk."""
-        host = host_pinned + all_free - sum([sizes[block] for block in to_disk(count)])
-        return host + (problem.staging_bytes if count or disk_pinned else 0) > ram
+        host = read_there + host_pinned + all_free - sum([sizes[block] for block in to_disk(count)])
+        return host + problem.staged_bytes(host, reads_disk=bool(count or disk_pinned)) > problem.ram_bytes
 
     low = round(disk_share * len(free))
     if short(low):

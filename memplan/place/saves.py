@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from memplan.analyze.graph import Activations
 from memplan.cost.table import CostTable
 from memplan.errors import InputError
-from memplan.program.schema import Address, Item, Residence
+from memplan.program.schema import Address, Channel, Item, Residence
 from memplan.program.timeline import Load, load_s
 from memplan.units import align_up
 
@@ -59,15 +59,21 @@ class Saves:
     def host_bytes(self) -> int:
         return sum(align_up(save.size_bytes) for save in self.items if not save.stays)
 
-    def loads(self, table: CostTable, disk_used: bool) -> tuple[list[Load], list[Load]]:
-        """Return a pass's stores in their order, and what comes back by first use; the latter's sources are channel 0."""
+    def loads(
+        self, table: CostTable, disk_used: bool, pageable: frozenset[str] = frozenset()
+    ) -> tuple[list[Load], list[Load]]:
+        """Return a pass's stores in their order, and what comes back by first use; the latter's sources are channel 0.
+
+        ``pageable``: modules whose activations wait in RAM that is not page-locked.
+        """
         moving = [save for save in self.items if not save.stays]
-        stores = [Load(s.made, s.next_in_slot, load_s(table, s.size_bytes, "d2h", disk_used), None) for s in moving]
+
+        def time_s(save: Save, channel: Channel) -> float:
+            return load_s(table, save.size_bytes, channel, disk_used, save.module in pageable)
+
+        stores = [Load(save.made, save.next_in_slot, time_s(save, "d2h"), None) for save in moving]
         back = sorted((save.used, turn) for turn, save in enumerate(moving))
-        return stores, [
-            Load(moving[t].before_in_slot, used, load_s(table, moving[t].size_bytes, "h2d", disk_used), (0, t))
-            for used, t in back
-        ]
+        return stores, [Load(moving[t].before_in_slot, used, time_s(moving[t], "h2d"), (0, t)) for used, t in back]
 
 
 def make_saves(table: CostTable, given: Mapping[str, Activations]) -> Saves:
@@ -115,19 +121,18 @@ def items_of(saves: Saves, first: int) -> tuple[Item, ...]:
     )
 
 
-def addresses_of(saves: Saves, first: int, device_top: int, host_top: int) -> Iterator[Address]:
-    """Yield each item's place in the device arena (0) above ``device_top``, and in the host's (1) above ``host_top``."""
+def addresses_of(saves: Saves, first: int, device_top: int) -> Iterator[Address]:
+    """Yield each item's place in the device arena (0) above ``device_top``."""
     for turn, save in enumerate(saves.items):
         offset = device_top + sum(saves.slots_bytes[: save.slot])
         yield Address(item=first + turn, arena=0, offset_bytes=offset, size_bytes=save.size_bytes)
-        if not save.stays:
-            yield Address(item=first + turn, arena=1, offset_bytes=host_top, size_bytes=save.size_bytes)
-            host_top += align_up(save.size_bytes)
 
 
-def residences_of(saves: Saves, first: int, first_id: int) -> tuple[list[Residence], list[Residence]]:
+def residences_of(
+    saves: Saves, first: int, first_id: int, arena_of: Mapping[int, int]
+) -> tuple[list[Residence], list[Residence]]:
     """Return the stays that need no place in the host's link (made, and stored over its way back), and those that come
-    back, by first use; the latter's ``id`` and ``order`` are for the caller to give.
+    back, by first use; the latter's ``id`` and ``order`` are for the caller to give. ``arena_of``: the host's, by item.
     """
     made: list[Residence] = []
     back: list[Residence] = []
@@ -155,7 +160,7 @@ def residences_of(saves: Saves, first: int, first_id: int) -> tuple[list[Residen
             Residence(
                 id=first_id + len(made),
                 item=item,
-                arena=1,
+                arena=arena_of[item],
                 begins="load",
                 source=f"residence:{made[-1].id}",
                 channel="d2h",

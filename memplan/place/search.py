@@ -12,9 +12,10 @@ from dataclasses import dataclass
 
 from memplan.place.arrangement import Arrangement, Key, Stay, channel_of, stays_of
 from memplan.place.baselines import Way, arrange_as
+from memplan.place.pages import NOTHING, Pageable, pageable_of
 from memplan.place.problem import MOST_SUBSETS, Bytes, Problem, policies_for
 from memplan.place.ring import Ring, Rings
-from memplan.program.timeline import Load, durations, load_s, simulate
+from memplan.program.timeline import Load, durations, load_s, simulate, slowed
 
 _TIMES = (2.0, 1.0, 3.0, 5.0, 8.0)
 """Sizes of the shared region that are tried first, in units of the least."""
@@ -125,16 +126,18 @@ class Search:
         self._room_at = [problem.budgets.vram_bytes - bytes_at for bytes_at in nonweight]
         self._rooms = [int(room_at.min()) for room_at in self._room_at]
         self._times: dict[int, tuple[list[float], float]] = {}
+        limit = problem.page_lock_bytes
         self._load_s = {
-            (block.id, name, disk_used): load_s(problem.table, block.size_bytes, name, disk_used)
+            (block.id, name, disk_used, pageable): load_s(problem.table, block.size_bytes, name, disk_used, pageable)
             for block in problem.table.blocks
             for name in (channel_of("host"), channel_of("disk"))
             for disk_used in (False, True)
+            for pageable in ((False,) if limit is None else (False, True))
         }
         self._seen: dict[tuple[Key, int], Choice | None] = {}
-        self._stays: dict[Key, list[Stay] | None] = {}
+        self._stays: dict[Key, tuple[list[Stay], Pageable] | None] = {}
         self._near: list[tuple[Choice, Ring | None]] = []
-        self._saves = [problem.saves.loads(problem.table, disk_used) for disk_used in (False, True)]
+        self._saves: dict[tuple[bool, frozenset[str]], tuple[list[Load], list[Load]]] = {}
         self._stacked_left = _MOST_STACKED if below_s is None else _MOST_STACKED // 40
         self.best_s = math.inf if below_s is None else below_s
         """Of what was timed; at first what must be beaten."""
@@ -301,6 +304,14 @@ class Search:
             self._times[recomputed] = (times, sum(times))
         return self._times[recomputed]
 
+    def _durations_with_rows(
+        self, arrangement: Arrangement, recomputed: int, pageable: Pageable
+    ) -> tuple[list[float], float]:
+        on_host = {block for block, tier in arrangement.homes.items() if tier == "host"}
+        policies = policies_for(self._problem, recomputed)
+        times = durations(self._problem.table, policies, on_host, pageable.blocks)
+        return times, sum(times)
+
     def time(self, recomputed: int, ring: Ring) -> float | None:
         """Return the pass in s, or None where it does not fit or cannot be the best."""
         if self.least_s(recomputed) > self.best_s * (1 + _TIE):
@@ -320,26 +331,29 @@ class Search:
 
     def _time(self, arrangement: Arrangement, recomputed: int, ring: Ring | None) -> Choice | None:
         times, compute_s = self._durations(recomputed)
-        if arrangement.rows_bytes and self._problem.table.device != "cpu":
-            on_host = {block for block, tier in arrangement.homes.items() if tier == "host"}
-            times = durations(self._problem.table, policies_for(self._problem, recomputed), on_host)
-            compute_s = sum(times)
+        reads_rows = arrangement.rows_bytes and self._problem.table.device != "cpu"
+        if reads_rows:
+            times, compute_s = self._durations_with_rows(arrangement, recomputed, NOTHING)
         if compute_s > self.best_s * (1 + _TIE):
             return None
         if self._least_loads_s(arrangement) > self.best_s * (1 + _TIE):
             return None
         if arrangement.key not in self._stays:
-            self._stays[arrangement.key] = stays_of(self._problem, arrangement)
-        stays = self._stays[arrangement.key]
-        if stays is None:
+            self._stays[arrangement.key] = self._moved(arrangement)
+        moved = self._stays[arrangement.key]
+        if moved is None:
             return None
+        stays, pageable = moved
+        if reads_rows and pageable.blocks:
+            times, compute_s = self._durations_with_rows(arrangement, recomputed, pageable)
         disk_used = arrangement.reads_disk
-        stores, back = self._saves[disk_used]
+        stores, back = self._saves_of(disk_used, pageable.modules)
         loads: dict[str, list[Load]] = {"d2h": stores} if stores else {}
         moved_bytes = arrangement.rows_bytes
         for stay in stays:
             channel = channel_of(arrangement.homes[stay.block])
-            load = Load(stay.load_after, stay.first_use, self._load_s[stay.block, channel, disk_used], None)
+            slow = pageable.rings if channel == "disk" else stay.block in pageable.blocks
+            load = Load(stay.load_after, stay.first_use, self._load_s[stay.block, channel, disk_used, slow], None)
             loads.setdefault(channel, []).append(load)
             moved_bytes += self._problem.size(stay.block)
         if back:
@@ -347,18 +361,33 @@ class Search:
         least_s = max([compute_s, *(sum([load.time_s for load in queue]) for queue in loads.values())])
         if least_s > self.best_s * (1 + _TIE):
             return None
-        pass_s = simulate(times, list(loads.values())).pass_s
+        pass_s = simulate(times, list(loads.values()), slowed(self._problem.table, list(loads))).pass_s
         choice = Choice(arrangement=arrangement, recomputed=recomputed, pass_s=pass_s, moved_bytes=moved_bytes)
         self._near.append((choice, ring))
         self.best_s = min(self.best_s, pass_s)
         return choice
+
+    def _moved(self, arrangement: Arrangement) -> tuple[list[Stay], Pageable] | None:
+        """Return what an arrangement loads, and what of it is not page-locked; None where it cannot be."""
+        stays = stays_of(self._problem, arrangement)
+        if stays is None or self._problem.page_lock_bytes is None:
+            return None if stays is None else (stays, NOTHING)
+        loaded = [stay.block for stay in stays]
+        return stays, pageable_of(self._problem, arrangement.homes, arrangement.offsets, loaded)
+
+    def _saves_of(self, disk_used: bool, pageable: frozenset[str]) -> tuple[list[Load], list[Load]]:
+        """Return the stores of offloaded activations, and what comes back."""
+        key = (disk_used, pageable)
+        if key not in self._saves:
+            self._saves[key] = self._problem.saves.loads(self._problem.table, disk_used, pageable)
+        return self._saves[key]
 
     def _least_loads_s(self, arrangement: Arrangement) -> float:
         """Return what its loads take at least: each streamed block comes once a pass."""
         busy, disk_used = {"host": 0.0, "disk": 0.0}, arrangement.reads_disk
         for block, tier in arrangement.homes.items():
             if block in arrangement.offsets:
-                busy[tier] += self._load_s[block, channel_of(tier), disk_used]
+                busy[tier] += self._load_s[block, channel_of(tier), disk_used, False]
         return max(busy.values())
 
     def chosen(self) -> Choice | None:

@@ -84,7 +84,7 @@ def place(
     require_input(table, budgets, staging_bytes)
     asked = activations or {}
     elastic = _is_elastic(table, elastic)
-    tables = tables_of(table, optimizer_state)
+    tables = tables_of(table, budgets, optimizer_state)
     given = _Given(tables[0], budgets, staging_bytes, pins or {}, elastic)
     solution = _best(given, asked, pieces)
     if solution.choice is None and len(tables) > 1:
@@ -214,7 +214,7 @@ def _with_state_away(solution: _Solution, given: _Given, passes: int) -> _Soluti
     """
     problem, choice = solution.problem, solution.choice
     assert choice is not None
-    away = state_on_host(problem.table)
+    away = state_on_host(problem.table, pageable=given.budgets.page_lock_bytes is not None)
     copies_s = sum(row.time_s for row in away.accesses) - sum(row.time_s for row in problem.table.accesses)
     spared_s = min(
         2 * away.state_on_host_bytes / away.host_to_device_bytes_per_s,
@@ -264,9 +264,9 @@ def _plan(solution: _Solution, asked: Mapping[str, Activations], said: Said, *, 
     saves = problem.saves
     nonweight = Memory(table).at(policies) + saves.device_bytes
     layout = lay_out(problem, arrangement)
-    timeline = replay(table, layout.items, layout.residences, policies)
     on_disk = arrangement.disk_bytes
-    staging = problem.staging_bytes if on_disk else 0
+    timeline = replay(table, layout.items, layout.residences, policies, layout.pageable)
+    staging = problem.staged_bytes(arrangement.host_bytes, reads_disk=on_disk > 0)
     tails = [arrangement.tail_bytes_at(index) for index in range(problem.length)]
     beside = nonweight + np.asarray(tails, dtype=np.int64)
     at = int(beside.argmax())

@@ -8,17 +8,17 @@ from memplan.analyze.graph import Activations
 from memplan.cost.optimizer_state import state_on_host
 from memplan.cost.table import CostTable
 from memplan.place.problem import MOST_SUBSETS, evenly, subsets
-from memplan.program.schema import StateHome
+from memplan.program.schema import Budgets, StateHome
 
 _PARTS = 6
 """So many different numbers of modules are tried first, beside none."""
 
 
-def tables_of(table: CostTable, optimizer_state: StateHome | None) -> tuple[CostTable, ...]:
+def tables_of(table: CostTable, budgets: Budgets, optimizer_state: StateHome | None) -> tuple[CostTable, ...]:
     """Return the cost rows with the optimizer's state where it may lie. ``optimizer_state``: None where that is to be chosen:
     on a device whose memory is its own, since the CPU's is where it would go.
     """
-    away = state_on_host(table)
+    away = state_on_host(table, pageable=budgets.page_lock_bytes is not None)
     if optimizer_state == "host":
         return (away,)
     return (table,) if optimizer_state == "device" or away is table or table.device == "cpu" else (table, away)

@@ -12,6 +12,7 @@ from memplan.errors import PlanCheckError
 from memplan.program.check_absences import absence_faults
 from memplan.program.check_flow import flow_faults
 from memplan.program.check_offloads import offload_faults
+from memplan.program.check_page_locks import page_lock_faults, stages
 from memplan.program.schema import Address, Item, Plan, Residence, Tier
 from memplan.units import ALIGNMENT_BYTES, format_bytes
 
@@ -36,6 +37,7 @@ def check(plan: Plan) -> tuple[str, ...]:
         *_coverage(plan),
         *_overlaps(plan),
         *absence_faults(plan),
+        *page_lock_faults(plan),
         *_peaks(plan),
         *flow_faults(plan),
     )
@@ -104,6 +106,10 @@ def _references(plan: Plan) -> Iterator[str]:
     for what, rate in rates:
         if not rate > 0:
             yield f"the rate of the {what} link is {rate} bytes/s: nothing could ever be loaded"
+    if table.pageable_bytes_per_s is not None and not table.pageable_bytes_per_s > 0:
+        yield f"the rate of pageable RAM is {table.pageable_bytes_per_s} bytes/s: nothing could ever be loaded from it"
+    if not 0 < table.duplex_factor <= 1:
+        yield f"a direction of the link reaches {table.duplex_factor} of its rate while the other is busy: 0 to 1 can be"
     if plan.workload.accumulation < 1:
         yield f"a step has {plan.workload.accumulation} passes"
     if not 0 <= plan.prediction.vram_peak_at < len(table.accesses):
@@ -343,7 +349,7 @@ def _peaks(plan: Plan) -> Iterator[str]:
         )
     on_disk = sum(item.size_bytes for item in plan.items if item.home == "disk")
     state = sum(life.size_bytes for life in table.lifetimes if life.kind == "optimizer")
-    ram = host + state + (plan.staging_bytes if on_disk else 0)
+    ram = host + state + (plan.staging_bytes if stages(plan) else 0)
     if ram > budgets.ram_bytes:
         yield f"{format_bytes(ram)} of ram are needed, the budget is {format_bytes(budgets.ram_bytes)}"
     if budgets.disk_bytes is not None and on_disk > budgets.disk_bytes:

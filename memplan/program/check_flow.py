@@ -9,10 +9,14 @@ from collections.abc import Iterator, Mapping
 
 from memplan.analyze.graph import Activations
 from memplan.cost.table import AccessRow
+from memplan.program.check_page_locks import slow_items
 from memplan.program.schema import Plan, Residence
 
 _MOST_PASSES = 64
 """Nearly every plan comes again and again from its third pass on."""
+
+_NOTHING = 1e-12
+"""Share of the time that has gone by that is rounding of it."""
 
 _SAME = 1e-6
 """Share by which the time that is said and the one that is found may differ."""
@@ -29,46 +33,61 @@ def flow_faults(plan: Plan) -> Iterator[str]:
             if 0 <= stay.first_use < length:
                 needed[stay.first_use].append(stay)
     durations = _durations(plan)
-    rates = _rates(plan, "disk" in queues)
+    slow = slow_items(plan)
+    alone = {
+        stay.id: _load_s(plan, stay, reads_disk="disk" in queues, slow=stay.item in slow)
+        for queue in queues.values()
+        for stay in queue
+    }
     ended: dict[str, list[float]] = {channel: [] for channel in queues}  # loads, pass after pass
     ends: list[float] = []  # of accesses, pass after pass
     turns = {"": length, **{channel: len(queue) for channel, queue in queues.items()}}
 
-    def advance(channel: str) -> bool:
-        """Let the next load of a channel run, if what it waits for has happened."""
-        queue, finished = queues[channel], ended[channel]
-        turn, at = divmod(len(finished), len(queue))
-        stay = queue[at]
-        after = turn * length + stay.load_after
-        if after >= len(ends) or turn > len(ends) // length + 1:
-            return False
-        begins = max(finished[-1] if finished else 0.0, ends[after] if after >= 0 else 0.0)
-        source = stay.source.removeprefix("residence:")
-        if source != stay.source and int(source) in places:
-            their, position = places[int(source)]
-            if len(ended[their]) <= turn * len(queues[their]) + position:
-                return False
-            begins = max(begins, ended[their][turn * len(queues[their]) + position])
-        finished.append(begins + plan.table.load_latency_s + plan.items[stay.item].size_bytes / rates[channel])
-        return True
+    def is_brought(stay: Residence, turn: int) -> bool:
+        channel, at = places[stay.id]
+        return turn * len(queues[channel]) + at < len(ended[channel])
 
-    while len(ends) < _MOST_PASSES * length:
-        while any(advance(channel) for channel in queues):
-            pass
+    def next_load(channel: str) -> float | None:
+        """Return what the next load of a channel takes alone, if what it waits for has happened."""
+        turn, at = divmod(len(ended[channel]), len(queues[channel]))
+        stay = queues[channel][at]
+        source = stay.source.removeprefix("residence:")
+        if turn * length + stay.load_after >= len(ends):
+            return None
+        if source != stay.source and int(source) in places and not is_brought(plan.residences[int(source)], turn):
+            return None
+        return alone[stay.id]
+
+    def next_access() -> float | None:
         turn, index = divmod(len(ends), length)
-        begins = ends[-1] if ends else 0.0
-        for stay in needed[index]:
-            channel, at = places[stay.id]
-            number = turn * len(queues[channel]) + at
-            if len(ended[channel]) <= number:
-                yield (
-                    f"access {index} waits for residence {stay.id} of block {plan.table.blocks[plan.items[stay.item].block].name}, "
-                    f"whose load waits for its turn on {channel}: nothing can move"
-                )
-                return
-            begins = max(begins, ended[channel][number])
-        ends.append(begins + durations[index])
-        if len(ends) % length == 0 and _is_said(plan.prediction.pass_s, ends, ended, turns):
+        return durations[index] if all(is_brought(stay, turn) for stay in needed[index]) else None
+
+    now = 0.0
+    # What each still takes, alone: of a channel, and under an empty name of the compute.
+    under_way: dict[str, float] = {}
+    while len(ends) < _MOST_PASSES * length:
+        for name in turns:
+            takes = None if name in under_way else next_load(name) if name else next_access()
+            if takes is not None:
+                under_way[name] = takes
+        if not under_way:
+            turn, index = divmod(len(ends), length)
+            stay = next(stay for stay in needed[index] if not is_brought(stay, turn))
+            yield (
+                f"access {index} waits for residence {stay.id} of block {plan.table.blocks[plan.items[stay.item].block].name}, "
+                f"whose load waits for its turn on {stay.channel}: nothing can move"
+            )
+            return
+        both = plan.table.duplex_factor if {"h2d", "d2h"} <= under_way.keys() else 1.0
+        speeds = {name: both if name in ("h2d", "d2h") else 1.0 for name in under_way}
+        step = min(left / speeds[name] for name, left in under_way.items())
+        now += step
+        under_way = {name: left - step * speeds[name] for name, left in under_way.items()}
+        over = [name for name, left in under_way.items() if left <= _NOTHING * now]
+        for name in over:
+            del under_way[name]
+            (ended[name] if name else ends).append(now)
+        if "" in over and len(ends) % length == 0 and _is_said(plan.prediction.pass_s, ends, ended, turns):
             break
     else:
         found, stated = (ends[-1] - ends[-1 - _MOST_PASSES // 2 * length]) / (_MOST_PASSES // 2), plan.prediction.pass_s
@@ -113,28 +132,40 @@ def _queues(plan: Plan) -> Mapping[str, list[Residence]]:
     return queues
 
 
-def _rates(plan: Plan, reads_disk: bool) -> Mapping[str, float]:
-    """Return bytes a second by channel. A card has one link: while the disk is read, its bytes have up to half of it."""
-    table = plan.table
-    host, disk = table.host_to_device_bytes_per_s, table.disk_bytes_per_s
+def _load_s(plan: Plan, stay: Residence, *, reads_disk: bool, slow: bool) -> float:
+    """Return the seconds of a load alone. A card has one link: while the disk is read, its bytes have up to half of it.
+
+    ``slow``: it passes through pageable memory; from the disk it is first read, then sent.
+    """
+    table, item = plan.table, plan.items[stay.item]
+    host, disk, back = table.host_to_device_bytes_per_s, table.disk_bytes_per_s, table.device_to_host_bytes_per_s
     if table.device == "cuda":
         disk = min(disk, 0.5 * host)
         if reads_disk:
             host = host - disk
-    return {"h2d": host, "d2h": table.device_to_host_bytes_per_s, "disk": disk}
+    rate = {"h2d": host, "d2h": back}.get(stay.channel or "", disk)
+    seconds = item.size_bytes / rate
+    if slow:
+        slow_s = item.size_bytes / (table.pageable_bytes_per_s or rate)
+        seconds = seconds + slow_s if stay.channel == "disk" else max(seconds, slow_s)
+    return table.load_latency_s + seconds
 
 
 def _durations(plan: Plan) -> list[float]:
     """Return the seconds of each access; the optimizer's counts once a step, not in a pass."""
     policies = plan.policies()
-    on_host = {item.block for item in plan.items if item.kind == "weights" and item.home == "host"}
+    link, slow = plan.table.host_to_device_bytes_per_s, slow_items(plan)
+    rates = {
+        item.block: min(link, plan.table.pageable_bytes_per_s or link) if item.id in slow else link
+        for item in plan.items
+        if item.kind == "weights" and item.home == "host"
+    }
 
     def seconds(row: AccessRow) -> float:
         policy: Activations = policies.get(row.module, "keep")
         more = row.recompute_s if policy == "recompute" else row.offload_s if policy == "offload" else 0.0
-        read = sum(rows.size_bytes for rows in row.rows if rows.block in on_host)
-        over_link = 0.0 if plan.table.device == "cpu" else read / plan.table.host_to_device_bytes_per_s
-        return row.time_s + more + over_link
+        read_s = sum(rows.size_bytes / rates[rows.block] for rows in row.rows if rows.block in rates)
+        return row.time_s + more + (0.0 if plan.table.device == "cpu" else read_s)
 
     return [0.0 if row.kind == "optimizer" else seconds(row) for row in plan.table.accesses]
 

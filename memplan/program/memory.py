@@ -83,8 +83,9 @@ def timeline(plan: Plan) -> tuple[Moment, ...]:
     device, host = _arena(plan, "device"), _arena(plan, "host")
     beside = _beside(plan)
     on_disk = sum(item.size_bytes for item in plan.items if item.home == "disk")
+    is_staged = on_disk or any(arena.pageable for arena in plan.arenas)
     host["optimizer"] = [plan.table.state_on_host_bytes] * len(rows)
-    host["staging"] = [plan.staging_bytes if on_disk else 0] * len(rows)
+    host["staging"] = [plan.staging_bytes if is_staged else 0] * len(rows)
     vram = {kind: device.get(kind) or beside.get(kind) or [0] * len(rows) for kind in DEVICE_KINDS}
     return tuple(
         Moment(

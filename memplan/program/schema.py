@@ -38,7 +38,9 @@ STAGING_BYTES = 16 << 20
 """Host bytes through which a runtime reads the disk; counted in ``ram`` where any block's home is there."""
 
 RING_BYTES = 16 << 20
-"""Page-locked host bytes through which a CUDA device gets what lies on the disk or in pageable memory; counted beside."""
+"""Host bytes through which a CUDA device gets what lies on the disk or in pageable memory; counted beside. Page-locked, where
+so much may be.
+"""
 
 Tier = Literal["device", "host", "disk"]
 StateHome = Literal["device", "host"]
@@ -74,6 +76,8 @@ class Budgets(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     ram_bytes: int
     disk_bytes: int | None
     """None: no disk beyond the checkpoint's own files."""
+    page_lock_bytes: int | None = None
+    """Of ``ram`` what may be page-locked for a CUDA device; None: all of it."""
 
 
 class Item(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -107,6 +111,8 @@ class Arena(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     id: int
     tier: Literal["device", "host"]
     segments: tuple[Segment, ...]
+    pageable: bool = False
+    """Of the host beside a CUDA device: not page-locked. What lies there passes through the staging ring."""
 
     @property
     def size_bytes(self) -> int:
@@ -229,7 +235,7 @@ class Plan(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """One for each module in ``table.recomputable``."""
     prediction: Prediction
     staging_bytes: int
-    """Host bytes of the ring through which the disk is read; counted in ``ram``."""
+    """Host bytes through which the disk is read, and the ring of what is pageable; counted in ``ram``."""
     notes: tuple[str, ...] = ()
     pins: dict[int, Tier] = {}
     """Homes that were asked for, by block; the others were chosen."""

@@ -10,6 +10,8 @@ from typing import NamedTuple
 from memplan.analyze.graph import Activations
 from memplan.cost.table import AccessRow, CostTable
 from memplan.errors import PlanCheckError
+from memplan.program.both_ways import BothWays, Pair, Start
+from memplan.program.page_lock import pageable_items
 from memplan.program.schema import Channel, Item, Plan, Residence
 
 _CYCLES = 64
@@ -76,11 +78,12 @@ class Passes(NamedTuple):
     """By channel: start and end of its loads, pass after pass."""
 
 
-def simulate(times_s: Sequence[float], channels: Sequence[Sequence[Load]]) -> Passes:
+def simulate(times_s: Sequence[float], channels: Sequence[Sequence[Load]], both_ways: BothWays | None = None) -> Passes:
     """Replay until a pass repeats. ``times_s``: of each access; ``channels``: each one's loads in their order.
 
     An access starts when the one before has ended and what first uses it has arrived. A load starts when the load
-    before it on its channel has ended, access ``load_after`` has ended and its source has arrived.
+    before it on its channel has ended, access ``load_after`` has ended and its source has arrived. ``both_ways``: two
+    channels that slow each other; None where none do.
 
     Raises PlanCheckError where loads and accesses wait for each other.
     """
@@ -94,9 +97,14 @@ def simulate(times_s: Sequence[float], channels: Sequence[Sequence[Load]]) -> Pa
     ends: list[float] = []
     done: list[list[tuple[float, float]]] = [[] for _ in channels]
     busy = [False] * len(channels)
+    coupled: dict[int, int] = {}
+    pair: Pair | None = None
 
     def bring(channel: int, target: int) -> None:
         """Give times to a channel's loads up to number ``target``, counted over all passes."""
+        if pair is not None and channel in coupled:
+            pair.bring(coupled[channel], target)
+            return
         if busy[channel]:
             raise PlanCheckError(("a load waits for a source that its own channel brings later",))
         busy[channel] = True
@@ -121,6 +129,38 @@ def simulate(times_s: Sequence[float], channels: Sequence[Sequence[Load]]) -> Pa
             finished.append((begin, free))
         busy[channel] = False
 
+    def start_of(channel: int) -> Start:
+        """Return what says of a coupled channel's loads when each may start."""
+        loads, size = channels[channel], sizes[channel]
+
+        def start(number: int) -> tuple[float, float] | None:
+            turn, position = divmod(number, size)
+            after, _, time_s, source = loads[position]
+            after += turn * length
+            if after >= len(ends):
+                return None
+            begin = ends[after] if after >= 0 else 0.0
+            if source is not None:
+                wanted = turn * sizes[source[0]] + source[1]
+                if len(done[source[0]]) <= wanted:
+                    if source[0] in coupled or not may_all_start(source[0], wanted):
+                        return None
+                    bring(source[0], wanted)
+                begin = max(begin, done[source[0]][wanted][1])
+            return begin, time_s
+
+        return start
+
+    def may_all_start(channel: int, target: int) -> bool:
+        """Whether the accesses are over that a channel's loads up to number ``target`` wait for."""
+        loads, size = channels[channel], sizes[channel]
+        waiting = range(len(done[channel]), target + 1)
+        return all(loads[number % size].load_after + number // size * length < len(ends) for number in waiting)
+
+    if both_ways is not None:
+        one, other = both_ways.channels
+        coupled.update({one: 0, other: 1})
+        pair = Pair(both_ways.share, (start_of(one), start_of(other)), (done[one], done[other]))
     now = 0.0
     begins = [0.0]
     period = 0
@@ -142,6 +182,8 @@ def simulate(times_s: Sequence[float], channels: Sequence[Sequence[Load]]) -> Pa
             break
     if not period:
         period = _CYCLES // 2
+    for finished, size in zip(done, sizes, strict=True):
+        del finished[(len(begins) - 1) * size :]  # coupled channels may be further than the last pass
     return Passes((begins[-1] - begins[-1 - period]) / period, begins[-2], starts, ends, done)
 
 
@@ -178,10 +220,16 @@ def _repeats(
 # ---- of a plan ------------------------------------------------------------------------------------------------------
 
 
-def durations(table: CostTable, policies: Mapping[str, Activations], on_host: Container[int] = ()) -> list[float]:
+def durations(
+    table: CostTable,
+    policies: Mapping[str, Activations],
+    on_host: Container[int] = (),
+    pageable: Container[int] = (),
+) -> list[float]:
     """Return the compute time of each access in s; the optimizer's is 0, it counts once a step and not once a pass.
 
     ``on_host``: blocks whose home is the host. A device of its own reads rows of them over the link, as it computes.
+    ``pageable``: those of them that are not page-locked there.
     """
     more = {"recompute": operator.attrgetter("recompute_s"), "offload": operator.attrgetter("offload_s")}
     return [
@@ -189,38 +237,58 @@ def durations(table: CostTable, policies: Mapping[str, Activations], on_host: Co
         if row.kind == "optimizer"
         else row.time_s
         + (more[policy](row) if (policy := policies.get(row.module)) in more else 0.0)
-        + rows_s(table, row, on_host)
+        + rows_s(table, row, on_host, pageable)
         for row in table.accesses
     ]
 
 
-def rows_s(table: CostTable, row: AccessRow, on_host: Container[int]) -> float:
+def rows_s(table: CostTable, row: AccessRow, on_host: Container[int], pageable: Container[int]) -> float:
     """Return the time in s in which an access reads rows over the link; on the CPU they lie in its own memory."""
     if table.device == "cpu":
         return 0.0
-    return sum(r.size_bytes for r in row.rows if r.block in on_host) / table.host_to_device_bytes_per_s
+    link = table.host_to_device_bytes_per_s
+    slow = min(link, table.pageable_bytes_per_s or link)
+    return sum(r.size_bytes / (slow if r.block in pageable else link) for r in row.rows if r.block in on_host)
 
 
-def load_s(table: CostTable, size_bytes: int, channel: Channel, disk_used: bool) -> float:
+def load_s(table: CostTable, size_bytes: int, channel: Channel, disk_used: bool, pageable: bool = False) -> float:
     """Return the time of one load in s: the latency, and its bytes at the channel's rate.
 
     ``disk_used``: whether the plan reads the disk. To a device of its own those bytes cross the link too: they take the
-    disk's rate of it, half at most, and what comes from the host has the rest.
+    disk's rate of it, half at most, and what comes from the host has the rest. ``pageable``: whether its bytes pass
+    through RAM that is not page-locked; those from the disk then are read first and sent after.
     """
-    link, disk = table.host_to_device_bytes_per_s, table.disk_bytes_per_s
+    link, back, disk = table.host_to_device_bytes_per_s, table.device_to_host_bytes_per_s, table.disk_bytes_per_s
     if table.device != "cpu":
         disk = min(disk, link / 2)
         link -= disk if disk_used else 0.0
-    rate = {"h2d": link, "d2h": table.device_to_host_bytes_per_s, "disk": disk}[channel]
+    if pageable and table.pageable_bytes_per_s is not None:
+        slow = table.pageable_bytes_per_s
+        link, back, disk = min(link, slow), min(back, slow), 1 / (1 / disk + 1 / slow)
+    rate = {"h2d": link, "d2h": back, "disk": disk}[channel]
     return table.load_latency_s + size_bytes / rate
 
 
+def slowed(table: CostTable, channels: Sequence[str]) -> BothWays | None:
+    """Return which of a plan's channels slow each other; None where it has not both, or the link does both at full rate."""
+    if table.duplex_factor == 1 or not {"h2d", "d2h"} <= set(channels):
+        return None
+    return BothWays((channels.index("h2d"), channels.index("d2h")), table.duplex_factor)
+
+
 def replay(
-    table: CostTable, items: Sequence[Item], residences: Sequence[Residence], policies: Mapping[str, Activations]
+    table: CostTable,
+    items: Sequence[Item],
+    residences: Sequence[Residence],
+    policies: Mapping[str, Activations],
+    pageable: Container[int] = (),
 ) -> Timeline:
-    """Return the steady pass of a plan's residences. Raises PlanCheckError where they can never be loaded."""
-    on_host = {item.block for item in items if item.kind == "weights" and item.home == "host"}
-    times_s = durations(table, policies, on_host)
+    """Return the steady pass of a plan's residences. ``pageable``: items whose bytes pass through RAM that is not
+    page-locked. Raises PlanCheckError where they can never be loaded.
+    """
+    weights = [item for item in items if item.kind == "weights" and item.home == "host"]
+    on_host = {item.block for item in weights}
+    times_s = durations(table, policies, on_host, {item.block for item in weights if item.id in pageable})
     queues: dict[Channel, list[Residence]] = {}
     for stay in residences:
         if stay.begins == "load" and stay.channel is not None:
@@ -237,14 +305,14 @@ def replay(
             Load(
                 stay.load_after,
                 stay.first_use,
-                load_s(table, items[stay.item].size_bytes, name, "disk" in queues),
+                load_s(table, items[stay.item].size_bytes, name, "disk" in queues, stay.item in pageable),
                 places.get(stay.source),
             )
             for stay in queue
         ]
         for name, queue in queues.items()
     ]
-    passes = simulate(times_s, channels)
+    passes = simulate(times_s, channels, slowed(table, list(queues)))
     length, base = len(times_s), passes.begins_s
     starts, ends = passes.starts_s[-length:], passes.ends_s[-length:]
     loads = tuple(
@@ -264,4 +332,4 @@ def replay(
 
 def timeline_of(plan: Plan) -> Timeline:
     """Return the steady pass of a plan. Raises PlanCheckError where its loads can never run."""
-    return replay(plan.table, plan.items, plan.residences, plan.policies())
+    return replay(plan.table, plan.items, plan.residences, plan.policies(), pageable_items(plan))

@@ -75,7 +75,9 @@ def attach(
             settle(model, parts, files, undo, progress)
         handle = Handle(model, parts)
         if plan.optimizer_state == "host":
-            parts.optimizer_state = OptimizerState(model, device)
+            parts.optimizer_state = OptimizerState(
+                model, device, pinned=device.type == "cuda" and plan.budgets.page_lock_bytes is None
+            )
             undo.callback(parts.optimizer_state.close)
 
         def change(other: Plan) -> None:

@@ -8,6 +8,7 @@ from torch import nn
 
 from memplan import offload, recompute
 from memplan.compiled import is_compiled
+from memplan.program.page_lock import is_ring_locked
 from memplan.program.schema import Plan
 from memplan.run.checked import CheckedReads
 from memplan.run.clocks import ClockedTransfers
@@ -38,7 +39,12 @@ def install(
     with Undo() as undo:
         parts.spans = Spans(device, _names(plan)) if traced else None
         transfers: Transfers = (
-            CudaTransfers(device, poisoned=checked, spans=parts.spans)
+            CudaTransfers(
+                device,
+                poisoned=checked,
+                spans=parts.spans,
+                is_ring_locked=is_ring_locked(plan),
+            )
             if device.type == "cuda"
             else CpuTransfers(poisoned=checked, spans=parts.spans)
         )

@@ -17,6 +17,7 @@ from torch import nn
 
 from memplan.errors import RunError
 from memplan.offload import Layout, copy_of
+from memplan.program.page_lock import pageable_items
 from memplan.program.schema import Address, Plan
 from memplan.run.arena import Arena
 from memplan.run.clocks import ClockedTransfers
@@ -60,12 +61,17 @@ class Offloaded:
 
 
 def offloaded_activations(
-    plan: Plan, modules: Mapping[str, nn.Module], arena: Arena, host: Arena | None, rooms: dict[str, torch.Tensor]
+    plan: Plan,
+    modules: Mapping[str, nn.Module],
+    arena: Arena,
+    host: Mapping[int, Arena],
+    rooms: dict[str, torch.Tensor],
 ) -> dict[int, Offloaded]:
-    """Return what the plan offloads, by key. ``modules``: its trigger modules by name. ``host``: the plan's host arena;
-    None: each has memory of its own there. ``rooms``: what they had there before, by module; what they have is put there.
+    """Return what the plan offloads, by key. ``modules``: its trigger modules by name. ``host``: the plan's host arenas;
+    where one is missing each has memory of its own there. ``rooms``: what they had there before, by module; what they have
+    is put there.
     """
-    tiers = {arena.id: arena.tier for arena in plan.arenas}
+    tiers, slow = {arena.id: arena.tier for arena in plan.arenas}, pageable_items(plan)
     found: dict[int, Offloaded] = {}
     for item in plan.items:
         if item.kind != "saved":
@@ -80,19 +86,26 @@ def offloaded_activations(
             module=item.module,
             part=arena.part(places["device"].offset_bytes, item.size_bytes),
             size_bytes=item.size_bytes,
-            host=None if away is None else _room(away, item.module, arena, host, rooms),
+            host=None if away is None else _room(away, item.module, arena, host, rooms, item.id in slow),
             outside=frozenset(part.untyped_storage().data_ptr() for held in still for part in plain_parts(held)),
         )
     return found
 
 
-def _room(away: Address, module: str, arena: Arena, host: Arena | None, rooms: dict[str, torch.Tensor]) -> torch.Tensor:
+def _room(
+    away: Address,
+    module: str,
+    arena: Arena,
+    host: Mapping[int, Arena],
+    rooms: dict[str, torch.Tensor],
+    is_pageable: bool,
+) -> torch.Tensor:
     """Return a module's bytes on the host."""
     if module not in rooms:
-        if host is not None:
-            rooms[module] = host.part(away.offset_bytes, away.size_bytes)
+        if away.arena in host:
+            rooms[module] = host[away.arena].part(away.offset_bytes, away.size_bytes)
         else:
-            pinned = arena.bytes.device.type == "cuda"
+            pinned = arena.bytes.device.type == "cuda" and not is_pageable
             rooms[module] = Arena(away.size_bytes, torch.device("cpu"), pinned=pinned).bytes
     return rooms[module]
 

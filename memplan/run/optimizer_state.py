@@ -120,8 +120,10 @@ class _State:
 class OptimizerState:
     """Keeps the state of a model's optimizers in RAM between their steps, until ``close``."""
 
-    def __init__(self, model: nn.Module, device: torch.device) -> None:
+    def __init__(self, model: nn.Module, device: torch.device, *, pinned: bool) -> None:
+        """``pinned``: whether it waits in page-locked RAM."""
         self._device = device
+        self._pinned = pinned
         self._parameters = {id(parameter) for parameter in model.parameters()}
         self._states: weakref.WeakKeyDictionary[Optimizer, _State] = weakref.WeakKeyDictionary()
         self.watch: Callable[[torch.Tensor], None] | None = None
@@ -191,7 +193,7 @@ class OptimizerState:
 
     def _new_room(self, size_bytes: int) -> torch.Tensor:
         with _disable_current_modes():  # whoever counts what operators return is told instead
-            room = Arena(size_bytes, torch.device("cpu"), pinned=self._device.type == "cuda").bytes
+            room = Arena(size_bytes, torch.device("cpu"), pinned=self._pinned).bytes
         if self.watch is not None:
             self.watch(room)
         return room

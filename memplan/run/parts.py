@@ -14,6 +14,7 @@ from torch import nn
 from memplan.analyze.graph import Block
 from memplan.cache import BlockCache
 from memplan.errors import CheckpointError
+from memplan.program.page_lock import pageable_items
 from memplan.program.schema import STAGING_BYTES, Address, Channel, Plan, Tier
 from memplan.run.arena import Arena, Placeholders, dtype_of, view
 from memplan.run.checked import CheckedReads
@@ -42,9 +43,8 @@ class Parts:
         self.device = device
         self._poisoned = poisoned
         self.weights = weights
-        host_bytes = sum(a.size_bytes for a in plan.arenas if a.tier == "host")
-        self.host: Arena | None = Arena(host_bytes, torch.device("cpu"), pinned=device.type == "cuda")
-        """None once another plan was taken over: what is on the host then lies where it can."""
+        self.host = host_arenas(plan, device)
+        """By arena. Empty once another plan was taken over: what is on the host then lies where it can."""
         self.rooms: dict[str, torch.Tensor] = {}
         """Where offloaded activations wait on the host, by module."""
         self.take_over(plan)
@@ -117,7 +117,7 @@ class Parts:
         found: dict[int, torch.Tensor] = {}
         for address in self.plan.addresses:
             item, tier = self.plan.items[address.item], tiers[address.arena]
-            arena = self.arena if tier == "device" else self.host
+            arena = self.arena if tier == "device" else self.host.get(address.arena)
             if item.kind == "weights" and item.home == tier and arena is not None:
                 found[item.block] = arena.part(address.offset_bytes, address.size_bytes)
         return [found[block.id] for block in self.plan.table.blocks if block.id in found]
@@ -171,8 +171,8 @@ def settle(
             origin.fill(block, slot)
             source = HostSource(slot)
         elif home == "host":
-            assert parts.host is not None
-            kept = parts.host.part(places[block.id].offset_bytes, block.size_bytes)
+            at = places[block.id]
+            kept = parts.host[at.arena].part(at.offset_bytes, block.size_bytes)
             origin.fill(block, kept)
             source = HostSource(kept)
         else:
@@ -208,15 +208,15 @@ def resettle(parts: Parts, plan: Plan, files: Files) -> None:
     another home. Raises RunError where an arena cannot be had, CheckpointError where blocks cannot go to the disk; each
     block then has a home still, and may be given back.
     """
-    pinned = parts.device.type == "cuda"
+    locked = locked_blocks(plan, parts.device)
     for index, home in parts.homes.items():
         if index not in parts.streamed and parts.plan.home_of(index) != "host":
-            home.source = HostSource(_on_host(home, pinned and plan.home_of(index) == "host"))
+            home.source = HostSource(_on_host(home, index in locked))
             for tensor in home.block.tensors:
                 parts.weights[tensor.name].point(parts.placeholders.of(tensor.shape, dtype_of(tensor.dtype)))
     parts.streamed.clear()
     parts.arena = Arena(0, parts.device)  # the old one goes before the new one comes
-    parts.host = None
+    parts.host = {}
     parts.take_over(plan)
     cache = BlockCache(files.cache)
     for block in plan.table.blocks:
@@ -227,7 +227,7 @@ def resettle(parts: Parts, plan: Plan, files: Files) -> None:
             home.copy_to(slot)
             home.source = HostSource(slot)
         elif tier == "host" and isinstance(home.source, DiskSource):
-            home.source = HostSource(_on_host(home, pinned))
+            home.source = HostSource(_on_host(home, block.id in locked))
         elif tier == "disk" and isinstance(home.source, HostSource):
             if plan.budgets.disk_bytes is None:
                 raise CheckpointError(
@@ -238,6 +238,22 @@ def resettle(parts: Parts, plan: Plan, files: Files) -> None:
             path, expected = cache.put(pieces, block.size_bytes, _about(plan, block), twice=True)
             home.source = _packed(parts, path, block, expected if files.verify else None)
         _point(parts, home, slot)
+
+
+def host_arenas(plan: Plan, device: torch.device) -> dict[int, Arena]:
+    """Return the host arenas of a plan by number: page-locked for a CUDA device, unless the plan has them pageable."""
+    return {
+        arena.id: Arena(arena.size_bytes, torch.device("cpu"), pinned=device.type == "cuda" and not arena.pageable)
+        for arena in plan.arenas
+        if arena.tier == "host"
+    }
+
+
+def locked_blocks(plan: Plan, device: torch.device) -> set[int]:
+    """Return the blocks whose home a plan has in page-locked RAM. What lies there under another plan stays as it is."""
+    slow = pageable_items(plan)
+    on_host = [item for item in plan.items if item.kind == "weights" and item.home == "host"]
+    return {item.block for item in on_host if device.type == "cuda" and item.id not in slow}
 
 
 def _on_host(home: Home, pinned: bool) -> torch.Tensor:

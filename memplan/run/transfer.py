@@ -233,26 +233,34 @@ class CudaTransfers:
     """Streams and events. Unproven: no GPU has run it yet.
 
     The host never synchronises with the device here, except in staging threads. What lies on the disk or in pageable
-    memory goes through a page-locked ring, whose thread waits until its own piece of it is free again. What goes back to
-    pageable memory is waited for by another thread: one that waits for the compute must not hold up loads.
+    memory goes through a page-locked ring, one for each of the two, whose thread waits until its own piece of it is free
+    again. What goes back to pageable memory is waited for by another thread: one that waits for the compute must not hold
+    up loads.
     """
 
     _TIMED = 256
 
-    def __init__(self, device: torch.device, *, poisoned: bool = False, spans: Spans | None = None) -> None:
+    def __init__(
+        self,
+        device: torch.device,
+        *,
+        poisoned: bool = False,
+        spans: Spans | None = None,
+        is_ring_locked: bool = True,
+    ) -> None:
+        """``is_ring_locked``: whether rings may be page-locked; else what is in pageable memory is left to the driver."""
         self._device = device
         self._spans = spans
         self._stream = torch.cuda.Stream(device)
         self._back_stream = torch.cuda.Stream(device)
-        self._staging_stream = torch.cuda.Stream(device)
-        self._staged: set[Channel] = set()
+        self._staged: dict[Channel, torch.cuda.Stream] = {}
         self._workers: dict[str, Worker] = {}
-        self._ring: list[tuple[torch.Tensor, torch.cuda.Event]] = []
+        self._rings: dict[Channel, list[tuple[torch.Tensor, torch.cuda.Event]]] = {}
+        self._is_ring_locked = is_ring_locked
         self._poisoned = poisoned
         self._timed: deque[tuple[int, torch.cuda.Event, torch.cuda.Event]] = deque(maxlen=self._TIMED)
         # The arena was allocated on the compute stream: what was enqueued there comes before any copy into it.
         self._stream.wait_stream(torch.cuda.current_stream(device))
-        self._staging_stream.wait_stream(torch.cuda.current_stream(device))
         self._back_stream.wait_stream(torch.cuda.current_stream(device))
 
     def load(self, channel: Channel, block: int, source: Source, destination: torch.Tensor) -> _CudaTicket:
@@ -262,20 +270,26 @@ class CudaTransfers:
         free.record(torch.cuda.current_stream(self._device))
         done = torch.cuda.Event()
         if channel not in self._staged and is_staged(source, destination):
-            self._staged.add(channel)  # for good, as its loads run in turn
-            self._staging_stream.wait_stream(self._stream)
+            # For good, as its loads run in turn: those of page-locked memory too are enqueued by the thread then.
+            self._staged[channel] = self._back_stream if channel == "d2h" else torch.cuda.Stream(self._device)
+            self._staged[channel].wait_stream(self._stream)
         if channel not in self._staged:
             assert isinstance(source, HostSource)
             stream = self._back_stream if channel == "d2h" else self._stream
             self._copy(channel, block, stream, source, destination, free, done)
             return _CudaTicket(done, None)
-        if channel == "d2h":
-            assert isinstance(source, HostSource)
-            what = channel, block, self._back_stream
-            filled = self._worker("back").submit(self._copy, *what, source, destination, free, done)
-        else:
-            filled = self._worker("staging").submit(self._stage, channel, block, source, destination, free, done)
+        what = channel, block, self._staged[channel]
+        fill = self._stage if self._is_staged(channel, source, destination) else self._copy
+        filled = self._worker(f"staging-{channel}").submit(fill, *what, source, destination, free, done)
         return _CudaTicket(done, filled)
+
+    def _is_staged(self, channel: Channel, source: Source, destination: torch.Tensor) -> bool:
+        """Whether a load goes through its channel's ring. One copy into pageable memory, or out of it where there is no
+        better ring, is the driver's: it returns when it is done.
+        """
+        if isinstance(source, DiskSource):
+            return True
+        return channel != "d2h" and self._is_ring_locked and is_staged(source, destination)
 
     def _worker(self, name: str) -> Worker:
         worker = self._workers.get(name)
@@ -292,13 +306,16 @@ class CudaTransfers:
         channel: Channel,
         block: int,
         stream: torch.cuda.Stream,
-        source: HostSource,
+        source: Source,
         destination: torch.Tensor,
         free: torch.cuda.Event,
         done: torch.cuda.Event,
     ) -> None:
-        """Enqueue a copy. Into pageable memory this returns when it is done."""
+        """Enqueue a copy. Into pageable memory, or out of it, this returns when it is done."""
+        assert isinstance(source, HostSource)
         stream.wait_event(free)
+        if channel == "h2d" and is_staged(source, destination):  # the processor reads it: see _stage
+            free.synchronize()
         noted = self._noted(channel, block, stream)
         with noted, torch.cuda.stream(stream), torch.inference_mode(False), torch.no_grad():
             destination.copy_(source.part, non_blocking=True)
@@ -308,28 +325,30 @@ class CudaTransfers:
         self,
         channel: Channel,
         block: int,
+        stream: torch.cuda.Stream,
         source: Source,
         destination: torch.Tensor,
         free: torch.cuda.Event,
         done: torch.cuda.Event,
     ) -> None:
-        if not self._ring:  # where even this is refused, a copy from it returns when the driver has taken it
+        ring = self._rings.get(channel)
+        if ring is None:  # where even this is refused, a copy from it returns when the driver has taken it
             with torch.cuda.device(self._device):  # this thread's own is the first one
-                ring = Arena(RING_BYTES, torch.device("cpu"), pinned=True)
+                held = Arena(RING_BYTES, torch.device("cpu"), pinned=self._is_ring_locked)
             half = RING_BYTES // 2
-            self._ring = [(ring.part(turn * half, half), torch.cuda.Event()) for turn in range(2)]
-        self._staging_stream.wait_event(free)
+            ring = self._rings[channel] = [(held.part(turn * half, half), torch.cuda.Event()) for turn in range(2)]
+        stream.wait_event(free)
         if isinstance(source, HostSource):  # the processor reads it: what was sent there must have come
             free.synchronize()
-        with self._noted(channel, block, self._staging_stream):
-            for turn, (offset, size, fill) in enumerate(source.pieces(self._ring[0][0].numel())):
-                buffer, empty = self._ring[turn % 2]
+        with self._noted(channel, block, stream):
+            for turn, (offset, size, fill) in enumerate(source.pieces(ring[0][0].numel())):
+                buffer, empty = ring[turn % 2]
                 empty.synchronize()
                 fill(buffer.numpy()[:size])
-                with torch.cuda.stream(self._staging_stream), torch.inference_mode(False), torch.no_grad():
+                with torch.cuda.stream(stream), torch.inference_mode(False), torch.no_grad():
                     destination[offset : offset + size].copy_(buffer[:size], non_blocking=True)
-                empty.record(self._staging_stream)
-        done.record(self._staging_stream)
+                empty.record(stream)
+        done.record(stream)
 
     def wait(self, ticket: Ticket, block: int) -> float:
         assert isinstance(ticket, _CudaTicket)
@@ -354,7 +373,7 @@ class CudaTransfers:
 
     @property
     def ring_bytes(self) -> int:
-        return sum(buffer.numel() for buffer, _ in self._ring)
+        return sum(buffer.numel() for ring in list(self._rings.values()) for buffer, _ in ring)
 
     def drain(self) -> None:
         for worker in self._workers.values():
@@ -366,4 +385,4 @@ class CudaTransfers:
             worker.close()
         torch.cuda.synchronize(self._device)  # the compute too: it reads rows in page-locked memory
         self._workers.clear()
-        self._ring.clear()
+        self._rings.clear()

@@ -12,7 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from memplan.errors import InputError
-from memplan.show.facts import BlockFact, facts
+from memplan.show.facts import BlockFact, facts, home_of
 from memplan.show.glyphs import Glyphs
 from memplan.show.terminal import print_or_write
 from memplan.show.words import number, rate
@@ -84,6 +84,7 @@ def compare_plans(first: Plan, second: Plan) -> Compared:
             unit="bytes",
         ),
         *_both("ram", first.prediction.ram_parts, second.prediction.ram_parts),
+        Row(what="  page-locked ram", first=one.page_locked_bytes, second=other.page_locked_bytes, unit="bytes"),
         Row(
             what="disk",
             first=first.prediction.peaks.disk_bytes,
@@ -107,7 +108,7 @@ def compare_plans(first: Plan, second: Plan) -> Compared:
     ]
     here, there = {b.name: b for b in one.blocks}, {b.name: b for b in other.blocks}
     common = [(here[name], there[name]) for name in here if name in there]
-    moved = [*_moved(common, lambda block: block.home), *_moved(common, lambda block: block.activations)]
+    moved = [*_moved(common, home_of), *_moved(common, lambda block: block.activations)]
     notes = []
     if first.fingerprint != second.fingerprint and first.model == second.model:
         notes.append(f"The two are of different models, though both are called {first.model}.")
@@ -175,18 +176,27 @@ def _moved(common: list[tuple[BlockFact, BlockFact]], how: Callable[[BlockFact],
 
 
 def _settings(first: Plan, second: Plan) -> Iterator[tuple[str, str, str]]:
-    def budget(size_bytes: int | None) -> str:
-        return "the checkpoint's files" if size_bytes is None else format_bytes(size_bytes)
+    def budget(size_bytes: int | None, none: str) -> str:
+        return none if size_bytes is None else format_bytes(size_bytes)
 
     for what, of in _SETTINGS.items():
         one, other = of(first), of(second)
         if one != other:
             yield what, one, other
-    for tier in ("vram_bytes", "ram_bytes", "disk_bytes"):
+    for tier, none in _NO_BUDGET.items():
         limits = getattr(first.budgets, tier), getattr(second.budgets, tier)
         if limits[0] != limits[1]:
-            yield f"{tier.removesuffix('_bytes')} budget", budget(limits[0]), budget(limits[1])
+            what = tier.removesuffix("_bytes").replace("_", " ")
+            yield f"{what} budget", budget(limits[0], none), budget(limits[1], none)
 
+
+_NO_BUDGET = {
+    "vram_bytes": "none",
+    "ram_bytes": "none",
+    "disk_bytes": "the checkpoint's files",
+    "page_lock_bytes": "all of ram",
+}
+"""Budgets, and what each is called where there is none."""
 
 _SETTINGS: dict[str, Callable[[Plan], str]] = {
     "model": lambda plan: plan.model,

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from memplan.errors import DoesNotFitError, PlanMismatchError
 from memplan.program.memory import timeline
+from memplan.program.page_lock import page_locked_bytes, pageable_items
 
 if TYPE_CHECKING:
     from memplan.program.memory import Moment
@@ -25,6 +26,8 @@ class BlockFact:
     stack: str
     activations: str
     """``keep``, ``recompute`` or ``offload``."""
+    is_pageable: bool = False
+    """Whether its home is RAM that is not page-locked for the device."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,6 +53,8 @@ class Facts:
     """Of the whole run, where its steps are known."""
     derived_bytes: int
     """Of the activations at the vram peak, copies of weights: casts, weights merged with an adapter."""
+    page_locked_bytes: int
+    """Of the ram peak; the rest of it is pageable."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -72,9 +77,15 @@ class Measured:
     ``ram_bytes``; what was not measured, or measured as 0, is not in it."""
 
 
+def home_of(block: BlockFact) -> str:
+    """Return a block's home in words."""
+    return f"{block.home}, pageable" if block.is_pageable else block.home
+
+
 def facts(plan: Plan) -> Facts:
     """Return what the plan says."""
     policies = plan.policies()
+    slow = {plan.items[item].block for item in pageable_items(plan) if plan.items[item].kind == "weights"}
     recompute_s = sum((row.recompute_s for row in plan.table.accesses if policies.get(row.module) == "recompute"), 0.0)
     prediction = plan.prediction
     held_s = prediction.compute_s - recompute_s
@@ -86,6 +97,7 @@ def facts(plan: Plan) -> Facts:
                 size_bytes=block.size_bytes,
                 stack=block.stack,
                 activations=_policy_of(block.name, policies),
+                is_pageable=block.id in slow and plan.home_of(block.id) == "host",
             )
             for block in plan.table.blocks
         ),
@@ -98,6 +110,7 @@ def facts(plan: Plan) -> Facts:
         tokens_per_s=_ratio(plan.workload.tokens * plan.workload.accumulation, prediction.step_s),
         run_s=None if plan.workload.steps is None else plan.workload.steps * prediction.step_s,
         derived_bytes=min(_derived_at(plan, prediction.vram_peak_at), prediction.vram_parts.get("activations", 0)),
+        page_locked_bytes=page_locked_bytes(plan),
     )
 
 
@@ -206,6 +219,7 @@ def as_dict(plan: Plan, record: RunRecord | None = None) -> dict[str, object]:
             "vram_bytes": budgets.vram_bytes,
             "ram_bytes": budgets.ram_bytes,
             "disk_bytes": budgets.disk_bytes,
+            "page_lock_bytes": budgets.page_lock_bytes,
         },
         "peaks": {
             "vram_bytes": prediction.peaks.vram_bytes,
@@ -215,8 +229,16 @@ def as_dict(plan: Plan, record: RunRecord | None = None) -> dict[str, object]:
         "vram_parts": dict(prediction.vram_parts),
         "derived_bytes": known.derived_bytes,
         "ram_parts": dict(prediction.ram_parts),
+        "page_locked_bytes": known.page_locked_bytes,
+        "pageable_bytes": prediction.peaks.ram_bytes - known.page_locked_bytes,
         "blocks": [
-            {"name": block.name, "home": block.home, "bytes": block.size_bytes, "activations": block.activations}
+            {
+                "name": block.name,
+                "home": block.home,
+                "pageable": block.is_pageable,
+                "bytes": block.size_bytes,
+                "activations": block.activations,
+            }
             for block in known.blocks
         ],
         "gains": [{"of": gain.of, "more": gain.more, "pass_s": gain.pass_s} for gain in plan.gains],

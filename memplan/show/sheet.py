@@ -6,18 +6,23 @@ import csv
 from pathlib import Path
 
 from memplan.errors import InputError
+from memplan.program.page_lock import pageable_items
 from memplan.program.schema import Plan
 
-COLUMNS = ("block", "name", "kind", "bytes", "home", "activations", "loads_per_pass", "first_access", "accesses")
+COLUMNS = (
+    "block", "name", "kind", "bytes", "home", "pageable", "activations", "loads_per_pass", "first_access", "accesses",
+)  # fmt: skip
 
 
 def write_csv(plan: Plan, path: Path) -> None:
-    """Write a row for each block: home, what becomes of its module's activations, loads of a pass, and its accesses.
+    """Write a row for each block: home, whether that is RAM that is not page-locked for the device, what becomes of its
+    module's activations, loads of a pass, and its accesses.
 
     Raises InputError where the file cannot be written.
     """
     homes = {item.block: item.home for item in plan.items if item.kind == "weights"}
-    policies = plan.policies()
+    policies, slow = plan.policies(), pageable_items(plan)
+    pageable = {item.block for item in plan.items if item.kind == "weights" and item.home == "host" and item.id in slow}
     loads = dict.fromkeys(homes, 0)
     for stay in plan.residences:
         item = plan.items[stay.item]
@@ -42,6 +47,7 @@ def write_csv(plan: Plan, path: Path) -> None:
                     block.kind,
                     block.size_bytes,
                     homes[block.id],
+                    int(block.id in pageable),
                     policy,
                     loads[block.id],
                 )

@@ -174,6 +174,8 @@ class _Page:
         tops = (peaks.vram_bytes, peaks.ram_bytes, peaks.disk_bytes)
         limits = (budgets.vram_bytes, budgets.ram_bytes, budgets.disk_bytes)
         table.add_row("  peak", *(self.size(top or None) for top in tops), style="bold")
+        for name, part in words.ram_by_lock(plan, self.facts):
+            table.add_row(f"  of it {name}", "", self.size(part), "", style="dim")
         table.add_row("  budget", *(self.size(limit) for limit in limits))
         free = [None if limit is None else limit - top for top, limit in zip(tops, limits, strict=True)]
         table.add_row("  free", *(self.size(part) for part in free))
@@ -183,9 +185,8 @@ class _Page:
             table.add_row("  measured", self.size(seen.vram_bytes), self.size(seen.ram_bytes), "", style="bold")
             extra = (seen.unaccounted_vram_bytes, seen.unaccounted_ram_bytes)
             table.add_row("  unaccounted", *(self.size(part, signed=True) for part in extra), "")
-        return Group(
-            table, _remark(f"The vram peak stands in {words.place(plan, prediction.vram_peak_at, self.glyphs)}.")
-        )
+        remarks = [f"The vram peak stands in {words.place(plan, prediction.vram_peak_at, self.glyphs)}."]
+        return Group(table, *map(_remark, [*remarks, *words.page_locks(plan, self.facts)]))
 
     def time(self) -> RenderableType:
         prediction, facts, seen = self.plan.prediction, self.facts, self.seen

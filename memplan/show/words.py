@@ -123,6 +123,26 @@ def place(plan: Plan, index: int, glyphs: Glyphs) -> str:
     return f"the {access.kind} of {name}"
 
 
+def ram_by_lock(plan: Plan, facts: Facts) -> list[tuple[str, int]]:
+    """Return the bytes of the ram peak that are page-locked for a CUDA device, and those that are not."""
+    ram = plan.prediction.peaks.ram_bytes
+    if plan.table.device == "cpu" or not ram:
+        return []
+    return [("page-locked", facts.page_locked_bytes), ("pageable", ram - facts.page_locked_bytes)]
+
+
+def page_locks(plan: Plan, facts: Facts) -> list[str]:
+    """Return, in a sentence, what a limit on page-locked RAM does to a plan; none where it does nothing."""
+    slow = [block.size_bytes for block in facts.blocks if block.is_pageable]
+    limit = plan.budgets.page_lock_bytes
+    if limit is None or not any(arena.pageable for arena in plan.arenas):
+        return []
+    return [
+        f"No more than {format_bytes(limit)} of ram may be page-locked: {plural(len(slow), 'block', 'blocks')} "
+        f"({format_bytes(sum(slow))}) come from pageable ram, which is slower."
+    ]
+
+
 def run(record: RunRecord, glyphs: Glyphs) -> str:
     """Return how long a run was, and where."""
     passes = "1 pass" if record.passes == 1 else f"{record.passes:,} passes"

@@ -29,6 +29,7 @@ class Settings:
     vram: str = "auto"
     ram: str | None = None
     disk: str | None = None
+    page_lock: str | None = None
     hardware: str = "auto"
     plan: str | None = None
     report: str | None = None
@@ -37,7 +38,8 @@ class Settings:
 
     def planning(self) -> dict[str, Any]:
         """Return what of it :func:`memplan.plan` is to know."""
-        return {"vram": self.vram, "ram": self.ram, "disk": self.disk, "hardware": self.hardware}
+        budgets = {"vram": self.vram, "ram": self.ram, "disk": self.disk, "page_lock": self.page_lock}
+        return {**budgets, "hardware": self.hardware}
 
 
 def environment(settings: Settings, given: Mapping[str, str]) -> dict[str, str]:

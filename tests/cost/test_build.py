@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+from msgspec.structs import replace
 
 from memplan.analyze.graph import Access, Block, Fixed, LayerGraph, Lifetime
 from memplan.cost.build import cost_table, notes
@@ -67,6 +68,15 @@ def graph(dtype="float32"):
         trainable_bytes=0,
         matmul_dtype=dtype,
     )
+
+
+def test_rates_of_pageable_ram_and_of_both_ways():
+    plain = cost_table(graph(), profile())
+    assert (plain.pageable_bytes_per_s, plain.duplex_factor) == (1.5e9, 1.0)
+    known = replace(profile(), pageable_bytes_per_s=figure(2e9), duplex_factor=figure(0.7))
+    table = cost_table(graph(), known)
+    assert (table.pageable_bytes_per_s, table.duplex_factor) == (2e9, 0.7)
+    assert cost_table(graph(), replace(known, device="cpu")).pageable_bytes_per_s is None
 
 
 def test_a_roofline():

@@ -8,7 +8,7 @@ from msgspec.structs import replace
 from memplan.errors import PlanCheckError
 from memplan.place.solve import place
 from memplan.program.check import check, require
-from memplan.program.schema import STAGING_BYTES
+from memplan.program.schema import RING_BYTES, STAGING_BYTES
 from tests.tables import MIB, NAMES, budgets, make_table
 
 X = 10 * MIB
@@ -107,6 +107,42 @@ def test_homes(plan):
         replace(plan, table=replace(plan.table, blocks=blocks)), "must stay on the device (its weight is read by name)"
     )
     expect(replace(plan, staging_bytes=0), "no staging bytes")
+
+
+@pytest.fixture(scope="module")
+def pageable_plan():
+    table = make_table([X] * 10, recomputable=False, device="cuda", pageable=4e8)
+    rest = max(table.device_bytes_at(access.index, {}) for access in table.accesses)
+    return place(table, budgets(rest + 4 * X, page_lock=RING_BYTES + 3 * X), **NAMES)
+
+
+def test_page_locks(pageable_plan):
+    """Two host arenas: what is page-locked, and what is not."""
+    plan = pageable_plan
+    assert check(plan) == ()
+    assert [(arena.tier, arena.pageable) for arena in plan.arenas] == [
+        ("device", False),
+        ("host", False),
+        ("host", True),
+    ]
+    limit = plan.budgets.page_lock_bytes
+    locked = replace(plan, arenas=moved(plan.arenas, 2, pageable=False))
+    expect(locked, "of ram are to be page-locked, the budget is 46.0 MiB")
+    expect(replace(plan, budgets=replace(plan.budgets, page_lock_bytes=limit - 1)), "of ram are to be page-locked")
+    expect(replace(plan, arenas=moved(plan.arenas, 1, pageable=True)), "a pass of")
+    expect(replace(plan, arenas=moved(plan.arenas, 0, pageable=True)), "only RAM beside a CUDA device is")
+    expect(replace(plan, staging_bytes=RING_BYTES - 1), "passes through 16.0 MiB of staging")
+    said = replace(
+        plan.prediction, peaks=replace(plan.prediction.peaks, ram_bytes=plan.prediction.peaks.ram_bytes - RING_BYTES)
+    )
+    expect(replace(plan, prediction=said), "the prediction says a ram peak")
+    expect(replace(plan, table=replace(plan.table, pageable_bytes_per_s=None)), "no rate at which it is read")
+    expect(replace(plan, table=replace(plan.table, pageable_bytes_per_s=8e8)), "a pass of")
+    expect(replace(plan, table=replace(plan.table, pageable_bytes_per_s=0.0)), "the rate of pageable RAM is")
+    expect(replace(plan, table=replace(plan.table, device="cpu")), "only RAM beside a CUDA device is")
+    slow = next(address for address in plan.addresses if address.arena == 2)
+    twice = (*plan.addresses, replace(slow, arena=1))
+    expect(replace(plan, addresses=twice), f"item {slow.item} lies both in page-locked and in pageable RAM")
 
 
 def test_a_block_that_is_pinned_by_hand_onto_the_device(plan):

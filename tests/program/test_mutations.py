@@ -9,7 +9,8 @@ from msgspec.structs import replace
 
 from memplan.place.solve import place
 from memplan.program.check import check
-from memplan.program.schema import STAGING_BYTES
+from memplan.program.page_lock import page_locked_bytes
+from memplan.program.schema import RING_BYTES, STAGING_BYTES
 from tests.tables import MIB, NAMES, budgets, make_table
 
 CAUGHT = 0.95
@@ -32,6 +33,11 @@ def _plans():
         pins={0: "host"},
         activations=dict.fromkeys(equal.recomputable, "keep"),
     )
+    limited = make_table([10 * MIB] * 8, device="cuda", pageable=5e8)
+    yield place(limited, budgets(rest + 45 * MIB, page_lock=RING_BYTES + 20 * MIB), **NAMES)
+    offloads = make_table([4 * MIB] * 8, device="cuda", pageable=5e8, offloadable=True, saved_bytes=6 * MIB, duplex=0.6)
+    saved = {"layers.1": "offload", "layers.2": "offload", "layers.3": "offload"}
+    yield place(offloads, budgets(40 * MIB, page_lock=RING_BYTES), activations=saved, pieces=False, **NAMES)
     shared = make_table(sizes, [(0,), (1,), (2,), (0,), (3,), (4,), (5,), (6,)])
     yield place(shared, budgets(rest + 26 * MIB), **NAMES)
 
@@ -109,6 +115,14 @@ def _absence_changed(rng, plan, change):
     return replace(plan, arenas=(replace(device, segments=tuple(segments)), *others))
 
 
+def _pages_changed(rng, plan):
+    """The plan with one host arena page-locked that was not, or pageable that was not."""
+    at = rng.choice([arena.id for arena in plan.arenas if arena.tier == "host"] or [0])
+    arenas = list(plan.arenas)
+    arenas[at] = replace(arenas[at], pageable=not arenas[at].pageable)
+    return replace(plan, arenas=tuple(arenas))
+
+
 MUTATIONS = {
     "a load later": lambda rng, plan: _load_changed(rng, plan, load_after=lambda at: at + rng.randint(1, 4)),
     "a load earlier": lambda rng, plan: _load_changed(rng, plan, load_after=lambda at: at - rng.randint(1, 4)),
@@ -153,6 +167,10 @@ MUTATIONS = {
         plan, budgets=replace(plan.budgets, vram_bytes=plan.prediction.peaks.vram_bytes - 1)
     ),
     "an other figure": _said,
+    "other pages": _pages_changed,
+    "less may be page-locked": lambda rng, plan: replace(
+        plan, budgets=replace(plan.budgets, page_lock_bytes=max(page_locked_bytes(plan) - 1, 0))
+    ) if plan.table.device == "cuda" and page_locked_bytes(plan) else plan,
 }  # fmt: skip
 
 

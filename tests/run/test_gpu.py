@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import dataclasses
 import gc
 
 import pytest
 import torch
 from msgspec.structs import replace
 
+from memplan.case import case_of_plan
 from memplan.demo import deterministic
 from memplan.errors import StrayReadError
+from memplan.program.page_lock import pageable_items
 from memplan.program.schema import RING_BYTES
 from memplan.run import arena, page_lock
 from memplan.run.attach import attach
 from tests.run.test_parity import assert_forwards
+from tests.run.test_staging import with_small_rings
 from tests.training import CPU, assert_equal, batch_of, loss_of, make, train
 
 pytestmark = pytest.mark.gpu
@@ -129,7 +133,26 @@ def test_a_ring_between_pageable_memory_and_the_device(tmp_path, monkeypatch):
     lock = page_lock.page_locked
     monkeypatch.setattr(arena, "page_locked", lambda size: lock(size) if size == RING_BYTES else refused())
     with attach(model, plan, checked=True, cache=tmp_path) as handle:
-        assert not handle._parts.host.bytes.is_pinned()
+        assert not any(held.bytes.is_pinned() for held in handle._parts.host.values())
+        assert_equal(whole, train_on_cuda(model, "llama", monkeypatch))
+
+
+@pytest.mark.parametrize("share", [0.0, 0.5])
+@pytest.mark.parametrize("offload", [(), "all"], ids=["kept", "offloaded"])
+def test_what_the_plan_has_pageable_is_pageable(offload, share, tmp_path, monkeypatch):
+    """Beside what is page-locked, on the same channel: results are the same, and no more is locked than was said."""
+    with_small_rings(monkeypatch)
+    whole = train_on_cuda(make("llama").cuda(), "llama", monkeypatch)
+    model = make("llama")
+    kept = plan_on_cuda(model, "llama", 0.2, monkeypatch, offload=offload)
+    table = replace(kept.table, pageable_bytes_per_s=kept.table.host_to_device_bytes_per_s / 2)
+    limit = int(share * sum(arena.size_bytes for arena in kept.arenas[1:]))
+    case = case_of_plan(replace(kept, table=table, budgets=replace(kept.budgets, page_lock_bytes=limit)))
+    plan = dataclasses.replace(case, activations=kept.policies()).place(pieces=False)
+    assert pageable_items(plan)
+    with attach(model, plan, checked=True, cache=tmp_path) as handle:
+        for arena in plan.arenas[1:]:
+            assert handle._parts.host[arena.id].bytes.is_pinned() != arena.pageable
         assert_equal(whole, train_on_cuda(model, "llama", monkeypatch))
 
 

@@ -117,7 +117,7 @@ def test_nothing_is_left_after_detach(model, plan, tmp_path):
     gc.collect()  # what others left
     gc.disable()
     try:
-        held = [weakref.ref(arena.bytes) for arena in (handle._parts.arena, handle._parts.host)]
+        held = [weakref.ref(arena.bytes) for arena in (handle._parts.arena, *handle._parts.host.values())]
         handle.detach()
         assert [reference() for reference in held] == [None, None]
     finally:

@@ -238,7 +238,7 @@ def test_nothing_is_left_on_the_device_in_between(tmp_path):
     from memplan.storages import StorageLedger
 
     model, handle = attached(tmp_path)
-    arenas = (handle._parts.arena.bytes, handle._parts.host.bytes)
+    arenas = (handle._parts.arena.bytes, *(arena.bytes for arena in handle._parts.host.values()))
     with handle, StorageLedger((*arenas, *model.parameters())) as ledger:
         loss = loss_of(model(**batch_of("llama")))
         gc.collect()

@@ -83,7 +83,8 @@ def test_the_cover_is_one():
 
 
 @pytest.mark.parametrize(
-    "case", [pytest.param(case, id=str(case), marks=pytest.mark.full if turn % 2 else ()) for turn, case in enumerate(QUICK)]
+    "case",
+    [pytest.param(case, id=str(case), marks=pytest.mark.full if turn % 2 else ()) for turn, case in enumerate(QUICK)],
 )
 def test_pairs(case, tmp_path, monkeypatch):
     run(case, tmp_path, monkeypatch)

@@ -121,7 +121,7 @@ def test_the_table_takes_no_room_on_the_device(kind, tmp_path):
     assert not [a for a in plan.addresses if a.item == table.id and plan.arenas[a.arena].tier == "device"]
     assert plan.prediction.rows_bytes_per_pass == ROWS * LENGTH * WIDTH * 4
     with attach(model, plan, cache=tmp_path) as handle:
-        peak = counted_step(model, kind, batches=batch_of, apart=[handle._parts.host.bytes])
+        peak = counted_step(model, kind, batches=batch_of, apart=[arena.bytes for arena in handle._parts.host.values()])
         optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
         for _ in range(2):
             with handle.watch_memory(optimizer):

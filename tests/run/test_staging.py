@@ -5,6 +5,8 @@ The device's own part is in test_gpu.py.
 
 from __future__ import annotations
 
+import contextlib
+
 import numpy as np
 import pytest
 import torch
@@ -13,9 +15,14 @@ from msgspec.structs import replace
 import memplan
 from memplan.cache import checksum
 from memplan.errors import TransferError
+from memplan.place import pages, problem
+from memplan.program import check_page_locks, page_lock
+from memplan.program.page_lock import is_ring_locked, page_locked_bytes, pageable_items, ring_bytes
 from memplan.program.schema import RING_BYTES, STAGING_BYTES
+from memplan.run import transfer
 from memplan.run.arena import Arena
 from memplan.run.disk import DiskReader, Extent
+from memplan.run.parts import host_arenas, locked_blocks
 from memplan.run.transfer import DiskSource, HostSource, is_staged
 from tests.training import CPU, batch_of, make
 
@@ -78,6 +85,90 @@ def test_page_locked_where_there_is_a_device_that_can_do_it(source_of, caplog):
     said = [record.message for record in caplog.records]
     assert len(said) == (not torch.cuda.is_available())
     assert all("of page-locked memory were refused (torch sees no CUDA device)" in one for one in said)
+
+
+def with_small_rings(monkeypatch):
+    """Have rings of 4 KiB: those of the tests' models would be larger than all that is on the host."""
+    for module in (problem, pages, page_lock, check_page_locks, transfer):
+        monkeypatch.setattr(module, "RING_BYTES", 4096)
+
+
+@pytest.mark.parametrize("limit", [None, 0, 400_000, 900_000])
+def test_what_the_plan_has_pageable_is_not_asked_to_be_page_locked(limit, monkeypatch):
+    """The choice alone: what page-locking itself does only a GPU shows."""
+    with_small_rings(monkeypatch)
+    machine = replace(CPU, device="cuda")
+    given = {"vram": "1GiB", "ram": "1GiB", "disk": 0, "hardware": machine, "page_lock": limit, "gains": False}
+    pins = dict.fromkeys(("layers.0", "layers.1", "layers.2"), "host")
+    plan = memplan.plan(make("llama"), batch_of("llama"), pins=pins, activations="offload", **given)
+    asked = []
+
+    def lock(size_bytes):
+        asked.append(size_bytes)
+        return torch.empty(size_bytes, dtype=torch.uint8)
+
+    monkeypatch.setattr("memplan.run.arena.page_locked", lock)
+    held = host_arenas(plan, torch.device("cuda"))
+    assert {number: arena.size_bytes for number, arena in held.items()} == {a.id: a.size_bytes for a in plan.arenas[1:]}
+    assert asked == [arena.size_bytes for arena in plan.arenas[1:] if not arena.pageable]
+    assert sum(asked) + (ring_bytes(plan) if is_ring_locked(plan) else 0) == page_locked_bytes(plan)
+    assert limit is None or page_locked_bytes(plan) <= limit
+    assert [arena.pageable for arena in plan.arenas[1:]] == {None: [False], 0: [True]}.get(limit, [False, True])
+    asked.clear()
+    host_arenas(plan, torch.device("cpu"))
+    assert not asked
+    slow = pageable_items(plan)
+    on_host = [item for item in plan.items if item.kind == "weights" and item.home == "host"]
+    assert locked_blocks(plan, torch.device("cuda")) == {item.block for item in on_host if item.id not in slow}
+    assert len(on_host) >= 3
+    assert locked_blocks(plan, torch.device("cpu")) == set()
+
+
+class NoStream:
+    """Stands for a stream or an event where there is no device: all is done when it was asked for."""
+
+    def __init__(self, *args, **kwargs): ...
+    def record(self, *args): ...
+    def wait_stream(self, *args): ...
+    def wait_event(self, *args): ...
+    def synchronize(self): ...
+
+    def query(self):
+        return True
+
+
+@pytest.mark.parametrize("is_ring_locked", [True, False])
+def test_each_source_goes_its_own_way(is_ring_locked, data, source_of, monkeypatch):
+    """The choice of way alone, with a device that is none: on one channel page-locked sources and pageable ones in turn."""
+    for name in ("Stream", "Event"):
+        monkeypatch.setattr(torch.cuda, name, NoStream)
+    monkeypatch.setattr(torch.cuda, "current_stream", NoStream)
+    for name in ("stream", "device"):
+        monkeypatch.setattr(torch.cuda, name, lambda *args: contextlib.nullcontext())
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda *args: None)
+    asked, staged = [], []
+    monkeypatch.setattr(transfer, "Arena", lambda size, where, *, pinned: (asked.append(pinned), Arena(size, where))[1])
+    slow = torch.from_numpy(data.copy())
+    monkeypatch.setattr(
+        transfer,
+        "is_staged",
+        lambda source, destination: isinstance(source, DiskSource) or source.part.data_ptr() == slow.data_ptr(),
+    )
+    transfers = transfer.CudaTransfers(torch.device("cpu"), is_ring_locked=is_ring_locked)
+    stage = transfers._stage
+    monkeypatch.setattr(transfers, "_stage", lambda *args: (staged.append(args[1]), stage(*args)))
+    fast, there = torch.from_numpy(data[::-1].copy()), [torch.zeros(SIZE + GAP, dtype=torch.uint8) for _ in range(4)]
+    sources = [HostSource(fast), HostSource(slow), HostSource(fast), source_of(None)]
+    for block, source in enumerate(sources):
+        size = SIZE if block < 3 else SIZE + GAP
+        ticket = transfers.load("h2d" if block < 3 else "disk", block, source, there[block][:size])
+        transfers.wait(ticket, block)
+    assert [torch.equal(there[block][:SIZE], source.part) for block, source in enumerate(sources[:3])] == [True] * 3
+    assert np.array_equal(there[3][4001 + GAP :].numpy(), data[4001:])
+    assert staged == ([1, 3] if is_ring_locked else [3])
+    assert asked == [is_ring_locked] * len(staged)
+    assert transfers.ring_bytes == RING_BYTES * len(staged)
+    transfers.close()
 
 
 @pytest.mark.parametrize(("device", "ring_bytes"), [("cpu", 0), ("cuda", RING_BYTES)])

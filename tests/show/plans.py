@@ -202,6 +202,13 @@ def disk_plan() -> Plan:
     return place(table, budgets(240 * MIB, ram=170 * MIB, disk=1 << 30), activations=policies, pieces=False, **NAMES)
 
 
+def pageable_plan() -> Plan:
+    """Return a plan on a card beside which not all RAM may be page-locked."""
+    table = make_table([40 * MIB] * 9, link=2e9, pageable=1e9, device="cuda", recomputable=False)
+    rest = max(table.device_bytes_at(access.index, {}) for access in table.accesses)
+    return place(table, budgets(rest + 120 * MIB, page_lock=150 * MIB), pieces=False, **NAMES)
+
+
 @functools.cache
 def long_plan() -> Plan:
     """Return a plan of two stacks of 63 layers in seven parts each: as many as are ever planned."""

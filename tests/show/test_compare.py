@@ -9,8 +9,11 @@ from msgspec.structs import replace
 
 from memplan.cli import main
 from memplan.errors import InputError
+from memplan.place.solve import place
+from memplan.program.page_lock import page_locked_bytes
 from memplan.show.compare import compare_plans, compare_records, write_compared_files
-from tests.show.plans import make_plan, make_record, solve_plan
+from tests.show.plans import make_plan, make_record, pageable_plan, solve_plan
+from tests.tables import NAMES
 
 FIRST, SECOND = make_plan("dhhhhhhd"), make_plan("dhhddhhd", recomputed="  ^^    ", stall_s=0.01)
 
@@ -53,6 +56,16 @@ def test_other_settings_are_told():
     settings = {what: (one, two) for what, one, two in compare_plans(FIRST, other).settings}
     assert settings["hardware"] == (f"{FIRST.hardware} (cuda)", "another (cuda)")
     assert settings["vram budget"][1] == "1024.00 GiB"
+
+
+def test_what_is_page_locked_in_one_alone():
+    plan = pageable_plan()
+    free = place(plan.table, replace(plan.budgets, page_lock_bytes=None), pieces=False, **NAMES)
+    found = compare_plans(free, plan)
+    assert ("page lock budget", "all of ram", "150.0 MiB") in found.settings
+    (row,) = [row for row in found.rows if row.what.strip() == "page-locked ram"]
+    assert (row.first, row.second) == (page_locked_bytes(free), page_locked_bytes(plan))
+    assert ("host", "host, pageable") in {(moved.first, moved.second) for moved in found.moved}
 
 
 def test_two_runs():

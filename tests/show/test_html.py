@@ -17,6 +17,7 @@ from memplan import api, hardware
 from memplan.cli import main
 from memplan.program.answers import Frontier, point_of
 from memplan.program.memory import timeline
+from memplan.program.page_lock import pageable_items
 from memplan.program.record import BlockRecord, RunRecord
 from memplan.program.schema import Plan
 from memplan.program.timeline import timeline_of
@@ -24,7 +25,7 @@ from memplan.show.html import render
 from memplan.units import format_bytes as size
 from memplan.units import format_seconds
 from tests.show.pages import Element, read, tables
-from tests.show.plans import disk_plan, long_plan, make_plan, make_record, solve_plan
+from tests.show.plans import disk_plan, long_plan, make_plan, make_record, pageable_plan, solve_plan
 from tests.tables import MIB
 
 NONE = "–"
@@ -41,7 +42,12 @@ def percent(value: float, sign: str = "") -> str:
     return f"{value:{sign}.1%}"
 
 
-PLANS = {"solved": solve_plan, "disk": disk_plan, "by hand": lambda: make_plan("dhhhkkd", recomputed=" ^^")}
+PLANS = {
+    "solved": solve_plan,
+    "disk": disk_plan,
+    "pageable": pageable_plan,
+    "by hand": lambda: make_plan("dhhhkkd", recomputed=" ^^"),
+}
 
 
 @pytest.fixture(scope="module", params=PLANS)
@@ -66,6 +72,8 @@ def test_numbers_in_sentences_are_the_plans(plan: Plan) -> None:
     sizes = [*msgspec.structs.astuple(said.peaks), *msgspec.structs.astuple(plan.budgets), record.vram_peak_bytes]
     sizes += [max(moment.vram_bytes for moment in moments), max(moment.ram_bytes for moment in moments)]
     sizes += [record.vram_peak_bytes - plan.budgets.vram_bytes]
+    slow = [plan.items[item].size_bytes for item in pageable_items(plan)]
+    sizes.append(sum(slow))
     times_s = [said.pass_s, said.step_s, said.bound_s, record.pass_s, record.wall_s, 0.0]
     times_s += [line.pass_s, line.compute_s, line.total_stall_s]
     shares = [said.pass_s / held - 1, said.compute_s / held - 1, said.stall_s / held, line.compute_s / line.pass_s]
@@ -78,7 +86,7 @@ def test_numbers_in_sentences_are_the_plans(plan: Plan) -> None:
         percent(said.pass_s / record.pass_s - 1, "+"),
         *(f"{n / 10:.1f}%" for n in (int(gap * 1000), int(gap * 1000) + 1)),
     ]
-    known += [str(value) for shape in work.batch.values() for value in shape]
+    known += [str(value) for shape in work.batch.values() for value in shape] + [str(len(slow))]
     known += [
         f"{value:,}"
         for value in (work.tokens, work.accumulation, record.loads, record.misses, record.off_sequence, record.passes)

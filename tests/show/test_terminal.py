@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import csv
 import io
 import json
 import math
+import re
+from pathlib import Path
 
 import msgspec
 import pytest
 from rich.console import Console
 
 from memplan.errors import DoesNotFitError, PlanMismatchError
+from memplan.program.page_lock import page_locked_bytes, pageable_items
 from memplan.program.schema import Plan
 from memplan.show import terminal
+from memplan.show.sheet import write_csv
 from memplan.units import GIB, MIB, format_bytes
 from tests.show.plans import (
     BACKWARD_S,
@@ -23,6 +28,7 @@ from tests.show.plans import (
     RECOMPUTE_S,
     make_plan,
     make_record,
+    pageable_plan,
     solve_plan,
 )
 
@@ -231,12 +237,37 @@ def test_as_dict_is_recomputed_from_the_plan() -> None:
     sizes = [EMBEDDING_BYTES, *[LAYER_BYTES] * 4, EMBEDDING_BYTES]
     policies = ["keep", "recompute", "keep", "keep", "keep", "keep"]
     assert result["blocks"] == [
-        {"name": block.name, "home": home, "bytes": size, "activations": policy}
+        {"name": block.name, "home": home, "pageable": False, "bytes": size, "activations": policy}
         for block, home, size, policy in zip(plan.table.blocks, homes, sizes, policies, strict=True)
     ]
     assert result["loads_per_pass"] == plan.prediction.loads_per_pass
     assert "measured" not in result
     assert json.loads(json.dumps(result, allow_nan=False)) == result
+
+
+def test_what_of_ram_is_page_locked() -> None:
+    plan = pageable_plan()
+    locked, ram = page_locked_bytes(plan), plan.prediction.peaks.ram_bytes
+    said = terminal.text(plan, width=100)
+    assert re.search(rf"of it page-locked +{re.escape(format_bytes(locked))}\n", said)
+    assert re.search(rf"of it pageable +{re.escape(format_bytes(ram - locked))}\n", said)
+    assert "No more than 150.0 MiB of ram may be page-locked: " in said
+    result = terminal.as_dict(plan)
+    assert (result["page_locked_bytes"], result["pageable_bytes"]) == (locked, ram - locked)
+    assert result["budgets"]["page_lock_bytes"] == 150 * MIB
+    slow = {block["name"] for block in result["blocks"] if block["pageable"]}
+    assert slow == {plan.table.blocks[plan.items[item].block].name for item in pageable_items(plan)}
+    assert "page-lock" not in terminal.text(make_plan("dhhd", device="cpu"))
+
+
+def test_the_sheet_says_it_too(tmp_path: Path) -> None:
+    plan = pageable_plan()
+    write_csv(plan, tmp_path / "blocks.csv")
+    with open(tmp_path / "blocks.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    slow = {plan.items[item].block for item in pageable_items(plan)}
+    assert {int(row["block"]) for row in rows if row["pageable"] == "1"} == slow
+    assert all(row["home"] == "host" for row in rows if row["pageable"] == "1")
 
 
 def test_the_time_of_a_whole_run() -> None:

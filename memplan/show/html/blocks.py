@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from memplan.program.schema import Plan, Tier
-from memplan.show.facts import BlockFact
+from memplan.show.facts import BlockFact, home_of
 from memplan.show.html.tables import NONE, Row, Table, size
 from memplan.units import format_bytes
 
@@ -101,6 +101,10 @@ def homes(blocks: Sequence[BlockFact]) -> Table:
         here = [block.size_bytes for block in blocks if block.home == tier]
         if here:
             rows.append(Row(name=tier, cells=(f"{len(here):,}", size(sum(here)), meaning), swatch=f"home-{tier}"))
+        slow = [block.size_bytes for block in blocks if block.home == tier and block.is_pageable]
+        if slow:
+            meaning = "not page-locked: slower"
+            rows.append(Row(name="of it pageable", cells=(f"{len(slow):,}", size(sum(slow)), meaning), style="part"))
     for policy, meaning in _POLICIES.items():
         count = sum(block.activations == policy for block in blocks)
         if count:
@@ -152,7 +156,7 @@ def table(plan: Plan, blocks: Sequence[BlockFact], found: Sequence[Layer]) -> Ta
         for place in layer.blocks:
             block = blocks[place]
             name = block.name.removeprefix(f"{layer.name}.") if split else block.name
-            cells = (size(block.size_bytes), block.home, block.activations, f"{loads[place]:,}")
+            cells = (size(block.size_bytes), home_of(block), block.activations, f"{loads[place]:,}")
             rows.append(Row(name=name, cells=cells, style="part" if split else ""))
     return Table(
         id="blocks",

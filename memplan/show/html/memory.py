@@ -21,7 +21,7 @@ _KINDS: dict[str, tuple[str, int, str]] = {
     "context": (_OTHER, 0, "the process, beside its tensors"),
     "buffers": (_OTHER, 1, "buffers of the model"),
     "batch": (_OTHER, 2, "the micro-batch"),
-    "staging": (_OTHER, 3, "through which the disk is read"),
+    "staging": (_OTHER, 3, "through which the disk is read, and RAM that is pageable"),
     "adapters": (_TRAINED, 0, "weights that are trained"),
     "optimizer": (_TRAINED, 1, "what the optimizer keeps"),
     "gradients": (_TRAINED, 2, "of what is trained"),

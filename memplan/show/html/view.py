@@ -84,7 +84,10 @@ def page(plan: Plan, record: RunRecord | None, points: Sequence[Point], machine:
         remarks=_remarks(plan, known),
         alarm=words.over_budget(plan, seen),
         budget=_budget(plan, known, seen, machine),
-        budget_remarks=(f"The vram peak stands in {words.place(plan, plan.prediction.vram_peak_at, RICH)}.",),
+        budget_remarks=(
+            f"The vram peak stands in {words.place(plan, plan.prediction.vram_peak_at, RICH)}.",
+            *words.page_locks(plan, known),
+        ),
         time=_time(plan, known, seen),
         time_remarks=tuple(
             filter(None, (words.bound(plan, known, RICH), words.why_slower(known), *words.gains(plan, RICH)))
@@ -152,6 +155,8 @@ def _budget(plan: Plan, known: Facts, seen: Measured | None, machine: Machine | 
     limits = (budgets.vram_bytes, budgets.ram_bytes, budgets.disk_bytes)
     free = (None if limit is None else limit - top for top, limit in zip(tops, limits, strict=True))
     rows.append(Row(name="peak, predicted", cells=tuple(map(size, tops)), style="sum"))
+    for name, part in words.ram_by_lock(plan, known):
+        rows.append(Row(name=f"of it {name}", cells=(NONE, size(part), NONE), style="part"))
     rows.append(Row(name="free", cells=tuple(map(size, free))))
     rows.append(Row(name="budget", cells=tuple(map(size, limits)), style="sum"))
     if machine is not None:
@@ -236,6 +241,9 @@ def _figures(plan: Plan, machine: Machine | None) -> Table:
             ("disk", plan.table.disk_bytes_per_s),
         )
         rows = [Row(name=name, cells=(f"{format_bytes(int(rate))}/s", "the plan")) for name, rate in rates]
+        if plan.table.pageable_bytes_per_s is not None:
+            rate = f"{format_bytes(int(plan.table.pageable_bytes_per_s))}/s"
+            rows.append(Row(name="pageable ram", cells=(rate, "the plan")))
         rows.append(Row(name="load latency", cells=(time(plan.table.load_latency_s), "the plan")))
     return Table(
         id="figures",

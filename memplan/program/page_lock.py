@@ -1,0 +1,40 @@
+"""What of RAM is page-locked under a plan. The rest a CUDA device gets through a staging ring, at another rate."""
+
+from __future__ import annotations
+
+from memplan.program.schema import RING_BYTES, Plan
+
+
+def ring_bytes(plan: Plan) -> int:
+    """Return the bytes of the rings to a CUDA device: one for what lies on the disk, one for what is pageable."""
+    if plan.table.device == "cpu":
+        return 0
+    reads_disk = any(item.home == "disk" for item in plan.items)
+    return RING_BYTES * (reads_disk + any(arena.pageable for arena in plan.arenas))
+
+
+def is_ring_locked(plan: Plan) -> bool:
+    """Whether the rings are page-locked: all, or where so much may not be none."""
+    limit = plan.budgets.page_lock_bytes
+    return limit is None or limit >= ring_bytes(plan)
+
+
+def pageable_items(plan: Plan) -> frozenset[int]:
+    """Return the items whose bytes pass through RAM that is not page-locked on their way to a CUDA device or from it."""
+    if plan.table.device == "cpu":
+        return frozenset()
+    arenas = {arena.id for arena in plan.arenas if arena.pageable}
+    found = {address.item for address in plan.addresses if address.arena in arenas}
+    if not is_ring_locked(plan):
+        found.update(item.id for item in plan.items if item.home == "disk")
+    return frozenset(found)
+
+
+def page_locked_bytes(plan: Plan) -> int:
+    """Return the bytes of RAM that a plan has page-locked; none where the compute device is the CPU."""
+    if plan.table.device == "cpu":
+        return 0
+    homes = sum(arena.size_bytes for arena in plan.arenas if arena.tier == "host" and not arena.pageable)
+    if plan.budgets.page_lock_bytes is None:  # where there is a limit the optimizer's state is left pageable
+        homes += plan.table.state_on_host_bytes
+    return homes + (ring_bytes(plan) if is_ring_locked(plan) else 0)
