@@ -64,8 +64,8 @@ class Problem:
 
     @property
     def ram_bytes(self) -> int:
-        """The budget for weights and staging: what offloaded activations leave of it."""
-        return self.budgets.ram_bytes - self.saves.host_bytes
+        """The budget for weights and staging: what offloaded activations and the optimizer's state leave of it."""
+        return self.budgets.ram_bytes - self.saves.host_bytes - self.table.state_on_host_bytes
 
     @property
     def free_modules(self) -> list[str]:

@@ -1,15 +1,27 @@
-"""Which activations are offloaded, where that is to be chosen: the numbers of modules that are tried."""
+"""What is tried where it is to be chosen: where the optimizer's state lies, and of how many modules activations are offloaded."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
 from memplan.analyze.graph import Activations
+from memplan.cost.optimizer_state import state_on_host
 from memplan.cost.table import CostTable
 from memplan.place.problem import MOST_SUBSETS, evenly, subsets
+from memplan.program.schema import StateHome
 
 _PARTS = 6
 """So many different numbers of modules are tried first, beside none."""
+
+
+def tables_of(table: CostTable, optimizer_state: StateHome | None) -> tuple[CostTable, ...]:
+    """Return the cost rows with the optimizer's state where it may lie. ``optimizer_state``: None where that is to be chosen:
+    on a device whose memory is its own, since the CPU's is where it would go.
+    """
+    away = state_on_host(table)
+    if optimizer_state == "host":
+        return (away,)
+    return (table,) if optimizer_state == "device" or away is table or table.device == "cpu" else (table, away)
 
 
 class Variants:

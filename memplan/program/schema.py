@@ -31,7 +31,7 @@ VRAM_KINDS = (
     "workspace",
 )
 """What device bytes are counted by."""
-RAM_KINDS = ("weights", "activations", "staging")
+RAM_KINDS = ("weights", "activations", "optimizer", "staging")
 """What host bytes are counted by."""
 
 STAGING_BYTES = 16 << 20
@@ -41,6 +41,8 @@ RING_BYTES = 16 << 20
 """Page-locked host bytes through which a CUDA device gets what lies on the disk or in pageable memory; counted beside."""
 
 Tier = Literal["device", "host", "disk"]
+StateHome = Literal["device", "host"]
+"""Where the optimizer's state lies between steps."""
 Channel = Literal["h2d", "d2h", "disk"]
 Changed = Literal["vram", "ram", "link", "loss"]
 """What may be otherwise: more vram, more RAM, a faster link from the host, or the loss in chunks of tokens."""
@@ -197,7 +199,7 @@ class Prediction(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Device bytes at that access: weights (always there), slots, adapters, gradients, optimizer, buffers, batch,
     context, activations, workspace. They sum to ``peaks.vram_bytes``."""
     ram_parts: dict[str, int]
-    """weights, activations (offloaded), staging. They sum to ``peaks.ram_bytes``."""
+    """weights, activations (offloaded), optimizer (its state, where it waits there), staging. They sum to ``peaks.ram_bytes``."""
 
 
 class Gain(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -251,6 +253,11 @@ class Plan(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
         import memplan
 
         memplan.report(self)
+
+    @property
+    def optimizer_state(self) -> StateHome:
+        """Where the optimizer's state lies between steps."""
+        return "host" if self.table.state_on_host_bytes else "device"
 
     def policies(self) -> dict[str, Activations]:
         """Return the activation policy of each recomputable module."""

@@ -18,6 +18,7 @@ from memplan.run.home import Checkpoint
 from memplan.run.install import install
 from memplan.run.interrupts import Undo, held_back
 from memplan.run.matching import match_weights, require_supported, stored_tensors, trigger_modules
+from memplan.run.optimizer_state import OptimizerState
 from memplan.run.parts import Files, Parts, resettle, settle
 from memplan.weights import mark_adapters
 
@@ -73,6 +74,9 @@ def attach(
             touch_ahead(parts.to_be_filled(), ahead)
             settle(model, parts, files, undo, progress)
         handle = Handle(model, parts)
+        if plan.optimizer_state == "host":
+            parts.optimizer_state = OptimizerState(model, device)
+            undo.callback(parts.optimizer_state.close)
 
         def change(other: Plan) -> None:
             """Have the same blocks run under another plan. On failure the model is detached."""
