@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator
 from memplan.program.answers import Point
 from memplan.program.memory import Moment, timeline
 from memplan.program.record import RunRecord
-from memplan.program.schema import Plan
+from memplan.program.schema import RING_BYTES, Plan
 from memplan.program.timeline import timeline_of
 from memplan.units import format_bytes, format_seconds
 
@@ -22,6 +22,7 @@ TIERS = ("device", "host", "disk")
 MEANING = {
     "device": "held: never moves",
     "host": "streamed from ram",
+    "of it pageable": "not page-locked: slower",
     "disk": "streamed from disk",
     "recomputed": "activations made again in backward",
     "offloaded": "activations wait in ram for the backward",
@@ -109,6 +110,41 @@ class Figures:
             if any(row):
                 found[kind] = tuple(self.size(part or None) for part in row)
         return found
+
+    def locks(self) -> list[tuple[str, int]]:
+        """Of RAM beside a card: what is page-locked, and what is not."""
+        if self.plan.table.device == "cpu" or not self.tops[1]:
+            return []
+        return [("of it page-locked", self.locked_bytes), ("of it pageable", self.tops[1] - self.locked_bytes)]
+
+    @property
+    def locked_bytes(self) -> int:
+        limit, card = self.plan.budgets.page_lock_bytes, self.plan.table.device != "cpu"
+        arenas = [arena for arena in self.plan.arenas if arena.tier == "host"]
+        rings = RING_BYTES * ((self.tops[2] > 0) + any(arena.pageable for arena in arenas))
+        locked = sum(arena.size_bytes for arena in arenas if not arena.pageable)
+        locked += rings if limit is None or limit >= rings else 0
+        return card * (locked + (self.said.ram_parts.get("optimizer", 0) if limit is None else 0))
+
+    @property
+    def slow(self) -> list[int]:
+        """Blocks at home in RAM that is pageable."""
+        arenas = {arena.id for arena in self.plan.arenas if arena.pageable}
+        held = {self.plan.items[place.item] for place in self.plan.addresses if place.arena in arenas}
+        return sorted(item.block for item in held if item.kind == "weights" and item.home == "host")
+
+    def locks_said(self) -> str:
+        if not any(arena.pageable for arena in self.plan.arenas):
+            return ""
+        sizes = [self.blocks[block].size_bytes for block in self.slow]
+        limit = format_bytes(self.plan.budgets.page_lock_bytes or 0)
+        return (
+            f"No more than {limit} of ram may be page-locked: {some(len(sizes), 'block', 'blocks')} "
+            f"({format_bytes(sum(sizes))}) come from pageable ram, which is slower."
+        )
+
+    def home(self, block: int) -> str:
+        return self.homes[block] + ", pageable" * (block in self.slow)
 
     @property
     def copies_bytes(self) -> int:
@@ -283,6 +319,8 @@ class Figures:
             here = [block.id for block in self.blocks if self.homes[block.id] == tier]
             if here:
                 yield tier, f"{len(here):,}", self.size(self.bytes_of(here, tier))
+            if tier == "host" and self.slow and self.page:
+                yield "of it pageable", f"{len(self.slow):,}", self.size(self.bytes_of(self.slow, tier))
         for policy, name in (("recompute", "recomputed"), ("offload", "offloaded")):
             number = sum(self.policy(block.name) == policy for block in self.blocks)
             if number:

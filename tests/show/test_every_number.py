@@ -21,7 +21,7 @@ from memplan.show.html import render
 from memplan.units import GIB, KIB, MIB, format_bytes
 from tests.show.figures import MEANING, TIERS, Figures, count, percent, point_cells, rate
 from tests.show.pages import Element, read, tables
-from tests.show.plans import disk_plan, make_plan, make_record, parts_plan, solve_plan
+from tests.show.plans import disk_plan, make_plan, make_record, pageable_plan, parts_plan, solve_plan
 
 
 def rich_plan() -> Plan:
@@ -57,6 +57,7 @@ def rich_plan() -> Plan:
 PLANS = {
     "solved": solve_plan,
     "disk": disk_plan,
+    "pageable": pageable_plan,
     "by hand": lambda: make_plan("dhhhkkd", recomputed=" ^^", stall_s=0.02, bound_s=0.2),
     "parts": parts_plan,
     "all of it": rich_plan,
@@ -111,7 +112,7 @@ def test_the_text(plan: Plan, measured: bool) -> None:
 
     # Memory.
     rows, under = split(memory)
-    assert under == want.peak()
+    assert under == " ".join(line for line in (want.peak(), want.locks_said()) if line)
     dashes = ("-" * 10,) * 3
     expected: list[tuple[str, ...]] = [("Memory", "vram", "ram", "disk")]
     parts = want.parts()
@@ -122,6 +123,7 @@ def test_the_text(plan: Plan, measured: bool) -> None:
     expected += [
         dashes,
         ("peak", *(want.size(top or None) for top in want.tops)),
+        *((name, want.size(part)) for name, part in want.locks()),
         ("budget", *map(want.size, want.limits)),
         ("free", *want.free()),
     ]
@@ -257,6 +259,8 @@ def test_the_tables_of_a_page(plan: Plan, measured: bool) -> None:
     if want.copies_bytes:
         expected["of it copies"] = (want.size(want.copies_bytes), want.none, want.none)
     expected["peak, predicted"] = tuple(map(want.size, want.tops))
+    for name, part in want.locks():
+        expected[name] = (want.none, want.size(part), want.none)
     expected["free"] = want.free()
     expected["budget"] = tuple(map(want.size, want.limits))
     if record is not None:
@@ -305,7 +309,7 @@ def test_the_tables_of_a_page(plan: Plan, measured: bool) -> None:
                 (
                     whole_name.removeprefix(name + ".") if len(blocks) > 1 else whole_name,
                     want.size(want.blocks[block].size_bytes),
-                    want.homes[block],
+                    want.home(block),
                     want.policy(whole_name),
                     f"{want.loads[block]:,}",
                 )
@@ -324,6 +328,8 @@ def test_the_tables_of_a_page(plan: Plan, measured: bool) -> None:
         "device to host": table.device_to_host_bytes_per_s,
         "disk": table.disk_bytes_per_s,
     }
+    if table.pageable_bytes_per_s is not None:
+        rates["pageable ram"] = table.pageable_bytes_per_s
     assert found.pop("figures")[1:] == [
         *((name, f"{format_bytes(int(value))}/s", "the plan") for name, value in rates.items()),
         ("load latency", want.time(table.load_latency_s), "the plan"),
@@ -443,7 +449,7 @@ def test_the_words_of_a_page(plan: Plan) -> None:
     run = f"{want.run()}: {want.counts()}."
     assert plain == [*filter(None, [want.whole_run()]), *([] if want.waits() or record.blocks else ["No block is waited for."]), run]  # fmt: skip
     line = want.line
-    remarks = [want.peak(), want.bound(), want.why(), *want.gains()]
+    remarks = [want.peak(), want.locks_said(), want.bound(), want.why(), *want.gains()]
     waits = f"{want.time(line.pass_s)} long, of it {want.time(line.total_stall_s)} of waiting."
     found = texts("p", "remark")
     assert [one for one in found if re.search(r"\d", one) and "steady state" not in one] == [
@@ -663,6 +669,7 @@ def test_two_plans_as_text(capsys: pytest.CaptureFixture[str]) -> None:
             sizes(f"{tier} {kind}", *(part[kind] for part in parts))
         if tier == "vram":
             sizes("vram peak", one.tops[number], two.tops[number])
+    sizes("page-locked ram", one.locked_bytes, two.locked_bytes)
     sizes("disk", one.tops[2], two.tops[2])
     others("compute", one.said.compute_s, two.said.compute_s, one.time)
     others("recompute", one.recompute_s, two.recompute_s, one.time)

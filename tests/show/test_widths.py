@@ -77,6 +77,8 @@ PLANS: dict[str, Callable[[], Plan]] = {
     "large": large_plan,
 }
 
+WHICH = [*(pytest.param(name, marks=pytest.mark.full) if name == "long" else name for name in PLANS), "answers"]
+
 
 def fit_of(point: Point) -> Fit:
     return Fit(
@@ -121,7 +123,7 @@ def holds(text: str, width: int) -> None:
 
 
 @pytest.mark.parametrize("width", [80, 120])
-@pytest.mark.parametrize("which", [*PLANS, "answers"])
+@pytest.mark.parametrize("which", WHICH)
 def test_piped(which: str, width: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setenv("COLUMNS", str(width))
     show_answers() if which == "answers" else show_all(PLANS[which]())
@@ -132,7 +134,7 @@ def test_piped(which: str, width: int, monkeypatch: pytest.MonkeyPatch, capsys: 
 
 
 @pytest.mark.parametrize("width", [80, 120])
-@pytest.mark.parametrize("which", [*PLANS, "answers"])
+@pytest.mark.parametrize("which", WHICH)
 def test_on_a_terminal(which: str, width: int, monkeypatch: pytest.MonkeyPatch) -> None:
     screen = io.StringIO()
     screen.isatty = lambda: True  # type: ignore[method-assign]
