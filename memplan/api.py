@@ -48,6 +48,7 @@ def plan(
     max_step_s: float | None = None,
     gains: bool = True,
     elastic: bool | None = None,
+    optimizer_state: str | None = None,
     progress: Callable[[str], None] | None = None,
 ) -> Plan:
     """Say where each frozen block lives and when it moves, before any weight is loaded.
@@ -77,6 +78,8 @@ def plan(
     ``max_step_s``: the longest step that will do, in seconds. ``gains``: look at what one more GiB (of vram, of
     RAM, a second of the link) or a loss in chunks would save, for the report. ``elastic``: whether weights may have more
     room where activations leave it, in bytes that come and go; None: on the CPU alone, since no GPU has proven it.
+    ``optimizer_state``: ``"device"``, or ``"host"`` for RAM between steps, from where it is brought for each step of the
+    optimizer and sent back; None: as a step is shorter (on the CPU on the device).
     ``progress`` is called with a short text before each part.
 
     Raises DoesNotFitError (with the least vram that would), TooSlowError, InputError and its children. The model is
@@ -112,6 +115,7 @@ def plan(
         checkpoint=checkpoint,
         measure=measure,
         elastic=elastic,
+        optimizer_state=optimizer_state,
         progress=progress,
     )
     made = case.place()

@@ -13,7 +13,7 @@ from memplan import hardware as hardware_profiles
 from memplan import models
 from memplan.checkpoint import has_checkpoint
 from memplan.errors import InputError, ModelError
-from memplan.program.schema import RING_BYTES, STAGING_BYTES, Budgets, Plan, Tier, Workload
+from memplan.program.schema import RING_BYTES, STAGING_BYTES, Budgets, Plan, StateHome, Tier, Workload
 from memplan.units import align_up, parse_size
 
 if TYPE_CHECKING:
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from memplan.place.solve import Said
 
 _TIERS: tuple[Tier, ...] = ("device", "host", "disk")
+_STATE_HOMES: tuple[StateHome, ...] = ("device", "host")
 _ACTIVATIONS: tuple[Activations, ...] = ("keep", "recompute", "offload")
 ANY = "any"
 """Activations that may be offloaded too, where that is fastest."""
@@ -49,6 +50,8 @@ class Case:
     notes: tuple[str, ...]
     elastic: bool | None = None
     """Whether the device arena may give bytes back for part of a pass; None: as :func:`memplan.place.solve.place` has it."""
+    optimizer_state: StateHome | None = None
+    """Where the optimizer's state lies between steps; None: as is best, of those that :func:`memplan.place.solve.place` tries."""
 
     def place(self, *, pieces: bool = True, **budgets: int) -> Plan:
         """Return the plan. ``budgets``: bytes in place of the case's own, such as ``vram_bytes``. Raises DoesNotFitError."""
@@ -56,6 +59,7 @@ class Case:
 
         within = replace(self.budgets, **budgets)
         more = {"pins": self.pins, "pieces": pieces, "elastic": self.elastic, **self._asked()}
+        more["optimizer_state"] = self.optimizer_state
         return place(self.table, within, **more, **self._said())
 
     def pass_below_s(self, below_s: float) -> float | None:
@@ -75,7 +79,8 @@ class Case:
         """Return the least vram for which there is a plan, in bytes; None where RAM and disk are too little for any."""
         from memplan.place.least import least_vram_bytes
 
-        return least_vram_bytes(self.table, self.budgets, pins=self.pins, **self._asked())
+        more = {"pins": self.pins, "optimizer_state": self.optimizer_state, **self._asked()}
+        return least_vram_bytes(self.table, self.budgets, **more)
 
     def _asked(self) -> dict[str, Any]:
         return {"activations": self.activations, "staging_bytes": self.staging_bytes}
@@ -116,6 +121,7 @@ def case_of_plan(plan: Plan) -> Case:
         staging_bytes=_staging_bytes(plan.table.device),
         notes=plan.notes,
         elastic=plan.elastic,
+        optimizer_state=plan.optimizer_state,
     )
 
 
@@ -144,11 +150,13 @@ def case_of(
     checkpoint: str | Path | None = None,
     measure: bool = False,
     elastic: bool | None = None,
+    optimizer_state: str | None = None,
     progress: Callable[[str], None] | None = None,
 ) -> Case:
     """Look at a model and a batch, and price them; the arguments are those of :func:`memplan.plan`. Raises InputError."""
     from memplan.cost.build import cost_table
     from memplan.cost.build import notes as cost_notes
+    from memplan.place.variants import state_away
 
     if accumulation < 1:
         raise InputError(f"accumulation was given as {accumulation!r}: give a whole number of passes, at least 1")
@@ -161,6 +169,11 @@ def case_of(
         "page_lock": None if page_lock is None else parse_size(page_lock, "page_lock"),
     }
     wanted = _wanted(activations)
+    state_home = next((home for home in _STATE_HOMES if home == optimizer_state), None)
+    if state_home is None and optimizer_state is not None:
+        raise InputError(
+            f"the optimizer's state was to lie in {optimizer_state!r} between steps: give one of {', '.join(_STATE_HOMES)}"
+        )
     analysis, folder = _analysis(
         model,
         batch,
@@ -206,6 +219,8 @@ def case_of(
             progress=progress,
         )
     table = cost_table(graph, profile, times)
+    if state_home == "host":
+        table = state_away(table, budgets.page_lock_bytes)
     workload = Workload(
         batch=analysis.shapes,
         tokens=graph.tokens,
@@ -231,6 +246,7 @@ def case_of(
         staging_bytes=_staging_bytes(table.device),
         notes=(*graph.notes, *cost_notes(graph, profile, times), *hardware_profiles.notes(profile, lies_in)),
         elastic=elastic,
+        optimizer_state=state_home,
     )
 
 

@@ -58,7 +58,8 @@ def test_a_listed_skip_does_not(tmp_path: Path) -> None:
     assert "1 passed, 2 skipped" in done.stdout
 
 
-@pytest.mark.parametrize("workers", [pytest.param("0", marks=pytest.mark.full), "2"])
+@pytest.mark.full
+@pytest.mark.parametrize("workers", ["0", "2"])
 def test_a_whole_file_that_is_skipped_fails_the_run(workers: str, tmp_path: Path) -> None:
     suite = "import pytest\npytest.importorskip('a_package_that_is_nowhere')\n"
     done = run(tmp_path, suite, "", "-n", workers)

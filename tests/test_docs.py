@@ -37,7 +37,7 @@ def test_python_compiles(file: Path) -> None:
 
 
 MARKED = [file for file in FILES if "<!-- run -->" in file.read_text(encoding="utf-8")]
-QUICK = ("README.md", "docs/stages/run.md")
+QUICK = ("README.md",)
 
 
 @pytest.mark.parametrize(

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Literal
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING
 
 from msgspec.structs import replace
 from torch import nn
 
 from memplan.analyze.batch import Batch, base_of
 from memplan.analyze.blocks import Draft, dtype_name, head_of
-from memplan.analyze.graph import Access, Activations, Block, Fixed, FixedKind, LayerGraph, Lifetime, LifetimeKind, Rows
+from memplan.analyze.graph import Access, Activations, Block, Fixed, FixedKind, LayerGraph, LifetimeKind, Rows
+from memplan.analyze.holding import Lifetimes, Span
 from memplan.analyze.optimizers import state_bytes, step_work, workspace_bytes
 from memplan.analyze.origins import CASTS
 from memplan.analyze.recorder import Recorder, Work
@@ -28,9 +29,6 @@ TINY_DERIVED_BYTES = 64 * KIB
 
 _UNREAD_SHARE = 0.01
 """Of the weights: what no access reads is worth a note from there on."""
-
-_Span = tuple[LifetimeKind, int, int]
-"""Kind, first and last access."""
 
 
 class _Pass:
@@ -53,7 +51,7 @@ class _Pass:
             self.rows[owner[segment], block] += size
         self.of_rows = {(block, trigger) for block, trigger, _ in recorder.rows} - recorder.whole
         """Blocks and triggers under which no more than rows are read."""
-        self.spans: Counter[_Span] = Counter()
+        self.spans: Counter[Span] = Counter()
         for (born, died), size in traced.spans.items():
             self._add("activations", owner[born], owner[died], size)
         for kind, born, size in traced.left:
@@ -89,16 +87,18 @@ def assemble(
     traces: dict[Activations, _Pass] = {"keep": one, "recompute": two}
     if three is not None:
         traces["offload"] = three
-    lifetimes = _lifetimes(traces, frozenset(recomputable))
+    lifetimes = Lifetimes(
+        {policy: traced.spans for policy, traced in traces.items()}, one.accesses, frozenset(recomputable)
+    )
     accesses = []
     for index, access in enumerate(one.accesses):
         work, more = one.work[index], _more(one.work[index], two.work[index])
         can = access.module in recomputable
-        transient = one.peaks[index] - _spanning(lifetimes, index, "keep")
-        transient_recompute = two.peaks[index] - _spanning(lifetimes, index, "recompute") if can else transient
+        transient = one.peaks[index] - lifetimes.spanning(index, "keep")
+        transient_recompute = two.peaks[index] - lifetimes.spanning(index, "recompute") if can else transient
         transient_offload = transient
         if three is not None and can:
-            transient_offload = three.peaks[index] - _spanning(lifetimes, index, "offload")
+            transient_offload = three.peaks[index] - lifetimes.spanning(index, "offload")
         if not can or access.kind != "backward":
             more = Work()
         accesses.append(
@@ -129,7 +129,7 @@ def assemble(
         fingerprint="",
         blocks=blocks,
         accesses=tuple(accesses),
-        lifetimes=lifetimes,
+        lifetimes=lifetimes.all,
         fixed=(),
         recomputable=recomputable,
         tokens=0,
@@ -271,51 +271,6 @@ def _once(one: _Pass, sizes_bytes: Mapping[str, int]) -> dict[str, int]:
     """Return the sizes of those modules whose forward comes once a pass: an item has one place to be in."""
     forwards = Counter(access.module for access in one.accesses if access.kind == "forward")
     return {module: size for module, size in sizes_bytes.items() if forwards[module] == 1}
-
-
-def _lifetimes(traces: Mapping[Activations, _Pass], recomputable: frozenset[str]) -> tuple[Lifetime, ...]:
-    """Return what outlives an access: of recomputable modules once for each policy, of all others once.
-
-    What a module without a choice made may live longer where the next one is recomputed (it is what that begins from): that
-    is the next one's.
-    """
-    found = list(_held_longer(traces, recomputable))
-    for here, traced in traces.items():
-        for (kind, born, last), size_bytes in traced.spans.items():
-            policy: Activations | Literal["any"] = "any"
-            if traced.accesses[born].module in recomputable:
-                policy = here
-            elif here != "keep":
-                continue
-            found.append(Lifetime(kind=kind, born=born, last=last, size_bytes=size_bytes, policy=policy))
-    return tuple(sorted(found, key=lambda life: (life.born, life.last, life.kind, life.policy)))
-
-
-def _held_longer(traces: Mapping[Activations, _Pass], recomputable: frozenset[str]) -> Iterator[Lifetime]:
-    """Yield what of modules without a choice lives longer under a policy than where all is kept, as the next module's."""
-    kept = traces["keep"]
-    for here, traced in traces.items():
-        made: dict[tuple[LifetimeKind, int], dict[int, int]] = {}
-        for (kind, born, last), size_bytes in traced.spans.items() if here != "keep" else ():
-            access = traced.accesses[born]
-            if access.module not in recomputable and access.kind == "forward":
-                made.setdefault((kind, born), {})[last] = size_bytes
-        for (kind, born), sizes in made.items():
-            after = range(born, len(traced.accesses))
-            then = next((index for index in after if traced.accesses[index].module in recomputable), None)
-            if then is None or traced.accesses[then].kind != "forward":
-                continue
-            told = 0
-            for last in sorted(sizes, reverse=True):
-                of_all = sum(size for end, size in sizes.items() if end >= last)
-                of_kept = sum(s for (k, b, end), s in kept.spans.items() if (k, b) == (kind, born) and end >= last)
-                if last > then and of_all - of_kept > told:
-                    yield Lifetime(kind=kind, born=then, last=last, size_bytes=of_all - of_kept - told, policy=here)
-                    told = of_all - of_kept
-
-
-def _spanning(lifetimes: Sequence[Lifetime], index: int, policy: str) -> int:
-    return sum(x.size_bytes for x in lifetimes if x.born <= index <= x.last and x.policy in ("any", policy))
 
 
 def _more(work: Work, recomputed: Work) -> Work:

@@ -18,7 +18,7 @@ AccessKind = Literal["forward", "loss", "backward", "optimizer"]
 BlockKind = Literal["layer", "expert", "embedding", "head", "shared", "other"]
 Activations = Literal["keep", "recompute", "offload"]
 FixedKind = Literal["adapters", "optimizer", "buffers", "batch", "context"]
-LifetimeKind = Literal["activations", "gradients"]
+LifetimeKind = Literal["activations", "gradients", "optimizer"]
 
 
 class Tensor(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

@@ -74,6 +74,11 @@ _OPTIONS = (
         default=None,
         help="Weights have more room where activations leave it.  [default: on the CPU alone; no GPU has proven it]",
     ),
+    click.option(
+        "--optimizer-state",
+        type=click.Choice(["device", "host"]),
+        help="Where it lies between steps.  [default: as a step is shorter; on the CPU device]",
+    ),
     click.option("--pin", "pins", multiple=True, metavar="BLOCK=TIER", help="Such as layers.3=device. Repeatable."),
 )
 
@@ -100,6 +105,7 @@ class Asked:
     hardware: str
     activations: str | None
     elastic: bool | None
+    optimizer_state: str | None
     pins: tuple[str, ...]
 
     @property
@@ -128,6 +134,7 @@ class Asked:
             "pins": _parse_pins(self.pins),
             "activations": self.activations,
             "elastic": self.elastic,
+            "optimizer_state": self.optimizer_state,
         }
 
     def prepare(self, *, own_process: bool) -> None:

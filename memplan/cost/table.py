@@ -59,6 +59,11 @@ class CostTable(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     duplex_factor: float = 1.0
     """Share of its own rate that a direction of the link reaches while the other is busy too."""
 
+    @property
+    def state_on_host_bytes(self) -> int:
+        """Of the optimizer's state, where it lies in RAM between steps (:mod:`memplan.cost.optimizer_state`); else 0."""
+        return sum(life.size_bytes for life in self.lifetimes if life.kind == "optimizer")
+
     def device_bytes_at(self, index: int, policies: dict[str, Activations]) -> int:
         """Return the device bytes at the peak of access ``index``, frozen weights apart.
 

@@ -13,8 +13,8 @@ from memplan.place.door import require_input
 from memplan.place.problem import Problem, make_problem, nonweight_bytes
 from memplan.place.ring import Rings
 from memplan.place.search import rings
-from memplan.place.variants import Variants
-from memplan.program.schema import RING_BYTES, STAGING_BYTES, Budgets, Tier, Workload
+from memplan.place.variants import Variants, tables_of
+from memplan.program.schema import RING_BYTES, STAGING_BYTES, Budgets, StateHome, Tier, Workload
 from memplan.units import ALIGNMENT_BYTES, format_bytes
 
 _MOST_TIPS = 4
@@ -28,13 +28,14 @@ def least_vram_bytes(
     pins: Mapping[int, Tier] | None = None,
     activations: Mapping[str, Activations] | None = None,
     staging_bytes: int = STAGING_BYTES,
+    optimizer_state: StateHome | None = None,
 ) -> int | None:
     """Return the least vram for which :func:`memplan.place.solve.place` returns a plan; None where ``ram`` and ``disk`` are too little.
 
     Raises InputError as that does.
     """
     require_input(table, budgets, staging_bytes)
-    problems = _problems(table, budgets, staging_bytes, pins or {}, activations or {})
+    problems = _problems(table, budgets, staging_bytes, pins or {}, activations or {}, optimizer_state)
     least = min(_Least(problem).vram_bytes for problem in problems)
     return None if math.isinf(least) else int(least)
 
@@ -45,11 +46,13 @@ def _problems(
     staging_bytes: int,
     pins: Mapping[int, Tier],
     activations: Mapping[str, Activations],
+    optimizer_state: StateHome | None,
 ) -> Iterator[Problem]:
-    """Yield the problems that :func:`place` solves: with what was asked, and with more offloaded."""
-    variants = Variants(table, activations)
-    for given in (activations, *variants.every, *map(variants.of, variants.counts)):
-        yield make_problem(table, budgets, staging_bytes, pins, given)
+    """Yield the problems that :func:`place` solves: with what was asked, with more offloaded, with the optimizer's state in RAM."""
+    for rows in tables_of(table, optimizer_state, budgets.page_lock_bytes):
+        variants = Variants(rows, activations)
+        for given in (activations, *variants.every, *map(variants.of, variants.counts)):
+            yield make_problem(rows, budgets, staging_bytes, pins, given)
 
 
 class _Least:
@@ -95,17 +98,18 @@ def does_not_fit(
     pins: Mapping[int, Tier],
     activations: Mapping[str, Activations],
     staging_bytes: int,
+    optimizer_state: StateHome | None,
     workload: Workload,
 ) -> DoesNotFitError:
     """Return what to raise where no plan keeps the budgets: the least vram that would do, what sets it, what helps."""
-    problems = _problems(table, budgets, staging_bytes, pins, activations)
+    problems = _problems(table, budgets, staging_bytes, pins, activations, optimizer_state)
     of = min(map(_Least, problems), key=lambda least: least.vram_bytes)
     problem, level = of.problem, of.level
     asked = f"{problem_name(workload)} was to be trained in {format_bytes(budgets.vram_bytes)} of vram"
     if of.smallest is None:
         frozen = sum(block.size_bytes for block in problem.table.blocks)
         limited = f"ram of {format_bytes(budgets.ram_bytes)} and no room on disk for the streamed blocks"
-        enough = frozen + problem.staged_bytes(frozen, reads_disk=True) + problem.saves.host_bytes
+        enough = frozen + problem.staged_bytes(frozen, reads_disk=True) + problem.budgets.ram_bytes - problem.ram_bytes
         tips = [f"give {format_bytes(enough)} of ram", "give a disk budget"]
         if problem.is_pageable(frozen, reads_disk=False):
             lock = format_bytes(problem.page_lock_bytes or 0)
@@ -145,6 +149,9 @@ def does_not_fit(
         tips.append(f"give at least {staging} of ram, so that blocks may be read from the disk")
     elif smallest.device_bytes > 4 * smallest.slots_bytes and len(smallest.homes) < len(problem.movable):
         tips.append("give more ram or a disk budget, so that more blocks may leave the device")
+    state = sum(row.size_bytes for row in problem.table.fixed if row.kind == "optimizer")
+    if state > least // 8:
+        tips.append('let the optimizer\'s state wait in ram between steps (optimizer_state "host")')
     if fixed > least // 4:
         tips.append("use a smaller adapter rank or an optimizer with less state")
     if len(tips) < 2 or peak - fixed > smallest.device_bytes // 4:

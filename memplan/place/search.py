@@ -90,8 +90,9 @@ def rings(problem: Problem, *, every: bool = True, tails: bool = False) -> Itera
     in_parts = any(len(bundle) > 1 for bundle in problem.bundles)
     may_be_disk = problem.budgets.disk_bytes is None or problem.budgets.disk_bytes > 0
     total = sum(problem.sizes_bytes[block] for block in (*problem.movable, *problem.forced))
-    mixed = may_be_disk and problem.ram_bytes < total + problem.staging_bytes
-    mixed = mixed or "disk" in problem.pins.values()
+    short_of_ram = problem.ram_bytes < total + problem.staging_bytes
+    # Where the disk has a channel of its own it helps, though RAM would hold all.
+    mixed = (may_be_disk and (short_of_ram or problem.table.device == "cpu")) or "disk" in problem.pins.values()
     for times in _TIMES if every else _TIMES[:2]:
         ring = Ring(times, "bundle", 0)
         if tails:

@@ -18,7 +18,7 @@ from memplan.place.least import does_not_fit
 from memplan.place.pieces import split
 from memplan.place.problem import Memory, Problem, make_problem, nonweight_bytes, policies_for
 from memplan.place.search import Choice, Search
-from memplan.place.variants import Variants
+from memplan.place.variants import Variants, state_away, tables_of
 from memplan.program.check import require
 from memplan.program.schema import (
     SCHEMA_VERSION,
@@ -29,6 +29,7 @@ from memplan.program.schema import (
     Peaks,
     Plan,
     Prediction,
+    StateHome,
     Tier,
     Workload,
 )
@@ -66,35 +67,31 @@ def place(
     staging_bytes: int = STAGING_BYTES,
     pieces: bool = True,
     elastic: bool | None = None,
+    optimizer_state: StateHome | None = None,
     **said: Unpack[Said],
 ) -> Plan:
-    """Return the plan with the shortest pass that keeps the budgets. Same input, same plan.
+    """Return the plan with the shortest step that keeps the budgets. Same input, same plan.
 
     ``pins``: tier by block id. ``activations``: what becomes of a module's, where that is not to be chosen here.
     ``pieces``: whether blocks may be split into their natural parts where that buys time; the plan's table then has these
     for blocks. ``elastic``: whether the device arena may have bytes beyond what the access with the least room allows, which
-    are given back around it; None: on the CPU alone, since no GPU has proven it. Raises DoesNotFitError with the least
+    are given back around it; None: on the CPU alone, since no GPU has proven it. ``optimizer_state``: where that lies between
+    steps; None: where a step is shorter, but on the CPU alone on the device. Raises DoesNotFitError with the least
     vram for which this returns a plan, InputError for a pin or activations that cannot be kept, and for budgets or a table
     that cannot be (see :mod:`memplan.place.door`).
     """
     require_input(table, budgets, staging_bytes)
     asked = activations or {}
     elastic = _is_elastic(table, elastic)
-    given = _Given(table, budgets, staging_bytes, pins or {}, elastic)
-    solution = plain = given.solve(asked)
-    if plain.may_gain_by_offloading:
-        solution = _with_offloads(plain, given, asked)
+    tables = tables_of(table, optimizer_state, budgets.page_lock_bytes)
+    given = _Given(tables[0], budgets, staging_bytes, pins or {}, elastic)
+    solution = _best(given, asked, pieces)
+    if solution.choice is None and len(tables) > 1:
+        solution = _best(given._replace(table=tables[1]), asked, pieces)
+    elif len(tables) > 1:
+        solution = _with_state_away(solution, given, said["workload"].accumulation)
     if solution.choice is None:
-        raise does_not_fit(table, budgets, pins or {}, asked, staging_bytes, said["workload"])
-    # What is offloaded may be better as long as blocks are whole, and worse than what is not where they are split.
-    for whole in dict.fromkeys((plain, solution)) if pieces else ():
-        if whole.choice is None or not whole.leaves_much:
-            continue
-        finer, finer_pins = split(table, pins or {})
-        if finer is not table:
-            in_pieces = _Given(finer, budgets, staging_bytes, finer_pins, elastic)
-            other = in_pieces.solve(whole.problem.activations, solution.choice, whole.choice.recomputed)
-            solution = other if other.choice is not None else solution
+        raise does_not_fit(table, budgets, pins or {}, asked, staging_bytes, optimizer_state, said["workload"])
     plan = _plan(solution, asked, said, elastic=elastic)
     require(plan)  # the judge shares no code with what made it
     return plan
@@ -191,6 +188,47 @@ class _Given(NamedTuple):
         return _Solution(problem=problem, choice=choice, least_s=search.least_of_all_s)
 
 
+def _best(given: _Given, asked: Mapping[str, Activations], pieces: bool) -> _Solution:
+    """Return the best there is of these rows, blocks split where ``pieces`` lets them be."""
+    solution = plain = given.solve(asked)
+    if plain.may_gain_by_offloading:
+        solution = _with_offloads(plain, given, asked)
+    # What is offloaded may be better as long as blocks are whole, and worse than what is not where they are split.
+    for whole in dict.fromkeys((plain, solution)) if pieces else ():
+        if whole.choice is None or not whole.leaves_much:
+            continue
+        finer, finer_pins = split(given.table, given.pins)
+        if finer is not given.table:
+            in_pieces = given._replace(table=finer, pins=finer_pins)
+            other = in_pieces.solve(whole.problem.activations, solution.choice, whole.choice.recomputed)
+            solution = other if other.choice is not None else solution
+    return solution
+
+
+def _with_state_away(solution: _Solution, given: _Given, passes: int) -> _Solution:
+    """Return what is better of the same blocks where the optimizer's state waits in RAM, its copies in a step included.
+
+    Its room spares a pass two loads of as many bytes at most, which is what those copies are, so only a step of several
+    passes can win, or one that loads from RAM that is not page-locked.
+    """
+    problem, choice = solution.problem, solution.choice
+    assert choice is not None
+    away, limit = state_away(problem.table, problem.page_lock_bytes), problem.page_lock_bytes
+    copies_s = sum(row.time_s for row in away.accesses) - sum(row.time_s for row in problem.table.accesses)
+    link = away.host_to_device_bytes_per_s
+    slowest = link if limit is None else min(link, away.pageable_bytes_per_s or link)
+    spared_s = min(
+        2 * away.state_on_host_bytes / slowest,
+        choice.pass_s - sum(durations(problem.table, policies_for(problem, 0))),
+    )
+    if passes * spared_s - copies_s <= _WORTH * passes * choice.pass_s:
+        return solution
+    there = given._replace(table=away, pins=problem.pins)
+    other = there.solve(problem.activations, choice, choice.recomputed)
+    won = other.choice is not None and passes * (choice.pass_s - other.choice.pass_s) > copies_s
+    return other if won else solution
+
+
 def _with_offloads(solution: _Solution, given: _Given, asked: Mapping[str, Activations]) -> _Solution:
     """Return what is better where activations are offloaded too: of ever more modules, then of about as many as the best."""
     variants = Variants(given.table, asked)
@@ -252,12 +290,17 @@ def _plan(solution: _Solution, asked: Mapping[str, Activations], said: Said, *, 
         rows_bytes_per_pass=arrangement.rows_bytes,
         peaks=Peaks(
             vram_bytes=arrangement.device_bytes + int(beside.max()),
-            ram_bytes=arrangement.host_bytes + saves.host_bytes + staging,
+            ram_bytes=arrangement.host_bytes + saves.host_bytes + table.state_on_host_bytes + staging,
             disk_bytes=on_disk,
         ),
         vram_peak_at=at,
         vram_parts=parts,
-        ram_parts={"weights": arrangement.host_bytes, "activations": saves.host_bytes, "staging": staging},
+        ram_parts={
+            "weights": arrangement.host_bytes,
+            "activations": saves.host_bytes,
+            "optimizer": table.state_on_host_bytes,
+            "staging": staging,
+        },
     )
     return Plan(
         schema_version=SCHEMA_VERSION,

@@ -94,6 +94,10 @@ def _references(plan: Plan) -> Iterator[str]:
     for life in table.lifetimes:
         if not 0 <= life.born <= life.last < len(table.accesses):
             yield f"a lifetime runs from access {life.born} to {life.last}, which are not both there, or in that order"
+        elif life.kind == "optimizer" and {table.accesses[life.born].kind, table.accesses[life.last].kind} != {
+            "optimizer"
+        }:
+            yield f"the optimizer's state is on the device from access {life.born} to {life.last}, not for its step alone"
     rates = (
         ("host to device", table.host_to_device_bytes_per_s),
         ("device to host", table.device_to_host_bytes_per_s),
@@ -344,7 +348,8 @@ def _peaks(plan: Plan) -> Iterator[str]:
             f"{format_bytes(vram - budgets.vram_bytes)} over the budget of {format_bytes(budgets.vram_bytes)}"
         )
     on_disk = sum(item.size_bytes for item in plan.items if item.home == "disk")
-    ram = host + (plan.staging_bytes if stages(plan) else 0)
+    state = sum(life.size_bytes for life in table.lifetimes if life.kind == "optimizer")
+    ram = host + state + (plan.staging_bytes if stages(plan) else 0)
     if ram > budgets.ram_bytes:
         yield f"{format_bytes(ram)} of ram are needed, the budget is {format_bytes(budgets.ram_bytes)}"
     if budgets.disk_bytes is not None and on_disk > budgets.disk_bytes:

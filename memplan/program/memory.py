@@ -42,8 +42,9 @@ from their forward on. ``recomputed``: what a backward has made again. ``logits`
 workspace and the gradients of the logits included. ``passing``: what backwards hand on. ``activations``: those of modules in
 which memplan has no say. ``workspace``: what else an access needs for itself.
 """
-HOST_KINDS = ("weights", "offloaded", "idle", "staging")
-"""What host bytes are counted by: blocks at home there, offloaded activations from when they leave the device."""
+HOST_KINDS = ("weights", "offloaded", "idle", "optimizer", "staging")
+"""What host bytes are counted by: blocks at home there, offloaded activations from when they leave the device, the room of the
+optimizer's state where it waits there between steps."""
 
 _TAKEN_FIRST = ("passing", "recomputed", "kept", "boundaries", "activations", "logits", "gradients")
 """The order in which what meets in an access, but is not there at once, is taken from kinds."""
@@ -83,6 +84,7 @@ def timeline(plan: Plan) -> tuple[Moment, ...]:
     beside = _beside(plan)
     on_disk = sum(item.size_bytes for item in plan.items if item.home == "disk")
     is_staged = on_disk or any(arena.pageable for arena in plan.arenas)
+    host["optimizer"] = [plan.table.state_on_host_bytes] * len(rows)
     host["staging"] = [plan.staging_bytes if is_staged else 0] * len(rows)
     vram = {kind: device.get(kind) or beside.get(kind) or [0] * len(rows) for kind in DEVICE_KINDS}
     return tuple(
@@ -174,8 +176,8 @@ def _beside(plan: Plan) -> _Sums:
 
 
 def _kind(life: Lifetime, born: AccessRow, heads: frozenset[int]) -> str:
-    if life.kind == "gradients":
-        return "gradients"
+    if life.kind != "activations":
+        return life.kind
     if born.kind == "loss" or born.index in heads:
         return "logits"
     if born.kind != "forward":

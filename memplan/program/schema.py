@@ -30,7 +30,7 @@ VRAM_KINDS = (
     "workspace",
 )
 """What device bytes are counted by."""
-RAM_KINDS = ("weights", "activations", "staging")
+RAM_KINDS = ("weights", "activations", "optimizer", "staging")
 """What host bytes are counted by."""
 
 STAGING_BYTES = 16 << 20
@@ -42,6 +42,8 @@ so much may be.
 """
 
 Tier = Literal["device", "host", "disk"]
+StateHome = Literal["device", "host"]
+"""Where the optimizer's state lies between steps."""
 Channel = Literal["h2d", "d2h", "disk"]
 Changed = Literal["vram", "ram", "link", "loss"]
 """What may be otherwise: more vram, more RAM, a faster link from the host, or the loss in chunks of tokens."""
@@ -202,7 +204,7 @@ class Prediction(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Device bytes at that access: weights (always there), slots, adapters, gradients, optimizer, buffers, batch,
     context, activations, workspace. They sum to ``peaks.vram_bytes``."""
     ram_parts: dict[str, int]
-    """weights, activations (offloaded), staging. They sum to ``peaks.ram_bytes``."""
+    """weights, activations (offloaded), optimizer (its state, where it waits there), staging. They sum to ``peaks.ram_bytes``."""
 
 
 class Gain(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -242,6 +244,11 @@ class Plan(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Whether segments of the device arena might be absent for part of a pass, be there any or not."""
     gains: tuple[Gain, ...] = ()
     """What would make a pass shorter, each alone, where that was looked at."""
+
+    @property
+    def optimizer_state(self) -> StateHome:
+        """Where the optimizer's state lies between steps."""
+        return "host" if self.table.state_on_host_bytes else "device"
 
     def policies(self) -> dict[str, Activations]:
         """Return the activation policy of each recomputable module."""

@@ -11,6 +11,7 @@ from torch import nn
 from memplan.compiled import forget_compiled
 from memplan.errors import ModelError, PlanMismatchError
 from memplan.program.check import require
+from memplan.program.page_lock import is_state_locked
 from memplan.program.schema import Plan
 from memplan.run.first_touch import touch_ahead
 from memplan.run.handle import Handle, handle_of
@@ -18,6 +19,7 @@ from memplan.run.home import Checkpoint
 from memplan.run.install import install
 from memplan.run.interrupts import Undo, held_back
 from memplan.run.matching import match_weights, require_supported, stored_tensors, trigger_modules
+from memplan.run.optimizer_state import OptimizerState
 from memplan.run.parts import Files, Parts, resettle, settle
 from memplan.weights import mark_adapters
 
@@ -73,6 +75,10 @@ def attach(
             touch_ahead(parts.to_be_filled(), ahead)
             settle(model, parts, files, undo, progress)
         handle = Handle(model, parts)
+        if plan.optimizer_state == "host":
+            is_locked = is_state_locked(plan.table.state_on_host_bytes, plan.budgets.page_lock_bytes)
+            parts.optimizer_state = OptimizerState(model, device, is_pageable=not is_locked)
+            undo.callback(parts.optimizer_state.close)
 
         def change(other: Plan) -> None:
             """Have the same blocks run under another plan. On failure the model is detached."""

@@ -111,11 +111,22 @@ class Handle:
             if arena.is_elastic:
                 ledger.hold(arena.there_bytes)
                 arena.watch = ledger.hold
+            if parts.optimizer_state is not None:
+                parts.optimizer_state.watch = ledger.ignore
             try:
                 yield
             finally:
                 arena.watch = None
+                if parts.optimizer_state is not None:
+                    parts.optimizer_state.watch = None
         self._vram_peak_bytes = max(self._vram_peak_bytes, ledger.peak_bytes)
+
+    def adopt(self, optimizer: torch.optim.Optimizer) -> None:
+        """Have an optimizer's state wait where the plan has it from now on, where it has a state already: one that was loaded
+        from a checkpoint before its first step. From its first step on that is seen to without being asked for.
+        """
+        if self._parts is not None and self._parts.optimizer_state is not None:
+            self._parts.optimizer_state.adopt(getattr(optimizer, "optimizer", optimizer))
 
     def micro_batch(self, run: Callable[[], Result], *, tries: int = 3) -> Result:
         """Return ``run()``, a forward and backward of one micro-batch, repeated under a smaller plan if memory runs out.

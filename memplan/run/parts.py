@@ -23,6 +23,7 @@ from memplan.run.copies import Copies
 from memplan.run.disk import DiskReader, Extent
 from memplan.run.home import Checkpoint, Home, Weights
 from memplan.run.interrupts import Undo, held_back
+from memplan.run.optimizer_state import OptimizerState
 from memplan.run.rows import as_seen_from, read_in_place
 from memplan.run.spans import Spans
 from memplan.run.streamed import Streamed
@@ -55,6 +56,8 @@ class Parts:
         self.checked: CheckedReads | None = None
         self.copies: Copies | None = None
         self.spans: Spans | None = None
+        self.optimizer_state: OptimizerState | None = None
+        """Where it waits in RAM between steps."""
         self.installed = Undo()
         """What unhooks the model and ends the transfers."""
 
@@ -68,6 +71,8 @@ class Parts:
     def on_host(self) -> Iterator[torch.Tensor]:
         """Yield what lies in RAM for the plan."""
         yield from self.rooms.values()
+        if self.optimizer_state is not None:
+            yield from self.optimizer_state.rooms()
         for block, home in self.homes.items():
             if isinstance(home.source, HostSource) and self.plan.home_of(block) == "host":
                 yield home.source.part

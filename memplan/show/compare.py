@@ -194,6 +194,7 @@ _SETTINGS: dict[str, Callable[[Plan], str]] = {
     "hardware": lambda plan: f"{plan.hardware} ({plan.table.device})",
     "adapter": lambda plan: plan.workload.adapter or "the model's own",
     "optimizer": lambda plan: plan.workload.optimizer,
+    "optimizer's state": lambda plan: plan.optimizer_state,
     "batch": lambda plan: ", ".join(f"{k} {'x'.join(map(str, v))}" for k, v in plan.workload.batch.items()),
     "passes a step": lambda plan: str(plan.workload.accumulation),
 }

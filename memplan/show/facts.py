@@ -193,6 +193,7 @@ def as_dict(plan: Plan, record: RunRecord | None = None) -> dict[str, object]:
         "device": plan.table.device,
         "adapter": workload.adapter,
         "optimizer": workload.optimizer,
+        "optimizer_state": plan.optimizer_state,
         "batch": {name: list(shape) for name, shape in workload.batch.items()},
         "tokens": workload.tokens,
         "accumulation": workload.accumulation,

@@ -101,7 +101,7 @@ def wrap(
         # Before all others: those that report see what it adds.
         trainer.callback_handler.callbacks.insert(0, Telling(handle, log=log, lines=lines))
     if not args.auto_find_batch_size:  # the trainer itself then takes a smaller batch
-        trainer.__dict__["training_step"] = _done_over(trainer.training_step, handle)
+        trainer.__dict__["training_step"] = _done_over(trainer, handle)
     return trainer
 
 
@@ -142,10 +142,13 @@ def _plan(trainer: Trainer, batch: Mapping[str, torch.Tensor] | None, **options:
         )
 
 
-def _done_over(step: Callable[..., torch.Tensor], handle: Handle) -> Callable[..., torch.Tensor]:
+def _done_over(trainer: Trainer, handle: Handle) -> Callable[..., torch.Tensor]:
     """Have a trainer's forward and backward done over where memory runs out. It takes the inputs apart: a copy each time."""
+    step = trainer.training_step
 
     def training_step(model: Any, inputs: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
+        if trainer.optimizer is not None:
+            handle.adopt(trainer.optimizer)  # its state may come from a checkpoint
         return handle.micro_batch(lambda: step(model, copy.copy(inputs), *args, **kwargs))
 
     return training_step

@@ -121,7 +121,7 @@ ALL = {"offload": True, "accumulation": 2, "autocast": "bf16"}
 def _cases():
     for make in MODELS:
         for name, options in (("plain", {}), ("all", ALL)):
-            slow = make not in (llama, mixtral) or bool(options) != (make is llama)
+            slow = make not in (llama, mixtral) or bool(options)
             yield pytest.param(make, options, id=f"{make.__name__}-{name}", marks=[pytest.mark.full] if slow else [])
 
 
@@ -251,6 +251,7 @@ def test_every_type_that_is_traced_short(kind, monkeypatch):
     assert graph == analyze(model, batch_of("llama"), offload=True)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("options", [{"offload": True}, {"offload": True, "accumulation": 2}], ids=str)
 def test_layers_that_hold_a_cache_are_traced_short_with_offload(options, monkeypatch):
     """The cache has keys and values of every layer until the loss, offloaded or not."""

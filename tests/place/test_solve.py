@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from msgspec.structs import replace
 
-from memplan.analyze.graph import Rows
+from memplan.analyze.graph import Fixed, Rows
 from memplan.errors import DoesNotFitError, InputError
 from memplan.place.baselines import WAYS
 from memplan.place.least import least_vram_bytes
@@ -20,7 +20,7 @@ from memplan.place.solve import place, place_as
 from memplan.program import codec
 from memplan.program.check import check
 from memplan.program.schema import STAGING_BYTES
-from tests.tables import MIB, NAMES, budgets, make_table
+from tests.tables import MIB, NAMES, WORKLOAD, budgets, make_table
 
 X = 10 * MIB
 
@@ -393,3 +393,53 @@ def test_other_ways_where_nothing_may_move():
     for way in WAYS:
         assert place_as(way, table, budgets(vram), **NAMES).prediction.loads_per_pass == 0
         assert place_as(way, table, budgets(vram - 512), **NAMES) is None
+
+
+# ---- the optimizer's state -------------------------------------------------------------------------------------------
+
+
+def large_state(passes, **changes):
+    """A table on a card whose optimizer's state is half of the weights, and what is said of it."""
+    table = make_table([8 * MIB] * 12, device="cuda", recomputable=False, **changes)
+    fixed = (Fixed(kind="adapters", size_bytes=MIB), Fixed(kind="optimizer", size_bytes=48 * MIB))
+    return replace(table, fixed=fixed), {**NAMES, "workload": replace(WORKLOAD, accumulation=passes)}
+
+
+def test_the_state_waits_in_ram_where_a_step_is_shorter():
+    """It costs two copies a step, and its room spares two loads of as many bytes a pass: to the solver of several passes it
+    is worth it, of one it is not, nor where nothing would be spared.
+    """
+    for passes, link, expected in ((1, 2e9, "device"), (8, 2e9, "host"), (8, 1e12, "device")):
+        table, said = large_state(passes, link=link)
+        plans = {
+            home: place(table, budgets(160 * MIB), optimizer_state=home, **said) for home in ("device", "host", None)
+        }
+        assert plans["device"].optimizer_state == "device"
+        assert plans["host"].optimizer_state == "host"
+        assert plans[None].optimizer_state == expected
+        least = min(plans[home].prediction.step_s for home in ("device", "host"))
+        assert plans[None].prediction.step_s <= least * 1.001
+        copies_s = 2 * 48 * MIB / link
+        away = plans["host"].prediction
+        assert away.step_s == pytest.approx(passes * away.pass_s + 0.001 + copies_s)
+
+
+def test_the_state_waits_in_ram_where_nothing_fits_else():
+    table, said = large_state(1, link=2e9)
+    least = {home: least_vram_bytes(table, budgets(0), optimizer_state=home) for home in ("device", "host", None)}
+    assert least["host"] == least[None] < least["device"]
+    plan = place(table, budgets(least["host"]), **said)
+    assert plan.optimizer_state == "host"
+    assert plan.prediction.ram_parts["optimizer"] == 48 * MIB
+    with pytest.raises(DoesNotFitError) as caught:
+        place(table, budgets(least["host"] - 1), **said)
+    assert caught.value.least_vram_bytes == least["host"]
+    with pytest.raises(DoesNotFitError):
+        place(table, budgets(least["host"], ram=48 * MIB), **said)
+
+
+def test_on_the_cpu_the_state_waits_only_where_it_is_asked_to():
+    table, said = large_state(8, link=2e9)
+    table = replace(table, device="cpu")
+    assert place(table, budgets(160 * MIB), **said).optimizer_state == "device"
+    assert least_vram_bytes(table, budgets(0)) > least_vram_bytes(table, budgets(0), optimizer_state="host")

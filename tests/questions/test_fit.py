@@ -54,6 +54,7 @@ def test_positions_bound_the_sequence():
     assert sequence == config.n_positions // 64 * 64
 
 
+@pytest.mark.full
 def test_what_does_not_fit_at_all():
     found = memplan.fit(config_of("llama"), (64, 64), rank=4, vram="100KiB", **GIVEN)
     assert found.asked is None

@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 
 import memplan
+from memplan.cost.build import cost_table
+from memplan.place.solve import place
+from memplan.program.schema import Budgets, Workload
 from memplan.run.attach import attach
 from memplan.run.handle import handle_of
+from memplan.units import GIB
 from tests.counting import LiveBytes, held_by
+from tests.graphs import graph_of
 from tests.run.test_parity import plan_for
-from tests.training import CPU, EVERY_WAY, KINDS, batch_of, loss_of, make
+from tests.training import CPU, EVERY_WAY, KINDS, _base, batch_of, loss_of, make
 
 
 def counted_step(model, kind, accumulation=1, batches=batch_of, apart=()):
@@ -87,4 +95,27 @@ def test_any_choice_of_recomputed_layers_is_foreseen(kept):
     plan = memplan.plan(model, batch_of("llama"), activations=policies or None, **given)
     with attach(model, plan):
         peak = counted_step(model, "llama")
+    assert 0.99 * plan.prediction.peaks.vram_bytes <= peak <= plan.prediction.peaks.vram_bytes
+
+
+@pytest.mark.parametrize("kept", ["kkkkkk", "kkkkkr", "krrrrr", "rrkrrr", "rrrrrk"])
+def test_what_a_recomputed_layer_is_handed_is_foreseen(kept):
+    """A cache, a mask: whichever layer is recomputed holds what it was handed of them, those of layers that are kept too."""
+    torch.manual_seed(0)
+    model = get_peft_model(_base("llama")[0], LoraConfig(r=4, target_modules="all-linear")).train()
+    assert model.config.use_cache
+    batches = partial(batch_of, length=64)
+    graph = graph_of(model, batches("llama"), loss_of)
+    policies = {"k": "keep", "r": "recompute"}
+    plan = place(
+        cost_table(graph, CPU),
+        Budgets(vram_bytes=GIB, ram_bytes=GIB, disk_bytes=0),
+        activations={module: policies[mark] for module, mark in zip(graph.recomputable, kept, strict=True)},
+        workload=Workload(batch={}, tokens=graph.tokens, accumulation=1, optimizer="adamw", adapter=""),
+        model=graph.model,
+        fingerprint=graph.fingerprint,
+        hardware=CPU.name,
+    )
+    with attach(model, plan):
+        peak = counted_step(model, "llama", batches=batches)
     assert 0.99 * plan.prediction.peaks.vram_bytes <= peak <= plan.prediction.peaks.vram_bytes

@@ -24,7 +24,11 @@ from tests.training import CPU, KINDS, assert_equal, batch_of, loss_of, make, tr
 
 
 @pytest.mark.parametrize("checked", [False, True], ids=["plain", "checked"])
-@pytest.mark.parametrize("options", [{}, {"dropout": 0.2, "accumulation": 3}], ids=["plain", "dropout"])
+@pytest.mark.parametrize(
+    "options",
+    [{}, pytest.param({"dropout": 0.2, "accumulation": 3}, marks=pytest.mark.full)],
+    ids=["plain", "dropout"],
+)
 @pytest.mark.parametrize("kind", KINDS)
 def test_three_steps(kind, options, checked, tmp_path):
     with compare(kind, offload="all", checked=checked, tmp_path=tmp_path, **options) as handle:

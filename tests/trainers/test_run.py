@@ -43,8 +43,10 @@ def exact(done):
     return [line for line in done.stdout.splitlines() if line.startswith(("loss", "eval", "made", "sum"))]
 
 
-MODES = ["cast", "counted", "merged", "adapters"]
+MODES = ["counted", "merged"]
 MORE = [
+    "cast",
+    "adapters",
     "written",
     "swapped",
     "best",

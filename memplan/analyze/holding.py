@@ -1,0 +1,124 @@
+"""Lifetimes of what outlives its access, by what becomes of whose activations.
+
+A trace says how long bytes live where every module keeps its activations, and another where every one is recomputed. A plan
+mixes them: what lives longer in the second trace belongs to whoever holds it. A recomputed module holds what it begins from
+until its backward.
+
+[Note: what all layers are handed] A key-value cache, masks and position embeddings go to every layer, so every recomputed one
+holds what it was handed of them, until the first of those in the order of forward has had its backward. A lifetime knows the
+policy of one module alone. So these count until then whatever is recomputed: never too little, and too much by them where
+nothing is.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+
+from memplan.analyze.accesses import Seen
+from memplan.analyze.graph import Activations, Lifetime, LifetimeKind
+
+Span = tuple[LifetimeKind, int, int]
+"""Kind, first and last access."""
+
+_KIND: LifetimeKind = "activations"
+
+
+class Lifetimes:
+    """What outlives an access: of recomputable modules once for each policy, of all others once."""
+
+    def __init__(
+        self, spans: Mapping[Activations, Mapping[Span, int]], accesses: Sequence[Seen], recomputable: frozenset[str]
+    ) -> None:
+        """``spans``: bytes that outlive an access, of the trace in which all recomputable modules have that policy."""
+        self._accesses = accesses
+        self._recomputable = recomputable
+        self._traced = {policy: Counter(found) for policy, found in spans.items()}
+        self._as_kept = tuple(self._of("keep"))
+        self._first_backward = next((i for i, one in enumerate(accesses) if one.kind == "backward"), len(accesses))
+        handed = self._hand_on()
+        shared = list(self._hand_in(handed))
+        found = [life for policy in self._traced for life in self._of(policy)]
+        self.all = tuple(sorted([*found, *shared], key=lambda life: (life.born, life.last, life.kind, life.policy)))
+
+    def spanning(self, index: int, policy: Activations) -> int:
+        """Return the bytes of them that are alive in an access where all recomputable modules have that policy."""
+        found = self._as_kept if policy == "keep" else self.all
+        return sum(x.size_bytes for x in found if x.born <= index <= x.last and x.policy in ("any", policy))
+
+    def _of(self, policy: Activations) -> Iterator[Lifetime]:
+        for (kind, born, last), size_bytes in self._traced[policy].items():
+            of_choice = self._accesses[born].module in self._recomputable
+            if size_bytes and (of_choice or policy == "keep"):
+                here = policy if of_choice else "any"
+                yield Lifetime(kind=kind, born=born, last=last, size_bytes=size_bytes, policy=here)
+
+    def _next(self, index: int) -> tuple[int, int] | None:
+        """Return the next forward behind an access whose module has a choice, and its backward; None where there is none."""
+        forwards = range(index + 1, self._first_backward)
+        found = next((i for i in forwards if self._accesses[i].module in self._recomputable), None)
+        if found is None:
+            return None
+        backwards = [i for i, one in enumerate(self._accesses) if one.kind == "backward" and one.forward == found]
+        return (found, backwards[-1]) if backwards else None
+
+    def _hand_on(self) -> dict[int, int]:
+        """Have each module with a choice hold what it was handed by the one before, and all what lies in a cache. Return the
+        bytes that each hands to the next alone, by its forward.
+        """
+        kept, again, handed = self._traced["keep"], self._traced["recompute"], dict[int, int]()
+        for index in range(self._first_backward):
+            behind = self._next(index)
+            if self._accesses[index].module not in self._recomputable or behind is None:
+                continue
+            holder, last = behind
+            here = (_KIND, index, last)
+            handed[index], more = again[here], again[here] - kept[here]
+            # Where all is kept a cache goes once the model has returned; nobody else holds anything so long.
+            ends = sorted((end for _, born, end in kept if born == index and holder < end < self._first_backward))
+            for end in ends if more > 0 else ():
+                moved = min(more, kept[_KIND, index, end])
+                kept[_KIND, index, end] -= moved
+                kept[here] += moved
+                handed[index] -= moved
+                more -= moved
+            if more > 0:
+                again[here] -= more
+                again[_KIND, holder, last] += more
+        return handed
+
+    def _hand_in(self, handed: Mapping[int, int]) -> Iterator[Lifetime]:
+        """Have the first module with a choice behind one without hold what it was handed, no more than it hands on itself.
+        Yield what else lives longer: every recomputed one holds that.
+        """
+        kept = self._traced["keep"]
+        for policy, traced in self._traced.items():
+            made = {born for _, born, _ in traced if self._accesses[born].kind == "forward"} if policy != "keep" else ()
+            left = dict(handed)
+            for born in sorted(made, reverse=True):
+                behind = None if self._accesses[born].module in self._recomputable else self._next(born)
+                if behind is None:
+                    continue
+                holder, _ = behind
+                for last, more in list(_longer(traced, kept, born)):
+                    if last <= holder:
+                        continue
+                    own = more if policy != "recompute" else min(more, left.get(holder, more))
+                    left[holder] = left.get(holder, own) - own
+                    traced[_KIND, holder, last] += own
+                    gone = max((e for _, b, e in kept if b == born and e < self._first_backward), default=holder)
+                    if more > own:
+                        yield Lifetime(kind=_KIND, born=gone + 1, last=last, size_bytes=more - own, policy="any")
+
+
+def _longer(traced: Mapping[Span, int], kept: Mapping[Span, int], born: int) -> Iterator[tuple[int, int]]:
+    """Yield until when bytes of a module live in a trace that are gone by then where all is kept, and how many, the last first."""
+    told = 0
+    for last in sorted({end for _, b, end in traced if b == born}, reverse=True):
+        of_all, of_kept = (
+            sum(size for (k, b, end), size in spans.items() if (k, b) == (_KIND, born) and end >= last)
+            for spans in (traced, kept)
+        )
+        if of_all - of_kept > told:
+            yield last, of_all - of_kept - told
+            told = of_all - of_kept
