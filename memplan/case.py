@@ -156,7 +156,7 @@ def case_of(
     """Look at a model and a batch, and price them; the arguments are those of :func:`memplan.plan`. Raises InputError."""
     from memplan.cost.build import cost_table
     from memplan.cost.build import notes as cost_notes
-    from memplan.cost.optimizer_state import state_on_host
+    from memplan.place.variants import state_away
 
     if accumulation < 1:
         raise InputError(f"accumulation was given as {accumulation!r}: give a whole number of passes, at least 1")
@@ -220,7 +220,7 @@ def case_of(
         )
     table = cost_table(graph, profile, times)
     if state_home == "host":
-        table = state_on_host(table, pageable=budgets.page_lock_bytes is not None)
+        table = state_away(table, budgets.page_lock_bytes)
     workload = Workload(
         batch=analysis.shapes,
         tokens=graph.tokens,

@@ -49,7 +49,7 @@ def _problems(
     optimizer_state: StateHome | None,
 ) -> Iterator[Problem]:
     """Yield the problems that :func:`place` solves: with what was asked, with more offloaded, with the optimizer's state in RAM."""
-    for rows in tables_of(table, budgets, optimizer_state):
+    for rows in tables_of(table, optimizer_state, budgets.page_lock_bytes):
         variants = Variants(rows, activations)
         for given in (activations, *variants.every, *map(variants.of, variants.counts)):
             yield make_problem(rows, budgets, staging_bytes, pins, given)

@@ -14,6 +14,7 @@ from memplan.analyze.graph import Activations
 from memplan.cost.table import CostTable
 from memplan.errors import InputError
 from memplan.place.saves import Saves, make_saves
+from memplan.program.page_lock import is_state_locked
 from memplan.program.schema import RING_BYTES, Budgets, Tier
 from memplan.units import KIB, align_up
 
@@ -78,7 +79,13 @@ class Problem:
         if limit is None:
             return False
         held = host_bytes + self.saves.host_bytes
-        return held > 0 and held + (RING_BYTES if reads_disk else 0) > limit
+        return held > 0 and held + self.locked_state_bytes + (RING_BYTES if reads_disk else 0) > limit
+
+    @property
+    def locked_state_bytes(self) -> int:
+        """Of the optimizer's state, where it waits in RAM and is page-locked there."""
+        state = self.table.state_on_host_bytes
+        return state if is_state_locked(state, self.page_lock_bytes) else 0
 
     def staged_bytes(self, host_bytes: int, *, reads_disk: bool) -> int:
         """Return the bytes of RAM for staging beside so many of weights."""

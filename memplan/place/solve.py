@@ -9,7 +9,6 @@ from typing import NamedTuple, NotRequired, TypedDict, Unpack
 import numpy as np
 
 from memplan.analyze.graph import Activations
-from memplan.cost.optimizer_state import state_on_host
 from memplan.cost.table import CostTable
 from memplan.place.arrangement import lay_out
 from memplan.place.baselines import Way
@@ -19,7 +18,7 @@ from memplan.place.least import does_not_fit
 from memplan.place.pieces import split
 from memplan.place.problem import Memory, Problem, make_problem, nonweight_bytes, policies_for
 from memplan.place.search import Choice, Search
-from memplan.place.variants import Variants, tables_of
+from memplan.place.variants import Variants, state_away, tables_of
 from memplan.program.check import require
 from memplan.program.schema import (
     SCHEMA_VERSION,
@@ -84,7 +83,7 @@ def place(
     require_input(table, budgets, staging_bytes)
     asked = activations or {}
     elastic = _is_elastic(table, elastic)
-    tables = tables_of(table, budgets, optimizer_state)
+    tables = tables_of(table, optimizer_state, budgets.page_lock_bytes)
     given = _Given(tables[0], budgets, staging_bytes, pins or {}, elastic)
     solution = _best(given, asked, pieces)
     if solution.choice is None and len(tables) > 1:
@@ -210,14 +209,16 @@ def _with_state_away(solution: _Solution, given: _Given, passes: int) -> _Soluti
     """Return what is better of the same blocks where the optimizer's state waits in RAM, its copies in a step included.
 
     Its room spares a pass two loads of as many bytes at most, which is what those copies are, so only a step of several
-    passes can win.
+    passes can win, or one that loads from RAM that is not page-locked.
     """
     problem, choice = solution.problem, solution.choice
     assert choice is not None
-    away = state_on_host(problem.table, pageable=given.budgets.page_lock_bytes is not None)
+    away, limit = state_away(problem.table, problem.page_lock_bytes), problem.page_lock_bytes
     copies_s = sum(row.time_s for row in away.accesses) - sum(row.time_s for row in problem.table.accesses)
+    link = away.host_to_device_bytes_per_s
+    slowest = link if limit is None else min(link, away.pageable_bytes_per_s or link)
     spared_s = min(
-        2 * away.state_on_host_bytes / away.host_to_device_bytes_per_s,
+        2 * away.state_on_host_bytes / slowest,
         choice.pass_s - sum(durations(problem.table, policies_for(problem, 0))),
     )
     if passes * spared_s - copies_s <= _WORTH * passes * choice.pass_s:

@@ -8,17 +8,28 @@ from memplan.analyze.graph import Activations
 from memplan.cost.optimizer_state import state_on_host
 from memplan.cost.table import CostTable
 from memplan.place.problem import MOST_SUBSETS, evenly, subsets
-from memplan.program.schema import Budgets, StateHome
+from memplan.program.page_lock import is_state_locked
+from memplan.program.schema import StateHome
 
 _PARTS = 6
 """So many different numbers of modules are tried first, beside none."""
 
 
-def tables_of(table: CostTable, budgets: Budgets, optimizer_state: StateHome | None) -> tuple[CostTable, ...]:
+def state_away(table: CostTable, page_lock_bytes: int | None) -> CostTable:
+    """Return the cost rows with the optimizer's state in RAM, where no more than so much may be page-locked."""
+    away = state_on_host(table)
+    if table.device == "cpu" or is_state_locked(away.state_on_host_bytes, page_lock_bytes):
+        return away
+    return state_on_host(table, is_pageable=True)
+
+
+def tables_of(
+    table: CostTable, optimizer_state: StateHome | None, page_lock_bytes: int | None
+) -> tuple[CostTable, ...]:
     """Return the cost rows with the optimizer's state where it may lie. ``optimizer_state``: None where that is to be chosen:
     on a device whose memory is its own, since the CPU's is where it would go.
     """
-    away = state_on_host(table, pageable=budgets.page_lock_bytes is not None)
+    away = state_away(table, page_lock_bytes)
     if optimizer_state == "host":
         return (away,)
     return (table,) if optimizer_state == "device" or away is table or table.device == "cpu" else (table, away)

@@ -39,6 +39,9 @@ def page_lock_faults(plan: Plan) -> Iterator[str]:
     )
     if _rings_bytes(plan) <= limit:
         locked += _rings_bytes(plan)
+    state = sum(life.size_bytes for life in plan.table.lifetimes if life.kind == "optimizer")
+    if state <= limit - 2 * RING_BYTES:  # it is page-locked only where both rings could be beside it
+        locked += state
     if locked > limit:
         yield f"{format_bytes(locked)} of ram are to be page-locked, the budget is {format_bytes(limit)}"
 

@@ -19,6 +19,13 @@ def is_ring_locked(plan: Plan) -> bool:
     return limit is None or limit >= ring_bytes(plan)
 
 
+def is_state_locked(state_bytes: int, page_lock_bytes: int | None) -> bool:
+    """Whether the optimizer's state is page-locked where it waits in RAM: it is if there is room for it beside both rings,
+    be they used or not, since its copies are priced before anything is placed.
+    """
+    return page_lock_bytes is None or state_bytes + 2 * RING_BYTES <= page_lock_bytes
+
+
 def pageable_items(plan: Plan) -> frozenset[int]:
     """Return the items whose bytes pass through RAM that is not page-locked on their way to a CUDA device or from it."""
     if plan.table.device == "cpu":
@@ -35,6 +42,6 @@ def page_locked_bytes(plan: Plan) -> int:
     if plan.table.device == "cpu":
         return 0
     homes = sum(arena.size_bytes for arena in plan.arenas if arena.tier == "host" and not arena.pageable)
-    if plan.budgets.page_lock_bytes is None:  # where there is a limit the optimizer's state is left pageable
-        homes += plan.table.state_on_host_bytes
+    state = plan.table.state_on_host_bytes
+    homes += state if is_state_locked(state, plan.budgets.page_lock_bytes) else 0
     return homes + (ring_bytes(plan) if is_ring_locked(plan) else 0)

@@ -11,6 +11,7 @@ from torch import nn
 from memplan.compiled import forget_compiled
 from memplan.errors import ModelError, PlanMismatchError
 from memplan.program.check import require
+from memplan.program.page_lock import is_state_locked
 from memplan.program.schema import Plan
 from memplan.run.first_touch import touch_ahead
 from memplan.run.handle import Handle, handle_of
@@ -75,9 +76,8 @@ def attach(
             settle(model, parts, files, undo, progress)
         handle = Handle(model, parts)
         if plan.optimizer_state == "host":
-            parts.optimizer_state = OptimizerState(
-                model, device, pinned=device.type == "cuda" and plan.budgets.page_lock_bytes is None
-            )
+            is_locked = is_state_locked(plan.table.state_on_host_bytes, plan.budgets.page_lock_bytes)
+            parts.optimizer_state = OptimizerState(model, device, is_pageable=not is_locked)
             undo.callback(parts.optimizer_state.close)
 
         def change(other: Plan) -> None:

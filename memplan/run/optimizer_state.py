@@ -120,10 +120,10 @@ class _State:
 class OptimizerState:
     """Keeps the state of a model's optimizers in RAM between their steps, until ``close``."""
 
-    def __init__(self, model: nn.Module, device: torch.device, *, pinned: bool) -> None:
-        """``pinned``: whether it waits in page-locked RAM."""
+    def __init__(self, model: nn.Module, device: torch.device, *, is_pageable: bool = False) -> None:
+        """``is_pageable``: whether it may not be page-locked for a CUDA device."""
         self._device = device
-        self._pinned = pinned
+        self._is_pageable = is_pageable
         self._parameters = {id(parameter) for parameter in model.parameters()}
         self._states: weakref.WeakKeyDictionary[Optimizer, _State] = weakref.WeakKeyDictionary()
         self.watch: Callable[[torch.Tensor], None] | None = None
@@ -193,7 +193,9 @@ class OptimizerState:
 
     def _new_room(self, size_bytes: int) -> torch.Tensor:
         with _disable_current_modes():  # whoever counts what operators return is told instead
-            room = Arena(size_bytes, torch.device("cpu"), pinned=self._pinned).bytes
+            room = Arena(
+                size_bytes, torch.device("cpu"), pinned=self._device.type == "cuda" and not self._is_pageable
+            ).bytes
         if self.watch is not None:
             self.watch(room)
         return room

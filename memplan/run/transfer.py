@@ -271,8 +271,10 @@ class CudaTransfers:
         done = torch.cuda.Event()
         if channel not in self._staged and is_staged(source, destination):
             # For good, as its loads run in turn: those of page-locked memory too are enqueued by the thread then.
-            self._staged[channel] = self._back_stream if channel == "d2h" else torch.cuda.Stream(self._device)
-            self._staged[channel].wait_stream(self._stream)
+            self._staged[channel] = self._back_stream
+            if channel != "d2h":
+                self._staged[channel] = torch.cuda.Stream(self._device)
+                self._staged[channel].wait_stream(self._stream)
         if channel not in self._staged:
             assert isinstance(source, HostSource)
             stream = self._back_stream if channel == "d2h" else self._stream

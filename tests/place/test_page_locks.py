@@ -270,6 +270,25 @@ def test_a_plan_with_more_page_locked_is_not_slower(seed):
         slowest = min(slowest, plan.prediction.pass_s)
 
 
+@pytest.mark.parametrize(("room", "locked"), [(2 * MIB - 1, 0), (2 * MIB, 2 * MIB), (2 * MIB + X, 2 * MIB + X)])
+def test_the_optimizers_state_in_ram_comes_after_the_rings(room, locked):
+    """2 MiB of it: page-locked where both rings could be beside it; else its copies go at the rate of pageable RAM."""
+    table = table_of(8)
+    given_budgets = budgets(rest_of(table) + 3 * X, page_lock=2 * RING_BYTES + room)
+    plan = place(table, given_budgets, optimizer_state="host", **NAMES)
+    assert check(plan) == ()
+    assert plan.table.state_on_host_bytes == 2 * MIB
+    rate = 1e9 if locked else 4e8
+    assert plan.table.accesses[-1].time_s == pytest.approx(table.accesses[-1].time_s + 2 * 2 * MIB / rate)
+    assert page_locked_bytes(plan) <= given_budgets.page_lock_bytes
+    # One ring alone is used here: what the other leaves is for blocks.
+    homes = sum(arena.size_bytes for arena in plan.arenas if arena.tier == "host" and not arena.pageable)
+    assert page_locked_bytes(plan) == RING_BYTES + homes + min(locked, 2 * MIB)
+    assert homes == (RING_BYTES + room - min(locked, 2 * MIB)) // X * X
+    less = replace(plan, budgets=replace(given_budgets, page_lock_bytes=page_locked_bytes(plan) - 1))
+    assert any("to be page-locked" in fault for fault in check(less)) or locked
+
+
 def test_ram_that_lacks_the_ring_is_told():
     table = table_of(4)
     room = budgets(1, ram=4 * X, disk=0, page_lock=2 * X)

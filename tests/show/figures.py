@@ -124,7 +124,8 @@ class Figures:
         rings = RING_BYTES * ((self.tops[2] > 0) + any(arena.pageable for arena in arenas))
         locked = sum(arena.size_bytes for arena in arenas if not arena.pageable)
         locked += rings if limit is None or limit >= rings else 0
-        return card * (locked + (self.said.ram_parts.get("optimizer", 0) if limit is None else 0))
+        state = self.said.ram_parts.get("optimizer", 0)
+        return card * (locked + state * (limit is None or state + 2 * RING_BYTES <= limit))
 
     @property
     def slow(self) -> list[int]:
