@@ -79,6 +79,7 @@ def test_plan_hands_on_what_was_asked(calls: list[Any], capsys: pytest.CaptureFi
                 "pins": {"model.layers.3": "device", "lm_head": "host"},
                 "activations": "offload",
                 "elastic": False,
+                "optimizer_state": None,
                 "measure": False,
                 "max_step_s": None,
                 "progress": None,

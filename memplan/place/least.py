@@ -165,7 +165,7 @@ def does_not_fit(
         f"{asked}, but the least that works is {shown}",
         least_vram_bytes=least,
         limited_by=limited,
-        suggestions=tuple(tips),
+        suggestions=tuple(tips[:_MOST_TIPS]),
     )
 
 

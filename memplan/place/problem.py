@@ -69,6 +69,11 @@ class Problem:
         return self.budgets.ram_bytes - self.saves.host_bytes - self.table.state_on_host_bytes
 
     @property
+    def disk_may_help(self) -> bool:
+        """Whether the disk brings bytes beside what RAM does: on the CPU; to a card both take the one link."""
+        return self.table.device == "cpu" and self.budgets.disk_bytes != 0
+
+    @property
     def page_lock_bytes(self) -> int | None:
         """What may be page-locked; None where all may be. On the CPU there is nothing to lock pages for."""
         return None if self.table.device == "cpu" else self.budgets.page_lock_bytes

@@ -90,9 +90,8 @@ def rings(problem: Problem, *, every: bool = True, tails: bool = False) -> Itera
     in_parts = any(len(bundle) > 1 for bundle in problem.bundles)
     may_be_disk = problem.budgets.disk_bytes is None or problem.budgets.disk_bytes > 0
     total = sum(problem.sizes_bytes[block] for block in (*problem.movable, *problem.forced))
-    short_of_ram = problem.ram_bytes < total + problem.staging_bytes
-    # Where the disk has a channel of its own it helps, though RAM would hold all.
-    mixed = (may_be_disk and (short_of_ram or problem.table.device == "cpu")) or "disk" in problem.pins.values()
+    mixed = (may_be_disk and problem.ram_bytes < total + problem.staging_bytes) or problem.disk_may_help
+    mixed = mixed or "disk" in problem.pins.values()
     for times in _TIMES if every else _TIMES[:2]:
         ring = Ring(times, "bundle", 0)
         if tails:
@@ -294,8 +293,7 @@ class Search:
         """Return a pass time in s that no arrangement beats: of what a sweep reads, what has no room has to come."""
         table, room_at, least = self._problem.table, self._room_at[recomputed], self._rooms[recomputed]
         moved = sum(max(swept - (int(room_at[at]) if self._elastic else least), 0) for at, swept in self._sweeps)
-        beside = self._problem.budgets.disk_bytes != 0 and table.device == "cpu"
-        together = table.host_to_device_bytes_per_s + (table.disk_bytes_per_s if beside else 0.0)
+        together = table.host_to_device_bytes_per_s + (table.disk_bytes_per_s if self._problem.disk_may_help else 0.0)
         return max(self.compute_s(recomputed), moved / together)
 
     def _durations(self, recomputed: int) -> tuple[list[float], float]:

@@ -275,7 +275,10 @@ def _plan(solution: _Solution, asked: Mapping[str, Activations], said: Said, *, 
     parts["weights"] = arrangement.device_bytes - arrangement.slots_bytes
     parts["slots"] = arrangement.slots_bytes + saves.device_bytes + tails[at]
     times_s = durations(table, policies)  # that rows are read on the host is this plan's choice
-    bound = max(window_bound(problem, times_s, nonweight, on_disk > 0), sum(times_s))
+    # Of plans with the disk, and of those without where both can be had: each kind is shorter in some case.
+    kinds = {on_disk > 0} | ({True, False} if problem.disk_may_help else set())
+    least_s = min(window_bound(problem, times_s, nonweight, disk_used) for disk_used in kinds)
+    bound = max(least_s, sum(times_s))
     optimizer_s = sum(row.time_s for row in table.accesses if row.kind == "optimizer")
     prediction = Prediction(
         compute_s=timeline.compute_s,

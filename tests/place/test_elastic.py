@@ -27,7 +27,7 @@ def tight(count=16, room=3, **more):
     """A table of equal blocks over a slow link whose activations are a quarter of its blocks, and a budget."""
     options = {"saved_bytes": X // 4, "link": X / 0.02, **KEPT, **more}
     table = make_table([X] * count, **options)
-    return table, budgets(rest_of(table) + room * X)
+    return table, budgets(rest_of(table) + room * X, disk=0)
 
 
 def segments_of(plan):

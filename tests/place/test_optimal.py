@@ -59,7 +59,7 @@ def test_whole_blocks_beside_every_choice_of_what_is_held(count, most):
     for _ in range(count):
         table, room = _random_problem(rng, most)
         rest = max(table.device_bytes_at(access.index, {}) for access in table.accesses)
-        plan = place(table, budgets(rest + room), **NAMES, pieces=False)
+        plan = place(table, budgets(rest + room, disk=0), **NAMES, pieces=False)
         sizes, reads = [block.size_bytes for block in table.blocks], [access.blocks for access in table.accesses]
         times, rate = durations(table, {}), table.host_to_device_bytes_per_s
         best = brute.optimum(times, reads, sizes, [room] * len(times), rate)
