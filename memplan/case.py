@@ -174,6 +174,13 @@ def case_of(
         raise InputError(
             f"the optimizer's state was to lie in {optimizer_state!r} between steps: give one of {', '.join(_STATE_HOMES)}"
         )
+    if optimizer.startswith("paged_"):
+        if state_home == "host":
+            raise InputError(
+                f"the state of {optimizer} was to lie on the host between steps, but its pages go there by themselves: leave "
+                "optimizer_state out, or use an optimizer that is not paged"
+            )
+        state_home = "device"
     analysis, folder = _analysis(
         model,
         batch,

@@ -34,17 +34,21 @@ class Lifetimes:
         self._accesses = accesses
         self._recomputable = recomputable
         self._traced = {policy: Counter(found) for policy, found in spans.items()}
-        self._as_kept = tuple(self._of("keep"))
+        self._longer: list[tuple[Activations, int, int, int]] = []
+        """What was said to live longer than its trace had it: the policy, last accesses before and now, bytes."""
         self._first_backward = next((i for i, one in enumerate(accesses) if one.kind == "backward"), len(accesses))
         handed = self._hand_on()
-        shared = list(self._hand_in(handed))
+        self._shared = shared = tuple(self._hand_in(handed))
         found = [life for policy in self._traced for life in self._of(policy)]
         self.all = tuple(sorted([*found, *shared], key=lambda life: (life.born, life.last, life.kind, life.policy)))
 
     def spanning(self, index: int, policy: Activations) -> int:
-        """Return the bytes of them that are alive in an access where all recomputable modules have that policy."""
-        found = self._as_kept if policy == "keep" else self.all
-        return sum(x.size_bytes for x in found if x.born <= index <= x.last and x.policy in ("any", policy))
+        """Return the bytes of them that were alive in an access in the trace of a policy."""
+        found = sum(x.size_bytes for x in self.all if x.born <= index <= x.last and x.policy in ("any", policy))
+        if policy == "recompute":
+            return found
+        found -= sum(x.size_bytes for x in self._shared if x.born <= index <= x.last)
+        return found - sum(size for here, end, last, size in self._longer if here == policy and end < index <= last)
 
     def _of(self, policy: Activations) -> Iterator[Lifetime]:
         for (kind, born, last), size_bytes in self._traced[policy].items():
@@ -75,17 +79,27 @@ class Lifetimes:
             here = (_KIND, index, last)
             handed[index], more = again[here], again[here] - kept[here]
             # Where all is kept a cache goes once the model has returned; nobody else holds anything so long.
-            ends = sorted((end for _, born, end in kept if born == index and holder < end < self._first_backward))
-            for end in ends if more > 0 else ():
-                moved = min(more, kept[_KIND, index, end])
-                kept[_KIND, index, end] -= moved
-                kept[here] += moved
-                handed[index] -= moved
-                more -= moved
-            if more > 0:
-                again[here] -= more
-                again[_KIND, holder, last] += more
+            self._live_on("offload", index, holder, last, more)
+            moved = self._live_on("keep", index, holder, last, more)
+            # What is kept no longer than the next one's forward is that one's alone; what else there is the module saves itself.
+            alone = min(max(more - moved, 0), kept[_KIND, index, holder])
+            again[here] -= alone
+            again[_KIND, holder, last] += alone
+            handed[index] -= max(more, 0) - alone
         return handed
+
+    def _live_on(self, policy: Activations, index: int, holder: int, last: int, most: int) -> int:
+        """Have what a module made live on until ``last``, of what outlives the forward of ``holder`` and goes before any backward.
+        Return how much of ``most`` that was.
+        """
+        spans, moved = self._traced.get(policy, Counter[Span]()), 0
+        for end in sorted(end for _, born, end in spans if born == index and holder < end < self._first_backward):
+            here = max(0, min(most - moved, spans[_KIND, index, end]))
+            spans[_KIND, index, end] -= here
+            spans[_KIND, index, last] += here
+            self._longer.append((policy, end, last, here))
+            moved += here
+        return moved
 
     def _hand_in(self, handed: Mapping[int, int]) -> Iterator[Lifetime]:
         """Have the first module with a choice behind one without hold what it was handed, no more than it hands on itself.
@@ -107,7 +121,7 @@ class Lifetimes:
                     left[holder] = left.get(holder, own) - own
                     traced[_KIND, holder, last] += own
                     gone = max((e for _, b, e in kept if b == born and e < self._first_backward), default=holder)
-                    if more > own:
+                    if more > own and gone < last:
                         yield Lifetime(kind=_KIND, born=gone + 1, last=last, size_bytes=more - own, policy="any")
 
 

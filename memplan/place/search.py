@@ -77,10 +77,14 @@ class Choice:
     moved_bytes: int
     """Bytes that cross the links in a pass."""
 
-    def ties(self, percent_bytes: int) -> tuple[int, int, int, int]:
-        """What decides between equal passes: bytes moved (to the percent), recomputes, bytes off the device, and blocks."""
-        off_bytes = self.arrangement.host_bytes + self.arrangement.disk_bytes
-        return (self.moved_bytes // max(percent_bytes, 1), self.recomputed, off_bytes, len(self.arrangement.homes))
+    def ties(self, percent_bytes: int) -> tuple[int, int, int, int, int]:
+        """What decides between equal passes: bytes moved (to the percent), recomputes, bytes on the disk, bytes off the device,
+        and blocks.
+        """
+        on_disk = self.arrangement.disk_bytes
+        off_bytes = self.arrangement.host_bytes + on_disk
+        moved = self.moved_bytes // max(percent_bytes, 1)
+        return (moved, self.recomputed, on_disk, off_bytes, len(self.arrangement.homes))
 
 
 def rings(problem: Problem, *, every: bool = True, tails: bool = False) -> Iterator[Ring]:
@@ -90,7 +94,7 @@ def rings(problem: Problem, *, every: bool = True, tails: bool = False) -> Itera
     in_parts = any(len(bundle) > 1 for bundle in problem.bundles)
     may_be_disk = problem.budgets.disk_bytes is None or problem.budgets.disk_bytes > 0
     total = sum(problem.sizes_bytes[block] for block in (*problem.movable, *problem.forced))
-    mixed = (may_be_disk and problem.ram_bytes < total + problem.staging_bytes) or problem.disk_may_help
+    mixed = may_be_disk and problem.ram_bytes < total + problem.staging_bytes
     mixed = mixed or "disk" in problem.pins.values()
     for times in _TIMES if every else _TIMES[:2]:
         ring = Ring(times, "bundle", 0)
@@ -225,8 +229,12 @@ class Search:
     def _try_disk(self, levels: Sequence[int], rings_of: Sequence[Ring]) -> None:
         """Have more on the disk than RAM forces: both bring bytes at once, so that with fewer there a pass may be longer."""
         choice = self.chosen()
-        if choice is None or not any(ring.disk_bundles for ring in rings_of):
+        if choice is None:
             return
+        if not any(ring.disk_bundles for ring in rings_of):  # RAM holds all
+            if not self._problem.disk_may_help:
+                return
+            rings_of = [ring._replace(disk_bundles=bundles) for ring in rings_of for bundles in range(3)]
         count = len(self._problem.movable)
         parts = count if count <= _FEW else _DISK_SHARES
         if count > _FEW:

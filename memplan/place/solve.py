@@ -208,8 +208,8 @@ def _best(given: _Given, asked: Mapping[str, Activations], pieces: bool) -> _Sol
 def _with_state_away(solution: _Solution, given: _Given, passes: int) -> _Solution:
     """Return what is better of the same blocks where the optimizer's state waits in RAM, its copies in a step included.
 
-    Its room spares a pass two loads of as many bytes at most, which is what those copies are, so only a step of several
-    passes can win, or one that loads from RAM that is not page-locked.
+    Its room spares a pass two loads of as many bytes at most, which is what those copies are, or what recomputing as many bytes
+    takes. It is looked at no further where that cannot win.
     """
     problem, choice = solution.problem, solution.choice
     assert choice is not None
@@ -218,15 +218,29 @@ def _with_state_away(solution: _Solution, given: _Given, passes: int) -> _Soluti
     link = away.host_to_device_bytes_per_s
     slowest = link if limit is None else min(link, away.pageable_bytes_per_s or link)
     spared_s = min(
-        2 * away.state_on_host_bytes / slowest,
+        away.state_on_host_bytes * max(2 / slowest, _recompute_s_a_byte(problem, choice.recomputed)),
         choice.pass_s - sum(durations(problem.table, policies_for(problem, 0))),
     )
     if passes * spared_s - copies_s <= _WORTH * passes * choice.pass_s:
         return solution
     there = given._replace(table=away, pins=problem.pins)
-    other = there.solve(problem.activations, choice, choice.recomputed)
+    other = there.solve(problem.activations, choice)  # its room may be that of many layers
     won = other.choice is not None and passes * (choice.pass_s - other.choice.pass_s) > copies_s
     return other if won else solution
+
+
+def _recompute_s_a_byte(problem: Problem, level: int) -> float:
+    """Return the most that recomputing a module takes for each byte that it spares, in s; 0 where none is recomputed."""
+    table, again = problem.table, problem.recomputed_at(level)
+    spared, taken = dict.fromkeys(again, 0), dict.fromkeys(again, 0.0)
+    for life in table.lifetimes:
+        module = table.accesses[life.born].module
+        if module in spared and life.policy in ("keep", "recompute"):
+            spared[module] += life.size_bytes if life.policy == "keep" else -life.size_bytes
+    for row in table.accesses:
+        if row.module in taken:
+            taken[row.module] += row.recompute_s
+    return max((taken[module] / max(spared[module], 1) for module in again), default=0.0)
 
 
 def _with_offloads(solution: _Solution, given: _Given, asked: Mapping[str, Activations]) -> _Solution:

@@ -77,8 +77,9 @@ def attach(
         handle = Handle(model, parts)
         if plan.optimizer_state == "host":
             is_locked = is_state_locked(plan.table.state_on_host_bytes, plan.budgets.page_lock_bytes)
-            parts.optimizer_state = OptimizerState(model, device, is_pageable=not is_locked)
-            undo.callback(parts.optimizer_state.close)
+            with held_back():
+                parts.optimizer_state = OptimizerState(model, device, is_pageable=not is_locked)
+                undo.callback(parts.optimizer_state.close)
 
         def change(other: Plan) -> None:
             """Have the same blocks run under another plan. On failure the model is detached."""

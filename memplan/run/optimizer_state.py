@@ -23,6 +23,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook, register_op
 from torch.utils._python_dispatch import _disable_current_modes
 
 from memplan.run.arena import Arena
+from memplan.run.interrupts import held_back
 from memplan.units import align_up
 from memplan.weights import plain_parts
 
@@ -59,20 +60,26 @@ class _State:
 
     def bring(self) -> None:
         """Have the state on the device. Raises torch's error where there is no room for it."""
-        if self.room is None or self._there is not None:
-            return
-        # A load of a state from a file has put others in their place.
+        # A load of a state from a file may have put others in their place.
         held = {id(tensor) for tensor in self._tensors()}
-        there = torch.empty_like(self.room, device=self._device)
-        there.copy_(self.room, non_blocking=True)
-        for place in self._places:
-            if id(place.tensor) in held:
+        places = [place for place in self._places if id(place.tensor) in held]
+        if self.room is None or self._there is not None or not places:
+            return
+        if self._sent is not None:
+            torch.cuda.current_stream(self._device).wait_event(self._sent)
+        with held_back():
+            there = torch.empty_like(self.room, device=self._device)
+            there.copy_(self.room, non_blocking=True)
+            for place in places:
                 place.point(there)
-        self._there = there
+            self._there = there
 
     def send(self, new_room: Callable[[int], torch.Tensor]) -> None:
         """Have the state in RAM."""
-        tensors = self._tensors()
+        with held_back():
+            self._send(self._tensors(), new_room)
+
+    def _send(self, tensors: list[torch.Tensor], new_room: Callable[[int], torch.Tensor]) -> None:
         if self.room is None or [id(place.tensor) for place in self._places] != [id(tensor) for tensor in tensors]:
             self._lay_out(tensors, new_room)
         elif self._there is not None:
@@ -92,6 +99,9 @@ class _State:
     def _lay_out(self, tensors: list[torch.Tensor], new_room: Callable[[int], torch.Tensor]) -> None:
         """Move the state to a new room, one tensor after another."""
         self.wait()
+        known = {id(tensor) for tensor in tensors}
+        if not any(id(place.tensor) in known for place in self._places):
+            self._places, self.room = (), None  # before another is there
         places, top = [], 0
         for tensor in tensors:
             places.append(_Place(tensor, top, tensor.numel() * tensor.element_size()))
@@ -111,7 +121,12 @@ class _State:
         parts: dict[int, torch.Tensor] = {}
         for held in _tensors_in(list(optimizer.state.values()) if optimizer is not None else []):
             for part in plain_parts(held):
-                if part.numel() > 1 and part.device.type in (self._device.type, "cpu"):
+                # bitsandbytes' pages go where there is room by themselves.
+                if (
+                    part.numel() > 1
+                    and not getattr(part, "is_paged", False)
+                    and part.device.type in (self._device.type, "cpu")
+                ):
                     parts.setdefault(id(part), part)
         once = Counter(part.data_ptr() for part in parts.values())
         return [part for part in parts.values() if once[part.data_ptr()] == 1 and _has_no_gaps(part)]
@@ -129,6 +144,7 @@ class OptimizerState:
         self.watch: Callable[[torch.Tensor], None] | None = None
         """Told each room before anything lies in it."""
         self._undo = ExitStack()
+        weakref.finalize(model, self._undo.close)  # who drops a model does not always detach it
         self._undo.callback(register_optimizer_step_pre_hook(self._steps).remove)
         self._undo.callback(register_optimizer_step_post_hook(self._stepped).remove)
 
@@ -149,9 +165,10 @@ class OptimizerState:
     def close(self) -> None:
         """Give every optimizer its state back on the device."""
         self._undo.close()
-        for state in self._states.values():
-            state.bring()
-        self._states.clear()
+        with ExitStack() as brought:
+            brought.callback(self._states.clear)
+            for state in self._states.values():
+                brought.callback(state.bring)
 
     def _wait(self, optimizer: Optimizer) -> None:
         self._states[optimizer].wait()

@@ -51,7 +51,8 @@ def _register(address: int, size_bytes: int, device: int) -> None:
 
 
 def _unregister(address: int, device: int, process: int) -> None:
-    """Let pages go. Transfers are closed before the arenas go: nothing copies or reads these any more."""
+    """Let pages go, once no copy is under way: one of an optimizer's state may be, though transfers are closed before arenas go."""
     if os.getpid() == process:
         with torch.cuda.device(device):
+            torch.cuda.synchronize()
             torch.cuda.check_error(torch.cuda.cudart().cudaHostUnregister(address))

@@ -78,6 +78,12 @@ class Placement(Callback):
         )
         self.handle = attach(model, plan, checkpoint=checkpoint_of(model), checked=self._checked, replan=api.smaller)
 
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Have what the optimizers know from a checkpoint lie where the plan has it."""
+        if self.handle is not None:
+            for optimizer in trainer.optimizers:
+                self.handle.adopt(optimizer)
+
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
         """Log what was measured."""
         if self._log and self.handle is not None:

@@ -41,7 +41,7 @@ def plan_for(kind, share=0.1, *, policy=None, shape=(1, 4), checkpointing="off",
 
     def placed(vram, **more):
         names = {"model": graph.model, "fingerprint": graph.fingerprint, "hardware": CPU.name}
-        budgets = Budgets(vram_bytes=vram, ram_bytes=GIB, disk_bytes=GIB)
+        budgets = Budgets(vram_bytes=vram, ram_bytes=GIB, disk_bytes=GIB if "pins" in more else 0)
         return place(table, budgets, workload=workload, activations=activations, elastic=elastic, **names, **more)
 
     with pytest.raises(DoesNotFitError) as caught:

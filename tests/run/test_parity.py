@@ -32,7 +32,7 @@ def plan_for(model, kind, *, share=0.4, accumulation=1, tiers="all", offload=())
     workload = Workload(batch={}, tokens=graph.tokens, accumulation=accumulation, optimizer="adamw", adapter="")
 
     def placed(vram, **more):
-        budgets = Budgets(vram_bytes=vram, ram_bytes=GIB, disk_bytes=GIB)
+        budgets = Budgets(vram_bytes=vram, ram_bytes=GIB, disk_bytes=GIB if "pins" in more else 0)
         names = {"model": graph.model, "fingerprint": graph.fingerprint, "hardware": CPU.name}
         return place(table, budgets, workload=workload, activations=activations, **names, **more)
 

@@ -152,7 +152,7 @@ def plan_of(model, case):
     activations = dict.fromkeys(graph.recomputable, "offload") if offloaded else {}
 
     def placed(vram, pins=None):
-        budgets = Budgets(vram_bytes=vram, ram_bytes=GIB, disk_bytes=GIB)
+        budgets = Budgets(vram_bytes=vram, ram_bytes=GIB, disk_bytes=GIB if pins else 0)
         names = {"model": graph.model, "fingerprint": graph.fingerprint, "hardware": CPU.name}
         return place(table, budgets, workload=workload, activations=activations, pins=pins, **names)
 
