@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import fnmatch
 import os
+import zlib
 from pathlib import Path
 
 import pytest
 
 _ROOT = Path(__file__).parents[1]
 _ALLOWED_SKIPS = Path(__file__).with_name("skips.txt")
+_THINNED = ("run/", "analyze/", "trainers/", "test_bad_input.py", "test_quantization.py")
+_MANY = 4
 _unlisted = pytest.StashKey[dict[str, str]]()
 
 
@@ -21,12 +24,28 @@ def pytest_configure(config: pytest.Config) -> None:
     config.pluginmanager.register(_SkipGuard(config, allowed_skips(_ALLOWED_SKIPS.read_text())), "memplan-skips")
 
 
+@pytest.hookimpl(tryfirst=True)  # before tests are chosen by their marks
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leave out tests marked ``gpu`` where there is no CUDA device: they are not there, so they are not skipped."""
+    """Leave out tests marked ``gpu`` where there is no CUDA device: they are not there, so they are not skipped. Of tests with
+    many cases that train, about every other case waits for the full suite.
+    """
+    _thin_out(items)
     gpu = [item for item in items if item.get_closest_marker("gpu")]
     if gpu and not _has_cuda():
         config.hook.pytest_deselected(items=gpu)
         items[:] = [item for item in items if item not in gpu]
+
+
+def _thin_out(items: list[pytest.Item]) -> None:
+    """Mark cases as of the full suite: by their names' checksums, so that no choice of one parameter goes with them."""
+    cases: dict[str, list[pytest.Item]] = {}
+    for item in items:
+        if item.nodeid.removeprefix("tests/").startswith(_THINNED) and not item.get_closest_marker("full"):
+            cases.setdefault(item.nodeid.split("[")[0], []).append(item)
+    for found in cases.values():
+        for item in found[1:] if len(found) >= _MANY else ():
+            if zlib.crc32(item.nodeid.encode()) % 2:
+                item.add_marker(pytest.mark.full)
 
 
 def allowed_skips(text: str) -> tuple[str, ...]:

@@ -52,6 +52,7 @@ def test_a_skip_that_is_not_listed_fails_the_run(workers: str, tmp_path: Path) -
     assert "failed" not in done.stdout.splitlines()[-1].replace("xfailed", "")
 
 
+@pytest.mark.full
 def test_a_listed_skip_does_not(tmp_path: Path) -> None:
     done = run(tmp_path, SUITE, "test_it.py::test_skips | needs a thing that is nowhere\n", "-n", "2")
     assert done.returncode == 0, done.stdout

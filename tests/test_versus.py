@@ -187,6 +187,7 @@ esac
 """
 
 
+@pytest.mark.full
 def test_gpu_parts_are_kept_and_not_run_again(tmp_path):
     """Whatever their JSON says; what printed none and failed is run again."""
     stub, calls, out = tmp_path / "python", tmp_path / "calls", tmp_path / "out"

@@ -121,7 +121,7 @@ ALL = {"offload": True, "accumulation": 2, "autocast": "bf16"}
 def _cases():
     for make in MODELS:
         for name, options in (("plain", {}), ("all", ALL)):
-            slow = make not in (llama, mixtral) or bool(options)
+            slow = make is not mixtral or bool(options)
             yield pytest.param(make, options, id=f"{make.__name__}-{name}", marks=[pytest.mark.full] if slow else [])
 
 

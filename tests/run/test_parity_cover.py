@@ -71,7 +71,6 @@ def cover(choices, strength):
 
 
 QUICK = [Case(*values) for values in cover(CHOICES, 2)]
-"""Every pair of choices meets in them. Every other one waits for the full suite."""
 
 
 def test_the_cover_is_one():
@@ -82,10 +81,7 @@ def test_the_cover_is_one():
     assert not UNSUPPORTED
 
 
-@pytest.mark.parametrize(
-    "case",
-    [pytest.param(case, id=str(case), marks=pytest.mark.full if turn % 2 else ()) for turn, case in enumerate(QUICK)],
-)
+@pytest.mark.parametrize("case", QUICK, ids=str)
 def test_pairs(case, tmp_path, monkeypatch):
     run(case, tmp_path, monkeypatch)
 

@@ -120,6 +120,7 @@ class Card(LiveBytes):
             raise torch.OutOfMemoryError("CUDA out of memory.")
 
 
+@pytest.mark.full
 def test_it_goes_down_until_it_fits(tmp_path):
     """A card on which less is free than was said: by an independent count of what lives."""
     expected = trained(make("llama"))
@@ -207,6 +208,7 @@ def test_what_was_before_is_there_again(tmp_path):
             assert counts.seen == 0
 
 
+@pytest.mark.full
 def test_pins_and_what_was_asked_for_stay():
     model = make("llama")
     asked = {"pins": {"layers.4": "device"}, "activations": {"layers.5": "keep", "layers.2": "offload"}}

@@ -61,7 +61,7 @@ LONG = (
     "peft_loop",
     "diffusers_dit",
     "seq2seq_trainer",
-    "plain_loop",
+    "transformers_trainer",
 )
 
 

@@ -43,13 +43,14 @@ def exact(done):
     return [line for line in done.stdout.splitlines() if line.startswith(("loss", "eval", "made", "sum"))]
 
 
-MODES = ["counted", "merged"]
+MODES = ["merged"]
 MORE = [
+    "counted",
+    "best",
     "cast",
     "adapters",
     "written",
     "swapped",
-    "best",
     "checkpointing",
     "dora",
     "reordered",

@@ -131,6 +131,7 @@ def test_a_copy_waits_for_itself(model, calls):
     assert waits(model)
 
 
+@pytest.mark.full
 def test_what_torch_compile_makes_is_as_without(model, calls):
     waiting(model, calls).train()
     compiled = torch.compile(model, backend="eager")
