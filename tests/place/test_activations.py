@@ -110,7 +110,7 @@ def test_beside_every_choice_of_activations_and_of_what_is_held(device, count):
         table, vram = random_problem(rng, device)
         best = optimum(table, vram)
         try:
-            plan = place(table, budgets(vram, disk=0), **NAMES, pieces=False)
+            plan = place(table, budgets(vram, disk=0), **NAMES, pieces=False, optimizer_state="device")
         except DoesNotFitError:
             assert best is None
             none += 1
