@@ -59,8 +59,7 @@ class Case:
 
         within = replace(self.budgets, **budgets)
         more = {"pins": self.pins, "pieces": pieces, "elastic": self.elastic, **self._asked()}
-        more["optimizer_state"] = self.optimizer_state
-        return place(self.table, within, **more, **self._said())
+        return place(self.table, within, optimizer_state=self.optimizer_state, **more, **self._said())
 
     def pass_below_s(self, below_s: float) -> float | None:
         """Return the pass in s of the plan, whole blocks alone; None where it does not fit or takes ``below_s`` or longer."""

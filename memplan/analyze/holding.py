@@ -12,7 +12,8 @@ nothing is.
 
 from __future__ import annotations
 
-from collections import Counter
+from bisect import bisect_right
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 
 from memplan.analyze.accesses import Seen
@@ -37,10 +38,18 @@ class Lifetimes:
         self._longer: list[tuple[Activations, int, int, int]] = []
         """What was said to live longer than its trace had it: the policy, last accesses before and now, bytes."""
         self._first_backward = next((i for i, one in enumerate(accesses) if one.kind == "backward"), len(accesses))
+        self._choices = [i for i in range(self._first_backward) if accesses[i].module in recomputable]
+        self._forward_ends: dict[tuple[Activations, int], set[int]] = defaultdict(set)
+        """By policy and maker: until when, of what goes before any backward."""
+        for policy, found in self._traced.items():
+            for _, born, last in found:
+                if last < self._first_backward:
+                    self._forward_ends[policy, born].add(last)
+        self._backward_of = {one.forward: i for i, one in enumerate(accesses) if one.kind == "backward"}
         handed = self._hand_on()
         self._shared = shared = tuple(self._hand_in(handed))
-        found = [life for policy in self._traced for life in self._of(policy)]
-        self.all = tuple(sorted([*found, *shared], key=lambda life: (life.born, life.last, life.kind, life.policy)))
+        lives = [life for policy in self._traced for life in self._of(policy)]
+        self.all = tuple(sorted([*lives, *shared], key=lambda life: (life.born, life.last, life.kind, life.policy)))
 
     def spanning(self, index: int, policy: Activations) -> int:
         """Return the bytes of them that were alive in an access in the trace of a policy."""
@@ -59,21 +68,18 @@ class Lifetimes:
 
     def _next(self, index: int) -> tuple[int, int] | None:
         """Return the next forward behind an access whose module has a choice, and its backward; None where there is none."""
-        forwards = range(index + 1, self._first_backward)
-        found = next((i for i in forwards if self._accesses[i].module in self._recomputable), None)
-        if found is None:
-            return None
-        backwards = [i for i, one in enumerate(self._accesses) if one.kind == "backward" and one.forward == found]
-        return (found, backwards[-1]) if backwards else None
+        position = bisect_right(self._choices, index)
+        found = self._choices[position] if position < len(self._choices) else None
+        return (found, self._backward_of[found]) if found is not None and found in self._backward_of else None
 
     def _hand_on(self) -> dict[int, int]:
         """Have each module with a choice hold what it was handed by the one before, and all what lies in a cache. Return the
         bytes that each hands to the next alone, by its forward.
         """
         kept, again, handed = self._traced["keep"], self._traced["recompute"], dict[int, int]()
-        for index in range(self._first_backward):
+        for index in self._choices:
             behind = self._next(index)
-            if self._accesses[index].module not in self._recomputable or behind is None:
+            if behind is None:
                 continue
             holder, last = behind
             here = (_KIND, index, last)
@@ -93,7 +99,9 @@ class Lifetimes:
         Return how much of ``most`` that was.
         """
         spans, moved = self._traced.get(policy, Counter[Span]()), 0
-        for end in sorted(end for _, born, end in spans if born == index and holder < end < self._first_backward):
+        for end in sorted(self._forward_ends[policy, index]):
+            if end <= holder:
+                continue
             here = max(0, min(most - moved, spans[_KIND, index, end]))
             spans[_KIND, index, end] -= here
             spans[_KIND, index, last] += here
@@ -120,7 +128,7 @@ class Lifetimes:
                     own = more if policy != "recompute" else min(more, left.get(holder, more))
                     left[holder] = left.get(holder, own) - own
                     traced[_KIND, holder, last] += own
-                    gone = max((e for _, b, e in kept if b == born and e < self._first_backward), default=holder)
+                    gone = max(self._forward_ends["keep", born], default=holder)
                     if more > own and gone < last:
                         yield Lifetime(kind=_KIND, born=gone + 1, last=last, size_bytes=more - own, policy="any")
 

@@ -150,7 +150,8 @@ def does_not_fit(
     elif smallest.device_bytes > 4 * smallest.slots_bytes and len(smallest.homes) < len(problem.movable):
         tips.append("give more ram or a disk budget, so that more blocks may leave the device")
     state = sum(row.size_bytes for row in problem.table.fixed if row.kind == "optimizer")
-    if state > least // 8:
+    is_choice = len(tables_of(table, optimizer_state, budgets.page_lock_bytes)) > 1  # then it was tried
+    if state > least // 8 and not is_choice and not workload.optimizer.startswith("paged_"):
         tips.append('let the optimizer\'s state wait in ram between steps (optimizer_state "host")')
     if fixed > least // 4:
         tips.append("use a smaller adapter rank or an optimizer with less state")

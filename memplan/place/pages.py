@@ -1,8 +1,8 @@
 """What of RAM is page-locked, where no more than so many bytes may be.
 
-The staging rings come first, then the optimizer's state, where it waits in RAM, then offloaded activations, then blocks of which rows are read where they lie (the device reads
-them as it computes), then blocks by how often a pass loads them. Those that come equally often are taken in an order of which
-every beginning is spread evenly over the pass. It does not depend on how much may be locked, and what comes first is never
+The staging rings come first, then the optimizer's state, where it waits in RAM, then offloaded activations, then blocks of
+which rows are read where they lie (the device reads them as it computes), then blocks by how often a pass loads them. Those
+that come equally often are taken in an order of which every beginning is spread evenly over the pass. It does not depend on how much may be locked, and what comes first is never
 passed over for what is smaller: so with more nothing that was locked is pageable, and no load takes longer (a block of which
 rows are read apart, which is passed over where it does not fit).
 """

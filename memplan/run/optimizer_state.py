@@ -60,10 +60,12 @@ class _State:
 
     def bring(self) -> None:
         """Have the state on the device. Raises torch's error where there is no room for it."""
+        if self.room is None or self._there is not None:
+            return
         # A load of a state from a file may have put others in their place.
         held = {id(tensor) for tensor in self._tensors()}
         places = [place for place in self._places if id(place.tensor) in held]
-        if self.room is None or self._there is not None or not places:
+        if not places:
             return
         if self._sent is not None:
             torch.cuda.current_stream(self._device).wait_event(self._sent)
@@ -144,7 +146,8 @@ class OptimizerState:
         self.watch: Callable[[torch.Tensor], None] | None = None
         """Told each room before anything lies in it."""
         self._undo = ExitStack()
-        weakref.finalize(model, self._undo.close)  # who drops a model does not always detach it
+        dropped = weakref.finalize(model, self._undo.close)  # who drops a model does not always detach it
+        self._undo.callback(dropped.detach)
         self._undo.callback(register_optimizer_step_pre_hook(self._steps).remove)
         self._undo.callback(register_optimizer_step_post_hook(self._stepped).remove)
 

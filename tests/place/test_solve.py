@@ -434,6 +434,7 @@ def test_the_state_waits_in_ram_where_nothing_fits_else():
     with pytest.raises(DoesNotFitError) as caught:
         place(table, budgets(least["host"] - 1), **said)
     assert caught.value.least_vram_bytes == least["host"]
+    assert not any("optimizer_state" in tip for tip in caught.value.suggestions)  # it lies there already
     with pytest.raises(DoesNotFitError):
         place(table, budgets(least["host"], ram=48 * MIB), **said)
 
