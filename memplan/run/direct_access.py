@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 from weakref import ref
 
@@ -31,8 +31,8 @@ from memplan.errors import RunError
 from memplan.run.arena import dtype_of, shaped
 from memplan.run.disk import written_pages
 from memplan.run.home import Home, as_bytes
-from memplan.run.streamed import Kinds, Streamed
-from memplan.weights import is_wrapper, kind_of, wrapped_parts
+from memplan.run.streamed import Kinds, Streamed, trained_by_now
+from memplan.weights import is_wrapper, kind_of, rewrapped, wrapped_parts
 
 if TYPE_CHECKING:
     from memplan.run.conductor import Conductor
@@ -110,17 +110,38 @@ class DirectAccess:
 
     # ---- serving a call --------------------------------------------------------------------------------------------
 
-    def bind(self, tensor: torch.Tensor) -> list[_Bound]:
-        """Have a tensor be its own class and its true values. ``unbind`` undoes it. Raises RunError after a detach."""
+    def stand_in(self, tensor: torch.Tensor) -> _StandIn:
+        """Return what a call is given in a weight's place: its true values. Raises RunError where it is trained by now."""
         with self._running().lock:
             parts = self._wrapped.get(id(tensor))
             if parts is None:
-                return [self._bind(tensor)]
-            bound = [self._bind(part) for part in parts]
-            streamed = self._places[id(parts[0])][0]
-            bound[0].shell = next(kinds for kinds in streamed.kinds if kinds.tensor is tensor)
-            tensor.__class__ = bound[0].shell.own
-            return bound
+                lent = (self._lend(tensor),)
+                shown = lent[0].alias
+                own = kind_of(tensor)
+                if own is not torch.Tensor:
+                    shown.__class__ = own
+                    shown.__dict__.update(tensor.__dict__)
+            else:
+                by_id = {id(part): self._lend(part) for part in parts}
+                lent = tuple(by_id.values())
+                shown = rewrapped(tensor, lambda part: by_id[id(part)].alias if id(part) in by_id else part)
+            return _StandIn(tensor, shown, lent)
+
+    def take_back(self, stand_in: _StandIn) -> None:
+        """Take home what a call has written to what it was given. Raises RunError."""
+        with self._running().lock:
+            failure: RunError | None = None
+            for lent in stand_in.let_go():
+                streamed = lent.streamed
+                if lent.held.is_shared():
+                    self._share(streamed, lent.held)
+                try:
+                    if lent.is_replaced or lent.is_written:
+                        self.write(streamed, lent.held.row, lent.value, replaced=lent.is_replaced)
+                except RunError as error:
+                    failure = failure or error
+            if failure is not None:
+                raise failure
 
     def _running(self) -> Conductor:
         conductor = self._conductor()
@@ -128,15 +149,15 @@ class DirectAccess:
             raise _gone()
         return conductor
 
-    def _bind(self, tensor: torch.Tensor) -> _Bound:
+    def _lend(self, tensor: torch.Tensor) -> _Lent:
         streamed, place = self._places[id(tensor)]
+        with torch._C.DisableTorchFunctionSubclass():
+            if tensor.requires_grad:
+                raise trained_by_now(streamed.name)
         row = streamed.rows[place]
         held = self._true(streamed.block, row)
         self._count(row)
-        tensor.__class__ = streamed.kinds[place].own
-        before = tensor.data
-        tensor.data = held.tensor
-        return _Bound(tensor, streamed, place, held, tensor._version, before)
+        return _Lent(streamed, held, _alias(held.tensor))
 
     def _true(self, block: int, row: Tensor) -> _HandedOut:
         """Return a weight's true values where the device can read them."""
@@ -163,39 +184,13 @@ class DirectAccess:
                 row.name,
             )
 
-    def unbind(self, bound: Sequence[_Bound]) -> None:
-        """Have weights be as they were before the call, and what was written to them be in their homes. Raises RunError."""
-        with self._running().lock:
-            self._unbind(bound)
-
-    def _unbind(self, bound: Sequence[_Bound]) -> None:
-        failure: RunError | None = None
-        for one in bound:
-            replaced = one.tensor.data_ptr() != one.held.tensor.data_ptr() or one.tensor.shape != one.row.shape
-            replaced = replaced or one.tensor.dtype != one.held.tensor.dtype
-            value = one.tensor.data if replaced else one.held.tensor
-            is_written = replaced or one.tensor._version != one.version
-            one.tensor.data = one.before
-            one.tensor.__class__ = one.streamed.kinds[one.place].away
-            if one.shell is not None:
-                one.shell.tensor.__class__ = one.shell.away
-            try:
-                if is_written:
-                    self.write(one.streamed, one.row, value)
-            except RunError as error:
-                failure = failure or error
-            if one.held.is_shared():
-                held = self._handed_out.setdefault(one.streamed.block, [])
-                if all(other is not one.held for other in held):
-                    held.append(one.held)
-                one.streamed.is_shared_out = True
-        if failure is not None:
-            raise failure
-
     # ---- writes ----------------------------------------------------------------------------------------------------
 
-    def write(self, streamed: Streamed, row: Tensor, value: torch.Tensor) -> None:
-        """Have a weight be ``value`` from its next load on. Raises RunError where it cannot be."""
+    def write(self, streamed: Streamed, row: Tensor, value: torch.Tensor, *, replaced: bool = False) -> None:
+        """Have a weight be ``value`` from its next load on. Raises RunError where it cannot be.
+
+        ``replaced``: it is another tensor than before, which those who hold that one keep.
+        """
         home = self._homes[streamed.block]
         if tuple(value.shape) != row.shape or value.dtype != dtype_of(row.dtype):
             raise RunError(
@@ -203,9 +198,11 @@ class DirectAccess:
                 "memplan streams it as it was when it was placed: detach() first, change it, then plan and attach anew"
             )
         self._running().drop(streamed.block)
-        if not home.is_writable:
+        held = self._handed_out.get(streamed.block, ())
+        if not home.is_writable or (replaced and any(not other.is_copy and other.is_shared() for other in held)):
             self._own_home(streamed.block)
             streamed.source = home.source
+            self._handed_out.pop(streamed.block, None)
         home.write(row, value)
         self.writes += 1
 
@@ -244,6 +241,15 @@ class DirectAccess:
                 self._handed_out[key] = left
             self._streamed[key].is_shared_out = bool(left)
 
+    def _share(self, streamed: Streamed, held: _HandedOut) -> None:
+        """Note that someone else holds true values of a weight, and may write to them."""
+        known = self._handed_out.setdefault(streamed.block, [])
+        if all(other is not held for other in known):
+            known.append(held)
+        streamed.is_shared_out = True
+        if not streamed.is_open:
+            self._running().drop(streamed.block)  # what is in the slot would not be what is written
+
     def settle_before(self, state: dict[str, Any]) -> None:
         """Take home what was written, once for each ``state_dict`` that is being made: ``state``."""
         burst = (id(state), len(state))
@@ -256,9 +262,7 @@ class DirectAccess:
         streamed = self._streamed.get(block)
         if streamed is not None:
             is_mapped = not self._homes[block].is_writable
-            held = _HandedOut(_alias(value), row, is_mapped=is_mapped)
-            self._handed_out.setdefault(block, []).append(held)
-            streamed.is_shared_out = True
+            self._share(streamed, _HandedOut(_alias(value), row, is_mapped=is_mapped))
 
     def show_all(self) -> None:
         """Have every streamed weight be its true values, and nothing served, until ``hide_all``. Nothing may be on its way."""
@@ -332,26 +336,42 @@ def _equal(one: torch.Tensor, other: torch.Tensor) -> bool:
 
 
 @dataclass(slots=True, eq=False)
-class _Bound:
-    """A weight as it is during one call."""
+class _Lent:
+    """True values of a weight in one call."""
 
-    tensor: torch.Tensor
     streamed: Streamed
-    place: int
     held: _HandedOut
-    version: int
-    before: torch.Tensor
-    shell: Kinds | None = None
+    alias: torch.Tensor
+    is_replaced: bool = False
+    is_written: bool = False
+    value: torch.Tensor = field(init=False)
 
-    @property
-    def row(self) -> Tensor:
-        return self.streamed.rows[self.place]
+    def look(self) -> None:
+        """See what the call has done to it, and let go of it."""
+        alias, true = self.alias, self.held.tensor
+        self.is_replaced = (alias.data_ptr(), alias.shape, alias.dtype) != (true.data_ptr(), true.shape, true.dtype)
+        self.is_written = alias._version != 0
+        self.value = alias.data if self.is_replaced else true
+        del self.alias
 
 
-def _uses_of(tensor: torch.Tensor) -> int:
-    """Return how many refer to a tensor's memory, this look included."""
-    uses: int = torch._C._storage_Use_Count(tensor.untyped_storage()._cdata)  # type: ignore[attr-defined]
-    return uses
+@dataclass(slots=True, eq=False)
+class _StandIn:
+    """What a call is given in a weight's place.
+
+    Not the weight itself: autograd saves a tensor that was given to an operator as it is, whatever it is pointed at later.
+    """
+
+    weight: torch.Tensor
+    shown: torch.Tensor
+    lent: tuple[_Lent, ...]
+
+    def let_go(self) -> tuple[_Lent, ...]:
+        """Hold nothing that was shown any more, and return what was made of it."""
+        del self.shown
+        for lent in self.lent:
+            lent.look()
+        return self.lent
 
 
 # ---- the classes -----------------------------------------------------------------------------------------------------
@@ -364,7 +384,8 @@ def _kinds(tensor: torch.Tensor, is_plain: bool) -> Kinds:
     own = kind_of(tensor)
     away = _AWAY.get(own)
     if away is None:
-        away = _AWAY[own] = _named(own, {"__torch_function__": classmethod(_torch_function)})
+        served = {name: _serving(getattr(own, name)) for name in _COPIES if hasattr(own, name)}
+        away = _AWAY[own] = _named(own, {**served, "__torch_function__": classmethod(_torch_function)})
     noting = own
     if own is nn.Parameter and not is_plain:
         noting = _NOTING.get(own) or _NOTING.setdefault(own, _named(own, {"data": property(_data, _set_data)}))
@@ -373,9 +394,24 @@ def _kinds(tensor: torch.Tensor, is_plain: bool) -> Kinds:
 
 def _named(own: type, more: dict[str, Any]) -> type:
     """Return a subclass that goes by its parent's name: libraries know quantized weights by it."""
-    names = {"__module__": own.__module__, "__qualname__": own.__qualname__, "_memplan_kind": own}
+
+    def new(kind: type, *args: Any, **kwargs: Any) -> Any:
+        return own(*args, **kwargs)  # type(weight)(...) makes one of the same kind
+
+    names = {"__module__": own.__module__, "__qualname__": own.__qualname__, "_memplan_kind": own, "__new__": new}
     made: type = type(own)(own.__name__, (own,), {**names, **more})
     return made
+
+
+_COPIES = ("__copy__", "__deepcopy__", "__reduce_ex__", "to", "cuda", "cpu", "xpu")
+"""Methods of which classes of parameters have their own, that look at ``type(self)`` before torch looks at them."""
+
+
+def _serving(method: Callable[..., Any]) -> Callable[..., Any]:
+    def served(tensor: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        return _served(method, (tensor, *args), kwargs, (tensor,))
+
+    return served
 
 
 def _data(tensor: torch.Tensor) -> torch.Tensor:
@@ -410,18 +446,33 @@ def _torch_function(
 
 
 def _served(func: Callable[..., Any], args: Any, kwargs: Any, tensors: Sequence[torch.Tensor]) -> Any:
-    """Call a function with weights that are true while it runs."""
-    bound: list[tuple[DirectAccess, list[_Bound]]] = []
+    """Call a function with weights' true values in their place."""
+    given: list[tuple[DirectAccess, _StandIn]] = []
     try:
         for tensor in tensors:
             server = _server_of(tensor)
             if server is None:
                 raise _gone()
-            bound.append((server, server.bind(tensor)))
-        return func(*args, **kwargs)
+            given.append((server, server.stand_in(tensor)))
+        shown = {id(one.weight): one.shown for _, one in given}
+        result = func(*_exchanged(args, shown), **_exchanged(kwargs, shown))
+        # What is done in place gives back the tensor that it was done to.
+        return next((one.weight for _, one in given if one.shown is result), result)
     finally:
-        for server, parts in bound:
-            server.unbind(parts)
+        shown = {}
+        for server, one in given:
+            server.take_back(one)
+
+
+def _exchanged(value: Any, shown: dict[int, torch.Tensor]) -> Any:
+    if isinstance(value, torch.Tensor):
+        return shown.get(id(value), value)
+    if isinstance(value, (tuple, list)):
+        parts = [_exchanged(part, shown) for part in value]
+        return type(value)(*parts) if hasattr(value, "_fields") else type(value)(parts)
+    if isinstance(value, dict):
+        return {key: _exchanged(part, shown) for key, part in value.items()}
+    return value
 
 
 def _gone() -> RunError:

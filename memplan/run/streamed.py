@@ -82,10 +82,7 @@ class Streamed:
         self.be_plain()
         for tensor, there, _ in self.pointers:
             if tensor.requires_grad:
-                raise RunError(
-                    f"a weight of {self.name} was frozen when it was placed and is trained now, but memplan only ever "
-                    "reads it: detach() first, then plan and attach anew"
-                )
+                raise trained_by_now(self.name)
             tensor.data = there
         self._be_closed()
         self.is_open = False
@@ -153,3 +150,11 @@ class Streamed:
     def _be_closed(self) -> None:
         for kinds in self.kinds:
             kinds.tensor.__class__ = kinds.away
+
+
+def trained_by_now(block: str) -> RunError:
+    """Return the error for a weight that was placed as a frozen one."""
+    return RunError(
+        f"a weight of {block} was frozen when it was placed and is trained now, but memplan only ever reads it: detach() "
+        "first, then plan and attach anew"
+    )
