@@ -194,8 +194,9 @@ def unready(parameter: torch.Tensor, module: nn.Module) -> str | None:
 
 def kind_of(tensor: object) -> type:
     """Return a tensor's own class: between its accesses a streamed weight is of another (:mod:`memplan.run.direct_access`)."""
-    kind: type = type(tensor)
-    return kind.__dict__.get("_memplan_kind", kind)
+    kind = type(tensor)
+    own: type = kind.__dict__.get("_memplan_kind", kind)
+    return own
 
 
 def is_wrapper(tensor: object) -> bool:

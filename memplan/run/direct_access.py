@@ -115,7 +115,7 @@ class DirectAccess:
         with self._running().lock:
             parts = self._wrapped.get(id(tensor))
             if parts is None:
-                lent = (self._lend(tensor),)
+                lent: tuple[_Lent, ...] = (self._lend(tensor),)
                 shown = lent[0].alias
                 own = kind_of(tensor)
                 if own is not torch.Tensor:
@@ -321,7 +321,7 @@ class _HandedOut:
     def is_shared(self) -> bool:
         """Whether anyone but this refers to its memory."""
         # Itself, and the storage that is asked.
-        return bool(torch._C._storage_Use_Count(self.tensor.untyped_storage()._cdata) > 2)  # type: ignore[attr-defined]
+        return bool(torch._C._storage_Use_Count(self.tensor.untyped_storage()._cdata) > 2)
 
 
 def _alias(tensor: torch.Tensor) -> torch.Tensor:
