@@ -104,9 +104,9 @@ class DirectAccess:
                 for kinds in streamed.kinds:
                     _SERVERS.pop(kinds.tensor, None)
                 streamed.release()
-            self._handed_out.clear()
-            self._places.clear()
-            self._wrapped.clear()
+            # A graph that is still alive must not keep the arenas.
+            self._homes, self._streamed, self._handed_out, self._places, self._wrapped = {}, {}, {}, {}, {}
+            self._own_home = _refuse
 
     # ---- serving a call --------------------------------------------------------------------------------------------
 
@@ -473,6 +473,10 @@ def _exchanged(value: Any, shown: dict[int, torch.Tensor]) -> Any:
     if isinstance(value, dict):
         return {key: _exchanged(part, shown) for key, part in value.items()}
     return value
+
+
+def _refuse(block: int) -> None:
+    raise _gone()
 
 
 def _gone() -> RunError:
