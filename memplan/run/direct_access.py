@@ -345,12 +345,16 @@ class _Lent:
     is_replaced: bool = False
     is_written: bool = False
     value: torch.Tensor = field(init=False)
+    _version: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        self._version = self.alias._version
 
     def look(self) -> None:
         """See what the call has done to it, and let go of it."""
         alias, true = self.alias, self.held.tensor
         self.is_replaced = (alias.data_ptr(), alias.shape, alias.dtype) != (true.data_ptr(), true.shape, true.dtype)
-        self.is_written = alias._version != 0
+        self.is_written = alias._version != self._version
         self.value = alias.data if self.is_replaced else true
         del self.alias
 
