@@ -252,7 +252,9 @@ class Conductor:
         written = streamed.shut()
         if written:
             self._direct.written_in_access(streamed, written)
-        elif streamed.is_shared_out:
+        if streamed.taken:
+            self._direct.keep_taken(streamed)
+        if streamed.is_shared_out and not written:
             self._direct.settle(streamed.block)
             if streamed.is_shared_out:  # who holds it may write to it at any time: have it read anew
                 self._evict(streamed)

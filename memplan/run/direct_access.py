@@ -300,12 +300,24 @@ class DirectAccess:
             if id(tensor) in self._places:
                 self._places[id(tensor)][0].has_late_hooks = True
 
-    def data_taken(self, tensor: torch.Tensor, data: torch.Tensor) -> None:
-        """Note that someone takes hold of the ``data`` of a weight that is open."""
+    def taken(self, tensor: torch.Tensor, data: torch.Tensor, *, is_versioned: bool) -> None:
+        """Note that a hook takes hold of a weight that is open. ``is_versioned``: the weight tells if it is written to."""
         if id(tensor) in self._places:
             streamed, place = self._places[id(tensor)]
             if streamed.is_open:
-                streamed.taken.setdefault(place, data.clone())
+                streamed.taken.append((place, ref(data)))
+                if not is_versioned:
+                    streamed.values.setdefault(place, data.clone())
+
+    def keep_taken(self, streamed: Streamed) -> None:
+        """Have what hooks took hold of in an access, and still hold, be the weights' true values from now on."""
+        taken, streamed.taken = streamed.taken, []
+        for place, reference in taken:
+            data = reference()
+            if data is not None and data.data_ptr() == streamed.pointers[place][1].data_ptr():
+                held = self._true(streamed.block, streamed.rows[place])
+                data.data = _alias(held.tensor)
+                self._share(streamed, held)
 
 
 @dataclass(slots=True, eq=False)
@@ -392,7 +404,9 @@ def _kinds(tensor: torch.Tensor, is_plain: bool) -> Kinds:
         away = _AWAY[own] = _named(own, {**served, "__torch_function__": classmethod(_torch_function)})
     noting = own
     if own is nn.Parameter and not is_plain:
-        noting = _NOTING.get(own) or _NOTING.setdefault(own, _named(own, {"data": property(_data, _set_data)}))
+        noting = _NOTING.get(own) or _NOTING.setdefault(
+            own, _named(own, {"data": property(_data, _set_data), "detach": _detach})
+        )
     return Kinds(tensor=tensor, own=own, away=away, noting=noting)
 
 
@@ -422,8 +436,16 @@ def _data(tensor: torch.Tensor) -> torch.Tensor:
     data: torch.Tensor = nn.Parameter.data.__get__(tensor)  # type: ignore[attr-defined]
     server = _server_of(tensor)
     if server is not None:
-        server.data_taken(tensor, data)
+        server.taken(tensor, data, is_versioned=False)
     return data
+
+
+def _detach(tensor: torch.Tensor) -> torch.Tensor:
+    detached = torch.Tensor.detach(tensor)
+    server = _server_of(tensor)
+    if server is not None:
+        server.taken(tensor, detached, is_versioned=True)
+    return detached
 
 
 def _set_data(tensor: torch.Tensor, data: torch.Tensor) -> None:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from weakref import ReferenceType
 
 import torch
 
@@ -69,8 +70,10 @@ class Streamed:
     loads: int = 0
     misses: int = 0
     stall_s: float = 0.0
-    taken: dict[int, torch.Tensor] = field(default_factory=dict)
-    """What weights were before someone took hold of their ``data`` in an access under way, by place in ``pointers``."""
+    taken: list[tuple[int, ReferenceType[torch.Tensor]]] = field(default_factory=list)
+    """What hooks took hold of in the access under way, with its place in ``pointers``."""
+    values: dict[int, torch.Tensor] = field(default_factory=dict)
+    """What weights were before a hook took hold of their ``data``, by place."""
     _versions: list[int] = field(default_factory=list)
 
     @property
@@ -131,10 +134,10 @@ class Streamed:
             if (
                 tensor._version != version
                 or tensor.data_ptr() != there.data_ptr()
-                or (place in self.taken and not torch.equal(self.taken[place], there))
+                or (place in self.values and not torch.equal(self.values[place], there))
             ):
                 yield place
-        self.taken.clear()
+        self.values.clear()
 
     def release(self) -> None:
         """Have the weights be of their own classes for good."""

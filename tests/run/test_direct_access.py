@@ -329,6 +329,20 @@ def test_writes_in_a_hook_that_came_after_the_plan(name, tmp_path):
         assert torch.equal(state[key], value), key
 
 
+@pytest.mark.parametrize("take", [lambda w: w.detach(), lambda w: w.data, lambda w: w])
+def test_what_a_late_hook_keeps_of_a_weight_stays_that_weight(take, tmp_path):
+    torch.manual_seed(0)
+    model = Net().train()
+    weights = [one.weight.detach().clone() for one in model.linears]
+    with memplan.attach(model, plan_of(model), cache=tmp_path):
+        kept = []
+        for one in model.linears:
+            one.register_forward_hook(lambda module, args, output: kept.append(take(module.weight)))
+        loss_of(model(x=X)).backward()
+        for weight, held in zip(weights, kept, strict=False):
+            assert torch.equal(weight, held)
+
+
 def test_a_write_that_recomputing_would_repeat_is_refused(tmp_path):
     torch.manual_seed(0)
     model = Net().train()
