@@ -27,6 +27,7 @@ from torch import nn
 from torch.utils.weak import WeakIdKeyDictionary
 
 from memplan.analyze.graph import Tensor
+from memplan.compiled import untraced_deep
 from memplan.errors import RunError
 from memplan.run.arena import dtype_of, shaped
 from memplan.run.disk import written_pages
@@ -452,6 +453,7 @@ def _set_data(tensor: torch.Tensor, data: torch.Tensor) -> None:
     nn.Parameter.data.__set__(tensor, data)  # type: ignore[attr-defined]
 
 
+@untraced_deep
 def _torch_function(
     kind: type,
     func: Callable[..., Any],
