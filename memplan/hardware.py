@@ -6,7 +6,6 @@ kept in the cache folder. No torch here at import: it is opened only to ask a CU
 
 from __future__ import annotations
 
-import difflib
 import math
 import os
 import platform
@@ -23,7 +22,8 @@ import platformdirs
 import psutil
 from msgspec import Struct
 
-from memplan.errors import HardwareError
+from memplan import cards
+from memplan.errors import HardwareError, InputError
 from memplan.files import write_whole
 from memplan.units import GIB, MIB, format_bytes, format_seconds
 
@@ -124,10 +124,10 @@ def names() -> tuple[str, ...]:
 
 
 def load(name_or_path: str | Path) -> HardwareProfile:
-    """Return a shipped profile by its name (upper and lower case alike) or the profile in a JSON file.
+    """Return a shipped profile by the name of its card, as people write it, or the profile in a JSON file.
 
-    Nothing is measured. Raises HardwareError for an unknown name (with those that are near), an unreadable file, and a
-    profile that is not one (with the field that is wrong).
+    Nothing is measured. Raises HardwareError for an unknown name (with those that are near), for one that several profiles
+    have, for an unreadable file, and for a profile that is not one (with the field that is wrong).
     """
     text = str(name_or_path)
     shipped = {name.lower(): name for name in names()}
@@ -136,12 +136,23 @@ def load(name_or_path: str | Path) -> HardwareProfile:
         return _read(_folder() / f"{shipped[text.lower()]}.json")
     if is_path or Path(text).is_file():
         return _read(Path(text).expanduser())
-    near = difflib.get_close_matches(text.lower(), shipped, n=3, cutoff=0.4)
-    hint = f"near it: {', '.join(shipped[name] for name in near)}; all" if near else "there are"
+    found = [profile for name in cards.matching(text, names()) if _has(profile := load(name), cards.size_of(text))]
+    if len(found) == 1:
+        return found[0]
+    if found:
+        raise HardwareError(
+            f"the hardware {text!r} may be {' or '.join(profile.name for profile in found)}: give one of them"
+        )
+    near = cards.near(text, names())
+    hint = f"near it: {', '.join(near)}; all" if near else "there are"
     raise HardwareError(
         f"there is no hardware profile named {text!r}; {hint}: {', '.join(names())}. "
         'Or give a JSON file, or "auto" to measure this machine'
     )
+
+
+def _has(profile: HardwareProfile, gigabytes: int | None) -> bool:
+    return gigabytes is None or round(profile.device_bytes.value / 1e9) == gigabytes
 
 
 def page_lock_limit_bytes(profile: HardwareProfile) -> int | None:
@@ -312,6 +323,44 @@ def auto_vram_bytes(profile: HardwareProfile) -> int:
     if here:
         total = min(total, free_device_bytes("cuda") + int(profile.context_bytes.value))
     return max(0, total - DEVICE_RESERVE_BYTES)
+
+
+def most_vram_bytes(profile: HardwareProfile) -> int | None:
+    """Return the most that can be asked for of the device's memory, in bytes; None for another machine's CPU.
+
+    A datasheet's GB are powers of ten here, so that no plan counts on more than there is; a card of 24 GB may have as much
+    as 24 GiB, and more it cannot have. On this machine's CPU: all of its RAM.
+    """
+    if profile.device == "cpu" and not is_here(profile):
+        return None
+    return _most_bytes(profile.device_bytes)
+
+
+def _most_bytes(figure: Figure) -> int:
+    gigabytes, rest = divmod(int(figure.value), 10**9)
+    return gigabytes * GIB if figure.kind == "datasheet" and rest == 0 else int(figure.value)
+
+
+def require_budgets(profile: HardwareProfile, *, vram_bytes: int | None = None, ram_bytes: int | None = None) -> None:
+    """Raise InputError for a budget above what the machine has, as far as the profile says. None: not asked for."""
+    most = None if vram_bytes is None else most_vram_bytes(profile)
+    if vram_bytes is not None and most is not None and vram_bytes > most:
+        if profile.device == "cpu":
+            raise InputError(
+                f"vram was given as {format_bytes(vram_bytes)}, but the compute device is this machine's CPU, whose RAM is "
+                f"{format_bytes(most)}: give less, or the card to plan for, such as hardware rtx-4090"
+            )
+        usual = format_bytes(max(0, int(profile.device_bytes.value) - DEVICE_RESERVE_BYTES))
+        raise InputError(
+            f"vram was given as {format_bytes(vram_bytes)}, but {profile.name} has {format_bytes(most)}, of which about "
+            f"{usual} are usually free: give at most {format_bytes(most)}, or leave it out"
+        )
+    host = None if profile.host_bytes is None else _most_bytes(profile.host_bytes)
+    if ram_bytes is not None and host is not None and ram_bytes > host:
+        raise InputError(
+            f"ram was given as {format_bytes(ram_bytes)}, but {profile.name} has {format_bytes(host)}: give at most that, or "
+            "leave it out; for another machine give its hardware"
+        )
 
 
 def auto_ram_bytes(profile: HardwareProfile) -> int:

@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 from memplan.errors import InputError, ModelError
+from memplan.requests import QUANTIZATIONS
 
 _LIBRARY = {"bitsandbytes": "bitsandbytes", "torchao": "torchao"}
 """What a method's modules are made by. Of the other methods known here nothing is needed."""
@@ -38,8 +39,8 @@ _PACKED: dict[str, dict[str, Any]] = {
     "gptq": {"quant_method": "gptq", "bits": 4},
     "awq": {"quant_method": "awq", "bits": 4},
 }
-NAMES = (*_BITSANDBYTES, "int8", *_TORCHAO, *_PACKED)
-"""What may be asked for by a word."""
+NAMES = QUANTIZATIONS
+"""What may be asked for by a word: those above, and ``int8`` of bitsandbytes."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)

@@ -30,7 +30,13 @@ PAGE_LOCK = click.option(
     help="Of RAM what a GPU may have page-locked.  [default: all, or where the profile saw a limit]",
 )
 HARDWARE = click.option(
-    "--hardware", metavar="NAME|FILE", default="auto", show_default=True, help="A profile, or this machine, measured."
+    "--hardware",
+    "--gpu",
+    "hardware",
+    metavar="NAME|FILE",
+    default="auto",
+    show_default=True,
+    help="A card such as rtx-4090, a profile's file, or auto: this machine, measured.",
 )
 JSON = click.option("--json", "as_json", is_flag=True, help="Print one JSON object and nothing else.")
 
@@ -119,8 +125,8 @@ class Asked:
         if not targets:
             raise click.BadParameter("give module names, or all-linear.", param_hint="--lora-targets")
         return {
-            "vram": "auto" if self.vram == "auto" else parse_size(self.vram, "--vram"),
-            "ram": None if self.ram is None else parse_size(self.ram, "--ram"),
+            "vram": "auto" if self.vram.lower() == "auto" else parse_size(self.vram, "--vram"),
+            "ram": None if self.ram is None or self.ram.lower() == "auto" else parse_size(self.ram, "--ram"),
             "disk": None if self.disk is None else parse_size(self.disk, "--disk"),
             "page_lock": None if self.page_lock is None else parse_size(self.page_lock, "--page-lock"),
             "adapter": {"rank": self.lora_rank, "targets": "all-linear" if targets == ["all-linear"] else targets},
