@@ -74,20 +74,20 @@ def is_hub_name(name: str) -> bool:
     return _HUB_NAME.fullmatch(name) is not None and not os.path.isdir(name)
 
 
-def require_on_hub(name: str) -> None:
-    """Raise InputError where a model's configuration is neither in the hub's cache nor can be fetched; then it is there.
+def from_hub(name: str) -> Path | None:
+    """Return the configuration of a model on the hub, from its cache where it is there; it alone is fetched.
 
-    transformers would say so too, but only once torch has been imported; where that has happened it is left to it.
+    None where transformers has been imported: it does so itself, but only once torch has been imported too. Raises InputError.
     """
     if "transformers" in sys.modules:
-        return
+        return None
     try:
         from huggingface_hub import hf_hub_download, try_to_load_from_cache
     except ImportError:
-        return
+        return None
     try:
-        if not isinstance(try_to_load_from_cache(name, "config.json"), str):
-            hf_hub_download(name, "config.json")
+        found = try_to_load_from_cache(name, "config.json")
+        return Path(found if isinstance(found, str) else hf_hub_download(name, "config.json"))
     except (OSError, ValueError) as error:
         raise not_on_hub(name, error) from error
 

@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from memplan.errors import InputError, ModelError
-from memplan.requests import QUANTIZATIONS
+from memplan.requests import QUANTIZATIONS, not_installed
 
 _LIBRARY = {"bitsandbytes": "bitsandbytes", "torchao": "torchao"}
 """What a method's modules are made by. Of the other methods known here nothing is needed."""
@@ -155,10 +155,7 @@ def _require(method: str) -> str:
         try:
             importlib.import_module(library)
         except ImportError as error:
-            raise InputError(
-                f"the quantization needs {library}, which is not installed: pip install 'memplan[quant]', or plan the "
-                "model without it"
-            ) from error
+            raise not_installed(library) from error
     return library
 
 

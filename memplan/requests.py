@@ -7,6 +7,7 @@ names that are near.
 from __future__ import annotations
 
 import difflib
+import importlib.util
 import json
 import re
 import sys
@@ -124,7 +125,24 @@ def _quantization(given: Any) -> Any:
         raise InputError(
             f"the quantization was given as {given!r}: give one of {', '.join(QUANTIZATIONS)}{like(word, QUANTIZATIONS)}"
         )
+    library = "torchao" if found.startswith("torchao") else "bitsandbytes"
+    if found not in ("none", "gptq", "awq") and not _is_installed(library):
+        raise not_installed(library)
     return found
+
+
+def not_installed(library: str) -> InputError:
+    """Return the error of a quantization whose library is not there."""
+    return InputError(
+        f"the quantization needs {library}, which is not installed: pip install 'memplan[quant]', or plan the model without it"
+    )
+
+
+def _is_installed(library: str) -> bool:
+    try:
+        return importlib.util.find_spec(library) is not None
+    except ValueError:  # it was left out of this process
+        return sys.modules.get(library) is not None
 
 
 def _check_attention(given: Any) -> None:
@@ -150,8 +168,8 @@ def _model(given: str | Path) -> tuple[Any, Any]:
     name = models.hub_name(str(given))
     if isinstance(given, Path) or not models.is_hub_name(name):
         raise models.unknown(given)
-    models.require_on_hub(name)
-    return name, None
+    fetched = models.from_hub(name)
+    return name, None if fetched is None else _settings(fetched)
 
 
 def _settings(file: Path) -> Any:
