@@ -11,6 +11,7 @@ from msgspec.structs import replace
 
 from memplan import hardware as hardware_profiles
 from memplan import models
+from memplan.budgets import beyond, require_vram
 from memplan.checkpoint import has_checkpoint
 from memplan.errors import InputError, ModelError
 from memplan.program.schema import RING_BYTES, STAGING_BYTES, Budgets, Plan, StateHome, Tier, Workload
@@ -186,7 +187,8 @@ def case_of(
     asked_for = understood(model, dtype=dtype, quantization=quantization, attention=attention, adapter=adapter)
     model, dtype, quantization = asked_for.model, asked_for.dtype, asked_for.quantization
     profile = _profile(hardware)  # where it has to be measured this takes the longest
-    hardware_profiles.require_budgets(profile, vram_bytes=budgets_given["vram"], ram_bytes=budgets_given["ram"])
+    if budgets_given["vram"] is not None:
+        require_vram(profile, budgets_given["vram"])
     analysis, folder = _analysis(
         model,
         batch,
@@ -262,6 +264,7 @@ def case_of(
             *graph.notes,
             *cost_notes(graph, profile, times),
             *hardware_profiles.notes(profile, lies_in),
+            *beyond(profile, budgets.vram_bytes, budgets.ram_bytes),
         ),
         elastic=elastic,
         optimizer_state=state_home,

@@ -23,7 +23,7 @@ import psutil
 from msgspec import Struct
 
 from memplan import cards
-from memplan.errors import HardwareError, InputError
+from memplan.errors import HardwareError
 from memplan.files import write_whole
 from memplan.units import GIB, MIB, format_bytes, format_seconds
 
@@ -323,44 +323,6 @@ def auto_vram_bytes(profile: HardwareProfile) -> int:
     if here:
         total = min(total, free_device_bytes("cuda") + int(profile.context_bytes.value))
     return max(0, total - DEVICE_RESERVE_BYTES)
-
-
-def most_vram_bytes(profile: HardwareProfile) -> int | None:
-    """Return the most that can be asked for of the device's memory, in bytes; None for another machine's CPU.
-
-    A datasheet's GB are powers of ten here, so that no plan counts on more than there is; a card of 24 GB may have as much
-    as 24 GiB, and more it cannot have. On this machine's CPU: all of its RAM.
-    """
-    if profile.device == "cpu" and not is_here(profile):
-        return None
-    return _most_bytes(profile.device_bytes)
-
-
-def _most_bytes(figure: Figure) -> int:
-    gigabytes, rest = divmod(int(figure.value), 10**9)
-    return gigabytes * GIB if figure.kind == "datasheet" and rest == 0 else int(figure.value)
-
-
-def require_budgets(profile: HardwareProfile, *, vram_bytes: int | None = None, ram_bytes: int | None = None) -> None:
-    """Raise InputError for a budget above what the machine has, as far as the profile says. None: not asked for."""
-    most = None if vram_bytes is None else most_vram_bytes(profile)
-    if vram_bytes is not None and most is not None and vram_bytes > most:
-        if profile.device == "cpu":
-            raise InputError(
-                f"vram was given as {format_bytes(vram_bytes)}, but the compute device is this machine's CPU, whose RAM is "
-                f"{format_bytes(most)}: give less, or the card to plan for, such as hardware rtx-4090"
-            )
-        usual = format_bytes(max(0, int(profile.device_bytes.value) - DEVICE_RESERVE_BYTES))
-        raise InputError(
-            f"vram was given as {format_bytes(vram_bytes)}, but {profile.name} has {format_bytes(most)}, of which about "
-            f"{usual} are usually free: give at most {format_bytes(most)}, or leave it out"
-        )
-    host = None if profile.host_bytes is None else _most_bytes(profile.host_bytes)
-    if ram_bytes is not None and host is not None and ram_bytes > host:
-        raise InputError(
-            f"ram was given as {format_bytes(ram_bytes)}, but {profile.name} has {format_bytes(host)}: give at most that, or "
-            "leave it out; for another machine give its hardware"
-        )
 
 
 def auto_ram_bytes(profile: HardwareProfile) -> int:

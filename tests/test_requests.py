@@ -19,6 +19,7 @@ from transformers.pytorch_utils import Conv1D
 import memplan
 from memplan import cards, hardware, models, quantization
 from memplan.analyze.optimizers import optimizer_name
+from memplan.budgets import beyond, require_vram
 from memplan.cli import main
 from memplan.errors import HardwareError, InputError
 from memplan.requests import QUANTIZATIONS, TARGETS, understood
@@ -229,33 +230,34 @@ def test_every_profile_is_found_by_its_name_alone() -> None:
 def test_vram_above_the_cards_memory() -> None:
     """A datasheet's GB may be GiB on the card; above that nothing is."""
     profile = hardware.load("rtx-3060-12gb")
-    hardware.require_budgets(profile, vram_bytes=12 * GIB)
+    require_vram(profile, 12 * GIB)
     with pytest.raises(InputError, match=r"^vram was given as 12\.00 GiB, but rtx-3060-12gb has 12\.00 GiB"):
-        hardware.require_budgets(profile, vram_bytes=12 * GIB + 1)
+        require_vram(profile, 12 * GIB + 1)
     for vram in (36 * GIB, "36.9GiB"):
-        with pytest.raises(InputError, match=r"rtx-3060-12gb has 12\.00 GiB"):
-            memplan.plan("gpt2", (1, 8), vram=vram, hardware="3060", adapter={"rank": 2})
-        with pytest.raises(InputError, match=r"rtx-3060-12gb has 12\.00 GiB"):
-            memplan.frontier("gpt2", (1, 8), vram=vram, hardware="3060", adapter={"rank": 2})
-    # RAM is the machine's, of which a card's profile says nothing.
-    hardware.require_budgets(profile, ram_bytes=1 << 50)
+        for ask in (memplan.plan, memplan.frontier):
+            with pytest.raises(InputError, match=r"rtx-3060-12gb has 12\.00 GiB, of which about 10\.68 GiB"):
+                ask("gpt2", (1, 8), vram=vram, hardware="3060", adapter={"rank": 2})
+    mine = msgspec.structs.replace(profile, device_bytes=figure(12 * 10**9))  # as CUDA says it, to the byte
+    with pytest.raises(InputError, match=r"has 11\.18 GiB"):
+        require_vram(mine, 12 * GIB)
 
 
-def test_budgets_above_a_measured_machines_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    def figure(value: int) -> hardware.Figure:
-        return hardware.Figure(value=value, kind="measured", source="a test", date="2026")
+def figure(value: int) -> hardware.Figure:
+    return hardware.Figure(value=value, kind="measured", source="a test", date="2026")
 
-    here = msgspec.structs.replace(
-        CPU, machine=hardware.machine_key(), device_bytes=figure(8 * GIB), host_bytes=figure(8 * GIB)
-    )
-    hardware.require_budgets(here, vram_bytes=8 * GIB, ram_bytes=8 * GIB)
-    with pytest.raises(InputError, match=r"compute device is this machine's CPU, whose RAM is 8\.00 GiB"):
-        hardware.require_budgets(here, vram_bytes=8 * GIB + 1)
-    with pytest.raises(InputError, match=r"^ram was given as 8\.00 GiB, but .* has 8\.00 GiB"):
-        hardware.require_budgets(here, ram_bytes=8 * GIB + 1)
-    card = msgspec.structs.replace(here, device="cuda")
-    with pytest.raises(InputError, match="are usually free"):
-        hardware.require_budgets(card, vram_bytes=8 * GIB + 1)
+
+def test_budgets_beyond_the_machine_are_told() -> None:
+    """A plan may be for another machine, which a newcomer may not have at hand; what it needs is right there too."""
+    assert beyond(CPU, 16 * GIB, 16 * GIB) == ()
+    of_vram, of_ram = beyond(CPU, 16 * GIB + 1, 16 * GIB + 1)
+    assert of_vram.startswith("The vram is more than the 16.00 GiB of RAM of test-cpu, whose CPU is the compute device")
+    assert of_ram == "The ram is more than the 16.00 GiB of test-cpu: it fits on another machine alone."
+    card = hardware.load("rtx-3060-12gb")
+    assert beyond(card, 12 * 10**9, 1 << 50) == ()  # of the machine around it nothing is known
+    (all_of_it,) = beyond(card, 12 * GIB, 0)
+    assert all_of_it.endswith("about 10.68 GiB are usually free.")
+    plan = memplan.plan("gpt2", (1, 8), vram="64GiB", ram="1GiB", hardware=CPU, adapter={"rank": 2}, gains=False)
+    assert of_vram in plan.notes
 
 
 @pytest.mark.parametrize("kind", TARGETS)

@@ -90,10 +90,11 @@ def _checked_hardware(name: str, vram: int | str | None) -> str:
     if name == "auto":
         return name
     from memplan import hardware
+    from memplan.budgets import require_vram
 
     profile = hardware.load(name)
     if isinstance(vram, int):
-        hardware.require_budgets(profile, vram_bytes=vram)
+        require_vram(profile, vram)
     return str(Path(name).resolve()) if Path(name).is_file() else profile.name
 
 
