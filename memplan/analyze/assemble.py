@@ -314,7 +314,7 @@ def _notes(model: nn.Module, graph: LayerGraph, kept: Traced, ran_again: int) ->
     unread_bytes = sum(block.size_bytes for block in unread)
     if unread_bytes > _UNREAD_SHARE * sum(block.size_bytes for block in blocks):
         found.append(
-            f"{format_bytes(unread_bytes)} of its weights ({unread[0].name} and others) are never read with this batch, and "
+            f"{format_bytes(unread_bytes)} of its weights ({unread[0].name}{' and others' if len(unread) > 1 else ''}) are never read with this batch, and "
             "stay on the device: give a batch of all that the training gives it (images, sound), as tensors."
         )
     experts = sum(block.kind == "expert" for block in blocks)

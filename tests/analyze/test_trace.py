@@ -217,7 +217,7 @@ def test_notes_of_a_head_that_a_loss_reads_itself_do_not_contradict_each_other()
     assert not any("never read" in note for note in notes)
     model.unused = nn.Linear(8, 8).requires_grad_(False)
     (unread,) = [note for note in analyze(model, torch.randn(3, 8)).notes if "never read" in note]
-    assert unread.startswith("288 B of its weights (unused and others) are never read")
+    assert unread.startswith("1.0 KiB of its weights (unused) are never read with this batch")
 
 
 def test_a_module_that_calls_other_blocks_stays_on_the_device():
