@@ -107,11 +107,21 @@ def like(word: str, names: Iterable[str]) -> str:
 def dtype_name(given: str) -> str:
     """Return torch's name of a dtype of the frozen weights. Raises InputError for what is none."""
     found = _DTYPE_NAMES.get(given.strip().lower().removeprefix("torch."))
+    if found is None and _is_quantization(given):
+        raise InputError(
+            f"the dtype was given as {given!r}, which is a quantization: give --quantization {given} (quantization={given!r}), and "
+            "as dtype what products are computed in, such as bf16"
+        )
     if found is None:
         raise InputError(
             f"the dtype was given as {given!r}: give one of {', '.join(sorted(_DTYPE_NAMES))}{like(given, _DTYPE_NAMES)}"
         )
     return found
+
+
+def _is_quantization(given: str) -> bool:
+    word = given.strip().lower().replace("_", "-")
+    return _QUANTIZATION_NAMES.get(word.replace("-", ""), word) in QUANTIZATIONS
 
 
 def _quantization(given: Any) -> Any:

@@ -1,7 +1,7 @@
 """Bytes and seconds, read and written. The only place where a size changes its unit.
 
 Sizes are whole bytes everywhere else. Text is parsed strictly: ``"12GiB"`` is not ``"12GB"``; a letter alone is a power of
-1024, as in coreutils, Slurm and Docker: ``"12G"`` is ``"12GiB"``.
+1024, as in coreutils, Slurm and Docker, and ``i`` may stand without the ``B``: ``"12G"`` is ``"12GiB"``.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ ALIGNMENT_BYTES = 512
 
 _FACTORS = {
     "b": 1,
-    "k": KIB,
-    "m": MIB,
-    "g": GIB,
-    "t": 1 << 40,
+    **dict.fromkeys(("k", "ki"), KIB),
+    **dict.fromkeys(("m", "mi"), MIB),
+    **dict.fromkeys(("g", "gi"), GIB),
+    **dict.fromkeys(("t", "ti"), 1 << 40),
     "kib": KIB,
     "mib": MIB,
     "gib": GIB,

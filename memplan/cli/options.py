@@ -42,6 +42,7 @@ JSON = click.option("--json", "as_json", is_flag=True, help="Print one JSON obje
 
 _QUANTIZERS = ("bitsandbytes", "torchao")
 """Slow to import: two of the ten seconds that a plan takes."""
+_ALL_LINEAR = "all-linear"
 _TIERS = ("device", "host", "disk")
 _OPTIONS = (
     click.argument("model"),
@@ -129,7 +130,7 @@ class Asked:
             "ram": None if self.ram is None or self.ram.lower() == "auto" else parse_size(self.ram, "--ram"),
             "disk": None if self.disk is None else parse_size(self.disk, "--disk"),
             "page_lock": None if self.page_lock is None else parse_size(self.page_lock, "--page-lock"),
-            "adapter": {"rank": self.lora_rank, "targets": "all-linear" if targets == ["all-linear"] else targets},
+            "adapter": {"rank": self.lora_rank, "targets": _ALL_LINEAR if _is_all(targets) else targets},
             "dtype": self.dtype,
             "attention": self.attention,
             "quantization": self.quantization,
@@ -172,6 +173,10 @@ def _leave_out(packages: Sequence[str]) -> None:
     for package in packages:
         # An import that finds None there says that there is no such package.
         sys.modules.setdefault(package, cast("ModuleType", None))
+
+
+def _is_all(targets: Sequence[str]) -> bool:
+    return [target.lower().replace("_", "-") for target in targets] == [_ALL_LINEAR]
 
 
 def _parse_pins(pins: tuple[str, ...]) -> dict[str, str]:
