@@ -167,3 +167,16 @@ def test_run_cannot_start_it(command: list[str], says: str, tmp_path: Path) -> N
     assert done.returncode == 2
     assert says in " ".join(done.stderr.split())
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("flags", "told"),
+    [("-I", "-I"), ("-uE", "-E"), ("-W ignore -S", "-S"), ("", None), ("-X dev -Bs", None), ("-m this -I", None)],
+)
+def test_run_says_where_python_keeps_it_out(flags: str, told: str | None) -> None:
+    command = [Path(sys.executable).name, *flags.split(), *([] if "-m" in flags else ["-c", "pass"])]
+    variables = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
+    done = subprocess.run([*MEMPLAN, "run", "--", *command], cwd=ROOT, capture_output=True, text=True, env=variables)
+    assert done.returncode == 0
+    assert ("stands aside" in done.stderr) == (told is not None)
+    assert told is None or f"{told} imports nothing at its start: leave {told} out" in done.stderr

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import signal
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import click
@@ -60,6 +62,11 @@ def run(
             raise click.BadParameter(f"{plan_file} is not a file.", param_hint="--plan")
         Plan.load(plan_file)
     program = _program(command[0])
+    if (flag := _keeps_out(command)) is not None:
+        click.echo(
+            f"memplan: stands aside: {Path(command[0]).name} {flag} imports nothing at its start: leave {flag} out",
+            err=True,
+        )
 
     from memplan.trainers.launch import Settings, environment
 
@@ -109,6 +116,24 @@ def _program(name: str) -> str:
         if name.endswith(".py"):
             what += f": give python {name}"
     raise click.BadParameter(f"{what}.", param_hint="COMMAND")
+
+
+def _keeps_out(command: Sequence[str]) -> str | None:
+    """Return the flag by which a Python ignores its environment or starts without ``site``, and so without memplan."""
+    if not re.fullmatch(r"python[\d.]*(\.exe)?", Path(command[0]).name):
+        return None
+    words = iter(command[1:])
+    for word in words:
+        if not word.startswith("-") or word.startswith("--") or word == "-":
+            break
+        flags = re.match(r"-([a-zA-Z]*?)(?:[cmWX]|$)", word)
+        if flags is not None and (found := set("EIS") & set(flags[1])):
+            return f"-{min(found)}"
+        if word[-1] in "WX" and flags is not None:
+            next(words, None)  # its value
+        elif re.fullmatch(r"-[a-zA-Z]*[cm].*", word):
+            break
+    return None
 
 
 def _absolute(path: Path) -> str:
