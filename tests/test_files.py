@@ -303,6 +303,10 @@ def test_standard_input(plans: Path, monkeypatch: pytest.MonkeyPatch, capsys: py
         (["report", "plan.json", "--html", "x", "--trace", "./x"], "--trace names the same file"),
         (["plan", "gpt2", "--out", "x", "--csv", "x"], "--csv names the same file"),
         (["plan", "gpt2", "--out", "-", "--csv", "-"], "--csv names the same file"),
+        (["plan", "gpt2", "--hardware", "plan.json", "--csv", "plan.json"], "--hardware is read from this file"),
+        (["plan", ".", "--out", "config.json"], "MODEL is read from this file"),
+        (["plan", "config.json", "--out", "./config.json"], "MODEL is read from this file"),
+        (["run", "--report", "plan.json", "--", "cat", "plan.json"], "plan.json is read from this file"),
         (["plan", "gpt2", "--out", "."], "it is a directory"),
         (["plan", "gpt2", "--out", "no/plan.json"], "the folder"),
         (["calibrate", "--out", "no/rates.json"], "the folder"),
@@ -319,10 +323,11 @@ def test_what_would_be_lost_is_refused_before_the_work(
     monkeypatch.setattr("memplan.api.plan", never)
     monkeypatch.chdir(plans.parent)
     (plans.parent / "link.json").symlink_to("plan.json")
+    (plans.parent / "config.json").write_text("{}")
     before = plans.read_bytes()
     assert main(arguments) == 2
     out, err = capsys.readouterr()
     assert out == ""
     assert says in " ".join(err.split())
     assert plans.read_bytes() == before
-    assert sorted(path.name for path in plans.parent.iterdir()) == ["link.json", "plan.json"]
+    assert sorted(path.name for path in plans.parent.iterdir()) == ["config.json", "link.json", "plan.json"]

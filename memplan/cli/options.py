@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import gc
+import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
@@ -119,6 +120,16 @@ class Asked:
     def shape(self) -> tuple[int, ...]:
         """Of a micro-batch."""
         return (self.batch,) if self.seq is None else (self.batch, self.seq)
+
+    def files(self) -> dict[str, Path | None]:
+        """Return the files that this names, by what names them."""
+        from memplan.models import folder_of
+
+        folder = folder_of(self.model)
+        return {
+            "MODEL": None if folder is None else folder / "config.json",
+            "--hardware": Path(self.hardware) if os.path.isfile(self.hardware) else None,
+        }
 
     def arguments(self) -> dict[str, Any]:
         """Return the keywords of :func:`memplan.plan`, but for the shape. Raises click.BadParameter and InputError."""

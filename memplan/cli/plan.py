@@ -49,7 +49,7 @@ def plan(
         raise click.BadParameter("give --steps or --examples, not both.", param_hint="--steps")
     if epochs is not None and examples is None:
         raise click.BadParameter("give --examples too, or --steps alone.", param_hint="--epochs")
-    require_apart({"--out": out, "--csv": csv}, as_json=as_json)
+    require_apart({"--out": out, "--csv": csv}, asked.files(), as_json=as_json)
 
     from memplan import api
     from memplan.show.listing import progress

@@ -54,7 +54,9 @@ def run(
         for size, option in ((vram, "--vram"), (ram, "--ram"), (disk, "--disk"), (page_lock, "--page-lock"))
     }
     hardware = _checked_hardware(hardware, sizes["--vram"])
-    require_apart({"--report": report_file}, {"--plan": plan_file})
+    words = {word: Path(word) for word in command if os.path.isfile(word)}
+    profile = Path(hardware) if os.path.isfile(hardware) else None
+    require_apart({"--report": report_file}, {"--plan": plan_file, "--hardware": profile, **words})
     if plan_file is not None:
         from memplan.program.schema import Plan
 
