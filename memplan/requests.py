@@ -83,18 +83,17 @@ def understood(
         given, (model, settings) = model, _model(model)
         if isinstance(given, str) and given != model and models.hub_name(given) != model:
             hub = models.table()[model].hub
-            notes = (
-                ()
-                if models.hub_name(given).lower() == hub.lower()
-                else (f"{given} is planned as {hub}: the same shapes.",)
+            if models.hub_name(given).lower() != hub.lower():
+                notes = (f"{given} is planned as {hub}: the same shapes.",)
+    else:
+        given, settings = "the model", {"quantization_config": getattr(model, "quantization_config", None)}
+    if quantization == "none":
+        if isinstance(settings, Mapping) and settings.get("quantization_config"):
+            raise InputError(
+                f"the quantization was given as 'none', but {given} is quantized by its configuration: give a model that is "
+                "not, or leave the quantization out"
             )
-        if quantization == "none":
-            if isinstance(settings, Mapping) and settings.get("quantization_config"):
-                raise InputError(
-                    f"the quantization was given as 'none', but {given} is quantized by its configuration: give a model that "
-                    "is not, or leave the quantization out"
-                )
-            quantization = None
+        quantization = None
     return Request(model, dtype, quantization, (*notes, *_targets(adapter, settings)))
 
 

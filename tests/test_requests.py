@@ -168,10 +168,10 @@ def test_a_near_miss_is_told() -> None:
         ("NF4", "nf4"),
         ("load_in_4bit", "nf4"),
         ("nf4_nested", "nf4-nested"),
-        ("none", "none"),
+        ("none", None),
     ],
 )
-def test_names_of_quantizations(given: str, known: str, tmp_path: Path) -> None:
+def test_names_of_quantizations(given: str, known: str | None) -> None:
     assert understood(nn.Linear(1, 1), quantization=given).quantization == known
 
 
@@ -179,6 +179,9 @@ def test_none_is_not_what_a_quantized_model_is(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"model_type": "llama", "quantization_config": {"quant_method": "gptq"}}')
     with pytest.raises(InputError, match="is quantized by its configuration"):
         understood(tmp_path, quantization="none")
+    config = AutoConfig.for_model("llama", quantization_config={"quant_method": "gptq", "bits": 4})
+    with pytest.raises(InputError, match="the model is quantized by its configuration"):
+        understood(config, quantization="none")
 
 
 def test_the_names_of_quantizations_are_those_that_are_built() -> None:
