@@ -88,7 +88,7 @@ def from_hub(name: str) -> Path | None:
     try:
         found = try_to_load_from_cache(name, "config.json")
         return Path(found if isinstance(found, str) else hf_hub_download(name, "config.json"))
-    except (OSError, ValueError) as error:
+    except Exception as error:  # of the hub's library, its transport, the network
         raise not_on_hub(name, error) from error
 
 
@@ -97,7 +97,7 @@ def not_on_hub(name: str, error: Exception) -> InputError:
     found = near(name)
     known = f", or one of the names that memplan knows itself, such as {found[0]}" if found else ""
     return InputError(
-        f"the configuration of {name} cannot be had from the hub: {first_line(error)}. Check the name and the network, or "
+        f"the configuration of {name} cannot be had from the hub: {first_line(error).rstrip('. ')}. Check the name and the network, or "
         f"give a directory with its config.json{known}"
     )
 

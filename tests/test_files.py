@@ -103,7 +103,7 @@ def test_an_own_device_node_is_no_file(tmp_path: Path) -> None:
         os.mknod(node, stat.S_IFCHR | 0o600, os.makedev(1, 3))
         node.write_bytes(b"x")  # where devices are not let through
     except PermissionError:
-        pytest.skip("device nodes need root")
+        pytest.skip("making a device node needs root")
     write_whole(node, b"data")
     assert stat.S_ISCHR(node.stat().st_mode)
     os.unlink(node)
