@@ -187,6 +187,11 @@ def case_of(
     asked_for = understood(model, dtype=dtype, quantization=quantization, attention=attention, adapter=adapter)
     model, dtype, quantization = asked_for.model, asked_for.dtype, asked_for.quantization
     profile = _profile(hardware)  # where it has to be measured this takes the longest
+    if measure and not hardware_profiles.is_here(profile):
+        raise InputError(
+            f"the times are to be measured, but the hardware is {profile.name}, not this machine: leave measure out, or "
+            "hardware"
+        )
     if budgets_given["vram"] is not None:
         require_vram(profile, budgets_given["vram"])
     analysis, folder = _analysis(
@@ -325,12 +330,7 @@ def _times(
     quantization: Any,
     **options: Any,
 ) -> Times:
-    """Return the times of the graph's accesses on this machine. Raises InputError where ``profile`` is of another."""
-    if not hardware_profiles.is_here(profile):
-        raise InputError(
-            f"the times are to be measured, but the hardware is {profile.name}, not this machine: leave measure out, or "
-            "hardware"
-        )
+    """Return the times of the graph's accesses on this machine."""
     from memplan.analyze.adapters import prepare
     from memplan.analyze.measure import measure
 

@@ -59,6 +59,7 @@ SLIPS = {
     "plan gpt2 --gpu A100": "may be a100-40gb or a100-80gb",
     "plan gpt2 --hardware nowhere.json": "cannot be read",
     "plan gpt2 --gpu 3060 --vram 36.9GiB": "rtx-3060-12gb has 12.00 GiB, of which about 10.68 GiB are usually free",
+    PLAN + "--measure": "the hardware is t4, not this machine",
     "fit gpt2 --gpu t4 --dtype bf61": "near it: bf16",
     "fit gpt2 --gpu 3060 --vram 36GiB": "rtx-3060-12gb has 12.00 GiB",
     "frontier gpt2 --gpu 3060 --vram 36GiB": "rtx-3060-12gb has 12.00 GiB",
