@@ -17,7 +17,9 @@ own that writes) is not seen. A block that is homed in a file gets a home of its
 from __future__ import annotations
 
 import logging
+import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 from weakref import ref
@@ -397,6 +399,8 @@ class _StandIn:
 
 # ---- the classes -----------------------------------------------------------------------------------------------------
 
+_FRAMES = 8
+"""As far back as a caller is looked for: torch's own frames lie between."""
 _AWAY: dict[type, type] = {}
 _NOTING: dict[type, type] = {}
 
@@ -469,6 +473,11 @@ def _torch_function(
     if func in _DESCRIBE or (func is torch.Tensor.type and len(args) == 1 and not kwargs):
         with torch._C.DisableTorchFunctionSubclass():
             return func(*args, **kwargs)
+    if func is torch.Tensor.detach and _is_for_a_parameter():
+        raise RunError(
+            "nn.Parameter was given a frozen weight that memplan streams, and torch makes no parameter of such: give it "
+            "weight.data, or detach() from memplan first"
+        )
     held = {id(tensor): tensor for tensor in _away_in((args, kwargs))}
     if func in _LAYOUT and len(held) == 1 and args and id(args[0]) in held:
         like = _like(args[0])
@@ -485,7 +494,8 @@ def _served(func: Callable[..., Any], args: Any, kwargs: Any, tensors: Sequence[
             server = _server_of(tensor)
             if server is None:
                 raise _gone()
-            given.append((server, server.stand_in(tensor)))
+            with _outside_of_functorch():
+                given.append((server, server.stand_in(tensor)))
         shown = {id(one.weight): one.shown for _, one in given}
         result = func(*_exchanged(args, shown), **_exchanged(kwargs, shown))
         # What is done in place gives back the tensor that it was done to.
@@ -494,6 +504,15 @@ def _served(func: Callable[..., Any], args: Any, kwargs: Any, tensors: Sequence[
         shown = {}
         for server, one in given:
             server.take_back(one)
+
+
+def _outside_of_functorch() -> AbstractContextManager[object]:
+    """Return a context in which tensors are made as they are: within ``torch.func.grad`` they would be wrapped."""
+    if torch._C._functorch.peek_interpreter_stack() is None:
+        return nullcontext()
+    from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
+
+    return temporarily_clear_interpreter_stack()
 
 
 def _exchanged(value: Any, shown: dict[int, torch.Tensor]) -> Any:
@@ -520,6 +539,18 @@ def _gone() -> RunError:
 def _server_of(tensor: torch.Tensor) -> DirectAccess | None:
     found = _SERVERS.get(tensor)
     return None if found is None else found()
+
+
+def _is_for_a_parameter() -> bool:
+    """Whether a call comes from the making of a parameter, which then demands a tensor of the very same class."""
+    frame = sys._getframe()
+    for _ in range(_FRAMES):
+        if frame.f_code is nn.Parameter.__new__.__code__:
+            return True
+        if frame.f_back is None:
+            return False
+        frame = frame.f_back
+    return False
 
 
 def _away_in(value: Any) -> Iterator[torch.Tensor]:

@@ -11,6 +11,7 @@ from msgspec.structs import replace
 from torch import nn
 from torch.func import functional_call
 from torch.nn.utils import prune
+from torch.utils.checkpoint import checkpoint
 
 import memplan
 from memplan.errors import DoesNotFitError, RunError
@@ -134,9 +135,55 @@ def lists_and_arrays(model, step):
     return 1e-3 * torch.tensor(sum(float(one.bias.numpy().sum()) + one.bias.tolist()[0] for one in model.linears))
 
 
-READS = [regulariser, norms, call_of_functions, stacked, copies, pickled, layout, lists_and_arrays]
+def under_transforms(model, step):
+    weight, adapter = model.linears[3].weight, model.adapters[3].weight
+    mapped = torch.vmap(lambda row: (row @ weight).sum())(X).sum()
+    gradient = torch.func.grad(lambda a: (a @ weight).pow(2).mean())(adapter).sum()
+    return 1e-3 * (mapped + gradient + torch.func.jvp(lambda x: x @ weight, (X,), (X,))[1].sum())
 
 
+class KeepsItsWeight(torch.autograd.Function):
+    """Keeps the weight itself until its backward."""
+
+    @staticmethod
+    def forward(ctx, x, weight):
+        ctx.weight = weight
+        return x @ weight
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient @ ctx.weight.T, None
+
+
+def in_autograd_functions_and_checkpoints(model, step):
+    def term(linear, adapter):
+        return KeepsItsWeight.apply(adapter.weight, linear.weight).pow(2).mean()
+
+    pairs = list(zip(model.linears, model.adapters, strict=True))
+    return sum(checkpoint(term, *pair, use_reentrant=False) for pair in pairs) + sum(term(*pair) for pair in pairs)
+
+
+def under_autocast(model, step):
+    with torch.autocast("cpu", torch.bfloat16):
+        return (model.adapters[3].weight @ model.linears[3].weight).float().pow(2).mean()
+
+
+READS = [
+    under_transforms,
+    in_autograd_functions_and_checkpoints,
+    under_autocast,
+    regulariser,
+    norms,
+    call_of_functions,
+    stacked,
+    copies,
+    pickled,
+    layout,
+    lists_and_arrays,
+]
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script:DeprecationWarning")  # torch.func.jvp's own
 @pytest.mark.parametrize("act", READS)
 def test_reads_are_right(act, tmp_path):
     assert_same(act, reads=True, tmp_path=tmp_path)
@@ -364,6 +411,18 @@ def test_a_write_of_another_dtype_is_refused_and_nothing_is_lost(tmp_path):
         with pytest.raises(RunError, match=f"{block.tensors[0].name}.*detach"):
             weight.data = weight.data.double()
         assert torch.equal(weight, before)
+
+
+def test_a_parameter_of_a_weight_that_is_away_is_refused(tmp_path):
+    torch.manual_seed(0)
+    model = Net().train()
+    plan = plan_of(model)
+    with memplan.attach(model, plan, cache=tmp_path) as handle:
+        block = plan.table.blocks[handle.record.blocks[0].block]
+        weight = dict(model.named_parameters())[block.tensors[0].name]
+        with pytest.raises(RunError, match=r"give it weight\.data"):
+            nn.Parameter(weight)
+        assert torch.equal(nn.Parameter(weight.data), weight)
 
 
 def test_a_weight_that_is_trained_by_now_is_refused(tmp_path):
