@@ -17,6 +17,7 @@ from torch import nn
 from memplan.analyze.batch import base_of, batch_for
 from memplan.analyze.blocks import refuse_moved
 from memplan.analyze.repeats import Run, find_runs, may_be_short, shorten
+from memplan.analyze.trainer_settings import as_in_training
 from memplan.errors import InputError
 from memplan.skeleton import ALL_LINEAR, from_configuration, with_adapter
 
@@ -96,7 +97,7 @@ def prepare(
             folder=skeleton.folder,
             short=may,
             runs=runs,
-            notes=skeleton.notes,
+            notes=(*skeleton.notes, *as_in_training(skeleton.model)),
         )
     if adapter is None:
         return prepared
