@@ -40,6 +40,8 @@ _PACKED: dict[str, dict[str, Any]] = {
 }
 NAMES = (*_BITSANDBYTES, "int8", *_TORCHAO, *_PACKED)
 """What may be asked for by a word."""
+QLORA = "qlora"
+"""In their place: nested nf4, unless the configuration is quantized by itself."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)

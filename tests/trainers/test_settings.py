@@ -6,8 +6,17 @@ import gc
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
-from transformers import LlamaConfig, LlamaForCausalLM, T5Config, T5ForConditionalGeneration, Trainer, TrainingArguments
+from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
+from transformers import (
+    AutoModelForCausalLM,
+    BitsAndBytesConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    T5Config,
+    T5ForConditionalGeneration,
+    Trainer,
+    TrainingArguments,
+)
 
 import memplan
 from memplan.analyze.trainer_settings import NO_CACHE
@@ -104,6 +113,22 @@ def test_a_cache_that_the_trainer_leaves_on_is_counted(tmp_path):
     ]
     real = peak_bytes(trainer_of(adapted(T5ForConditionalGeneration(config)), tmp_path))
     assert real <= plan.prediction.peaks.vram_bytes <= 1.03 * real
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")  # PEFT asks transformers by a name that is going away
+def test_qlora_is_what_the_trainer_takes(tmp_path):
+    """As PEFT documents it: a nested nf4 base that PEFT prepares, bf16=True, an 8-bit optimizer."""
+    LlamaForCausalLM(llama()).save_pretrained(tmp_path / "base")
+    settings = BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=torch.bfloat16
+    )  # fmt: skip
+    base = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "base", quantization_config=settings, device_map={"": "cpu"}, dtype=torch.bfloat16
+    )
+    model = adapted(prepare_model_for_kbit_training(base))
+    plan = memplan.plan(tmp_path / "base", (BATCH, LENGTH), adapter=LORA, qlora=True, **BUDGETS)
+    real = peak_bytes(trainer_of(model, tmp_path, bf16=True, optim="paged_adamw_8bit"))
+    assert real <= plan.prediction.peaks.vram_bytes <= 1.01 * real
 
 
 @pytest.mark.full
