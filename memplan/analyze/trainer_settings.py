@@ -72,7 +72,12 @@ def with_checkpointing(model: nn.Module, *, kbit: bool, wanted: bool | None) -> 
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # PEFT asks transformers by a name that is going away
             if kbit:
-                prepare_model_for_kbit_training(held, use_gradient_checkpointing=wanted is not False)
+                # Reentrant is what PEFT leaves torch to choose, with a warning.
+                prepare_model_for_kbit_training(
+                    held,
+                    use_gradient_checkpointing=wanted is not False,
+                    gradient_checkpointing_kwargs={"use_reentrant": True},
+                )
             if wanted and not held.is_gradient_checkpointing:
                 held.gradient_checkpointing_enable()
     except (ValueError, NotImplementedError, AttributeError) as error:
