@@ -39,9 +39,10 @@ class Rows(torch.utils.data.Dataset):
 
 
 def llama(**settings):
+    sizes = {"hidden_size": HIDDEN, "vocab_size": 96, **settings}
     return LlamaConfig(
-        hidden_size=HIDDEN, intermediate_size=176, num_hidden_layers=LAYERS, num_attention_heads=4, num_key_value_heads=4,
-        vocab_size=96, max_position_embeddings=LENGTH, dtype="float32", **settings,
+        intermediate_size=176, num_hidden_layers=LAYERS, num_attention_heads=4, num_key_value_heads=4,
+        max_position_embeddings=LENGTH, dtype="float32", **sizes,
     )  # fmt: skip
 
 
@@ -118,7 +119,7 @@ def test_a_cache_that_the_trainer_leaves_on_is_counted(tmp_path):
 @pytest.mark.filterwarnings("ignore")  # PEFT's own: a name that is going away, and what torch is left to choose
 def test_qlora_is_what_the_trainer_takes(tmp_path):
     """As PEFT documents it: a nested nf4 base that PEFT prepares, bf16=True, an 8-bit optimizer."""
-    LlamaForCausalLM(llama()).save_pretrained(tmp_path / "base")
+    LlamaForCausalLM(llama(hidden_size=128, vocab_size=512)).save_pretrained(tmp_path / "base")
     settings = BitsAndBytesConfig(
         load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=torch.bfloat16
     )  # fmt: skip
