@@ -110,13 +110,16 @@ def plans(draw, models):
     return kind, checkpointing, accumulation, plan
 
 
-def trains_bit_identically(kind, checkpointing, accumulation, plan):
+def trains_bit_identically(kind, checkpointing, accumulation, plan, *others):
+    """``others``: plans that are taken over before it trains, one after another."""
     require(plan)
     model = make(kind, checkpointing=checkpointing)
     with (
         TemporaryDirectory() as cache_folder,
         attach_on(model, plan, torch.device("cpu"), cache=Path(cache_folder)) as handle,
     ):
+        for other in others:
+            handle.change(other)
         planned = train(model, kind, steps=STEPS, accumulation=accumulation)
         assert handle.record.misses == 0
     assert_equal(whole(kind, checkpointing, accumulation), planned)
@@ -136,7 +139,7 @@ def test_attach_takes_every_plan(drawn):
 
 
 @pytest.mark.full
-@settings(max_examples=120, **EXAMPLES)
+@settings(max_examples=100, **EXAMPLES)
 @given(plans(MANY))
 def test_attach_takes_many_plans(drawn):
     *how, plan = drawn
@@ -161,3 +164,6 @@ def test_pinned_and_pageable_ram_at_once(activations):
         tiers = {plan.arenas[a.arena].tier for a in plan.addresses if plan.items[a.item].kind == "saved"}
         assert tiers == {"device", "host"}
     trains_bit_identically("llama", "off", 1, plan)
+    # As where memory runs out: what lies on the host stays where it can, and what the other plan has there comes.
+    other = place(table, replace(budgets, page_lock_bytes=0), activations=asked, workload=work, **names)
+    trains_bit_identically("llama", "off", 1, plan, other, plan)
