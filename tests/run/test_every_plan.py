@@ -73,16 +73,17 @@ def plans(draw, models):
     graph, table, asked = table_of(kind, checkpointing, accumulation, device, draw(st.sampled_from(CHOICES)))
     weights = sum(block.size_bytes for block in table.blocks)
     home = draw(st.sampled_from([None, "device", "host"]))
-    limit = draw(
-        st.none() | st.integers(0, weights).map(lambda size: size + draw(st.sampled_from([0, 1, 2])) * RING_BYTES)
-    )
+    limits = st.integers(0, weights).map(lambda size: size + RING_BYTES)
+    limit = draw(st.one_of(st.none(), limits, limits, limits))
     if home == "host":
         table = state_away(table, limit)
     staging = STAGING_BYTES + (RING_BYTES if device == "cuda" else 0)
     rest = max(table.device_bytes_at(access.index, asked) for access in table.accesses)
     budgets = Budgets(
-        vram_bytes=draw(st.integers(rest // 4, rest + weights)),
-        ram_bytes=draw(st.sampled_from([GIB, 2 * staging + weights // 2, staging, 0])),
+        vram_bytes=draw(
+            st.just(1) | st.integers(rest // 4, rest + weights // 2)
+        ),  # of 1 byte becomes the least that works
+        ram_bytes=draw(st.sampled_from([GIB, GIB, 2 * staging + weights // 4, staging, 0])),
         disk_bytes=draw(st.sampled_from([0, GIB, GIB])),
         page_lock_bytes=limit,
     )

@@ -71,12 +71,19 @@ def planned(config, **options):
     return memplan.plan(config, (BATCH, LENGTH), adapter=LORA, **BUDGETS, **options)
 
 
-@pytest.mark.parametrize("options", [{}, {"bf16": True}], ids=str)
+WAYS = [{}, {"bf16": True}, {"gradient_checkpointing": True}]
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")  # transformers 5.23 has another name for it, older ones have not
+@pytest.mark.parametrize("options", WAYS, ids=str)
 def test_a_plan_of_a_configuration_is_what_the_trainer_takes(options, tmp_path):
     config = llama(use_cache=True)
-    plan = planned(config, activations="keep", autocast="bf16" if options else None)
+    checkpoints = options.get("gradient_checkpointing")
+    more = {"gradient_checkpointing": True} if checkpoints else {"activations": "keep"}
+    plan = planned(config, autocast="bf16" if options.get("bf16") else None, **more)
     assert config.use_cache  # it is the caller's
     assert [note for note in plan.notes if "cache" in note] == [NO_CACHE]
+    assert (plan.table.recomputable == ()) is bool(checkpoints)
     real = peak_bytes(trainer_of(adapted(LlamaForCausalLM(config)), tmp_path, **options))
     assert real <= plan.prediction.peaks.vram_bytes <= 1.01 * real
 
