@@ -36,8 +36,8 @@ def as_in_training(model: nn.Module) -> tuple[str, ...]:
     if parts:
         return (
             f"{parts[0]} has a configuration of its own with use_cache=True, which transformers' Trainer leaves as it is: "
-            "where it keeps a key-value cache, that is counted. TRL's trainers keep none; with any other, set it to False in "
-            "the configuration and plan again.",
+            "where it keeps a key-value cache, that is counted. TRL's trainers keep none: for those, set it to False in the "
+            "configuration and plan again.",
         )
     return (NO_CACHE,) if before else ()
 
