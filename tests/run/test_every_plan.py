@@ -1,7 +1,7 @@
 """Whatever the solver makes, ``attach`` accepts, and training under it is bit-identical to the whole run.
 
 Plans for a GPU run on the CPU here: the same arenas, addresses, loads and stores in the same order, through the CPU's
-transfers. Rings are of 4 KiB: what is less than a ring is never pinned in part.
+transfers. Rings, staging and pieces are of a few KiB: else nothing of small models would be pinned in part, or be split.
 """
 
 from __future__ import annotations
@@ -18,12 +18,13 @@ from msgspec.structs import replace
 
 from memplan.cost.build import cost_table
 from memplan.errors import DoesNotFitError
-from memplan.place import pages, problem
+from memplan.place import pages, pieces, problem
+from memplan.place.pieces import split
 from memplan.place.solve import place
 from memplan.place.variants import state_away
 from memplan.program import check_page_locks, page_lock
 from memplan.program.check import require
-from memplan.program.schema import STAGING_BYTES, Budgets, Workload
+from memplan.program.schema import Budgets, Workload
 from memplan.run import transfer
 from memplan.run.attach import attach_on
 from memplan.units import GIB
@@ -37,10 +38,12 @@ CHOICES = ("choose", "keep", "recompute", "offload", "any")
 
 
 @pytest.fixture(autouse=True, scope="module")
-def small_rings():
+def small_sizes():
     with pytest.MonkeyPatch.context() as patch:
         for module in (problem, pages, page_lock, check_page_locks, transfer):
             patch.setattr(module, "RING_BYTES", RING_BYTES)
+        patch.setattr(pieces, "LEAST_BYTES", RING_BYTES)
+        patch.setattr(pieces, "LATENCIES", 0)
         yield
 
 
@@ -77,16 +80,18 @@ def plans(draw, models):
     limit = draw(st.one_of(st.none(), limits, limits, limits))
     if home == "host":
         table = state_away(table, limit)
-    staging = STAGING_BYTES + (RING_BYTES if device == "cuda" else 0)
+    staging = (1 + (device == "cuda")) * RING_BYTES
     rest = max(table.device_bytes_at(access.index, asked) for access in table.accesses)
     budgets = Budgets(
         vram_bytes=draw(
             st.just(1) | st.integers(rest // 4, rest + weights // 2)
         ),  # of 1 byte becomes the least that works
-        ram_bytes=draw(st.sampled_from([GIB, GIB, 2 * staging + weights // 4, staging, 0])),
+        ram_bytes=draw(st.sampled_from([GIB, GIB, staging + weights // 4, staging + weights // 8, 0])),
         disk_bytes=draw(st.sampled_from([0, GIB, GIB])),
         page_lock_bytes=limit,
     )
+    if draw(st.booleans()):
+        table, _ = split(table, {})
     blocks = [block.id for block in table.blocks]
     options = {
         "pins": draw(st.dictionaries(st.sampled_from(blocks), st.sampled_from(["device", "host", "disk"]), max_size=2)),
