@@ -33,12 +33,15 @@ def plan(
     dtype: Any = None,
     attention: str | None = None,
     quantization: Any = None,
+    qlora: bool = False,
+    kbit: bool | None = None,
+    gradient_checkpointing: bool | None = None,
     autocast: str | None = None,
     accumulation: int = 1,
     steps: int | None = None,
     examples: int | None = None,
     epochs: int | None = None,
-    optimizer: str = "adamw",
+    optimizer: str | None = None,
     hardware: str | Path | HardwareProfile = "auto",
     pins: Mapping[str, str] | None = None,
     activations: str | Mapping[str, str] | None = None,
@@ -63,12 +66,16 @@ def plan(
     ``adapter``: a PEFT configuration or ``{"rank": 16, "targets": "all-linear"}``, where the model has none yet.
     ``dtype``, ``attention``, ``quantization``: for a model built here from its configuration. ``quantization``: ``"nf4"``,
     ``"nf4-nested"``, ``"fp4"``, ``"int8"`` and others (:data:`memplan.quantization.NAMES`), or transformers' configuration
-    of it; None: as the model's configuration says. ``autocast``: ``"bf16"`` or ``"fp16"``, where
+    of it; None: as the model's configuration says. ``kbit``: prepared by PEFT's ``prepare_model_for_kbit_training`` (what is
+    not quantized in float32, and gradient checkpointing). ``gradient_checkpointing``: turned on as the model is built; None:
+    as ``kbit`` does, else not, and memplan chooses what is recomputed. ``qlora``: QLoRA as PEFT documents it, each part
+    unless it is given otherwise: ``quantization="nf4-nested"`` (or the configuration's own), ``kbit=True``,
+    ``autocast="bf16"``, ``optimizer="paged_adamw_8bit"``. ``autocast``: ``"bf16"`` or ``"fp16"``, where
     the forward will run under ``torch.autocast``, which saves casts of a float32 base for backward; None: as the autocast
     that this is called in, if any. ``accumulation``: passes of a step.
     ``steps``: of the whole run, for its time; or ``examples`` of an epoch and ``epochs`` (default: one), where the batch is a
     shape: each epoch then ends with a step, however few are left for it. ``optimizer``: as transformers' ``optim``, or
-    ``"adamw"``, ``"sgd"``, ``"momentum"`` and others.
+    ``"adamw"`` (the default), ``"sgd"``, ``"momentum"`` and others.
     ``hardware``: ``"auto"`` (measured once, then cached), a shipped profile's name, or a profile's file.
     ``pins``: tier by block name. ``activations``: ``"keep"``, ``"recompute"`` or ``"offload"`` (to RAM, until backward)
     for every layer, or by layer name; None: kept or recomputed, as is fastest; ``"any"``: one of the three, as is fastest
@@ -102,6 +109,9 @@ def plan(
         dtype=dtype,
         attention=attention,
         quantization=quantization,
+        qlora=qlora,
+        kbit=kbit,
+        gradient_checkpointing=gradient_checkpointing,
         autocast=autocast,
         accumulation=accumulation,
         steps=steps,

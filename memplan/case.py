@@ -19,6 +19,8 @@ from memplan.requests import understood
 from memplan.units import align_up, parse_size
 
 if TYPE_CHECKING:
+    from torch import nn
+
     from memplan.analyze.graph import Activations, LayerGraph
     from memplan.analyze.kept import Analysis
     from memplan.analyze.measure import Times
@@ -30,6 +32,7 @@ if TYPE_CHECKING:
 _TIERS: tuple[Tier, ...] = ("device", "host", "disk")
 _STATE_HOMES: tuple[StateHome, ...] = ("device", "host")
 _ACTIVATIONS: tuple[Activations, ...] = ("keep", "recompute", "offload")
+QLORA = "qlora"  # as memplan.quantization has it, which needs torch
 ANY = "any"
 """Activations that may be offloaded too, where that is fastest."""
 
@@ -138,12 +141,15 @@ def case_of(
     dtype: Any = None,
     attention: str | None = None,
     quantization: Any = None,
+    qlora: bool = False,
+    kbit: bool | None = None,
+    gradient_checkpointing: bool | None = None,
     autocast: str | None = None,
     accumulation: int = 1,
     steps: int | None = None,
     examples: int | None = None,
     epochs: int | None = None,
-    optimizer: str = "adamw",
+    optimizer: str | None = None,
     hardware: str | Path | HardwareProfile = "auto",
     pins: Mapping[str, str] | None = None,
     activations: str | Mapping[str, str] | None = None,
@@ -162,6 +168,11 @@ def case_of(
 
     if accumulation < 1:
         raise InputError(f"accumulation was given as {accumulation!r}: give a whole number of passes, at least 1")
+    if qlora:
+        _require_description(model)
+        kbit, autocast = kbit is not False, autocast or "bf16"
+        optimizer = optimizer or "paged_adamw_8bit"
+    optimizer = optimizer or "adamw"
     steps, epochs = _run_of(batch, accumulation, steps=steps, examples=examples, epochs=epochs)
     budgets_given = {
         "vram": None if vram == "auto" else parse_size(vram, "vram"),
@@ -186,6 +197,16 @@ def case_of(
         state_home = "device"
     asked_for = understood(model, dtype=dtype, quantization=quantization, attention=attention, adapter=adapter)
     model, dtype, quantization = asked_for.model, asked_for.dtype, asked_for.quantization
+    if qlora:
+        dtype, quantization = dtype or "bf16", quantization or QLORA
+    described = {
+        "adapter": adapter,
+        "dtype": dtype,
+        "attention": attention,
+        "quantization": quantization,
+        "kbit": bool(kbit),
+        "gradient_checkpointing": gradient_checkpointing,
+    }
     profile = _profile(hardware)  # where it has to be measured this takes the longest
     if measure and not hardware_profiles.is_here(profile):
         raise InputError(
@@ -198,10 +219,7 @@ def case_of(
         model,
         batch,
         loss,
-        adapter=adapter,
-        dtype=dtype,
-        attention=attention,
-        quantization=quantization,
+        described,
         autocast=autocast,
         accumulation=accumulation,
         optimizer=optimizer,
@@ -230,10 +248,7 @@ def case_of(
             graph,
             profile,
             budgets.vram_bytes,
-            adapter=adapter,
-            dtype=dtype,
-            attention=attention,
-            quantization=quantization,
+            described,
             autocast=autocast,
             optimizer=optimizer,
             progress=progress,
@@ -280,17 +295,15 @@ def _analysis(
     model: Any,
     batch: Any,
     loss: Callable[[Any], Any] | None,
-    *,
-    adapter: Any,
-    dtype: Any,
-    attention: Any,
-    quantization: Any,
+    described: Mapping[str, Any],
     **options: Any,
 ) -> tuple[Analysis, Path | None]:
-    """Return what is known of a model and a batch, from before where it was kept, and where the checkpoint lies."""
+    """Return what is known of a model and a batch, from before where it was kept, and where the checkpoint lies.
+
+    ``described``: what :func:`memplan.analyze.adapters.prepare` builds the model with.
+    """
     from memplan.analyze import kept
 
-    described = {"adapter": adapter, "dtype": dtype, "attention": attention, "quantization": quantization}
     asked = {**described, **options}
     key = None if loss is not None else kept.key_of(model, batch, asked)
     folder = hardware_profiles.cache_path() / kept.FOLDER
@@ -302,7 +315,8 @@ def _analysis(
     from memplan.analyze.trace import analyze
 
     prepared = prepare(model, **described, short=True)
-    options |= {"loss": loss, "name": prepared.name, "short": prepared.short, "notes": prepared.notes}
+    notes = (*prepared.notes, *_as_quantized(model, prepared.model, described["kbit"], options["autocast"]))
+    options |= {"loss": loss, "name": prepared.name, "short": prepared.short, "notes": notes}
     try:
         graph = analyze(prepared.model, batch, runs=prepared.runs, **options)
     except (ModelError, NotPeriodicError):
@@ -316,6 +330,25 @@ def _analysis(
     return found, prepared.folder
 
 
+def _as_quantized(given: Any, model: nn.Module, kbit: bool, autocast: Any) -> tuple[str, ...]:
+    """Return what a plan says of a quantized model that was built here; a module of the caller's is as it is."""
+    if callable(getattr(given, "named_parameters", None)):
+        return ()
+    from memplan.analyze.autocast import autocast_dtype
+    from memplan.analyze.trainer_settings import kbit_notes
+
+    return kbit_notes(model, kbit=kbit, autocast=autocast_dtype(autocast))
+
+
+def _require_description(model: Any) -> None:
+    """Raise InputError for ``qlora`` with a module: what it stands for is done as a model is built."""
+    if callable(getattr(model, "named_parameters", None)):
+        raise InputError(
+            f"qlora was given with a {type(model).__name__} that is built already: give its configuration or name, or build it "
+            "as it is trained (prepare_model_for_kbit_training, then the adapter) and give autocast and optimizer"
+        )
+
+
 def _times(
     model: Any,
     batch: Any,
@@ -323,20 +356,14 @@ def _times(
     graph: LayerGraph,
     profile: HardwareProfile,
     room_bytes: int,
-    *,
-    adapter: Any,
-    dtype: Any,
-    attention: Any,
-    quantization: Any,
+    described: Mapping[str, Any],
     **options: Any,
 ) -> Times:
     """Return the times of the graph's accesses on this machine."""
     from memplan.analyze.adapters import prepare
     from memplan.analyze.measure import measure
 
-    prepared = prepare(
-        model, adapter=adapter, dtype=dtype, attention=attention, quantization=quantization, buffers=True
-    )
+    prepared = prepare(model, **described, buffers=True)
     return measure(
         prepared.model,
         batch,

@@ -98,15 +98,25 @@ class DoesNotFitError(MemplanError):
     """No plan keeps the budgets.
 
     ``asked`` says in one clause what was asked and that it does not fit; ``limited_by`` names what stands in the way;
-    ``suggestions`` are changes that help; ``least_vram_bytes`` is the least ``vram`` for which a plan exists with the
-    other budgets as given, or None where no ``vram`` would do.
+    ``suggestions`` are changes that help, those first that make it fit alone, the cheapest before all others.
+    ``least_vram_bytes`` is the least ``vram`` for which a plan exists with the other budgets as given, or None where no
+    ``vram`` would do; ``least_ram_bytes`` the same of ``ram``, ``least_disk_bytes`` a ``disk`` that does.
     """
 
     def __init__(
-        self, asked: str, *, least_vram_bytes: int | None, limited_by: str, suggestions: tuple[str, ...]
+        self,
+        asked: str,
+        *,
+        least_vram_bytes: int | None,
+        limited_by: str,
+        suggestions: tuple[str, ...],
+        least_ram_bytes: int | None = None,
+        least_disk_bytes: int | None = None,
     ) -> None:
         self.asked = asked
         self.least_vram_bytes = least_vram_bytes
+        self.least_ram_bytes = least_ram_bytes
+        self.least_disk_bytes = least_disk_bytes
         self.limited_by = limited_by
         self.suggestions = suggestions
         super().__init__(f"{asked}: {limited_by}. To make it fit: {'; '.join(suggestions)}")

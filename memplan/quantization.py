@@ -41,6 +41,8 @@ _PACKED: dict[str, dict[str, Any]] = {
 }
 NAMES = QUANTIZATIONS
 """What may be asked for by a word: those above, and ``int8`` of bitsandbytes."""
+QLORA = "qlora"
+"""In their place: nested nf4, unless the configuration is quantized by itself."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)

@@ -20,7 +20,7 @@ from torch import nn
 
 from memplan import models
 from memplan.errors import InputError, MemplanError, ModelError, first_line
-from memplan.quantization import quantization_of
+from memplan.quantization import QLORA, quantization_of
 from memplan.requests import dtype_name
 from memplan.units import format_bytes
 
@@ -64,7 +64,7 @@ def from_configuration(
 
     ``buffers``: have its buffers hold their values all the same (rotary frequencies are in no checkpoint).
     The dtype is the configuration's where none is given; parameters that transformers keeps in float32 are so here.
-    ``quantization``: see :func:`quantization_of`; the configuration's own where it has one. ``plain``: refuse one that has.
+    ``quantization``: see :func:`quantization_of`; the configuration's own where it has one (QLORA: else nested nf4). ``plain``: refuse one that has.
 
     Raises InputError for anything that cannot be used, ModelError for a model that cannot be built.
     """
@@ -92,6 +92,8 @@ def from_configuration(
     _refuse_endless(config, name)
     options: dict[str, Any] = {"dtype": _dtype(dtype if dtype is not None else getattr(config, "dtype", None))}
     own = getattr(config, "quantization_config", None)
+    if quantization == QLORA:
+        quantization = None if own is not None else "nf4-nested"
     if own is not None:
         if plain or quantization is not None:
             what = (

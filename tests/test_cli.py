@@ -52,7 +52,7 @@ def refuse(monkeypatch: pytest.MonkeyPatch, error: BaseException) -> None:
 def test_plan_hands_on_what_was_asked(calls: list[Any], capsys: pytest.CaptureFixture[str], solved: Plan) -> None:
     arguments = (
         "plan ./model --vram 6GiB --ram 24GiB --disk 100GB --page-lock 8GiB --lora-rank 8 --lora-targets q_proj,v_proj --batch 4 "
-        "--seq 1024 --quantization nf4 --accumulation 2 --examples 100 --epochs 3 --dtype fp32 --attention eager --autocast fp16 --optimizer sgd "
+        "--seq 1024 --quantization nf4 --kbit --no-gradient-checkpointing --accumulation 2 --examples 100 --epochs 3 --dtype fp32 --attention eager --autocast fp16 --optimizer sgd "
         "--hardware rtx-3060 "
         "--pin model.layers.3=device --pin lm_head=host --activations offload --no-elastic"
     )
@@ -69,6 +69,9 @@ def test_plan_hands_on_what_was_asked(calls: list[Any], capsys: pytest.CaptureFi
                 "dtype": "fp32",
                 "attention": "eager",
                 "quantization": "nf4",
+                "qlora": False,
+                "kbit": True,
+                "gradient_checkpointing": False,
                 "autocast": "fp16",
                 "accumulation": 2,
                 "steps": None,
@@ -132,6 +135,8 @@ def test_does_not_fit(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.Mo
         "fits": False,
         "message": "no room: the loss. To make it fit: --batch 2",
         "least_vram_bytes": 3 * GIB,
+        "least_ram_bytes": None,
+        "least_disk_bytes": None,
         "limited_by": "the loss",
         "suggestions": ["--batch 2"],
     }

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import sys
 
 import pytest
 import torch
-from peft import LoraConfig
-from transformers import AutoConfig, BitsAndBytesConfig, LlamaConfig, MixtralConfig
+from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
+from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, MixtralConfig
 
 import memplan
 from benchmarks import truth
@@ -66,7 +67,81 @@ def test_equals_the_real_module(kind):
     assert plan.fingerprint == real.fingerprint
     assert plan.table == real.table
     assert plan.prediction == real.prediction
-    assert plan.notes == real.notes
+    assert plan.notes[1:] == real.notes
+    assert plan.notes[0].startswith("Planned as its quantizer loads it, without PEFT's prepare_model_for_kbit_training")
+    assert "without autocast: QLoRA as PEFT documents it needs more" in plan.notes[0]
+
+
+def prepared_for_kbit(kind, gradient_checkpointing=True):
+    """A base as it is loaded in bfloat16, prepared by PEFT, with an adapter."""
+    options = quantized._options(kind)
+    options["quantization_config"].bnb_4bit_compute_dtype = torch.bfloat16
+    base = AutoModelForCausalLM.from_pretrained(quantized.folder().name, **options, dtype=torch.bfloat16)
+    base.config.use_cache = False
+    base = prepare_model_for_kbit_training(base, use_gradient_checkpointing=gradient_checkpointing)
+    return get_peft_model(base, copy.deepcopy(LORA)).train()
+
+
+KBIT = [("nf4-nested", True), ("nf4-nested", False), ("int8", True), ("torchao-int8", True)]
+
+
+@pytest.mark.parametrize(
+    ("kind", "checkpointing"),
+    [case if case[0] == "nf4-nested" else pytest.param(*case, marks=pytest.mark.full) for case in KBIT],
+)
+def test_prepared_for_kbit_training_equals_the_real_module(kind, checkpointing):
+    """As PEFT itself does it: blocks, adapters and optimizer state to the byte, every access, every peak."""
+    model = prepared_for_kbit(kind, checkpointing)
+    with torch.autocast("cpu", torch.bfloat16):
+        real = memplan.plan(model, (2, 16), vram="1GiB", optimizer="paged_adamw_8bit", **BUDGETS)
+    config = AutoConfig.from_pretrained(quantized.folder().name)
+    config.use_cache = False
+    each = {"kbit": True, "autocast": "bf16", "optimizer": "paged_adamw_8bit", "dtype": "bf16", "quantization": kind}
+    given = {"qlora": True} if (kind, checkpointing) == KBIT[0] else each
+    checkpoints = {} if checkpointing else {"gradient_checkpointing": False}
+    plan = memplan.plan(config, (2, 16), vram="1GiB", adapter=LORA, **given, **checkpoints, **BUDGETS)
+    assert plan.fingerprint == real.fingerprint
+    assert plan.table == real.table
+    assert plan.prediction == real.prediction
+    assert plan.workload == real.workload
+    how = "casts nothing of a torchao base" if kind.startswith("torchao") else "what is not quantized is in float32"
+    assert plan.notes == (
+        f"Planned as PEFT's prepare_model_for_kbit_training leaves it ({how}), {'with' if checkpointing else 'without'} "
+        "gradient checkpointing, under autocast to bfloat16.",
+        *real.notes,
+    )
+
+
+def test_parts_of_qlora():
+    """Each part that is given stands; what the configuration is quantized by stays."""
+    float32 = {"float32"}
+
+    def dtypes(plan):
+        return {t.dtype for b in plan.table.blocks for t in b.tensors if "norm" in t.name or "embed" in t.name}
+
+    def state(plan):
+        return next(row.size_bytes for row in plan.table.fixed if row.kind == "optimizer")
+
+    whole = planned(llama(), qlora=True)
+    assert dtypes(whole) == float32
+    assert whole.workload.optimizer == "paged_adamw_8bit"
+    assert whole.table.recomputable == ()
+    assert whole.fingerprint == planned(llama(), quantization="nf4-nested", dtype="bf16", kbit=True).fingerprint
+    assert dtypes(planned(llama(), qlora=True, kbit=False)) == {"bfloat16"}
+    adam = planned(llama(), qlora=True, optimizer="adamw")
+    assert (adam.workload.optimizer, dtypes(adam)) == ("adamw", float32)
+    assert state(adam) > state(planned(llama(), qlora=True, optimizer="adamw_8bit"))
+    assert planned(llama(), qlora=True, gradient_checkpointing=False).table.recomputable
+    int8 = planned(llama(), qlora=True, quantization="int8")
+    own = llama()
+    own.quantization_config = {"quant_method": "bitsandbytes", "load_in_8bit": True}
+    assert planned(own, qlora=True).fingerprint == int8.fingerprint != whole.fingerprint
+
+
+@pytest.mark.parametrize("options", [{"qlora": True}, {"kbit": True}, {"gradient_checkpointing": True}], ids=str)
+def test_a_module_is_prepared_by_its_owner(options):
+    with pytest.raises(InputError, match=f"{next(iter(options))} was given with a .* that is built already"):
+        memplan.plan(quantized.make("nf4"), (1, 16), vram="1GiB", **options, **BUDGETS)
 
 
 @pytest.mark.parametrize(

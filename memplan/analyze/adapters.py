@@ -17,8 +17,11 @@ from torch import nn
 from memplan.analyze.batch import base_of, batch_for
 from memplan.analyze.blocks import refuse_moved
 from memplan.analyze.repeats import Run, find_runs, may_be_short, shorten
+from memplan.analyze.trainer_settings import as_in_training, with_checkpointing
 from memplan.errors import InputError
 from memplan.skeleton import ALL_LINEAR, from_configuration, with_adapter
+
+_CHECKPOINTING = ("gradient_checkpointing", "model.gradient_checkpointing_enable()")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -49,14 +52,17 @@ def prepare(
     dtype: Any = None,
     attention: str | None = None,
     quantization: Any = None,
+    kbit: bool = False,
+    gradient_checkpointing: bool | None = None,
     buffers: bool = False,
     short: bool = False,
 ) -> Prepared:
     """Return a traceable model of what the user gave: a module, a transformers configuration, or a directory.
 
     ``adapter``: a PEFT configuration, or ``{"rank": 16, "targets": "all-linear", "alpha": 32}``; None where the model
-    has its trainables. ``dtype``, ``attention`` and ``quantization`` are for a model that is built here; ``buffers``: have
-    its buffers hold their values.
+    has its trainables. ``dtype``, ``attention`` and ``quantization`` are for a model that is built here, and so are ``kbit``
+    (PEFT's ``prepare_model_for_kbit_training``) and ``gradient_checkpointing``; ``buffers``: have its buffers hold their
+    values.
     ``short``: leave out layers that are like others of models that are known, before the adapter is added, see ``repeats.py``.
 
     Raises InputError for anything that cannot be used, ModelError for a model that cannot be placed.
@@ -71,6 +77,12 @@ def prepare(
             raise InputError(
                 f"quantization was given with a {type(model).__name__} that is built already: load it quantized, or give "
                 "its configuration"
+            )
+        if kbit or gradient_checkpointing is not None:
+            what, call = ("kbit", "peft.prepare_model_for_kbit_training(model)") if kbit else _CHECKPOINTING
+            raise InputError(
+                f"{what} was given with a {type(model).__name__} that is built already: call {call} before, or give its "
+                "configuration"
             )
         refuse_moved(model)
         base = base_of(model)
@@ -90,13 +102,15 @@ def prepare(
         runs = find_runs(skeleton.model) if short and may and _is_alike_everywhere(adapter) else ()
         if runs:
             shorten(runs)
+        notes = as_in_training(skeleton.model)
+        with_checkpointing(skeleton.model, kbit=kbit, wanted=gradient_checkpointing)
         prepared = Prepared(
             model=skeleton.model,
             name=skeleton.name,
             folder=skeleton.folder,
             short=may,
             runs=runs,
-            notes=skeleton.notes,
+            notes=(*skeleton.notes, *notes),
         )
     if adapter is None:
         return prepared

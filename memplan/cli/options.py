@@ -63,13 +63,26 @@ _OPTIONS = (
     click.option("--dtype", metavar="NAME", default="bf16", show_default=True, help="Of the frozen weights."),
     click.option("--attention", metavar="NAME", help="Attention kernel.  [default: the model's own]"),
     click.option("--quantization", metavar="NAME", help="Of the frozen weights, such as nf4, nf4-nested or int8."),
+    click.option(
+        "--qlora",
+        is_flag=True,
+        help="QLoRA as PEFT documents it: --quantization nf4-nested --kbit --autocast bf16 --optimizer paged_adamw_8bit.",
+    ),
+    click.option(
+        "--kbit/--no-kbit",
+        default=None,
+        help="Prepared by PEFT's prepare_model_for_kbit_training.  [default: with --qlora]",
+    ),
+    click.option(
+        "--gradient-checkpointing/--no-gradient-checkpointing",
+        default=None,
+        help="Turned on in the model itself.  [default: with --kbit; else memplan chooses what is recomputed]",
+    ),
     click.option("--autocast", type=click.Choice(["bf16", "fp16"]), help="Where the forward runs under autocast."),
     click.option(
         "--optimizer",
         metavar="NAME",
-        default="adamw",
-        show_default=True,
-        help="Its state counts: as transformers' optim, or a name of memplan's.",
+        help="Its state counts: as transformers' optim, or a name of memplan's.  [default: adamw]",
     ),
     HARDWARE,
     click.option(
@@ -108,8 +121,11 @@ class Asked:
     dtype: str
     attention: str | None
     quantization: str | None
+    qlora: bool
+    kbit: bool | None
+    gradient_checkpointing: bool | None
     autocast: str | None
-    optimizer: str
+    optimizer: str | None
     hardware: str
     activations: str | None
     elastic: bool | None
@@ -145,6 +161,9 @@ class Asked:
             "dtype": self.dtype,
             "attention": self.attention,
             "quantization": self.quantization,
+            "qlora": self.qlora,
+            "kbit": self.kbit,
+            "gradient_checkpointing": self.gradient_checkpointing,
             "autocast": self.autocast,
             "accumulation": self.accumulation,
             "optimizer": self.optimizer,
@@ -161,7 +180,7 @@ class Asked:
         from memplan.analyze import kept
 
         kept.ours = True
-        if own_process and self.quantization is None and models.is_plain(self.model):
+        if own_process and self.quantization is None and not self.qlora and models.is_plain(self.model):
             _leave_out(_QUANTIZERS)
         gc.disable()  # a sixth of the time, and little is left to collect
 

@@ -14,9 +14,9 @@ from memplan.place.arrangement import lay_out
 from memplan.place.baselines import Way
 from memplan.place.bound import window_bound
 from memplan.place.door import require_input
-from memplan.place.least import does_not_fit
 from memplan.place.pieces import split
 from memplan.place.problem import Memory, Problem, make_problem, nonweight_bytes, policies_for
+from memplan.place.refusal import does_not_fit
 from memplan.place.search import Choice, Search
 from memplan.place.variants import Variants, state_away, tables_of
 from memplan.program.check import require

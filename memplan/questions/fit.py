@@ -74,7 +74,7 @@ def fit(
         if is_bounded:
             bounded.append(what)
     quantized: dict[str, Point | None] = {}
-    if options.get("quantization") is None and isinstance(model, str):
+    if options.get("quantization") is None and not options.get("qlora") and isinstance(model, str):
         for name in QUANTIZATIONS:
             tell(name)
             with suppress(InputError):  # its package is not there, or does not know this model

@@ -59,6 +59,34 @@ def attach(
         )
     if device.type == "cuda":
         device = torch.device("cuda", torch.cuda.current_device())
+    return attach_on(
+        model,
+        plan,
+        device,
+        checkpoint=checkpoint,
+        checked=checked,
+        traced=traced,
+        cache=cache,
+        verify=verify,
+        progress=progress,
+        replan=replan,
+    )
+
+
+def attach_on(
+    model: nn.Module,
+    plan: Plan,
+    device: torch.device,
+    *,
+    checkpoint: str | Path | Checkpoint | None = None,
+    checked: bool = False,
+    traced: bool = False,
+    cache: str | Path | None = None,
+    verify: bool = False,
+    progress: Callable[[int], None] | None = None,
+    replan: Callable[[Plan, int], Plan] | None = None,
+) -> Handle:
+    """As :func:`attach`, on ``device``: a plan that was made for a GPU runs on the CPU too, where nothing is pinned."""
     require_supported(plan)
     if handle_of(model) is not None:
         raise ModelError("the model is under a plan already: detach() that one first")

@@ -22,15 +22,19 @@ from memplan.weights import Weight, own_weights, unready
 
 def require_supported(plan: Plan) -> None:
     """Refuse what the contract allows and this runtime does not do yet."""
-    for tier in ("device", "host"):
-        segments = [arena.segments for arena in plan.arenas if arena.tier == tier]
-        parts = [segment for listed in segments for segment in listed]
-        ends = [0, *accumulate(segment.size_bytes for segment in parts)]
-        follow = all(segment.offset_bytes == end for segment, end in zip(parts, ends, strict=False))
-        if len(segments) > 1 or not follow or (tier == "host" and len(parts) > 1):
+    devices = [arena.id for arena in plan.arenas if arena.tier == "device"]
+    if len(devices) > 1:
+        raise PlanMismatchError(
+            f"the plan has the arenas {', '.join(map(str, devices))} on the device, and this version runs one there: make the "
+            "plan again with this version"
+        )
+    for arena in plan.arenas:  # of the host there may be several: one that is pinned, one that is not
+        ends = [0, *accumulate(segment.size_bytes for segment in arena.segments)]
+        follow = all(segment.offset_bytes == end for segment, end in zip(arena.segments, ends, strict=False))
+        if not follow or (arena.tier == "host" and len(arena.segments) > 1):
             raise PlanMismatchError(
-                f"the plan's {tier} has {len(segments)} arenas of {len(parts)} parts, and this version runs one that begins at "
-                "0, on the device in parts that follow one another: make the plan again with this version"
+                f"arena {arena.id} of the plan ({arena.tier}) has {len(arena.segments)} segments, and this version runs one that "
+                "begins at 0, on the device several that follow one another: make the plan again with this version"
             )
     comes_and_goes = [
         (arena.id, segment.offset_bytes, segment.offset_bytes + segment.size_bytes)

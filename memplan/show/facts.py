@@ -256,6 +256,8 @@ def failure_dict(error: DoesNotFitError) -> dict[str, object]:
         "fits": False,
         "message": str(error),
         "least_vram_bytes": error.least_vram_bytes,
+        "least_ram_bytes": error.least_ram_bytes,
+        "least_disk_bytes": error.least_disk_bytes,
         "limited_by": error.limited_by,
         "suggestions": list(error.suggestions),
     }

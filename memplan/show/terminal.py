@@ -82,6 +82,8 @@ def failure_text(error: DoesNotFitError) -> str:
     table.add_column(overflow="fold")
     least = error.least_vram_bytes
     table.add_row("Least vram", "no vram would do" if least is None else format_bytes(least))
+    if error.least_ram_bytes is not None:
+        table.add_row("Least ram", format_bytes(error.least_ram_bytes))
     table.add_row("Limited by", Text(PLAIN.safe(error.limited_by)))
     for place, suggestion in enumerate(error.suggestions):
         table.add_row("" if place else "Try", Text(PLAIN.safe(suggestion)))

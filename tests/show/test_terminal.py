@@ -384,6 +384,8 @@ def test_failure() -> None:
         "fits": False,
         "message": str(error),
         "least_vram_bytes": 3 * GIB,
+        "least_ram_bytes": None,
+        "least_disk_bytes": None,
         "limited_by": "the loss",
         "suggestions": ["--batch 2", "--seq 256"],
     }
