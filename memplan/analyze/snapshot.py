@@ -1,0 +1,459 @@
+"""What a model holds in depth, written down so that it can be put back: a forward that is only looked at leaves nothing.
+
+A forward may write to more than parameters and buffers: counters, lists of tensors and random generators of plain
+objects, attributes of classes, global names that its functions use, caches, iterators. All of that is walked once, by
+the references that lead there, and put back in place: whoever else holds an object sees it as it was.
+
+[Note: what cannot be put back] A generator function's iterator cannot be rewound, and a file that is read has no copy: in
+their places lie objects that raise ModelError with the name of what was asked. What is written to a file goes nowhere.
+Large arrays are not copied: they are read-only meanwhile.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import io
+import os
+import random
+import sys
+import warnings
+from collections import OrderedDict, deque
+from collections.abc import Callable, Iterable, Iterator
+from enum import Enum
+from types import (
+    BuiltinFunctionType,
+    CodeType,
+    FrameType,
+    FunctionType,
+    GeneratorType,
+    MappingProxyType,
+    MethodType,
+    ModuleType,
+    TracebackType,
+)
+from typing import Any
+
+import torch
+from torch import nn
+
+from memplan.analyze import held
+from memplan.errors import ModelError
+from memplan.names import canonical
+from memplan.weights import is_quantizer_state
+
+_ATOMS = (
+    int, float, complex, str, bytes, type(None), type(...), Enum, CodeType, FrameType, TracebackType,
+    BuiltinFunctionType, ModuleType, range, slice, torch.dtype, torch.device, torch.layout, torch.memory_format, torch.Size,
+    torch.Tensor,
+)  # fmt: skip
+_ATOM_TYPES = {
+    int, float, complex, str, bytes, bool, type(None), torch.dtype, torch.device, torch.Size, torch.Tensor, nn.Parameter,
+}  # fmt: skip
+_EMPTY = {dict, OrderedDict, list, set, deque}
+_CLOSED = (
+    "torch._dynamo", "torch._inductor", "torch._functorch", "torch._ops", "torch._library", "torch._C", "torch.fx", "torch.jit",
+    "torch.distributed", "torch.cuda", "torch.utils.data", "torch.profiler", "torch.multiprocessing", "torch.library",
+    "logging", "threading", "queue", "multiprocessing", "concurrent", "asyncio", "subprocess", "socket", "ssl", "re",
+    "weakref", "importlib", "inspect", "typing", "abc", "pathlib", "accelerate", "datasets", "lightning",
+    "pytorch_lightning", "trl", "transformers.trainer", "tokenizers", "wandb", "tensorboard", "tensorboardX", "pandas",
+    "pyarrow", "matplotlib", "memplan", "triton",
+)  # fmt: skip
+"""Where objects come from that are not entered: they belong to the process, or to whoever trains, not to a forward."""
+_LIBRARIES = frozenset(
+    {*sys.stdlib_module_names, "torch", "numpy", "scipy", "transformers", "diffusers", "peft", "bitsandbytes", "torchao", "memplan"}
+) - {"__main__"}  # fmt: skip
+"""Of their functions and classes the global names are not followed: what they keep is known (``fake.caches_empty``)."""
+_CONTAINERS = (dict, list, set, deque, bytearray)
+
+Origin = Callable[[torch.Tensor], "int | None"]
+
+
+class Snapshot:
+    """All that can be reached from ``roots`` (by name), as it is now.
+
+    ``restore`` puts it back; ``exchange`` puts other tensors in the place of those that are held; ``state`` describes it.
+    """
+
+    def __init__(self, **roots: object) -> None:
+        self._kept: list[held.Holder] = []
+        self._empty: list[Any] = []
+        """Containers that held nothing: the hooks of every module, mostly."""
+        self._seen: dict[int, object] = {}
+        self._paths: dict[int, tuple[int, str]] = {}
+        """Of each object the one through which it was reached first, by their ids, and under which name."""
+        self._used_up: set[int] = set()
+        """Ids of objects that a forward is given others for."""
+        self._waiting: deque[object] = deque()
+        for name, root in roots.items():
+            self._add(root, 0, name)
+        while self._waiting:
+            self._enter(self._waiting.popleft())
+
+    # ---- what is done with it ----------------------------------------------------------------------------------------
+
+    def restore(self) -> None:
+        """Put everything back."""
+        # A view may be written to only where what it is of may be.
+        for holder in sorted(self._kept, key=lambda kept: getattr(kept, "is_view", False)):
+            holder.restore()
+        for container in self._empty:
+            if container:
+                container.clear()
+
+    def exchange(self, other: Callable[[torch.Tensor], torch.Tensor], state_of: Callable[[Any], Any]) -> None:
+        """Put ``other(tensor)`` in the place of every tensor that is held, and of what cannot be put back what may be used
+        up. ``state_of``: from a quantizer's state to one that may be written to.
+        """
+        made: dict[int, Any] = {}
+
+        def changed(value: Any, name: str, owner: object) -> Any:
+            if isinstance(value, torch.Tensor):
+                return other(value)
+            if isinstance(value, tuple) and type(value) is not torch.Size:
+                parts = [changed(part, name, owner) for part in value]
+                if all(a is b for a, b in zip(parts, value, strict=True)):
+                    return value
+                return type(value)(*parts) if hasattr(value, "_fields") else tuple.__new__(type(value), parts)
+            if id(value) not in self._used_up:
+                return value
+            if id(value) not in made:
+                where = self._path(owner, name)
+                made[id(value)] = state_of(value) if is_quantizer_state(value) else _expendable(value, where)
+            return made[id(value)]
+
+        for holder in self._kept:
+            holder.change(functools.partial(changed, owner=holder.owner))
+
+    def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """Yield the tensors that were held, by name."""
+        for holder in self._kept:
+            for name, value in holder.items():
+                for tensor in _tensors(value):
+                    yield self._path(holder.owner, name), tensor
+
+    def state(self, origin: Origin) -> dict[tuple[int, str], object]:
+        """Return what each object holds now, as values that are equal where it holds the same; by the object's id.
+
+        ``origin``: the id of the tensor that one stands in for; None for one that is new.
+        """
+        filled = [held.of_container(container) for container in self._empty if container]
+        return {
+            (id(holder.owner), type(holder).__name__): holder.described(lambda v: self._described(v, origin, 0))
+            for holder in (*self._kept, *filled)
+        }
+
+    def dropped(self, origin: Origin) -> Iterator[tuple[int, int, str]]:
+        """Yield the tensors that objects held and do not hold now: the ids of the object and of the tensor, and its name."""
+        for holder in self._kept:
+            before = [(name, tensor) for name, value in holder.items() for tensor in _tensors(value)]
+            if before:
+                now = {origin(tensor) for value in holder.now() for tensor in _tensors(value)}
+                for name, tensor in before:
+                    if id(tensor) not in now:
+                        yield id(holder.owner), id(tensor), self._path(holder.owner, name)
+
+    def name_of(self, key: int) -> str:
+        """Return the name of an object by its id."""
+        return self._path(self._seen[key], "")
+
+    def reaches(self, keys: set[int]) -> set[int]:
+        """Return those of the ids that are of objects in here."""
+        return keys.intersection(self._seen)
+
+    # ---- the walk ------------------------------------------------------------------------------------------------------
+
+    def _add(self, value: object, parent: int, name: str) -> None:
+        kind = type(value)
+        if kind in _ATOM_TYPES or id(value) in self._seen:
+            return
+        self._seen[id(value)] = value
+        self._paths[id(value)] = (parent, name)
+        if kind in _EMPTY and not value:
+            self._empty.append(value)
+            return
+        if isinstance(value, _ATOMS):
+            return
+        self._waiting.append(value)
+
+    def _hold(self, holder: held.Holder | None) -> None:
+        if holder is not None:
+            self._kept.append(holder)
+            for name, value in holder.items():
+                self._add(value, id(holder.owner), name)
+
+    def _enter(self, value: Any) -> None:
+        kind = type(value)
+        if isinstance(value, _CONTAINERS):
+            self._hold(held.of_container(value))
+        elif isinstance(value, (tuple, frozenset)):
+            for index, part in enumerate(value):
+                self._add(part, id(value), f"[{index}]")
+            return
+        elif isinstance(value, MappingProxyType):
+            self._add(dict(value), id(value), "")
+            return
+        elif isinstance(value, FunctionType):
+            self._enter_function(value)
+            return
+        elif isinstance(value, MethodType):
+            self._add(value.__self__, id(value), "")
+            self._add(value.__func__, id(value), "")
+            return
+        elif isinstance(value, (staticmethod, classmethod)):
+            self._add(value.__func__, id(value), "")
+            return
+        elif isinstance(value, property):
+            for part in (value.fget, value.fset):
+                self._add(part, id(value), "")
+            return
+        elif isinstance(value, functools.partial):
+            for part in (value.func, value.args, value.keywords):
+                self._add(part, id(value), "")
+        elif isinstance(value, functools._lru_cache_wrapper):
+            self._used_up.add(id(value))
+            self._add(value.__wrapped__, id(value), "")
+            return
+        elif isinstance(value, type):
+            self._enter_class(value)
+            return
+        elif _is_used_up(value):
+            self._used_up.add(id(value))
+            return
+        elif _is_closed(kind):
+            return
+        else:
+            self._hold(held.of_numbers(value))
+        attributes = getattr(value, "__dict__", None)
+        if type(attributes) is dict:
+            self._seen[id(attributes)] = attributes
+            self._hold(held.Mapping(attributes, value))
+        self._hold(held.of_slots(value))
+        self._add(kind, id(value), "")
+
+    def _enter_function(self, function: FunctionType) -> None:
+        if _is_closed_name(function.__module__ or ""):
+            return
+        self._hold(held.of_cells(function))
+        self._add(function.__defaults__, id(function), "")
+        self._add(function.__kwdefaults__, id(function), "")
+        if function.__dict__:
+            self._hold(held.Mapping(function.__dict__, function))
+        if _is_library(function.__module__):
+            return
+        names = set(_names(function.__code__))
+        self._hold(held.Globals(function, names))
+        for name in names:  # a module of counters: ``state.count += 1``
+            module = function.__globals__.get(name)
+            if isinstance(module, ModuleType) and not _is_library(module.__name__):
+                self._hold(held.Globals(module, names))
+
+    def _enter_class(self, kind: type) -> None:
+        for part in kind.__mro__:
+            if (
+                part is object
+                or _is_closed(part)
+                or part.__module__.partition(".")[0] in ("builtins", "torch", "numpy")
+            ):
+                continue
+            if part is not kind:
+                self._add(part, id(kind), "")
+                continue
+            whole = not _is_library(part.__module__)
+            self._hold(held.Class(part, None if whole else (*_CONTAINERS, bool, int, float, str, torch.Tensor)))
+
+    # ---- names and descriptions ----------------------------------------------------------------------------------------
+
+    def _path(self, value: object, name: str) -> str:
+        parts = [name] if name else []
+        key = id(value)
+        while key in self._paths:
+            parent, own = self._paths[key]
+            if parent and own not in ("", "_modules", "_parameters", "_buffers"):
+                parts.append(own)
+            key = parent
+        return canonical(".".join(reversed(parts)).replace(".[", "["))
+
+    def _described(self, value: Any, origin: Origin, depth: int) -> object:
+        if isinstance(value, torch.Tensor):
+            old = origin(value)
+            return ("old", old) if old is not None else ("new", tuple(value.shape), value.dtype)
+        if isinstance(value, float):
+            return repr(value)
+        if isinstance(value, (bool, int, str, bytes, type(None))):
+            return value
+        if id(value) in self._seen:
+            return ("here", id(value))
+        if depth > 4:
+            return type(value).__qualname__
+        within = functools.partial(self._described, origin=origin, depth=depth + 1)
+        if isinstance(value, (list, tuple, deque)):
+            return (type(value).__name__, *(within(part) for part in value))
+        if isinstance(value, dict):
+            return (type(value).__name__, *((str(name), within(part)) for name, part in value.items()))
+        if isinstance(value, (set, frozenset)):
+            return (type(value).__name__, len(value))
+        if hasattr(type(value), "__next__") and not isinstance(value, (_Unrepeatable, GeneratorType)):
+            try:
+                return (type(value).__name__, *(within(part) for part in _reduced(value)[1:]))
+            except (TypeError, AttributeError):
+                return type(value).__name__
+        attributes = getattr(value, "__dict__", None)
+        if isinstance(attributes, dict) and not _is_closed(type(value)):
+            return (type(value).__qualname__, *((str(name), within(part)) for name, part in attributes.items()))
+        return type(value).__qualname__
+
+
+@contextlib.contextmanager
+def unchanged(**roots: object) -> Iterator[None]:
+    """Have all that can be reached from ``roots``, and the process's random states and settings, as before afterwards."""
+    kept = Snapshot(**roots)
+    try:
+        with random_states_kept(), settings_kept():
+            yield
+    finally:
+        kept.restore()
+
+
+@contextlib.contextmanager
+def random_states_kept() -> Iterator[None]:
+    """Leave torch's, NumPy's and Python's random states as they were."""
+    python = random.getstate()
+    numpy: Any = sys.modules.get("numpy")
+    numpys = numpy.random.get_state() if numpy is not None else None
+    cpu = torch.get_rng_state()
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else None
+    try:
+        yield
+    finally:
+        random.setstate(python)
+        if numpy is not None:
+            numpy.random.set_state(numpys)
+        torch.set_rng_state(cpu)
+        if cuda is not None:
+            torch.cuda.set_rng_state_all(cuda)
+
+
+@contextlib.contextmanager
+def settings_kept() -> Iterator[None]:
+    """Leave what of torch's settings a forward may change, and the environment, as they were."""
+    environment = dict(os.environ)
+    dtype, precision = torch.get_default_dtype(), torch.get_float32_matmul_precision()
+    strict, warns = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    cudnn: Any = torch.backends.cudnn
+    flags = {name: getattr(cudnn, name) for name in ("enabled", "benchmark", "deterministic")}
+    try:
+        yield
+    finally:
+        if os.environ != environment:
+            os.environ.clear()
+            os.environ.update(environment)
+        if torch.get_default_dtype() != dtype:
+            torch.set_default_dtype(dtype)
+        if torch.get_float32_matmul_precision() != precision:
+            torch.set_float32_matmul_precision(precision)
+        if (torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()) != (
+            strict, warns,
+        ):  # fmt: skip
+            torch.use_deterministic_algorithms(strict, warn_only=warns)
+        for name, value in flags.items():
+            if getattr(cudnn, name) != value:
+                setattr(cudnn, name, value)
+
+
+def _tensors(value: object) -> Iterator[torch.Tensor]:
+    if isinstance(value, torch.Tensor):
+        yield value
+    elif isinstance(value, tuple):
+        for part in value:
+            yield from _tensors(part)
+
+
+def _names(code: CodeType) -> Iterable[str]:
+    """Yield the names that a function's code, and what is defined in it, looks up."""
+    yield from code.co_names
+    for constant in code.co_consts:
+        if isinstance(constant, CodeType):
+            yield from _names(constant)
+
+
+@functools.cache
+def _is_closed_name(module: str) -> bool:
+    return any(module == closed or module.startswith((closed + ".", closed + "_")) for closed in _CLOSED)
+
+
+def _is_closed(kind: type) -> bool:
+    return not issubclass(kind, nn.Module) and _is_closed_name(kind.__module__ or "")
+
+
+def _is_library(module: str | None) -> bool:
+    return (module or "").partition(".")[0] in _LIBRARIES
+
+
+def _is_used_up(value: Any) -> bool:
+    """Whether an object is another one after its use, and nothing that it holds could put it back."""
+    kind = type(value)
+    if is_quantizer_state(value) or isinstance(value, io.IOBase):
+        return True
+    return hasattr(kind, "__next__") and (
+        _is_closed(kind) or held.of_slots(value) is None is getattr(value, "__dict__", None)
+    )
+
+
+def _expendable(value: Any, where: str) -> Any:
+    """Return what a forward may use up in place of ``value``. [Note: what cannot be put back]"""
+    if isinstance(value, functools._lru_cache_wrapper):
+        if _is_library(value.__wrapped__.__module__):
+            return value
+        fresh = functools.lru_cache(**value.cache_parameters())(value.__wrapped__)
+        return functools.update_wrapper(fresh, value.__wrapped__)
+    if isinstance(value, io.IOBase):
+        if value.closed or any(value is stream for stream in (sys.stdout, sys.stderr, sys.stdin)):
+            return value
+        if value.readable():
+            return _Unrepeatable(where, "an open file")
+        return io.StringIO() if isinstance(value, io.TextIOBase) else io.BytesIO()
+    try:
+        return _copied(value)
+    except (TypeError, AttributeError):
+        return _Unrepeatable(where, f"a {type(value).__name__}, which cannot be rewound")
+
+
+def _copied(value: Any) -> Any:
+    """Return an iterator that goes on as ``value`` would, and leaves that where it is."""
+    if isinstance(value, tuple):
+        return tuple(_copied(part) for part in value)
+    if not hasattr(type(value), "__next__"):
+        return value
+    kind, arguments, *state = _reduced(value)
+    made = kind(*_copied(arguments))
+    if state and state[0] is not None:
+        held_on = state[0] if isinstance(state[0], tuple) else (state[0],)
+        own = tuple(list(part) if isinstance(part, list) else _copied(part) for part in held_on)
+        made.__setstate__(own if isinstance(state[0], tuple) else own[0])
+    return made
+
+
+def _reduced(value: Any) -> Any:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # those of itertools lose it with Python 3.14
+        return value.__reduce__()
+
+
+class _Unrepeatable:
+    """Stands for what a look at the model would use up."""
+
+    def __init__(self, where: str, what: str) -> None:
+        self.__dict__["_message"] = (
+            f"the forward draws from {where}, {what}: planning would use up what training is to see. Draw from it outside "
+            "of the model and hand the values in, or hold a list and a position"
+        )
+
+    def __iter__(self) -> Any:
+        return self
+
+    def __next__(self) -> Any:
+        raise ModelError(self.__dict__["_message"])
+
+    def __getattr__(self, name: str) -> Any:
+        raise ModelError(self.__dict__["_message"])
