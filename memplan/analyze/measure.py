@@ -118,7 +118,8 @@ def measure(
             modules = modules_by_name(model)
             names = {access.module: short_name(access.module, runs) for access in graph.accesses if access.module}
             watched = {name: modules[name] for name in names.values()}
-            layers = {names[name]: modules[names[name]] for name in graph.recomputable}
+            stateful = {layer.module for layer in graph.stateful}
+            layers = {names[name]: modules[names[name]] for name in graph.recomputable if name not in stateful}
             trained = [parameter for parameter in model.parameters() if parameter.requires_grad and parameter.is_leaf]
             run = _Passes(model, inputs, watched, trained, loss, lowered)
             kept = None

@@ -220,10 +220,10 @@ class Snapshot:
         elif _is_used_up(value):
             self._used_up.add(id(value))
             return
+        elif (numbers := held.of_numbers(value)) is not None:
+            self._hold(numbers)
         elif _is_closed(kind):
             return
-        else:
-            self._hold(held.of_numbers(value))
         attributes = getattr(value, "__dict__", None)
         if type(attributes) is dict:
             self._seen[id(attributes)] = attributes
@@ -237,8 +237,7 @@ class Snapshot:
         self._hold(held.of_cells(function))
         self._add(function.__defaults__, id(function), "")
         self._add(function.__kwdefaults__, id(function), "")
-        if function.__dict__:
-            self._hold(held.Mapping(function.__dict__, function))
+        self._add(function.__dict__, id(function), "")
         if _is_library(function.__module__):
             return
         names = set(_names(function.__code__))
