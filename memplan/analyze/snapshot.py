@@ -176,11 +176,13 @@ class Snapshot:
             return
         self._waiting.append(value)
 
-    def _hold(self, holder: held.Holder | None) -> None:
+    def _hold(self, holder: held.Holder | None, *, is_global: bool = False) -> None:
+        """``is_global``: of what global names mean, functions and classes of libraries are not entered."""
         if holder is not None:
             self._kept.append(holder)
             for name, value in holder.items():
-                self._add(value, id(holder.owner), name)
+                if not (is_global and isinstance(value, (FunctionType, type)) and _is_library(value.__module__)):
+                    self._add(value, id(holder.owner), name)
 
     def _enter(self, value: Any) -> None:
         kind = type(value)
@@ -241,11 +243,11 @@ class Snapshot:
         if _is_library(function.__module__):
             return
         names = set(_names(function.__code__))
-        self._hold(held.Globals(function, names))
+        self._hold(held.Globals(function, names), is_global=True)
         for name in names:  # a module of counters: ``state.count += 1``
             module = function.__globals__.get(name)
             if isinstance(module, ModuleType) and not _is_library(module.__name__):
-                self._hold(held.Globals(module, names))
+                self._hold(held.Globals(module, names), is_global=True)
 
     def _enter_class(self, kind: type) -> None:
         for part in kind.__mro__:
