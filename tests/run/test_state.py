@@ -113,9 +113,8 @@ class Recent(Layer):
         self.recent = collections.deque(maxlen=2)
 
     def forward(self, x):
-        y = super().forward(x)
-        self.recent.append(y.detach().mean(0))
-        return y + self.recent[0]
+        self.recent.append(x.detach().mean(0))
+        return super().forward(x + self.recent[0])
 
 
 class Drawn(Layer):
@@ -225,7 +224,9 @@ def test_the_least_vram(kind):
     assert "recompute" not in plan.policies().values()
     if kind != "max-norm":  # which has no backward
         note = next(note for note in plan.notes if "never recomputed" in note)
-        assert note.startswith(f"{LAYERS} layers are never recomputed") and "layers.0" in note
+        assert note.startswith(
+            f"{LAYERS} layers are never recomputed, since that would change their state twice: layers.0"
+        )
     streamed = [item for item in plan.items if item.home != "device"]
     assert bool(streamed) == (kind not in PINNED)
     if kind in PINNED:
