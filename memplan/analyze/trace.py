@@ -416,8 +416,12 @@ def _notice_recomputes(units: Sequence[Unit], ran_again: set[str]) -> None:
     for unit in units:
         if unit.kind in ("layer", "expert"):
             hook = notice(unit.name)
-            for module in unit.module.modules():
-                module.register_forward_pre_hook(hook)
+            inside = list(unit.module.modules())
+            # What is within an adapter's wrapper runs when that does; some adapters warn of hooks there.
+            wrapped = {id(module._modules.get("base_layer")) for module in inside}
+            for module in inside:
+                if id(module) not in wrapped:
+                    module.register_forward_pre_hook(hook)
 
 
 def _containers(units: Sequence[Unit], drafts: Sequence[Draft], recorder: Recorder) -> frozenset[str]:
