@@ -280,8 +280,8 @@ def _analysis(
 
     from memplan.analyze.adapters import describe, prepare
     from memplan.analyze.extend import NotPeriodicError
-    from memplan.analyze.snapshot import unchanged
     from memplan.analyze.trace import analyze
+    from memplan.snapshot import unchanged
 
     with unchanged(model=model, batch=batch, loss=loss, adapter=adapter, quantization=quantization):
         prepared = prepare(model, **described, short=True)
@@ -321,7 +321,7 @@ def _times(
         )
     from memplan.analyze.adapters import prepare
     from memplan.analyze.measure import measure
-    from memplan.analyze.snapshot import unchanged
+    from memplan.snapshot import unchanged
 
     with unchanged(model=model, batch=batch, loss=loss, adapter=adapter, quantization=quantization):
         prepared = prepare(

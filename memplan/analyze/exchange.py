@@ -14,7 +14,7 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
-from memplan.analyze.snapshot import Snapshot
+from memplan.snapshot import Snapshot
 from memplan.weights import Weight, frozen_weights, is_quantized, is_quantizer_state, is_wrapper, rewrapped
 
 

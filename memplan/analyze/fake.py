@@ -15,8 +15,8 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from memplan.analyze.exchange import exchanged
-from memplan.analyze.snapshot import Snapshot
 from memplan.analyze.values import remember
+from memplan.snapshot import Snapshot
 
 
 @contextlib.contextmanager

@@ -27,9 +27,9 @@ from memplan.analyze.exchange import exchanged
 from memplan.analyze.extend import short_name
 from memplan.analyze.graph import Access, LayerGraph
 from memplan.analyze.repeats import Run, find_runs, shortened
-from memplan.analyze.snapshot import Snapshot, unchanged
 from memplan.analyze.trace import loss_of
 from memplan.errors import InputError, MemplanError, ModelError, type_and_line
+from memplan.snapshot import Snapshot, unchanged
 from memplan.triggers import Triggers, modules_by_name
 from memplan.units import MIB
 

@@ -16,9 +16,9 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from memplan.analyze.blocks import Unit
-from memplan.analyze.snapshot import Snapshot
 from memplan.errors import ModelError
 from memplan.names import canonical
+from memplan.snapshot import Snapshot
 from memplan.weights import is_adapters
 
 if TYPE_CHECKING:

@@ -38,9 +38,9 @@ from memplan.analyze.offloads import Offloads
 from memplan.analyze.optimizers import check_optimizer
 from memplan.analyze.recorder import Recorder
 from memplan.analyze.repeats import Run, find_runs, shortened
-from memplan.analyze.snapshot import Snapshot, random_states_kept, unchanged
 from memplan.analyze.stateful import refuse_replaced, stateful_at_first, stateful_twice, watch_draws
 from memplan.errors import InputError, MemplanError, ModelError, type_and_line
+from memplan.snapshot import Snapshot, random_states_kept, unchanged
 from memplan.storages import storage_of
 from memplan.triggers import Triggers, in_backward, tensors_in
 from memplan.weights import once, trained_bytes

@@ -15,6 +15,7 @@ from memplan.errors import InputError
 from memplan.program.schema import Plan
 from memplan.run.attach import attach
 from memplan.run.handle import Handle, handle_of
+from memplan.snapshot import unchanged
 from memplan.trainers.loading import checkpoint_of
 from memplan.trainers.longest import longest_batch
 from memplan.trainers.mapped import folder_of
@@ -114,20 +115,20 @@ def _first_call(trainer: Trainer, pl_module: LightningModule) -> tuple[nn.Module
 
         return call
 
-    undo = [replace_call(module, called(module)) for module in frozen_within(pl_module)]
     why: Exception | None = None
-    try:
-        with random_states_kept():
+    with random_states_kept(), unchanged(model=pl_module):
+        undo = [replace_call(module, called(module)) for module in frozen_within(pl_module)]
+        try:
             loader = trainer.fit_loop._data_source.dataloader()
             batch = longest_batch(loader) or next(iter(loader))
             pl_module.training_step(batch, 0)
-    except Called:
-        pass
-    except Exception as error:
-        why = error
-    finally:
-        for put_back in undo:
-            put_back()
+        except Called:
+            pass
+        except Exception as error:
+            why = error
+        finally:
+            for put_back in undo:
+                put_back()
     if not seen:
         raise InputError(
             f"the training_step of {type(pl_module).__name__} did not come to call a module that holds all frozen weights"

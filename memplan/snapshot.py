@@ -37,7 +37,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from memplan.analyze import held
+from memplan import holders
 from memplan.errors import ModelError
 from memplan.names import canonical
 from memplan.weights import is_quantizer_state
@@ -76,7 +76,7 @@ class Snapshot:
     """
 
     def __init__(self, **roots: object) -> None:
-        self._kept: list[held.Holder] = []
+        self._kept: list[holders.Holder] = []
         self._empty: list[Any] = []
         """Containers that held nothing: the hooks of every module, mostly."""
         self._seen: dict[int, object] = {}
@@ -137,7 +137,7 @@ class Snapshot:
 
         ``origin``: the id of the tensor that one stands in for; None for one that is new.
         """
-        filled = [held.of_container(container) for container in self._empty if container]
+        filled = [holders.of_container(container) for container in self._empty if container]
         return {
             (id(holder.owner), type(holder).__name__): holder.described(lambda v: self._described(v, origin, 0))
             for holder in (*self._kept, *filled)
@@ -176,7 +176,7 @@ class Snapshot:
             return
         self._waiting.append(value)
 
-    def _hold(self, holder: held.Holder | None, *, is_global: bool = False) -> None:
+    def _hold(self, holder: holders.Holder | None, *, is_global: bool = False) -> None:
         """``is_global``: of what global names mean, functions and classes of libraries are not entered."""
         if holder is not None:
             self._kept.append(holder)
@@ -187,7 +187,7 @@ class Snapshot:
     def _enter(self, value: Any) -> None:
         kind = type(value)
         if isinstance(value, _CONTAINERS):
-            self._hold(held.of_container(value))
+            self._hold(holders.of_container(value))
         elif isinstance(value, (tuple, frozenset)):
             for index, part in enumerate(value):
                 self._add(part, id(value), f"[{index}]")
@@ -222,32 +222,32 @@ class Snapshot:
         elif _is_used_up(value):
             self._used_up.add(id(value))
             return
-        elif (numbers := held.of_numbers(value)) is not None:
+        elif (numbers := holders.of_numbers(value)) is not None:
             self._hold(numbers)
         elif _is_closed(kind):
             return
         attributes = getattr(value, "__dict__", None)
         if type(attributes) is dict:
             self._seen[id(attributes)] = attributes
-            self._hold(held.Mapping(attributes, value))
-        self._hold(held.of_slots(value))
+            self._hold(holders.Mapping(attributes, value))
+        self._hold(holders.of_slots(value))
         self._add(kind, id(value), "")
 
     def _enter_function(self, function: FunctionType) -> None:
         if _is_closed_name(function.__module__ or ""):
             return
-        self._hold(held.of_cells(function))
+        self._hold(holders.of_cells(function))
         self._add(function.__defaults__, id(function), "")
         self._add(function.__kwdefaults__, id(function), "")
         self._add(function.__dict__, id(function), "")
         if _is_library(function.__module__):
             return
         names = set(_names(function.__code__))
-        self._hold(held.Globals(function, names), is_global=True)
+        self._hold(holders.Globals(function, names), is_global=True)
         for name in names:  # a module of counters: ``state.count += 1``
             module = function.__globals__.get(name)
             if isinstance(module, ModuleType) and not _is_library(module.__name__):
-                self._hold(held.Globals(module, names), is_global=True)
+                self._hold(holders.Globals(module, names), is_global=True)
 
     def _enter_class(self, kind: type) -> None:
         for part in kind.__mro__:
@@ -261,7 +261,7 @@ class Snapshot:
                 self._add(part, id(kind), "")
                 continue
             whole = not _is_library(part.__module__)
-            self._hold(held.Class(part, None if whole else (*_CONTAINERS, bool, int, float, str, torch.Tensor)))
+            self._hold(holders.Class(part, None if whole else (*_CONTAINERS, bool, int, float, str, torch.Tensor)))
 
     # ---- names and descriptions ----------------------------------------------------------------------------------------
 
@@ -397,7 +397,7 @@ def _is_used_up(value: Any) -> bool:
     if is_quantizer_state(value) or isinstance(value, io.IOBase):
         return True
     return hasattr(kind, "__next__") and (
-        _is_closed(kind) or held.of_slots(value) is None is getattr(value, "__dict__", None)
+        _is_closed(kind) or holders.of_slots(value) is None is getattr(value, "__dict__", None)
     )
 
 
