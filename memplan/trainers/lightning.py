@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -116,7 +117,7 @@ def _first_call(trainer: Trainer, pl_module: LightningModule) -> tuple[nn.Module
         return call
 
     why: Exception | None = None
-    with random_states_kept(), unchanged(model=pl_module):
+    with random_states_kept(), unchanged(model=pl_module), _buffers_kept(pl_module):
         undo = [replace_call(module, called(module)) for module in frozen_within(pl_module)]
         try:
             loader = trainer.fit_loop._data_source.dataloader()
@@ -141,6 +142,19 @@ def _first_call(trainer: Trainer, pl_module: LightningModule) -> tuple[nn.Module
             "and keywords: call it with keywords"
         )
     return module, kwargs or args
+
+
+@contextlib.contextmanager
+def _buffers_kept(module: nn.Module) -> Iterator[None]:
+    """Leave a module's buffers as they were: a ``training_step`` may count its calls in one."""
+    before = [(buffer, buffer._version, buffer.clone()) for buffer in module.buffers() if not buffer.is_inference()]
+    try:
+        yield
+    finally:
+        for buffer, version, contents in before:
+            if buffer._version != version:  # else it was not written to
+                buffer.detach().copy_(contents)
+                torch._C._autograd._unsafe_set_version_counter((buffer,), (version,))
 
 
 def frozen_within(pl_module: nn.Module) -> Iterator[nn.Module]:
