@@ -51,7 +51,8 @@ class Mapping:
     def __init__(self, target: dict[Any, Any], owner: object = None) -> None:
         """``owner``: the object whose ``__dict__`` it is, if it is one."""
         self.target = target
-        self.owner = target if owner is None else owner
+        self.owner: Any = target if owner is None else owner
+        self._class = type(self.owner)
         self._kind: Any = OrderedDict if isinstance(target, OrderedDict) else dict
         self._held: list[tuple[Any, Any]] = self._now()
 
@@ -79,6 +80,8 @@ class Mapping:
         return [(str(key), describe(value)) for key, value in self._now() if not _is_ours(value)]
 
     def restore(self) -> None:
+        if type(self.owner) is not self._class:  # a parametrization gives its module another
+            self.owner.__class__ = self._class
         now = self._now()
         if len(now) != len(self._held) or any(
             a is not b or v is not w for (a, v), (b, w) in zip(now, self._held, strict=True)

@@ -93,13 +93,19 @@ class Snapshot:
     # ---- what is done with it ----------------------------------------------------------------------------------------
 
     def restore(self) -> None:
-        """Put everything back."""
+        """Put everything back. What fails is raised when all the rest is back."""
+        failed: list[Exception] = []
         # A view may be written to only where what it is of may be.
         for holder in sorted(self._kept, key=lambda kept: getattr(kept, "is_view", False)):
-            holder.restore()
+            try:
+                holder.restore()
+            except Exception as error:
+                failed.append(error)
         for container in self._empty:
             if container:
                 container.clear()
+        if failed:
+            raise failed[0]
 
     def exchange(self, other: Callable[[torch.Tensor], torch.Tensor], state_of: Callable[[Any], Any]) -> None:
         """Put ``other(tensor)`` in the place of every tensor that is held, and of what cannot be put back what may be used

@@ -197,6 +197,8 @@ def _counted_for_all(seen: _Seen, runs: Sequence[Run]) -> _Seen:
     for run in runs:
         stateful = with_whole_names(graph.stateful, run)
         graph, ran_again = replace(extended(graph, run), stateful=stateful), whole_names(ran_again, run)
+    place = {module: index for index, module in enumerate(graph.recomputable)}
+    graph = replace(graph, stateful=tuple(sorted(graph.stateful, key=lambda layer: place[layer.module])))
     return dataclasses.replace(seen, graph=graph, ran_again=len(ran_again), times=partial(times, runs=runs))
 
 

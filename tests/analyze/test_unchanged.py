@@ -183,6 +183,10 @@ class Reaching(Linear):
         return super().forward(scaled(x, 3)) + table(len(x))
 
 
+class Other(nn.Linear):
+    pass
+
+
 class Meddling(Linear):
     """It changes what a module is."""
 
@@ -195,6 +199,7 @@ class Meddling(Linear):
         torch.set_default_dtype(torch.float64)
         torch.set_default_dtype(torch.float32)
         self.linear.__dict__.pop("in_features", None)
+        self.linear.__class__ = Other
         return super().forward(x)
 
 
