@@ -40,7 +40,7 @@ from memplan.analyze.recorder import Recorder
 from memplan.analyze.repeats import Run, find_runs, shortened
 from memplan.analyze.stateful import refuse_replaced, stateful_at_first, stateful_twice, watch_draws
 from memplan.errors import InputError, MemplanError, ModelError, type_and_line
-from memplan.snapshot import Snapshot, random_states_kept, unchanged
+from memplan.snapshot import Snapshot, random_states_kept
 from memplan.storages import storage_of
 from memplan.triggers import Triggers, in_backward, tensors_in
 from memplan.weights import once, trained_bytes
@@ -99,36 +99,6 @@ def analyze(
     Raises ModelError for a model that cannot be placed or traced, InputError for a batch or an optimizer that cannot
     be used. The model is unchanged.
     """
-    with unchanged(model=model, batch=batch, loss=loss):
-        return _analyzed(
-            model,
-            batch,
-            accumulation=accumulation,
-            optimizer=optimizer,
-            name=name,
-            loss=loss,
-            offload=offload,
-            autocast=autocast,
-            short=short,
-            runs=runs,
-            notes=notes,
-        )
-
-
-def _analyzed(
-    model: nn.Module,
-    batch: object,
-    *,
-    accumulation: int,
-    optimizer: str,
-    name: str | None,
-    loss: Callable[[Any], torch.Tensor] | None,
-    offload: bool | Literal["try"],
-    autocast: object,
-    short: bool,
-    runs: Sequence[Run],
-    notes: tuple[str, ...],
-) -> LayerGraph:
     if accumulation < 1:
         raise InputError(f"accumulation was given as {accumulation!r}: give a whole number of passes, at least 1")
     check_optimizer(optimizer)
