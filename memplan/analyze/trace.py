@@ -332,6 +332,8 @@ def _trace(
             for weight in draft.weights:
                 if fakes[id(weight.tensor)].untyped_storage()._cdata != addresses[id(weight.tensor)]:
                     recorder.written.setdefault(draft.name, ".data")
+                    for trigger in draft.triggers:
+                        recorder.stateful.setdefault(trigger, f"it writes to {weight.name} (by .data)")
         read = {real for real, address in addresses.items() if address in recorder.touched}
         updated = {
             holder: name
