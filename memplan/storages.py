@@ -82,17 +82,17 @@ class StorageLedger(TorchDispatchMode):
     def ignore(self, tensor: torch.Tensor) -> None:
         """Never count the tensor's storage. It is kept alive as long as the ledger."""
         for part in plain_parts(tensor):
-            storage = part.untyped_storage()
+            storage = _storage_of(part)
             self._ignored[storage._cdata] = storage
 
     def is_ignored(self, tensor: torch.Tensor) -> bool:
         """Whether the tensor's storage never counts."""
-        return tensor.untyped_storage()._cdata in self._ignored
+        return _storage_of(tensor)._cdata in self._ignored
 
     def regard(self, tensor: torch.Tensor) -> None:
         """Let go of a tensor that was ignored."""
         for part in plain_parts(tensor):
-            self._ignored.pop(part.untyped_storage()._cdata, None)
+            self._ignored.pop(_storage_of(part)._cdata, None)
 
     def add(self, tensor: torch.Tensor) -> None:
         """Count a tensor that was there before."""
@@ -132,7 +132,7 @@ class StorageLedger(TorchDispatchMode):
 
     def held(self, tensor: torch.Tensor) -> Held | None:
         """Return the entry of the tensor's storage, or None where it is not counted."""
-        return self._held.get(tensor.untyped_storage()._cdata)
+        return self._held.get(_storage_of(tensor)._cdata)
 
     def alive(self) -> Iterator[Held]:
         """Yield the entries of all storages that are alive."""
@@ -202,9 +202,14 @@ class StorageLedger(TorchDispatchMode):
 def storage_of(tensor: torch.Tensor) -> torch.UntypedStorage | None:
     """Return a tensor's storage, or None: sparse and opaque tensors have none."""
     try:
-        return tensor.untyped_storage()
+        return _storage_of(tensor)
     except (NotImplementedError, RuntimeError):
         return None
+
+
+def _storage_of(tensor: torch.Tensor) -> torch.UntypedStorage:
+    with torch._C.DisableTorchFunctionSubclass():  # of a streamed weight: that of what is in its place, unread
+        return tensor.untyped_storage()
 
 
 def opens(types: Any) -> bool:

@@ -192,7 +192,7 @@ def is_quantized(tensor: object) -> bool:
 
 def unknown_kind(parameter: torch.Tensor) -> str | None:
     """Return the name of a parameter's class where what its weights are made of is not known, else None."""
-    kind: type = type(parameter)
+    kind = kind_of(parameter)
     if kind in (nn.Parameter, torch.Tensor, FakeTensor) or is_wrapper(parameter):
         return None
     return None if is_quantized(parameter) else kind.__name__
@@ -211,9 +211,16 @@ def unready(parameter: torch.Tensor, module: nn.Module) -> str | None:
     return None
 
 
+def kind_of(tensor: object) -> type:
+    """Return a tensor's own class: between its accesses a streamed weight is of another (:mod:`memplan.run.direct_access`)."""
+    kind = type(tensor)
+    own: type = kind.__dict__.get("_memplan_kind", kind)
+    return own
+
+
 def is_wrapper(tensor: object) -> bool:
     """Whether a tensor is made of others (torchao's quantized ones)."""
-    kind: type = type(tensor)
+    kind = kind_of(tensor)
     return kind not in (torch.Tensor, nn.Parameter, FakeTensor) and is_traceable_wrapper_subclass(tensor)
 
 
@@ -258,7 +265,8 @@ def rewrapped(tensor: torch.Tensor, change: Callable[[torch.Tensor], torch.Tenso
     wrapper: Any = tensor
     names, context = wrapper.__tensor_flatten__()
     parts = {name: rewrapped(getattr(wrapper, name), change) for name in names}
-    made: torch.Tensor = type(wrapper).__tensor_unflatten__(parts, context, wrapper.size(), wrapper.stride())
+    kind: Any = kind_of(wrapper)
+    made: torch.Tensor = kind.__tensor_unflatten__(parts, context, wrapper.size(), wrapper.stride())
     return made
 
 

@@ -23,6 +23,7 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
+import memplan
 from memplan.hardware import Figure, HardwareProfile
 
 ROWS, LENGTH, VOCABULARY = 2, 16, 96
@@ -208,6 +209,8 @@ def train(
     ``around_forward()`` for each forward, ``batches(kind, seed=)`` gives the micro-batches.
     """
     run = Run()
+    handle = memplan.handle_of(model)
+    direct_reads = handle.record.direct_reads if handle is not None else 0
     trainables = {name: p for name, p in model.named_parameters() if p.requires_grad}
     optimizer = torch.optim.AdamW(trainables.values(), lr=1e-2)
     hooks = count_forwards(model, run.forwards)
@@ -226,7 +229,15 @@ def train(
     run.adapters = {name: p.detach().clone() for name, p in trainables.items()}
     for hook in hooks:
         hook.remove()
+    if handle is not None:
+        assert handle.record.direct_reads == direct_reads, "a weight was read that no trigger had brought"
     return run
+
+
+def as_it_lies(tensor: torch.Tensor) -> torch.Tensor:
+    """What is in a weight's place, though it may be away: no read of it is served."""
+    with torch._C.DisableTorchFunctionSubclass():
+        return tensor.detach().as_subclass(torch.Tensor)
 
 
 def count_forwards(model: nn.Module, counter: Counter):

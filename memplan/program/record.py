@@ -70,6 +70,12 @@ class RunRecord(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     derived_bytes: int = 0
     """Copies of weights that the first pass saved for backward beyond what the plan has (not looked for in the checked
     mode)."""
+    direct_reads: int = 0
+    """Streamed weights that were read outside of their module's forward and backward (a loss that looks at them, a
+    callback); each was brought on demand."""
+    direct_read_bytes: int = 0
+    direct_writes: int = 0
+    """Writes to streamed weights that were taken to their homes."""
     spans: tuple[Span, ...] = ()
     """Of the last whole pass, where it was traced."""
 

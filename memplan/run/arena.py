@@ -263,6 +263,7 @@ _ELEMENTS: dict[int, torch.Tensor] = {}
 
 def is_placeholder(parameter: nn.Parameter | torch.Tensor) -> bool:
     """Whether a tensor is one element expanded over several, or the one of a placeholder."""
-    if any(stride for stride, size in zip(parameter.stride(), parameter.shape, strict=True) if size > 1):
-        return False
-    return parameter.numel() > 1 or (parameter.numel() == 1 and parameter.data_ptr() in _ELEMENTS)
+    with torch._C.DisableTorchFunctionSubclass():  # a streamed weight that is away says so of what it stands for
+        if any(stride for stride, size in zip(parameter.stride(), parameter.shape, strict=True) if size > 1):
+            return False
+        return parameter.numel() > 1 or (parameter.numel() == 1 and parameter.data_ptr() in _ELEMENTS)

@@ -16,6 +16,7 @@ from memplan.program.record import BlockRecord, RunRecord
 from memplan.program.schema import Plan
 from memplan.run.arena import Arena
 from memplan.run.choices import Choices
+from memplan.run.direct_access import DirectAccess
 from memplan.run.elastic import Elastic
 from memplan.run.learning import Learner, Mover, sequence_of
 from memplan.run.lock import Lock
@@ -37,12 +38,15 @@ class Conductor:
         transfers: Transfers,
         offloaded: dict[int, Offloaded],
         arena: Arena,
+        direct: DirectAccess,
     ) -> None:
-        """``arena``: the device's."""
+        """``arena``: the device's. ``direct``: who serves what reads weights that are not open."""
         self._plan = plan
         self._streamed = streamed
         self._transfers = transfers
-        self._lock = Lock(self._mend)
+        self._direct = direct
+        self.lock = self._lock = Lock(self._mend)
+        self._open: tuple[Streamed, ...] = ()
         self.offloads = Offloads(offloaded, transfers, self._lock, self._clear, arena)
         in_place = read_in_place(plan)
         reads = {
@@ -110,7 +114,9 @@ class Conductor:
             if self._closed:
                 return
             for streamed in self._at_home.get(module, ()):
-                (streamed.point if streamed.usable else streamed.unpoint)()
+                streamed.leave_home()
+            if not in_backward:
+                self._shut_all()
             if not in_backward and call == self._first_call + self._now:
                 self._done = self._now + 1
                 self._pinned = frozenset()
@@ -141,6 +147,7 @@ class Conductor:
     def backward_ends(self) -> None:
         with self._lock:
             self._pinned = frozenset()
+            self._shut_all()
             if self._closed or self._now < 0:
                 return
             cycle = self._now // self._sequence.length
@@ -215,7 +222,9 @@ class Conductor:
 
     def _use(self, blocks: tuple[int, ...]) -> None:
         self._pinned = frozenset(blocks)
+        self._shut_all(but=blocks)
         self._start_loads()
+        opened = []
         for block in blocks:
             streamed = self._streamed.get(block)
             if streamed is None:
@@ -227,6 +236,28 @@ class Conductor:
                 self._make_usable(streamed)
             elif streamed.at_home:  # a forward that raised has left it there
                 streamed.point()
+            streamed.open()
+            opened.append(streamed)
+        self._open = tuple(opened)
+
+    def _shut_all(self, but: tuple[int, ...] = ()) -> None:
+        """Have no block's weights read unnoticed from now on, but those of some."""
+        opened, self._open = self._open, ()
+        for streamed in opened:
+            if streamed.block not in but:
+                self._shut(streamed)
+
+    def _shut(self, streamed: Streamed) -> None:
+        """End an access of a block. What was written to its weights meanwhile goes to its home. Raises RunError."""
+        written = streamed.shut()
+        if written:
+            self._direct.written_in_access(streamed, written)
+        if streamed.taken:
+            self._direct.keep_taken(streamed)
+        if streamed.is_shared_out and not written:
+            self._direct.settle(streamed.block)
+            if streamed.is_shared_out:  # who holds it may write to it at any time: have it read anew
+                self._evict(streamed)
 
     def _make_usable(self, streamed: Streamed) -> None:
         assert streamed.ticket is not None
@@ -283,6 +314,8 @@ class Conductor:
         return True
 
     def _load(self, streamed: Streamed) -> None:
+        if streamed.is_shared_out:
+            self._direct.settle(streamed.block)
         for rival in streamed.rivals:
             self._clear(rival)
         self._elastic.come(streamed.block)
@@ -299,6 +332,10 @@ class Conductor:
     def _evict(self, streamed: Streamed) -> None:
         if streamed.ticket is None:
             return
+        if streamed.is_open:
+            self._shut(streamed)
+            if streamed.ticket is None:
+                return
         ticket, usable = streamed.ticket, streamed.usable
         streamed.ticket, streamed.usable = None, False
         if usable:
@@ -315,6 +352,11 @@ class Conductor:
             self._measured.stalled_s += stalled
         self._measured.cycle_begins(self._sequence.passes)
 
+    def drop(self, block: int) -> None:
+        """Have a streamed block be loaded anew before it is used: it was written to. It may be called with the lock in hand."""
+        with self._lock:
+            self._evict(self._streamed[block])
+
     def record(self, *, vram_peak_bytes: int, ram_peak_bytes: int, recoveries: int, derived_bytes: int) -> RunRecord:
         """Return what was measured so far. ``ram_peak_bytes``: without what transfers hold of their own."""
         with self._lock:
@@ -326,6 +368,7 @@ class Conductor:
                 ram_peak_bytes=ram_peak_bytes + self._transfers.ring_bytes,
                 recoveries=recoveries,
                 derived_bytes=derived_bytes,
+                direct=self._direct,
             )
 
     # ---- beginning and end -----------------------------------------------------------------------------------------
@@ -346,6 +389,7 @@ class Conductor:
         """Have every load finish, every block away, and every access refused until ``resume``."""
         with self._lock:
             self._quiesce()
+            self._direct.settle()
             self._paused = where
 
     def resume(self) -> None:
@@ -356,6 +400,7 @@ class Conductor:
     def _mend(self) -> None:
         """Have nothing on its way and every block away."""
         self._transfers.drain()
+        self._shut_all()
         for streamed in self._streamed.values():
             streamed.ticket, streamed.usable = None, False
             streamed.unpoint()
@@ -373,9 +418,16 @@ class Conductor:
                 self._quiesce()
                 self.offloads.close()
             finally:
-                self._closed = True
-                self._blocks = blocks_of(self._streamed.values())
-                del self._elastic
-                self._streamed, self._at_home = {}, {}  # a graph that is still alive must not keep the arenas
-                self._lock.mend = None  # no circle is left
-                self._transfers.close()
+                self._open = ()
+                try:
+                    self._direct.close()
+                finally:
+                    self._end()
+
+    def _end(self) -> None:
+        self._closed = True
+        self._blocks = blocks_of(self._streamed.values())
+        del self._elastic
+        self._streamed, self._at_home = {}, {}  # a graph that is still alive must not keep the arenas
+        self._lock.mend = None  # no circle is left
+        self._transfers.close()

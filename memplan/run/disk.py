@@ -10,12 +10,15 @@ import ctypes
 import errno
 import mmap
 import os
+import re
 import threading
 import weakref
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
+import torch
 from msgspec import Struct
 from numpy.typing import NDArray
 
@@ -195,6 +198,33 @@ class DiskReader:
 def _close(files: dict[str, _File]) -> None:
     while files:
         files.popitem()[1].close()
+
+
+_SMAPS = Path("/proc/self/smaps")
+_HEAD = re.compile(r"([0-9a-f]+)-([0-9a-f]+) ")
+
+
+def written_pages(mapped: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """Return those of tensors in private mappings of files that lie near a page that was written to; all where nobody says."""
+    try:
+        lines = _SMAPS.read_text(errors="surrogateescape").splitlines()
+    except OSError:
+        return list(mapped)
+    spans: list[tuple[int, int]] = []
+    begin = end = 0
+    for line in lines:
+        head = _HEAD.match(line)
+        if head:
+            begin, end = int(head[1], 16), int(head[2], 16)
+        elif line.startswith(("Anonymous:", "Swap:")) and int(line.split()[1]):
+            spans.append((begin, end))
+    found = []
+    for tensor in mapped:
+        first = tensor.data_ptr()
+        last = first + tensor.untyped_storage().nbytes()
+        if any(first < end and begin < last for begin, end in spans):
+            found.append(tensor)
+    return found
 
 
 def copy_bytes(destination: Bytes, source: Bytes) -> None:

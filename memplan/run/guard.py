@@ -7,6 +7,7 @@ through, the rest is refused before it begins. A ``state_dict`` reads true weigh
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -15,13 +16,22 @@ from torch import nn
 
 from memplan.compiled import WAY_OUT, OptimizedModule
 from memplan.errors import MovedWeightsError, RunError
+from memplan.run.direct_access import plain
 from memplan.weights import frozen_weights, is_wrapper, own_weights, rewrapped, wrapped_parts
 
 if TYPE_CHECKING:
+    from memplan.run.direct_access import DirectAccess
     from memplan.run.handle import Handle
 
 MERGES = ("merge_adapter", "unmerge_adapter", "merge_and_unload")
 """What PEFT's models write an adapter into the weights by."""
+_REGISTERS = (
+    "register_forward_pre_hook",
+    "register_forward_hook",
+    "register_full_backward_pre_hook",
+    "register_full_backward_hook",
+    "register_backward_hook",
+)
 _LAYER_MERGES = ("merge", "unmerge")
 
 
@@ -30,8 +40,15 @@ class Guard:
     where they are for whoever would move them, though one may be read on the host.
     """
 
-    def __init__(self, module: nn.Module, kept: Mapping[int, Callable[[], torch.Tensor]], device: torch.device) -> None:
+    def __init__(
+        self,
+        module: nn.Module,
+        kept: Mapping[int, Callable[[], torch.Tensor]],
+        device: torch.device,
+        direct: DirectAccess,
+    ) -> None:
         self._module = module
+        self._direct: DirectAccess | None = direct
         self._kept = kept
         self.handle: Handle | None = None
         within = [weight.tensor for weight in frozen_weights("", module, deep=True) if id(weight.tensor) in kept]
@@ -49,6 +66,7 @@ class Guard:
         self._stands_before: dict[str, Any] = {
             "_apply": self.apply,
             "_load_from_state_dict": self.load,
+            "_save_to_state_dict": self.begin_save,
             "__deepcopy__": _refuse_copy,
             "__reduce_ex__": _refuse_copy,
         }
@@ -56,6 +74,15 @@ class Guard:
         if not isinstance(module, OptimizedModule):  # has no compile of its own, and says so of what it wraps
             self._stands_before["compile"] = _refuse_compile
         self._stands_before |= {name: _refuse_merge for name in merges if hasattr(type(module), name)}
+
+        def telling(name: str) -> Callable[..., Any]:
+            def register(*args: Any, **kwargs: Any) -> Any:
+                direct.hooks_came(within)
+                return getattr(type(module), name)(module, *args, **kwargs)
+
+            return register
+
+        self._stands_before |= {name: telling(name) for name in _REGISTERS}
         self._hook = module.register_state_dict_post_hook(lambda *given: self.save(*given))  # torch marks the function
         module.__dict__.update(self._stands_before)
 
@@ -71,9 +98,22 @@ class Guard:
         self._without_kept(lambda: type(self._module)._apply(self._module, fn, recurse))
         return self._module
 
+    def begin_save(self, *args: Any, **kwargs: Any) -> None:
+        """Stand for ``_save_to_state_dict``, which takes all weights: they are not read for that, ``save`` puts them in."""
+        held = [*(weight.tensor for weight in self._own), *(tensor for _, tensor in self._entries())]
+        with contextlib.ExitStack() as shown:
+            for tensor in {id(tensor): tensor for tensor in held}.values():
+                shown.enter_context(plain(tensor))
+            type(self._module)._save_to_state_dict(self._module, *args, **kwargs)
+
     def save(self, module: nn.Module, state: dict[str, Any], prefix: str, metadata: object) -> None:
         """Put the weights from their homes into a ``state_dict``: nothing is copied, what is on disk is mapped."""
+        if self._direct is not None:
+            self._direct.settle_before(state)
         for name, held in self._entries():
+            now = module._parameters.get(name)
+            if now is not None and now is not held:
+                continue  # another parameter has taken its place
             if prefix + name in state and not isinstance(state[prefix + name], nn.Parameter):
                 state[prefix + name] = rewrapped(held, self._read)
 
@@ -142,6 +182,7 @@ class Guard:
         self._stands_before = {}
         self._kept = {}
         self._own = ()
+        self._direct = None
 
 
 def without(module: nn.Module, names: Iterable[str], act: Callable[[], object]) -> None:

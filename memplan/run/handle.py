@@ -215,17 +215,16 @@ class Handle:
             parts.conductor.pause("inside materialise")
         self._readers += 1
         try:
-            for block in parts.streamed:
-                home = parts.homes[block]
-                for tensor in home.block.tensors:
-                    parts.weights[tensor.name].point(home.tensor(tensor))
+            if self._readers == 1:
+                parts.direct.show_all()
             yield self.model
         finally:
             self._readers -= 1
             if not self._readers and self._parts is not None:
-                for streamed in parts.streamed.values():
-                    streamed.unpoint()
-                parts.conductor.resume()
+                try:
+                    parts.direct.hide_all()
+                finally:
+                    parts.conductor.resume()
 
     def detach(self) -> nn.Module:
         """Give the model back as it was and return it: the same parameters with their weights, no hooks.

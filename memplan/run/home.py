@@ -14,7 +14,7 @@ import torch
 
 from memplan.analyze.graph import Block, Tensor
 from memplan.checkpoint import StoredTensor
-from memplan.errors import CheckpointError
+from memplan.errors import CheckpointError, RunError
 from memplan.run.arena import dtype_of, is_placeholder, memory_order, own_storage, shaped, view
 from memplan.run.disk import Bytes, DiskReader, Extent, Reading
 from memplan.run.transfer import HostSource, Source
@@ -190,6 +190,8 @@ class Home:
         self.block = block
         self.source = source
         self._weights = {tensor.name: weights[tensor.name] for tensor in block.tensors}
+        self.lies: torch.Tensor | None = None
+        """Where the weights lie for good, and are pointed at; None where they come and go."""
         held = {name: weight.tensor for name, weight in self._weights.items()}
         self.orders = {name: None if is_away(tensor) else memory_order(tensor) for name, tensor in held.items()}
         # What each was: its placeholder where it held no weights, else the device that it was on.
@@ -197,6 +199,9 @@ class Home:
 
     def tensor(self, tensor: Tensor) -> torch.Tensor:
         """Return one tensor with a storage of its own and without a copy: where the block lies, or mapped from disk."""
+        apart = self._take_over(tensor)
+        if apart is not None:
+            return apart
         return shaped(self._raw(tensor), tensor, self.orders[tensor.name])
 
     def _raw(self, tensor: Tensor) -> torch.Tensor:
@@ -221,19 +226,63 @@ class Home:
         held: torch.Tensor | None = None
         for tensor in self.block.tensors:
             weight, was = self._weights[tensor.name], self._were[tensor.name]
+            if self._take_over(tensor) is not None:
+                continue
             if isinstance(was, torch.Tensor):
-                weight.point(was)
+                # True values all the same: a model that is given back may be used.
+                held_at_home = self.tensor(tensor)
+                weight.point(held_at_home if self.lies is None else held_at_home.clone())
                 continue
             if held is None:
                 held = self._layout()
             with torch.inference_mode(False), torch.no_grad():
                 weight.point(view(held, tensor, self.orders[tensor.name]).to(was, copy=True))
 
+    @property
+    def is_writable(self) -> bool:
+        """Whether the home is memory; else it is files."""
+        return isinstance(self.source, HostSource)
+
+    @property
+    def files(self) -> str:
+        """The files that it is in, for messages."""
+        extents = () if isinstance(self.source, HostSource) else self.source.extents
+        return ", ".join(sorted({extent.path for extent, _ in extents}))
+
+    def write(self, tensor: Tensor, value: torch.Tensor) -> None:
+        """Have one tensor be ``value``, of the same shape and dtype, from now on. The home must be writable."""
+        assert isinstance(self.source, HostSource)
+        with torch.inference_mode(False), torch.no_grad():
+            view(self.source.part, tensor, self.orders[tensor.name]).copy_(value)
+
+    def _take_over(self, tensor: Tensor) -> torch.Tensor | None:
+        """Have what was put in the place of a weight that lies here for good (``weight.data = ...``) lie here too.
+
+        Returns what is of another shape or dtype, which stays where it is.
+        """
+        if self.lies is None:
+            return None
+        there = view(self.lies, tensor, self.orders[tensor.name])
+        for pointed in self._weights[tensor.name].everywhere():
+            if pointed.data_ptr() != there.data_ptr():
+                if pointed.shape != there.shape or pointed.dtype != there.dtype:
+                    return pointed.data
+                with torch.inference_mode(False), torch.no_grad():
+                    there.copy_(pointed.data)
+                pointed.data = there
+        return None
+
     def copy_to(self, part: torch.Tensor) -> None:
         """Write the block's layout into ``part`` (uint8). Raises TransferError."""
         part.copy_(self._layout())
 
     def _layout(self) -> torch.Tensor:
+        for tensor in self.block.tensors:
+            if self._take_over(tensor) is not None:
+                raise RunError(
+                    f"the frozen weight {tensor.name} ({tensor.dtype} {tensor.shape}) was replaced by a tensor of another shape "
+                    "or dtype, and cannot be placed anew as the plan has it: detach() first, then plan and attach anew"
+                )
         if isinstance(self.source, HostSource):
             return self.source.part
         held = torch.empty(self.block.size_bytes, dtype=torch.uint8)

@@ -14,6 +14,7 @@ from memplan.run.checked import CheckedReads
 from memplan.run.clocks import ClockedTransfers
 from memplan.run.conductor import Conductor
 from memplan.run.copies import Copies
+from memplan.run.direct_access import DirectAccess
 from memplan.run.guard import Guard
 from memplan.run.handle import Handle
 from memplan.run.interrupts import Undo
@@ -53,8 +54,11 @@ def install(
             transfers = ClockedTransfers(transfers, _names(plan))
         offloaded = offloaded_activations(plan, triggers, parts.arena, parts.host, parts.rooms)
         _rivals([*parts.streamed.values(), *offloaded.values()])
-        parts.conductor = Conductor(plan, parts.streamed, transfers, offloaded, parts.arena)
+        parts.direct = DirectAccess(device, parts.homes, parts.streamed, parts.own_home)
+        _note_recomputed(plan, parts)
+        parts.conductor = Conductor(plan, parts.streamed, transfers, offloaded, parts.arena, parts.direct)
         undo.callback(parts.conductor.close)
+        parts.direct.begin(model, parts.conductor, _compiled_weights(model))
         for guard in _hook(model, plan, parts, triggers, undo, transfers):
             guard.handle = handle
         parts.conductor.begin()
@@ -99,9 +103,25 @@ def _hook(
     guards = []
     for module in model.modules():
         if any(id(weight.tensor) in kept for weight in frozen_weights("", module, deep=True)):
-            guards.append(Guard(module, kept, device))
+            guards.append(Guard(module, kept, device, parts.direct))
             undo.callback(guards[-1].remove)
     return guards
+
+
+def _note_recomputed(plan: Plan, parts: Parts) -> None:
+    """Note which blocks' forwards the plan runs a second time in backward."""
+    again = {policy.module for policy in plan.activations if policy.activations == "recompute"}
+    for access in plan.table.accesses:
+        if access.module in again:
+            for block in access.blocks:
+                if block in parts.streamed:
+                    parts.streamed[block].is_recomputed = True
+
+
+def _compiled_weights(model: nn.Module) -> frozenset[int]:
+    """Return the ids of the parameters that torch.compile sees, whose class its guards look at."""
+    compiled = (module for module in model.modules() if is_compiled(module))
+    return frozenset(id(parameter) for module in compiled for parameter in module.parameters())
 
 
 def _rivals(owners: Sequence[Streamed | Offloaded]) -> None:

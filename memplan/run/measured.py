@@ -9,6 +9,7 @@ from collections.abc import Iterable
 
 from memplan.program.record import BlockRecord, RunRecord
 from memplan.program.schema import SCHEMA_VERSION, Plan
+from memplan.run.direct_access import DirectAccess
 from memplan.run.offloads import Offloads
 from memplan.run.streamed import Streamed
 
@@ -85,6 +86,7 @@ class Measured:
         ram_peak_bytes: int,
         recoveries: int,
         derived_bytes: int,
+        direct: DirectAccess,
     ) -> RunRecord:
         """Return what was measured so far."""
         times_s, stalls_s = list(self._times_s), list(self._stalls_s)
@@ -105,6 +107,9 @@ class Measured:
             crowded=offloads.crowded,
             recoveries=recoveries,
             derived_bytes=derived_bytes,
+            direct_reads=direct.reads,
+            direct_read_bytes=direct.read_bytes,
+            direct_writes=direct.writes,
             vram_peak_bytes=vram_peak_bytes,
             ram_peak_bytes=ram_peak_bytes,
             blocks=blocks,

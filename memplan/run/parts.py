@@ -11,15 +11,16 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from memplan.analyze.graph import Block
+from memplan.analyze.graph import Block, Tensor
 from memplan.cache import BlockCache
-from memplan.errors import CheckpointError
+from memplan.errors import CheckpointError, RunError
 from memplan.program.page_lock import pageable_items
 from memplan.program.schema import STAGING_BYTES, Address, Channel, Plan, Tier
 from memplan.run.arena import Arena, Placeholders, dtype_of, view
 from memplan.run.checked import CheckedReads
 from memplan.run.conductor import Conductor
 from memplan.run.copies import Copies
+from memplan.run.direct_access import DirectAccess
 from memplan.run.disk import DiskReader, Extent
 from memplan.run.home import Checkpoint, Home, Weights
 from memplan.run.interrupts import Undo, held_back
@@ -28,6 +29,7 @@ from memplan.run.rows import as_seen_from, read_in_place
 from memplan.run.spans import Spans
 from memplan.run.streamed import Streamed
 from memplan.run.transfer import DiskSource, HostSource, Source
+from memplan.units import format_bytes
 from memplan.weights import Weight, plain_parts, small_tensors
 
 
@@ -51,8 +53,11 @@ class Parts:
         self.reader = DiskReader()
         self.placeholders = Placeholders(device)
         self.homes: dict[int, Home] = {}
+        self.own_homes: set[int] = set()
+        """Blocks whose home is RAM though the plan has it on disk: they were written to."""
         self.streamed: dict[int, Streamed] = {}
         self.conductor: Conductor
+        self.direct: DirectAccess
         self.checked: CheckedReads | None = None
         self.copies: Copies | None = None
         self.spans: Spans | None = None
@@ -74,7 +79,7 @@ class Parts:
         if self.optimizer_state is not None:
             yield from self.optimizer_state.rooms()
         for block, home in self.homes.items():
-            if isinstance(home.source, HostSource) and self.plan.home_of(block) == "host":
+            if isinstance(home.source, HostSource) and (self.plan.home_of(block) == "host" or block in self.own_homes):
                 yield home.source.part
 
     def take_over(self, plan: Plan) -> None:
@@ -122,17 +127,39 @@ class Parts:
                 found[item.block] = arena.part(address.offset_bytes, address.size_bytes)
         return [found[block.id] for block in self.plan.table.blocks if block.id in found]
 
+    def own_home(self, block: int) -> None:
+        """Give a block that is homed in files, which are never written to, a home in RAM that may be.
+
+        Raises RunError where no budget has room.
+        """
+        home, plan = self.homes[block], self.plan
+        size_bytes = home.block.size_bytes
+        left = plan.budgets.ram_bytes - self.host_bytes
+        if size_bytes > left:
+            raise RunError(
+                f"a frozen weight of {home.block.name} was written to, whose home is {home.files}, which memplan never "
+                f"writes to; a home of its own in RAM takes {format_bytes(size_bytes)}, and {format_bytes(max(0, left))} of the "
+                f"ram budget ({format_bytes(plan.budgets.ram_bytes)}) are left: give more ram, or pin the block to the device"
+            )
+        home.source = HostSource(_on_host(home, self.device.type == "cuda"))
+        self.own_homes.add(block)
+
     def kept(self) -> dict[int, Callable[[], torch.Tensor]]:
-        """Return what reads each managed tensor from its home, by the tensor's id."""
+        """Return what reads each managed tensor from its home, by the tensor's id: for who may hold it and write to it."""
 
         def reading(home: Home, index: int) -> Callable[[], torch.Tensor]:
-            return lambda: home.tensor(home.block.tensors[index])
+            return lambda: self._read(home, home.block.tensors[index])
 
         return {
             id(self.weights[tensor.name].tensor): reading(home, index)
             for home in self.homes.values()
             for index, tensor in enumerate(home.block.tensors)
         }
+
+    def _read(self, home: Home, tensor: Tensor) -> torch.Tensor:
+        value = home.tensor(tensor)
+        self.direct.hand_out(home.block.id, tensor, value)
+        return value
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -228,7 +255,7 @@ def resettle(parts: Parts, plan: Plan, files: Files) -> None:
             home.source = HostSource(slot)
         elif tier == "host" and isinstance(home.source, DiskSource):
             home.source = HostSource(_on_host(home, block.id in locked))
-        elif tier == "disk" and isinstance(home.source, HostSource):
+        elif tier == "disk" and isinstance(home.source, HostSource) and block.id not in parts.own_homes:
             if plan.budgets.disk_bytes is None:
                 raise CheckpointError(
                     f"the block {block.name} would have to go to the disk now: give a disk budget, so that it may be "
@@ -271,13 +298,16 @@ def _point(parts: Parts, home: Home, slot: torch.Tensor | None) -> None:
         assert isinstance(home.source, HostSource)
         at_home = tuple(_views(parts, home, as_seen_from(parts.device, home.source.part)))
     if slot is None or (isinstance(home.source, HostSource) and home.source.part is slot):
+        home.lies = home.source.part if isinstance(home.source, HostSource) else slot
         for pointed, there in at_home if slot is None else _views(parts, home, slot):
             pointed.data = there
         return
+    home.lies = None
     pointers = tuple(
         (pointed, there, parts.placeholders.of(tuple(pointed.shape), pointed.dtype))
         for pointed, there in _views(parts, home, slot)
     )
+    rows = tuple(tensor for tensor in block.tensors for _ in parts.weights[tensor.name].everywhere())
     channel: Channel = "h2d" if isinstance(home.source, HostSource) else "disk"
     streamed = Streamed(
         block=block.id,
@@ -286,6 +316,7 @@ def _point(parts: Parts, home: Home, slot: torch.Tensor | None) -> None:
         source=home.source,
         part=slot,
         pointers=pointers,
+        rows=rows,
         at_home=at_home,
     )
     streamed.unpoint()

@@ -1,14 +1,38 @@
-"""A streamed block: its one address on the device, and whether it is there."""
+"""A streamed block: its one address on the device, whether it is there, and whether its weights may be used as they are.
+
+What a weight is, by where its block is:
+
+- *away*: a placeholder, of the class that sends every operator to :mod:`memplan.run.direct_access`;
+- *there*, but no access of it under way: a view of the block's slot, of that class too. Who reads it now may go on reading
+  it, or have autograd do so, when another block lies in the slot;
+- *open*, while an access of it is under way: a view of the slot, of its own class. Nothing is paid for that.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from weakref import ReferenceType
 
 import torch
 
+from memplan.analyze.graph import Tensor
 from memplan.errors import RunError
 from memplan.program.schema import Channel
 from memplan.run.transfer import Source, Ticket
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Kinds:
+    """The classes of one tensor of a block's weights, or of what wraps some."""
+
+    tensor: torch.Tensor
+    own: type
+    """While it is open."""
+    away: type
+    """While it is not; of the same name."""
+    noting: type
+    """While it is open and its module has hooks that came after the plan: it notes who takes hold of its ``data``."""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -23,6 +47,8 @@ class Streamed:
     """Its byte range of the device arena: its one address."""
     pointers: tuple[tuple[torch.Tensor, torch.Tensor, torch.Tensor], ...]
     """Each tensor of its weights, the view of the part that it is, and its placeholder."""
+    rows: tuple[Tensor, ...]
+    """Beside each of ``pointers``: what the plan has of it."""
     at_home: tuple[tuple[torch.Tensor, torch.Tensor], ...] = ()
     """Each tensor, and the view of its home that it is where rows of it are read there; empty where they never are."""
     rivals: tuple[int, ...] = ()
@@ -31,9 +57,24 @@ class Streamed:
     """There or on its way; None: away."""
     usable: bool = False
     """The compute has waited for it and the parameters point at it."""
+    is_open: bool = False
+    """An access of it is under way."""
+    is_recomputed: bool = False
+    """Its module's forward runs a second time in backward, because the plan says so."""
+    has_late_hooks: bool = False
+    """Its modules have hooks that came after the plan."""
+    is_shared_out: bool = False
+    """Someone may still hold what was read of it directly."""
+    kinds: tuple[Kinds, ...] = ()
+    """Empty until the model runs under the plan."""
     loads: int = 0
     misses: int = 0
     stall_s: float = 0.0
+    taken: list[tuple[int, ReferenceType[torch.Tensor]]] = field(default_factory=list)
+    """What hooks took hold of in the access under way, with its place in ``pointers``."""
+    values: dict[int, torch.Tensor] = field(default_factory=dict)
+    """What weights were before a hook took hold of their ``data``, by place."""
+    _versions: list[int] = field(default_factory=list)
 
     @property
     def key(self) -> int:
@@ -41,18 +82,82 @@ class Streamed:
 
     def point(self) -> None:
         """Point the parameters at the block. Raises RunError where one is trained by now: what it learned would be lost."""
+        self.be_plain()
         for tensor, there, _ in self.pointers:
             if tensor.requires_grad:
-                raise RunError(
-                    f"a weight of {self.name} was frozen when it was placed and is trained now, but memplan only ever "
-                    "reads it: detach() first, then plan and attach anew"
-                )
+                raise trained_by_now(self.name)
             tensor.data = there
+        self._be_closed()
+        self.is_open = False
 
     def unpoint(self) -> None:
+        """Have placeholders in the parameters' place."""
+        self.be_plain()
         for tensor, _, away in self.pointers:
             tensor.data = away
+        self._be_closed()
+        self.is_open = False
 
     def point_home(self) -> None:
+        """Point the parameters at where rows of them are read."""
+        self.be_plain()
         for tensor, there in self.at_home:
             tensor.data = there
+
+    def leave_home(self) -> None:
+        """Have the parameters where the block is: no rows of them are read now."""
+        (self.point if self.usable else self.unpoint)()
+
+    def open(self) -> None:
+        """Have the weights be as any others: an access of them begins."""
+        if not self.is_open and self.kinds:
+            self.is_open = True
+            if self.has_late_hooks:
+                for kinds in self.kinds:
+                    kinds.tensor.__class__ = kinds.noting
+            else:
+                for kinds in self.kinds:
+                    kinds.tensor.__class__ = kinds.own
+            self._versions = [tensor._version for tensor, _, _ in self.pointers]
+
+    def shut(self) -> tuple[int, ...]:
+        """Have the weights seen by nobody unnoticed: the access is over. Return which were written to, by place."""
+        if not self.is_open:
+            return ()
+        self.is_open = False
+        written = tuple(self._written())
+        self._be_closed()
+        return written
+
+    def _written(self) -> Iterator[int]:
+        for place, ((tensor, there, _), version) in enumerate(zip(self.pointers, self._versions, strict=True)):
+            if (
+                tensor._version != version
+                or tensor.data_ptr() != there.data_ptr()
+                or (place in self.values and not torch.equal(self.values[place], there))
+            ):
+                yield place
+        self.values.clear()
+
+    def release(self) -> None:
+        """Have the weights be of their own classes for good."""
+        self.be_plain()
+        self.kinds = ()
+        self.is_open = False
+
+    def be_plain(self) -> None:
+        """Have the weights be of their own classes; who calls this sees to it that they have true values meanwhile."""
+        for kinds in self.kinds:
+            kinds.tensor.__class__ = kinds.own
+
+    def _be_closed(self) -> None:
+        for kinds in self.kinds:
+            kinds.tensor.__class__ = kinds.away
+
+
+def trained_by_now(block: str) -> RunError:
+    """Return the error for a weight that was placed as a frozen one."""
+    return RunError(
+        f"a weight of {block} was frozen when it was placed and is trained now, but memplan only ever reads it: detach() "
+        "first, then plan and attach anew"
+    )

@@ -155,6 +155,12 @@ def counts(record: RunRecord) -> str:
     found.append(f"{plural(record.off_sequence, 'access', 'accesses')} off the sequence")
     if record.learned:
         found.append(f"the sequence learned anew {plural(record.learned, 'time', 'times')}")
+    if record.direct_reads:
+        weights = plural(record.direct_reads, "weight was", "weights were")
+        size = format_bytes(record.direct_read_bytes)
+        found.append(f"{weights} read outside of a forward or backward ({size}, brought on demand)")
+    if record.direct_writes:
+        found.append(f"{plural(record.direct_writes, 'write', 'writes')} to frozen weights kept")
     if record.crowded:
         forwards = plural(record.crowded, "forward", "forwards")
         found.append(f"{forwards} kept activations on the device that were to be offloaded")

@@ -1,0 +1,654 @@
+"""Streamed weights that are read or written where no trigger announces it: by a loss, a callback, an adapter's own layer.
+
+[Note: direct access] A weight that is not open (see :mod:`memplan.run.streamed`) has a class of the same name as its own,
+whose ``__torch_function__`` torch calls in place of any operator, method or property that it is given to. There the weight
+becomes its own class again and its true values for that one call: on the CPU the very bytes of its home in RAM, else a
+copy of them on the compute device. What the call returns, and what autograd saves of it, refers to those and not to a slot
+that another block will lie in. So reads are right without being foreseen; they are counted, and cost a transfer each.
+
+[Note: written weights] Frozen weights are only ever read by training, but scripts write to them between steps (ReLoRA, an
+adapter that takes its beginning out of the base), and a few models do in their forward. A write is taken to the block's
+home, and what lies in its slot is dropped, so that the next load has it: at once where a call writes to the weight itself
+or puts another tensor in its place; when the access is over, where it was under way; and for views and ``data`` that were
+handed out, before the block is loaded again. What only looks at raw addresses (``data_ptr`` handed to a kernel of one's
+own that writes) is not seen. A block that is homed in a file gets a home of its own, within the budgets.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+from weakref import ref
+
+import torch
+from torch import nn
+from torch.utils.weak import WeakIdKeyDictionary
+
+from memplan.analyze.graph import Tensor
+from memplan.compiled import untraced_deep
+from memplan.errors import RunError
+from memplan.run.arena import dtype_of, shaped
+from memplan.run.disk import written_pages
+from memplan.run.home import Home, as_bytes
+from memplan.run.streamed import Kinds, Streamed, trained_by_now
+from memplan.weights import is_wrapper, kind_of, rewrapped, wrapped_parts
+
+if TYPE_CHECKING:
+    from memplan.run.conductor import Conductor
+
+_LOG = logging.getLogger("memplan")
+
+_SERVERS = WeakIdKeyDictionary()
+"""Who serves each tensor that is not open, as a weak reference: a model that is dropped must not be kept."""
+
+
+class DirectAccess:
+    """Serves direct reads and writes of the streamed weights of one model."""
+
+    def __init__(
+        self,
+        device: torch.device,
+        homes: dict[int, Home],
+        streamed: dict[int, Streamed],
+        own_home: Callable[[int], None],
+    ) -> None:
+        """``own_home``: gives a block that is homed in a file a home that may be written to. Raises RunError."""
+        self.reads = 0
+        self.read_bytes = 0
+        self.writes = 0
+        self._device = device
+        self._homes = homes
+        self._streamed = streamed
+        self._own_home = own_home
+        self._places: dict[int, tuple[Streamed, int]] = {}
+        """Of each tensor by its id: its block, and its place in that block's ``pointers``."""
+        self._wrapped: dict[int, tuple[torch.Tensor, ...]] = {}
+        """What tensors that are made of others are made of, by id."""
+        self._handed_out: dict[int, list[_HandedOut]] = {}
+        """By block."""
+        self._shown: dict[int, tuple[_HandedOut, int]] = {}
+        """By the id of each weight that shows its true values: those, and its version when it began to."""
+        self._burst = (0, 0)
+        self._conductor: Callable[[], Conductor | None] = lambda: None
+
+    # ---- beginning and end -----------------------------------------------------------------------------------------
+
+    def begin(self, model: nn.Module, conductor: Conductor, plain: frozenset[int]) -> None:
+        """Serve from now on. ``plain``: ids of tensors that torch.compile has seen, whose class must not change in use."""
+        self._conductor = ref(conductor)
+        for streamed in self._streamed.values():
+            for place, (tensor, _, _) in enumerate(streamed.pointers):
+                self._places[id(tensor)] = (streamed, place)
+        shells: dict[int, list[torch.Tensor]] = {}
+        for module in model.modules():
+            for parameter in module._parameters.values():
+                if parameter is not None and is_wrapper(parameter) and id(parameter) not in self._wrapped:
+                    parts = tuple(part for part in wrapped_parts(parameter) if id(part) in self._places)
+                    if parts:
+                        self._wrapped[id(parameter)] = parts
+                        shells.setdefault(self._places[id(parts[0])][0].block, []).append(parameter)
+        for streamed in self._streamed.values():
+            tensors = [*(tensor for tensor, _, _ in streamed.pointers), *shells.get(streamed.block, ())]
+            streamed.kinds = tuple(_kinds(tensor, id(tensor) in plain) for tensor in tensors)
+            for tensor in tensors:
+                _SERVERS[tensor] = ref(self)
+            streamed.unpoint()
+
+    def close(self) -> None:
+        """Take what was written home, and have the weights be as any others."""
+        try:
+            self.settle()
+        finally:
+            for streamed in self._streamed.values():
+                for kinds in streamed.kinds:
+                    _SERVERS.pop(kinds.tensor, None)
+                streamed.release()
+            # A graph that is still alive must not keep the arenas.
+            self._homes, self._streamed, self._handed_out, self._places, self._wrapped = {}, {}, {}, {}, {}
+            self._own_home = _refuse
+
+    # ---- serving a call --------------------------------------------------------------------------------------------
+
+    def stand_in(self, tensor: torch.Tensor) -> _StandIn:
+        """Return what a call is given in a weight's place: its true values. Raises RunError where it is trained by now."""
+        with self._running().lock:
+            parts = self._wrapped.get(id(tensor))
+            if parts is None:
+                lent: tuple[_Lent, ...] = (self._lend(tensor),)
+                shown = lent[0].alias
+                own = kind_of(tensor)
+                if own is not torch.Tensor:
+                    shown.__class__ = own
+                    shown.__dict__.update(tensor.__dict__)
+            else:
+                by_id = {id(part): self._lend(part) for part in parts}
+                lent = tuple(by_id.values())
+                shown = rewrapped(tensor, lambda part: by_id[id(part)].alias if id(part) in by_id else part)
+            return _StandIn(tensor, shown, lent)
+
+    def take_back(self, stand_in: _StandIn) -> None:
+        """Take home what a call has written to what it was given. Raises RunError."""
+        with self._running().lock:
+            failure: RunError | None = None
+            for lent in stand_in.let_go():
+                streamed = lent.streamed
+                if lent.held.is_shared():
+                    self._share(streamed, lent.held)
+                try:
+                    if lent.is_replaced or lent.is_written:
+                        self.write(streamed, lent.held.row, lent.value, replaced=lent.is_replaced)
+                except RunError as error:
+                    failure = failure or error
+            if failure is not None:
+                raise failure
+
+    def _running(self) -> Conductor:
+        conductor = self._conductor()
+        if conductor is None:
+            raise _gone()
+        return conductor
+
+    def _lend(self, tensor: torch.Tensor) -> _Lent:
+        streamed, place = self._places[id(tensor)]
+        with torch._C.DisableTorchFunctionSubclass():
+            if tensor.requires_grad:
+                raise trained_by_now(streamed.name)
+        row = streamed.rows[place]
+        held = self._true(streamed.block, row)
+        self._count(row)
+        return _Lent(streamed, held, _alias(held.tensor))
+
+    def _true(self, block: int, row: Tensor) -> _HandedOut:
+        """Return a weight's true values where the device can read them."""
+        for held in self._handed_out.get(block, ()):
+            if held.row is row and held.is_copy:
+                return held  # who reads it twice sees what he wrote to it
+        home = self._homes[block]
+        there = home.tensor(row)
+        is_copy = not home.is_writable or there.device != self._device
+        if is_copy:
+            with torch.inference_mode(False), torch.no_grad():
+                raw = torch.empty(row.size_bytes, dtype=torch.uint8, device=self._device)
+                raw.copy_(as_bytes(there))
+            there = shaped(raw, row, home.orders[row.name])
+        return _HandedOut(_alias(there), row, is_copy=is_copy)
+
+    def _count(self, row: Tensor) -> None:
+        self.reads += 1
+        self.read_bytes += row.size_bytes
+        if self.reads == 1:
+            _LOG.warning(
+                "the weight %s was read outside of its module's forward and backward: what is read so is brought each time "
+                "that it is read, and is right; the run's record counts it",
+                row.name,
+            )
+
+    # ---- writes ----------------------------------------------------------------------------------------------------
+
+    def write(self, streamed: Streamed, row: Tensor, value: torch.Tensor, *, replaced: bool = False) -> None:
+        """Have a weight be ``value`` from its next load on. Raises RunError where it cannot be.
+
+        ``replaced``: it is another tensor than before, which those who hold that one keep.
+        """
+        home = self._homes[streamed.block]
+        if tuple(value.shape) != row.shape or value.dtype != dtype_of(row.dtype):
+            raise RunError(
+                f"the frozen weight {row.name} ({row.dtype} {row.shape}) was to become {value.dtype} {tuple(value.shape)}, but "
+                "memplan streams it as it was when it was placed: detach() first, change it, then plan and attach anew"
+            )
+        self._running().drop(streamed.block)
+        held = self._handed_out.get(streamed.block, ())
+        if not home.is_writable or (replaced and any(not other.is_copy and other.is_shared() for other in held)):
+            self._own_home(streamed.block)
+            streamed.source = home.source
+            self._handed_out.pop(streamed.block, None)
+        home.write(row, value)
+        self.writes += 1
+
+    def written_in_access(self, streamed: Streamed, places: Sequence[int]) -> None:
+        """Take home what was written to a block's weights while an access of it was under way. Raises RunError."""
+        if streamed.is_recomputed:
+            raise RunError(
+                f"the forward of {streamed.name} wrote to its frozen weights, and the plan runs it a second time in backward, "
+                'which would write twice: plan with activations={...: "keep"} for it, or pin it to the device'
+            )
+        values = []
+        for place in places:
+            tensor, there, _ = streamed.pointers[place]
+            with plain(tensor):
+                value = tensor.data
+                # The slot's bytes are about to be another block's.
+                values.append((streamed.rows[place], value.clone() if value.data_ptr() == there.data_ptr() else value))
+                tensor.data = there
+        for row, value in values:
+            self.write(streamed, row, value)
+
+    def settle(self, block: int | None = None) -> None:
+        """Take home what was written to what is handed out, of a block or of all. Forget what nobody holds any more."""
+        blocks = list(self._handed_out) if block is None else [block] if block in self._handed_out else []
+        mapped = [held.tensor for key in blocks for held in self._handed_out[key] if held.is_mapped]
+        touched = {id(tensor) for tensor in written_pages(mapped)} if mapped else set()
+        for key in blocks:
+            left = []
+            for held in self._handed_out.pop(key):
+                may_be_written = held.is_copy or id(held.tensor) in touched
+                if may_be_written and not _equal(held.tensor, self._homes[key].tensor(held.row)):
+                    self.write(self._streamed[key], held.row, held.tensor)
+                if held.is_shared():
+                    left.append(held)
+            if left:
+                self._handed_out[key] = left
+            self._streamed[key].is_shared_out = bool(left)
+
+    def _share(self, streamed: Streamed, held: _HandedOut) -> None:
+        """Note that someone else holds true values of a weight, and may write to them."""
+        known = self._handed_out.setdefault(streamed.block, [])
+        if all(other is not held for other in known):
+            known.append(held)
+        streamed.is_shared_out = True
+        if not streamed.is_open:
+            self._running().drop(streamed.block)  # what is in the slot would not be what is written
+
+    def settle_before(self, state: dict[str, Any]) -> None:
+        """Take home what was written, once for each ``state_dict`` that is being made: ``state``."""
+        burst = (id(state), len(state))
+        if self._burst[0] != burst[0] or burst[1] < self._burst[1]:
+            self.settle()
+        self._burst = burst
+
+    def hand_out(self, block: int, row: Tensor, value: torch.Tensor) -> None:
+        """Note that a weight's true values were given to someone who may write to them: an entry of a ``state_dict``."""
+        streamed = self._streamed.get(block)
+        if streamed is not None:
+            is_mapped = not self._homes[block].is_writable
+            self._share(streamed, _HandedOut(_alias(value), row, is_mapped=is_mapped))
+
+    def show_all(self) -> None:
+        """Have every streamed weight be its true values, and nothing served, until ``hide_all``. Nothing may be on its way."""
+        for streamed in self._streamed.values():
+            streamed.be_plain()
+            home = self._homes[streamed.block]
+            for (tensor, _, _), row in zip(streamed.pointers, streamed.rows, strict=True):
+                value = home.tensor(row)
+                self._shown[id(tensor)] = (
+                    _HandedOut(_alias(value), row, is_mapped=not home.is_writable),
+                    tensor._version,
+                )
+                tensor.data = value
+
+    def hide_all(self) -> None:
+        """Have every streamed weight be away again, and what was written to them be in their homes. Raises RunError."""
+        shown, self._shown = self._shown, {}
+        touched = {
+            id(tensor) for tensor in written_pages([held.tensor for held, _ in shown.values() if held.is_mapped])
+        }
+        written = []
+        for streamed in self._streamed.values():
+            for tensor, _, _ in streamed.pointers:
+                held, version = shown.pop(id(tensor))
+                replaced = tensor.data_ptr() != held.tensor.data_ptr()
+                if replaced or tensor._version != version or id(held.tensor) in touched:
+                    written.append((streamed, held.row, tensor.data))
+            streamed.unpoint()
+        for streamed, row, value in written:
+            self.write(streamed, row, value)
+
+    def hooks_came(self, tensors: Iterable[torch.Tensor]) -> None:
+        """Note that modules with these weights have hooks that the plan's trace has not seen."""
+        for tensor in tensors:
+            if id(tensor) in self._places:
+                self._places[id(tensor)][0].has_late_hooks = True
+
+    def taken(self, tensor: torch.Tensor, data: torch.Tensor, *, is_versioned: bool) -> None:
+        """Note that a hook takes hold of a weight that is open. ``is_versioned``: the weight tells if it is written to."""
+        if id(tensor) in self._places:
+            streamed, place = self._places[id(tensor)]
+            if streamed.is_open:
+                streamed.taken.append((place, ref(data)))
+                if not is_versioned:
+                    streamed.values.setdefault(place, data.clone())
+
+    def keep_taken(self, streamed: Streamed) -> None:
+        """Have what hooks took hold of in an access, and still hold, be the weights' true values from now on."""
+        taken, streamed.taken = streamed.taken, []
+        for place, reference in taken:
+            data = reference()
+            if data is not None and data.data_ptr() == streamed.pointers[place][1].data_ptr():
+                held = self._true(streamed.block, streamed.rows[place])
+                data.data = _alias(held.tensor)
+                self._share(streamed, held)
+
+
+@dataclass(slots=True, eq=False)
+class _HandedOut:
+    """True values of a weight that someone else may hold and write to. Neither copy nor mapped: the home's own bytes."""
+
+    tensor: torch.Tensor
+    row: Tensor
+    is_copy: bool = False
+    is_mapped: bool = False
+    """A private mapping of a file."""
+
+    def is_shared(self) -> bool:
+        """Whether anyone but this refers to its memory."""
+        # Itself, and the storage that is asked.
+        return bool(torch._C._storage_Use_Count(self.tensor.untyped_storage()._cdata) > 2)
+
+
+def _alias(tensor: torch.Tensor) -> torch.Tensor:
+    """Return the same memory as a tensor that is no view of another: it holds nothing but the storage."""
+    with torch.inference_mode(False), torch.no_grad():
+        made = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
+        return made.set_(tensor.untyped_storage(), tensor.storage_offset(), tensor.shape, tensor.stride())
+
+
+def _equal(one: torch.Tensor, other: torch.Tensor) -> bool:
+    return torch.equal(as_bytes(one).cpu(), as_bytes(other).cpu())
+
+
+@dataclass(slots=True, eq=False)
+class _Lent:
+    """True values of a weight in one call."""
+
+    streamed: Streamed
+    held: _HandedOut
+    alias: torch.Tensor
+    is_replaced: bool = False
+    is_written: bool = False
+    value: torch.Tensor = field(init=False)
+    _version: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        self._version = self.alias._version
+
+    def look(self) -> None:
+        """See what the call has done to it, and let go of it."""
+        alias, true = self.alias, self.held.tensor
+        self.is_replaced = (alias.data_ptr(), alias.shape, alias.dtype) != (true.data_ptr(), true.shape, true.dtype)
+        self.is_written = alias._version != self._version
+        self.value = alias.data if self.is_replaced else true
+        del self.alias
+
+
+@dataclass(slots=True, eq=False)
+class _StandIn:
+    """What a call is given in a weight's place.
+
+    Not the weight itself: autograd saves a tensor that was given to an operator as it is, whatever it is pointed at later.
+    """
+
+    weight: torch.Tensor
+    shown: torch.Tensor
+    lent: tuple[_Lent, ...]
+
+    def let_go(self) -> tuple[_Lent, ...]:
+        """Hold nothing that was shown any more, and return what was made of it."""
+        del self.shown
+        for lent in self.lent:
+            lent.look()
+        return self.lent
+
+
+# ---- the classes -----------------------------------------------------------------------------------------------------
+
+_AWAY: dict[type, type] = {}
+_NOTING: dict[type, type] = {}
+
+
+def _kinds(tensor: torch.Tensor, is_plain: bool) -> Kinds:
+    own = kind_of(tensor)
+    away = _AWAY.get(own)
+    if away is None:
+        served = {name: _serving(getattr(own, name)) for name in _COPIES if hasattr(own, name)}
+        away = _AWAY[own] = _named(own, {**served, "__torch_function__": classmethod(_torch_function)})
+    noting = own
+    if own is nn.Parameter and not is_plain:
+        noting = _NOTING.get(own) or _NOTING.setdefault(
+            own, _named(own, {"data": property(_data, _set_data), "detach": _detach})
+        )
+    return Kinds(tensor=tensor, own=own, away=away, noting=noting)
+
+
+def _named(own: type, more: dict[str, Any]) -> type:
+    """Return a subclass that goes by its parent's name: libraries know quantized weights by it."""
+
+    def new(kind: type, *args: Any, **kwargs: Any) -> Any:
+        return own(*args, **kwargs)  # type(weight)(...) makes one of the same kind
+
+    names = {"__module__": own.__module__, "__qualname__": own.__qualname__, "_memplan_kind": own, "__new__": new}
+    made: type = type(own)(own.__name__, (own,), {**names, **more})
+    return made
+
+
+_COPIES = ("__copy__", "__deepcopy__", "__reduce_ex__", "to", "cuda", "cpu", "xpu")
+"""Methods of which classes of parameters have their own, that look at ``type(self)`` before torch looks at them."""
+
+
+def _serving(method: Callable[..., Any]) -> Callable[..., Any]:
+    def served(tensor: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        return _served(method, (tensor, *args), kwargs, (tensor,))
+
+    return served
+
+
+def _data(tensor: torch.Tensor) -> torch.Tensor:
+    data: torch.Tensor = nn.Parameter.data.__get__(tensor)  # type: ignore[attr-defined]
+    server = _server_of(tensor)
+    if server is not None:
+        server.taken(tensor, data, is_versioned=False)
+    return data
+
+
+def _detach(tensor: torch.Tensor) -> torch.Tensor:
+    detached = torch.Tensor.detach(tensor)
+    server = _server_of(tensor)
+    if server is not None:
+        server.taken(tensor, detached, is_versioned=True)
+    return detached
+
+
+def _set_data(tensor: torch.Tensor, data: torch.Tensor) -> None:
+    nn.Parameter.data.__set__(tensor, data)  # type: ignore[attr-defined]
+
+
+@untraced_deep
+def _torch_function(
+    kind: type,
+    func: Callable[..., Any],
+    types: Sequence[type],
+    args: tuple[Any, ...] = (),
+    kwargs: dict[str, Any] | None = None,
+) -> Any:
+    kwargs = kwargs or {}
+    if func in _DESCRIBE or (func is torch.Tensor.type and len(args) == 1 and not kwargs):
+        with torch._C.DisableTorchFunctionSubclass():
+            return func(*args, **kwargs)
+    held = {id(tensor): tensor for tensor in _away_in((args, kwargs))}
+    if func in _LAYOUT and len(held) == 1 and args and id(args[0]) in held:
+        like = _like(args[0])
+        if like is not None:
+            return func(like, *args[1:], **kwargs)
+    return _served(func, args, kwargs, tuple(held.values()))
+
+
+def _served(func: Callable[..., Any], args: Any, kwargs: Any, tensors: Sequence[torch.Tensor]) -> Any:
+    """Call a function with weights' true values in their place."""
+    given: list[tuple[DirectAccess, _StandIn]] = []
+    try:
+        for tensor in tensors:
+            server = _server_of(tensor)
+            if server is None:
+                raise _gone()
+            given.append((server, server.stand_in(tensor)))
+        shown = {id(one.weight): one.shown for _, one in given}
+        result = func(*_exchanged(args, shown), **_exchanged(kwargs, shown))
+        # What is done in place gives back the tensor that it was done to.
+        return next((one.weight for _, one in given if one.shown is result), result)
+    finally:
+        shown = {}
+        for server, one in given:
+            server.take_back(one)
+
+
+def _exchanged(value: Any, shown: dict[int, torch.Tensor]) -> Any:
+    if isinstance(value, torch.Tensor):
+        return shown.get(id(value), value)
+    if isinstance(value, (tuple, list)):
+        parts = [_exchanged(part, shown) for part in value]
+        return type(value)(*parts) if hasattr(value, "_fields") else type(value)(parts)
+    if isinstance(value, dict):
+        return {key: _exchanged(part, shown) for key, part in value.items()}
+    return value
+
+
+def _refuse(block: int) -> None:
+    raise _gone()
+
+
+def _gone() -> RunError:
+    return RunError(
+        "a weight was read whose model ran under a plan and is gone: keep the model, or call detach() before it is dropped"
+    )
+
+
+def _server_of(tensor: torch.Tensor) -> DirectAccess | None:
+    found = _SERVERS.get(tensor)
+    return None if found is None else found()
+
+
+def _away_in(value: Any) -> Iterator[torch.Tensor]:
+    if isinstance(value, torch.Tensor):
+        if type(value) is _AWAY.get(kind_of(value)):
+            yield value
+    elif isinstance(value, (tuple, list)):
+        for part in value:
+            yield from _away_in(part)
+    elif isinstance(value, dict):
+        for part in value.values():
+            yield from _away_in(part)
+
+
+def _like(tensor: torch.Tensor) -> torch.Tensor | None:
+    """Return a tensor without memory that is laid out as a weight is at home."""
+    server = _server_of(tensor)
+    place = None if server is None else server._places.get(id(tensor))
+    if server is None or place is None:
+        return None
+    row = place[0].rows[place[1]]
+    raw = torch.empty(row.size_bytes, dtype=torch.uint8, device="meta")
+    return shaped(raw, row, server._homes[place[0].block].orders[row.name])
+
+
+class plain:
+    """Has a tensor be of its own class for a while."""
+
+    def __init__(self, tensor: torch.Tensor) -> None:
+        self._tensor = tensor
+        self._kind: type = type(tensor)
+
+    def __enter__(self) -> None:
+        self._tensor.__class__ = kind_of(self._tensor)
+
+    def __exit__(self, *error: object) -> None:
+        self._tensor.__class__ = self._kind
+
+
+def _descriptors() -> Iterator[Any]:
+    """Yield what says of a tensor what a placeholder says as well."""
+    for name in [
+        "shape",
+        "dtype",
+        "device",
+        "layout",
+        "requires_grad",
+        "grad",
+        "grad_fn",
+        "is_leaf",
+        "retains_grad",
+        "output_nr",
+        "_version",
+        "ndim",
+        "nbytes",
+        "itemsize",
+        "is_cpu",
+        "is_cuda",
+        "is_xpu",
+        "is_mps",
+        "is_meta",
+        "is_sparse",
+        "is_sparse_csr",
+        "is_quantized",
+        "is_nested",
+        "is_mkldnn",
+        "is_ipu",
+        "is_vulkan",
+        "is_mtia",
+        "is_maia",
+        "name",
+        "names",
+        "volatile",
+        "_backward_hooks",
+        "_post_accumulate_grad_hooks",
+        "_grad",
+        "grad_dtype",
+        "_base",
+    ]:
+        held = getattr(torch.Tensor, name, None)
+        for way in ("__get__", "__set__", "__delete__"):
+            if hasattr(held, way):
+                yield getattr(held, way)
+    for name in [
+        "size",
+        "dim",
+        "ndimension",
+        "numel",
+        "nelement",
+        "element_size",
+        "get_device",
+        "is_floating_point",
+        "is_complex",
+        "is_signed",
+        "requires_grad_",
+        "register_hook",
+        "register_post_accumulate_grad_hook",
+        "retain_grad",
+        "new_empty",
+        "new_zeros",
+        "new_ones",
+        "new_full",
+        "new_tensor",
+        "is_inference",
+        "is_neg",
+        "is_conj",
+        "__len__",
+        "__hash__",
+        "__dir__",
+        "is_pinned",
+        "is_shared",
+        "is_coalesced",
+        "_is_view",
+        "is_same_size",
+        "is_distributed",
+        "has_names",
+    ]:
+        if hasattr(torch.Tensor, name):
+            yield getattr(torch.Tensor, name)
+    for name in [
+        "numel",
+        "is_floating_point",
+        "is_complex",
+        "is_signed",
+        "is_conj",
+        "is_neg",
+        "is_inference",
+        "is_same_size",
+    ]:
+        yield getattr(torch, name)
+
+
+_DESCRIBE = frozenset(_descriptors())
+_LAYOUT = frozenset(
+    {torch.Tensor.stride, torch.Tensor.is_contiguous, torch.Tensor.storage_offset, torch.Tensor.dim_order}
+)
