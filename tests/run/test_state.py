@@ -140,6 +140,14 @@ class Projected(Layer):
         self.up.register_forward_pre_hook(lambda module, args: (module.weight.data.mul_(0.99), None)[1])
 
 
+class Pointed(Layer):
+    """Its frozen weight, pointed to other memory."""
+
+    def forward(self, x):
+        self.up.weight.data = self.up.weight.data * 0.99
+        return super().forward(x)
+
+
 class Table(nn.Module):
     def __init__(self):
         super().__init__()
@@ -153,9 +161,9 @@ KINDS = {
     "batch-norm": Norm, "instance-norm": Instance, "spectral": Spectral, "parametrized": Parametrized, "codebook": Codebook,
     "rebound": Rebound, "plain": Plain, "counter": Counter, "recent": Recent, "torch": Drawn,
     "numpy": lambda: Drawn("numpy"), "python": lambda: Drawn("python"), "global": lambda: Drawn("global"),
-    "projected": Projected, "max-norm": Table,
+    "projected": Projected, "pointed": Pointed, "max-norm": Table,
 }  # fmt: skip
-PINNED = ("projected", "max-norm")
+PINNED = ("projected", "pointed", "max-norm")
 
 
 class Model(nn.Module):
@@ -264,6 +272,29 @@ def test_a_recompute_that_is_asked_for_is_refused(kind, reason):
         memplan.plan(Model(kind), batch, loss=loss, vram="1GiB", activations={"layers.2": "recompute"}, **GIVEN)
     with pytest.raises(InputError, match="cannot be recomputed"):
         memplan.plan(Model(kind), batch, loss=loss, vram="1GiB", activations="recompute", **GIVEN)
+
+
+class Wide(Model):
+    """A block that only some batches go through."""
+
+    def __init__(self):
+        super().__init__("batch-norm")
+        self.wide = nn.Linear(WIDTH, 8 * WIDTH).requires_grad_(False)
+
+    def forward(self, x, through=False):
+        x = super().forward(x)
+        return self.wide(x) if through else x
+
+
+@pytest.mark.parametrize("tier", ["host", "disk"])
+def test_a_pinned_block_that_no_planned_access_reads_is_brought_when_it_is_read(tier, tmp_path):
+    model, batch = Wide(), {"x": torch.rand(ROWS, WIDTH)}
+    plan = memplan.plan(model, batch, loss=loss, vram="1GiB", disk="1GiB", pins={"wide": tier}, **GIVEN)
+    (wide,) = (block.id for block in plan.table.blocks if block.name == "wide")
+    assert plan.home_of(wide) == tier
+    expected = Wide()(**batch, through=True)
+    with memplan.attach(model, plan, cache=tmp_path):
+        assert torch.equal(model(**batch, through=True), expected)
 
 
 def test_a_smaller_plan_of_a_plan_does_not_either():
