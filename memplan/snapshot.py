@@ -3,10 +3,7 @@
 A forward may write to more than parameters and buffers: counters, lists of tensors and random generators of plain
 objects, attributes of classes, global names that its functions use, caches, iterators. All of that is walked once, by
 the references that lead there, and put back in place: whoever else holds an object sees it as it was.
-
-[Note: what cannot be put back] A generator function's iterator cannot be rewound, and a file that is read has no copy: in
-their places lie objects that raise ModelError with the name of what was asked. What is written to a file goes nowhere.
-Large arrays are not copied: they are read-only meanwhile.
+What cannot be put back is not used up either (``expendable.py``). Large arrays are not copied: they are read-only meanwhile.
 """
 
 from __future__ import annotations
@@ -15,10 +12,7 @@ import contextlib
 import functools
 import gc
 import io
-import os
-import random
 import sys
-import warnings
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable, Iterator
 from enum import Enum
@@ -39,8 +33,9 @@ import torch
 from torch import nn
 
 from memplan import holders
-from memplan.errors import ModelError
+from memplan.expendable import Unrepeatable, expendable, reduced
 from memplan.names import canonical
+from memplan.process_state import random_states_kept, settings_kept
 from memplan.weights import is_quantizer_state
 
 _ATOMS = (
@@ -127,7 +122,9 @@ class Snapshot:
                 return value
             if id(value) not in made:
                 where = self._path(owner, name)
-                made[id(value)] = state_of(value) if is_quantizer_state(value) else _expendable(value, where)
+                made[id(value)] = (
+                    state_of(value) if is_quantizer_state(value) else expendable(value, where, _keeps_cache)
+                )
             return made[id(value)]
 
         for holder in self._kept:
@@ -302,9 +299,9 @@ class Snapshot:
             return (type(value).__name__, *((str(name), within(part)) for name, part in value.items()))
         if isinstance(value, (set, frozenset)):
             return (type(value).__name__, len(value))
-        if hasattr(type(value), "__next__") and not isinstance(value, (_Unrepeatable, GeneratorType)):
+        if hasattr(type(value), "__next__") and not isinstance(value, (Unrepeatable, GeneratorType)):
             try:
-                return (type(value).__name__, *(within(part) for part in _reduced(value)[1:]))
+                return (type(value).__name__, *(within(part) for part in reduced(value)[1:]))
             except (TypeError, AttributeError):
                 return type(value).__name__
         attributes = getattr(value, "__dict__", None)
@@ -336,52 +333,6 @@ def unchanged(**roots: object) -> Iterator[None]:
         kept.restore()
 
 
-@contextlib.contextmanager
-def random_states_kept() -> Iterator[None]:
-    """Leave torch's, NumPy's and Python's random states as they were."""
-    python = random.getstate()
-    numpy: Any = sys.modules.get("numpy")
-    numpys = numpy.random.get_state() if numpy is not None else None
-    cpu = torch.get_rng_state()
-    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else None
-    try:
-        yield
-    finally:
-        random.setstate(python)
-        if numpy is not None:
-            numpy.random.set_state(numpys)
-        torch.set_rng_state(cpu)
-        if cuda is not None:
-            torch.cuda.set_rng_state_all(cuda)
-
-
-@contextlib.contextmanager
-def settings_kept() -> Iterator[None]:
-    """Leave what of torch's settings a forward may change, and the environment, as they were."""
-    environment = dict(os.environ)
-    dtype, precision = torch.get_default_dtype(), torch.get_float32_matmul_precision()
-    strict, warns = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
-    cudnn: Any = torch.backends.cudnn
-    flags = {name: getattr(cudnn, name) for name in ("enabled", "benchmark", "deterministic")}
-    try:
-        yield
-    finally:
-        if os.environ != environment:
-            os.environ.clear()
-            os.environ.update(environment)
-        if torch.get_default_dtype() != dtype:
-            torch.set_default_dtype(dtype)
-        if torch.get_float32_matmul_precision() != precision:
-            torch.set_float32_matmul_precision(precision)
-        if (torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()) != (
-            strict, warns,
-        ):  # fmt: skip
-            torch.use_deterministic_algorithms(strict, warn_only=warns)
-        for name, value in flags.items():
-            if getattr(cudnn, name) != value:
-                setattr(cudnn, name, value)
-
-
 def _tensors(value: object) -> Iterator[torch.Tensor]:
     if isinstance(value, torch.Tensor):
         yield value
@@ -411,6 +362,10 @@ def _is_library(module: str | None) -> bool:
     return (module or "").partition(".")[0] in _LIBRARIES
 
 
+def _keeps_cache(function: Any) -> bool:
+    return _is_library(function.__wrapped__.__module__)
+
+
 def _is_used_up(value: Any) -> bool:
     """Whether an object is another one after its use, and nothing that it holds could put it back."""
     kind = type(value)
@@ -419,62 +374,3 @@ def _is_used_up(value: Any) -> bool:
     return hasattr(kind, "__next__") and (
         _is_closed(kind) or holders.of_slots(value) is None is getattr(value, "__dict__", None)
     )
-
-
-def _expendable(value: Any, where: str) -> Any:
-    """Return what a forward may use up in place of ``value``. [Note: what cannot be put back]"""
-    if isinstance(value, functools._lru_cache_wrapper):
-        if _is_library(value.__wrapped__.__module__):
-            return value
-        fresh = functools.lru_cache(**value.cache_parameters())(value.__wrapped__)
-        return functools.update_wrapper(fresh, value.__wrapped__)
-    if isinstance(value, io.IOBase):
-        if value.closed or any(value is stream for stream in (sys.stdout, sys.stderr, sys.stdin)):
-            return value
-        if value.readable():
-            return _Unrepeatable(where, "an open file")
-        return io.StringIO() if isinstance(value, io.TextIOBase) else io.BytesIO()
-    try:
-        return _copied(value)
-    except (TypeError, AttributeError):
-        return _Unrepeatable(where, f"a {type(value).__name__}, which cannot be rewound")
-
-
-def _copied(value: Any) -> Any:
-    """Return an iterator that goes on as ``value`` would, and leaves that where it is."""
-    if isinstance(value, tuple):
-        return tuple(_copied(part) for part in value)
-    if not hasattr(type(value), "__next__"):
-        return value
-    kind, arguments, *state = _reduced(value)
-    made = kind(*_copied(arguments))
-    if state and state[0] is not None:
-        held_on = state[0] if isinstance(state[0], tuple) else (state[0],)
-        own = tuple(list(part) if isinstance(part, list) else _copied(part) for part in held_on)
-        made.__setstate__(own if isinstance(state[0], tuple) else own[0])
-    return made
-
-
-def _reduced(value: Any) -> Any:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)  # those of itertools lose it with Python 3.14
-        return value.__reduce__()
-
-
-class _Unrepeatable:
-    """Stands for what a look at the model would use up."""
-
-    def __init__(self, where: str, what: str) -> None:
-        self.__dict__["_message"] = (
-            f"the forward draws from {where}, {what}: planning would use up what training is to see. Draw from it outside "
-            "of the model and hand the values in, or hold a list and a position"
-        )
-
-    def __iter__(self) -> Any:
-        return self
-
-    def __next__(self) -> Any:
-        raise ModelError(self.__dict__["_message"])
-
-    def __getattr__(self, name: str) -> Any:
-        raise ModelError(self.__dict__["_message"])
