@@ -11,9 +11,11 @@ from msgspec.structs import replace
 
 from memplan import hardware as hardware_profiles
 from memplan import models
+from memplan.budgets import beyond, require_vram
 from memplan.checkpoint import has_checkpoint
 from memplan.errors import InputError, ModelError
 from memplan.program.schema import RING_BYTES, STAGING_BYTES, Budgets, Plan, StateHome, Tier, Workload
+from memplan.requests import understood
 from memplan.units import align_up, parse_size
 
 if TYPE_CHECKING:
@@ -154,6 +156,7 @@ def case_of(
     progress: Callable[[str], None] | None = None,
 ) -> Case:
     """Look at a model and a batch, and price them; the arguments are those of :func:`memplan.plan`. Raises InputError."""
+    from memplan.analyze.optimizers import optimizer_name
     from memplan.cost.build import cost_table
     from memplan.cost.build import notes as cost_notes
     from memplan.place.variants import state_away
@@ -161,7 +164,6 @@ def case_of(
     if accumulation < 1:
         raise InputError(f"accumulation was given as {accumulation!r}: give a whole number of passes, at least 1")
     steps, epochs = _run_of(batch, accumulation, steps=steps, examples=examples, epochs=epochs)
-    profile = _profile(hardware)
     budgets_given = {
         "vram": None if vram == "auto" else parse_size(vram, "vram"),
         "ram": None if ram is None or ram == "auto" else parse_size(ram, "ram"),
@@ -169,6 +171,8 @@ def case_of(
         "page_lock": None if page_lock is None else parse_size(page_lock, "page_lock"),
     }
     wanted = _wanted(activations)
+    tiers = _tiers(pins)
+    optimizer = optimizer_name(optimizer)
     state_home = next((home for home in _STATE_HOMES if home == optimizer_state), None)
     if state_home is None and optimizer_state is not None:
         raise InputError(
@@ -181,6 +185,16 @@ def case_of(
                 "optimizer_state out, or use an optimizer that is not paged"
             )
         state_home = "device"
+    asked_for = understood(model, dtype=dtype, quantization=quantization, attention=attention, adapter=adapter)
+    model, dtype, quantization = asked_for.model, asked_for.dtype, asked_for.quantization
+    profile = _profile(hardware)  # where it has to be measured this takes the longest
+    if measure and not hardware_profiles.is_here(profile):
+        raise InputError(
+            f"the times are to be measured, but the hardware is {profile.name}, not this machine: leave measure out, or "
+            "hardware"
+        )
+    if budgets_given["vram"] is not None:
+        require_vram(profile, budgets_given["vram"])
     analysis, folder = _analysis(
         model,
         batch,
@@ -248,10 +262,16 @@ def case_of(
         fingerprint=graph.fingerprint,
         workload=workload,
         hardware=profile.name,
-        pins=_pins(pins, {block.name: block.id for block in graph.blocks}),
+        pins=_pins(tiers, {block.name: block.id for block in graph.blocks}),
         activations=asked,
         staging_bytes=_staging_bytes(table.device),
-        notes=(*graph.notes, *cost_notes(graph, profile, times), *hardware_profiles.notes(profile, lies_in)),
+        notes=(
+            *asked_for.notes,
+            *graph.notes,
+            *cost_notes(graph, profile, times),
+            *hardware_profiles.notes(profile, lies_in),
+            *beyond(profile, budgets.vram_bytes, budgets.ram_bytes),
+        ),
         elastic=elastic,
         optimizer_state=state_home,
     )
@@ -313,12 +333,7 @@ def _times(
     quantization: Any,
     **options: Any,
 ) -> Times:
-    """Return the times of the graph's accesses on this machine. Raises InputError where ``profile`` is of another."""
-    if not hardware_profiles.is_here(profile):
-        raise InputError(
-            f"the times are to be measured, but the hardware is {profile.name}, not this machine: leave measure out, or "
-            "hardware"
-        )
+    """Return the times of the graph's accesses on this machine."""
     from memplan.analyze.adapters import prepare
     from memplan.analyze.measure import measure
     from memplan.snapshot import unchanged
@@ -422,17 +437,24 @@ def _activations(wanted: Mapping[str, Activations], graph: LayerGraph) -> dict[s
     return found
 
 
-def _pins(pins: Mapping[str, str] | None, blocks: Mapping[str, int]) -> dict[int, Tier]:
+def _tiers(pins: Mapping[str, str] | None) -> dict[str, Tier]:
+    found: dict[str, Tier] = {}
+    for name, given in (pins or {}).items():
+        tier = next((one for one in _TIERS if one == given), None)
+        if tier is None:
+            raise InputError(f"the pin {name}={given} names the tier {given!r}: give one of {', '.join(_TIERS)}")
+        found[name] = tier
+    return found
+
+
+def _pins(pins: Mapping[str, Tier], blocks: Mapping[str, int]) -> dict[int, Tier]:
     """Return tiers by block id. A block may be named by its last parts: ``layers.3`` for ``model.layers.3``."""
-    if not pins:
-        return {}
     found: dict[int, Tier] = {}
     for name, tier in pins.items():
         matches = [block for full, block in blocks.items() if full == name or full.endswith("." + name)]
-        if len(matches) != 1 or tier not in _TIERS:
-            what = f"names {len(matches)} blocks" if len(matches) != 1 else f"names the tier {tier!r}"
+        if len(matches) != 1:
             raise InputError(
-                f"the pin {name}={tier} {what}: give one block (such as {next(iter(blocks))}) and one of "
+                f"the pin {name}={tier} names {len(matches)} blocks: give one block (such as {next(iter(blocks))}) and one of "
                 f"{', '.join(_TIERS)}"
             )
         found[matches[0]] = tier

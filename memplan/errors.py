@@ -20,6 +20,8 @@ MemplanError
 
 from __future__ import annotations
 
+import re
+
 
 def first_line(error: BaseException) -> str:
     """Return the first line of what an error says; its type where it says nothing."""
@@ -30,6 +32,9 @@ def type_and_line(error: BaseException) -> str:
     """Return an error's type, and the first line of what it says where it says something."""
     kind, line = type(error).__name__, first_line(error)
     return kind if line == kind else f"{kind}: {line}"
+
+
+_MORE_GIB_THAN_ANY = 1 << 16
 
 
 class MemplanError(Exception):
@@ -44,8 +49,11 @@ class SizeError(InputError):
     """A size that is not a count of bytes."""
 
     def __init__(self, what: str, size: object) -> None:
+        bare = isinstance(size, str) and re.fullmatch(r"\s*\d+(\.\d+)?\s*", size) is not None
+        unit = "GiB" if bare and float(str(size)) < _MORE_GIB_THAN_ANY else "B"
+        hint = f"its unit is missing, did you mean {str(size).strip()}{unit}? Else " if bare else ""
         super().__init__(
-            f"{what} was given as {size!r}, which is not a size: give whole bytes (not negative, not NaN) "
+            f"{what} was given as {size!r}, which is not a size: {hint}give whole bytes (not negative, not NaN) "
             'or text with a unit, such as "6GiB", "512MiB" or "4096B"'
         )
 

@@ -6,7 +6,6 @@ kept in the cache folder. No torch here at import: it is opened only to ask a CU
 
 from __future__ import annotations
 
-import difflib
 import math
 import os
 import platform
@@ -23,6 +22,7 @@ import platformdirs
 import psutil
 from msgspec import Struct
 
+from memplan import cards
 from memplan.errors import HardwareError
 from memplan.files import write_whole
 from memplan.units import GIB, MIB, format_bytes, format_seconds
@@ -124,10 +124,10 @@ def names() -> tuple[str, ...]:
 
 
 def load(name_or_path: str | Path) -> HardwareProfile:
-    """Return a shipped profile by its name (upper and lower case alike) or the profile in a JSON file.
+    """Return a shipped profile by the name of its card, as people write it, or the profile in a JSON file.
 
-    Nothing is measured. Raises HardwareError for an unknown name (with those that are near), an unreadable file, and a
-    profile that is not one (with the field that is wrong).
+    Nothing is measured. Raises HardwareError for an unknown name (with those that are near), for one that several profiles
+    have, for an unreadable file, and for a profile that is not one (with the field that is wrong).
     """
     text = str(name_or_path)
     shipped = {name.lower(): name for name in names()}
@@ -136,12 +136,23 @@ def load(name_or_path: str | Path) -> HardwareProfile:
         return _read(_folder() / f"{shipped[text.lower()]}.json")
     if is_path or Path(text).is_file():
         return _read(Path(text).expanduser())
-    near = difflib.get_close_matches(text.lower(), shipped, n=3, cutoff=0.4)
-    hint = f"near it: {', '.join(shipped[name] for name in near)}; all" if near else "there are"
+    found = [profile for name in cards.matching(text, names()) if _has(profile := load(name), cards.size_of(text))]
+    if len(found) == 1:
+        return found[0]
+    if found:
+        raise HardwareError(
+            f"the hardware {text!r} may be {' or '.join(profile.name for profile in found)}: give one of them"
+        )
+    near = cards.near(text, names())
+    hint = f"near it: {', '.join(near)}; all" if near else "there are"
     raise HardwareError(
         f"there is no hardware profile named {text!r}; {hint}: {', '.join(names())}. "
         'Or give a JSON file, or "auto" to measure this machine'
     )
+
+
+def _has(profile: HardwareProfile, gigabytes: int | None) -> bool:
+    return gigabytes is None or round(profile.device_bytes.value / 1e9) == gigabytes
 
 
 def page_lock_limit_bytes(profile: HardwareProfile) -> int | None:

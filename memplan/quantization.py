@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 from memplan.errors import InputError, ModelError
+from memplan.requests import QUANTIZATIONS, not_installed
 
 _LIBRARY = {"bitsandbytes": "bitsandbytes", "torchao": "torchao"}
 """What a method's modules are made by. Of the other methods known here nothing is needed."""
@@ -38,8 +39,8 @@ _PACKED: dict[str, dict[str, Any]] = {
     "gptq": {"quant_method": "gptq", "bits": 4},
     "awq": {"quant_method": "awq", "bits": 4},
 }
-NAMES = (*_BITSANDBYTES, "int8", *_TORCHAO, *_PACKED)
-"""What may be asked for by a word."""
+NAMES = QUANTIZATIONS
+"""What may be asked for by a word: those above, and ``int8`` of bitsandbytes."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -154,10 +155,7 @@ def _require(method: str) -> str:
         try:
             importlib.import_module(library)
         except ImportError as error:
-            raise InputError(
-                f"the quantization needs {library}, which is not installed: pip install 'memplan[quant]', or plan the "
-                "model without it"
-            ) from error
+            raise not_installed(library) from error
     return library
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 import copy
 import inspect
 import json
-import os
 import re
 import warnings
 from collections.abc import Mapping
@@ -22,22 +21,14 @@ from torch import nn
 from memplan import models
 from memplan.errors import InputError, MemplanError, ModelError, first_line
 from memplan.quantization import quantization_of
+from memplan.requests import dtype_name
 from memplan.units import format_bytes
 
 ALL_LINEAR = "all-linear"
 MOST_MODULES = 4096
 """Layers or experts of a kind that a configuration may ask for."""
 _COUNTS = re.compile(r"^(num|n)_\w*(layer|block|expert)s?$|^depths?$")
-_HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 _ADAPTER_KEYS = ("rank", "targets", "alpha", "dropout")
-_DTYPES = {
-    "fp32": torch.float32,
-    "float32": torch.float32,
-    "bf16": torch.bfloat16,
-    "bfloat16": torch.bfloat16,
-    "fp16": torch.float16,
-    "float16": torch.float16,
-}
 
 
 class Skeleton(NamedTuple):
@@ -278,15 +269,9 @@ def _named(transformers: Any, given: str | Path) -> tuple[Any, str, Path | None]
             raise ModelError(
                 f"this transformers cannot describe {known[0]}, of type {kind}: {first_line(error)}"
             ) from error
-    if isinstance(given, str) and _HUB_NAME.fullmatch(given) and not os.path.isdir(given):
-        return _from_hub(transformers, given), given.rsplit("/", 1)[-1], None
-    like = models.near(str(given))
-    hint = f"; near it: {', '.join(like)}" if like else ""
-    raise InputError(
-        f"{given} is neither a directory with a config.json nor a model that memplan knows{hint}. Give a directory, one of "
-        "the names in memplan/models.json, a name on the hub such as meta-llama/Llama-3.1-8B, a transformers "
-        "configuration or an nn.Module"
-    )
+    if isinstance(given, str) and models.is_hub_name(hub := models.hub_name(given)):
+        return _from_hub(transformers, hub), hub.rsplit("/", 1)[-1], None
+    raise models.unknown(given)
 
 
 def _from_hub(transformers: Any, name: str) -> Any:
@@ -294,12 +279,7 @@ def _from_hub(transformers: Any, name: str) -> Any:
     try:
         return transformers.AutoConfig.from_pretrained(name, trust_remote_code=False)
     except Exception as error:
-        like = models.near(name)
-        known = f", or one of the names that memplan knows itself, such as {like[0]}" if like else ""
-        raise InputError(
-            f"the configuration of {name} cannot be had from the hub: {first_line(error)}. Check the name and the network, or "
-            f"give a directory with its config.json{known}"
-        ) from error
+        raise models.not_on_hub(name, error) from error
 
 
 _ENCODER_DECODER = ("AutoModelForSeq2SeqLM", "AutoModelForSpeechSeq2Seq", "AutoModelForImageTextToText")
@@ -355,9 +335,7 @@ def _dtype(given: Any) -> torch.dtype:
         return torch.float32
     if isinstance(given, torch.dtype):
         return given
-    found = _DTYPES.get(str(given).removeprefix("torch."))
-    if found is None:
-        raise InputError(f"the dtype was given as {given!r}: give one of {', '.join(sorted(_DTYPES))}")
+    found: torch.dtype = getattr(torch, dtype_name(str(given)))
     return found
 
 

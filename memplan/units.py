@@ -1,6 +1,7 @@
 """Bytes and seconds, read and written. The only place where a size changes its unit.
 
-Sizes are whole bytes everywhere else. Text is parsed strictly: ``"12GiB"`` is not ``"12GB"``.
+Sizes are whole bytes everywhere else. Text is parsed strictly: ``"12GiB"`` is not ``"12GB"``; a letter alone is a power of
+1024, as in coreutils, Slurm and Docker, and ``i`` may stand without the ``B``: ``"12G"`` is ``"12GiB"``.
 """
 
 from __future__ import annotations
@@ -19,6 +20,10 @@ ALIGNMENT_BYTES = 512
 
 _FACTORS = {
     "b": 1,
+    **dict.fromkeys(("k", "ki"), KIB),
+    **dict.fromkeys(("m", "mi"), MIB),
+    **dict.fromkeys(("g", "gi"), GIB),
+    **dict.fromkeys(("t", "ti"), 1 << 40),
     "kib": KIB,
     "mib": MIB,
     "gib": GIB,
@@ -34,7 +39,8 @@ _SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]+)\s*")
 def parse_size(size: int | float | str, what: str = "size") -> int:
     """Return ``size`` in whole bytes, rounded down (a budget is never rounded up).
 
-    ``size`` is a count of bytes or text such as ``"6GiB"`` or ``"512 MB"``; ``what`` names it in the error.
+    ``size`` is a count of bytes or text such as ``"6GiB"``, ``"6G"`` or ``"512 MB"``; ``what`` names it in the error. Text
+    without a unit is refused: bytes and GiB are both meant by such.
 
     Raises SizeError for anything else: no unit, an unknown unit, NaN, infinite or negative.
     """

@@ -6,15 +6,23 @@ one empty folder.
 
 from __future__ import annotations
 
+import ast
+import importlib
+import inspect
 import os
 import re
 import subprocess
 import sys
+import tomllib
+from collections.abc import Iterator
 from pathlib import Path
 
+import click
 import pytest
 
+import memplan
 from memplan.cli import group
+from memplan.run.attach import attach
 
 ROOT = Path(__file__).parents[1]
 FILES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), *(ROOT / "docs" / "stages").glob("*.md")])
@@ -70,6 +78,77 @@ def test_commands_and_options_are_there(file: Path) -> None:
             command, *words = line.partition(" -- ")[0].split()
             known = {option for parameter in group.commands[command].params for option in parameter.opts}
             assert {word for word in words if word.startswith("--")} <= known, line
+
+
+def texts() -> Iterator[tuple[str, str]]:
+    """Yield every text within memplan, messages and docstrings alike, with where it stands; fields of f-strings are left out."""
+    for file in sorted((ROOT / "memplan").rglob("*.py")):
+        tree = ast.parse(file.read_text(encoding="utf-8"))
+        inner = {id(part) for node in ast.walk(tree) if isinstance(node, ast.JoinedStr) for part in node.values}
+        for node in ast.walk(tree):
+            where = f"{name(file)}:{getattr(node, 'lineno', 0)}"
+            if isinstance(node, ast.JoinedStr):
+                yield (
+                    where,
+                    "".join(str(part.value) if isinstance(part, ast.Constant) else "{}" for part in node.values),
+                )
+            elif isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in inner:
+                yield where, node.value
+    for file in sorted((ROOT / "memplan").rglob("*.html")):
+        yield name(file), file.read_text(encoding="utf-8")
+
+
+def options_of(command: click.Command) -> set[str]:
+    inner = command.commands.values() if isinstance(command, click.Group) else ()
+    own = {option for parameter in command.params for option in (*parameter.opts, *parameter.secondary_opts)}
+    return own.union({"--help", "--version"}, *map(options_of, inner))
+
+
+def wrong_in(text: str) -> list[str]:
+    """Return what a text recommends and is not there: options, commands, names and arguments of memplan, extras."""
+    wrong = [option for option in re.findall(r"(?<![\w-])--[a-z][\w-]*", text) if option not in options_of(group)]
+    for command, rest in re.findall(r"memplan ([a-z]+)((?: +(?:--[a-z][\w-]*|[A-Z]+|\S+\.json))+)", text):
+        known = options_of(group.commands[command]) if command in group.commands else set()
+        wrong += [f"memplan {command} {word}" for word in re.findall(r"--[a-z][\w-]*", rest) if word not in known]
+    wrong += [f"memplan {one}" for one in re.findall(r"`memplan ([a-z]+)", text) if one not in group.commands]
+    for path in re.findall(r"(?<![\w./-])memplan\.((?:\w+\.)*\w+)", text):
+        if not path.endswith(("json", "py")) and not there(path):
+            wrong.append(f"memplan.{path}")
+    for called, keyword in re.findall(r"(?<![\w.])(?:memplan\.)?(\w+)\(\.\.\., (\w+)=", text):
+        function = getattr(memplan, called, None)
+        taken = inspect.signature(attach if called == "attach" else function).parameters if function else {}
+        if keyword not in taken:
+            wrong.append(f"{called}(..., {keyword}=)")
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["optional-dependencies"]
+    wrong += [f"memplan[{extra}]" for extra in re.findall(r"memplan\[(\w+)\]", text) if extra not in extras]
+    return wrong
+
+
+def there(path: str) -> bool:
+    """Whether a dotted name within memplan is a module or stands in one."""
+    found: object = memplan
+    for index, part in enumerate(path.split(".")):
+        if not hasattr(found, part):
+            try:
+                importlib.import_module("memplan." + ".".join(path.split(".")[: index + 1]))
+            except ModuleNotFoundError:
+                return False
+        found = getattr(found, part)
+    return True
+
+
+def test_what_messages_recommend_is_there() -> None:
+    found = {where: wrong for where, text in texts() if (wrong := wrong_in(text))}
+    assert found == {}
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["or memplan run --traced", "--no-such", "give memplan report plan.json --out x", "attach(..., traces=True)",
+     "`memplan fly`", "memplan.replan(x)", "memplan.show.nothing", "pip install 'memplan[all]'"],
+)  # fmt: skip
+def test_what_is_not_there_is_found(text: str) -> None:
+    assert wrong_in(text)
 
 
 @pytest.mark.parametrize("file", FILES, ids=name)

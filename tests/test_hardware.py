@@ -81,8 +81,8 @@ def test_a_file_is_read(tmp_path: Path) -> None:
 
 
 def test_an_unknown_name_lists_those_that_are_near() -> None:
-    with pytest.raises(HardwareError, match=r"'rtx4090'; near it: rtx-4090.*h200.*\"auto\""):
-        hardware.load("rtx4090")
+    with pytest.raises(HardwareError, match=r"'rtx4099'; near it: rtx-4090.*h200.*\"auto\""):
+        hardware.load("rtx4099")
     with pytest.raises(HardwareError, match=r"'zzzz'; there are: a10, "):
         hardware.load("zzzz")
 

@@ -10,7 +10,22 @@ from memplan.units import GIB, align_up, format_bytes, format_seconds, parse_siz
 
 @pytest.mark.parametrize(
     ("text", "size"),
-    [("6GiB", 6 * GIB), ("12GB", 12 * 10**9), ("1.5 MiB", 1572864), ("0B", 0), (" 7 kb ", 7000), (123, 123), (9.9, 9)],
+    [
+        ("6GiB", 6 * GIB),
+        ("12GB", 12 * 10**9),
+        ("1.5 MiB", 1572864),
+        ("0B", 0),
+        (" 7 kb ", 7000),
+        (123, 123),
+        (9.9, 9),
+        ("24G", 24 * GIB),
+        ("24g", 24 * GIB),
+        ("1.5T", 3 << 39),
+        ("512m", 1 << 29),
+        ("24Gi", 24 * GIB),
+        ("24gb", 24 * 10**9),
+        ("24 GB", 24 * 10**9),
+    ],
 )
 def test_sizes_are_bytes(text, size):
     assert parse_size(text) == size
@@ -24,6 +39,13 @@ def test_what_is_no_size_is_refused(bad):
         parse_size(bad, "vram")
     assert str(caught.value).startswith("vram was given as")
     assert isinstance(caught.value, (InputError, MemplanError, ValueError))
+
+
+@pytest.mark.parametrize(("bad", "meant"), [("24", "24GiB"), (" 7.5 ", "7.5GiB"), ("25769803776", "25769803776B")])
+def test_a_unit_that_is_missing_is_proposed(bad, meant):
+    """Bytes and GiB are both meant by a number alone; an int from Python is bytes."""
+    with pytest.raises(SizeError, match=f"its unit is missing, did you mean {meant}\\?"):
+        parse_size(bad)
 
 
 def test_rounding_is_up():

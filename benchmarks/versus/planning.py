@@ -17,7 +17,7 @@ from memplan.errors import InputError, MemplanError, type_and_line
 from memplan.program.schema import Plan
 from memplan.units import format_bytes
 
-ROOM = "4TiB"
+ROOM_BYTES = 4 << 40
 
 
 def make_plans(setting: Setting, names: Sequence[str], whole_s: float | None) -> dict[str, Any]:
@@ -60,18 +60,20 @@ def make_plans(setting: Setting, names: Sequence[str], whole_s: float | None) ->
 def _case(setting: Setting) -> Case:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        return case_of(
+        machine = hardware.auto()
+        case = case_of(
             setting.checkpoint,
             batch_of(setting.model, setting.shape),
-            vram=ROOM,
-            ram=ROOM,
+            vram=int(machine.device_bytes.value),
+            ram=ROOM_BYTES,
             disk=0,
             adapter=setting.model.adapter,
             dtype=None if setting.model.nf4 else setting.model.dtype,
-            hardware=hardware.auto(),
+            hardware=machine,
             measure=True,
             loss=loss_of if setting.model.is_flux else None,
         )
+    return replace_case(case, budgets=replace(case.budgets, vram_bytes=ROOM_BYTES))
 
 
 def _plan(case: Case, name: str, beside: int, frozen: int, card_bytes: int | None) -> Plan:

@@ -312,14 +312,17 @@ def _notes(model: nn.Module, graph: LayerGraph, kept: Traced, ran_again: int) ->
     pinned = [block for block in blocks if block.pinned_because]
     if pinned:
         found.append(
-            f"{len(pinned)} blocks must stay on the device: {pinned[0].name}, since {pinned[0].pinned_because}."
+            f"{pinned[0].name} must stay on the device, since {pinned[0].pinned_because}."
+            if len(pinned) == 1
+            else f"{len(pinned)} blocks must stay on the device: {pinned[0].name}, since {pinned[0].pinned_because}, and others."
         )
     read = {block for access in accesses for block in access.blocks}
-    unread = [block for block in blocks if block.id not in read]
+    # A loss that takes the head's weight itself reads it outside of every access.
+    unread = [block for block in blocks if block.id not in read and block.name not in kept.recorder.read]
     unread_bytes = sum(block.size_bytes for block in unread)
     if unread_bytes > _UNREAD_SHARE * sum(block.size_bytes for block in blocks):
         found.append(
-            f"{format_bytes(unread_bytes)} of its weights ({unread[0].name} and others) are never read with this batch, and "
+            f"{format_bytes(unread_bytes)} of its weights ({unread[0].name}{' and others' if len(unread) > 1 else ''}) are never read with this batch, and "
             "stay on the device: give a batch of all that the training gives it (images, sound), as tensors."
         )
     experts = sum(block.kind == "expert" for block in blocks)

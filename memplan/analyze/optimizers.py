@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 from memplan.errors import InputError
+from memplan.requests import like
 
 _STEP_BYTES = 4
 """A float32 scalar beside each parameter."""
@@ -174,7 +175,19 @@ _OPTIMIZERS: dict[str, _Optimizer] = {
 def check_optimizer(name: str) -> None:
     """Raise InputError where the optimizer is not known."""
     if name not in _OPTIMIZERS:
-        raise InputError(f"the optimizer {name!r} is not known: give one of {', '.join(sorted(_OPTIMIZERS))}")
+        raise InputError(
+            f"the optimizer {name!r} is not known: give one of {', '.join(sorted(_OPTIMIZERS))}{like(name, _OPTIMIZERS)}"
+        )
+
+
+def optimizer_name(given: str) -> str:
+    """Return the name by which an optimizer is known here; case and hyphens do not matter. Raises InputError."""
+    plain = given.strip().lower().replace("-", "_")
+    name = given if given in _OPTIMIZERS else plain
+    if name not in _OPTIMIZERS:
+        name = next((one for one in _OPTIMIZERS if one.replace("_", "") == plain.replace("_", "")), given)
+    check_optimizer(name)
+    return name
 
 
 def state_bytes(name: str, trained: Iterable[Shape]) -> int:

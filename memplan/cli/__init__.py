@@ -1,4 +1,8 @@
-"""The command line. Exit codes: 0 fits or done, 1 does not fit, 2 bad input, 130 interrupted.
+"""The command line.
+
+Exit codes: 0 fits or done; 1 does not fit (a plan as fast as was asked counts), and nothing else; 2 bad input, or doctor
+found a problem; 3 the runs of the demonstration differ; 70 an internal error; 74 the output cannot be written; 130
+interrupted; 141 the reader of the output is gone. ``memplan run`` ends with its script's own.
 
 What a command needs is imported inside it, so that ``memplan report`` starts without torch.
 """

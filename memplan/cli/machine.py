@@ -9,19 +9,20 @@ import click
 from memplan.cli.entry import BAD_INPUT, OK, group
 from memplan.cli.options import JSON
 from memplan.cli.output import print_json
+from memplan.cli.paths import OUTPUT, apart_from, require_apart
+from memplan.files import STANDARD_OUTPUT, OutputError, reason
 from memplan.units import format_bytes
 
 
 @group.command(short_help="Measure this machine's rates, for better times in plans.")
-@click.option("--out", type=click.Path(dir_okay=False, path_type=Path), help="Write the profile to this file too.")
+@click.option("--out", type=OUTPUT, help="Write the profile to this file too.")
 @JSON
 def calibrate(out: Path | None, as_json: bool) -> int:
     """Measure what this machine can do, under two minutes, and keep it for the plans to come.
 
     Plans measure it themselves where it was not yet: do so again on a quiet machine, after a change of hardware or driver.
     """
-    if out is not None and not out.parent.is_dir():
-        raise click.BadParameter(f"the folder {out.parent} does not exist.", param_hint="--out")
+    require_apart({"--out": out}, as_json=as_json)
 
     from memplan import hardware
     from memplan.show.listing import progress, write_rates
@@ -31,16 +32,19 @@ def calibrate(out: Path | None, as_json: bool) -> int:
     if out is not None:
         try:
             hardware.save(profile, out)
+        except OutputError:
+            raise
         except OSError as error:
-            raise click.BadParameter(f"{out} cannot be written ({error.strerror}).", param_hint="--out") from error
+            raise click.BadParameter(f"{out} cannot be written: {reason(error)}.", param_hint="--out") from error
     if as_json:
         from msgspec import to_builtins
 
         print_json(to_builtins(profile))
         return OK
-    click.echo(f"{profile.name}\n")
-    write_rates(hardware.listed(profile))
-    if out is not None:
+    with apart_from(out):
+        click.echo(f"{profile.name}\n")
+        write_rates(hardware.listed(profile))
+    if out not in (None, STANDARD_OUTPUT):
         click.echo(f"\nThe profile is in {out}: memplan plan --hardware {out}")
     return OK
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import gc
+import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
@@ -30,12 +31,19 @@ PAGE_LOCK = click.option(
     help="Of RAM what a GPU may have page-locked.  [default: all, or where the profile saw a limit]",
 )
 HARDWARE = click.option(
-    "--hardware", metavar="NAME|FILE", default="auto", show_default=True, help="A profile, or this machine, measured."
+    "--hardware",
+    "--gpu",
+    "hardware",
+    metavar="NAME|FILE",
+    default="auto",
+    show_default=True,
+    help="A card such as rtx-4090, a profile's file, or auto: this machine, measured.",
 )
 JSON = click.option("--json", "as_json", is_flag=True, help="Print one JSON object and nothing else.")
 
 _QUANTIZERS = ("bitsandbytes", "torchao")
 """Slow to import: two of the ten seconds that a plan takes."""
+_ALL_LINEAR = "all-linear"
 _TIERS = ("device", "host", "disk")
 _OPTIONS = (
     click.argument("model"),
@@ -113,17 +121,27 @@ class Asked:
         """Of a micro-batch."""
         return (self.batch,) if self.seq is None else (self.batch, self.seq)
 
+    def files(self) -> dict[str, Path | None]:
+        """Return the files that this names, by what names them."""
+        from memplan.models import folder_of
+
+        folder = folder_of(self.model)
+        return {
+            "MODEL": None if folder is None else folder / "config.json",
+            "--hardware": Path(self.hardware) if os.path.isfile(self.hardware) else None,
+        }
+
     def arguments(self) -> dict[str, Any]:
         """Return the keywords of :func:`memplan.plan`, but for the shape. Raises click.BadParameter and InputError."""
         targets = [target for target in map(str.strip, self.lora_targets.split(",")) if target]
         if not targets:
             raise click.BadParameter("give module names, or all-linear.", param_hint="--lora-targets")
         return {
-            "vram": "auto" if self.vram == "auto" else parse_size(self.vram, "--vram"),
-            "ram": None if self.ram is None else parse_size(self.ram, "--ram"),
+            "vram": "auto" if self.vram.lower() == "auto" else parse_size(self.vram, "--vram"),
+            "ram": None if self.ram is None or self.ram.lower() == "auto" else parse_size(self.ram, "--ram"),
             "disk": None if self.disk is None else parse_size(self.disk, "--disk"),
             "page_lock": None if self.page_lock is None else parse_size(self.page_lock, "--page-lock"),
-            "adapter": {"rank": self.lora_rank, "targets": "all-linear" if targets == ["all-linear"] else targets},
+            "adapter": {"rank": self.lora_rank, "targets": _ALL_LINEAR if _is_all(targets) else targets},
             "dtype": self.dtype,
             "attention": self.attention,
             "quantization": self.quantization,
@@ -166,6 +184,10 @@ def _leave_out(packages: Sequence[str]) -> None:
     for package in packages:
         # An import that finds None there says that there is no such package.
         sys.modules.setdefault(package, cast("ModuleType", None))
+
+
+def _is_all(targets: Sequence[str]) -> bool:
+    return [target.lower().replace("_", "-") for target in targets] == [_ALL_LINEAR]
 
 
 def _parse_pins(pins: tuple[str, ...]) -> dict[str, str]:

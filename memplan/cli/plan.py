@@ -8,8 +8,10 @@ from pathlib import Path
 import click
 
 from memplan.cli.entry import DOES_NOT_FIT, OK, group
-from memplan.cli.options import COUNT, FILE, JSON, Asked, asking
+from memplan.cli.options import COUNT, JSON, Asked, asking
 from memplan.cli.output import print_json, show, show_compared
+from memplan.cli.paths import INPUT, OUTPUT, apart_from, require_apart
+from memplan.files import STANDARD_OUTPUT
 
 
 @group.command(short_help="Say what fits, where each block goes, and the time of a step.")
@@ -21,8 +23,8 @@ from memplan.cli.output import print_json, show, show_compared
 @click.option("--measure", is_flag=True, help="Time every kind of layer on this machine, instead of by rates.")
 @click.option("--max-step-s", metavar="S", type=float, help="The longest step that will do; else exit with 1.")
 @click.option("--compare", is_flag=True, help="What other ways of placing would cost, beside the plan.")
-@click.option("--out", type=click.Path(dir_okay=False, path_type=Path), help="Write the plan to this file.")
-@click.option("--csv", type=click.Path(dir_okay=False, path_type=Path), help="Write a row a block to this file.")
+@click.option("--out", type=OUTPUT, help="Write the plan to this file; - is standard output.")
+@click.option("--csv", type=OUTPUT, help="Write a row a block to this file.")
 @JSON
 def plan(
     context: dict[str, bool],
@@ -47,10 +49,7 @@ def plan(
         raise click.BadParameter("give --steps or --examples, not both.", param_hint="--steps")
     if epochs is not None and examples is None:
         raise click.BadParameter("give --examples too, or --steps alone.", param_hint="--epochs")
-    # Before the work: a plan may take a minute to make.
-    for file, option in ((out, "--out"), (csv, "--csv")):
-        if file is not None and not file.parent.is_dir():
-            raise click.BadParameter(f"the folder {file.parent} does not exist.", param_hint=option)
+    require_apart({"--out": out, "--csv": csv}, asked.files(), as_json=as_json)
 
     from memplan import api
     from memplan.show.listing import progress
@@ -74,12 +73,13 @@ def plan(
         from memplan.show.sheet import write_csv
 
         write_csv(made, csv)
-    if compare:
-        show_compared(made, as_json)
-    else:
-        show(made, None, as_json)
-    if out is not None and not as_json:
-        click.echo(f"\nThe plan is in {out}.")
+    with apart_from(out, csv):
+        if compare:
+            show_compared(made, as_json)
+        else:
+            show(made, None, as_json)
+    if out not in (None, STANDARD_OUTPUT) and not as_json:
+        click.echo(f"\nThe plan is in {out}.", err=csv == STANDARD_OUTPUT)
     return OK
 
 
@@ -163,27 +163,26 @@ def fit(asked: Asked, slowdown: float, as_json: bool) -> int:
 
 
 @group.command(short_help="Show a plan, and what was measured under it; or two plans or runs side by side.")
-@click.argument("plan", type=FILE)
-@click.argument("other", metavar="[RECORD|PLAN]", type=FILE, required=False)
-@click.option("--html", type=click.Path(dir_okay=False, path_type=Path), help="Write a page to this file instead.")
-@click.option("--frontier", type=FILE, help="With --html: what memplan frontier --json printed for the same case.")
-@click.option(
-    "--trace",
-    type=click.Path(dir_okay=False, path_type=Path),
-    help="Write a pass to this file, for Perfetto or Chrome.",
-)
+@click.argument("plan", type=INPUT)
+@click.argument("other", metavar="[RECORD|PLAN]", type=INPUT, required=False)
+@click.option("--html", type=OUTPUT, help="Write a page to this file instead.")
+@click.option("--frontier", type=INPUT, help="With --html: what memplan frontier --json printed for the same case.")
+@click.option("--trace", type=OUTPUT, help="Write a pass to this file, for Perfetto or Chrome.")
 @JSON
 def report(
     plan: Path, other: Path | None, html: Path | None, frontier: Path | None, trace: Path | None, as_json: bool
 ) -> int:
     """Show a PLAN file, and beside it the RECORD of a run under it: what was predicted, what was measured.
 
-    Two plans, or the records of two runs, are compared: what changed, and what it cost.
+    Two plans, or the records of two runs, are compared: what changed, and what it cost. - is standard input, and standard
+    output where a file is written.
     """
     if html is None and frontier is not None:
         raise click.BadParameter("give --html too: points are drawn on a page.", param_hint="--frontier")
     if html is not None and as_json:
         raise click.BadParameter("give --html or --json, not both.", param_hint="--html")
+    files = {"PLAN": plan, "RECORD": other, "--frontier": frontier}
+    require_apart({"--html": html, "--trace": trace}, files, as_json=as_json)
 
     from memplan.program.codec import load_either
     from memplan.program.record import RunRecord
@@ -197,7 +196,8 @@ def report(
 
             write_trace(trace, first, second)
         if html is None:
-            show(first, second, as_json)
+            with apart_from(trace):
+                show(first, second, as_json)
             return OK
 
         from memplan import api
@@ -205,7 +205,8 @@ def report(
 
         points = () if frontier is None else Frontier.load(frontier).beside(first)
         api.report(first, second, html=html, points=points)
-        click.echo(f"The report is in {html}.")
+        if html != STANDARD_OUTPUT:
+            click.echo(f"The report is in {html}.", err=trace == STANDARD_OUTPUT)
         return OK
     if trace is not None or html is not None:
         raise click.BadParameter(

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
+import signal
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import click
 
 from memplan.cli.entry import group
 from memplan.cli.options import COUNT, DISK, FILE, HARDWARE, JSON, PAGE_LOCK, RAM, VRAM
+from memplan.cli.paths import OUTPUT, require_apart
+from memplan.files import STANDARD_OUTPUT, reason
 from memplan.units import parse_size
 
 
@@ -23,7 +28,7 @@ from memplan.units import parse_size
 @PAGE_LOCK
 @HARDWARE
 @click.option("--plan", "plan_file", type=FILE, help="A plan made before, in place of one made for the script.")
-@click.option("--report", "report_file", type=click.Path(dir_okay=False, path_type=Path), help="Write the report here.")
+@click.option("--report", "report_file", type=OUTPUT, help="Write the report here.")
 @click.option("--log", is_flag=True, help="Add what memplan measures to what transformers' Trainer logs.")
 @click.option("--lines", is_flag=True, help="Say a line a step, with transformers' Trainer.")
 @click.argument("command", nargs=-1, required=True, type=click.UNPROCESSED)
@@ -42,22 +47,28 @@ def run(
     """Run COMMAND, such as -- python train.py, with its trainer's model under a plan.
 
     The script is not changed. What cannot be served runs as it would without memplan, and a line on standard error says
-    why. The exit code is the script's.
+    why. The exit code is the script's own, whatever it is: 1 may be the script's too. Where memplan cannot start it, 2.
     """
-    for size, option in ((vram, "--vram"), (ram, "--ram"), (disk, "--disk"), (page_lock, "--page-lock")):
-        if size not in (None, "auto"):
-            parse_size(size, option)
-    if report_file is not None and not report_file.parent.is_dir():
-        raise click.BadParameter(f"the folder {report_file.parent} does not exist.", param_hint="--report")
+    sizes = {
+        option: size if size in (None, "auto") else parse_size(size, option)
+        for size, option in ((vram, "--vram"), (ram, "--ram"), (disk, "--disk"), (page_lock, "--page-lock"))
+    }
+    hardware = _checked_hardware(hardware, sizes["--vram"])
+    words = {word: Path(word) for word in command if os.path.isfile(word)}
+    profile = Path(hardware) if os.path.isfile(hardware) else None
+    require_apart({"--report": report_file}, {"--plan": plan_file, "--hardware": profile, **words})
     if plan_file is not None:
         from memplan.program.schema import Plan
 
+        if not plan_file.is_file():  # the script's process reads it again
+            raise click.BadParameter(f"{plan_file} is not a file.", param_hint="--plan")
         Plan.load(plan_file)
-    program = shutil.which(command[0])
-    if program is None:
-        raise click.BadParameter(f"there is no program {command[0]!r}.", param_hint="COMMAND")
-    if Path(hardware).is_file():
-        hardware = str(Path(hardware).resolve())
+    program = _program(command[0])
+    if (flag := _keeps_out(command)) is not None:
+        click.echo(
+            f"memplan: stands aside: {Path(command[0]).name} {flag} imports nothing at its start: leave {flag} out",
+            err=True,
+        )
 
     from memplan.trainers.launch import Settings, environment
 
@@ -68,14 +79,68 @@ def run(
         page_lock=page_lock,
         hardware=hardware,
         plan=None if plan_file is None else str(plan_file.resolve()),
-        report=None if report_file is None else str(report_file.resolve()),
+        report=report_file if report_file is None else _absolute(report_file),
         log=log,
         lines=lines,
     )
     sys.stdout.flush()
     sys.stderr.flush()
-    # In place of this process: signals, exit code and terminal are the script's own.
-    os.execve(program, command, environment(settings, os.environ))
+    if hasattr(signal, "SIGPIPE"):  # Python ignores it, and what is started here would do so too
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)
+    try:
+        # In place of this process: signals, exit code and terminal are the script's own.
+        os.execve(program, command, environment(settings, os.environ))
+    except OSError as error:
+        raise click.BadParameter(f"{program} cannot be started: {reason(error)}.", param_hint="COMMAND") from error
+
+
+def _checked_hardware(name: str, vram: int | str | None) -> str:
+    """Return the profile's name, or its file's path, for the script's process. Raises HardwareError and InputError."""
+    if name == "auto":
+        return name
+    from memplan import hardware
+    from memplan.budgets import require_vram
+
+    profile = hardware.load(name)
+    if isinstance(vram, int):
+        require_vram(profile, vram)
+    return str(Path(name).resolve()) if Path(name).is_file() else profile.name
+
+
+def _program(name: str) -> str:
+    """Return the path of what is to be started. Raises click.BadParameter where there is no such program."""
+    program = shutil.which(name)
+    if program is not None:
+        return program
+    what = f"there is no program {name!r}"
+    if Path(name).is_file():
+        what = f"{name!r} is not executable" if os.sep in name else f"{name!r} is a file, not a program"
+        if name.endswith(".py"):
+            what += f": give python {name}"
+    raise click.BadParameter(f"{what}.", param_hint="COMMAND")
+
+
+def _keeps_out(command: Sequence[str]) -> str | None:
+    """Return the flag by which a Python ignores its environment or starts without ``site``, and so without memplan."""
+    if not re.fullmatch(r"python[\d.]*(\.exe)?", Path(command[0]).name):
+        return None
+    words = iter(command[1:])
+    for word in words:
+        if not word.startswith("-") or word.startswith("--") or word == "-":
+            break
+        flags = re.match(r"-([a-zA-Z]*?)(?:[cmWX]|$)", word)
+        if flags is not None and (found := set("EIS") & set(flags[1])):
+            return f"-{min(found)}"
+        if word[-1] in "WX" and flags is not None:
+            next(words, None)  # its value
+        elif re.fullmatch(r"-[a-zA-Z]*[cm].*", word):
+            break
+    return None
+
+
+def _absolute(path: Path) -> str:
+    # Not resolved: a link is followed when the report is written, and /dev/fd/63 leads to no path.
+    return str(path if path == STANDARD_OUTPUT else path.absolute())
 
 
 @group.command(short_help="Train a small model streamed and whole, and compare.")

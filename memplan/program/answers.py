@@ -8,6 +8,7 @@ import msgspec
 from msgspec import Struct
 
 from memplan.errors import PlanFormatError, PlanMismatchError
+from memplan.files import read, reason
 from memplan.program.schema import Plan
 
 
@@ -66,10 +67,10 @@ class Frontier(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     def load(cls, path: str | Path) -> Frontier:
         """Read what ``memplan frontier --json`` printed. Raises PlanFormatError."""
         try:
-            return msgspec.json.decode(Path(path).read_bytes(), type=cls)
-        except (OSError, msgspec.DecodeError, UnicodeDecodeError) as error:
+            return msgspec.json.decode(read(path), type=cls)
+        except (OSError, ValueError) as error:  # ValueError: no frontier, or a zero byte in the path
             raise PlanFormatError(
-                f"{path} is no frontier: {error}; give a file that memplan frontier --json wrote"
+                f"{path} is no frontier: {reason(error)}; give a file that memplan frontier --json wrote"
             ) from None
 
     def beside(self, plan: Plan) -> tuple[Point, ...]:

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 import msgspec
 
 from memplan.errors import InputError, PlanFormatError
-from memplan.files import write_whole
+from memplan.files import read, reason, write
 from memplan.program.record import RunRecord
 from memplan.program.schema import SCHEMA_VERSION, Plan
 
@@ -40,12 +40,10 @@ def encode(value: Plan | RunRecord) -> bytes:
 
 
 def save(value: Plan | RunRecord, path: str | Path) -> None:
-    """Write a plan or record, whole or not at all. Raises PlanFormatError where it cannot be written."""
-    data = encode(value)
-    try:
-        write_whole(Path(path), data)
-    except (OSError, ValueError) as error:  # ValueError: a zero byte in the path
-        raise PlanFormatError(f"{path} cannot be written: {_reason(error)}; give another path") from None
+    """Write a plan or record, whole or not at all: :mod:`memplan.files` says what is written through. ``-`` is standard
+    output. Raises PlanFormatError where the file cannot be written.
+    """
+    write(path, encode(value), PlanFormatError)
 
 
 def load_plan(path: str | Path) -> Plan:
@@ -89,13 +87,9 @@ def schema(kind: str) -> dict[str, Any]:
 
 def _read(path: str | Path) -> bytes:
     try:
-        return Path(path).read_bytes()
+        return read(path)
     except (OSError, ValueError) as error:  # ValueError: a zero byte in the path
-        raise PlanFormatError(f"{path} cannot be read: {_reason(error)}; check the path") from None
-
-
-def _reason(error: Exception) -> str:
-    return getattr(error, "strerror", None) or str(error)
+        raise PlanFormatError(f"{path} cannot be read: {reason(error)}; check the path") from None
 
 
 def _decode(data: bytes, kind: type[Value], where: str) -> Value:

@@ -87,7 +87,7 @@ class RunRecord(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
         return f"<RunRecord of {passes}{took} on {self.device}: {self.loads:,} loads, {self.misses:,} misses{peak}>"
 
     def save(self, path: str | Path) -> None:
-        """Write the record as JSON, whole or not at all."""
+        """Write the record as JSON, whole or not at all; ``-`` is standard output. Raises PlanFormatError."""
         from memplan.program.codec import save
 
         save(self, path)

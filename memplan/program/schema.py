@@ -277,7 +277,7 @@ class Plan(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
         raise KeyError(block)
 
     def save(self, path: str | Path) -> None:
-        """Write the plan as JSON, whole or not at all. Same plan, same bytes."""
+        """Write the plan as JSON, whole or not at all; ``-`` is standard output. Same plan, same bytes. Raises PlanFormatError."""
         from memplan.program.codec import save
 
         save(self, path)

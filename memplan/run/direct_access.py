@@ -209,19 +209,23 @@ class DirectAccess:
 
     def written_in_access(self, streamed: Streamed, places: Sequence[int]) -> None:
         """Take home what was written to a block's weights while an access of it was under way. Raises RunError."""
-        if streamed.is_recomputed:
+        values = []
+        for place in places:
+            tensor, there, _ = streamed.pointers[place]
+            row = streamed.rows[place]
+            with plain(tensor):
+                value, tensor.data = tensor.data, there
+                is_replaced = value.data_ptr() != there.data_ptr()
+                if not is_replaced and _equal(there, self._homes[streamed.block].tensor(row)):
+                    streamed.note_no_write(place)
+                else:
+                    # The slot's bytes are about to be another block's.
+                    values.append((row, value if is_replaced else value.clone()))
+        if values and streamed.is_recomputed:
             raise RunError(
                 f"the forward of {streamed.name} wrote to its frozen weights, and the plan runs it a second time in backward, "
                 'which would write twice: plan with activations={...: "keep"} for it, or pin it to the device'
             )
-        values = []
-        for place in places:
-            tensor, there, _ = streamed.pointers[place]
-            with plain(tensor):
-                value = tensor.data
-                # The slot's bytes are about to be another block's.
-                values.append((streamed.rows[place], value.clone() if value.data_ptr() == there.data_ptr() else value))
-                tensor.data = there
         for row, value in values:
             self.write(streamed, row, value)
 

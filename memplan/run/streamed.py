@@ -74,6 +74,8 @@ class Streamed:
     """What hooks took hold of in the access under way, with its place in ``pointers``."""
     values: dict[int, torch.Tensor] = field(default_factory=dict)
     """What weights were before a hook took hold of their ``data``, by place."""
+    no_writes: set[tuple[int, int]] = field(default_factory=set)
+    """By how much the version of a weight, by place, rises in an access that writes nothing."""
     _versions: list[int] = field(default_factory=list)
 
     @property
@@ -132,12 +134,19 @@ class Streamed:
     def _written(self) -> Iterator[int]:
         for place, ((tensor, there, _), version) in enumerate(zip(self.pointers, self._versions, strict=True)):
             if (
-                tensor._version != version
+                (tensor._version != version and (place, tensor._version - version) not in self.no_writes)
                 or tensor.data_ptr() != there.data_ptr()
                 or (place in self.values and not torch.equal(self.values[place], there))
             ):
                 yield place
         self.values.clear()
+
+    def note_no_write(self, place: int) -> None:
+        """Note that a weight's version rose in the access that is over, but its values are what they were.
+
+        So it is wherever parametrizations come and go in a forward (PEFT's on experts): they set a tensor to itself.
+        """
+        self.no_writes.add((place, self.pointers[place][0]._version - self._versions[place]))
 
     def release(self) -> None:
         """Have the weights be of their own classes for good."""

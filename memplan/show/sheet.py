@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import csv
+import io
 from pathlib import Path
 
-from memplan.errors import InputError
+from memplan.files import write
 from memplan.program.page_lock import pageable_items
 from memplan.program.schema import Plan
 
@@ -34,26 +35,24 @@ def write_csv(plan: Plan, path: Path) -> None:
         for read in access.blocks:
             reads[read].append(access.index)
             modules.setdefault(read, access.module)
-    try:
-        with open(path, "w", newline="", encoding="utf-8") as file:
-            out = csv.writer(file)
-            out.writerow(COLUMNS)
-            for block in plan.table.blocks:
-                mine = reads[block.id]
-                policy = policies.get(modules.get(block.id, ""), "")
-                row = (
-                    block.id,
-                    _harmless(block.name),
-                    block.kind,
-                    block.size_bytes,
-                    homes[block.id],
-                    int(block.id in pageable),
-                    policy,
-                    loads[block.id],
-                )
-                out.writerow((*row, mine[0] if mine else "", len(mine)))
-    except OSError as error:
-        raise InputError(f"{path} cannot be written ({error.strerror}): give another file") from error
+    file = io.StringIO(newline="")
+    out = csv.writer(file)
+    out.writerow(COLUMNS)
+    for block in plan.table.blocks:
+        mine = reads[block.id]
+        policy = policies.get(modules.get(block.id, ""), "")
+        row = (
+            block.id,
+            _harmless(block.name),
+            block.kind,
+            block.size_bytes,
+            homes[block.id],
+            int(block.id in pageable),
+            policy,
+            loads[block.id],
+        )
+        out.writerow((*row, mine[0] if mine else "", len(mine)))
+    write(path, file.getvalue().encode())
 
 
 def _harmless(name: str) -> str:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from memplan.errors import InputError
-from memplan.files import write_whole
+from memplan.files import write
 from memplan.program.timeline import timeline_of
 from memplan.show.facts import check_pair
 
@@ -44,7 +44,8 @@ def chrome_trace(plan: Plan, record: RunRecord | None = None) -> dict[str, Any]:
         check_pair(plan, record)
         if not record.spans:
             raise InputError(
-                "the record has no times of single accesses: train with attach(..., traced=True) or memplan run --traced"
+                "the record has no times of single accesses: train with memplan.attach(..., traced=True) and save the handle's "
+                "record, or leave the record out for the planned pass alone"
             )
         events += [*_process(2, f"measured: {record.device}"), *_measured(record)]
     return {"displayTimeUnit": "ms", "traceEvents": events}
@@ -53,11 +54,7 @@ def chrome_trace(plan: Plan, record: RunRecord | None = None) -> dict[str, Any]:
 def write_trace(path: Path, plan: Plan, record: RunRecord | None = None) -> None:
     """Write :func:`chrome_trace` to a file. Raises as it does, and InputError where it cannot be written."""
     text = json.dumps(chrome_trace(plan, record), allow_nan=False)
-    try:
-        write_whole(path, text.encode())
-    except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise InputError(f"the trace cannot be written to {path}: {reason}; give another path") from None
+    write(path, text.encode())
 
 
 def _planned(plan: Plan) -> Iterator[dict[str, Any]]:

@@ -8,10 +8,10 @@ from __future__ import annotations
 import atexit
 import functools
 import inspect
+import io
 import os
 import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -20,6 +20,7 @@ from torch import nn
 from memplan import api
 from memplan.compiled import WAY_OUT
 from memplan.errors import DoesNotFitError, MemplanError
+from memplan.files import write
 from memplan.program.schema import Plan
 from memplan.run.guard import MERGES
 from memplan.run.handle import Handle, handle_of
@@ -262,5 +263,9 @@ def _report(handle: Handle) -> None:
     api.report(handle.plan, handle.record, file=sys.stderr)
     file = settings().report
     if file is not None:
-        with Path(file).open("w", encoding="utf-8") as opened:
-            api.report(handle.plan, handle.record, file=opened)
+        text = io.StringIO()
+        api.report(handle.plan, handle.record, file=text)
+        try:
+            write(file, text.getvalue().encode())
+        except (MemplanError, OSError) as error:  # the training is done: its script goes on
+            say(str(error))

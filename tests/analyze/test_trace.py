@@ -204,6 +204,22 @@ def test_a_weight_read_beside_its_module_stays_on_the_device():
     assert not blocks["layers.0"].pinned_because
 
 
+def test_notes_of_a_head_that_a_loss_reads_itself_do_not_contradict_each_other():
+    """As TRL's losses in chunks take it: it is read, and what nothing reads is another."""
+    model = Reads("beside")
+    model.scale.requires_grad_(True)
+    notes = analyze(model, torch.randn(3, 8)).notes
+    (stays,) = [note for note in notes if "must stay on the device" in note]
+    assert (
+        stays
+        == "head must stay on the device, since its weights are read (by mm), but the forward of head is never called."
+    )
+    assert not any("never read" in note for note in notes)
+    model.unused = nn.Linear(8, 8).requires_grad_(False)
+    (unread,) = [note for note in analyze(model, torch.randn(3, 8)).notes if "never read" in note]
+    assert unread.startswith("1.0 KiB of its weights (unused) are never read with this batch")
+
+
 def test_a_module_that_calls_other_blocks_stays_on_the_device():
     blocks = {block.name: block for block in analyze(Reads("nested"), torch.randn(3, 8)).blocks}
     assert blocks["."].pinned_because.startswith(". calls first")

@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 import memplan
 from memplan.errors import (
     CheckpointError,
+    DoesNotFitError,
     ModelError,
     MovedWeightsError,
     PlanCheckError,
@@ -223,8 +224,13 @@ def test_materialise_makes_all_weights_readable(model, plan, tmp_path):
         pass
 
 
-def test_what_is_away_is_loud(model, plan, tmp_path):
+def test_what_is_away_is_loud(model, tmp_path):
     """What is in the place of a weight that is away is NaN; in the checked mode a use that no trigger saw raises."""
+    # Nothing recomputed: that would announce a layer by its forward too.
+    options = {"ram": "1GiB", "activations": "keep", "hardware": CPU, "gains": False}
+    with pytest.raises(DoesNotFitError) as caught:
+        memplan.plan(model, batch_of("llama"), vram=1, **options)
+    plan = memplan.plan(model, batch_of("llama"), vram=caught.value.least_vram_bytes, **options)
     with attach(model, plan, checked=True, cache=tmp_path) as handle:
         away = next(b for b in plan.table.blocks if plan.home_of(b.id) != "device")
         parameters = {canonical(n): p for n, p in model.named_parameters()}

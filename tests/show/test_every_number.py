@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import itertools
 import re
+from collections.abc import Mapping
 
 import msgspec
 import pytest
@@ -374,9 +375,27 @@ def page_times(want: Figures, record: RunRecord | None) -> list[tuple[str, ...]]
     return rows
 
 
+def named(held: Mapping[str, int]) -> dict[str, int]:
+    """Bytes by the words of a chart, which are not those that the table of all bytes has for larger sums."""
+    return {
+        {"activations": "other activations", "workspace": "other workspace"}.get(kind, kind): size
+        for kind, size in held.items()
+    }
+
+
+@pytest.mark.parametrize("name", ["disk", "pageable", "parts"])
+def test_a_word_stands_for_one_number_of_a_tier(name: str) -> None:
+    """In the table of all bytes and in the charts' legends, which are on one page."""
+    found = tables(read(render.text(PLANS[name]())))
+    whole = {row[0]: row[1:] for row in found["budget"][1:]}
+    for place, tier in enumerate(("vram", "ram")):
+        for kind, size, _ in found.get(f"legend-{tier}", [("", "", "")])[1:]:
+            assert size == "0 B" or whole.get(kind, (size, size, size))[place] == size, (tier, kind)
+
+
 def memory_along(want: Figures, tier: str, found: dict[str, list[tuple[str, ...]]]) -> None:
     held = [
-        {"vram": moment.vram, "ram": moment.ram, "disk": {"weights": moment.disk_bytes}}[tier]
+        named({"vram": moment.vram, "ram": moment.ram, "disk": {"weights": moment.disk_bytes}}[tier])
         for moment in want.moments
     ]
     sums = [sum(row.values()) for row in held]
@@ -386,7 +405,7 @@ def memory_along(want: Figures, tier: str, found: dict[str, list[tuple[str, ...]
         legend = found.pop(f"legend-{tier}")[1:]
         assert legend[-1][:2] == ("all", want.size(max(sums)))
         assert {row[0]: row[1] for row in legend[:-1]} == {kind: want.size(held[at][kind]) for kind in kinds}
-        assert kinds <= {*DEVICE_KINDS, *HOST_KINDS}
+        assert {kind.removeprefix("other ") for kind in kinds} <= {*DEVICE_KINDS, *HOST_KINDS}
         assert not re.search(r"\d", " ".join(row[2] for row in legend))
     if any(row != held[0] for row in held):
         head, *body = found.pop(f"bytes-{tier}")
@@ -492,7 +511,7 @@ def test_the_titles_of_drawings(plan: Plan) -> None:
     }
     for tier, (title, limit) in tiers.items():
         held = [
-            {"vram": moment.vram, "ram": moment.ram, "disk": {"weights": moment.disk_bytes}}[tier]
+            named({"vram": moment.vram, "ram": moment.ram, "disk": {"weights": moment.disk_bytes}}[tier])
             for moment in want.moments
         ]
         sums = [sum(row.values()) for row in held]

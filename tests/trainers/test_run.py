@@ -161,11 +161,21 @@ def test_weights_that_are_stored_apart_stay_apart(checkpoint, alone, under, tmp_
 def test_the_whole_command(checkpoint, alone, hardware, tmp_path):
     whole = alone(SCRIPT, checkpoint, tmp_path / "whole")
     report = tmp_path / "report.txt"
+    report.symlink_to("elsewhere.txt")
     done = command(checkpoint, tmp_path / "run", hardware, "2500KiB", "lora", "--report", report)
     assert done.returncode == 0, done.stderr[-3000:]
     assert exact(done) == exact(whole)[-1:]
     assert adapter(tmp_path / "run") == adapter(tmp_path / "whole")
-    assert "measured" in report.read_text()
+    assert report.is_symlink()
+    assert "measured" in (tmp_path / "elsewhere.txt").read_text()
+
+
+@pytest.mark.full
+def test_the_report_on_standard_output(checkpoint, hardware, tmp_path):
+    done = command(checkpoint, tmp_path, hardware, "2500KiB", "lora", "--report", "-")
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "measured" in done.stdout
+    assert not (tmp_path / "-").exists()
 
 
 def test_what_does_not_fit_ends_with_one(checkpoint, hardware, tmp_path):

@@ -39,6 +39,10 @@ _KINDS: dict[str, tuple[str, int, str]] = {
 }
 """By kind, from the bottom of the chart: its family (a hue), its place there (a pattern), and what it is."""
 
+_NAMES = {"activations": "other activations", "workspace": "other workspace"}
+"""What a chart calls kinds that it takes apart further than the table of a plan's bytes, where the same words stand for more:
+there the logits and what is recomputed are activations or workspace too."""
+
 _TITLES = {"vram": "Device memory", "ram": "RAM", "disk": "Disk"}
 
 
@@ -106,7 +110,7 @@ def chart(tier: str, rows: Sequence[Mapping[str, int]], budget_bytes: int | None
                 look=_look(kind),
                 sizes_bytes=sizes,
                 path=_edge([round(HEIGHT * (1 - level / top), 1) for level in below]),
-                title=f"{kind}: {format_bytes(sizes[peak_at])} at the peak"
+                title=f"{_name(kind)}: {format_bytes(sizes[peak_at])} at the peak"
                 + (f", at most {format_bytes(most)}" if most != sizes[peak_at] else ""),
             )
         )
@@ -132,7 +136,7 @@ def table(chart: Chart, moments: Sequence[Moment]) -> Table:
     return Table(
         id=f"bytes-{chart.tier}",
         caption=f"{chart.title} at every access",
-        head=("access", "of", "module", "all", *(area.kind for area in areas)),
+        head=("access", "of", "module", "all", *(_name(area.kind) for area in areas)),
         rows=tuple(
             Row(
                 name=str(moment.index),
@@ -154,7 +158,7 @@ def table(chart: Chart, moments: Sequence[Moment]) -> Table:
 def _legend(tier: str, areas: Sequence[Area], peak_at: int) -> Table:
     rows = [
         Row(
-            name=area.kind,
+            name=_name(area.kind),
             cells=(size(area.sizes_bytes[peak_at]), _KINDS.get(area.kind, ("", 0, ""))[2]),
             swatch=area.look,
         )
@@ -174,6 +178,10 @@ def _ordered(rows: Sequence[Mapping[str, int]]) -> list[str]:
     """Return the kinds of which there are bytes, from the bottom up; one that is not known here comes last."""
     found = {kind for row in rows for kind, size_bytes in row.items() if size_bytes}
     return [kind for kind in _KINDS if kind in found] + sorted(found - set(_KINDS))
+
+
+def _name(kind: str) -> str:
+    return _NAMES.get(kind, kind)
 
 
 def _look(kind: str) -> str:

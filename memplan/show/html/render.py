@@ -10,8 +10,7 @@ from pathlib import Path
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
-from memplan.errors import InputError
-from memplan.files import write_whole
+from memplan.files import write as write_file
 from memplan.program.answers import Point
 from memplan.program.record import RunRecord
 from memplan.program.schema import Plan
@@ -34,14 +33,8 @@ def write(
     points: Sequence[Point] = (),
     machine: Machine | None = None,
 ) -> None:
-    """Write the page, whole or not at all. Raises InputError where the file cannot be written."""
-    data = text(plan, record, points, machine).encode()
-    try:
-        write_whole(Path(path), data)
-    except (OSError, ValueError) as error:  # ValueError: no name at all, or one that no file can have
-        raise InputError(
-            f"{path} cannot be written ({getattr(error, 'strerror', error)}): give another file"
-        ) from error
+    """Write the page, whole or not at all; ``-`` is standard output. Raises InputError where the file cannot be written."""
+    write_file(path, text(plan, record, points, machine).encode())
 
 
 _THEMES = "".join(
