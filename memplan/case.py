@@ -33,6 +33,7 @@ _TIERS: tuple[Tier, ...] = ("device", "host", "disk")
 _STATE_HOMES: tuple[StateHome, ...] = ("device", "host")
 _ACTIVATIONS: tuple[Activations, ...] = ("keep", "recompute", "offload")
 QLORA = "qlora"  # as memplan.quantization has it, which needs torch
+_KEEP: Activations = "keep"
 ANY = "any"
 """Activations that may be offloaded too, where that is fastest."""
 
@@ -266,7 +267,7 @@ def case_of(
         examples=examples,
         epochs=epochs,
     )
-    asked = _activations(wanted, graph.recomputable)
+    asked = _activations(wanted, graph)
     if activations != ANY:  # a look at one layer is a look at all, but only those named may be offloaded
         table = replace(table, accesses=tuple(_only(asked, row) for row in table.accesses))
     return Case(
@@ -313,18 +314,21 @@ def _analysis(
     from memplan.analyze.adapters import describe, prepare
     from memplan.analyze.extend import NotPeriodicError
     from memplan.analyze.trace import analyze
+    from memplan.snapshot import unchanged
 
-    prepared = prepare(model, **described, short=True)
-    notes = (*prepared.notes, *_as_quantized(model, prepared.model, described["kbit"], options["autocast"]))
-    options |= {"loss": loss, "name": prepared.name, "short": prepared.short, "notes": notes}
-    try:
-        graph = analyze(prepared.model, batch, runs=prepared.runs, **options)
-    except (ModelError, NotPeriodicError):
-        if not prepared.runs:
-            raise
-        prepared = prepare(model, **described)
-        graph = analyze(prepared.model, batch, **options)
-    found = kept.Analysis(graph=graph, shapes=prepared.shapes(batch), adapter=describe(prepared.model))
+    adapter, quantization = described["adapter"], described["quantization"]
+    with unchanged(model=model, batch=batch, loss=loss, adapter=adapter, quantization=quantization):
+        prepared = prepare(model, **described, short=True)
+        notes = (*prepared.notes, *_as_quantized(model, prepared.model, described["kbit"], options["autocast"]))
+        options |= {"loss": loss, "name": prepared.name, "short": prepared.short, "notes": notes}
+        try:
+            graph = analyze(prepared.model, batch, runs=prepared.runs, **options)
+        except (ModelError, NotPeriodicError):
+            if not prepared.runs:
+                raise
+            prepared = prepare(model, **described)
+            graph = analyze(prepared.model, batch, **options)
+        found = kept.Analysis(graph=graph, shapes=prepared.shapes(batch), adapter=describe(prepared.model))
     if key is not None:
         kept.keep(folder, key, found)
     return found, prepared.folder
@@ -362,18 +366,21 @@ def _times(
     """Return the times of the graph's accesses on this machine."""
     from memplan.analyze.adapters import prepare
     from memplan.analyze.measure import measure
+    from memplan.snapshot import unchanged
 
-    prepared = prepare(model, **described, buffers=True)
-    return measure(
-        prepared.model,
-        batch,
-        graph,
-        device=profile.device,
-        room_bytes=room_bytes,
-        loss=loss,
-        short=prepared.short,
-        **options,
-    )
+    adapter, quantization = described["adapter"], described["quantization"]
+    with unchanged(model=model, batch=batch, loss=loss, adapter=adapter, quantization=quantization):
+        prepared = prepare(model, **described, buffers=True)
+        return measure(
+            prepared.model,
+            batch,
+            graph,
+            device=profile.device,
+            room_bytes=room_bytes,
+            loss=loss,
+            short=prepared.short,
+            **options,
+        )
 
 
 def _profile(hardware: str | Path | HardwareProfile) -> HardwareProfile:
@@ -431,9 +438,12 @@ def _wanted(activations: str | Mapping[str, str] | None) -> dict[str, Activation
     return found
 
 
-def _activations(wanted: Mapping[str, Activations], layers: tuple[str, ...]) -> dict[str, Activations]:
-    """Return what was asked by layer. A layer may be named by its last parts, as a block may."""
-    found: dict[str, Activations] = {}
+def _activations(wanted: Mapping[str, Activations], graph: LayerGraph) -> dict[str, Activations]:
+    """Return what was asked by layer. A layer may be named by its last parts, as a block may.
+
+    Layers that change their own state are kept where nothing else is asked.
+    """
+    layers, found = graph.recomputable, {layer.module: _KEEP for layer in graph.stateful}
     for name, policy in wanted.items():
         matches = [full for full in layers if not name or full == name or full.endswith("." + name)]
         if len(matches) != 1 and name:
@@ -441,6 +451,12 @@ def _activations(wanted: Mapping[str, Activations], layers: tuple[str, ...]) -> 
                 f"activations were given for {name!r}, which names {len(matches)} layers that memplan has a say in: "
                 + (f"name one such as {layers[0]}" if layers else "leave it out")
             )
+        for layer in graph.stateful:
+            if policy == "recompute" and layer.module in matches:
+                raise InputError(
+                    f"the activations of {layer.module} cannot be recomputed: {layer.reason}, and a recompute would do so "
+                    'twice. Leave its activations out, or give "keep" or "offload"'
+                )
         found |= dict.fromkeys(matches, policy)
     if "" in wanted and not layers and wanted[""] != "keep":
         raise InputError(

@@ -24,7 +24,7 @@ from memplan.names import canonical
 _BUFFERS = {"qweight", "qzeros", "scales", "g_idx"}
 """Weight buffers of GPTQ- and AWQ-like layers; ``qweight`` marks one."""
 _ADAPTERS: WeakSet[nn.Module] = WeakSet()
-"""Modules that are an adapter's own (:func:`mark_adapters`)."""
+"""Modules that are an adapter's own, or that one replaces the weights of (:func:`mark_adapters`)."""
 _PACKED = "packing_format_for_cpu"
 _REPACKS = "support_avx512bf16_for_cpu"
 
@@ -75,6 +75,25 @@ def mark_adapters(model: nn.Module) -> None:
             held = getattr(module, name, None)
             for part in held.modules() if isinstance(held, nn.Module) else ():
                 _ADAPTERS.add(part)
+        _ADAPTERS.update(_replaced_by_adapter(module))
+
+
+def _replaced_by_adapter(module: nn.Module) -> Iterator[nn.Module]:
+    """Yield the modules whose frozen parameters an adapter replaces by new ones in every forward.
+
+    [Note: attention that is merged] PEFT's LoRA on ``nn.MultiheadAttention`` merges itself into ``in_proj_weight`` and into the
+    output's weight, and takes itself out again; and it makes new parameters whenever its modules are listed. No address
+    of theirs lasts, so they stay with the adapter.
+    """
+    base: Any = module._modules.get("base_layer")
+    if isinstance(base, nn.MultiheadAttention):
+        yield base
+        yield base.out_proj._modules.get("base_layer") or base.out_proj
+
+
+def is_adapters(module: nn.Module) -> bool:
+    """Whether a module's parameters are no frozen weights, but go with an adapter (:func:`mark_adapters`)."""
+    return module in _ADAPTERS
 
 
 Standing = Callable[[str], int]

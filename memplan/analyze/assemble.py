@@ -215,6 +215,8 @@ def pin(drafts: Sequence[Draft], recorder: Recorder) -> None:
     """Note which blocks cannot be streamed, for a read of them would not be seen before it happens."""
     called, nested = recorder.log.called(), recorder.log.nested
     for draft in drafts:
+        if draft.name in recorder.written:
+            draft.pin(f"its weights are written to in the forward (by {recorder.written[draft.name]})")
         silent = [trigger for trigger in draft.triggers if trigger not in called]
         if draft.name in recorder.stray:
             how = recorder.stray[draft.name]
@@ -301,6 +303,12 @@ def _notes(model: nn.Module, graph: LayerGraph, kept: Traced, ran_again: int) ->
         )
     if ran_again:
         found.append(f"The model checkpoints {ran_again} of its layers, or of their parts, itself.")
+    if graph.stateful:
+        one, count = graph.stateful[0], len(graph.stateful)
+        found.append(
+            f"{count} {'layer is' if count == 1 else 'layers are'} never recomputed, since that would change their state twice: "
+            f"{one.module}, for example: {one.reason}."
+        )
     pinned = [block for block in blocks if block.pinned_because]
     if pinned:
         found.append(

@@ -14,6 +14,7 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
+from memplan.snapshot import Snapshot
 from memplan.weights import Weight, frozen_weights, is_quantized, is_quantizer_state, is_wrapper, rewrapped
 
 
@@ -25,33 +26,26 @@ class Make(Protocol):
 
 
 @contextlib.contextmanager
-def exchanged(model: nn.Module, make: Make) -> Iterator[dict[int, torch.Tensor]]:
-    """Have what ``make`` makes in place of all parameters, buffers and tensors in attributes, in training mode.
+def exchanged(model: nn.Module, make: Make, snapshot: Snapshot | None = None) -> Iterator[dict[int, torch.Tensor]]:
+    """Have what ``make`` makes in place of all tensors that the model holds, in depth, in training mode.
 
-    Gives what stands in for each parameter and buffer by the real one's id. The model is restored on any way out.
+    Gives what stands in for each tensor by the real one's id. The model is restored on any way out, with all that
+    ``snapshot`` (by default: of the model) holds.
     """
-    modules = list(model.modules())
-    saved = [_Saved(module) for module in modules]
+    kept = snapshot if snapshot is not None else Snapshot(model=model)
     stand_ins = _StandIns(make)
     try:
         # Grads off, lest a user's graph grow by our views.
         with torch.no_grad():
             for weight in frozen_weights("", model, deep=True):
                 stand_ins.of_weight(weight)
-            for module in modules:
-                for held in (module._parameters, module._buffers):
-                    for name, tensor in held.items():
-                        if tensor is not None:
-                            held[name] = stand_ins.of(tensor)
-                for name, value in list(module.__dict__.items()):
-                    if isinstance(value, torch.Tensor) or is_quantizer_state(value):
-                        module.__dict__[name] = stand_ins.of(value)
+            kept.exchange(stand_ins.of, stand_ins.of)
+            for module in model.modules():
                 _refresh_recurrent(module)
         model.train()
         yield stand_ins.made
     finally:
-        for state in saved:
-            state.restore()
+        kept.restore()
 
 
 class _StandIns:
@@ -102,35 +96,6 @@ class _StandIns:
                 stand_in.__dict__[name] = self.of(kept)
             elif isinstance(value, torch.Tensor):
                 stand_in.__dict__[name] = kept
-
-
-class _Saved:
-    """A module's attributes, and what its lists and mappings held."""
-
-    def __init__(self, module: nn.Module) -> None:
-        self._module = module
-        self._attributes = dict(module.__dict__)
-        self._mappings = [(v, dict(v)) for v in self._attributes.values() if isinstance(v, dict)]
-        self._lists = [(v, list(v)) for v in self._attributes.values() if isinstance(v, list)]
-
-    def restore(self) -> None:
-        attributes = self._module.__dict__
-        if not _same(attributes, self._attributes):
-            attributes.clear()
-            attributes.update(self._attributes)
-        for mapping, held in self._mappings:
-            if not _same(mapping, held):
-                mapping.clear()
-                mapping.update(held)
-        for values, items in self._lists:
-            if len(values) != len(items) or any(a is not b for a, b in zip(values, items, strict=True)):
-                values[:] = items
-
-
-def _same(mapping: dict[Any, Any], held: dict[Any, Any]) -> bool:
-    return len(mapping) == len(held) and all(
-        a is b and v is w for (a, v), (b, w) in zip(mapping.items(), held.items(), strict=True)
-    )
 
 
 def _refresh_recurrent(module: nn.Module) -> None:

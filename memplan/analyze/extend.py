@@ -9,12 +9,13 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
+from functools import partial
 from itertools import pairwise
 from typing import Literal, NamedTuple
 
 from msgspec.structs import asdict, replace
 
-from memplan.analyze.graph import Access, Block, LayerGraph, Lifetime, Rows
+from memplan.analyze.graph import Access, Block, LayerGraph, Lifetime, Rows, Stateful
 from memplan.analyze.repeats import KEPT, Run
 
 _ONE, _TWO, _LAST = 1, 2, KEPT - 1
@@ -54,6 +55,18 @@ def with_gradients(graph: LayerGraph, more_bytes: int) -> LayerGraph:
 def whole_names(names: Sequence[str], run: Run) -> list[str]:
     """Return names of modules of the short stack, and those of what was left out beside them."""
     return _Names(run).whole(names)
+
+
+def with_whole_names(stateful: Sequence[Stateful], run: Run) -> tuple[Stateful, ...]:
+    """Return the stateful modules of the short stack, and those of what was left out beside them."""
+    names = _Names(run)
+    found: dict[str, Stateful] = {}
+    for one in stateful:
+        for copy in range(run.count - KEPT + 1):
+            renamed = partial(names.renamed, copy=copy)
+            reason = " ".join(_word_renamed(word, renamed) for word in one.reason.split(" "))
+            found.setdefault(renamed(one.module), Stateful(module=renamed(one.module), reason=reason))
+    return tuple(found.values())
 
 
 def short_name(name: str, runs: Sequence[Run]) -> str:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import random
 import sys
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -17,19 +16,22 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from memplan.analyze.exchange import exchanged
 from memplan.analyze.values import remember
+from memplan.snapshot import Snapshot
 
 
 @contextlib.contextmanager
-def faked(model: nn.Module, mode: FakeTensorMode) -> Iterator[dict[int, torch.Tensor]]:
-    """Have fake tensors in place of all parameters, buffers and tensors in attributes, in training mode.
+def faked(
+    model: nn.Module, mode: FakeTensorMode, snapshot: Snapshot | None = None
+) -> Iterator[dict[int, torch.Tensor]]:
+    """Have fake tensors in place of all tensors that the model holds, in depth, in training mode.
 
-    Gives the fake tensor of each parameter and buffer by the real one's id. The model is restored on any way out.
+    Gives the fake tensor of each by the real one's id. The model is restored on any way out, see ``exchanged``.
     """
 
     def fake(tensor: torch.Tensor, *, is_weight: bool) -> torch.Tensor:
         return fake_of(tensor, mode, valued=not is_weight)
 
-    with exchanged(model, fake) as fakes:
+    with exchanged(model, fake, snapshot) as fakes:
         for module in model.modules():
             module.__dict__["_apply"] = partial(_apply_where_it_changes, module)
         yield fakes
@@ -50,28 +52,9 @@ def fake_of(tensor: torch.Tensor, mode: FakeTensorMode, *, valued: bool = True) 
             return nn.Parameter(made, requires_grad=tensor.requires_grad)
     if valued and not tensor.dtype.is_floating_point and not tensor.dtype.is_complex:
         known = tensor.device.type != "meta" and type(tensor) in (torch.Tensor, nn.Buffer)
-        # Of a tensor without values: ones, so that a mask is a mask of everything.
-        remember(made, tensor.detach().cpu() if known else torch.ones(tensor.shape, dtype=tensor.dtype))
+        # Of a tensor without values: ones, so that a mask is a mask of everything. Else a copy, which a forward may write to.
+        remember(made, tensor.detach().to("cpu", copy=True) if known else torch.ones(tensor.shape, dtype=tensor.dtype))
     return made
-
-
-@contextlib.contextmanager
-def random_states_kept() -> Iterator[None]:
-    """Leave torch's, NumPy's and Python's random states as they were."""
-    python = random.getstate()
-    numpy: Any = sys.modules.get("numpy")
-    numpys = numpy.random.get_state() if numpy is not None else None
-    cpu = torch.get_rng_state()
-    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else None
-    try:
-        yield
-    finally:
-        random.setstate(python)
-        if numpy is not None:
-            numpy.random.set_state(numpys)
-        torch.set_rng_state(cpu)
-        if cuda is not None:
-            torch.cuda.set_rng_state_all(cuda)
 
 
 @contextlib.contextmanager

@@ -113,6 +113,15 @@ class Lifetime(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Counts where the module of access ``born`` has this activation policy; ``any``: always."""
 
 
+class Stateful(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """A module that changes what it computes with: run twice, it is another one than run once."""
+
+    module: str
+    """Canonical name of the trigger module."""
+    reason: str
+    """What its forward does, such as ``"it writes to layers.0.norm.running_mean (by native_batch_norm)"``."""
+
+
 class Fixed(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Device bytes that are there all the time and are no frozen weights."""
 
@@ -134,6 +143,8 @@ class LayerGraph(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     recomputable: tuple[str, ...]
     """Trigger modules that memplan may recompute: elements of stacks that the model does not checkpoint itself. What
     they save may be offloaded instead where their forward's ``offload_bytes`` say so."""
+    stateful: tuple[Stateful, ...] = ()
+    """Those of them that may not be recomputed all the same: they may be offloaded."""
     tokens: int
     """Tokens (or samples, where there is no sequence) of one micro-batch."""
     trainable_bytes: int

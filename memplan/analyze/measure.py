@@ -25,11 +25,11 @@ from memplan.analyze.autocast import autocast_dtype, outside_autocast
 from memplan.analyze.batch import Batch, batch_for, is_shape, random_tokens
 from memplan.analyze.exchange import exchanged
 from memplan.analyze.extend import short_name
-from memplan.analyze.fake import random_states_kept
 from memplan.analyze.graph import Access, LayerGraph
 from memplan.analyze.repeats import Run, find_runs, shortened
 from memplan.analyze.trace import loss_of
 from memplan.errors import InputError, MemplanError, ModelError, type_and_line
+from memplan.snapshot import Snapshot, unchanged
 from memplan.triggers import Triggers, modules_by_name
 from memplan.units import MIB
 
@@ -104,7 +104,7 @@ def measure(
     lowered = autocast_dtype(autocast)  # the caller's own, where none is given
     try:
         with ExitStack() as undo:
-            undo.enter_context(random_states_kept())
+            undo.enter_context(unchanged(model=model, batch=batch, loss=loss))
             undo.enter_context(torch.inference_mode(False))
             undo.enter_context(torch.enable_grad())
             undo.enter_context(outside_autocast())
@@ -112,13 +112,15 @@ def measure(
             whole = sum(parameter.requires_grad for parameter in model.parameters())
             undo.enter_context(shortened(runs))
             pool = _Pool(there, graph)
-            stand_ins = undo.enter_context(exchanged(model, pool.make))
             inputs = _placed(random_tokens(model, call) if is_shape(batch) else call, there)
+            snapshot = Snapshot(model=model, loss=loss, args=call.args, kwargs=call.kwargs)
+            undo.enter_context(exchanged(model, pool.make, snapshot))
             modules = modules_by_name(model)
             names = {access.module: short_name(access.module, runs) for access in graph.accesses if access.module}
             watched = {name: modules[name] for name in names.values()}
-            layers = {names[name]: modules[names[name]] for name in graph.recomputable}
-            trained = [parameter for parameter in stand_ins.values() if parameter.requires_grad and parameter.is_leaf]
+            stateful = {layer.module for layer in graph.stateful}
+            layers = {names[name]: modules[names[name]] for name in graph.recomputable if name not in stateful}
+            trained = [parameter for parameter in model.parameters() if parameter.requires_grad and parameter.is_leaf]
             run = _Passes(model, inputs, watched, trained, loss, lowered)
             kept = None
             if pool.held_bytes + _kept_bytes(graph, runs) <= room_bytes:

@@ -17,13 +17,21 @@ _FREE_NAMES |= {"_local_scalar_dense", "new_empty", "new_empty_strided", "empty_
 _ATTENTION = "_scaled_dot_product_flash_attention_for_cpu"
 """Missing in torch's registry: a CPU stands in for every device in a trace."""
 _BITSANDBYTES = {"gemm_4bit", "gemv_4bit", "int8_scaled_mm", "int8_mixed_scaled_mm", "int8_linear_matmul"}
+_STATISTICS = {
+    "native_batch_norm": (3, 4), "cudnn_batch_norm": (3, 4), "miopen_batch_norm": (3, 4), "batch_norm_update_stats": (1, 2),
+    "batch_norm_gather_stats": (3, 4), "batch_norm_gather_stats_with_counts": (3, 4),
+}  # fmt: skip
+"""Arguments that are written to without a word in the operator's schema; of the first three only in training."""
+_ONLY_IN_TRAINING = {"native_batch_norm", "cudnn_batch_norm", "miopen_batch_norm"}
+_TRAINING = 5
+"""Place of their argument that says so."""
 _GROUPED = {"_grouped_mm", "grouped_mm_fallback", "grouped_mm_fallback_backward"}
 
 
 class Operator:
     """What is known of an operator whatever its arguments."""
 
-    __slots__ = ("is_free", "is_matmul", "name", "reads_rows", "reads_shape_only")
+    __slots__ = ("_written", "is_free", "is_matmul", "name", "reads_rows", "reads_shape_only")
 
     def __init__(self, func: Any) -> None:
         self.name: str = func._overloadpacket.__name__
@@ -37,6 +45,19 @@ class Operator:
         )
         self.reads_rows = func in _ROWS
         self.reads_shape_only = self.is_free or self.name in _NOT_READ
+        self._written: tuple[tuple[int, str], ...] = tuple(
+            (place, argument.name)
+            for place, argument in enumerate(func._schema.arguments)
+            if argument.alias_info is not None and argument.alias_info.is_write and self.name != "set_"
+        ) + tuple((place, "") for place in _STATISTICS.get(self.name, ()))
+        """Places and names of the arguments that it writes to. ``set_`` points a tensor elsewhere, and writes nothing."""
+
+    def written(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[torch.Tensor]:
+        """Yield the tensors that a call writes to."""
+        if not self._written or (self.name in _ONLY_IN_TRAINING and not args[_TRAINING]):
+            return
+        for place, name in self._written:
+            yield from tensors((args[place] if place < len(args) else kwargs.get(name),))
 
 
 _known: dict[Any, Operator] = {}

@@ -8,13 +8,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch._subclasses.fake_tensor import FakeTensor
+from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
 
 from memplan.analyze.accesses import AccessLog
 from memplan.analyze.blocks import Draft, dtype_name
 from memplan.analyze.operators import Operator, flops, operator, size_bytes, tensors, workspace_bytes
 from memplan.analyze.origins import Origins
 from memplan.analyze.values import Values
+from memplan.offload import version_of
 from memplan.storages import StorageLedger, opens, storage_of
 
 _DEVICE = torch.ops.prim.device.default
@@ -59,6 +60,15 @@ class Recorder(StorageLedger):
         """Blocks and triggers under which an operator read more than rows."""
         self.deciding: set[str] = set()
         """Triggers in whose forward something was decided by values that a trace does not have."""
+        self.touched: set[int] = set()
+        """Addresses of storages of ``names`` that an operator read."""
+        self.names: dict[int, str] = {}
+        """What the model holds by the addresses of its storages."""
+        self.written: dict[str, str] = {}
+        """Blocks whose weights were written to, each with the operator."""
+        self.stateful: dict[str, str] = {}
+        """Triggers whose forward would do otherwise a second time, each with the reason."""
+        self._overwritten: dict[int, tuple[torch.Tensor, int, torch.Tensor, torch.Tensor]] = {}
         self._frozen = frozen
         self._origins = Origins(frozen, (tensor.untyped_storage()._cdata for tensor in batch))
         self._derived: Counter[tuple[int, int, str]] = Counter()
@@ -84,12 +94,17 @@ class Recorder(StorageLedger):
         given = kwargs or {}
         if func is _DEVICE:  # asked of every fake tensor, many times an operator
             return args[0].fake_device if type(args[0]) is FakeTensor else func(*args, **given)
+        known = operator(func)
+        for tensor in known.written(args, given):
+            self._see_write(tensor, known)
+        generator = given.get("generator")
+        if generator is not None and generator is not torch.default_generator:
+            self._would_differ("it draws from a random generator of its own")
         decisions = self.values.decisions
         result = self.values.run(func, args, given)
         if self.values.decisions > decisions:
             self.deciding.update(self.log.active)
         self.note_all(result)
-        known = operator(func)
         if known.is_free:
             return result
         self._origins.follow(known, args, given, result)
@@ -122,8 +137,41 @@ class Recorder(StorageLedger):
 
         return forgotten
 
+    def put_back(self) -> None:
+        """Put back what was written to real tensors, which the model held where nobody looked."""
+        for tensor, version, contents, before in self._overwritten.values():
+            contents.copy_(before)
+            if not tensor.is_inference():
+                torch._C._autograd._unsafe_set_version_counter((tensor,), (version,))
+
+    def _see_write(self, tensor: torch.Tensor, known: Operator) -> None:
+        storage = storage_of(tensor)
+        if storage is None:
+            return
+        draft = self._frozen.get(storage._cdata)
+        if draft is not None:
+            self.written.setdefault(draft.name, known.name)
+        name = self.names.get(storage._cdata)
+        if name is not None:
+            self._would_differ(f"it writes to {name} (by {known.name})")
+        if (
+            not isinstance(tensor, FakeTensor)
+            and tensor.device.type != "meta"
+            and storage._cdata not in self._overwritten
+        ):
+            with unset_fake_temporarily():
+                whole = torch.empty(0, dtype=torch.uint8, device=tensor.device).set_(storage)
+                self._overwritten[storage._cdata] = (tensor, version_of(tensor), whole, whole.clone())
+            self._would_differ("it writes to a tensor that it finds elsewhere")
+
+    def _would_differ(self, reason: str) -> None:
+        for trigger in self.log.active:
+            self.stateful.setdefault(trigger, reason)
+
     def _see_read(self, tensor: torch.Tensor, known: Operator, result: object) -> None:
         storage = storage_of(tensor)
+        if storage is not None and storage._cdata in self.names:
+            self.touched.add(storage._cdata)
         draft = None if storage is None else self._frozen.get(storage._cdata)
         if draft is None:
             return

@@ -6,7 +6,7 @@ Nothing is loaded and nothing computed; the model is as it was afterwards, on an
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -14,6 +14,7 @@ from types import MappingProxyType
 from typing import Any, Literal
 
 import torch
+from msgspec.structs import replace
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -24,21 +25,24 @@ from memplan.analyze.autocast import autocast_dtype, outside_autocast
 from memplan.analyze.batch import Batch, base_of, batch_for
 from memplan.analyze.blocks import Draft, Unit, check_model, draft_blocks, find_units
 from memplan.analyze.experts import pinned_layers, routed_layers
-from memplan.analyze.extend import NotPeriodicError, extended, times, whole_names, with_gradients
+from memplan.analyze.extend import NotPeriodicError, extended, times, whole_names, with_gradients, with_whole_names
 from memplan.analyze.fake import (
     caches_empty,
     eager_transformers,
     faked,
     numbers_in_lists,
     numbers_in_text,
-    random_states_kept,
 )
-from memplan.analyze.graph import Activations, LayerGraph, LifetimeKind
+from memplan.analyze.graph import Activations, LayerGraph, LifetimeKind, Stateful
 from memplan.analyze.offloads import Offloads
 from memplan.analyze.optimizers import check_optimizer
 from memplan.analyze.recorder import Recorder
 from memplan.analyze.repeats import Run, find_runs, shortened
+from memplan.analyze.stateful import refuse_replaced, stateful_at_first, stateful_twice, watch_draws
 from memplan.errors import InputError, MemplanError, ModelError, type_and_line
+from memplan.process_state import random_states_kept
+from memplan.snapshot import Snapshot
+from memplan.storages import storage_of
 from memplan.triggers import Triggers, in_backward, tensors_in
 from memplan.weights import once, trained_bytes
 
@@ -61,6 +65,12 @@ class Traced:
     """Bytes of what was made of weights alone, by the segments of birth and death, and by how it was made."""
     offload_bytes: Mapping[str, int]
     """What the forward of each unit saved that was offloaded in the trace."""
+    stateful: Mapping[str, str]
+    """Units whose forward would do otherwise a second time, each with the reason."""
+    state: Mapping[tuple[int, str], object]
+    """What the model's objects held at its end (``Snapshot.state``)."""
+    updated: Mapping[int, str]
+    """Ids of objects that held a tensor which was read and replaced, each with its name."""
 
 
 def analyze(
@@ -156,7 +166,10 @@ def _counted_for_all(seen: _Seen, runs: Sequence[Run]) -> _Seen:
     """Return what was seen of a few layers as of all. Raises NotPeriodicError."""
     graph, ran_again = seen.graph, sorted(seen.kept.ran_again)
     for run in runs:
-        graph, ran_again = extended(graph, run), whole_names(ran_again, run)
+        stateful = with_whole_names(graph.stateful, run)
+        graph, ran_again = replace(extended(graph, run), stateful=stateful), whole_names(ran_again, run)
+    place = {module: index for index, module in enumerate(graph.recomputable)}
+    graph = replace(graph, stateful=tuple(sorted(graph.stateful, key=lambda layer: place[layer.module])))
     return dataclasses.replace(seen, graph=graph, ran_again=len(ran_again), times=partial(times, runs=runs))
 
 
@@ -170,6 +183,8 @@ def _look(
     offload: bool | Literal["try"],
 ) -> _Seen:
     """Trace the model as it is, and with its layers' activations under the other policies."""
+    snapshot = Snapshot(model=model, loss=loss, args=call.args, kwargs=call.kwargs)
+    trace = partial(_trace, model, call, snapshot=snapshot, accumulates=accumulates, loss=loss, lowered=lowered)
 
     def traced_apart(routed: frozenset[str]) -> tuple[tuple[Unit, ...], tuple[Draft, ...], Traced]:
         """Trace the model as it is, with its containers and the ``routed`` layers taken apart."""
@@ -177,7 +192,7 @@ def _look(
         for _ in range(_DEEPEST):
             units = find_units(model, containers, routed)
             drafts = draft_blocks(units)
-            kept = _trace(model, call, units, drafts, accumulates=accumulates, loss=loss, lowered=lowered)
+            kept = trace(units, drafts)
             found = _containers(units, drafts, kept.recorder)
             if found <= containers:
                 break
@@ -200,15 +215,10 @@ def _look(
     recomputable = _recomputable(units, kept)
     notes: list[str] = []
 
-    def traced(policy: Activations, done: str) -> Traced | None:
-        """Trace with every recomputable layer under another policy; None where that cannot be."""
-        names = {unit.name: policy for unit in units if unit.name in recomputable}
-        if not names:
-            return None
+    def traced(policy: Activations, done: str, names: Iterable[str]) -> Traced | None:
+        """Trace with the layers of these names under another policy; None where that cannot be."""
         try:
-            found = _trace(
-                model, call, units, drafts, accumulates=accumulates, loss=loss, lowered=lowered, policies=names
-            )
+            found = trace(units, drafts, policies=dict.fromkeys(names, policy))
         except ModelError as error:
             why = str(error)
         else:
@@ -219,11 +229,25 @@ def _look(
             notes.append(f"No activations can be {done}: with every layer's so {why}.")
         return None
 
-    offloaded = traced("offload", "offloaded") if offload else None
-    again = traced("recompute", "recomputed")
-    if again is None:
-        again, recomputable = kept, ()
+    offloaded = traced("offload", "offloaded", recomputable) if offload and recomputable else None
+    again: Traced | None = kept
+    stateful = stateful_at_first(kept, units, snapshot)
+    while names := [name for name in recomputable if name not in stateful]:
+        again = traced("recompute", "recomputed", names)
+        if again is None:
+            again, recomputable = kept, ()
+            break
+        found = stateful_twice(kept, again, [unit for unit in units if unit.name in names], snapshot)
+        if not found:
+            break
+        stateful |= found
+        again = kept
+    assert again is not None
     graph = assemble(model, drafts, kept=kept, recomputed=again, offloaded=offloaded, recomputable=recomputable)
+    graph = replace(
+        graph,
+        stateful=tuple(Stateful(module=name, reason=stateful[name]) for name in recomputable if name in stateful),
+    )
     return _Seen(graph=graph, kept=kept, ran_again=len(kept.ran_again), notes=tuple(notes))
 
 
@@ -233,6 +257,7 @@ def _trace(
     units: Sequence[Unit],
     drafts: Sequence[Draft],
     *,
+    snapshot: Snapshot,
     accumulates: bool,
     loss: Callable[[Any], torch.Tensor] | None,
     lowered: torch.dtype | None,
@@ -256,10 +281,23 @@ def _trace(
         undo.enter_context(torch.compiler.set_stance("force_eager"))
         if torch.get_default_device().type != "cpu":
             undo.enter_context(torch.device("cpu"))
-        fakes = undo.enter_context(faked(model, mode))
         inputs = batch.faked(mode)
+        fakes = undo.enter_context(faked(model, mode, snapshot))
         frozen = {fakes[id(w.tensor)].untyped_storage()._cdata: draft for draft in drafts for w in draft.weights}
         recorder = Recorder((*fakes.values(), *inputs.tensors()), frozen, inputs.tensors())
+        undo.callback(recorder.put_back)
+        origins = {id(fake): real for real, fake in fakes.items()}
+        state: dict[tuple[int, str], object] = {}
+        # As the model is left: called when memplan's own wrappers and triggers are off again.
+        undo.callback(lambda: state.update(snapshot.state(lambda tensor: origins.get(id(tensor)))))
+        addresses = {
+            real: storage._cdata
+            for real, fake in fakes.items()
+            for storage in (storage_of(fake),)
+            if storage is not None
+        }
+        recorder.names = {addresses[id(tensor)]: name for name, tensor in snapshot.tensors() if id(tensor) in addresses}
+        placed = [(m, n, p) for m in model.modules() for n, p in m._parameters.items() if p is not None]
         trainables = [fakes[id(parameter)] for parameter in trained]
         if accumulates:
             with mode:
@@ -267,6 +305,7 @@ def _trace(
                     parameter.grad = torch.empty_like(parameter)
                     recorder.add(parameter.grad)
         _notice_recomputes(units, ran_again)
+        drawn = watch_draws(units)
         offloads = Offloads(recorder, mode)
         for unit in units:
             if policies.get(unit.name) == "recompute":
@@ -289,6 +328,19 @@ def _trace(
                 f"check that one training step of it runs"
             ) from error
         recorder.finish()
+        refuse_replaced(model, placed)
+        for draft in drafts:
+            for weight in draft.weights:
+                if fakes[id(weight.tensor)].untyped_storage()._cdata != addresses[id(weight.tensor)]:
+                    recorder.written.setdefault(draft.name, ".data")
+                    for trigger in draft.triggers:
+                        recorder.stateful.setdefault(trigger, f"it writes to {weight.name} (by .data)")
+        read = {real for real, address in addresses.items() if address in recorder.touched}
+        updated = {
+            holder: name
+            for holder, tensor, name in snapshot.dropped(lambda tensor: origins.get(id(tensor)))
+            if tensor in read
+        }
         gradients = {id(recorder.held(p.grad)) for p in trainables if p.grad is not None}
         left: list[tuple[LifetimeKind, int, int]] = [
             ("gradients" if id(held) in gradients else "activations", held.born, held.size_bytes)
@@ -302,6 +354,9 @@ def _trace(
             ran_again=frozenset(ran_again),
             derived=recorder.derived(),
             offload_bytes=dict(offloads.size_bytes),
+            stateful={**drawn, **recorder.stateful},
+            state=state,
+            updated=updated,
         )
 
 
@@ -336,8 +391,12 @@ def _notice_recomputes(units: Sequence[Unit], ran_again: set[str]) -> None:
     for unit in units:
         if unit.kind in ("layer", "expert"):
             hook = notice(unit.name)
-            for module in unit.module.modules():
-                module.register_forward_pre_hook(hook)
+            inside = list(unit.module.modules())
+            # What is within an adapter's wrapper runs when that does; some adapters warn of hooks there.
+            wrapped = {id(module._modules.get("base_layer")) for module in inside}
+            for module in inside:
+                if id(module) not in wrapped:
+                    module.register_forward_pre_hook(hook)
 
 
 def _containers(units: Sequence[Unit], drafts: Sequence[Draft], recorder: Recorder) -> frozenset[str]:

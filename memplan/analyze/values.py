@@ -3,7 +3,7 @@
 Fake tensors have no values, yet models ask for some: is the mask all ones, how many tokens went to this expert. So
 integers that come from the batch are computed for real beside the trace, as long as everything that they come from is
 known. A choice that rests on activations is made up: ``topk`` and its kin spread evenly (a balanced routing), a
-truth value asked of activations is False, a number is 1, a single random number the highest.
+truth value asked of activations is False, a number is 1; of random numbers see ``draws.py``.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
 
+from memplan.analyze.draws import DRAWS, drawn
 from memplan.analyze.replay import Replay
 
 _MOST_ELEMENTS = 1 << 24
@@ -30,8 +31,9 @@ _CHOICES = {
     _aten.argmin,
     _aten.multinomial,
 }
-_DRAWS = {_aten.rand, _aten.rand_like}
-"""A single number drawn decides whether a layer or an adapter is dropped: the highest keeps it."""
+_PLACES = {_aten.max, _aten.min, _aten.median, _aten.nanmedian, _aten.mode, _aten.kthvalue}
+"""They tell where beside what, where they are given a dimension: the first place is within any."""
+_FEW_ELEMENTS = 1 << 12
 _FAULTS = {_aten.isnan.default, _aten.isinf.default}
 """Activations are taken to be sound."""
 _SHAPED_BY_VALUES = {
@@ -79,8 +81,12 @@ class Values:
             return _grouped_product(args[0], args[1], args[2])
         if func is _aten._ctc_loss.Tensor:
             return _ctc_loss(*args[:4])
+        if func is _aten.sparse_mask.default:
+            return _masked(args[0], args[1])
         if func in _SHAPED_BY_VALUES and _depends(func, args):
             return self._shaped(func, args, kwargs)
+        if func._overloadpacket in DRAWS:
+            return self._draw(func, args, kwargs)
         writes = func._schema.is_mutable
         known = _with_values(args, kwargs) if writes or _may_matter(func, args, kwargs) else None
         result = self._replay.run(func, args, kwargs)
@@ -92,14 +98,26 @@ class Values:
             elif func in _FAULTS and result.numel() <= _MOST_FLOATS:
                 with unset_fake_temporarily():
                     remember(result, torch.zeros(result.shape, dtype=torch.bool))
-            elif func._overloadpacket in _DRAWS and result.numel() == 1:
-                self.assumed.add(func._overloadpacket.__name__)
+            elif func._overloadpacket in _PLACES and isinstance(result, tuple) and result[1].numel() <= _FEW_ELEMENTS:
                 with unset_fake_temporarily():
-                    remember(result, torch.ones(result.shape, dtype=result.dtype))
+                    remember(result[1], torch.zeros(result[1].shape, dtype=result[1].dtype))
             return result
         with unset_fake_temporarily(), torch.no_grad():
             values = func(*known[0], **known[1])
         _remember_all(result, values)
+        return result
+
+    def _draw(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run an operator that draws random numbers, and make them up."""
+        result = self._replay.run(func, args, kwargs)
+        with unset_fake_temporarily():
+            values = drawn(func, args, kwargs, result)
+        if values is None:
+            _forget(func, args)
+        elif isinstance(result, FakeTensor):
+            remember(result, values)
+        if result.numel() == 1:
+            self.assumed.add(func._overloadpacket.__name__.rstrip("_"))
         return result
 
     def _answer(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -163,6 +181,16 @@ def _ctc_loss(
         longest = int(lengths.max()) if lengths is not None else targets.shape[-1]
     positions, rows = log_probs.shape[0], log_probs.shape[1]
     return log_probs.new_empty(rows), log_probs.new_empty(rows, positions, 2 * longest + 1)
+
+
+def _masked(dense: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """Return a dense tensor where a sparse one has elements: torch's rule for fake tensors has none of them."""
+    indices = _aten._indices.default(mask)
+    values = dense.new_empty((indices.shape[1], *dense.shape[mask.sparse_dim() :]))
+    made: torch.Tensor = _aten._sparse_coo_tensor_with_dims_and_tensors.default(
+        mask.sparse_dim(), mask.dense_dim(), dense.shape, indices, values, dtype=dense.dtype, layout=torch.sparse_coo
+    )
+    return made
 
 
 def _may_matter(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:

@@ -161,7 +161,8 @@ def make_problem(
     for block in table.blocks:
         pin = pins.get(block.id)
         stays = block.pinned_because or ("it is read beside another streamed block" if block.id in beside else "")
-        stays = stays or ("" if reads[block.id] else "nothing is seen to read it")
+        # What no planned access reads may be pinned anywhere: a read beside the plan is served as any other. Else it stays.
+        stays = stays or ("" if reads[block.id] or pin is not None else "no access reads it")
         if pin in ("host", "disk") and stays:
             raise InputError(
                 f"{block.name} was pinned to {pin}, but must stay on the device ({stays}): leave the pin out"
@@ -176,7 +177,7 @@ def make_problem(
             movable.append(block.id)
     movable.sort(key=lambda block: (reads[block][0], block))
     bundles: dict[tuple[int, ...], list[int]] = {}
-    for streamable in sorted([*movable, *forced], key=lambda block: (reads[block][0], block)):
+    for streamable in sorted([*movable, *(block for block in forced if reads[block])], key=lambda b: (reads[b][0], b)):
         bundles.setdefault(tuple(reads[streamable]), []).append(streamable)
     return Problem(
         table=table,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -15,6 +16,7 @@ from memplan.errors import InputError
 from memplan.program.schema import Plan
 from memplan.run.attach import attach
 from memplan.run.handle import Handle, handle_of
+from memplan.snapshot import unchanged
 from memplan.trainers.loading import checkpoint_of
 from memplan.trainers.longest import longest_batch
 from memplan.trainers.mapped import folder_of
@@ -114,20 +116,20 @@ def _first_call(trainer: Trainer, pl_module: LightningModule) -> tuple[nn.Module
 
         return call
 
-    undo = [replace_call(module, called(module)) for module in frozen_within(pl_module)]
     why: Exception | None = None
-    try:
-        with random_states_kept():
+    with random_states_kept(), unchanged(model=pl_module), _buffers_kept(pl_module):
+        undo = [replace_call(module, called(module)) for module in frozen_within(pl_module)]
+        try:
             loader = trainer.fit_loop._data_source.dataloader()
             batch = longest_batch(loader) or next(iter(loader))
             pl_module.training_step(batch, 0)
-    except Called:
-        pass
-    except Exception as error:
-        why = error
-    finally:
-        for put_back in undo:
-            put_back()
+        except Called:
+            pass
+        except Exception as error:
+            why = error
+        finally:
+            for put_back in undo:
+                put_back()
     if not seen:
         raise InputError(
             f"the training_step of {type(pl_module).__name__} did not come to call a module that holds all frozen weights"
@@ -140,6 +142,19 @@ def _first_call(trainer: Trainer, pl_module: LightningModule) -> tuple[nn.Module
             "and keywords: call it with keywords"
         )
     return module, kwargs or args
+
+
+@contextlib.contextmanager
+def _buffers_kept(module: nn.Module) -> Iterator[None]:
+    """Leave a module's buffers as they were: a ``training_step`` may count its calls in one."""
+    before = [(buffer, buffer._version, buffer.clone()) for buffer in module.buffers() if not buffer.is_inference()]
+    try:
+        yield
+    finally:
+        for buffer, version, contents in before:
+            if buffer._version != version:  # else it was not written to
+                buffer.detach().copy_(contents)
+                torch._C._autograd._unsafe_set_version_counter((buffer,), (version,))
 
 
 def frozen_within(pl_module: nn.Module) -> Iterator[nn.Module]:

@@ -27,6 +27,7 @@ from memplan.run.arena import dtype_of, is_placeholder
 from memplan.run.attach import attach
 from memplan.run.handle import Handle
 from memplan.skeleton import keep_in_float32
+from memplan.snapshot import unchanged
 from memplan.trainers.loading import checkpoint_of, fill_trainables, put_placeholders
 from memplan.trainers.longest import longest_batch
 from memplan.trainers.mapped import folder_of
@@ -279,7 +280,8 @@ def _first_call(trainer: Trainer) -> tuple[Mapping[str, Any], int | None]:
     """
     loaders = getattr(trainer.accelerator, "_dataloaders", [])
     known = len(loaders)
-    with random_states_kept():
+    looked_at = {"model": trainer.model, "collator": trainer.data_collator, "loss": trainer.compute_loss_func}
+    with random_states_kept(), unchanged(**looked_at):
         try:
             loader = trainer.get_train_dataloader()
             batch = longest_batch(loader) or next(iter(loader))

@@ -305,3 +305,23 @@ def test_the_work_does_not_grow_with_the_layers(monkeypatch):
     graph = analyze(llama(120), (2, 16), short=True)
     assert seen == few
     assert sum(block.kind == "layer" for block in graph.blocks) == 120
+
+
+class Normed(PlainLayer):
+    """It changes its own state, so it may not be recomputed."""
+
+    def __init__(self, width):
+        super().__init__(width, 0.0)
+        self.batch_norm = nn.BatchNorm1d(width)
+
+    def forward(self, x):
+        return super().forward(self.batch_norm(x.flatten(0, 1)).view_as(x))
+
+
+def test_layers_left_out_that_change_their_state_are_named_too():
+    torch.manual_seed(0)
+    model = Decoder((Normed(32) for _ in range(DEPTH)), 32)
+    whole = analyze(model, batch_of("plain"), loss=loss_of)
+    assert [layer.module for layer in whole.stateful] == [f"layers.{index}" for index in range(DEPTH)]
+    assert whole.stateful[7].reason == "it writes to layers.7.batch_norm.num_batches_tracked (by add_)"
+    assert analyze(model, batch_of("plain"), loss=loss_of, short=True) == whole

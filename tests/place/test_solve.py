@@ -130,7 +130,6 @@ def test_blocks_read_at_once_are_never_streamed_both():
         ({9: "host"}, "there are blocks 0 to 3 only"),
         ({0: "attic"}, "give device, host or disk"),
         ({2: "disk"}, "its weight is read by name"),
-        ({3: "disk"}, "nothing is seen to read it"),
     ],
 )
 def test_pins_that_cannot_be_kept(pins, message):
@@ -138,6 +137,16 @@ def test_pins_that_cannot_be_kept(pins, message):
     blocks = tuple(replace(b, pinned_because="its weight is read by name" if b.id == 2 else "") for b in table.blocks)
     with pytest.raises(InputError, match=message):
         place(replace(table, blocks=blocks), budgets(1 << 40), **NAMES, pins=pins)
+
+
+@pytest.mark.parametrize("tier", ["device", "host", "disk"])
+def test_a_block_that_no_access_reads_may_be_pinned_anywhere(tier):
+    table = make_table([X] * 4, reads=[(0, 1), (1,), (2,)])
+    plan = place(table, budgets(1 << 40), **NAMES, pins={3: tier})
+    assert check(plan) == ()
+    assert plan.home_of(3) == tier
+    assert place(table, budgets(1 << 40), **NAMES).home_of(3) == "device"
+    assert sum(item.home == tier for item in plan.items if item.block == 3) == 1
 
 
 def with_ends(sizes, **changes):

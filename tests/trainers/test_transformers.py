@@ -16,6 +16,7 @@ from memplan.run.arena import is_placeholder
 from memplan.run.handle import handle_of
 from memplan.trainers.transformers import plan_for
 from memplan.units import MIB
+from tests.fingerprint import assert_same, fingerprint
 from tests.trainers.small import save_small_llama
 from tests.training import CPU
 
@@ -295,3 +296,20 @@ def test_a_step_that_runs_out_of_memory_is_done_over(checkpoint, tmp_path):
     trainer.model.get_base_model().model.layers[3].mlp.register_forward_hook(full)
     assert finish(trainer, tmp_path / "b") == whole
     assert trainer.memplan.record.recoveries == 2
+
+
+def test_a_look_leaves_model_and_collator_as_they_were(checkpoint, tmp_path):
+    class Collator:
+        def __init__(self):
+            self.calls, self.generator = 0, torch.Generator().manual_seed(1)
+
+        def __call__(self, rows):
+            self.calls += 1
+            torch.rand(1, generator=self.generator)
+            return torch.utils.data.default_collate(rows)
+
+    trainer = build(checkpoint, tmp_path)
+    trainer.data_collator = Collator()
+    before = fingerprint(trainer.model, trainer.data_collator)
+    plan_for(trainer, vram="1GiB", ram="1GiB", hardware=CPU)
+    assert_same(before, fingerprint(trainer.model, trainer.data_collator))

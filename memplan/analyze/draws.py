@@ -1,0 +1,56 @@
+"""Random numbers that a trace makes up: each within the range that it is drawn from, the same in every trace.
+
+Where they decide (is this layer dropped, which block is left out) any of the range may come, so integers are spread evenly
+over it from its least on, and a permutation is the identity. A single fraction is the highest that there is: what is
+dropped by chance is kept.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+
+_MOST_ELEMENTS = 1 << 20
+"""Values of larger tensors are not made up: nobody asks for one of them."""
+
+_aten = torch.ops.aten
+_INTEGERS = {_aten.randint, _aten.randint_like, _aten.random, _aten.random_}
+_FRACTIONS = {_aten.rand, _aten.rand_like, _aten.uniform, _aten.uniform_}
+DRAWS = {*_INTEGERS, *_FRACTIONS, _aten.randperm}
+
+
+def drawn(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], like: torch.Tensor) -> torch.Tensor | None:
+    """Return what one of ``DRAWS`` is taken to have drawn into ``like``; None where it does not matter."""
+    packet, count = func._overloadpacket, like.numel()
+    if packet in _FRACTIONS:
+        return torch.full(like.shape, _highest(args, like.dtype, packet), dtype=like.dtype) if count == 1 else None
+    if count > _MOST_ELEMENTS:
+        return None
+    numbers = torch.arange(count)
+    if packet is _aten.randperm:
+        return numbers.to(like.dtype)
+    low, high = _range(func, args, kwargs)
+    if high is None:  # up to the most that the dtype holds
+        return torch.full(like.shape, low, dtype=like.dtype)
+    return (low + numbers % max(1, high - low)).reshape(like.shape).to(like.dtype)
+
+
+def _range(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[int, int | None]:
+    """Return the least of the integers that are drawn from, and the first beyond."""
+    named = dict(zip((argument.name for argument in func._schema.arguments), args, strict=False)) | kwargs
+    low = named.get("low", named.get("from", 0))
+    high = named.get("high", named.get("to"))
+    return int(low or 0), int(high) if type(high) is int else None
+
+
+def _highest(args: tuple[Any, ...], dtype: torch.dtype, packet: Any) -> float:
+    low, high = 0.0, 1.0
+    if packet in (_aten.uniform, _aten.uniform_):
+        low = args[1] if len(args) > 1 else low
+        high = args[2] if len(args) > 2 else high
+    if not high > low:
+        return float(low)
+    below = torch.nextafter(torch.tensor(high, dtype=dtype), torch.tensor(-math.inf, dtype=dtype))
+    return float(below)
