@@ -10,9 +10,10 @@ import functools
 import inspect
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
+from weakref import WeakSet
 
 import torch
 from torch import nn
@@ -21,35 +22,45 @@ from memplan import api
 from memplan.compiled import WAY_OUT
 from memplan.errors import DoesNotFitError, MemplanError
 from memplan.program.schema import Plan
-from memplan.run.guard import MERGES
 from memplan.run.handle import Handle, handle_of
 from memplan.show.lines import startup_lines
-from memplan.trainers.launch import say, settings
-from memplan.trainers.loading import checkpoint_of
-from memplan.trainers.mapped import folder_of, give_way, is_mapped
-from memplan.trainers.mapping import map_loaded, of_diffusers, of_transformers
-from memplan.trainers.transformers import compiles, is_of_library, loss_may_be_asked, loss_of, plan_for, wrap
-from memplan.trainers.waiting import arrived, forget, move, tell_device, wait, waits
+from memplan.trainers.beside import plan_beside, plan_of_least, share_of_ram, together, trained_beside
+from memplan.trainers.launch import saw_model, saw_training, say, settings
+from memplan.trainers.mapped import folder_of, is_mapped
+from memplan.trainers.mapping import device_asked, map_loaded, of_diffusers, of_transformers
+from memplan.trainers.release import give_back, let_go
+from memplan.trainers.transformers import (
+    compiles,
+    is_of_library,
+    loss_may_be_asked,
+    loss_of,
+    plan_for,
+    put_under,
+    wrap,
+)
+from memplan.trainers.waiting import ask, move, not_waiting, tell_device, wait, waits
 
 if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PreTrainedModel, Trainer
 
 _ENTRIES = ("train", "evaluate", "predict")
-_LAST: list[Handle] = []
-"""The handle of the model that was last placed for a loop of the script's own, to tell of it at the end."""
+_HANDLES: list[Handle] = []
+"""Those of models that were placed for a loop of the script's own, to tell of them at the end."""
+_FINISHED: WeakSet[Trainer] = WeakSet()
+"""Those whose training is over."""
 
 
 def serve_models(kind: type[PreTrainedModel]) -> None:
     """Have transformers' ``from_pretrained`` map the weights that it can."""
     tell_device(kind)
-    map_loaded(kind, of_transformers, _wait)
+    map_loaded(kind, of_transformers, _loaded)
 
 
 def serve_diffusers(kind: Any) -> None:
     """Have diffusers' ``from_pretrained`` map the weights that it can."""
     tell_device(kind)
-    map_loaded(kind, of_diffusers, _wait)
+    map_loaded(kind, of_diffusers, _loaded)
 
 
 def serve_adapters(kind: type[PeftModel]) -> None:
@@ -75,13 +86,25 @@ def serve_model(model: nn.Module) -> None:
     wait(model, _place_for_loop)
 
 
+def _loaded(model: nn.Module, kwargs: Mapping[str, Any]) -> None:
+    saw_model()
+    device = device_asked(kwargs)
+    if device is not None:
+        ask(model, device)
+    serve_model(model)
+
+
 def _wait(model: nn.Module) -> None:
     if waits(model) or is_mapped(model):
         serve_model(model)
 
 
 def _place_for_loop(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """Plan for a call that a loop of the script's own makes, and attach."""
+    """Plan for a call that a loop of the script's own makes, and attach.
+
+    Where other models wait to be trained beside it, it gets the least vram that works and its share of the RAM: what the
+    others need is known once they are called.
+    """
     why = _nothing_to_do(model)
     if why is None and args and kwargs:
         why = "the model is called with both positional arguments and keywords: call it with keywords"
@@ -89,33 +112,86 @@ def _place_for_loop(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, A
         from accelerate.state import GradientState
 
         accumulation = int(GradientState().num_steps) if GradientState._shared_state else 1
+        others = trained_beside(model)
+        unplaced = _UNPLACED.take(model)
 
-        def planned() -> Plan:
+        def planned(within: dict[str, Any]) -> Plan:
             return api.plan(
                 model,
                 kwargs or args,
-                **settings().planning(),
+                **within,
                 accumulation=accumulation,
                 loss=loss_of,
                 checkpoint=folder_of(model),
                 gains=False,
             )
 
-        def attach(plan: Plan) -> None:
-            handle = api.attach(model, plan, checkpoint=checkpoint_of(model))
-            if not _LAST:
-                atexit.register(lambda: _report(_LAST[0]))
-            _LAST[:] = [handle]
+        def shared() -> Plan:
+            options = settings().planning()
+            if unplaced is not None:
+                options["vram"] = 0  # to know what both need
+            plan = plan_beside(model, planned, share_of_ram(model, others, options))
+            return plan_of_least(plan) if others else plan
 
-        why = _served(model, planned, attach)
+        def attach(plan: Plan) -> Handle:
+            handle = put_under(model, plan)
+            if not _HANDLES:
+                atexit.register(_report_all)
+            _HANDLES.append(handle)
+            return handle
+
+        try:
+            why = _served(model, shared, attach)
+        except DoesNotFitError as error:
+            if unplaced is not None:
+                raise together(unplaced.error, unplaced.model, error, model) from None
+            if not others or _UNPLACED.is_known(model) or torch.cuda.is_available():
+                raise
+            _UNPLACED.put(model, error)
+            serve_model(model)
+            return
+        if unplaced is not None:
+            raise unplaced.error
     if why is not None:
         move(model)
-        say(f"stands aside: {why}")
+        _say_aside(why)
+
+
+class _Unplaced:
+    """The first of several models that did not fit, until the next is called: an error then says what both need."""
+
+    class Refused(NamedTuple):
+        """A model and why it has no plan."""
+
+        model: nn.Module
+        error: DoesNotFitError
+
+    def __init__(self) -> None:
+        self._held: _Unplaced.Refused | None = None
+
+    def put(self, model: nn.Module, error: DoesNotFitError) -> None:
+        self._held = self.Refused(model, error)
+
+    def is_known(self, model: nn.Module) -> bool:
+        return self._held is not None and self._held.model is model
+
+    def take(self, model: nn.Module) -> Refused | None:
+        """Return what is held of another model, and hold it no more."""
+        held = self._held
+        if held is None or held.model is model:
+            return None
+        self._held = None
+        return held
+
+
+_UNPLACED = _Unplaced()
 
 
 def _placed_first(original: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(original)
     def entry(trainer: Trainer, *args: Any, **kwargs: Any) -> Any:
+        if original.__name__ == "train":
+            saw_training()
         if not trainer.__dict__.get("_memplan_seen"):
             trainer.__dict__["_memplan_seen"] = True
             try:
@@ -123,10 +199,12 @@ def _placed_first(original: Callable[..., Any]) -> Callable[..., Any]:
             except BaseException:
                 del trainer.__dict__["_memplan_seen"]
                 raise
+        _FINISHED.discard(trainer)
         try:
             return original(trainer, *args, **kwargs)
         finally:
             if original.__name__ == "train" and "memplan" in trainer.__dict__:
+                _FINISHED.add(trainer)
                 _report(trainer.__dict__["memplan"])
 
     return entry
@@ -140,23 +218,18 @@ def _place(trainer: Trainer) -> None:
     why = _why_not(trainer, model)
     if why is None and is_mapped(model) and not _may_be_asked(trainer):
         return  # placed at its first call, as for a loop
-    waited = waits(model)
-    forget(model)
-    try:
+    with not_waiting(model):
         if why is None:
             asked = settings()
-            why = _served(
-                model,
-                lambda: plan_for(trainer, **asked.planning()),
-                lambda plan: wrap(trainer, plan=plan, log=asked.log, lines=asked.lines),
-            )
-    except BaseException:
-        if waited:
-            serve_model(model)
-        raise
+
+            def attach(plan: Plan) -> Handle:
+                handle: Handle = wrap(trainer, plan=plan, log=asked.log, lines=asked.lines).__dict__["memplan"]
+                return handle
+
+            why = _served(model, lambda: plan_for(trainer, **asked.planning()), attach)
     if why is not None:
         move(model)
-        say(f"stands aside: {why}")
+        _say_aside(why)
 
 
 def _why_not(trainer: Trainer, model: nn.Module) -> str | None:
@@ -206,26 +279,20 @@ def _nothing_to_do(model: nn.Module) -> str | None:
     return "unsloth offloads by itself" if "unsloth" in sys.modules else None
 
 
-def _served(model: nn.Module, planned: Callable[[], Plan], attach: Callable[[Plan], Any]) -> str | None:
+def _served(model: nn.Module, planned: Callable[[], Plan], attach: Callable[[Plan], Handle]) -> str | None:
     """Put a model under a plan; return why it had better stay as it is, if so. Raises DoesNotFitError."""
+    saw_training()
     file = settings().plan
     try:
         try:
-            plan = Plan.load(file) if file else planned()
+            plan = Plan.load(file) if file else _with_room(planned)
         except MemplanError:
             raise
         except Exception as error:  # the trace runs the script's own code, and the script is to run all the same
             return f"the model cannot be planned for ({type(error).__name__}: {error})"
         if all(residence.begins == "always" for residence in plan.residences):
             return "the whole model fits"
-        undo = give_way(model, torch.device(plan.table.device))
-        try:
-            attach(plan)
-        except BaseException:
-            undo()
-            raise
-        arrived(model)
-        _let_merge(model, undo)
+        let_go(attach(plan))
     except DoesNotFitError:
         raise
     except MemplanError as error:
@@ -236,25 +303,28 @@ def _served(model: nn.Module, planned: Callable[[], Plan], attach: Callable[[Pla
     return None
 
 
-def _let_merge(model: nn.Module, give_back: Callable[[], None]) -> None:
-    """Have an adapter merged as without memplan: the weights are then mapped from the files again, and written to."""
+def _with_room(planned: Callable[[], Plan]) -> Plan:
+    """Return a plan; where it does not fit, in the room of the models whose training is over."""
+    try:
+        return planned()
+    except DoesNotFitError:
+        finished = [trainer for trainer in _FINISHED if trainer.__dict__["memplan"].is_attached]
+        if not finished:
+            raise
+    for trainer in finished:
+        give_back(trainer.__dict__["memplan"], "another model is trained, and this one no more")
+        trainer.__dict__.pop("_memplan_seen", None)  # placed anew should it be used again
+    return planned()
 
-    def merging(module: nn.Module, name: str) -> Callable[..., Any]:
-        def merge(*args: Any, **kwargs: Any) -> Any:
-            handle = handle_of(model)
-            if handle is not None:
-                handle.detach()
-                give_back()
-                model.to("cpu")  # where the weights are mapped
-                say("the adapter is merged: from here on the model is whole")
-            return getattr(module, name)(*args, **kwargs)
 
-        return merge
+def _say_aside(why: str) -> None:
+    saw_training()
+    say(f"stands aside: {why}")
 
-    for module in model.modules():
-        for name in MERGES:
-            if name in module.__dict__:
-                module.__dict__[name] = merging(module, name)
+
+def _report_all() -> None:
+    for handle in _HANDLES:
+        _report(handle)
 
 
 def _report(handle: Handle) -> None:
@@ -262,5 +332,6 @@ def _report(handle: Handle) -> None:
     api.report(handle.plan, handle.record, file=sys.stderr)
     file = settings().report
     if file is not None:
-        with Path(file).open("w", encoding="utf-8") as opened:
+        # Of several models one after the other.
+        with Path(file).open("a" if handle in _HANDLES[1:] else "w", encoding="utf-8") as opened:
             api.report(handle.plan, handle.record, file=opened)

@@ -7,9 +7,10 @@ nothing is frozen, or nothing trained, moves as ever.
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -45,11 +46,35 @@ def waits(model: nn.Module) -> bool:
     return any(_CALL in module.__dict__ for module in model.modules())
 
 
+def waits_itself(model: nn.Module) -> bool:
+    """Whether a model, and not one within it, is still to be placed."""
+    return _CALL in model.__dict__
+
+
 def forget(model: nn.Module) -> None:
     """Have it wait no more; a move that was put off is still known (:func:`asked_device`)."""
     for module in model.modules():
         if module.__dict__.pop(_PLACE, None) is not None:
             del module.__dict__[_CALL], module.__dict__["_apply"]
+
+
+@contextlib.contextmanager
+def not_waiting(model: nn.Module) -> Iterator[None]:
+    """Have it wait no more, unless what is done inside fails."""
+    waited = [(module, module.__dict__[_PLACE]) for module in model.modules() if _PLACE in module.__dict__]
+    forget(model)
+    try:
+        yield
+    except BaseException:
+        for module, place in waited:
+            wait(module, place)
+        raise
+
+
+def ask(model: nn.Module, device: torch.device) -> None:
+    """Have a waiting model asked to be on a device, as by a move that was put off."""
+    for module in model.modules():
+        module.__dict__[_ASKED] = device
 
 
 def move(model: nn.Module) -> None:
@@ -72,8 +97,9 @@ def asked_device(model: nn.Module) -> torch.device | None:
     return next((device for device in found if device is not None), None)
 
 
-def tell_device(kind: Any) -> None:
-    """Have a class's ``device`` be what the script asked for, though the move was put off."""
+def tell_device(kind: Any) -> Callable[[], None]:
+    """Have a class's ``device`` be what the script asked for, though the move was put off; return what undoes it."""
+    own = kind.__dict__.get("device")
     original = inspect.getattr_static(kind, "device")
 
     def device(model: nn.Module) -> torch.device:
@@ -81,7 +107,14 @@ def tell_device(kind: Any) -> None:
         found: torch.device = original.fget(model) if asked is None else asked
         return found
 
+    def undo() -> None:
+        if own is None:
+            del kind.device
+        else:
+            kind.device = own
+
     kind.device = property(device, doc=original.__doc__)
+    return undo
 
 
 def _first_call(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
@@ -100,18 +133,14 @@ def _watched_call(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any
     device = asked_device(model)
     if model.training and torch.is_grad_enabled():
         place = model.__dict__[_PLACE]
-        forget(model)
-        try:
+        with not_waiting(model):  # where it fails the script may try again with less
             place(model, args, kwargs)
-        except BaseException:
-            wait(model, place)  # the script may try again with less
-            raise
         if device is not None:  # a script may have its first batch where the weights were
             args, kwargs = send_to_device((args, kwargs), device)
         return nn.Module._call_impl(model, *args, **kwargs)
     if device is None:
         return nn.Module._call_impl(model, *args, **kwargs)
-    if torch.is_grad_enabled() or not _in_part(model):
+    if torch.is_grad_enabled() or not is_trained_in_part(model):
         forget(model)
         move(model)
         return nn.Module._call_impl(model, *args, **kwargs)
@@ -140,7 +169,7 @@ class _Together:
 def _apply(model: nn.Module, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> nn.Module:
     """Stand for ``_apply``, which ``.to``, ``.cuda`` and their like go through: a move of mapped weights is put off."""
     asked: list[torch.device] = []
-    staying = [(module, _staying(module, fn, asked)) for module in model.modules()] if _in_part(model) else []
+    staying = [(module, _staying(module, fn, asked)) for module in model.modules()] if is_trained_in_part(model) else []
     for module in model.modules() if asked else ():
         module.__dict__[_ASKED] = asked[0]  # of every part: a script may ask any of them where it is
 
@@ -174,7 +203,7 @@ def _staying(module: nn.Module, fn: Callable[[torch.Tensor], torch.Tensor], aske
     return names
 
 
-def _in_part(model: nn.Module) -> bool:
+def is_trained_in_part(model: nn.Module) -> bool:
     """Whether some of a model is frozen and some is trained."""
     return len({parameter.requires_grad for parameter in model.parameters()}) == 2
 

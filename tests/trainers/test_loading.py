@@ -25,7 +25,6 @@ from transformers import (
 
 import memplan
 from memplan.errors import CheckpointError, InputError, ModelError, PlanMismatchError, TransferError
-from memplan.run.arena import is_placeholder
 from memplan.run.disk import DiskReader
 from tests.training import CPU, assert_equal, batch_of, train
 
@@ -230,13 +229,24 @@ def test_what_is_saved_and_trained_besides(checkpoints):
     assert_equal(train(one, "llama"), train(other, "llama"))
 
 
-def test_detached_it_is_placeholders_and_nothing_stays(checkpoints):
-    folder = checkpoints("mixtral")
-    model = loaded("mixtral", folder, plan_of("mixtral", folder))
+@pytest.mark.parametrize(
+    ("kind", "dtype"), [("mixtral", torch.float32), pytest.param("llama", torch.bfloat16, marks=pytest.mark.full)]
+)
+def test_detached_it_is_whole_and_nothing_stays(kind, dtype, checkpoints, tmp_path, monkeypatch):
+    """Mapped from the files, or from one without a name where it is converted or cast."""
+    monkeypatch.setenv("MEMPLAN_CACHE", str(tmp_path))
+    folder = checkpoints(kind)
+    model = loaded(kind, folder, plan_of(kind, folder, dtype=dtype))
     memplan.handle_of(model).detach()
-    assert all(is_placeholder(p) or p.requires_grad or p.numel() == 1 for p in model.parameters())
+    expected = dict(whole(kind, folder, dtype).named_parameters())
+    for name, parameter in model.named_parameters():
+        assert torch.equal(parameter, expected.pop(name)), name
+    assert not expected
+    assert not list(tmp_path.rglob("*"))
+    ids = torch.tensor([[3, 4, 5]])
+    assert torch.equal(model(ids).logits, whole(kind, folder, dtype).eval()(ids).logits)
     gone = weakref.ref(model)
-    del model
+    del model, parameter
     gc.collect()
     assert gone() is None
 

@@ -12,11 +12,11 @@ from transformers import AutoModelForCausalLM, LlamaForCausalLM, Trainer, Traini
 
 import memplan
 from memplan.errors import CheckpointError, DoesNotFitError, InputError
-from memplan.run.arena import is_placeholder
 from memplan.run.handle import handle_of
+from memplan.trainers.mapped import is_mapped
 from memplan.trainers.transformers import plan_for
 from memplan.units import MIB
-from tests.trainers.small import save_small_llama
+from tests.trainers.small import align, save_small_llama
 from tests.training import CPU
 
 ROWS, LENGTH = 12, 24
@@ -46,14 +46,12 @@ class Exact(Trainer):
 def checkpoint(tmp_path_factory):
     folder = tmp_path_factory.mktemp("model")
     save_small_llama(folder)
+    align(folder)  # [Note: alignment changes bits]
     return folder
 
 
 def build(checkpoint, out, **arguments):
     model = AutoModelForCausalLM.from_pretrained(checkpoint)
-    for parameter in model.parameters():
-        if not is_placeholder(parameter):
-            parameter.data = parameter.data.clone()  # [Note: alignment changes bits]
     torch.manual_seed(6)
     lora = LoraConfig(r=4, lora_dropout=0.1, target_modules="all-linear", init_lora_weights=False)
     adapted = get_peft_model(model, lora)
@@ -153,7 +151,7 @@ def test_placed_from_the_disk_alone(checkpoint, tmp_path):
 
 @pytest.mark.full
 def test_layers_that_are_put_elsewhere_keep_their_weights(checkpoint, tmp_path, monkeypatch):
-    """A placeholder stands for what it was made for, not for what now has its name."""
+    """A mapped weight stands for what it was loaded as, not for what now has its name."""
     load = AutoModelForCausalLM.from_pretrained
 
     def reordered(folder):
@@ -182,7 +180,8 @@ def test_weights_that_are_stored_twice_though_tied(checkpoint, tmp_path, same):
     (tmp_path / "model" / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": True}))
     with memplan.placing(vram="1GiB", ram="1GiB", hardware=CPU):
         if same:
-            assert is_placeholder(LlamaForCausalLM.from_pretrained(tmp_path / "model").lm_head.weight)
+            tied = LlamaForCausalLM.from_pretrained(tmp_path / "model")
+            assert tied.lm_head.weight is tied.model.embed_tokens.weight
         else:
             with pytest.raises(CheckpointError, match="different weights for"):
                 LlamaForCausalLM.from_pretrained(tmp_path / "model")
@@ -274,9 +273,10 @@ def rename(folder):
 def test_options_that_placing_does_not_serve(checkpoint):
     with memplan.placing(vram="1GiB", hardware=CPU):
         with pytest.raises(InputError, match="device_map"):
-            AutoModelForCausalLM.from_pretrained(checkpoint, device_map="auto")
+            AutoModelForCausalLM.from_pretrained(checkpoint, device_map={"model": "cpu", "lm_head": "disk"})
         with pytest.raises(InputError, match="trust_remote_code"):
             LlamaForCausalLM.from_pretrained(checkpoint, trust_remote_code=True)
+        assert is_mapped(AutoModelForCausalLM.from_pretrained(checkpoint, device_map="auto"))
 
 
 def test_a_step_that_runs_out_of_memory_is_done_over(checkpoint, tmp_path):
