@@ -21,10 +21,6 @@ from memplan.run.handle import Handle
 from memplan.trainers.waiting import asked_device, is_trained_in_part, waits_itself
 from memplan.units import format_bytes, parse_size
 
-_LOADED: WeakSet[nn.Module] = WeakSet()
-"""Models that ``from_pretrained`` gave."""
-_PLACED: WeakSet[Handle] = WeakSet()
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Taken:
@@ -35,40 +31,129 @@ class Taken:
     names: tuple[str, ...]
 
 
-def loaded(model: nn.Module) -> None:
-    """Note a model that a script has loaded."""
-    _LOADED.add(model)
+class Scope:
+    """Models that share budgets: those of a process under ``memplan run``, or of one ``placing``."""
 
+    def __init__(self) -> None:
+        self.loaded: WeakSet[nn.Module] = WeakSet()
+        """What ``from_pretrained`` gave, and what was made of it with an adapter."""
+        self.placed: WeakSet[Handle] = WeakSet()
+        """What is, or was, under a plan."""
 
-def placed(handle: Handle) -> None:
-    """Note a model that is under a plan."""
-    _PLACED.add(handle)
+    def plan(
+        self,
+        model: nn.Module,
+        planned: Callable[[dict[str, Any]], Plan],
+        options: Mapping[str, Any],
+        more: Iterable[nn.Module] = (),
+    ) -> Plan:
+        """Return the plan that is ``planned`` within what others leave of the budgets among ``options``.
 
+        A model under a plan takes what that predicts. One that is only read (a reference, a teacher, a reward) takes vram where
+        it lies on the compute device or was asked to, and RAM else, as much as there is: beyond that the kernel reads a mapped
+        one from its files again. One that waits to be trained takes nothing yet. ``more``: models that ``from_pretrained``
+        may not have given. Raises DoesNotFitError, which names the others.
+        """
+        profile = _profile(options.get("hardware", "auto"))
+        taken = self._taken(model, profile.device, more, only_to_come=options.get("vram", "auto") == "auto")
+        if not taken.names:
+            return planned(dict(options))
+        vram_bytes, ram_bytes = _vram_bytes(options, profile), _ram_bytes(options, profile)
+        rest_bytes = max(0, vram_bytes - taken.vram_bytes)
+        rest = {"vram": rest_bytes, "ram": max(0, ram_bytes - taken.ram_bytes)}
+        try:
+            return planned({**options, **rest})
+        except DoesNotFitError as error:
+            raise _refused(error, model, taken, vram_bytes, ram_bytes) from None
 
-def plan_beside(
-    model: nn.Module,
-    planned: Callable[[dict[str, Any]], Plan],
-    options: Mapping[str, Any],
-    more: Iterable[nn.Module] = (),
-) -> Plan:
-    """Return the plan that is ``planned`` within what others leave of the budgets among ``options``.
+    def trained_beside(self, model: nn.Module) -> list[nn.Module]:
+        """Return the other models that a script has loaded, trains in part, and has not called to be trained yet."""
+        own = {id(module) for module in model.modules()}
+        return [
+            other
+            for other in self._in_order()
+            if waits_itself(other)
+            and is_trained_in_part(other)
+            and not any(id(module) in own for module in other.modules())
+        ]
 
-    A model under a plan takes what that predicts. One that is only read (a reference, a teacher, a reward) takes vram where
-    it lies on the compute device or was asked to, and RAM else, as much as there is: beyond that the kernel reads a mapped
-    one from its files again. One that waits to be trained takes nothing yet. ``more``: models that ``from_pretrained``
-    may not have given. Raises DoesNotFitError, which names the others.
-    """
-    profile = _profile(options.get("hardware", "auto"))
-    taken = _taken(model, profile.device, more, only_to_come=options.get("vram", "auto") == "auto")
-    if not taken.names:
-        return planned(dict(options))
-    vram_bytes, ram_bytes = _vram_bytes(options, profile), _ram_bytes(options, profile)
-    rest_bytes = max(0, vram_bytes - taken.vram_bytes)
-    rest = {"vram": rest_bytes, "ram": max(0, ram_bytes - taken.ram_bytes)}
-    try:
-        return planned({**options, **rest})
-    except DoesNotFitError as error:
-        raise _refused(error, model, taken, vram_bytes, ram_bytes) from None
+    def share_of_ram(self, model: nn.Module, others: Sequence[nn.Module], options: Mapping[str, Any]) -> dict[str, Any]:
+        """Return options with a model's share of the RAM, where others wait to be trained beside it."""
+        if not others:
+            return dict(options)
+        ram_bytes = _ram_bytes(options, _profile(options.get("hardware", "auto")))
+        own = frozen_bytes(model)
+        return {**options, "ram": ram_bytes * own // max(1, own + sum(map(frozen_bytes, others)))}
+
+    def make_room(self, model: nn.Module, error: DoesNotFitError, options: Mapping[str, Any]) -> bool:
+        """Have the models that are under a plan take less, for one that did not fit beside them; return whether they do.
+
+        Each keeps its share of the budgets by its weights, or what it needs at least. Only where none of them is at work: no
+        forward may have been before it whose backward comes after.
+        """
+        if error.least_vram_bytes is None:
+            return False
+        vram_bytes = _vram_bytes(options, _profile(options.get("hardware", "auto")))
+        short = error.least_vram_bytes - vram_bytes
+        own = frozen_bytes(model)
+        smaller = False
+        for handle in list(self.placed):
+            if short <= 0 or handle.change is None:
+                continue
+            case, peaks = case_of_plan(handle.plan), handle.plan.prediction.peaks
+            its = sum(block.size_bytes for block in handle.plan.table.blocks)
+            share = its / max(1, its + own)
+            budgets = structs.replace(case.budgets, ram_bytes=int(case.budgets.ram_bytes * share))
+            case = replace(case, budgets=budgets)
+            least = case.least_vram_bytes()
+            if least is None or least >= peaks.vram_bytes:
+                continue
+            taken = max(least, min(peaks.vram_bytes - short, int(vram_bytes * share)))
+            plan = case.place(pieces=False, vram_bytes=taken)
+            handle.change(plan)
+            handle.plan = plan
+            short -= peaks.vram_bytes - plan.prediction.peaks.vram_bytes
+            smaller = True
+        return smaller
+
+    def _taken(self, model: nn.Module, device: str, more: Iterable[nn.Module], *, only_to_come: bool) -> Taken:
+        """``only_to_come``: of the compute device, what is not there yet; what is there is not among the free bytes."""
+        seen = {id(tensor) for tensor in _tensors(model)}
+        vram = ram = 0
+        names: list[str] = []
+        for handle in list(self.placed):
+            tensors = {id(tensor) for tensor in _tensors(handle.model)}
+            if not handle.is_attached or tensors & seen:
+                continue
+            seen |= tensors
+            peaks = handle.plan.prediction.peaks
+            there = (
+                sum(arena.size_bytes for arena in handle.plan.arenas if arena.tier == "device") if only_to_come else 0
+            )
+            vram += max(0, peaks.vram_bytes - there)
+            ram += peaks.ram_bytes
+            names.append(name_of(handle.model))
+        for other in self.trained_beside(model):
+            seen |= {id(tensor) for tensor in _tensors(other)}
+        for other in (*more, *self._in_order()):
+            asked = asked_device(other)
+            before = vram + ram
+            for tensor in _tensors(other):
+                if id(tensor) in seen:
+                    continue
+                seen.add(id(tensor))
+                if device != "cpu" and tensor.device.type == device:
+                    vram += 0 if only_to_come else _size(tensor)
+                elif device != "cpu" and asked is not None and asked.type == device:
+                    vram += _size(tensor)
+                elif tensor.device.type == "cpu":
+                    ram += _size(tensor)
+            if vram + ram > before:
+                names.append(name_of(other))
+        return Taken(vram_bytes=vram, ram_bytes=ram, names=tuple(names))
+
+    def _in_order(self) -> list[nn.Module]:
+        return sorted(self.loaded, key=id)
 
 
 def name_of(model: nn.Module) -> str:
@@ -80,30 +165,9 @@ def name_of(model: nn.Module) -> str:
     return f"{type(inner).__name__} of {came_from}" if came_from else type(inner).__name__
 
 
-def trained_beside(model: nn.Module) -> list[nn.Module]:
-    """Return the other models that a script has loaded, trains in part, and has not called to be trained yet."""
-    own = {id(module) for module in model.modules()}
-    return [
-        other
-        for other in _loaded()
-        if waits_itself(other)
-        and is_trained_in_part(other)
-        and not any(id(module) in own for module in other.modules())
-    ]
-
-
 def frozen_bytes(model: nn.Module) -> int:
     """Return the bytes of a model's frozen weights."""
     return sum(_size(parameter) for parameter in model.parameters() if not parameter.requires_grad)
-
-
-def share_of_ram(model: nn.Module, others: Sequence[nn.Module], options: Mapping[str, Any]) -> dict[str, Any]:
-    """Return options with a model's share of the RAM, where others wait to be trained beside it."""
-    if not others:
-        return dict(options)
-    ram_bytes = _ram_bytes(options, _profile(options.get("hardware", "auto")))
-    own = frozen_bytes(model)
-    return {**options, "ram": ram_bytes * own // max(1, own + sum(map(frozen_bytes, others)))}
 
 
 def plan_of_least(plan: Plan) -> Plan:
@@ -112,86 +176,21 @@ def plan_of_least(plan: Plan) -> Plan:
     return plan if least is None else api.smaller(plan, least)
 
 
-def make_room(model: nn.Module, error: DoesNotFitError, options: Mapping[str, Any]) -> bool:
-    """Have the models that are under a plan take less, for one that did not fit beside them; return whether they do.
-
-    Each keeps its share of the budgets by its weights, or what it needs at least. Only where none of them is at work: no
-    forward may have been before it whose backward comes after.
-    """
-    if error.least_vram_bytes is None:
-        return False
-    vram_bytes = _vram_bytes(options, _profile(options.get("hardware", "auto")))
-    short = error.least_vram_bytes - vram_bytes
-    own = frozen_bytes(model)
-    smaller = False
-    for handle in list(_PLACED):
-        if short <= 0 or handle.change is None:
-            continue
-        case, peaks = case_of_plan(handle.plan), handle.plan.prediction.peaks
-        its = sum(block.size_bytes for block in handle.plan.table.blocks)
-        share = its / max(1, its + own)
-        budgets = structs.replace(case.budgets, ram_bytes=int(case.budgets.ram_bytes * share))
-        case = replace(case, budgets=budgets)
-        least = case.least_vram_bytes()
-        if least is None or least >= peaks.vram_bytes:
-            continue
-        taken = max(least, min(peaks.vram_bytes - short, int(vram_bytes * share)))
-        plan = case.place(pieces=False, vram_bytes=taken)
-        handle.change(plan)
-        handle.plan = plan
-        short -= peaks.vram_bytes - plan.prediction.peaks.vram_bytes
-        smaller = True
-    return smaller
-
-
-def _vram_bytes(options: Mapping[str, Any], profile: profiles.HardwareProfile) -> int:
-    given = options.get("vram", "auto")
-    return profiles.auto_vram_bytes(profile) if given == "auto" else parse_size(given, "vram")
-
-
-def _ram_bytes(options: Mapping[str, Any], profile: profiles.HardwareProfile) -> int:
-    given = options.get("ram")
-    return profiles.auto_ram_bytes(profile) if given in (None, "auto") else parse_size(given, "ram")
-
-
-def _loaded() -> list[nn.Module]:
-    return sorted(_LOADED, key=id)
-
-
-def _taken(model: nn.Module, device: str, more: Iterable[nn.Module], *, only_to_come: bool) -> Taken:
-    """``only_to_come``: of the compute device, what is not there yet; what is there is not among the free bytes."""
-    seen = {id(tensor) for tensor in _tensors(model)}
-    vram = ram = 0
-    names: list[str] = []
-    for handle in list(_PLACED):
-        tensors = {id(tensor) for tensor in _tensors(handle.model)}
-        if not handle.is_attached or tensors & seen:
-            continue
-        seen |= tensors
-        peaks = handle.plan.prediction.peaks
-        there = sum(arena.size_bytes for arena in handle.plan.arenas if arena.tier == "device") if only_to_come else 0
-        vram += max(0, peaks.vram_bytes - there)
-        ram += peaks.ram_bytes
-        names.append(name_of(handle.model))
-    waiting = {id(other) for other in trained_beside(model)}
-    for other in (*more, *_loaded()):
-        if id(other) in waiting:
-            continue
-        asked = asked_device(other)
-        before = vram + ram
-        for tensor in _tensors(other):
-            if id(tensor) in seen:
-                continue
-            seen.add(id(tensor))
-            if device != "cpu" and tensor.device.type == device:
-                vram += 0 if only_to_come else _size(tensor)
-            elif device != "cpu" and asked is not None and asked.type == device:
-                vram += _size(tensor)
-            elif tensor.device.type == "cpu":
-                ram += _size(tensor)
-        if vram + ram > before:
-            names.append(name_of(other))
-    return Taken(vram_bytes=vram, ram_bytes=ram, names=tuple(names))
+def together(first: DoesNotFitError, one: nn.Module, second: DoesNotFitError, other: nn.Module) -> DoesNotFitError:
+    """Return the error of two models neither of which has a plan."""
+    least = None
+    tips = second.suggestions
+    if first.least_vram_bytes is not None and second.least_vram_bytes is not None:
+        least = first.least_vram_bytes + second.least_vram_bytes
+        rest = [tip for tip in tips if not tip.startswith("give at least") or " of vram" not in tip]
+        tips = (f"give at least {format_bytes(least)} of vram ({least} bytes) for both", *rest)
+    needed = "the least that works is not known" if least is None else f"the least that works is {format_bytes(least)}"
+    return DoesNotFitError(
+        f"{name_of(one)} and {name_of(other)} were to be trained together, but {needed}",
+        least_vram_bytes=least,
+        limited_by=f"{first.limited_by}, of the first; {second.limited_by}, of the second",
+        suggestions=tips,
+    )
 
 
 def _refused(
@@ -219,21 +218,14 @@ def _refused(
     )
 
 
-def together(first: DoesNotFitError, one: nn.Module, second: DoesNotFitError, other: nn.Module) -> DoesNotFitError:
-    """Return the error of two models neither of which has a plan."""
-    least = None
-    tips = second.suggestions
-    if first.least_vram_bytes is not None and second.least_vram_bytes is not None:
-        least = first.least_vram_bytes + second.least_vram_bytes
-        rest = [tip for tip in tips if not tip.startswith("give at least") or " of vram" not in tip]
-        tips = (f"give at least {format_bytes(least)} of vram ({least} bytes) for both", *rest)
-    needed = "the least that works is not known" if least is None else f"the least that works is {format_bytes(least)}"
-    return DoesNotFitError(
-        f"{name_of(one)} and {name_of(other)} were to be trained together, but {needed}",
-        least_vram_bytes=least,
-        limited_by=f"{first.limited_by}, of the first; {second.limited_by}, of the second",
-        suggestions=tips,
-    )
+def _vram_bytes(options: Mapping[str, Any], profile: profiles.HardwareProfile) -> int:
+    given = options.get("vram", "auto")
+    return profiles.auto_vram_bytes(profile) if given == "auto" else parse_size(given, "vram")
+
+
+def _ram_bytes(options: Mapping[str, Any], profile: profiles.HardwareProfile) -> int:
+    given = options.get("ram")
+    return profiles.auto_ram_bytes(profile) if given in (None, "auto") else parse_size(given, "ram")
 
 
 def _profile(hardware: Any) -> profiles.HardwareProfile:

@@ -15,7 +15,6 @@ from torch import nn
 from memplan.checkpoint import has_checkpoint
 from memplan.errors import CheckpointError, InputError, ModelError
 from memplan.trainers import diffusers
-from memplan.trainers.beside import loaded
 from memplan.trainers.launch import say
 from memplan.trainers.mapped import map_weights
 from memplan.trainers.transformers import not_served, skeleton_of
@@ -32,8 +31,10 @@ Then = Callable[[nn.Module, Mapping[str, Any]], None]
 """Told of a model, and of the keywords that it was loaded with."""
 
 
-def map_loaded(kind: Any, mapped: Mapped, then: Then) -> None:
-    """Have ``from_pretrained`` of a class try ``mapped`` first, and ``then`` be told of the model."""
+def map_loaded(kind: Any, mapped: Mapped, loaded: Callable[[nn.Module], None], then: Then) -> None:
+    """Have ``from_pretrained`` of a class try ``mapped`` first, ``loaded`` be told of what it gives, and ``then`` of what is
+    mapped.
+    """
     original = kind.__dict__["from_pretrained"]
 
     @functools.wraps(original.__func__)

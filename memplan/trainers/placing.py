@@ -16,7 +16,7 @@ from torch import nn
 from memplan.errors import DoesNotFitError, InputError
 from memplan.program.schema import Plan
 from memplan.run.handle import handle_of
-from memplan.trainers.beside import loaded, make_room
+from memplan.trainers.beside import Scope
 from memplan.trainers.launch import say
 from memplan.trainers.mapped import is_mapped
 from memplan.trainers.mapping import (
@@ -27,7 +27,7 @@ from memplan.trainers.mapping import (
     mapped_from,
     why_not_mapped,
 )
-from memplan.trainers.transformers import CallUnknownError, wrap
+from memplan.trainers.transformers import CallUnknownError, wrap_within
 from memplan.trainers.waiting import arrived, ask, forget, move, tell_device, wait, waits, waits_itself
 
 if TYPE_CHECKING:
@@ -78,7 +78,7 @@ class _Inside:
 
     def __init__(self, options: dict[str, Any]) -> None:
         self._options = options
-        self._models: WeakSet[nn.Module] = WeakSet()
+        self._scope = Scope()
         self._building: dict[int, int] = {}
         """By trainer's id, how many of its classes' constructors are at work."""
         self._for_trainers: WeakSet[nn.Module] = WeakSet()
@@ -108,7 +108,7 @@ class _Inside:
 
     def leave(self, end: Callable[[nn.Module], None]) -> None:
         """Have what still waits be as any model, ``end`` having been done to it."""
-        for model in list(self._models):
+        for model in list(self._scope.loaded):
             if waits_itself(model) and model not in self._for_trainers:
                 forget(model)
                 end(model)
@@ -122,13 +122,13 @@ class _Inside:
             if folder is None:
                 model = original.__get__(None, cls)(name, *args, **kwargs)
                 if isinstance(model, nn.Module):
-                    loaded(model)
+                    self._scope.loaded.add(model)
                 return model
             model = _mapped(cls, name, folder, args, kwargs)
             device = device_asked(kwargs)
             if device is not None:
                 ask(model, device)
-            loaded(model)
+            self._scope.loaded.add(model)
             self._wait(model)
             return model
 
@@ -136,7 +136,7 @@ class _Inside:
 
     def _wait(self, model: nn.Module) -> None:
         """Have the frozen weights of what may be placed stay mapped, and a call to be trained find it whole."""
-        self._models.add(model)
+        self._scope.loaded.add(model)
         wait(model, lambda model, args, kwargs: move(model))
 
     def _adapted(self, original: Callable[..., None]) -> Callable[..., None]:
@@ -197,12 +197,12 @@ class _Inside:
 
     def _wrap(self, trainer: Trainer, model: nn.Module) -> None:
         try:
-            wrap(trainer, **self._options)
+            wrap_within(self._scope, trainer, **self._options)
         except DoesNotFitError as error:
             # What earlier trainers hold more than they need: none of them trains while this one is built.
-            if self._options["plan"] is not None or not make_room(model, error, self._options):
+            if self._options["plan"] is not None or not self._scope.make_room(model, error, self._options):
                 raise
-            wrap(trainer, **self._options)
+            wrap_within(self._scope, trainer, **self._options)
 
     def _wait_for_call(self, trainer: Trainer, model: nn.Module) -> None:
         """Have a model planned for and placed as its trainer first calls it to be trained."""
@@ -213,7 +213,7 @@ class _Inside:
                     f"{type(trainer).__name__} calls its model with positional arguments, and memplan.placing plans for "
                     "keywords: give placing the largest call with batch="
                 )
-            wrap(trainer, **{**self._options, "batch": kwargs})
+            wrap_within(self._scope, trainer, **{**self._options, "batch": kwargs})
 
         self._for_trainers.add(model)
         wait(model, place)

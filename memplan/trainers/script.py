@@ -24,7 +24,7 @@ from memplan.errors import DoesNotFitError, MemplanError
 from memplan.program.schema import Plan
 from memplan.run.handle import Handle, handle_of
 from memplan.show.lines import startup_lines
-from memplan.trainers.beside import plan_beside, plan_of_least, share_of_ram, together, trained_beside
+from memplan.trainers.beside import Scope, plan_of_least, together
 from memplan.trainers.launch import saw_model, saw_training, say, settings
 from memplan.trainers.mapped import folder_of, is_mapped
 from memplan.trainers.mapping import device_asked, map_loaded, of_diffusers, of_transformers
@@ -36,7 +36,7 @@ from memplan.trainers.transformers import (
     loss_of,
     plan_for,
     put_under,
-    wrap,
+    wrap_within,
 )
 from memplan.trainers.waiting import ask, move, not_waiting, tell_device, wait, waits
 
@@ -45,6 +45,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, Trainer
 
 _ENTRIES = ("train", "evaluate", "predict")
+_SCOPE = Scope()
+"""All models of this process share the budgets."""
 _HANDLES: list[Handle] = []
 """Those of models that were placed for a loop of the script's own, to tell of them at the end."""
 _FINISHED: WeakSet[Trainer] = WeakSet()
@@ -54,13 +56,13 @@ _FINISHED: WeakSet[Trainer] = WeakSet()
 def serve_models(kind: type[PreTrainedModel]) -> None:
     """Have transformers' ``from_pretrained`` map the weights that it can."""
     tell_device(kind)
-    map_loaded(kind, of_transformers, _loaded)
+    map_loaded(kind, of_transformers, _SCOPE.loaded.add, _mapped)
 
 
 def serve_diffusers(kind: Any) -> None:
     """Have diffusers' ``from_pretrained`` map the weights that it can."""
     tell_device(kind)
-    map_loaded(kind, of_diffusers, _loaded)
+    map_loaded(kind, of_diffusers, _SCOPE.loaded.add, _mapped)
 
 
 def serve_adapters(kind: type[PeftModel]) -> None:
@@ -83,10 +85,11 @@ def serve_trainer(kind: type[Trainer]) -> None:
 
 def serve_model(model: nn.Module) -> None:
     """Have a model placed when it is first called to be trained, where that has not happened by then."""
+    _SCOPE.loaded.add(model)
     wait(model, _place_for_loop)
 
 
-def _loaded(model: nn.Module, kwargs: Mapping[str, Any]) -> None:
+def _mapped(model: nn.Module, kwargs: Mapping[str, Any]) -> None:
     saw_model()
     device = device_asked(kwargs)
     if device is not None:
@@ -112,7 +115,7 @@ def _place_for_loop(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, A
         from accelerate.state import GradientState
 
         accumulation = int(GradientState().num_steps) if GradientState._shared_state else 1
-        others = trained_beside(model)
+        others = _SCOPE.trained_beside(model)
         unplaced = _UNPLACED.take(model)
 
         def planned(within: dict[str, Any]) -> Plan:
@@ -130,11 +133,11 @@ def _place_for_loop(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, A
             options = settings().planning()
             if unplaced is not None:
                 options["vram"] = 0  # to know what both need
-            plan = plan_beside(model, planned, share_of_ram(model, others, options))
+            plan = _SCOPE.plan(model, planned, _SCOPE.share_of_ram(model, others, options))
             return plan_of_least(plan) if others else plan
 
         def attach(plan: Plan) -> Handle:
-            handle = put_under(model, plan)
+            handle = put_under(model, plan, _SCOPE)
             if not _HANDLES:
                 atexit.register(_report_all)
             _HANDLES.append(handle)
@@ -221,12 +224,11 @@ def _place(trainer: Trainer) -> None:
     with not_waiting(model):
         if why is None:
             asked = settings()
-
-            def attach(plan: Plan) -> Handle:
-                handle: Handle = wrap(trainer, plan=plan, log=asked.log, lines=asked.lines).__dict__["memplan"]
-                return handle
-
-            why = _served(model, lambda: plan_for(trainer, **asked.planning()), attach)
+            why = _served(
+                model,
+                lambda: plan_for(trainer, _SCOPE, **asked.planning()),
+                lambda plan: wrap_within(_SCOPE, trainer, plan=plan, log=asked.log, lines=asked.lines),
+            )
     if why is not None:
         move(model)
         _say_aside(why)

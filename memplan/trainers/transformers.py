@@ -23,7 +23,7 @@ from memplan.run.arena import dtype_of
 from memplan.run.attach import attach
 from memplan.run.handle import Handle
 from memplan.skeleton import keep_in_float32
-from memplan.trainers.beside import placed, plan_beside
+from memplan.trainers.beside import Scope
 from memplan.trainers.loading import at_detach, checkpoint_of
 from memplan.trainers.longest import longest_batch
 from memplan.trainers.mapped import folder_of, give_way, is_mapped
@@ -77,6 +77,35 @@ def wrap(
     Other models that the trainer holds (a reference, a teacher, a reward) take their part of the budgets
     (:mod:`memplan.trainers.beside`). Raises what ``plan`` and ``attach`` raise; trainer and model then are as they were.
     """
+    wrap_within(
+        Scope(),
+        trainer,
+        vram=vram,
+        ram=ram,
+        disk=disk,
+        hardware=hardware,
+        plan=plan,
+        batch=batch,
+        pins=pins,
+        checked=checked,
+        log=log,
+        lines=lines,
+    )
+    return trainer
+
+
+def wrap_within(
+    scope: Scope,
+    trainer: Trainer,
+    *,
+    plan: Plan | None = None,
+    batch: Mapping[str, torch.Tensor] | None = None,
+    checked: bool = False,
+    log: bool = False,
+    lines: bool = False,
+    **options: Any,
+) -> Handle:
+    """As :func:`wrap`, with budgets that a scope's models share; return the handle."""
     if not isinstance(trainer.model, nn.Module) or getattr(trainer, "model_init", None) is not None:
         raise InputError("wrap needs a trainer with a model: build it with model=, not model_init=")
     model: Any = trainer.model
@@ -90,8 +119,8 @@ def wrap(
         if args.gradient_checkpointing:
             undo.callback(_checkpoint_activations(model, args.gradient_checkpointing_kwargs))
         if plan is None:
-            plan = _plan(trainer, batch, vram=vram, ram=ram, disk=disk, hardware=hardware, pins=pins)
-        handle = put_under(model, plan, checked=checked)
+            plan = _plan(trainer, scope, batch, **options)
+        handle = put_under(model, plan, scope, checked=checked)
         undo.pop_all()
     trainer.__dict__["memplan"] = handle
     if log or lines:
@@ -101,7 +130,7 @@ def wrap(
         trainer.callback_handler.callbacks.insert(0, Telling(handle, log=log, lines=lines))
     if not args.auto_find_batch_size:  # the trainer itself then takes a smaller batch
         trainer.__dict__["training_step"] = _done_over(trainer, handle)
-    return trainer
+    return handle
 
 
 def compiles(trainer: Trainer) -> bool:
@@ -111,15 +140,15 @@ def compiles(trainer: Trainer) -> bool:
     return bool(trainer.args.torch_compile) or trainer.accelerator.state.dynamo_plugin.backend != DynamoBackend.NO
 
 
-def plan_for(trainer: Trainer, **options: Any) -> Plan:
+def plan_for(trainer: Trainer, scope: Scope | None = None, **options: Any) -> Plan:
     """Return the plan that :func:`wrap` would make, and change nothing. ``options``: as for :func:`memplan.plan`."""
     with contextlib.ExitStack() as undo:
         if trainer.args.gradient_checkpointing:
             undo.callback(_checkpoint_activations(trainer.model, trainer.args.gradient_checkpointing_kwargs))
-        return _plan(trainer, None, **options)
+        return _plan(trainer, scope or Scope(), None, **options)
 
 
-def _plan(trainer: Trainer, batch: Mapping[str, torch.Tensor] | None, **options: Any) -> Plan:
+def _plan(trainer: Trainer, scope: Scope, batch: Mapping[str, torch.Tensor] | None, **options: Any) -> Plan:
     """Return a plan of what the trainer will do."""
     args = trainer.args
     optimizer = str(getattr(args.optim, "value", args.optim))
@@ -142,7 +171,7 @@ def _plan(trainer: Trainer, batch: Mapping[str, torch.Tensor] | None, **options:
         )
 
     with _autocast_as_in_training(model, trainer.accelerator):
-        return plan_beside(model, planned, options, models_beside(trainer))
+        return scope.plan(model, planned, options, models_beside(trainer))
 
 
 def models_beside(trainer: Trainer) -> list[nn.Module]:
@@ -154,7 +183,7 @@ def models_beside(trainer: Trainer) -> list[nn.Module]:
     return found
 
 
-def put_under(model: nn.Module, plan: Plan, *, checked: bool = False) -> Handle:
+def put_under(model: nn.Module, plan: Plan, scope: Scope, *, checked: bool = False) -> Handle:
     """Attach a plan to a model, mapped or not, and return the handle; what is mapped is mapped again once it is detached.
 
     Raises what ``attach`` raises; the model then is as it was.
@@ -169,7 +198,7 @@ def put_under(model: nn.Module, plan: Plan, *, checked: bool = False) -> Handle:
     if give_back is not None:
         at_detach(handle, give_back)
     arrived(model)
-    placed(handle)
+    scope.placed.add(handle)
     return handle
 
 

@@ -19,6 +19,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from memplan.compiled import untraced_deep
 from memplan.run.guard import without
+from memplan.run.handle import handle_of
 from memplan.trainers.loading import origin_of
 
 Place = Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]
@@ -55,7 +56,9 @@ def forget(model: nn.Module) -> None:
     """Have it wait no more; a move that was put off is still known (:func:`asked_device`)."""
     for module in model.modules():
         if module.__dict__.pop(_PLACE, None) is not None:
-            del module.__dict__[_CALL], module.__dict__["_apply"]
+            del module.__dict__[_CALL]
+            if getattr(module.__dict__.get("_apply"), "__func__", None) is _apply:  # else a plan's guard stands there
+                del module.__dict__["_apply"]
 
 
 @contextlib.contextmanager
@@ -129,6 +132,10 @@ def _watched_call(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any
     from accelerate.utils import send_to_device
 
     if isinstance(next(model.parameters()), FakeTensor):  # the script plans for itself
+        return nn.Module._call_impl(model, *args, **kwargs)
+    if handle_of(model) is not None:  # the script has placed it itself
+        forget(model)
+        arrived(model)
         return nn.Module._call_impl(model, *args, **kwargs)
     device = asked_device(model)
     if model.training and torch.is_grad_enabled():
