@@ -32,6 +32,10 @@ def give_back(handle: Handle, why: str) -> None:
     if not handle.is_attached:
         return
     model = handle.detach()
+    for module in model.modules():  # what stands for methods that no guard took away again
+        for name in ("_apply", "__deepcopy__", "__reduce_ex__", *_CALLS):
+            if getattr(module.__dict__.get(name), "__module__", None) == __name__:
+                del module.__dict__[name]
     if is_mapped(model):
         model.to("cpu")
     say(f"{why}: from here on the model is whole")
@@ -70,7 +74,6 @@ def _applying(handle: Handle, module: nn.Module) -> Callable[..., nn.Module]:
 def _copying(handle: Handle, module: nn.Module) -> Callable[..., Any]:
     def deepcopy(memo: dict[int, Any]) -> Any:
         give_back(handle, "the model is copied")
-        module.__dict__.pop("__deepcopy__", None)
         return copy.deepcopy(module, memo)
 
     return deepcopy
@@ -79,7 +82,6 @@ def _copying(handle: Handle, module: nn.Module) -> Callable[..., Any]:
 def _pickling(handle: Handle, module: nn.Module) -> Callable[..., Any]:
     def reduce_ex(protocol: int) -> Any:
         give_back(handle, "the model is pickled")
-        module.__dict__.pop("__reduce_ex__", None)
         return module.__reduce_ex__(protocol)
 
     return reduce_ex
@@ -88,7 +90,6 @@ def _pickling(handle: Handle, module: nn.Module) -> Callable[..., Any]:
 def _calling(handle: Handle, module: nn.Module, name: str, done: str) -> Callable[..., Any]:
     def call(*args: Any, **kwargs: Any) -> Any:
         give_back(handle, "the model is compiled" if name == "compile" else f"the adapter is {done}")
-        module.__dict__.pop(name, None)
         return getattr(module, name)(*args, **kwargs)
 
     return call

@@ -18,7 +18,7 @@ from transformers import LlamaForCausalLM
 
 from memplan.trainers.launch import STARTUP, VARIABLE
 from memplan.trainers.script import _why_not
-from tests.trainers.conftest import least_vram
+from tests.trainers.conftest import exact, least_vram
 from tests.trainers.forked import ROOT, clean
 
 NO_TRAINING = "memplan: no training was seen: no model that memplan serves was called in training mode with gradients"
@@ -38,11 +38,6 @@ def command(checkpoint, out, hardware, vram, mode="lora", *options, path=""):
 
 def adapter(out):
     return (out / "adapter_model.safetensors").read_bytes()
-
-
-def exact(done):
-    """What a script printed that does not change from run to run."""
-    return [line for line in done.stdout.splitlines() if line.startswith(("loss", "eval", "made", "sum"))]
 
 
 MODES = ["merged"]
