@@ -28,7 +28,17 @@ from memplan.trainers.mapping import (
     why_not_mapped,
 )
 from memplan.trainers.transformers import CallUnknownError, wrap_within
-from memplan.trainers.waiting import arrived, ask, forget, move, tell_device, wait, waits, waits_itself
+from memplan.trainers.waiting import (
+    arrived,
+    ask,
+    forget,
+    is_trained_in_part,
+    move,
+    tell_device,
+    wait,
+    waits,
+    waits_itself,
+)
 
 if TYPE_CHECKING:
     from transformers import Trainer
@@ -174,7 +184,11 @@ class _Inside:
 
     def _place(self, trainer: Trainer) -> None:
         model = trainer.model
-        if not isinstance(model, nn.Module) or not is_mapped(model):
+        if not isinstance(model, nn.Module):
+            return
+        if not is_mapped(model) and not waits(model):  # a copy waits as what it was copied from
+            if is_trained_in_part(model) and handle_of(model) is None:
+                say(f"the model of {type(trainer).__name__} was not loaded inside placing: it stays whole")
             return
         handle = handle_of(model)
         if handle is not None:  # of a trainer before

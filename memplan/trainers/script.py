@@ -13,7 +13,7 @@ import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
-from weakref import WeakSet
+from weakref import ReferenceType, WeakKeyDictionary, ref
 
 import torch
 from torch import nn
@@ -34,6 +34,7 @@ from memplan.trainers.transformers import (
     is_of_library,
     loss_may_be_asked,
     loss_of,
+    models_beside,
     plan_for,
     put_under,
     wrap_within,
@@ -49,8 +50,10 @@ _SCOPE = Scope()
 """All models of this process share the budgets."""
 _HANDLES: list[Handle] = []
 """Those of models that were placed for a loop of the script's own, to tell of them at the end."""
-_FINISHED: WeakSet[Trainer] = WeakSet()
-"""Those whose training is over."""
+_TRAINING: list[Trainer] = []
+"""Those at work: what they do not hold is not trained beside their model."""
+_FINISHED: WeakKeyDictionary[nn.Module, ReferenceType[Trainer]] = WeakKeyDictionary()
+"""Models whose training is over, and who trained them."""
 
 
 def serve_models(kind: type[PreTrainedModel]) -> None:
@@ -115,7 +118,9 @@ def _place_for_loop(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, A
         from accelerate.state import GradientState
 
         accumulation = int(GradientState().num_steps) if GradientState._shared_state else 1
-        others = _SCOPE.trained_beside(model)
+        others = [
+            other for other in _SCOPE.trained_beside(model) if not _TRAINING or other in models_beside(_TRAINING[-1])
+        ]
         unplaced = _UNPLACED.take(model)
 
         def planned(within: dict[str, Any]) -> Plan:
@@ -202,13 +207,19 @@ def _placed_first(original: Callable[..., Any]) -> Callable[..., Any]:
             except BaseException:
                 del trainer.__dict__["_memplan_seen"]
                 raise
-        _FINISHED.discard(trainer)
+        model = trainer.model
+        if isinstance(model, nn.Module):
+            _FINISHED.pop(model, None)
+        _TRAINING.append(trainer)
         try:
             return original(trainer, *args, **kwargs)
         finally:
-            if original.__name__ == "train" and "memplan" in trainer.__dict__:
-                _FINISHED.add(trainer)
-                _report(trainer.__dict__["memplan"])
+            _TRAINING.remove(trainer)
+            if original.__name__ == "train":
+                if isinstance(model, nn.Module):
+                    _FINISHED[model] = ref(trainer)
+                if "memplan" in trainer.__dict__:
+                    _report(trainer.__dict__["memplan"])
 
     return entry
 
@@ -310,12 +321,14 @@ def _with_room(planned: Callable[[], Plan]) -> Plan:
     try:
         return planned()
     except DoesNotFitError:
-        finished = [trainer for trainer in _FINISHED if trainer.__dict__["memplan"].is_attached]
+        finished = [(handle, by()) for model, by in _FINISHED.items() if (handle := handle_of(model)) is not None]
         if not finished:
             raise
-    for trainer in finished:
-        give_back(trainer.__dict__["memplan"], "another model is trained, and this one no more")
-        trainer.__dict__.pop("_memplan_seen", None)  # placed anew should it be used again
+    for handle, trainer in finished:
+        give_back(handle, "another model is trained, and this one no more")
+        serve_model(handle.model)  # placed anew should it be used again
+        if trainer is not None:
+            trainer.__dict__.pop("_memplan_seen", None)
     return planned()
 
 
