@@ -62,9 +62,10 @@ class Scope:
         rest_bytes = max(0, vram_bytes - taken.vram_bytes)
         rest = {"vram": rest_bytes, "ram": max(0, ram_bytes - taken.ram_bytes)}
         try:
-            return planned({**options, **rest})
+            plan = planned({**options, **rest})
         except DoesNotFitError as error:
             raise _refused(error, model, taken, vram_bytes, ram_bytes) from None
+        return structs.replace(plan, notes=(*plan.notes, f"{_takes(taken)}; the budgets here are what is left."))
 
     def trained_beside(self, model: nn.Module) -> list[nn.Module]:
         """Return the other models that a script has loaded, trains in part, and has not called to be trained yet."""
@@ -216,6 +217,13 @@ def _refused(
         limited_by=f"{error.limited_by}; {beside}",
         suggestions=tuple(tips),
     )
+
+
+def _takes(taken: Taken) -> str:
+    """Return what others take, in words."""
+    take = "takes" if len(taken.names) == 1 else "take"
+    sizes = f"{format_bytes(taken.vram_bytes)} of vram and {format_bytes(taken.ram_bytes)} of ram"
+    return f"{' and '.join(taken.names)} beside this model {take} {sizes}"
 
 
 def _vram_bytes(options: Mapping[str, Any], profile: profiles.HardwareProfile) -> int:

@@ -34,9 +34,15 @@ def bytes_of(model):
 
 
 def given(scope, model, more=(), **options):
-    """What a plan within the scope is made with."""
+    """What a plan within the scope would be made with."""
     seen = []
-    scope.plan(model, seen.append, {"vram": "8MiB", "ram": "8MiB", **options}, more)
+
+    def planned(within):
+        seen.append(within)
+        raise DoesNotFitError("it", least_vram_bytes=None, limited_by="nothing", suggestions=())
+
+    with pytest.raises(DoesNotFitError):
+        scope.plan(model, planned, {"vram": "8MiB", "ram": "8MiB", **options}, more)
     return seen[0]
 
 
@@ -90,6 +96,7 @@ def test_what_is_under_a_plan_takes_what_that_predicts(model, checkpoint):
     for named in (name_of(model), name_of(other), "1.5 MiB of vram", f"({refused.value.least_vram_bytes} bytes)"):
         assert named in str(refused.value)
     plan = scope.plan(model, planned, {**options, "vram": refused.value.least_vram_bytes})
+    assert f"{name_of(other)} beside this model takes" in plan.notes[-1]
     assert plan.prediction.peaks.vram_bytes + peaks.vram_bytes <= refused.value.least_vram_bytes
     scope.loaded.add(other)
     assert given(scope, model, hardware=CPU) == expected

@@ -11,7 +11,7 @@ import weakref
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, LoraModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModelForCausalLM,
@@ -203,6 +203,33 @@ def test_adapters_that_begin_with_the_models_weights(more, checkpoints, tmp_path
     plan = plan_of("llama", other, adapter=adapter, dtype=torch.float32)
     with pytest.raises(ModelError, match=r"lora_magnitude_vector.* was made of weights that were not there yet"):
         loaded("llama", other, plan, adapter=adapter)
+
+
+@pytest.mark.parametrize("how", ["cast", "copied", "replaced", "added"])
+def test_nothing_is_made_of_a_placeholder(how, checkpoints, monkeypatch):
+    """Whatever has become of it, it is not taken for weights: in a frozen weight or a buffer it would be NaN unseen."""
+    folder = checkpoints("llama")
+    plan = plan_of("llama", folder, dtype=torch.bfloat16)  # cast as it loads: not mapped while the adapter is added
+    inject = LoraModel.inject_adapter
+
+    def changing(self, model, *args, **more):
+        inject(self, model, *args, **more)
+        weight = model.model.layers[1].mlp.up_proj.weight
+        if how == "cast":
+            model.to(torch.float32).to(torch.bfloat16)
+        elif how == "copied":
+            weight.data = weight.data.clone()
+        elif how == "replaced":
+            weight.data = weight.data - 1
+        else:
+            model.register_buffer("total", weight.sum())
+
+    monkeypatch.setattr(LoraModel, "inject_adapter", changing)
+    made = (
+        "total was made of weights" if how == "added" else r"was replaced, cast or copied before its weights were there"
+    )
+    with pytest.raises(ModelError, match=made):
+        loaded("llama", folder, plan)
 
 
 def test_a_saved_adapter_goes_on(checkpoints, tmp_path):
