@@ -106,14 +106,14 @@ def _map_placeholders(model: nn.Module) -> None:
     map_placeholders(model)
 
 
-def put_placeholders(model: nn.Module, folder: str | Path, device: torch.device, *, heads: bool = False) -> None:
+def put_placeholders(model: nn.Module, folder: str | Path, device: torch.device) -> None:
     """Put a placeholder in the place of each parameter on ``meta``, and read the buffers that the checkpoint holds.
 
-    ``heads`` as for :func:`put_weights`. Raises CheckpointError where the checkpoint is not the model's; the model then
+    Raises CheckpointError where the checkpoint is not the model's; the model then
     is as it was.
     """
     placeholders = Placeholders(device)
-    put_weights(model, folder, lambda reader, meta, stored: placeholders.of(tuple(meta.shape), meta.dtype), heads=heads)
+    put_weights(model, folder, lambda reader, meta, stored: placeholders.of(tuple(meta.shape), meta.dtype))
 
 
 def put_weights(

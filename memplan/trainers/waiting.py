@@ -8,6 +8,7 @@ nothing is frozen, or nothing trained, moves as ever.
 from __future__ import annotations
 
 import contextlib
+import copy
 import inspect
 import types
 from collections.abc import Callable, Iterator
@@ -36,9 +37,8 @@ def wait(model: nn.Module, place: Place) -> None:
     Within what torch.compile makes of a model it is never called. What a model within this one waited for is forgotten.
     """
     forget(model)
-    # Bound methods: a deep copy of the model has its own.
-    model.__dict__[_CALL] = types.MethodType(_first_call, model)
-    model.__dict__["_apply"] = types.MethodType(_apply, model)
+    for name, function in _STANDING.items():
+        model.__dict__[name] = types.MethodType(function, model)
     model.__dict__[_PLACE] = place
 
 
@@ -55,10 +55,11 @@ def waits_itself(model: nn.Module) -> bool:
 def forget(model: nn.Module) -> None:
     """Have it wait no more; a move that was put off is still known (:func:`asked_device`)."""
     for module in model.modules():
-        if module.__dict__.pop(_PLACE, None) is not None:
-            del module.__dict__[_CALL]
-            if getattr(module.__dict__.get("_apply"), "__func__", None) is _apply:  # else a plan's guard stands there
-                del module.__dict__["_apply"]
+        if module.__dict__.pop(_PLACE, None) is None:
+            continue
+        for name, function in _STANDING.items():
+            if getattr(module.__dict__.get(name), "__func__", None) is function:  # else a plan's guard stands there
+                del module.__dict__[name]
 
 
 @contextlib.contextmanager
@@ -224,3 +225,41 @@ def _moved(fn: Callable[[torch.Tensor], torch.Tensor], dtype: torch.dtype) -> to
     if moved.device.type == "meta":
         return moved if moved.dtype == dtype else None
     return moved if torch.equal(moved.cpu(), probe.to(moved.dtype)) else None
+
+
+@contextlib.contextmanager
+def _plain(model: nn.Module) -> Iterator[None]:
+    """Have a model's own attributes be those that it would have did it not wait."""
+    away = {name: model.__dict__.pop(name) for name in (_PLACE, *_STANDING) if name in model.__dict__}
+    try:
+        yield
+    finally:
+        model.__dict__.update(away)
+
+
+def _copied(model: nn.Module, memo: dict[int, Any]) -> nn.Module:
+    """Stand for ``__deepcopy__``: a copy waits for itself."""
+    place = model.__dict__[_PLACE]
+    with _plain(model):
+        other = copy.deepcopy(model, memo)
+    wait(other, place)
+    return other
+
+
+def _reduced(model: nn.Module, protocol: Any) -> Any:
+    """Stand for ``__reduce_ex__``: what is pickled waits for nothing."""
+    with _plain(model):
+        reduced: Any = model.__reduce_ex__(protocol)
+    make, given, state, *rest = reduced
+    if isinstance(state, dict):  # it may be the model's own
+        state = {name: held for name, held in state.items() if name not in (_PLACE, *_STANDING)}
+    return make, given, state, *rest
+
+
+_STANDING: dict[str, Callable[..., Any]] = {
+    _CALL: _first_call,
+    "_apply": _apply,
+    "__deepcopy__": _copied,
+    "__reduce_ex__": _reduced,
+}
+"""What stands for a waiting model's own methods."""

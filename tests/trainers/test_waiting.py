@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import io
 
 import pytest
 import torch
@@ -129,6 +130,18 @@ def test_a_copy_waits_for_itself(model, calls):
     other(IDS)
     assert [given[0] for given in calls] == [other]
     assert waits(model)
+
+
+def test_what_is_pickled_waits_for_nothing(model, calls):
+    waiting(model, calls)
+    held = io.BytesIO()
+    torch.save(model, held)
+    held.seek(0)
+    other = torch.load(held, weights_only=False)
+    assert waits(model)
+    assert not waits(other)
+    assert torch.equal(other(IDS).logits, model.eval()(IDS).logits)
+    assert not {"_apply", "__deepcopy__", "__reduce_ex__"} & other.__dict__.keys()
 
 
 @pytest.mark.full
