@@ -255,6 +255,35 @@ def test_data_that_does_not_say_what_the_model_is_called_with(checkpoint, tmp_pa
         trainer.train()
 
 
+class Distilled(Exact):
+    """With a teacher, which nobody places."""
+
+    def __init__(self, teacher, **more):
+        super().__init__(**more)
+        self.teacher = teacher
+
+    def compute_loss(self, model, inputs, **more):
+        with torch.no_grad():
+            wanted = self.teacher(inputs["input_ids"]).logits
+        return (model(**inputs).logits - wanted).square().mean()
+
+
+def test_a_teacher_is_whole_and_takes_its_part(checkpoint, other, tmp_path):
+    def build():
+        teacher = AutoModelForCausalLM.from_pretrained(other)
+        return Distilled(teacher, model=adapted(checkpoint), args=args_for(tmp_path), train_dataset=Rows())
+
+    whole = outcome(build())
+    with memplan.placing(vram="1500KiB", ram="4MiB", hardware=CPU):
+        trainer = build()
+    teacher = trainer.teacher
+    taken = sum(t.numel() * t.element_size() for t in (*teacher.parameters(), *teacher.buffers()))
+    assert trainer.memplan.plan.budgets.ram_bytes == (4 << 20) - taken
+    assert str(other) in trainer.memplan.plan.notes[-1]
+    assert_same(whole, outcome(trainer))
+    assert trainer.memplan.record.loads > 0
+
+
 def test_a_trainer_that_makes_its_model_anew_is_refused(checkpoint, tmp_path):
     def build():
         return Trainer(model_init=lambda: adapted(checkpoint), args=args_for(tmp_path), train_dataset=Rows())
