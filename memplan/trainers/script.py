@@ -35,6 +35,7 @@ from memplan.trainers.transformers import (
     loss_may_be_asked,
     loss_of,
     models_beside,
+    placed_by_others,
     plan_for,
     put_under,
     wrap_within,
@@ -248,12 +249,9 @@ def _place(trainer: Trainer) -> None:
 def _why_not(trainer: Trainer, model: nn.Module) -> str | None:
     if trainer.train_dataset is None:
         return "the trainer has no data to train on"
-    if trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled:
-        return "DeepSpeed or FSDP places the model"
-    if trainer.args.world_size > 1:
-        return "it serves one process, and this is one of several"
-    if trainer.args.n_gpu > 1:
-        return "the trainer copies the model to several devices: let it see one"
+    others = placed_by_others(trainer)
+    if others is not None:
+        return others
     if trainer.args.bf16_full_eval or trainer.args.fp16_full_eval:
         return "the trainer casts the model to evaluate it (bf16_full_eval, fp16_full_eval)"
     if compiles(trainer):

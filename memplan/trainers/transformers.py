@@ -110,6 +110,9 @@ def wrap_within(
         raise InputError("wrap needs a trainer with a model: build it with model=, not model_init=")
     model: Any = trainer.model
     args = trainer.args
+    others = placed_by_others(trainer)
+    if others is not None:
+        raise InputError(f"memplan was to place the model of {type(trainer).__name__}, but {others}")
     if compiles(trainer):
         raise InputError(
             "the trainer was asked to compile the model (torch_compile, or accelerate's own setting), which it would do as a "
@@ -131,6 +134,17 @@ def wrap_within(
     if not args.auto_find_batch_size:  # the trainer itself then takes a smaller batch
         trainer.__dict__["training_step"] = _done_over(trainer, handle)
     return handle
+
+
+def placed_by_others(trainer: Trainer) -> str | None:
+    """Return who else places a trainer's model or copies it, if someone does."""
+    if trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled:
+        return "DeepSpeed or FSDP places the model"
+    if trainer.args.world_size > 1:
+        return "it serves one process, and this is one of several"
+    if trainer.args.n_gpu > 1:
+        return "the trainer copies the model to several devices: let it see one"
+    return None
 
 
 def compiles(trainer: Trainer) -> bool:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -16,6 +18,7 @@ from memplan.run.handle import handle_of
 from memplan.trainers.mapped import is_mapped
 from memplan.trainers.transformers import plan_for
 from memplan.units import MIB
+from tests.trainers.forked import clean
 from tests.trainers.small import align, save_small_llama
 from tests.training import CPU
 
@@ -277,6 +280,54 @@ def test_options_that_placing_does_not_serve(checkpoint):
         with pytest.raises(InputError, match="trust_remote_code"):
             LlamaForCausalLM.from_pretrained(checkpoint, trust_remote_code=True)
         assert is_mapped(AutoModelForCausalLM.from_pretrained(checkpoint, device_map="auto"))
+
+
+@pytest.mark.parametrize(
+    ("spoil", "why"),
+    [
+        (lambda trainer: setattr(trainer.args, "_n_gpu", 2), "several devices"),
+        (lambda trainer: setattr(trainer, "is_fsdp_enabled", True), "DeepSpeed or FSDP"),
+    ],
+)
+def test_a_model_that_others_place_is_refused(checkpoint, tmp_path, spoil, why):
+    trainer = build(checkpoint, tmp_path)
+    spoil(trainer)
+    with pytest.raises(InputError, match=why):
+        memplan.wrap(trainer, vram="1GiB", ram="1GiB", hardware=CPU)
+    assert handle_of(trainer.model) is None
+
+
+@pytest.mark.full
+def test_one_of_several_processes_is_refused(checkpoint, tmp_path):
+    """Each of two, before anything is placed."""
+    script = tmp_path / "two.py"
+    script.write_text(SEVERAL)
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone", str(script)]
+    done = subprocess.run(
+        [*command, str(checkpoint), str(tmp_path)],
+        capture_output=True,
+        text=True,
+        env=clean(),
+        timeout=200,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert sorted(done.stdout.splitlines())[-2:] == ["refused 0", "refused 1"]
+
+
+SEVERAL = """
+import sys
+from transformers import AutoModelForCausalLM, Trainer
+import memplan
+from tests.trainers.test_placing import Rows, adapted, args_for
+args = args_for(sys.argv[2])
+with memplan.placing(vram="64MiB", ram="64MiB"):
+    try:
+        Trainer(model=adapted(sys.argv[1]), args=args, train_dataset=Rows())
+    except memplan.InputError as error:
+        assert "one of several" in str(error), error
+        sys.stdout.write(f"refused {args.process_index}\\n")
+"""
 
 
 def test_a_step_that_runs_out_of_memory_is_done_over(checkpoint, tmp_path):
