@@ -38,7 +38,8 @@ if TYPE_CHECKING:
     from memplan.program.schema import Plan
     from memplan.run.handle import Handle, handle_of
     from memplan.trainers.loading import load
-    from memplan.trainers.transformers import placing, wrap
+    from memplan.trainers.placing import placing
+    from memplan.trainers.transformers import wrap
 
 __version__ = "0.1.0"
 
@@ -87,7 +88,7 @@ _HOMES = {
     "load": "memplan.trainers.loading",
     "materialise": "memplan.api",
     "memory_timeline": "memplan.api",
-    "placing": "memplan.trainers.transformers",
+    "placing": "memplan.trainers.placing",
     "plan": "memplan.api",
     "report": "memplan.api",
     "wrap": "memplan.trainers.transformers",

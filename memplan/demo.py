@@ -30,7 +30,7 @@ from memplan.program.record import RunRecord
 from memplan.program.schema import STAGING_BYTES, Plan
 from memplan.run.handle import handle_of
 from memplan.storages import StorageLedger
-from memplan.trainers.transformers import placing
+from memplan.trainers.placing import placing
 from memplan.units import align_up, format_bytes, format_seconds, parse_size
 
 HIDDEN, INTERMEDIATE, LAYERS, HEADS, VOCABULARY = 640, 1728, 20, 10, 8192

@@ -168,6 +168,7 @@ class DirectAccess:
             if held.row is row and held.is_copy:
                 return held  # who reads it twice sees what he wrote to it
         home = self._homes[block]
+        home.touched.add(row.name)
         there = home.tensor(row)
         is_copy = not home.is_writable or there.device != self._device
         if is_copy:
@@ -268,6 +269,7 @@ class DirectAccess:
         """Note that a weight's true values were given to someone who may write to them: an entry of a ``state_dict``."""
         streamed = self._streamed.get(block)
         if streamed is not None:
+            self._homes[block].touched.add(row.name)
             is_mapped = not self._homes[block].is_writable
             self._share(streamed, _HandedOut(_alias(value), row, is_mapped=is_mapped))
 
@@ -277,6 +279,7 @@ class DirectAccess:
             streamed.be_plain()
             home = self._homes[streamed.block]
             for (tensor, _, _), row in zip(streamed.pointers, streamed.rows, strict=True):
+                home.touched.add(row.name)
                 value = home.tensor(row)
                 self._shown[id(tensor)] = (
                     _HandedOut(_alias(value), row, is_mapped=not home.is_writable),

@@ -192,6 +192,8 @@ class Home:
         self._weights = {tensor.name: weights[tensor.name] for tensor in block.tensors}
         self.lies: torch.Tensor | None = None
         """Where the weights lie for good, and are pointed at; None where they come and go."""
+        self.touched: set[str] = set()
+        """Tensors that were written to, or lent to someone who may have done so."""
         held = {name: weight.tensor for name, weight in self._weights.items()}
         self.orders = {name: None if is_away(tensor) else memory_order(tensor) for name, tensor in held.items()}
         # What each was: its placeholder where it held no weights, else the device that it was on.
@@ -229,9 +231,9 @@ class Home:
             if self._take_over(tensor) is not None:
                 continue
             if isinstance(was, torch.Tensor):
-                # True values all the same: a model that is given back may be used.
-                held_at_home = self.tensor(tensor)
-                weight.point(held_at_home if self.lies is None else held_at_home.clone())
+                # Where it lay for good nobody has seen what was written to it.
+                may_differ = self.lies is not None or tensor.name in self.touched
+                weight.point(self.tensor(tensor) if may_differ else was)
                 continue
             if held is None:
                 held = self._layout()
@@ -252,6 +254,7 @@ class Home:
     def write(self, tensor: Tensor, value: torch.Tensor) -> None:
         """Have one tensor be ``value``, of the same shape and dtype, from now on. The home must be writable."""
         assert isinstance(self.source, HostSource)
+        self.touched.add(tensor.name)
         with torch.inference_mode(False), torch.no_grad():
             view(self.source.part, tensor, self.orders[tensor.name]).copy_(value)
 
@@ -270,6 +273,7 @@ class Home:
                 with torch.inference_mode(False), torch.no_grad():
                     there.copy_(pointed.data)
                 pointed.data = there
+                self.touched.add(tensor.name)
         return None
 
     def copy_to(self, part: torch.Tensor) -> None:

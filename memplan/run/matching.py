@@ -13,7 +13,7 @@ from memplan.compiled import WAY_OUT, whole_compiled
 from memplan.errors import ModelError, PlanMismatchError
 from memplan.names import canonical, stored_name
 from memplan.program.schema import Plan
-from memplan.run.arena import dtype_of
+from memplan.run.arena import dtype_of, is_placeholder
 from memplan.run.home import Checkpoint, Stored
 from memplan.triggers import modules_by_name
 from memplan.units import format_bytes
@@ -75,6 +75,12 @@ def match_weights(model: nn.Module, plan: Plan) -> dict[str, Weight]:
             if why is not None:
                 raise ModelError(f"a quantized weight of {canonical(name)} {why}")
     trained = {canonical(name): p for name, p in model.named_parameters(remove_duplicate=False) if p.requires_grad}
+    for name, parameter in trained.items():
+        if _has_no_weights(parameter):
+            raise ModelError(
+                f"{name} is trained, but holds no weights: it was unfrozen, cast or copied while it was a placeholder. "
+                "Load the model with its weights, change it, then attach"
+            )
     planned = set()
     for block in plan.table.blocks:
         for tensor in block.tensors:
@@ -105,6 +111,15 @@ def match_weights(model: nn.Module, plan: Plan) -> dict[str, Weight]:
             "adapters: make a plan with this adapter"
         )
     return weights
+
+
+def _has_no_weights(parameter: nn.Parameter) -> bool:
+    """Whether a parameter is a placeholder, or what a cast or a copy makes of one: NaN throughout."""
+    if is_placeholder(parameter):
+        return True
+    held = parameter.detach()
+    is_real = held.device.type != "meta" and held.is_floating_point() and held.numel() > 0
+    return is_real and bool(held.isnan().all())
 
 
 def trigger_modules(model: nn.Module, plan: Plan) -> dict[str, nn.Module]:

@@ -5,6 +5,7 @@ Nothing but the standard library is imported here: every Python under ``memplan 
 
 from __future__ import annotations
 
+import atexit
 import json
 import os
 import sys
@@ -17,6 +18,10 @@ from types import ModuleType
 from typing import Any
 
 VARIABLE = "MEMPLAN_RUN"
+_PROCESS = "MEMPLAN_RUN_PROCESS"
+"""Names the process that became the command."""
+_LAUNCHERS = ("accelerate.commands.launch", "torch.distributed.run", "deepspeed.launcher.runner")
+"""They import torch, and train in other processes."""
 STARTUP = Path(__file__).with_name("startup")
 
 
@@ -48,6 +53,7 @@ def environment(settings: Settings, given: Mapping[str, str]) -> dict[str, str]:
     return {
         **given,
         VARIABLE: json.dumps(asdict(settings)),
+        _PROCESS: str(os.getpid()),
         "PYTHONPATH": f"{STARTUP}{os.pathsep}{path}" if path else str(STARTUP),
     }
 
@@ -62,9 +68,54 @@ def say(text: str) -> None:
     print(f"memplan: {text}", file=sys.stderr, flush=True)  # noqa: T201
 
 
+class _Seen:
+    """What this process was seen to do."""
+
+    model = False
+    training = False
+    error = False
+
+
+def saw_model() -> None:
+    """Note that a model was loaded."""
+    _Seen.model = True
+
+
+def saw_training() -> None:
+    """Note that a model was trained, or was to be."""
+    _Seen.training = True
+
+
+def _tell_of_none() -> None:
+    """Say at the end that nothing was trained, in a process that might have."""
+    is_command = os.environ.get(_PROCESS) == str(os.getpid())
+    might = is_command and "torch" in sys.modules and not any(name in sys.modules for name in _LAUNCHERS)
+    if not _Seen.training and not _Seen.error and (_Seen.model or might):
+        say("no training was seen: no model that memplan serves was called in training mode with gradients")
+
+
+def _without_traceback(before: Callable[..., Any]) -> Callable[..., Any]:
+    """Have an error that says that nothing fits end a script as it ends ``memplan plan``."""
+
+    def hook(kind: type[BaseException], error: BaseException, trace: Any) -> None:
+        _Seen.error = True
+        errors = sys.modules.get("memplan.errors")
+        if errors is None or not isinstance(error, errors.DoesNotFitError):
+            before(kind, error, trace)
+            return
+        from memplan.show import terminal
+
+        sys.stderr.write(terminal.failure_text(error))
+        sys.stderr.flush()
+
+    return hook
+
+
 def install() -> None:
     """Have the libraries that memplan serves changed when, and only if, the script imports them."""
     if VARIABLE in os.environ and not any(isinstance(finder, _Finder) for finder in sys.meta_path):
+        sys.excepthook = _without_traceback(sys.excepthook)
+        atexit.register(_tell_of_none)
         after: dict[str, Callable[[ModuleType], None]] = {
             "transformers.modeling_utils": _models,
             "transformers.trainer": _trainer,

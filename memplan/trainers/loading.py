@@ -21,6 +21,7 @@ from memplan.program.schema import Plan
 from memplan.run.arena import Placeholders, dtype_of, is_placeholder
 from memplan.run.attach import attach
 from memplan.run.disk import DiskReader, Extent
+from memplan.run.handle import Handle
 from memplan.run.home import Checkpoint, Stored
 from memplan.skeleton import from_configuration, with_adapter
 from memplan.trainers.conversion import stored_for
@@ -51,7 +52,7 @@ def load(
     ``attention`` as for :func:`memplan.plan`. ``checked``, ``cache``, ``verify`` as for :func:`memplan.attach`.
     ``progress``: a bar on standard error (default: where that is a terminal). dtypes are the plan's; keys are renamed
     and experts fused as transformers does. The model is in evaluation mode, as ``from_pretrained`` leaves it;
-    :func:`memplan.handle_of` gives its handle.
+    :func:`memplan.handle_of` gives its handle. Detached it is whole, on the host: its weights are mapped from their files.
 
     Peak RAM: the plan's arenas, 16 MiB of staging, and a piece of 16 MiB; where transformers makes a tensor of others,
     that tensor and those. Raises CheckpointError, PlanError and its children, InputError, ModelError.
@@ -70,12 +71,14 @@ def load(
         raise PlanMismatchError(f"the plan was made for a CUDA device ({plan.hardware!r}), and torch sees none here")
     model = skeleton.model
     put_placeholders(model, skeleton.folder, device)
+    buffers = {id(buffer) for buffer in model.buffers()}
     if adapter is not None:
         with _readable(model):
             model = _adapted(model, adapter)
     fill_trainables(model)
+    _require_placeholders(model, buffers)
     with _bar(skeleton.name, sum(block.size_bytes for block in plan.table.blocks), progress) as advance:
-        attach(
+        handle = attach(
             model,
             plan,
             checkpoint=checkpoint_of(model),
@@ -85,17 +88,32 @@ def load(
             progress=advance,
             replan=api.smaller,
         )
+    at_detach(handle, lambda: _map_placeholders(model))
     return model.eval()
 
 
-def put_placeholders(model: nn.Module, folder: str | Path, device: torch.device, *, heads: bool = False) -> None:
+def at_detach(handle: Handle, act: Callable[[], None]) -> None:
+    """Have something done when a handle has given its model back, last of all."""
+    undo = contextlib.ExitStack()
+    undo.callback(act)
+    undo.enter_context(handle.undo.pop_all())
+    handle.undo = undo
+
+
+def _map_placeholders(model: nn.Module) -> None:
+    from memplan.trainers.mapped import map_placeholders
+
+    map_placeholders(model)
+
+
+def put_placeholders(model: nn.Module, folder: str | Path, device: torch.device) -> None:
     """Put a placeholder in the place of each parameter on ``meta``, and read the buffers that the checkpoint holds.
 
-    ``heads`` as for :func:`put_weights`. Raises CheckpointError where the checkpoint is not the model's; the model then
+    Raises CheckpointError where the checkpoint is not the model's; the model then
     is as it was.
     """
     placeholders = Placeholders(device)
-    put_weights(model, folder, lambda reader, meta, stored: placeholders.of(tuple(meta.shape), meta.dtype), heads=heads)
+    put_weights(model, folder, lambda reader, meta, stored: placeholders.of(tuple(meta.shape), meta.dtype))
 
 
 def put_weights(
@@ -170,11 +188,34 @@ def fill_trainables(model: nn.Module) -> None:
                     )
                 parameter.data = read_stored(reader, source).to(parameter.device, parameter.dtype)
             elif not bool(torch.isfinite(parameter.detach()).all()):
-                raise ModelError(
-                    f"{full} was made of weights that were not there yet: an adapter whose beginning rests on the "
-                    "model's weights, in another dtype than the checkpoint's. Load the model with its weights, add the "
-                    "adapter, and use memplan.wrap or memplan.attach"
-                )
+                raise _made_too_early(full)
+
+
+def _made_too_early(name: str) -> ModelError:
+    return ModelError(
+        f"{name} was made of weights that were not there yet: an adapter whose beginning rests on the model's weights, in "
+        "another dtype than the checkpoint's. Load the model with its weights, add the adapter, and use memplan.wrap or "
+        "memplan.attach"
+    )
+
+
+def _require_placeholders(model: nn.Module, buffers: set[int]) -> None:
+    """Check that nothing was made of a placeholder: a cast, a copy or a sum of one is not seen to be one.
+
+    ``buffers``: the ids of those that were there before. Raises ModelError.
+    """
+    frozen = [(name, parameter) for name, parameter in model.named_parameters() if not parameter.requires_grad]
+    for name, parameter in frozen:
+        if origin_of(parameter) is not None and parameter.numel() and not is_placeholder(parameter):
+            raise ModelError(
+                f"{canonical(name)} was replaced, cast or copied before its weights were there: load the model with its "
+                "weights, change it, and use memplan.wrap or memplan.attach"
+            )
+    made: list[tuple[str, torch.Tensor]] = [(name, held) for name, held in frozen if origin_of(held) is None]
+    made += [(name, buffer) for name, buffer in model.named_buffers() if id(buffer) not in buffers]
+    for name, tensor in made:
+        if tensor.is_floating_point() and bool(torch.isnan(tensor.detach()).any()):
+            raise _made_too_early(canonical(name))
 
 
 def _dtype_of(plan: Plan) -> str:

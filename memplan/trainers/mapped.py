@@ -11,6 +11,7 @@ import contextlib
 import mmap
 import os
 import re
+import sys
 import tempfile
 from bisect import bisect_right
 from collections.abc import Callable
@@ -23,37 +24,62 @@ from torch import nn
 
 from memplan.checkpoint import StoredTensor
 from memplan.hardware import cache_folder
-from memplan.run.arena import Placeholders, dtype_of
+from memplan.run.arena import Placeholders, dtype_of, is_placeholder
 from memplan.run.disk import DiskReader
-from memplan.run.home import Stored
+from memplan.run.home import Stored, as_bytes
 from memplan.trainers.loading import map_stored, origin_of, put_weights, read_stored
 
+_ON_LINUX = sys.platform.startswith("linux")
+"""Elsewhere there are no files without a name, and no one says what of a mapping was written to."""
 _SMAPS = Path("/proc/self/smaps")
 _AREA = re.compile(r"([0-9a-f]+)-([0-9a-f]+) \S+ ([0-9a-f]+) \S+ \d+ +(/.*)")
 _HEAD = re.compile(r"[0-9a-f]+-[0-9a-f]+ ")
 
 
 def map_weights(model: nn.Module, folder: str | Path) -> None:
-    """Have every parameter on ``meta`` read its checkpoint, mapped; what is converted or new comes into RAM.
+    """Have every parameter on ``meta`` read its checkpoint, mapped; what is new comes into RAM.
 
-    What is cast is mapped from a file of its own, without a name, which goes with the model. Raises CheckpointError where the checkpoint is not the model's; the model then is as it was.
+    What is cast or converted is mapped from a file of its own, without a name, which goes with the model. Raises
+    CheckpointError where the checkpoint is not the model's; the model then is as it was.
     """
     with contextlib.ExitStack() as files:
         casts = _Casts(files)
+        put_weights(model, folder, lambda reader, meta, stored: casts.read(reader, stored, meta.dtype), heads=True)
 
-        def data_of(reader: DiskReader, meta: nn.Parameter, stored: Stored) -> torch.Tensor:
-            if not isinstance(stored, StoredTensor):
-                return read_stored(reader, stored).to(meta.dtype)
-            raw = map_stored(reader, stored, stored.size_bytes).view(dtype_of(stored.dtype)).view(stored.shape)
-            return raw if raw.dtype == meta.dtype else casts.of(raw, meta.dtype, stored)
 
-        put_weights(model, folder, data_of, heads=True)
+def map_placeholders(model: nn.Module) -> None:
+    """Have every placeholder whose weights a checkpoint holds read them, mapped as by :func:`map_weights`.
+
+    So do frozen weights that are what the checkpoint holds; what was written to gets memory of its own.
+    """
+    with contextlib.ExitStack() as files:
+        casts = _Casts(files)
+        reader = files.enter_context(contextlib.closing(DiskReader()))
+        for parameter in model.parameters():
+            origin = origin_of(parameter)
+            if origin is None or (parameter.requires_grad and not is_placeholder(parameter)):
+                continue
+            _go_back(parameter, casts.read(reader, origin, parameter.dtype))
+
+
+def _go_back(parameter: nn.Parameter, data: torch.Tensor) -> None:
+    """Have a weight that was under a plan be ``data``, as it was before, unless it was written to meanwhile."""
+    if is_placeholder(parameter) or _is_alike(parameter.data, data):
+        parameter.data = data
+    else:
+        parameter.data = parameter.data.clone()  # a view of memory that is to go
+
+
+def _is_alike(one: torch.Tensor, other: torch.Tensor) -> bool:
+    if (one.shape, one.dtype) != (other.shape, other.dtype):
+        return False
+    return torch.equal(as_bytes(one).cpu(), as_bytes(other))
 
 
 class _Cast(NamedTuple):
-    """A tensor of a checkpoint as it was cast, in a file without a name."""
+    """A tensor of a checkpoint as it was cast or converted, in a file without a name."""
 
-    stored: StoredTensor
+    stored: Stored
     dtype: torch.dtype
     path: str
     file_offset_bytes: int
@@ -72,10 +98,17 @@ class _Casts:
         self._file: IO[bytes] | None = None
         self._end = 0
 
-    def of(self, raw: torch.Tensor, dtype: torch.dtype, stored: StoredTensor) -> torch.Tensor:
-        """Return a tensor in another dtype, mapped privately, or in RAM where there is no room for such a file."""
+    def read(self, reader: DiskReader, stored: Stored, dtype: torch.dtype) -> torch.Tensor:
+        """Return what a checkpoint holds in a dtype, mapped from its file where that holds these very bytes."""
+        if not isinstance(stored, StoredTensor):
+            return self.of(read_stored(reader, stored), dtype, stored)
+        raw = map_stored(reader, stored, stored.size_bytes).view(dtype_of(stored.dtype)).view(stored.shape)
+        return raw if raw.dtype == dtype else self.of(raw, dtype, stored)
+
+    def of(self, raw: torch.Tensor, dtype: torch.dtype, stored: Stored) -> torch.Tensor:
+        """Return a tensor in a dtype, mapped privately, or in RAM where there is no room for such a file."""
         size = raw.numel() * dtype.itemsize
-        if not size:
+        if not size or not _ON_LINUX:
             return raw.to(dtype)
         begin = -(-self._end // mmap.ALLOCATIONGRANULARITY) * mmap.ALLOCATIONGRANULARITY
         try:
@@ -111,11 +144,12 @@ def folder_of(model: nn.Module) -> Path | None:
 def give_way(model: nn.Module, device: torch.device) -> Callable[[], None]:
     """Put placeholders on ``device`` for the frozen weights that are still the files' own bytes; return what undoes it.
 
-    What the script has changed, replaced or trains stays as it is.
+    What the script has changed, replaced or trains stays as it is, and so does all where the kernel does not say which
+    that is.
     """
     placeholders = Placeholders(device)
     away: list[tuple[nn.Parameter, torch.Tensor]] = []
-    areas = _file_areas()
+    areas = _file_areas() if _ON_LINUX else []
     for parameter in model.parameters():
         origin = origin_of(parameter)
         if isinstance(origin, StoredTensor) and not parameter.requires_grad and _is_as_stored(parameter, origin, areas):
@@ -124,7 +158,8 @@ def give_way(model: nn.Module, device: torch.device) -> Callable[[], None]:
 
     def undo() -> None:
         for parameter, data in away:
-            parameter.data = data
+            _go_back(parameter, data)
+        away.clear()
 
     return undo
 

@@ -11,8 +11,9 @@ import inspect
 import io
 import os
 import sys
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any, NamedTuple
+from weakref import ReferenceType, WeakKeyDictionary, ref
 
 import torch
 from torch import nn
@@ -22,35 +23,51 @@ from memplan.compiled import WAY_OUT
 from memplan.errors import DoesNotFitError, MemplanError
 from memplan.files import write
 from memplan.program.schema import Plan
-from memplan.run.guard import MERGES
 from memplan.run.handle import Handle, handle_of
 from memplan.show.lines import startup_lines
-from memplan.trainers.launch import say, settings
-from memplan.trainers.loading import checkpoint_of
-from memplan.trainers.mapped import folder_of, give_way, is_mapped
-from memplan.trainers.mapping import map_loaded, of_diffusers, of_transformers
-from memplan.trainers.transformers import compiles, is_of_library, loss_may_be_asked, loss_of, plan_for, wrap
-from memplan.trainers.waiting import arrived, forget, move, tell_device, wait, waits
+from memplan.trainers.beside import Scope, plan_of_least, together
+from memplan.trainers.launch import saw_model, saw_training, say, settings
+from memplan.trainers.mapped import folder_of, is_mapped
+from memplan.trainers.mapping import device_asked, map_loaded, of_diffusers, of_transformers
+from memplan.trainers.release import give_back, let_go
+from memplan.trainers.transformers import (
+    compiles,
+    is_of_library,
+    loss_may_be_asked,
+    loss_of,
+    models_beside,
+    placed_by_others,
+    plan_for,
+    put_under,
+    wrap_within,
+)
+from memplan.trainers.waiting import ask, move, not_waiting, tell_device, wait, waits
 
 if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PreTrainedModel, Trainer
 
 _ENTRIES = ("train", "evaluate", "predict")
-_LAST: list[Handle] = []
-"""The handle of the model that was last placed for a loop of the script's own, to tell of it at the end."""
+_SCOPE = Scope()
+"""All models of this process share the budgets."""
+_HANDLES: list[Handle] = []
+"""Those of models that were placed for a loop of the script's own, to tell of them at the end."""
+_TRAINING: list[Trainer] = []
+"""Those at work: what they do not hold is not trained beside their model."""
+_FINISHED: WeakKeyDictionary[nn.Module, ReferenceType[Trainer]] = WeakKeyDictionary()
+"""Models whose training is over, and who trained them."""
 
 
 def serve_models(kind: type[PreTrainedModel]) -> None:
     """Have transformers' ``from_pretrained`` map the weights that it can."""
     tell_device(kind)
-    map_loaded(kind, of_transformers, _wait)
+    map_loaded(kind, of_transformers, _SCOPE.loaded.add, _mapped)
 
 
 def serve_diffusers(kind: Any) -> None:
     """Have diffusers' ``from_pretrained`` map the weights that it can."""
     tell_device(kind)
-    map_loaded(kind, of_diffusers, _wait)
+    map_loaded(kind, of_diffusers, _SCOPE.loaded.add, _mapped)
 
 
 def serve_adapters(kind: type[PeftModel]) -> None:
@@ -73,7 +90,16 @@ def serve_trainer(kind: type[Trainer]) -> None:
 
 def serve_model(model: nn.Module) -> None:
     """Have a model placed when it is first called to be trained, where that has not happened by then."""
+    _SCOPE.loaded.add(model)
     wait(model, _place_for_loop)
+
+
+def _mapped(model: nn.Module, kwargs: Mapping[str, Any]) -> None:
+    saw_model()
+    device = device_asked(kwargs)
+    if device is not None:
+        ask(model, device)
+    serve_model(model)
 
 
 def _wait(model: nn.Module) -> None:
@@ -82,7 +108,11 @@ def _wait(model: nn.Module) -> None:
 
 
 def _place_for_loop(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """Plan for a call that a loop of the script's own makes, and attach."""
+    """Plan for a call that a loop of the script's own makes, and attach.
+
+    Where other models wait to be trained beside it, it gets the least vram that works and its share of the RAM: what the
+    others need is known once they are called.
+    """
     why = _nothing_to_do(model)
     if why is None and args and kwargs:
         why = "the model is called with both positional arguments and keywords: call it with keywords"
@@ -90,33 +120,88 @@ def _place_for_loop(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, A
         from accelerate.state import GradientState
 
         accumulation = int(GradientState().num_steps) if GradientState._shared_state else 1
+        others = [
+            other for other in _SCOPE.trained_beside(model) if not _TRAINING or other in models_beside(_TRAINING[-1])
+        ]
+        unplaced = _UNPLACED.take(model)
 
-        def planned() -> Plan:
+        def planned(within: dict[str, Any]) -> Plan:
             return api.plan(
                 model,
                 kwargs or args,
-                **settings().planning(),
+                **within,
                 accumulation=accumulation,
                 loss=loss_of,
                 checkpoint=folder_of(model),
                 gains=False,
             )
 
-        def attach(plan: Plan) -> None:
-            handle = api.attach(model, plan, checkpoint=checkpoint_of(model))
-            if not _LAST:
-                atexit.register(lambda: _report(_LAST[0]))
-            _LAST[:] = [handle]
+        def shared() -> Plan:
+            options = settings().planning()
+            if unplaced is not None:
+                options["vram"] = 0  # to know what both need
+            plan = _SCOPE.plan(model, planned, _SCOPE.share_of_ram(model, others, options))
+            return plan_of_least(plan) if others else plan
 
-        why = _served(model, planned, attach)
+        def attach(plan: Plan) -> Handle:
+            handle = put_under(model, plan, _SCOPE)
+            if not _HANDLES:
+                atexit.register(_report_all)
+            _HANDLES.append(handle)
+            return handle
+
+        try:
+            why = _served(model, shared, attach)
+        except DoesNotFitError as error:
+            if unplaced is not None:
+                raise together(unplaced.error, unplaced.model, error, model) from None
+            if not others or _UNPLACED.is_known(model) or torch.cuda.is_available():
+                raise
+            _UNPLACED.put(model, error)
+            serve_model(model)
+            return
+        if unplaced is not None:
+            raise unplaced.error
     if why is not None:
         move(model)
-        say(f"stands aside: {why}")
+        _say_aside(why)
+
+
+class _Unplaced:
+    """The first of several models that did not fit, until the next is called: an error then says what both need."""
+
+    class Refused(NamedTuple):
+        """A model and why it has no plan."""
+
+        model: nn.Module
+        error: DoesNotFitError
+
+    def __init__(self) -> None:
+        self._held: _Unplaced.Refused | None = None
+
+    def put(self, model: nn.Module, error: DoesNotFitError) -> None:
+        self._held = self.Refused(model, error)
+
+    def is_known(self, model: nn.Module) -> bool:
+        return self._held is not None and self._held.model is model
+
+    def take(self, model: nn.Module) -> Refused | None:
+        """Return what is held of another model, and hold it no more."""
+        held = self._held
+        if held is None or held.model is model:
+            return None
+        self._held = None
+        return held
+
+
+_UNPLACED = _Unplaced()
 
 
 def _placed_first(original: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(original)
     def entry(trainer: Trainer, *args: Any, **kwargs: Any) -> Any:
+        if original.__name__ == "train":
+            saw_training()
         if not trainer.__dict__.get("_memplan_seen"):
             trainer.__dict__["_memplan_seen"] = True
             try:
@@ -124,11 +209,19 @@ def _placed_first(original: Callable[..., Any]) -> Callable[..., Any]:
             except BaseException:
                 del trainer.__dict__["_memplan_seen"]
                 raise
+        model = trainer.model
+        if isinstance(model, nn.Module):
+            _FINISHED.pop(model, None)
+        _TRAINING.append(trainer)
         try:
             return original(trainer, *args, **kwargs)
         finally:
-            if original.__name__ == "train" and "memplan" in trainer.__dict__:
-                _report(trainer.__dict__["memplan"])
+            _TRAINING.remove(trainer)
+            if original.__name__ == "train":
+                if isinstance(model, nn.Module):
+                    _FINISHED[model] = ref(trainer)
+                if "memplan" in trainer.__dict__:
+                    _report(trainer.__dict__["memplan"])
 
     return entry
 
@@ -141,34 +234,25 @@ def _place(trainer: Trainer) -> None:
     why = _why_not(trainer, model)
     if why is None and is_mapped(model) and not _may_be_asked(trainer):
         return  # placed at its first call, as for a loop
-    waited = waits(model)
-    forget(model)
-    try:
+    with not_waiting(model):
         if why is None:
             asked = settings()
             why = _served(
                 model,
-                lambda: plan_for(trainer, **asked.planning()),
-                lambda plan: wrap(trainer, plan=plan, log=asked.log, lines=asked.lines),
+                lambda: plan_for(trainer, _SCOPE, **asked.planning()),
+                lambda plan: wrap_within(_SCOPE, trainer, plan=plan, log=asked.log, lines=asked.lines),
             )
-    except BaseException:
-        if waited:
-            serve_model(model)
-        raise
     if why is not None:
         move(model)
-        say(f"stands aside: {why}")
+        _say_aside(why)
 
 
 def _why_not(trainer: Trainer, model: nn.Module) -> str | None:
     if trainer.train_dataset is None:
         return "the trainer has no data to train on"
-    if trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled:
-        return "DeepSpeed or FSDP places the model"
-    if trainer.args.world_size > 1:
-        return "it serves one process, and this is one of several"
-    if trainer.args.n_gpu > 1:
-        return "the trainer copies the model to several devices: let it see one"
+    others = placed_by_others(trainer)
+    if others is not None:
+        return others
     if trainer.args.bf16_full_eval or trainer.args.fp16_full_eval:
         return "the trainer casts the model to evaluate it (bf16_full_eval, fp16_full_eval)"
     if compiles(trainer):
@@ -207,26 +291,20 @@ def _nothing_to_do(model: nn.Module) -> str | None:
     return "unsloth offloads by itself" if "unsloth" in sys.modules else None
 
 
-def _served(model: nn.Module, planned: Callable[[], Plan], attach: Callable[[Plan], Any]) -> str | None:
+def _served(model: nn.Module, planned: Callable[[], Plan], attach: Callable[[Plan], Handle]) -> str | None:
     """Put a model under a plan; return why it had better stay as it is, if so. Raises DoesNotFitError."""
+    saw_training()
     file = settings().plan
     try:
         try:
-            plan = Plan.load(file) if file else planned()
+            plan = Plan.load(file) if file else _with_room(planned)
         except MemplanError:
             raise
         except Exception as error:  # the trace runs the script's own code, and the script is to run all the same
             return f"the model cannot be planned for ({type(error).__name__}: {error})"
         if all(residence.begins == "always" for residence in plan.residences):
             return "the whole model fits"
-        undo = give_way(model, torch.device(plan.table.device))
-        try:
-            attach(plan)
-        except BaseException:
-            undo()
-            raise
-        arrived(model)
-        _let_merge(model, undo)
+        let_go(attach(plan))
     except DoesNotFitError:
         raise
     except MemplanError as error:
@@ -237,34 +315,39 @@ def _served(model: nn.Module, planned: Callable[[], Plan], attach: Callable[[Pla
     return None
 
 
-def _let_merge(model: nn.Module, give_back: Callable[[], None]) -> None:
-    """Have an adapter merged as without memplan: the weights are then mapped from the files again, and written to."""
-
-    def merging(module: nn.Module, name: str) -> Callable[..., Any]:
-        def merge(*args: Any, **kwargs: Any) -> Any:
-            handle = handle_of(model)
-            if handle is not None:
-                handle.detach()
-                give_back()
-                model.to("cpu")  # where the weights are mapped
-                say("the adapter is merged: from here on the model is whole")
-            return getattr(module, name)(*args, **kwargs)
-
-        return merge
-
-    for module in model.modules():
-        for name in MERGES:
-            if name in module.__dict__:
-                module.__dict__[name] = merging(module, name)
+def _with_room(planned: Callable[[], Plan]) -> Plan:
+    """Return a plan; where it does not fit, in the room of the models whose training is over."""
+    try:
+        return planned()
+    except DoesNotFitError:
+        finished = [(handle, by()) for model, by in _FINISHED.items() if (handle := handle_of(model)) is not None]
+        if not finished:
+            raise
+    for handle, trainer in finished:
+        give_back(handle, "another model is trained, and this one no more")
+        serve_model(handle.model)  # placed anew should it be used again
+        if trainer is not None:
+            trainer.__dict__.pop("_memplan_seen", None)
+    return planned()
 
 
-def _report(handle: Handle) -> None:
-    """Tell what was measured, at the end."""
-    api.report(handle.plan, handle.record, file=sys.stderr)
+def _say_aside(why: str) -> None:
+    saw_training()
+    say(f"stands aside: {why}")
+
+
+def _report_all() -> None:
+    _report(*_HANDLES)
+
+
+def _report(*handles: Handle) -> None:
+    """Tell what was measured, at the end, of one model after the other."""
+    text = io.StringIO()
+    for handle in handles:
+        api.report(handle.plan, handle.record, file=sys.stderr)
+        api.report(handle.plan, handle.record, file=text)
     file = settings().report
     if file is not None:
-        text = io.StringIO()
-        api.report(handle.plan, handle.record, file=text)
         try:
             write(file, text.getvalue().encode())
         except (MemplanError, OSError) as error:  # the training is done: its script goes on

@@ -1,8 +1,4 @@
-"""transformers.Trainer: wrap one that exists, or place a model while it is being loaded.
-
-``wrap`` needs the model in RAM once; ``placing`` never holds it: inside, ``from_pretrained`` of a local folder builds
-the model with placeholders, and the Trainer that is built gets its plan and its weights, each straight to its home.
-"""
+"""transformers.Trainer: wrap one that exists, with a plan of what it will do."""
 
 from __future__ import annotations
 
@@ -19,22 +15,24 @@ import torch
 from torch import nn
 
 from memplan import api
-from memplan.checkpoint import StoredTensor, has_checkpoint, read_checkpoint
+from memplan.checkpoint import StoredTensor, read_checkpoint
 from memplan.compiled import WAY_OUT, call_of, replace_call
 from memplan.errors import CheckpointError, InputError
 from memplan.program.schema import Plan
-from memplan.run.arena import dtype_of, is_placeholder
+from memplan.run.arena import dtype_of
 from memplan.run.attach import attach
 from memplan.run.handle import Handle
 from memplan.skeleton import keep_in_float32
 from memplan.snapshot import unchanged
-from memplan.trainers.loading import checkpoint_of, fill_trainables, put_placeholders
+from memplan.trainers.beside import Scope
+from memplan.trainers.loading import at_detach, checkpoint_of
 from memplan.trainers.longest import longest_batch
-from memplan.trainers.mapped import folder_of
+from memplan.trainers.mapped import folder_of, give_way, is_mapped
+from memplan.trainers.waiting import arrived, not_waiting
 from memplan.triggers import tensors_in
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, Trainer
+    from transformers import Trainer
 
 _LOADING = {
     "config",
@@ -77,23 +75,56 @@ def wrap(
     that ``bf16`` or ``fp16`` among the arguments will have it run in. ``plan``: one made before. ``log``: add the scalars of
     :meth:`memplan.Handle.scalars` to what the trainer logs; ``lines``: say them after each step, on standard error. Budgets, ``hardware`` and ``pins`` as in :func:`memplan.plan`.
 
-    Raises what ``plan`` and ``attach`` raise; trainer and model then are as they were.
+    Other models that the trainer holds (a reference, a teacher, a reward) take their part of the budgets
+    (:mod:`memplan.trainers.beside`). Raises what ``plan`` and ``attach`` raise; trainer and model then are as they were.
     """
-    if not isinstance(trainer.model, nn.Module):
+    wrap_within(
+        Scope(),
+        trainer,
+        vram=vram,
+        ram=ram,
+        disk=disk,
+        hardware=hardware,
+        plan=plan,
+        batch=batch,
+        pins=pins,
+        checked=checked,
+        log=log,
+        lines=lines,
+    )
+    return trainer
+
+
+def wrap_within(
+    scope: Scope,
+    trainer: Trainer,
+    *,
+    plan: Plan | None = None,
+    batch: Mapping[str, torch.Tensor] | None = None,
+    checked: bool = False,
+    log: bool = False,
+    lines: bool = False,
+    **options: Any,
+) -> Handle:
+    """As :func:`wrap`, with budgets that a scope's models share; return the handle."""
+    if not isinstance(trainer.model, nn.Module) or getattr(trainer, "model_init", None) is not None:
         raise InputError("wrap needs a trainer with a model: build it with model=, not model_init=")
     model: Any = trainer.model
     args = trainer.args
+    others = placed_by_others(trainer)
+    if others is not None:
+        raise InputError(f"memplan was to place the model of {type(trainer).__name__}, but {others}")
     if compiles(trainer):
         raise InputError(
             "the trainer was asked to compile the model (torch_compile, or accelerate's own setting), which it would do as a "
             f"whole once training starts, while memplan brings weights layer by layer: leave it out, and {WAY_OUT}"
         )
-    with contextlib.ExitStack() as undo:
+    with not_waiting(model), contextlib.ExitStack() as undo:
         if args.gradient_checkpointing:
             undo.callback(_checkpoint_activations(model, args.gradient_checkpointing_kwargs))
         if plan is None:
-            plan = _plan(trainer, batch, vram=vram, ram=ram, disk=disk, hardware=hardware, pins=pins)
-        handle = attach(model, plan, checkpoint=checkpoint_of(model), checked=checked, replan=api.smaller)
+            plan = _plan(trainer, scope, batch, **options)
+        handle = put_under(model, plan, scope, checked=checked)
         undo.pop_all()
     trainer.__dict__["memplan"] = handle
     if log or lines:
@@ -103,7 +134,18 @@ def wrap(
         trainer.callback_handler.callbacks.insert(0, Telling(handle, log=log, lines=lines))
     if not args.auto_find_batch_size:  # the trainer itself then takes a smaller batch
         trainer.__dict__["training_step"] = _done_over(trainer, handle)
-    return trainer
+    return handle
+
+
+def placed_by_others(trainer: Trainer) -> str | None:
+    """Return who else places a trainer's model or copies it, if someone does."""
+    if trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled:
+        return "DeepSpeed or FSDP places the model"
+    if trainer.args.world_size > 1:
+        return "it serves one process, and this is one of several"
+    if trainer.args.n_gpu > 1:
+        return "the trainer copies the model to several devices: let it see one"
+    return None
 
 
 def compiles(trainer: Trainer) -> bool:
@@ -113,15 +155,15 @@ def compiles(trainer: Trainer) -> bool:
     return bool(trainer.args.torch_compile) or trainer.accelerator.state.dynamo_plugin.backend != DynamoBackend.NO
 
 
-def plan_for(trainer: Trainer, **options: Any) -> Plan:
+def plan_for(trainer: Trainer, scope: Scope | None = None, **options: Any) -> Plan:
     """Return the plan that :func:`wrap` would make, and change nothing. ``options``: as for :func:`memplan.plan`."""
     with contextlib.ExitStack() as undo:
         if trainer.args.gradient_checkpointing:
             undo.callback(_checkpoint_activations(trainer.model, trainer.args.gradient_checkpointing_kwargs))
-        return _plan(trainer, None, **options)
+        return _plan(trainer, scope or Scope(), None, **options)
 
 
-def _plan(trainer: Trainer, batch: Mapping[str, torch.Tensor] | None, **options: Any) -> Plan:
+def _plan(trainer: Trainer, scope: Scope, batch: Mapping[str, torch.Tensor] | None, **options: Any) -> Plan:
     """Return a plan of what the trainer will do."""
     args = trainer.args
     optimizer = str(getattr(args.optim, "value", args.optim))
@@ -130,7 +172,8 @@ def _plan(trainer: Trainer, batch: Mapping[str, torch.Tensor] | None, **options:
     first, steps = _first_call(trainer) if batch is None else (batch, _steps(args, None))
     model: Any = trainer.model
     options.setdefault("checkpoint", folder_of(model))
-    with _autocast_as_in_training(model, trainer.accelerator):
+
+    def planned(within: dict[str, Any]) -> Plan:
         return api.plan(
             model,
             first,
@@ -139,8 +182,39 @@ def _plan(trainer: Trainer, batch: Mapping[str, torch.Tensor] | None, **options:
             optimizer=optimizer,
             loss=loss_of,
             gains=False,
-            **options,
+            **within,
         )
+
+    with _autocast_as_in_training(model, trainer.accelerator):
+        return scope.plan(model, planned, options, models_beside(trainer))
+
+
+def models_beside(trainer: Trainer) -> list[nn.Module]:
+    """Return the models that a trainer holds beside the one that it trains."""
+    found: list[nn.Module] = []
+    for held in vars(trainer).values():
+        listed = held.values() if isinstance(held, dict) else held if isinstance(held, (list, tuple)) else [held]
+        found += [value for value in listed if isinstance(value, nn.Module)]
+    return found
+
+
+def put_under(model: nn.Module, plan: Plan, scope: Scope, *, checked: bool = False) -> Handle:
+    """Attach a plan to a model, mapped or not, and return the handle; what is mapped is mapped again once it is detached.
+
+    Raises what ``attach`` raises; the model then is as it was.
+    """
+    give_back = give_way(model, torch.device(plan.table.device)) if is_mapped(model) else None
+    try:
+        handle = attach(model, plan, checkpoint=checkpoint_of(model), checked=checked, replan=api.smaller)
+    except BaseException:
+        if give_back is not None:
+            give_back()
+        raise
+    if give_back is not None:
+        at_detach(handle, give_back)
+    arrived(model)
+    scope.placed.add(handle)
+    return handle
 
 
 def _done_over(trainer: Trainer, handle: Handle) -> Callable[..., torch.Tensor]:
@@ -153,63 +227,6 @@ def _done_over(trainer: Trainer, handle: Handle) -> Callable[..., torch.Tensor]:
         return handle.micro_batch(lambda: step(model, copy.copy(inputs), *args, **kwargs))
 
     return training_step
-
-
-@contextlib.contextmanager
-def placing(
-    *,
-    vram: int | str = "auto",
-    ram: int | str | None = None,
-    disk: int | str | None = None,
-    hardware: Any = "auto",
-    plan: Plan | None = None,
-    batch: Mapping[str, torch.Tensor] | None = None,
-    pins: Mapping[str, str] | None = None,
-    checked: bool = False,
-    log: bool = False,
-    lines: bool = False,
-) -> Iterator[None]:
-    """Load a model that would not fit, and build its trainer, inside this context; arguments as for :func:`wrap`.
-
-    ``PreTrainedModel.from_pretrained`` of a folder with safetensors gives the model with placeholders; adapters are
-    added as ever; the Trainer that is built around it is wrapped before its constructor returns.
-    """
-    from transformers import PreTrainedModel, Trainer
-
-    original_load = PreTrainedModel.__dict__["from_pretrained"]
-    original_init = Trainer.__init__
-
-    def from_pretrained(cls: type[PreTrainedModel], name: Any, *args: Any, **kwargs: Any) -> Any:
-        if not isinstance(name, (str, Path)) or not has_checkpoint(name):
-            return original_load.__get__(None, cls)(name, *args, **kwargs)
-        return _load_placeholders(cls, Path(name), args, kwargs)
-
-    def init(trainer: Trainer, *args: Any, **kwargs: Any) -> None:
-        original_init(trainer, *args, **kwargs)
-        model = trainer.model
-        if isinstance(model, nn.Module) and any(is_placeholder(p) for p in model.parameters()):
-            fill_trainables(model)
-            wrap(
-                trainer,
-                vram=vram,
-                ram=ram,
-                disk=disk,
-                hardware=hardware,
-                plan=plan,
-                batch=batch,
-                pins=pins,
-                checked=checked,
-                log=log,
-                lines=lines,
-            )
-
-    _set(PreTrainedModel, "from_pretrained", classmethod(from_pretrained))
-    _set(Trainer, "__init__", init)
-    try:
-        yield
-    finally:
-        _set(PreTrainedModel, "from_pretrained", original_load)
-        _set(Trainer, "__init__", original_init)
 
 
 def _checkpoint_activations(model: Any, options: Any) -> Callable[[], None]:
@@ -238,8 +255,8 @@ def _autocast_as_in_training(model: nn.Module, accelerator: Any) -> Iterator[Non
         undo()
 
 
-def _set(owner: type, name: str, value: Any) -> None:
-    setattr(owner, name, value)
+class CallUnknownError(InputError):
+    """What a trainer will call its model with cannot be known before it does."""
 
 
 class Called(Exception):
@@ -290,6 +307,12 @@ def _first_call(trainer: Trainer) -> tuple[Mapping[str, Any], int | None]:
         finally:
             del loaders[known:]  # the trainer prepares its own again; a second one would be saved with its state
     if call is None:
+        if not isinstance(batch, Mapping):
+            raise CallUnknownError(
+                f"the data of {type(trainer).__name__} comes as {type(batch).__name__}, of which the trainer makes what it "
+                "calls the model with only while it trains: give wrap the largest such call with batch=, or have it planned "
+                "for at the first call by memplan.placing or memplan run"
+            )
         call = {name: value for name, value in batch.items() if isinstance(value, torch.Tensor)}
     return call, steps
 
@@ -338,20 +361,6 @@ def loss_of(output: Any) -> torch.Tensor:
         return held
     made = [tensor for tensor in tensors_in(output) if tensor.is_floating_point() and tensor.requires_grad]
     return torch.stack([tensor.float().square().mean() for tensor in made]).sum()
-
-
-def _load_placeholders(cls: Any, folder: Path, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Build the folder's model with a placeholder for each weight that its checkpoint holds."""
-    unknown = not_served(args, kwargs)
-    if unknown:
-        raise InputError(
-            f"from_pretrained({str(folder)!r}) was called with {', '.join(unknown)}, which memplan.placing does not serve "
-            "yet: leave it out, or load the model first and use memplan.wrap"
-        )
-    model = skeleton_of(cls, folder, kwargs)
-    # PEFT and the trainer look where the weights are: placeholders lie on the compute device from the start.
-    put_placeholders(model, folder, torch.device("cuda" if torch.cuda.is_available() else "cpu"), heads=True)
-    return model
 
 
 def not_served(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[str]:

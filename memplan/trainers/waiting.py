@@ -7,9 +7,11 @@ nothing is frozen, or nothing trained, moves as ever.
 
 from __future__ import annotations
 
+import contextlib
+import copy
 import inspect
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -18,6 +20,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from memplan.compiled import untraced_deep
 from memplan.run.guard import without
+from memplan.run.handle import handle_of
 from memplan.trainers.loading import origin_of
 
 Place = Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]
@@ -34,9 +37,8 @@ def wait(model: nn.Module, place: Place) -> None:
     Within what torch.compile makes of a model it is never called. What a model within this one waited for is forgotten.
     """
     forget(model)
-    # Bound methods: a deep copy of the model has its own.
-    model.__dict__[_CALL] = types.MethodType(_first_call, model)
-    model.__dict__["_apply"] = types.MethodType(_apply, model)
+    for name, function in _STANDING.items():
+        model.__dict__[name] = types.MethodType(function, model)
     model.__dict__[_PLACE] = place
 
 
@@ -45,11 +47,38 @@ def waits(model: nn.Module) -> bool:
     return any(_CALL in module.__dict__ for module in model.modules())
 
 
+def waits_itself(model: nn.Module) -> bool:
+    """Whether a model, and not one within it, is still to be placed."""
+    return _CALL in model.__dict__
+
+
 def forget(model: nn.Module) -> None:
     """Have it wait no more; a move that was put off is still known (:func:`asked_device`)."""
     for module in model.modules():
-        if module.__dict__.pop(_PLACE, None) is not None:
-            del module.__dict__[_CALL], module.__dict__["_apply"]
+        if module.__dict__.pop(_PLACE, None) is None:
+            continue
+        for name, function in _STANDING.items():
+            if getattr(module.__dict__.get(name), "__func__", None) is function:  # else a plan's guard stands there
+                del module.__dict__[name]
+
+
+@contextlib.contextmanager
+def not_waiting(model: nn.Module) -> Iterator[None]:
+    """Have it wait no more, unless what is done inside fails."""
+    waited = [(module, module.__dict__[_PLACE]) for module in model.modules() if _PLACE in module.__dict__]
+    forget(model)
+    try:
+        yield
+    except BaseException:
+        for module, place in waited:
+            wait(module, place)
+        raise
+
+
+def ask(model: nn.Module, device: torch.device) -> None:
+    """Have a waiting model asked to be on a device, as by a move that was put off."""
+    for module in model.modules():
+        module.__dict__[_ASKED] = device
 
 
 def move(model: nn.Module) -> None:
@@ -72,8 +101,9 @@ def asked_device(model: nn.Module) -> torch.device | None:
     return next((device for device in found if device is not None), None)
 
 
-def tell_device(kind: Any) -> None:
-    """Have a class's ``device`` be what the script asked for, though the move was put off."""
+def tell_device(kind: Any) -> Callable[[], None]:
+    """Have a class's ``device`` be what the script asked for, though the move was put off; return what undoes it."""
+    own = kind.__dict__.get("device")
     original = inspect.getattr_static(kind, "device")
 
     def device(model: nn.Module) -> torch.device:
@@ -81,7 +111,14 @@ def tell_device(kind: Any) -> None:
         found: torch.device = original.fget(model) if asked is None else asked
         return found
 
+    def undo() -> None:
+        if own is None:
+            del kind.device
+        else:
+            kind.device = own
+
     kind.device = property(device, doc=original.__doc__)
+    return undo
 
 
 def _first_call(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
@@ -97,21 +134,21 @@ def _watched_call(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any
 
     if isinstance(next(model.parameters()), FakeTensor):  # the script plans for itself
         return nn.Module._call_impl(model, *args, **kwargs)
+    if handle_of(model) is not None:  # the script has placed it itself
+        forget(model)
+        arrived(model)
+        return nn.Module._call_impl(model, *args, **kwargs)
     device = asked_device(model)
     if model.training and torch.is_grad_enabled():
         place = model.__dict__[_PLACE]
-        forget(model)
-        try:
+        with not_waiting(model):  # where it fails the script may try again with less
             place(model, args, kwargs)
-        except BaseException:
-            wait(model, place)  # the script may try again with less
-            raise
         if device is not None:  # a script may have its first batch where the weights were
             args, kwargs = send_to_device((args, kwargs), device)
         return nn.Module._call_impl(model, *args, **kwargs)
     if device is None:
         return nn.Module._call_impl(model, *args, **kwargs)
-    if torch.is_grad_enabled() or not _in_part(model):
+    if torch.is_grad_enabled() or not is_trained_in_part(model):
         forget(model)
         move(model)
         return nn.Module._call_impl(model, *args, **kwargs)
@@ -140,7 +177,7 @@ class _Together:
 def _apply(model: nn.Module, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> nn.Module:
     """Stand for ``_apply``, which ``.to``, ``.cuda`` and their like go through: a move of mapped weights is put off."""
     asked: list[torch.device] = []
-    staying = [(module, _staying(module, fn, asked)) for module in model.modules()] if _in_part(model) else []
+    staying = [(module, _staying(module, fn, asked)) for module in model.modules()] if is_trained_in_part(model) else []
     for module in model.modules() if asked else ():
         module.__dict__[_ASKED] = asked[0]  # of every part: a script may ask any of them where it is
 
@@ -174,7 +211,7 @@ def _staying(module: nn.Module, fn: Callable[[torch.Tensor], torch.Tensor], aske
     return names
 
 
-def _in_part(model: nn.Module) -> bool:
+def is_trained_in_part(model: nn.Module) -> bool:
     """Whether some of a model is frozen and some is trained."""
     return len({parameter.requires_grad for parameter in model.parameters()}) == 2
 
@@ -188,3 +225,41 @@ def _moved(fn: Callable[[torch.Tensor], torch.Tensor], dtype: torch.dtype) -> to
     if moved.device.type == "meta":
         return moved if moved.dtype == dtype else None
     return moved if torch.equal(moved.cpu(), probe.to(moved.dtype)) else None
+
+
+@contextlib.contextmanager
+def _plain(model: nn.Module) -> Iterator[None]:
+    """Have a model's own attributes be those that it would have did it not wait."""
+    away = {name: model.__dict__.pop(name) for name in (_PLACE, *_STANDING) if name in model.__dict__}
+    try:
+        yield
+    finally:
+        model.__dict__.update(away)
+
+
+def _copied(model: nn.Module, memo: dict[int, Any]) -> nn.Module:
+    """Stand for ``__deepcopy__``: a copy waits for itself."""
+    place = model.__dict__[_PLACE]
+    with _plain(model):
+        other = copy.deepcopy(model, memo)
+    wait(other, place)
+    return other
+
+
+def _reduced(model: nn.Module, protocol: Any) -> Any:
+    """Stand for ``__reduce_ex__``: what is pickled waits for nothing."""
+    with _plain(model):
+        reduced: Any = model.__reduce_ex__(protocol)
+    make, given, state, *rest = reduced
+    if isinstance(state, dict):  # it may be the model's own
+        state = {name: held for name, held in state.items() if name not in (_PLACE, *_STANDING)}
+    return make, given, state, *rest
+
+
+_STANDING: dict[str, Callable[..., Any]] = {
+    _CALL: _first_call,
+    "_apply": _apply,
+    "__deepcopy__": _copied,
+    "__reduce_ex__": _reduced,
+}
+"""What stands for a waiting model's own methods."""

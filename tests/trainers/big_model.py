@@ -16,8 +16,7 @@ from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
 import memplan
 import memplan.api
-import memplan.trainers.transformers
-from memplan.run.arena import is_placeholder
+import memplan.trainers.placing
 from tests.training import CPU
 
 
@@ -51,8 +50,8 @@ def main() -> None:
 
     def build():
         model = AutoModelForCausalLM.from_pretrained(folder)
-        for parameter in model.parameters():
-            if not is_placeholder(parameter):
+        if mode == "whole":
+            for parameter in model.parameters():
                 parameter.data = parameter.data.clone()
         torch.manual_seed(1)
         adapted = get_peft_model(model, LoraConfig(r=8, target_modules="all-linear", init_lora_weights=False))

@@ -11,7 +11,7 @@ import weakref
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, LoraModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModelForCausalLM,
@@ -25,7 +25,6 @@ from transformers import (
 
 import memplan
 from memplan.errors import CheckpointError, InputError, ModelError, PlanMismatchError, TransferError
-from memplan.run.arena import is_placeholder
 from memplan.run.disk import DiskReader
 from tests.training import CPU, assert_equal, batch_of, train
 
@@ -206,6 +205,33 @@ def test_adapters_that_begin_with_the_models_weights(more, checkpoints, tmp_path
         loaded("llama", other, plan, adapter=adapter)
 
 
+@pytest.mark.parametrize("how", ["cast", "copied", "replaced", "added"])
+def test_nothing_is_made_of_a_placeholder(how, checkpoints, monkeypatch):
+    """Whatever has become of it, it is not taken for weights: in a frozen weight or a buffer it would be NaN unseen."""
+    folder = checkpoints("llama")
+    plan = plan_of("llama", folder, dtype=torch.bfloat16)  # cast as it loads: not mapped while the adapter is added
+    inject = LoraModel.inject_adapter
+
+    def changing(self, model, *args, **more):
+        inject(self, model, *args, **more)
+        weight = model.model.layers[1].mlp.up_proj.weight
+        if how == "cast":
+            model.to(torch.float32).to(torch.bfloat16)
+        elif how == "copied":
+            weight.data = weight.data.clone()
+        elif how == "replaced":
+            weight.data = weight.data - 1
+        else:
+            model.register_buffer("total", weight.sum())
+
+    monkeypatch.setattr(LoraModel, "inject_adapter", changing)
+    made = (
+        "total was made of weights" if how == "added" else r"was replaced, cast or copied before its weights were there"
+    )
+    with pytest.raises(ModelError, match=made):
+        loaded("llama", folder, plan)
+
+
 def test_a_saved_adapter_goes_on(checkpoints, tmp_path):
     folder = checkpoints("llama")
     plan = plan_of("llama", folder)
@@ -230,13 +256,24 @@ def test_what_is_saved_and_trained_besides(checkpoints):
     assert_equal(train(one, "llama"), train(other, "llama"))
 
 
-def test_detached_it_is_placeholders_and_nothing_stays(checkpoints):
-    folder = checkpoints("mixtral")
-    model = loaded("mixtral", folder, plan_of("mixtral", folder))
+@pytest.mark.parametrize(
+    ("kind", "dtype"), [("mixtral", torch.float32), pytest.param("llama", torch.bfloat16, marks=pytest.mark.full)]
+)
+def test_detached_it_is_whole_and_nothing_stays(kind, dtype, checkpoints, tmp_path, monkeypatch):
+    """Mapped from the files, or from one without a name where it is converted or cast."""
+    monkeypatch.setenv("MEMPLAN_CACHE", str(tmp_path))
+    folder = checkpoints(kind)
+    model = loaded(kind, folder, plan_of(kind, folder, dtype=dtype))
     memplan.handle_of(model).detach()
-    assert all(is_placeholder(p) or p.requires_grad or p.numel() == 1 for p in model.parameters())
+    expected = dict(whole(kind, folder, dtype).named_parameters())
+    for name, parameter in model.named_parameters():
+        assert torch.equal(parameter, expected.pop(name)), name
+    assert not expected
+    assert not list(tmp_path.rglob("*"))
+    ids = torch.tensor([[3, 4, 5]])
+    assert torch.equal(model(ids).logits, whole(kind, folder, dtype).eval()(ids).logits)
     gone = weakref.ref(model)
-    del model
+    del model, parameter
     gc.collect()
     assert gone() is None
 

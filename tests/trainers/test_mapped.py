@@ -7,7 +7,7 @@ import os
 
 import pytest
 import torch
-from transformers import LlamaForCausalLM
+from transformers import AutoModelForCausalLM, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
 
 from memplan.run.arena import is_placeholder
 from memplan.trainers import mapped
@@ -60,6 +60,24 @@ def test_without_room_they_are_in_ram(checkpoint, monkeypatch):
     map_weights(model, checkpoint)
     whole = LlamaForCausalLM.from_pretrained(checkpoint, dtype=torch.bfloat16)
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), whole.parameters(), strict=True))
+
+
+def test_what_is_fused_as_it_loads_takes_no_ram_either(monkeypatch, tmp_path):
+    """Experts that transformers makes of many tensors lie in the file without a name."""
+    monkeypatch.setenv("MEMPLAN_CACHE", str(tmp_path / "cache"))
+    config = MixtralConfig(
+        hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+        num_local_experts=4, num_experts_per_tok=2, vocab_size=96,
+    )  # fmt: skip
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "model")
+    whole = MixtralForCausalLM.from_pretrained(tmp_path / "model")
+    model = skeleton_of(MixtralForCausalLM, tmp_path / "model", {})
+    map_weights(model, tmp_path / "model")
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), whole.parameters(), strict=True))
+    areas = mapped._file_areas()
+    for name, parameter in model.named_parameters():
+        begin, size = parameter.data_ptr(), parameter.numel() * parameter.element_size()
+        assert any(area.begin <= begin and begin + size <= area.end for area in areas), name
 
 
 def test_they_go_with_their_model(checkpoint, monkeypatch, tmp_path):

@@ -18,8 +18,10 @@ from transformers import LlamaForCausalLM
 
 from memplan.trainers.launch import STARTUP, VARIABLE
 from memplan.trainers.script import _why_not
+from tests.trainers.conftest import exact, least_vram
 from tests.trainers.forked import ROOT, clean
 
+NO_TRAINING = "memplan: no training was seen: no model that memplan serves was called in training mode with gradients"
 SCRIPT = Path(__file__).with_name("script.py")
 FROM_HUB = Path(__file__).with_name("script_hub.py")
 OWN_MODEL = Path(__file__).with_name("script_lightning.py")
@@ -36,11 +38,6 @@ def command(checkpoint, out, hardware, vram, mode="lora", *options, path=""):
 
 def adapter(out):
     return (out / "adapter_model.safetensors").read_bytes()
-
-
-def exact(done):
-    """What a script printed that does not change from run to run."""
-    return [line for line in done.stdout.splitlines() if line.startswith(("loss", "eval", "made", "sum"))]
 
 
 MODES = ["merged"]
@@ -126,12 +123,12 @@ def test_who_else_places_the_model_does_so(flags, why):
 
 
 @pytest.mark.parametrize(("mode", "code"), [("never", 0), ("fail", 7)])
-def test_a_script_that_never_trains_is_left_alone(checkpoint, alone, under, tmp_path, mode, code):
+def test_a_script_that_never_trains_is_told_so_at_its_end(checkpoint, alone, under, tmp_path, mode, code):
     whole = alone(SCRIPT, checkpoint, tmp_path, mode)
     done = under("2500KiB", SCRIPT, checkpoint, tmp_path, mode)
     assert (done.returncode, whole.returncode) == (code, code)
     assert done.stdout == whole.stdout
-    assert "memplan" not in done.stderr
+    assert [line for line in done.stderr.splitlines() if "memplan" in line] == [NO_TRAINING]
 
 
 def test_an_adapters_folder_is_loaded_as_ever(checkpoint, alone, under, tmp_path):
@@ -181,8 +178,28 @@ def test_the_report_on_standard_output(checkpoint, hardware, tmp_path):
 def test_what_does_not_fit_ends_with_one(checkpoint, hardware, tmp_path):
     done = command(checkpoint, tmp_path / "run", hardware, "100KiB")
     assert done.returncode == 1
-    assert "DoesNotFitError" in done.stderr
+    assert "Does not fit: a micro-batch of 48 tokens was to be trained in 100.0 KiB of vram" in done.stderr
+    assert least_vram(done) > 100 * 1024
+    assert "Traceback" not in done.stderr
+    assert "no training" not in done.stderr
     assert exact(done) == []
+
+
+@pytest.mark.parametrize(
+    ("code", "told"),
+    [
+        ("import torch", [NO_TRAINING]),
+        ("import torch; raise SystemExit(3)", [NO_TRAINING]),
+        ("import torch, torch.distributed.run", []),  # its children train
+        ("import torch; 1 / 0", []),
+    ],
+)
+def test_a_command_that_has_torch_and_trains_nothing(code, told):
+    command = [sys.executable, "-m", "memplan", "run", "--", sys.executable, "-c", code]
+    done = subprocess.run(command, capture_output=True, text=True, env=clean(), timeout=60, check=False)
+    assert done.returncode == (3 if "SystemExit" in code else 1 if "1 / 0" in code else 0)
+    assert [line for line in done.stderr.splitlines() if "memplan" in line] == told
+    assert ("ZeroDivisionError" in done.stderr) == ("1 / 0" in code)
 
 
 @pytest.mark.full

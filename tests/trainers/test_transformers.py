@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -12,12 +14,13 @@ from transformers import AutoModelForCausalLM, LlamaForCausalLM, Trainer, Traini
 
 import memplan
 from memplan.errors import CheckpointError, DoesNotFitError, InputError
-from memplan.run.arena import is_placeholder
 from memplan.run.handle import handle_of
+from memplan.trainers.mapped import is_mapped
 from memplan.trainers.transformers import plan_for
 from memplan.units import MIB
 from tests.fingerprint import assert_same, fingerprint
-from tests.trainers.small import save_small_llama
+from tests.trainers.forked import clean
+from tests.trainers.small import align, save_small_llama
 from tests.training import CPU
 
 ROWS, LENGTH = 12, 24
@@ -47,14 +50,12 @@ class Exact(Trainer):
 def checkpoint(tmp_path_factory):
     folder = tmp_path_factory.mktemp("model")
     save_small_llama(folder)
+    align(folder)  # [Note: alignment changes bits]
     return folder
 
 
 def build(checkpoint, out, **arguments):
     model = AutoModelForCausalLM.from_pretrained(checkpoint)
-    for parameter in model.parameters():
-        if not is_placeholder(parameter):
-            parameter.data = parameter.data.clone()  # [Note: alignment changes bits]
     torch.manual_seed(6)
     lora = LoraConfig(r=4, lora_dropout=0.1, target_modules="all-linear", init_lora_weights=False)
     adapted = get_peft_model(model, lora)
@@ -154,7 +155,7 @@ def test_placed_from_the_disk_alone(checkpoint, tmp_path):
 
 @pytest.mark.full
 def test_layers_that_are_put_elsewhere_keep_their_weights(checkpoint, tmp_path, monkeypatch):
-    """A placeholder stands for what it was made for, not for what now has its name."""
+    """A mapped weight stands for what it was loaded as, not for what now has its name."""
     load = AutoModelForCausalLM.from_pretrained
 
     def reordered(folder):
@@ -183,7 +184,8 @@ def test_weights_that_are_stored_twice_though_tied(checkpoint, tmp_path, same):
     (tmp_path / "model" / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": True}))
     with memplan.placing(vram="1GiB", ram="1GiB", hardware=CPU):
         if same:
-            assert is_placeholder(LlamaForCausalLM.from_pretrained(tmp_path / "model").lm_head.weight)
+            tied = LlamaForCausalLM.from_pretrained(tmp_path / "model")
+            assert tied.lm_head.weight is tied.model.embed_tokens.weight
         else:
             with pytest.raises(CheckpointError, match="different weights for"):
                 LlamaForCausalLM.from_pretrained(tmp_path / "model")
@@ -275,9 +277,58 @@ def rename(folder):
 def test_options_that_placing_does_not_serve(checkpoint):
     with memplan.placing(vram="1GiB", hardware=CPU):
         with pytest.raises(InputError, match="device_map"):
-            AutoModelForCausalLM.from_pretrained(checkpoint, device_map="auto")
+            AutoModelForCausalLM.from_pretrained(checkpoint, device_map={"model": "cpu", "lm_head": "disk"})
         with pytest.raises(InputError, match="trust_remote_code"):
             LlamaForCausalLM.from_pretrained(checkpoint, trust_remote_code=True)
+        assert is_mapped(AutoModelForCausalLM.from_pretrained(checkpoint, device_map="auto"))
+
+
+@pytest.mark.parametrize(
+    ("spoil", "why"),
+    [
+        (lambda trainer: setattr(trainer.args, "_n_gpu", 2), "several devices"),
+        (lambda trainer: setattr(trainer, "is_fsdp_enabled", True), "DeepSpeed or FSDP"),
+    ],
+)
+def test_a_model_that_others_place_is_refused(checkpoint, tmp_path, spoil, why):
+    trainer = build(checkpoint, tmp_path)
+    spoil(trainer)
+    with pytest.raises(InputError, match=why):
+        memplan.wrap(trainer, vram="1GiB", ram="1GiB", hardware=CPU)
+    assert handle_of(trainer.model) is None
+
+
+@pytest.mark.full
+def test_one_of_several_processes_is_refused(checkpoint, tmp_path):
+    """Each of two, before anything is placed."""
+    script = tmp_path / "two.py"
+    script.write_text(SEVERAL)
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone", str(script)]
+    done = subprocess.run(
+        [*command, str(checkpoint), str(tmp_path)],
+        capture_output=True,
+        text=True,
+        env=clean(),
+        timeout=200,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert sorted(done.stdout.splitlines())[-2:] == ["refused 0", "refused 1"]
+
+
+SEVERAL = """
+import sys
+from transformers import AutoModelForCausalLM, Trainer
+import memplan
+from tests.trainers.test_placing import Rows, adapted, args_for
+args = args_for(sys.argv[2])
+with memplan.placing(vram="64MiB", ram="64MiB"):
+    try:
+        Trainer(model=adapted(sys.argv[1]), args=args, train_dataset=Rows())
+    except memplan.InputError as error:
+        assert "one of several" in str(error), error
+        sys.stdout.write(f"refused {args.process_index}\\n")
+"""
 
 
 def test_a_step_that_runs_out_of_memory_is_done_over(checkpoint, tmp_path):

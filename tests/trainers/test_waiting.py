@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import io
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from transformers import AutoConfig, LlamaForCausalLM
 import memplan
 from memplan.trainers.mapped import folder_of, is_mapped, map_weights
 from memplan.trainers.transformers import skeleton_of
-from memplan.trainers.waiting import asked_device, forget, move, tell_device, wait, waits
+from memplan.trainers.waiting import ask, asked_device, forget, move, tell_device, wait, waits
 from tests.training import CPU
 
 
@@ -131,6 +132,18 @@ def test_a_copy_waits_for_itself(model, calls):
     assert waits(model)
 
 
+def test_what_is_pickled_waits_for_nothing(model, calls):
+    waiting(model, calls)
+    held = io.BytesIO()
+    torch.save(model, held)
+    held.seek(0)
+    other = torch.load(held, weights_only=False)
+    assert waits(model)
+    assert not waits(other)
+    assert torch.equal(other(IDS).logits, model.eval()(IDS).logits)
+    assert not {"_apply", "__deepcopy__", "__reduce_ex__"} & other.__dict__.keys()
+
+
 @pytest.mark.full
 def test_what_torch_compile_makes_is_as_without(model, calls):
     waiting(model, calls).train()
@@ -139,3 +152,25 @@ def test_what_torch_compile_makes_is_as_without(model, calls):
     whole.load_state_dict(model.state_dict())
     assert torch.equal(compiled(IDS).logits, torch.compile(whole, backend="eager")(IDS).logits)
     assert calls == []
+
+
+def test_what_the_script_attaches_itself_waits_no_more_and_keeps_its_guard(model, calls):
+    model = waiting(get_peft_model(model, LoraConfig(r=4, target_modules="all-linear")), calls).train()
+    batch = {"input_ids": IDS, "labels": IDS}
+    plan = memplan.plan(model, batch, vram="64MiB", ram="64MiB", hardware=CPU, pins={"layers.1": "host"})
+    with memplan.attach(model, plan):
+        model(**batch).loss.backward()
+        assert (calls, waits(model)) == ([], False)
+        with pytest.raises(memplan.MovedWeightsError):
+            model.to(torch.bfloat16)
+    assert not any("_apply" in module.__dict__ for module in model.modules())
+
+
+def test_a_device_that_was_asked_for_at_once_is_where_it_goes(calls):
+    """As by ``device_map="auto"``: what is not trained in part goes there as it is first called."""
+    model = waiting(torch.nn.Linear(2, 2), calls).requires_grad_(False)
+    ask(model, torch.device("meta"))
+    assert {parameter.device.type for parameter in model.parameters()} == {"cpu"}
+    assert model.eval()(torch.zeros(1, 2, device="meta")).device.type == "meta"
+    assert {parameter.device.type for parameter in model.parameters()} == {"meta"}
+    assert (calls, waits(model), asked_device(model)) == ([], False, None)
