@@ -62,6 +62,9 @@ class Conductor:
         self._first_call = 0  # what a forward at position 0 of this sequence is called: calls before it lie below
         self._aside = -1  # the last name of a forward that the sequence lacks: it counts down
         self._elastic = Elastic(plan, arena, transfers)
+        for block in self._elastic.segment_of:
+            if block in streamed:
+                streamed[block].comes_and_goes = True
         self._follow(planned(plan, reads, self._elastic.planned))
         self._pinned: frozenset[int] = frozenset()
         self._closed = False
@@ -340,6 +343,8 @@ class Conductor:
         streamed.ticket, streamed.usable = None, False
         if usable:
             streamed.unpoint()
+            if streamed.at_home:  # a forward that raised has left it there
+                streamed.be_away()
         else:  # still on its way, off the sequence: two channels must not write one slot at once
             self._transfers.wait(ticket, streamed.block)
 
@@ -404,6 +409,7 @@ class Conductor:
         for streamed in self._streamed.values():
             streamed.ticket, streamed.usable = None, False
             streamed.unpoint()
+            streamed.be_away()
         self.offloads.forget()
         self._pinned = frozenset()
 

@@ -93,7 +93,7 @@ class DirectAccess:
                         shells.setdefault(self._places[id(parts[0])][0].block, []).append(parameter)
         for streamed in self._streamed.values():
             tensors = [*(tensor for tensor, _, _ in streamed.pointers), *shells.get(streamed.block, ())]
-            streamed.kinds = tuple(_kinds(tensor, id(tensor) in plain) for tensor in tensors)
+            streamed.serve(tuple(_kinds(tensor, id(tensor) in plain) for tensor in tensors))
             for tensor in tensors:
                 _SERVERS[tensor] = ref(self)
             streamed.unpoint()
@@ -106,7 +106,7 @@ class DirectAccess:
             for streamed in self._streamed.values():
                 for kinds in streamed.kinds:
                     _SERVERS.pop(kinds.tensor, None)
-                streamed.release()
+                streamed.serve(())
             # A graph that is still alive must not keep the arenas.
             self._homes, self._streamed, self._handed_out, self._places, self._wrapped = {}, {}, {}, {}, {}
             self._own_home = _refuse
@@ -301,6 +301,7 @@ class DirectAccess:
                 if replaced or tensor._version != version or id(held.tensor) in touched:
                     written.append((streamed, held.row, tensor.data))
             streamed.unpoint()
+            streamed.be_away()
         for streamed, row, value in written:
             self.write(streamed, row, value)
 

@@ -65,8 +65,10 @@ class Streamed:
     """Its modules have hooks that came after the plan."""
     is_shared_out: bool = False
     """Someone may still hold what was read of it directly."""
+    comes_and_goes: bool = False
+    """Its bytes of the arena may be given back, and be at another address when they are there again."""
     kinds: tuple[Kinds, ...] = ()
-    """Empty until the model runs under the plan."""
+    """Empty until the model runs under the plan: see :meth:`serve`."""
     loads: int = 0
     misses: int = 0
     stall_s: float = 0.0
@@ -76,29 +78,60 @@ class Streamed:
     """What weights were before a hook took hold of their ``data``, by place."""
     no_writes: set[tuple[int, int]] = field(default_factory=set)
     """By how much the version of a weight, by place, rises in an access that writes nothing."""
+    _tensors: tuple[torch.Tensor, ...] = ()
+    _own: tuple[tuple[torch.Tensor, type], ...] = ()
+    _noting: tuple[tuple[torch.Tensor, type], ...] = ()
+    _away: tuple[tuple[torch.Tensor, type], ...] = ()
     _versions: list[int] = field(default_factory=list)
+    _addresses: list[int] = field(default_factory=list)
 
     @property
     def key(self) -> int:
         return self.block
 
+    # This is done in every access: flat tuples, no call that can be spared.
+
     def point(self) -> None:
         """Point the parameters at the block. Raises RunError where one is trained by now: what it learned would be lost."""
-        self.be_plain()
-        for tensor, there, _ in self.pointers:
-            if tensor.requires_grad:
-                raise trained_by_now(self.name)
-            tensor.data = there
-        self._be_closed()
-        self.is_open = False
+        with torch._C.DisableTorchFunctionSubclass():
+            for tensor, there, _ in self.pointers:
+                if tensor.requires_grad:
+                    raise trained_by_now(self.name)
+                tensor.data = there
 
     def unpoint(self) -> None:
         """Have placeholders in the parameters' place."""
-        self.be_plain()
-        for tensor, _, away in self.pointers:
-            tensor.data = away
-        self._be_closed()
+        with torch._C.DisableTorchFunctionSubclass():
+            for tensor, _, away in self.pointers:
+                tensor.data = away
+
+    def open(self) -> None:
+        """Have the weights be as any others: an access of them begins."""
+        if not self.is_open and self.kinds:
+            self.is_open = True
+            for tensor, kind in self._noting if self.has_late_hooks else self._own:
+                tensor.__class__ = kind
+            self._versions = [tensor._version for tensor in self._tensors]
+            if self.comes_and_goes or not self._addresses:
+                self._addresses = [there.data_ptr() for _, there, _ in self.pointers]
+
+    def shut(self) -> tuple[int, ...]:
+        """Have the weights seen by nobody unnoticed: the access is over. Return which were written to, by place."""
+        if not self.is_open:
+            return ()
         self.is_open = False
+        written: tuple[int, ...] = ()
+        if (
+            self.values
+            or [tensor._version for tensor in self._tensors] != self._versions
+            or [tensor.data_ptr() for tensor in self._tensors] != self._addresses
+        ):
+            written = tuple(self._written())
+        for tensor, kind in self._away:
+            tensor.__class__ = kind
+        return written
+
+    # This is not.
 
     def point_home(self) -> None:
         """Point the parameters at where rows of them are read."""
@@ -109,27 +142,30 @@ class Streamed:
     def leave_home(self) -> None:
         """Have the parameters where the block is: no rows of them are read now."""
         (self.point if self.usable else self.unpoint)()
+        self.be_away()
 
-    def open(self) -> None:
-        """Have the weights be as any others: an access of them begins."""
-        if not self.is_open and self.kinds:
-            self.is_open = True
-            if self.has_late_hooks:
-                for kinds in self.kinds:
-                    kinds.tensor.__class__ = kinds.noting
-            else:
-                for kinds in self.kinds:
-                    kinds.tensor.__class__ = kinds.own
-            self._versions = [tensor._version for tensor, _, _ in self.pointers]
+    def serve(self, kinds: tuple[Kinds, ...]) -> None:
+        """Have the weights be of these classes from now on: nothing of them is open. Without any they are as others are."""
+        if not kinds:
+            self.be_plain()
+        self.kinds = kinds
+        self._tensors = tuple(tensor for tensor, _, _ in self.pointers)
+        self._own = tuple((one.tensor, one.own) for one in kinds)
+        self._noting = tuple((one.tensor, one.noting) for one in kinds)
+        self._away = tuple((one.tensor, one.away) for one in kinds)
+        self._addresses = []
+        self.be_away()
 
-    def shut(self) -> tuple[int, ...]:
-        """Have the weights seen by nobody unnoticed: the access is over. Return which were written to, by place."""
-        if not self.is_open:
-            return ()
+    def be_plain(self) -> None:
+        """Have the weights be of their own classes; who calls this sees to it that they have true values meanwhile."""
+        for tensor, kind in self._own:
+            tensor.__class__ = kind
+
+    def be_away(self) -> None:
+        """Have the weights be read by nobody unnoticed."""
+        for tensor, kind in self._away:
+            tensor.__class__ = kind
         self.is_open = False
-        written = tuple(self._written())
-        self._be_closed()
-        return written
 
     def _written(self) -> Iterator[int]:
         for place, ((tensor, there, _), version) in enumerate(zip(self.pointers, self._versions, strict=True)):
@@ -147,21 +183,6 @@ class Streamed:
         So it is wherever parametrizations come and go in a forward (PEFT's on experts): they set a tensor to itself.
         """
         self.no_writes.add((place, self.pointers[place][0]._version - self._versions[place]))
-
-    def release(self) -> None:
-        """Have the weights be of their own classes for good."""
-        self.be_plain()
-        self.kinds = ()
-        self.is_open = False
-
-    def be_plain(self) -> None:
-        """Have the weights be of their own classes; who calls this sees to it that they have true values meanwhile."""
-        for kinds in self.kinds:
-            kinds.tensor.__class__ = kinds.own
-
-    def _be_closed(self) -> None:
-        for kinds in self.kinds:
-            kinds.tensor.__class__ = kinds.away
 
 
 def trained_by_now(block: str) -> RunError:
