@@ -414,7 +414,8 @@ def _kinds(tensor: torch.Tensor, is_plain: bool) -> Kinds:
     away = _AWAY.get(own)
     if away is None:
         served = {name: _serving(getattr(own, name)) for name in _COPIES if hasattr(own, name)}
-        away = _AWAY[own] = _named(own, {**served, "__torch_function__": classmethod(_torch_function)})
+        looks = {name: _looking(getattr(own, name)) for name in ("grad", "requires_grad")}
+        away = _AWAY[own] = _named(own, {**served, **looks, "__torch_function__": classmethod(_torch_function)})
     noting = own
     if own is nn.Parameter and not is_plain:
         noting = _NOTING.get(own) or _NOTING.setdefault(
@@ -445,6 +446,24 @@ def _serving(method: Callable[..., Any]) -> Callable[..., Any]:
     return served
 
 
+def _looking(attribute: Any) -> property:
+    """Return an attribute that is looked at of all parameters in each step, by the short way: nothing is read for it."""
+
+    def get(tensor: torch.Tensor) -> Any:
+        with torch._C.DisableTorchFunctionSubclass():
+            return attribute.__get__(tensor)
+
+    def put(tensor: torch.Tensor, value: Any) -> None:
+        with torch._C.DisableTorchFunctionSubclass():
+            attribute.__set__(tensor, value)
+
+    def drop(tensor: torch.Tensor) -> None:
+        with torch._C.DisableTorchFunctionSubclass():
+            attribute.__delete__(tensor)
+
+    return property(get, put, drop)
+
+
 def _data(tensor: torch.Tensor) -> torch.Tensor:
     data: torch.Tensor = nn.Parameter.data.__get__(tensor)  # type: ignore[attr-defined]
     server = _server_of(tensor)
@@ -465,7 +484,6 @@ def _set_data(tensor: torch.Tensor, data: torch.Tensor) -> None:
     nn.Parameter.data.__set__(tensor, data)  # type: ignore[attr-defined]
 
 
-@untraced_deep
 def _torch_function(
     kind: type,
     func: Callable[..., Any],
@@ -477,6 +495,11 @@ def _torch_function(
     if func in _DESCRIBE or (func is torch.Tensor.type and len(args) == 1 and not kwargs):
         with torch._C.DisableTorchFunctionSubclass():
             return func(*args, **kwargs)
+    return _serve(func, args, kwargs)
+
+
+@untraced_deep
+def _serve(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     if func is torch.Tensor.detach and _is_for_a_parameter():
         raise RunError(
             "nn.Parameter was given a frozen weight that memplan streams, and torch makes no parameter of such: give it "
