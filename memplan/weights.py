@@ -263,10 +263,12 @@ def rewrapped(tensor: torch.Tensor, change: Callable[[torch.Tensor], torch.Tenso
     if not is_wrapper(tensor):
         return change(tensor)
     wrapper: Any = tensor
+    with torch._C.DisableTorchFunctionSubclass():  # a streamed weight that is away would ask for itself
+        size, stride = wrapper.size(), wrapper.stride()
     names, context = wrapper.__tensor_flatten__()
     parts = {name: rewrapped(getattr(wrapper, name), change) for name in names}
     kind: Any = kind_of(wrapper)
-    made: torch.Tensor = kind.__tensor_unflatten__(parts, context, wrapper.size(), wrapper.stride())
+    made: torch.Tensor = kind.__tensor_unflatten__(parts, context, size, stride)
     return made
 
 

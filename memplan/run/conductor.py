@@ -312,9 +312,14 @@ class Conductor:
                 return False
             if streamed is None:
                 self.offloads.load(key)
-            else:
+            elif not streamed.is_shared_out or self._is_settled(streamed):
                 self._load(streamed)
         return True
+
+    def _is_settled(self, streamed: Streamed) -> bool:
+        """Whether a block that was shared out may be loaded ahead of its use: nobody may write to it meanwhile."""
+        self._direct.settle(streamed.block)
+        return not streamed.is_shared_out
 
     def _load(self, streamed: Streamed) -> None:
         if streamed.is_shared_out:

@@ -21,7 +21,7 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 from weakref import ref
 
 import torch
@@ -72,7 +72,8 @@ class DirectAccess:
         """By block."""
         self._shown: dict[int, tuple[_HandedOut, int]] = {}
         """By the id of each weight that shows its true values: those, and its version when it began to."""
-        self._burst = (0, 0)
+        self._state: tuple[dict[str, Any], int] | None = None
+        """The ``state_dict`` that is being made, and its entries so far."""
         self._conductor: Callable[[], Conductor | None] = lambda: None
 
     # ---- beginning and end -----------------------------------------------------------------------------------------
@@ -139,6 +140,9 @@ class DirectAccess:
                 if lent.held.is_shared():
                     self._share(streamed, lent.held)
                 try:
+                    if lent.is_written and not lent.is_replaced:
+                        # A graph that has saved the weight must know, as it would of the weight itself.
+                        torch.autograd.graph.increment_version(streamed.pointers[lent.place][0])
                     if lent.is_replaced or lent.is_written:
                         self.write(streamed, lent.held.row, lent.value, replaced=lent.is_replaced)
                 except RunError as error:
@@ -160,23 +164,22 @@ class DirectAccess:
         row = streamed.rows[place]
         held = self._true(streamed.block, row)
         self._count(row)
-        return _Lent(streamed, held, _alias(held.tensor))
+        return _Lent(streamed, place, held, _alias(held.tensor))
 
     def _true(self, block: int, row: Tensor) -> _HandedOut:
         """Return a weight's true values where the device can read them."""
         for held in self._handed_out.get(block, ()):
-            if held.row is row and held.is_copy:
+            if held.row is row and held.state == "copy":
                 return held  # who reads it twice sees what he wrote to it
         home = self._homes[block]
         home.touched.add(row.name)
         there = home.tensor(row)
-        is_copy = not home.is_writable or there.device != self._device
-        if is_copy:
-            with torch.inference_mode(False), torch.no_grad():
-                raw = torch.empty(row.size_bytes, dtype=torch.uint8, device=self._device)
-                raw.copy_(as_bytes(there))
-            there = shaped(raw, row, home.orders[row.name])
-        return _HandedOut(_alias(there), row, is_copy=is_copy)
+        if home.is_writable and there.device == self._device:
+            return _HandedOut(_alias(there), row, "home")
+        with torch.inference_mode(False), torch.no_grad():
+            raw = torch.empty(row.size_bytes, dtype=torch.uint8, device=self._device)
+            raw.copy_(as_bytes(there))
+        return _HandedOut(_alias(shaped(raw, row, home.orders[row.name])), row, "copy")
 
     def _count(self, row: Tensor) -> None:
         self.reads += 1
@@ -202,13 +205,24 @@ class DirectAccess:
                 "memplan streams it as it was when it was placed: detach() first, change it, then plan and attach anew"
             )
         self._running().drop(streamed.block)
-        held = self._handed_out.get(streamed.block, ())
-        if not home.is_writable or (replaced and any(not other.is_copy and other.is_shared() for other in held)):
+        held = self._handed_out.setdefault(streamed.block, [])
+        same = [one for one in held if one.row is row]
+        if replaced:
+            held[:] = [one for one in held if one.row is not row]
+        if not home.is_writable or (replaced and any(one.state == "home" and one.is_shared() for one in same)):
             self._own_home(streamed.block)
             streamed.source = home.source
-            self._handed_out.pop(streamed.block, None)
+            for one in held:
+                if one.state == "home":  # of memory that is not the home any more
+                    one.state = "copy"
         home.write(row, value)
+        streamed.writes += 1
         self.writes += 1
+        if not replaced:
+            with torch.inference_mode(False), torch.no_grad():
+                for one in same:
+                    if one.state != "home" and one.tensor is not value:
+                        one.tensor.copy_(value)
 
     def written_in_access(self, streamed: Streamed, places: Sequence[int]) -> None:
         """Take home what was written to a block's weights while an access of it was under way. Raises RunError."""
@@ -223,31 +237,43 @@ class DirectAccess:
                     streamed.note_no_write(place)
                 else:
                     # The slot's bytes are about to be another block's.
-                    values.append((row, value if is_replaced else value.clone()))
+                    values.append((row, value if is_replaced else value.clone(), is_replaced))
         if values and streamed.is_recomputed:
+            self._running().drop(streamed.block)
             raise RunError(
                 f"the forward of {streamed.name} wrote to its frozen weights, and the plan runs it a second time in backward, "
                 'which would write twice: plan with activations={...: "keep"} for it, or pin it to the device'
             )
-        for row, value in values:
-            self.write(streamed, row, value)
+        for row, value, is_replaced in values:
+            self.write(streamed, row, value, replaced=is_replaced)
 
     def settle(self, block: int | None = None) -> None:
-        """Take home what was written to what is handed out, of a block or of all. Forget what nobody holds any more."""
+        """Take home what was written to what is handed out, of a block or of all. Forget what nobody holds any more.
+
+        What is no alias of the home is kept equal to it: where it differs it was written to. Raises RunError.
+        """
+        self._state = None
         blocks = list(self._handed_out) if block is None else [block] if block in self._handed_out else []
-        mapped = [held.tensor for key in blocks for held in self._handed_out[key] if held.is_mapped]
+        mapped = [held.tensor for key in blocks for held in self._handed_out[key] if held.state == "mapped"]
         touched = {id(tensor) for tensor in written_pages(mapped)} if mapped else set()
         for key in blocks:
-            left = []
-            for held in self._handed_out.pop(key):
-                may_be_written = held.is_copy or id(held.tensor) in touched
-                if may_be_written and not _equal(held.tensor, self._homes[key].tensor(held.row)):
-                    self.write(self._streamed[key], held.row, held.tensor)
-                if held.is_shared():
-                    left.append(held)
-            if left:
-                self._handed_out[key] = left
-            self._streamed[key].is_shared_out = bool(left)
+            held, home = self._handed_out[key], self._homes[key]
+            for one in list(held):
+                may_differ = one.state == "copy" or id(one.tensor) in touched
+                if may_differ and not _equal(one.tensor, home.tensor(one.row)):
+                    others = [o for o in held if o.row is one.row and o is not one and o.state != "home"]
+                    if any(
+                        not _equal(o.tensor, home.tensor(o.row)) and not _equal(o.tensor, one.tensor) for o in others
+                    ):
+                        raise RunError(
+                            f"the frozen weight {one.row.name} was written to through two tensors that hold copies of it (its data, a "
+                            "view, or entries of a state_dict), and which came last is not known: write to the weight itself"
+                        )
+                    self.write(self._streamed[key], one.row, one.tensor)
+            held[:] = [one for one in held if one.is_shared()]
+            if not held:
+                del self._handed_out[key]
+            self._streamed[key].is_shared_out = bool(held)
 
     def _share(self, streamed: Streamed, held: _HandedOut) -> None:
         """Note that someone else holds true values of a weight, and may write to them."""
@@ -259,19 +285,19 @@ class DirectAccess:
             self._running().drop(streamed.block)  # what is in the slot would not be what is written
 
     def settle_before(self, state: dict[str, Any]) -> None:
-        """Take home what was written, once for each ``state_dict`` that is being made: ``state``."""
-        burst = (id(state), len(state))
-        if self._burst[0] != burst[0] or burst[1] < self._burst[1]:
+        """Take home what was written, once for each ``state_dict`` that is being made: ``state``, which grows by each module."""
+        if self._state is None or self._state[0] is not state or len(state) <= self._state[1]:
             self.settle()
-        self._burst = burst
+        self._state = (state, len(state))  # held, lest another be taken for it
 
     def hand_out(self, block: int, row: Tensor, value: torch.Tensor) -> None:
         """Note that a weight's true values were given to someone who may write to them: an entry of a ``state_dict``."""
         streamed = self._streamed.get(block)
         if streamed is not None:
             self._homes[block].touched.add(row.name)
-            is_mapped = not self._homes[block].is_writable
-            self._share(streamed, _HandedOut(_alias(value), row, is_mapped=is_mapped))
+            self._share(
+                streamed, _HandedOut(_alias(value), row, "home" if self._homes[block].is_writable else "mapped")
+            )
 
     def show_all(self) -> None:
         """Have every streamed weight be its true values, and nothing served, until ``hide_all``. Nothing may be on its way."""
@@ -282,7 +308,7 @@ class DirectAccess:
                 home.touched.add(row.name)
                 value = home.tensor(row)
                 self._shown[id(tensor)] = (
-                    _HandedOut(_alias(value), row, is_mapped=not home.is_writable),
+                    _HandedOut(_alias(value), row, "home" if home.is_writable else "mapped"),
                     tensor._version,
                 )
                 tensor.data = value
@@ -291,7 +317,8 @@ class DirectAccess:
         """Have every streamed weight be away again, and what was written to them be in their homes. Raises RunError."""
         shown, self._shown = self._shown, {}
         touched = {
-            id(tensor) for tensor in written_pages([held.tensor for held, _ in shown.values() if held.is_mapped])
+            id(tensor)
+            for tensor in written_pages([held.tensor for held, _ in shown.values() if held.state == "mapped"])
         }
         written = []
         for streamed in self._streamed.values():
@@ -299,11 +326,11 @@ class DirectAccess:
                 held, version = shown.pop(id(tensor))
                 replaced = tensor.data_ptr() != held.tensor.data_ptr()
                 if replaced or tensor._version != version or id(held.tensor) in touched:
-                    written.append((streamed, held.row, tensor.data))
+                    written.append((streamed, held.row, tensor.data, replaced))
             streamed.unpoint()
             streamed.be_away()
-        for streamed, row, value in written:
-            self.write(streamed, row, value)
+        for streamed, row, value, replaced in written:
+            self.write(streamed, row, value, replaced=replaced)
 
     def hooks_came(self, tensors: Iterable[torch.Tensor]) -> None:
         """Note that modules with these weights have hooks that the plan's trace has not seen."""
@@ -333,13 +360,12 @@ class DirectAccess:
 
 @dataclass(slots=True, eq=False)
 class _HandedOut:
-    """True values of a weight that someone else may hold and write to. Neither copy nor mapped: the home's own bytes."""
+    """True values of a weight that someone else may hold and write to."""
 
     tensor: torch.Tensor
     row: Tensor
-    is_copy: bool = False
-    is_mapped: bool = False
-    """A private mapping of a file."""
+    state: Literal["home", "copy", "mapped"]
+    """The home's own bytes; a copy on the device; or a private mapping of the home's file."""
 
     def is_shared(self) -> bool:
         """Whether anyone but this refers to its memory."""
@@ -363,6 +389,7 @@ class _Lent:
     """True values of a weight in one call."""
 
     streamed: Streamed
+    place: int
     held: _HandedOut
     alias: torch.Tensor
     is_replaced: bool = False

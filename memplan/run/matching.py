@@ -17,7 +17,7 @@ from memplan.run.arena import dtype_of, is_placeholder
 from memplan.run.home import Checkpoint, Stored
 from memplan.triggers import modules_by_name
 from memplan.units import format_bytes
-from memplan.weights import Weight, own_weights, unready
+from memplan.weights import Weight, kind_of, own_weights, unready
 
 
 def require_supported(plan: Plan) -> None:
@@ -92,6 +92,11 @@ def match_weights(model: nn.Module, plan: Plan) -> dict[str, Weight]:
                     "make a plan for this model"
                 )
             found = weights[tensor.name].tensor
+            if kind_of(found) is not type(found):
+                raise ModelError(
+                    f"the weight {tensor.name} is streamed already, for a model that shares it and is under a plan: detach() that "
+                    "one first"
+                )
             if tuple(found.shape) != tensor.shape or found.dtype != dtype_of(tensor.dtype):
                 raise PlanMismatchError(
                     f"the plan is for another model ({plan.model}): it has {tensor.name} as {tensor.dtype} "

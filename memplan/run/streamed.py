@@ -69,6 +69,8 @@ class Streamed:
     """Its bytes of the arena may be given back, and be at another address when they are there again."""
     kinds: tuple[Kinds, ...] = ()
     """Empty until the model runs under the plan: see :meth:`serve`."""
+    writes: int = 0
+    """To its home."""
     loads: int = 0
     misses: int = 0
     stall_s: float = 0.0
@@ -170,17 +172,21 @@ class Streamed:
     def _written(self) -> Iterator[int]:
         for place, ((tensor, there, _), version) in enumerate(zip(self.pointers, self._versions, strict=True)):
             if (
-                (tensor._version != version and (place, tensor._version - version) not in self.no_writes)
+                (tensor._version != version and not self._is_no_write(place, tensor._version - version))
                 or tensor.data_ptr() != there.data_ptr()
                 or (place in self.values and not torch.equal(self.values[place], there))
             ):
                 yield place
         self.values.clear()
 
+    def _is_no_write(self, place: int, rise: int) -> bool:
+        return not self.has_late_hooks and (place, rise) in self.no_writes
+
     def note_no_write(self, place: int) -> None:
         """Note that a weight's version rose in the access that is over, but its values are what they were.
 
-        So it is wherever parametrizations come and go in a forward (PEFT's on experts): they set a tensor to itself.
+        So it is wherever parametrizations come and go in a forward (PEFT's on experts): they set a tensor to itself. What else
+        writes in a forward the trace has seen, and the block then stays; but for hooks that came later.
         """
         self.no_writes.add((place, self.pointers[place][0]._version - self._versions[place]))
 
