@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -13,8 +14,10 @@ from torch.utils.checkpoint import checkpoint
 from memplan.compiled import call_of, replace_call
 
 
-def wrap(module: nn.Module) -> Callable[[], None]:
+def wrap(module: nn.Module, again: Callable[[], AbstractContextManager[None]] = nullcontext) -> Callable[[], None]:
     """Checkpoint ``module``'s forward (non-reentrant, random state kept) inside its hooks; return what undoes it.
+
+    ``again``: a context for each time that it runs once more.
 
     [Note: caches] A key-value cache handed in is written to by the forward, as ever. The recompute is given one that is
     as that was before: it may hold what came before (a trained prefix), and what is taken from a cache lies otherwise
@@ -30,6 +33,16 @@ def wrap(module: nn.Module) -> Callable[[], None]:
     def forward(*args: Any, **kwargs: Any) -> Any:
         if not torch.is_grad_enabled():
             return original(*args, **kwargs)
+        ran = False
+
+        def once_more(*args: Any, **kwargs: Any) -> Any:
+            nonlocal ran
+            if not ran:
+                ran = True
+                return original(*args, **kwargs)
+            with again():
+                return original(*args, **kwargs)
+
         now: dict[int, Any] = {}
         """The caches themselves, by the id of what stands for them: held no longer than the forward."""
 
@@ -42,7 +55,7 @@ def wrap(module: nn.Module) -> Callable[[], None]:
 
         args, kwargs = tuple(map(keep, args)), {name: keep(value) for name, value in kwargs.items()}
         if not now:
-            return _checkpoint(original, args, kwargs)
+            return _checkpoint(once_more, args, kwargs)
 
         def run(*args: Any, **kwargs: Any) -> Any:
             given = dict(now)
@@ -53,7 +66,7 @@ def wrap(module: nn.Module) -> Callable[[], None]:
                     return given[id(value)]
                 return _as_it_is(value, last) if _is_cache(value) else value
 
-            return original(*map(cache_of, args), **{name: cache_of(value) for name, value in kwargs.items()})
+            return once_more(*map(cache_of, args), **{name: cache_of(value) for name, value in kwargs.items()})
 
         return _checkpoint(run, args, kwargs)
 

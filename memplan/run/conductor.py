@@ -9,6 +9,9 @@ counted. So the plan's order is only ever a matter of speed; what is right does 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 
 from memplan.errors import RunError
@@ -47,6 +50,7 @@ class Conductor:
         self._direct = direct
         self.lock = self._lock = Lock(self._mend)
         self._open: tuple[Streamed, ...] = ()
+        self._opening = False  # whether what is used now is used by its own module's forward
         self.offloads = Offloads(offloaded, transfers, self._lock, self._clear, arena)
         in_place = read_in_place(plan)
         reads = {
@@ -80,7 +84,11 @@ class Conductor:
                 return -1
             if self._paused:
                 raise RunError(f"the model was called {self._paused}, where its weights are only read: call it outside")
-            call = self._recompute_begins(module) if in_backward else self._forward_begins(module)
+            self._opening = True
+            try:
+                call = self._recompute_begins(module) if in_backward else self._forward_begins(module)
+            finally:
+                self._opening = False
             for streamed in self._at_home.get(module, ()):
                 streamed.point_home()
             return call
@@ -118,8 +126,7 @@ class Conductor:
                 return
             for streamed in self._at_home.get(module, ()):
                 streamed.leave_home()
-            if not in_backward:
-                self._shut_all()
+            self._shut_all()
             if not in_backward and call == self._first_call + self._now:
                 self._done = self._now + 1
                 self._pinned = frozenset()
@@ -239,9 +246,36 @@ class Conductor:
                 self._make_usable(streamed)
             elif streamed.at_home:  # a forward that raised has left it there
                 streamed.point()
-            streamed.open()
-            opened.append(streamed)
+            if self._opening or streamed.opens_in_backward:
+                streamed.open()
+                opened.append(streamed)
         self._open = tuple(opened)
+
+    @contextmanager
+    def recomputing(self, module: str) -> Iterator[None]:
+        """The forward of a module runs again, in its backward, as the plan has it."""
+        with self._lock:
+            held = [self._streamed[block] for block in self._module_reads.get(module, ()) if block in self._streamed]
+            opened = [streamed for streamed in held if streamed.usable and not streamed.is_open]
+            for streamed in opened:
+                streamed.open()
+        try:
+            yield
+        finally:
+            with self._lock:
+                for streamed in opened:
+                    self._shut(streamed)
+
+    def open_in_backward(self, streamed: Streamed, *, for_good: bool) -> bool:
+        """Open a block of which a backward is under way, and return whether it is. ``for_good``: in each backward to come."""
+        with self._lock:
+            if not streamed.usable or streamed.block not in self._pinned:
+                return False
+            streamed.opens_in_backward |= for_good
+            if not streamed.is_open:
+                streamed.open()
+                self._open = (*self._open, streamed)
+            return True
 
     def _shut_all(self, but: tuple[int, ...] = ()) -> None:
         """Have no block's weights read unnoticed from now on, but those of some."""
@@ -257,7 +291,10 @@ class Conductor:
             self._direct.written_in_access(streamed, written)
         if streamed.taken:
             self._direct.keep_taken(streamed)
-        if streamed.is_shared_out and not written:
+        if streamed.is_stale:
+            streamed.is_stale = False
+            self._evict(streamed)
+        elif streamed.is_shared_out and not written:
             self._direct.settle(streamed.block)
             if streamed.is_shared_out:  # who holds it may write to it at any time: have it read anew
                 self._evict(streamed)
@@ -365,7 +402,11 @@ class Conductor:
     def drop(self, block: int) -> None:
         """Have a streamed block be loaded anew before it is used: it was written to. It may be called with the lock in hand."""
         with self._lock:
-            self._evict(self._streamed[block])
+            streamed = self._streamed[block]
+            if streamed.is_open:  # by another thread than the one that trains: its access goes on with what is there
+                streamed.is_stale = True
+            else:
+                self._evict(streamed)
 
     def record(self, *, vram_peak_bytes: int, ram_peak_bytes: int, recoveries: int, derived_bytes: int) -> RunRecord:
         """Return what was measured so far. ``ram_peak_bytes``: without what transfers hold of their own."""

@@ -18,9 +18,10 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 from weakref import ref
 
@@ -39,6 +40,7 @@ from memplan.weights import is_wrapper, kind_of, rewrapped, wrapped_parts
 
 if TYPE_CHECKING:
     from memplan.run.conductor import Conductor
+    from memplan.run.lock import Lock
 
 _LOG = logging.getLogger("memplan")
 
@@ -54,9 +56,11 @@ class DirectAccess:
         device: torch.device,
         homes: dict[int, Home],
         streamed: dict[int, Streamed],
-        own_home: Callable[[int], None],
+        own_home: Callable[..., None],
     ) -> None:
-        """``own_home``: gives a block that is homed in a file a home that may be written to. Raises RunError."""
+        """``own_home``: gives a block that is homed in a file a home that may be written to. Raises RunError where the budgets
+        have no room, unless called with ``bounded=False``.
+        """
         self.reads = 0
         self.read_bytes = 0
         self.writes = 0
@@ -75,11 +79,17 @@ class DirectAccess:
         self._state: tuple[dict[str, Any], int] | None = None
         """The ``state_dict`` that is being made, and its entries so far."""
         self._conductor: Callable[[], Conductor | None] = lambda: None
+        self._within: Mapping[int, frozenset[int]] = {}
 
     # ---- beginning and end -----------------------------------------------------------------------------------------
 
-    def begin(self, model: nn.Module, conductor: Conductor, plain: frozenset[int]) -> None:
-        """Serve from now on. ``plain``: ids of tensors that torch.compile has seen, whose class must not change in use."""
+    def begin(
+        self, model: nn.Module, conductor: Conductor, plain: frozenset[int], within: Mapping[int, frozenset[int]]
+    ) -> None:
+        """Serve from now on. ``plain``: ids of tensors that torch.compile has seen, whose class must not change in use.
+        ``within``: by block, ids of the modules in whose accesses it is read.
+        """
+        self._within = within
         self._conductor = ref(conductor)
         for streamed in self._streamed.values():
             for place, (tensor, _, _) in enumerate(streamed.pointers):
@@ -102,6 +112,7 @@ class DirectAccess:
     def close(self) -> None:
         """Take what was written home, and have the weights be as any others."""
         try:
+            self._own_home = partial(self._own_home, bounded=False)  # what is given back has memory of its own anyway
             self.settle()
         finally:
             for streamed in self._streamed.values():
@@ -113,6 +124,22 @@ class DirectAccess:
             self._own_home = _refuse
 
     # ---- serving a call --------------------------------------------------------------------------------------------
+
+    def is_of_backward(self, tensor: torch.Tensor) -> bool:
+        """Whether a weight is read by the backward of its own module, in which it lies where it is. It is open then.
+
+        By a function of its own that has kept it (bitsandbytes), or by a checkpoint of the script's that runs the module
+        again. What else reads it there with gradients may have autograd keep it for longer.
+        """
+        found = self._places.get(id(tensor))
+        if found is None:
+            parts = self._wrapped.get(id(tensor), ())
+            return bool(parts) and all(self.is_of_backward(part) for part in parts)
+        streamed = found[0]
+        keeps_graph = torch.is_grad_enabled()
+        if keeps_graph and _module_that_calls() not in self._within.get(streamed.block, ()):
+            return False
+        return self._running().open_in_backward(streamed, for_good=not keeps_graph)
 
     def stand_in(self, tensor: torch.Tensor) -> _StandIn:
         """Return what a call is given in a weight's place: its true values. Raises RunError where it is trained by now."""
@@ -149,6 +176,10 @@ class DirectAccess:
                     failure = failure or error
             if failure is not None:
                 raise failure
+
+    def locked(self) -> Lock:
+        """Return the lock under which weights come and go. Raises RunError after a detach."""
+        return self._running().lock
 
     def _running(self) -> Conductor:
         conductor = self._conductor()
@@ -301,17 +332,16 @@ class DirectAccess:
 
     def show_all(self) -> None:
         """Have every streamed weight be its true values, and nothing served, until ``hide_all``. Nothing may be on its way."""
-        for streamed in self._streamed.values():
-            streamed.be_plain()
-            home = self._homes[streamed.block]
-            for (tensor, _, _), row in zip(streamed.pointers, streamed.rows, strict=True):
-                home.touched.add(row.name)
-                value = home.tensor(row)
-                self._shown[id(tensor)] = (
-                    _HandedOut(_alias(value), row, "home" if home.is_writable else "mapped"),
-                    tensor._version,
-                )
-                tensor.data = value
+        with self.locked():
+            for streamed in self._streamed.values():
+                home = self._homes[streamed.block]
+                values = [home.tensor(row) for row in streamed.rows]
+                streamed.be_plain()
+                for (tensor, _, _), row, value in zip(streamed.pointers, streamed.rows, values, strict=True):
+                    home.touched.add(row.name)
+                    held = _HandedOut(_alias(value), row, "home" if home.is_writable else "mapped")
+                    self._shown[id(tensor)] = (held, tensor._version)
+                    tensor.data = value
 
     def hide_all(self) -> None:
         """Have every streamed weight be away again, and what was written to them be in their homes. Raises RunError."""
@@ -321,16 +351,26 @@ class DirectAccess:
             for tensor in written_pages([held.tensor for held, _ in shown.values() if held.state == "mapped"])
         }
         written = []
-        for streamed in self._streamed.values():
-            for tensor, _, _ in streamed.pointers:
-                held, version = shown.pop(id(tensor))
-                replaced = tensor.data_ptr() != held.tensor.data_ptr()
-                if replaced or tensor._version != version or id(held.tensor) in touched:
-                    written.append((streamed, held.row, tensor.data, replaced))
-            streamed.unpoint()
-            streamed.be_away()
-        for streamed, row, value, replaced in written:
-            self.write(streamed, row, value, replaced=replaced)
+        with self.locked():
+            for streamed in self._streamed.values():
+                for tensor, _, _ in streamed.pointers:
+                    held, version = shown.pop(id(tensor), (None, 0))
+                    if held is None:
+                        continue
+                    with plain(tensor):
+                        replaced = tensor.data_ptr() != held.tensor.data_ptr()
+                        if replaced or tensor._version != version or id(held.tensor) in touched:
+                            written.append((streamed, held.row, tensor.data, replaced))
+                streamed.unpoint()
+                streamed.be_away()
+            failure: RunError | None = None
+            for streamed, row, value, replaced in written:
+                try:
+                    self.write(streamed, row, value, replaced=replaced)
+                except RunError as error:
+                    failure = failure or error
+            if failure is not None:
+                raise failure
 
     def hooks_came(self, tensors: Iterable[torch.Tensor]) -> None:
         """Note that modules with these weights have hooks that the plan's trace has not seen."""
@@ -533,6 +573,10 @@ def _serve(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, An
             "weight.data, or detach() from memplan first"
         )
     held = {id(tensor): tensor for tensor in _away_in((args, kwargs))}
+    if torch._C._current_graph_task_id() != -1:
+        servers = [(_server_of(tensor), tensor) for tensor in held.values()]
+        if all(server is not None and server.is_of_backward(tensor) for server, tensor in servers):
+            return func(*args, **kwargs)
     if func in _LAYOUT and len(held) == 1 and args and id(args[0]) in held:
         like = _like(args[0])
         if like is not None:
@@ -556,8 +600,14 @@ def _served(func: Callable[..., Any], args: Any, kwargs: Any, tensors: Sequence[
         return next((one.weight for _, one in given if one.shown is result), result)
     finally:
         shown = {}
+        failure: RunError | None = None
         for server, one in given:
-            server.take_back(one)
+            try:
+                server.take_back(one)
+            except RunError as error:
+                failure = failure or error
+        if failure is not None:
+            raise failure
 
 
 def _outside_of_functorch() -> AbstractContextManager[object]:
@@ -580,7 +630,7 @@ def _exchanged(value: Any, shown: dict[int, torch.Tensor]) -> Any:
     return value
 
 
-def _refuse(block: int) -> None:
+def _refuse(block: int, **options: bool) -> None:
     raise _gone()
 
 
@@ -593,6 +643,19 @@ def _gone() -> RunError:
 def _server_of(tensor: torch.Tensor) -> DirectAccess | None:
     found = _SERVERS.get(tensor)
     return None if found is None else found()
+
+
+def _module_that_calls() -> int:
+    """Return the id of the module in whose method a call is made, 0 where none is near."""
+    frame = sys._getframe(1).f_back
+    for _ in range(2 * _FRAMES):
+        if frame is None:
+            break
+        held = frame.f_locals.get("self")
+        if isinstance(held, nn.Module):
+            return id(held)
+        frame = frame.f_back
+    return 0
 
 
 def _is_for_a_parameter() -> bool:

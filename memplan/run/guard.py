@@ -100,22 +100,28 @@ class Guard:
 
     def begin_save(self, *args: Any, **kwargs: Any) -> None:
         """Stand for ``_save_to_state_dict``, which takes all weights: they are not read for that, ``save`` puts them in."""
+        assert self._direct is not None
         held = [*(weight.tensor for weight in self._own), *(tensor for _, tensor in self._entries())]
-        with contextlib.ExitStack() as shown:
+        with self._direct.locked(), contextlib.ExitStack() as shown:  # another thread may train meanwhile
             for tensor in {id(tensor): tensor for tensor in held}.values():
                 shown.enter_context(plain(tensor))
             type(self._module)._save_to_state_dict(self._module, *args, **kwargs)
 
     def save(self, module: nn.Module, state: dict[str, Any], prefix: str, metadata: object) -> None:
         """Put the weights from their homes into a ``state_dict``: nothing is copied, what is on disk is mapped."""
-        if self._direct is not None:
+        entries = dict(self._entries())
+        for name, now in (*module._parameters.items(), *module._buffers.items()):
+            if name in entries and now is not None and now is not entries[name]:
+                del entries[name]  # another parameter has taken its place
+            if now is not None and id(now) in self._kept:
+                entries[name] = now  # under whatever name it goes by now (pruning, spectral norm)
+        if self._direct is None or not entries:
+            return
+        with self._direct.locked():
             self._direct.settle_before(state)
-        for name, held in self._entries():
-            now = module._parameters.get(name)
-            if now is not None and now is not held:
-                continue  # another parameter has taken its place
-            if prefix + name in state and not isinstance(state[prefix + name], nn.Parameter):
-                state[prefix + name] = rewrapped(held, self._read)
+            for name, held in entries.items():
+                if prefix + name in state and not isinstance(state[prefix + name], nn.Parameter):
+                    state[prefix + name] = rewrapped(held, self._read)
 
     def _entries(self) -> Iterator[tuple[str, torch.Tensor]]:
         """Yield what a ``state_dict`` of the module holds of its weights, by name."""

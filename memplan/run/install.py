@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 
 from torch import nn
 
@@ -58,7 +59,7 @@ def install(
         _note_recomputed(plan, parts)
         parts.conductor = Conductor(plan, parts.streamed, transfers, offloaded, parts.arena, parts.direct)
         undo.callback(parts.conductor.close)
-        parts.direct.begin(model, parts.conductor, _compiled_weights(model))
+        parts.direct.begin(model, parts.conductor, _compiled_weights(model), _within(plan, triggers))
         for guard in _hook(model, plan, parts, triggers, undo, transfers):
             guard.handle = handle
         parts.conductor.begin()
@@ -85,7 +86,8 @@ def _hook(
             undo.callback(undone)
     for policy in plan.activations:
         if policy.activations == "recompute":
-            undo.callback(recompute.wrap(triggers[policy.module]))
+            again = partial(parts.conductor.recomputing, policy.module)
+            undo.callback(recompute.wrap(triggers[policy.module], again))
     offloads = parts.conductor.offloads
     for held in offloads.by_key.values():
         undo.callback(offload.wrap(triggers[held.module], held.module, offloads.beginning(held.key)))
@@ -116,6 +118,15 @@ def _note_recomputed(plan: Plan, parts: Parts) -> None:
             for block in access.blocks:
                 if block in parts.streamed:
                     parts.streamed[block].is_recomputed = True
+
+
+def _within(plan: Plan, triggers: Mapping[str, nn.Module]) -> dict[int, frozenset[int]]:
+    """Return the ids of the modules within those whose accesses read each block."""
+    found: dict[int, set[int]] = {}
+    for access in plan.table.accesses:
+        for block in access.blocks if access.module else ():
+            found.setdefault(block, set()).update(id(module) for module in triggers[access.module].modules())
+    return {block: frozenset(ids) for block, ids in found.items()}
 
 
 def _compiled_weights(model: nn.Module) -> frozenset[int]:

@@ -127,18 +127,18 @@ class Parts:
                 found[item.block] = arena.part(address.offset_bytes, address.size_bytes)
         return [found[block.id] for block in self.plan.table.blocks if block.id in found]
 
-    def own_home(self, block: int) -> None:
-        """Give a block that is homed in files, which are never written to, a home in RAM that may be.
+    def own_home(self, block: int, *, bounded: bool = True) -> None:
+        """Give a block a home of its own in RAM, which may be written to: its home is files, or is someone else's by now.
 
         Raises RunError where no budget has room.
         """
         home, plan = self.homes[block], self.plan
         size_bytes = home.block.size_bytes
         left = plan.budgets.ram_bytes - self.host_bytes
-        if size_bytes > left:
+        if bounded and size_bytes > left:
             raise RunError(
-                f"a frozen weight of {home.block.name} was written to, whose home is {home.files}, which memplan never "
-                f"writes to; a home of its own in RAM takes {format_bytes(size_bytes)}, and {format_bytes(max(0, left))} of the "
+                f"a frozen weight of {home.block.name} was written to, whose home is {home.files or 'in use'}, which memplan does "
+                f"not write to; a home of its own in RAM takes {format_bytes(size_bytes)}, and {format_bytes(max(0, left))} of the "
                 f"ram budget ({format_bytes(plan.budgets.ram_bytes)}) are left: give more ram, or pin the block to the device"
             )
         home.source = HostSource(_on_host(home, self.device.type == "cuda"))

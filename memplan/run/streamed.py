@@ -63,6 +63,13 @@ class Streamed:
     """Its module's forward runs a second time in backward, because the plan says so."""
     has_late_hooks: bool = False
     """Its modules have hooks that came after the plan."""
+    is_stale: bool = False
+    """It was written to in an access that was under way: what is in the slot goes when that is over."""
+    opens_in_backward: bool = False
+    """Its weights are read in backward by more than autograd's own formulas: by a recompute, or by functions that keep them.
+
+    Else it stays shut there: what reads it then is something else, whose graph may outlive the block's stay in its slot.
+    """
     is_shared_out: bool = False
     """Someone may still hold what was read of it directly."""
     comes_and_goes: bool = False
