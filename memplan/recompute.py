@@ -13,11 +13,21 @@ from torch.utils.checkpoint import checkpoint
 
 from memplan.compiled import call_of, replace_call
 
+Again = Callable[[], AbstractContextManager[None]]
+"""Makes the context in which a forward runs once more."""
 
-def wrap(module: nn.Module, again: Callable[[], AbstractContextManager[None]] = nullcontext) -> Callable[[], None]:
+
+def _anywhere() -> Again:
+    return nullcontext
+
+
+def wrap(module: nn.Module, kept: Callable[[], Again] = _anywhere) -> Callable[[], None]:
     """Checkpoint ``module``'s forward (non-reentrant, random state kept) inside its hooks; return what undoes it.
 
-    ``again``: a context for each time that it runs once more.
+    ``kept``: called as it runs the first time; gives the context for the next.
+
+    [Note: others' hooks] Under saved-tensor hooks of the script's own (which may keep less than what they are given) nothing
+    is recomputed: they are to see what is saved.
 
     [Note: caches] A key-value cache handed in is written to by the forward, as ever. The recompute is given one that is
     as that was before: it may hold what came before (a trained prefix), and what is taken from a cache lies otherwise
@@ -33,12 +43,15 @@ def wrap(module: nn.Module, again: Callable[[], AbstractContextManager[None]] = 
     def forward(*args: Any, **kwargs: Any) -> Any:
         if not torch.is_grad_enabled():
             return original(*args, **kwargs)
-        ran = False
+        around = hooks_around()
+        if around is not None and not are_memplans(around) and not _are_checkpoints(around):
+            return original(*args, **kwargs)
+        again: Again | None = None
 
         def once_more(*args: Any, **kwargs: Any) -> Any:
-            nonlocal ran
-            if not ran:
-                ran = True
+            nonlocal again
+            if again is None:
+                again = kept()
                 return original(*args, **kwargs)
             with again():
                 return original(*args, **kwargs)
@@ -126,6 +139,11 @@ def drop_hooks_that_stayed() -> None:
 def hooks_around() -> Any:
     """Return the saved-tensor hooks at work, packing and unpacking, or None."""
     return torch._C._autograd._top_saved_tensors_default_hooks(True)
+
+
+def _are_checkpoints(hooks: Any) -> bool:
+    """Whether hooks are those of a checkpoint around."""
+    return bool(getattr(hooks[0], "__module__", "") == checkpoint.__module__)
 
 
 def are_memplans(hooks: Any) -> bool:

@@ -15,6 +15,7 @@ watcher takes each as the same access.
 from __future__ import annotations
 
 import dataclasses
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from typing import Any, Protocol
@@ -34,6 +35,7 @@ from memplan.compiled import (
     untraced,
     untraced_deep,
 )
+from memplan.errors import RunError
 from memplan.names import canonical
 
 
@@ -45,6 +47,9 @@ class Watcher(Protocol):
 
     def forward_ends(self, module: str, call: int, *, in_backward: bool) -> None:
         """That forward has ended."""
+
+    def forward_failed(self) -> None:
+        """A forward was left by an error."""
 
     def backward_begins(self, module: str, call: int) -> None:
         """A gradient of what this call produced is there: its backward begins."""
@@ -114,6 +119,8 @@ class Triggers:
         if not hides_hooks(module):
             self._undo.append(module.register_forward_pre_hook(before, with_kwargs=True, prepend=True).remove)
             self._undo.append(module.register_forward_hook(after, with_kwargs=True).remove)
+            failed = self._failed(name)
+            self._undo.append(module.register_forward_hook(failed, prepend=True, always_call=True).remove)
             return
         call = call_of(module)
 
@@ -122,6 +129,9 @@ class Triggers:
             self._inside.append(name)
             try:
                 output = call(*args, **kwargs)
+            except BaseException:
+                self._watcher.forward_failed()
+                raise
             finally:
                 self._inside.pop()
             after(module, args, kwargs, output)
@@ -135,6 +145,11 @@ class Triggers:
     def _before(self, name: str) -> Any:
         def pre_hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             refuse_region(name)
+            if torch._C._get_tracing_state() is not None:
+                raise RunError(
+                    f"{name} was traced by torch.jit while memplan streams its weights, which the traced module would read where they "
+                    "are not: detach() first"
+                )
             backward = in_backward()
             if backward:
                 self._watch_end()
@@ -157,6 +172,14 @@ class Triggers:
             self._watcher.forward_ends(name, call, in_backward=in_backward())
 
         return untraced(post_hook)
+
+    def _failed(self, name: str) -> Any:
+        def hook(module: nn.Module, args: object, output: object) -> None:
+            # Called first where all is well, and alone where an error has left the forward.
+            if sys.exc_info()[0] is not None:
+                self._watcher.forward_failed()
+
+        return untraced(hook)
 
     def backward_begins(self, name: str, call: int) -> None:
         """Tell that a gradient of what a call produced is there."""

@@ -93,6 +93,9 @@ class AccessLog:
         if not in_backward and not self.active:
             self._segment(None)
 
+    def forward_failed(self) -> None:
+        pass  # what was open is dropped by whichever comes next
+
     def backward_begins(self, module: str, call: int) -> None:
         now = self.now
         if call < 0 or call in self._begun:

@@ -9,7 +9,9 @@ counted. So the plan's order is only ever a matter of speed; what is right does 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import os
+import threading
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -49,7 +51,18 @@ class Conductor:
         self._transfers = transfers
         self._direct = direct
         self.lock = self._lock = Lock(self._mend)
-        self._open: tuple[Streamed, ...] = ()
+        self._used: tuple[Streamed, ...] = ()  # what the access under way reads, open or not
+        self._had_backward = False
+        self._strayed_in_backward = False  # or its forwards did, of which some may have none that is seen
+        self.look_for_poison: Callable[[], None] = lambda: None
+        """Raises RunError where a gradient was made of what lies in the place of a weight that is away.
+
+        [Note: entered from within] A backward comes to a layer by a gradient of what it returned, which its trigger sees. Where it
+        comes by another tensor that was made in it (a hook's, a cache's), and by none of those, nothing brings the weights.
+        Then accesses are left out that the plan has; and only then this is looked for.
+        """
+        self._process = os.getpid()
+        self._forward_of: int | None = None  # the thread whose forward is under way
         self._opening = False  # whether what is used now is used by its own module's forward
         self.offloads = Offloads(offloaded, transfers, self._lock, self._clear, arena)
         in_place = read_in_place(plan)
@@ -82,6 +95,7 @@ class Conductor:
         with self._lock:
             if self._closed:
                 return -1
+            self._refuse_elsewhere(module, in_backward)
             if self._paused:
                 raise RunError(f"the model was called {self._paused}, where its weights are only read: call it outside")
             self._opening = True
@@ -93,12 +107,30 @@ class Conductor:
                 streamed.point_home()
             return call
 
+    def _refuse_elsewhere(self, module: str, in_backward: bool) -> None:
+        """Raise RunError where two threads compute with the model at once, or a process that was forked."""
+        if os.getpid() != self._process:
+            raise RunError(
+                f"{module} was called in a process that was forked from one in which memplan streams its weights: the threads that "
+                "bring them are not there. Start the process with the spawn method, or call the model in the main process"
+            )
+        if in_backward:
+            return  # autograd's own threads
+        thread = threading.get_ident()
+        if self._used and self._forward_of not in (None, thread):
+            raise RunError(
+                f"{module} was called in a thread while another one computes with the same model, whose weights memplan brings one "
+                "after the other: let the calls take turns, or detach() first"
+            )
+        self._forward_of = thread
+
     def _forward_begins(self, module: str) -> int:
         passed = self._sequence.passed_expert(module, self._now)
         position = self._sequence.next_forward(module, self._now) if passed is None else passed
         if position is None:
             call = self._aside = self._aside - 1
             self._serve_aside(module)
+            self._strayed_in_backward = True
         else:
             call = self._first_call + position
             if passed is None:
@@ -116,6 +148,8 @@ class Conductor:
         if begun and self._sequence.skipped_reads(self._now, position):
             self._strayed()
         if position // self._sequence.length != self._now // self._sequence.length or not begun:
+            self._strayed_in_backward |= begun and not self._had_backward  # that one's backward may be to come
+            self._had_backward = False
             self._cycle_begins()
             self._choices.cycle_begins(position // self._sequence.length)
         self._go_to(position)
@@ -125,15 +159,26 @@ class Conductor:
             if self._closed:
                 return
             for streamed in self._at_home.get(module, ()):
-                streamed.leave_home()
+                replaced, is_written = streamed.leave_home()
+                for place, value in replaced.items():
+                    self._direct.write(streamed, streamed.rows[place], value, replaced=True)
+                if is_written:
+                    self._evict(streamed)
             self._shut_all()
             if not in_backward and call == self._first_call + self._now:
                 self._done = self._now + 1
                 self._pinned = frozenset()
                 self._start_loads()
 
+    def forward_failed(self) -> None:
+        """A forward was left by an error: nothing of it goes on."""
+        with self._lock:
+            if not self._closed:
+                self._shut_all()
+
     def backward_begins(self, module: str, call: int) -> None:
         with self._lock:
+            self._forward_of = None
             if self._closed or self._paused:
                 raise RunError(
                     f"a backward came to {module} {self._paused or 'after detach()'}, but its forward was before: what it "
@@ -150,6 +195,7 @@ class Conductor:
             if position is not None:
                 if position > self._now and self._sequence.skipped_reads(self._now, position):
                     self._strayed()
+                    self._strayed_in_backward = True
                 self._go_to(position)
             else:
                 self._serve_aside(module)
@@ -160,6 +206,10 @@ class Conductor:
             self._shut_all()
             if self._closed or self._now < 0:
                 return
+            self._had_backward = True
+            if self._strayed_in_backward or not self._sequence.is_over(self._now):
+                self._strayed_in_backward = False
+                self.look_for_poison()
             cycle = self._now // self._sequence.length
             is_over = self._sequence.is_over(self._now)
             self._done = (cycle + 1) * self._sequence.length if is_over else self._now + 1
@@ -234,11 +284,13 @@ class Conductor:
         self._pinned = frozenset(blocks)
         self._shut_all(but=blocks)
         self._start_loads()
-        opened = []
+        used = []
         for block in blocks:
             streamed = self._streamed.get(block)
             if streamed is None:
                 continue
+            if streamed.is_stale:
+                self._shut(streamed)
             if not streamed.usable:
                 if streamed.ticket is None:
                     streamed.misses += self._measured.passes > 0 or self._now >= self._sequence.length
@@ -248,8 +300,8 @@ class Conductor:
                 streamed.point()
             if self._opening or streamed.opens_in_backward:
                 streamed.open()
-                opened.append(streamed)
-        self._open = tuple(opened)
+            used.append(streamed)
+        self._used = tuple(used)
 
     @contextmanager
     def recomputing(self, module: str) -> Iterator[None]:
@@ -272,15 +324,13 @@ class Conductor:
             if not streamed.usable or streamed.block not in self._pinned:
                 return False
             streamed.opens_in_backward |= for_good
-            if not streamed.is_open:
-                streamed.open()
-                self._open = (*self._open, streamed)
+            streamed.open()
             return True
 
     def _shut_all(self, but: tuple[int, ...] = ()) -> None:
         """Have no block's weights read unnoticed from now on, but those of some."""
-        opened, self._open = self._open, ()
-        for streamed in opened:
+        used, self._used = self._used, ()
+        for streamed in used:
             if streamed.block not in but:
                 self._shut(streamed)
 
@@ -403,7 +453,7 @@ class Conductor:
         """Have a streamed block be loaded anew before it is used: it was written to. It may be called with the lock in hand."""
         with self._lock:
             streamed = self._streamed[block]
-            if streamed.is_open:  # by another thread than the one that trains: its access goes on with what is there
+            if streamed in self._used:  # its access goes on with what is there: another thread's may be under way
                 streamed.is_stale = True
             else:
                 self._evict(streamed)
@@ -470,7 +520,7 @@ class Conductor:
                 self._quiesce()
                 self.offloads.close()
             finally:
-                self._open = ()
+                self._used = ()
                 try:
                     self._direct.close()
                 finally:

@@ -18,7 +18,8 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+import zlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
@@ -32,9 +33,9 @@ from torch.utils.weak import WeakIdKeyDictionary
 from memplan.analyze.graph import Tensor
 from memplan.compiled import untraced_deep
 from memplan.errors import RunError
-from memplan.run.arena import dtype_of, shaped
+from memplan.run.arena import dtype_of, memory_order, shaped
 from memplan.run.disk import written_pages
-from memplan.run.home import Home, as_bytes
+from memplan.run.home import Home, as_bytes, layout_of
 from memplan.run.streamed import Kinds, Streamed, trained_by_now
 from memplan.weights import is_wrapper, kind_of, rewrapped, wrapped_parts
 
@@ -57,9 +58,11 @@ class DirectAccess:
         homes: dict[int, Home],
         streamed: dict[int, Streamed],
         own_home: Callable[..., None],
+        lent: dict[int, list[_HandedOut]],
     ) -> None:
         """``own_home``: gives a block that is homed in a file a home that may be written to. Raises RunError where the budgets
-        have no room, unless called with ``bounded=False``.
+        have no room, unless called with ``bounded=False``. ``lent``: what was handed out under the plan before; what still is at
+        the end is put there.
         """
         self.reads = 0
         self.read_bytes = 0
@@ -68,6 +71,7 @@ class DirectAccess:
         self._homes = homes
         self._streamed = streamed
         self._own_home = own_home
+        self._lent = lent
         self._places: dict[int, tuple[Streamed, int]] = {}
         """Of each tensor by its id: its block, and its place in that block's ``pointers``."""
         self._wrapped: dict[int, tuple[torch.Tensor, ...]] = {}
@@ -90,6 +94,14 @@ class DirectAccess:
         ``within``: by block, ids of the modules in whose accesses it is read.
         """
         self._within = within
+        for module in model.modules():  # memplan's own come later
+            if (
+                module._forward_hooks
+                or module._forward_pre_hooks
+                or module._backward_hooks
+                or module._backward_pre_hooks
+            ):
+                self.hooks_came(module)
         self._conductor = ref(conductor)
         for streamed in self._streamed.values():
             for place, (tensor, _, _) in enumerate(streamed.pointers):
@@ -108,6 +120,13 @@ class DirectAccess:
             for tensor in tensors:
                 _SERVERS[tensor] = ref(self)
             streamed.unpoint()
+        for block, lent in self._lent.items():
+            if block in self._streamed:
+                for one in lent:
+                    if one.state == "home":  # of the plan before
+                        one.state = "copy"
+                    self._share(self._streamed[block], one)
+        self._lent.clear()
 
     def close(self) -> None:
         """Take what was written home, and have the weights be as any others."""
@@ -119,8 +138,10 @@ class DirectAccess:
                 for kinds in streamed.kinds:
                     _SERVERS.pop(kinds.tensor, None)
                 streamed.serve(())
+            self._lent.update(self._handed_out)  # another plan may follow
             # A graph that is still alive must not keep the arenas.
             self._homes, self._streamed, self._handed_out, self._places, self._wrapped = {}, {}, {}, {}, {}
+            self._lent = {}
             self._own_home = _refuse
 
     # ---- serving a call --------------------------------------------------------------------------------------------
@@ -207,10 +228,17 @@ class DirectAccess:
         there = home.tensor(row)
         if home.is_writable and there.device == self._device:
             return _HandedOut(_alias(there), row, "home")
+        self._drop_copies()
         with torch.inference_mode(False), torch.no_grad():
             raw = torch.empty(row.size_bytes, dtype=torch.uint8, device=self._device)
             raw.copy_(as_bytes(there))
         return _HandedOut(_alias(shaped(raw, row, home.orders[row.name])), row, "copy")
+
+    def _drop_copies(self) -> None:
+        """Forget the copies that nobody holds any more: who looks at all weights in turn must not fill the memory."""
+        for block, held in list(self._handed_out.items()):
+            if any(one.state == "copy" and not one.is_shared() for one in held):
+                self.settle(block)
 
     def _count(self, row: Tensor) -> None:
         self.reads += 1
@@ -235,6 +263,14 @@ class DirectAccess:
                 f"the frozen weight {row.name} ({row.dtype} {row.shape}) was to become {value.dtype} {tuple(value.shape)}, but "
                 "memplan streams it as it was when it was placed: detach() first, change it, then plan and attach anew"
             )
+        order = home.orders[row.name]
+        if replaced:
+            if memory_order(value) != order or (order is None and not value.is_contiguous()):
+                raise RunError(
+                    f"the frozen weight {row.name} was to become a tensor of another memory layout (strides {value.stride()}), but "
+                    "memplan streams it as it was when it was placed: give it a contiguous copy, or detach() first"
+                )
+            value = value.clone()  # it may be made of what lies at home
         self._running().drop(streamed.block)
         held = self._handed_out.setdefault(streamed.block, [])
         same = [one for one in held if one.row is row]
@@ -242,10 +278,11 @@ class DirectAccess:
             held[:] = [one for one in held if one.row is not row]
         if not home.is_writable or (replaced and any(one.state == "home" and one.is_shared() for one in same)):
             self._own_home(streamed.block)
-            streamed.source = home.source
             for one in held:
                 if one.state == "home":  # of memory that is not the home any more
                     one.state = "copy"
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)  # copies out of the home may be under way
         home.write(row, value)
         streamed.writes += 1
         self.writes += 1
@@ -263,7 +300,7 @@ class DirectAccess:
             row = streamed.rows[place]
             with plain(tensor):
                 value, tensor.data = tensor.data, there
-                is_replaced = value.data_ptr() != there.data_ptr()
+                is_replaced = layout_of(value) != layout_of(there)
                 if not is_replaced and _equal(there, self._homes[streamed.block].tensor(row)):
                     streamed.note_no_write(place)
                 else:
@@ -289,6 +326,9 @@ class DirectAccess:
         touched = {id(tensor) for tensor in written_pages(mapped)} if mapped else set()
         for key in blocks:
             held, home = self._handed_out[key], self._homes[key]
+            for one in held:
+                if one.checksum and not one.is_shared() and one.checksum != _checksum(one.tensor):
+                    self._streamed[key].writes += 1  # before nobody knows any more
             for one in list(held):
                 may_differ = one.state == "copy" or id(one.tensor) in touched
                 if may_differ and not _equal(one.tensor, home.tensor(one.row)):
@@ -309,17 +349,31 @@ class DirectAccess:
     def _share(self, streamed: Streamed, held: _HandedOut) -> None:
         """Note that someone else holds true values of a weight, and may write to them."""
         known = self._handed_out.setdefault(streamed.block, [])
-        if all(other is not held for other in known):
-            known.append(held)
+        known[:] = [one for one in known if one is not held and (one.state != "home" or one.is_shared())]
+        known.append(held)
         streamed.is_shared_out = True
-        if not streamed.is_open:
-            self._running().drop(streamed.block)  # what is in the slot would not be what is written
+        if held.state == "home" and streamed.is_recomputed and not held.checksum:
+            held.checksum = _checksum(held.tensor)
+        self._running().drop(streamed.block)  # what is in the slot would not be what is written
 
     def settle_before(self, state: dict[str, Any]) -> None:
         """Take home what was written, once for each ``state_dict`` that is being made: ``state``, which grows by each module."""
         if self._state is None or self._state[0] is not state or len(state) <= self._state[1]:
             self.settle()
+            if self._device.type == "cuda":
+                torch.cuda.synchronize(self._device)  # who is given a home's bytes may write to them at once
         self._state = (state, len(state))  # held, lest another be taken for it
+
+    def writes_to(self, streamed: Streamed) -> int:
+        """Return how often a block was written to so far. Raises RunError where what was written cannot be kept."""
+        if streamed.is_shared_out:
+            with self.locked():
+                self.settle(streamed.block)
+                for held in self._handed_out.get(streamed.block, ()):
+                    if held.state == "home" and held.checksum != (now := _checksum(held.tensor)):
+                        held.checksum = now
+                        streamed.writes += 1
+        return streamed.writes
 
     def hand_out(self, block: int, row: Tensor, value: torch.Tensor) -> None:
         """Note that a weight's true values were given to someone who may write to them: an entry of a ``state_dict``."""
@@ -350,7 +404,9 @@ class DirectAccess:
             id(tensor)
             for tensor in written_pages([held.tensor for held, _ in shown.values() if held.state == "mapped"])
         }
-        written = []
+        written: list[tuple[Streamed, Tensor, torch.Tensor, bool]] = []
+        lent: list[tuple[_HandedOut, Streamed]] = []
+        value = tensor = torch.empty(0)
         with self.locked():
             for streamed in self._streamed.values():
                 for tensor, _, _ in streamed.pointers:
@@ -358,9 +414,11 @@ class DirectAccess:
                     if held is None:
                         continue
                     with plain(tensor):
-                        replaced = tensor.data_ptr() != held.tensor.data_ptr()
+                        replaced = layout_of(tensor) != layout_of(held.tensor)
                         if replaced or tensor._version != version or id(held.tensor) in touched:
                             written.append((streamed, held.row, tensor.data, replaced))
+                    if not replaced:
+                        lent.append((held, streamed))
                 streamed.unpoint()
                 streamed.be_away()
             failure: RunError | None = None
@@ -369,14 +427,19 @@ class DirectAccess:
                     self.write(streamed, row, value, replaced=replaced)
                 except RunError as error:
                     failure = failure or error
+            written.clear()
+            del value, tensor
+            for held, streamed in lent:
+                if held.is_shared():
+                    self._share(streamed, held)
             if failure is not None:
                 raise failure
 
-    def hooks_came(self, tensors: Iterable[torch.Tensor]) -> None:
-        """Note that modules with these weights have hooks that the plan's trace has not seen."""
-        for tensor in tensors:
-            if id(tensor) in self._places:
-                self._places[id(tensor)][0].has_late_hooks = True
+    def hooks_came(self, module: nn.Module) -> None:
+        """Note that a module has a hook that the plan's trace may not have seen."""
+        for block, ids in self._within.items():
+            if id(module) in ids and block in self._streamed:
+                self._streamed[block].has_late_hooks = True
 
     def taken(self, tensor: torch.Tensor, data: torch.Tensor, *, is_versioned: bool) -> None:
         """Note that a hook takes hold of a weight that is open. ``is_versioned``: the weight tells if it is written to."""
@@ -406,11 +469,14 @@ class _HandedOut:
     row: Tensor
     state: Literal["home", "copy", "mapped"]
     """The home's own bytes; a copy on the device; or a private mapping of the home's file."""
+    checksum: int = 0
+    """Of the home's own bytes, of a block that is recomputed: who writes to them between forward and backward is heard."""
+    for_good: bool = False
+    """Its storage itself was handed out, of which nobody tells who holds it."""
 
     def is_shared(self) -> bool:
         """Whether anyone but this refers to its memory."""
-        # Itself, and the storage that is asked.
-        return bool(torch._C._storage_Use_Count(self.tensor.untyped_storage()._cdata) > 2)
+        return self.for_good or _uses_of(self.tensor) > _ALONE
 
 
 def _alias(tensor: torch.Tensor) -> torch.Tensor:
@@ -418,6 +484,20 @@ def _alias(tensor: torch.Tensor) -> torch.Tensor:
     with torch.inference_mode(False), torch.no_grad():
         made = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
         return made.set_(tensor.untyped_storage(), tensor.storage_offset(), tensor.shape, tensor.stride())
+
+
+def _uses_of(tensor: torch.Tensor) -> int:
+    """Return how many refer to a tensor's memory, this look included."""
+    uses: int = torch._C._storage_Use_Count(tensor.untyped_storage()._cdata)
+    return uses
+
+
+_ALONE = _uses_of(torch.empty(1))
+"""Of a tensor whose memory nobody else refers to."""
+
+
+def _checksum(tensor: torch.Tensor) -> int:
+    return zlib.crc32(as_bytes(tensor).numpy().data) or 1
 
 
 def _equal(one: torch.Tensor, other: torch.Tensor) -> bool:
@@ -443,7 +523,7 @@ class _Lent:
     def look(self) -> None:
         """See what the call has done to it, and let go of it."""
         alias, true = self.alias, self.held.tensor
-        self.is_replaced = (alias.data_ptr(), alias.shape, alias.dtype) != (true.data_ptr(), true.shape, true.dtype)
+        self.is_replaced = layout_of(alias) != layout_of(true)
         self.is_written = alias._version != self._version
         self.value = alias.data if self.is_replaced else true
         del self.alias
@@ -551,6 +631,7 @@ def _set_data(tensor: torch.Tensor, data: torch.Tensor) -> None:
     nn.Parameter.data.__set__(tensor, data)  # type: ignore[attr-defined]
 
 
+@untraced_deep
 def _torch_function(
     kind: type,
     func: Callable[..., Any],
@@ -565,7 +646,6 @@ def _torch_function(
     return _serve(func, args, kwargs)
 
 
-@untraced_deep
 def _serve(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     if func is torch.Tensor.detach and _is_for_a_parameter():
         raise RunError(
@@ -596,6 +676,10 @@ def _served(func: Callable[..., Any], args: Any, kwargs: Any, tensors: Sequence[
                 given.append((server, server.stand_in(tensor)))
         shown = {id(one.weight): one.shown for _, one in given}
         result = func(*_exchanged(args, shown), **_exchanged(kwargs, shown))
+        if func in _STORAGES:
+            for _, one in given:
+                for lent in one.lent:
+                    lent.held.for_good = True
         # What is done in place gives back the tensor that it was done to.
         return next((one.weight for _, one in given if one.shown is result), result)
     finally:
@@ -804,3 +888,4 @@ _DESCRIBE = frozenset(_descriptors())
 _LAYOUT = frozenset(
     {torch.Tensor.stride, torch.Tensor.is_contiguous, torch.Tensor.storage_offset, torch.Tensor.dim_order}
 )
+_STORAGES = frozenset({torch.Tensor.untyped_storage, torch.Tensor.storage, torch.Tensor._typed_storage})

@@ -77,7 +77,7 @@ class Guard:
 
         def telling(name: str) -> Callable[..., Any]:
             def register(*args: Any, **kwargs: Any) -> Any:
-                direct.hooks_came(within)
+                direct.hooks_came(module)
                 return getattr(type(module), name)(module, *args, **kwargs)
 
             return register

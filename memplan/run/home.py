@@ -25,6 +25,14 @@ _PIECE_BYTES = 16 * MIB
 """No more is held at a time of what is compared, cast or packed."""
 
 
+Layout = tuple[int, torch.Size, tuple[int, ...], torch.dtype]
+
+
+def layout_of(tensor: torch.Tensor) -> Layout:
+    """Return where a tensor lies, and how: two that are alike in this are the same values, whatever those are."""
+    return tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype
+
+
 class Converted(Protocol):
     """A tensor that is made of others of a checkpoint: fused experts, a split projection."""
 
@@ -201,7 +209,7 @@ class Home:
 
     def tensor(self, tensor: Tensor) -> torch.Tensor:
         """Return one tensor with a storage of its own and without a copy: where the block lies, or mapped from disk."""
-        apart = self._take_over(tensor)
+        apart = self._apart(tensor)
         if apart is not None:
             return apart
         return shaped(self._raw(tensor), tensor, self.orders[tensor.name])
@@ -228,7 +236,7 @@ class Home:
         held: torch.Tensor | None = None
         for tensor in self.block.tensors:
             weight, was = self._weights[tensor.name], self._were[tensor.name]
-            if self._take_over(tensor) is not None:
+            if self._apart(tensor) is not None:
                 continue
             if isinstance(was, torch.Tensor):
                 # Where it lay for good nobody has seen what was written to it.
@@ -258,22 +266,17 @@ class Home:
         with torch.inference_mode(False), torch.no_grad():
             view(self.source.part, tensor, self.orders[tensor.name]).copy_(value)
 
-    def _take_over(self, tensor: Tensor) -> torch.Tensor | None:
-        """Have what was put in the place of a weight that lies here for good (``weight.data = ...``) lie here too.
+    def _apart(self, tensor: Tensor) -> torch.Tensor | None:
+        """Return what was put in the place of a weight that lies here for good (``weight.data = ...``), or None.
 
-        Returns what is of another shape or dtype, which stays where it is.
+        It stays where it is: whoever still holds what lay here before may put it back.
         """
         if self.lies is None:
             return None
         there = view(self.lies, tensor, self.orders[tensor.name])
         for pointed in self._weights[tensor.name].everywhere():
-            if pointed.data_ptr() != there.data_ptr():
-                if pointed.shape != there.shape or pointed.dtype != there.dtype:
-                    return pointed.data
-                with torch.inference_mode(False), torch.no_grad():
-                    there.copy_(pointed.data)
-                pointed.data = there
-                self.touched.add(tensor.name)
+            if layout_of(pointed) != layout_of(there):
+                return pointed.data
         return None
 
     def copy_to(self, part: torch.Tensor) -> None:
@@ -281,16 +284,21 @@ class Home:
         part.copy_(self._layout())
 
     def _layout(self) -> torch.Tensor:
-        for tensor in self.block.tensors:
-            if self._take_over(tensor) is not None:
+        apart = {tensor: value for tensor in self.block.tensors if (value := self._apart(tensor)) is not None}
+        if isinstance(self.source, HostSource):
+            held = self.source.part.clone() if apart else self.source.part
+        else:
+            held = torch.empty(self.block.size_bytes, dtype=torch.uint8)
+            self.source.read(held.numpy())
+        for tensor, value in apart.items():
+            there = view(held, tensor, self.orders[tensor.name])
+            if value.shape != there.shape or value.dtype != there.dtype:
                 raise RunError(
                     f"the frozen weight {tensor.name} ({tensor.dtype} {tensor.shape}) was replaced by a tensor of another shape "
                     "or dtype, and cannot be placed anew as the plan has it: detach() first, then plan and attach anew"
                 )
-        if isinstance(self.source, HostSource):
-            return self.source.part
-        held = torch.empty(self.block.size_bytes, dtype=torch.uint8)
-        self.source.read(held.numpy())
+            with torch.inference_mode(False), torch.no_grad():
+                there.copy_(value)
         return held
 
 

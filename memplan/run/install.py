@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
 
 from torch import nn
@@ -11,6 +12,7 @@ from memplan import offload, recompute
 from memplan.compiled import is_compiled
 from memplan.program.page_lock import is_ring_locked
 from memplan.program.schema import Plan
+from memplan.run.arena import refuse_poison
 from memplan.run.checked import CheckedReads
 from memplan.run.clocks import ClockedTransfers
 from memplan.run.conductor import Conductor
@@ -26,6 +28,7 @@ from memplan.run.sequence import offload_key
 from memplan.run.spans import Spans, TracedWatcher
 from memplan.run.streamed import Streamed
 from memplan.run.transfer import CpuTransfers, CudaTransfers, Transfers
+from memplan.setting import Setting
 from memplan.triggers import Triggers
 from memplan.weights import frozen_weights, keep_layout
 
@@ -55,10 +58,13 @@ def install(
             transfers = ClockedTransfers(transfers, _names(plan))
         offloaded = offloaded_activations(plan, triggers, parts.arena, parts.host, parts.rooms)
         _rivals([*parts.streamed.values(), *offloaded.values()])
-        parts.direct = DirectAccess(device, parts.homes, parts.streamed, parts.own_home)
+        parts.direct = DirectAccess(device, parts.homes, parts.streamed, parts.own_home, parts.lent)
         _note_recomputed(plan, parts)
         parts.conductor = Conductor(plan, parts.streamed, transfers, offloaded, parts.arena, parts.direct)
         undo.callback(parts.conductor.close)
+        parts.conductor.look_for_poison = partial(
+            refuse_poison, tuple(p for p in model.parameters() if p.requires_grad)
+        )
         parts.direct.begin(model, parts.conductor, _compiled_weights(model), _within(plan, triggers))
         for guard in _hook(model, plan, parts, triggers, undo, transfers):
             guard.handle = handle
@@ -86,8 +92,8 @@ def _hook(
             undo.callback(undone)
     for policy in plan.activations:
         if policy.activations == "recompute":
-            again = partial(parts.conductor.recomputing, policy.module)
-            undo.callback(recompute.wrap(triggers[policy.module], again))
+            layer = triggers[policy.module]
+            undo.callback(recompute.wrap(layer, _setting_kept(policy.module, layer, plan, parts)))
     offloads = parts.conductor.offloads
     for held in offloads.by_key.values():
         undo.callback(offload.wrap(triggers[held.module], held.module, offloads.beginning(held.key)))
@@ -108,6 +114,27 @@ def _hook(
             guards.append(Guard(module, kept, device, parts.direct))
             undo.callback(guards[-1].remove)
     return guards
+
+
+def _setting_kept(name: str, module: nn.Module, plan: Plan, parts: Parts) -> Callable[[], recompute.Again]:
+    """Return what keeps the setting of a forward that the plan runs once more."""
+    reads = {block for access in plan.table.accesses if access.module == name for block in access.blocks}
+    streamed = [parts.streamed[block] for block in reads if block in parts.streamed]
+    direct = parts.direct
+    setting = Setting(name, module, lambda: sum(direct.writes_to(one) for one in streamed))
+    conductor = parts.conductor
+
+    def kept() -> recompute.Again:
+        as_before = setting.now()
+
+        @contextmanager
+        def again() -> Iterator[None]:
+            with as_before(), conductor.recomputing(name):
+                yield
+
+        return again
+
+    return kept
 
 
 def _note_recomputed(plan: Plan, parts: Parts) -> None:

@@ -25,12 +25,13 @@ class Lock:
     def __enter__(self) -> None:
         self._lock.acquire()
         if self._torn and self.mend is not None:
+            self._torn = False  # first: what mends may take the lock itself
             try:
                 self.mend()
             except BaseException:
+                self._torn = True
                 self._lock.release()
                 raise
-            self._torn = False
 
     def __exit__(self, kind: type[BaseException] | None, error: object, trace: object) -> None:
         if kind is not None and (issubclass(kind, TransferError) or not issubclass(kind, MemplanError)):

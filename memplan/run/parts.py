@@ -7,6 +7,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -47,6 +48,8 @@ class Parts:
         self.weights = weights
         self.host = host_arenas(plan, device)
         """By arena. Empty once another plan was taken over: what is on the host then lies where it can."""
+        self.lent: dict[int, list[Any]] = {}
+        """What direct access has handed out under the plan before, by block."""
         self.rooms: dict[str, torch.Tensor] = {}
         """Where offloaded activations wait on the host, by module."""
         self.take_over(plan)
@@ -143,6 +146,11 @@ class Parts:
             )
         home.source = HostSource(_on_host(home, self.device.type == "cuda"))
         self.own_homes.add(block)
+        streamed = self.streamed.get(block)
+        if streamed is not None:
+            streamed.source = home.source
+            if streamed.at_home:
+                streamed.at_home = tuple(_views(self, home, as_seen_from(self.device, home.source.part)))
 
     def kept(self) -> dict[int, Callable[[], torch.Tensor]]:
         """Return what reads each managed tensor from its home, by the tensor's id: for who may hold it and write to it."""

@@ -133,6 +133,9 @@ class TracedWatcher:
             self._end()
         self._inner.forward_ends(module, call, in_backward=in_backward)
 
+    def forward_failed(self) -> None:
+        self._inner.forward_failed()
+
     def backward_begins(self, module: str, call: int) -> None:
         self._came_back = True
         with self._access("backward", module):

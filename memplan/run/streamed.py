@@ -35,7 +35,7 @@ class Kinds:
     """While it is open and its module has hooks that came after the plan: it notes who takes hold of its ``data``."""
 
 
-@dataclass(slots=True, kw_only=True)
+@dataclass(slots=True, kw_only=True, eq=False)
 class Streamed:
     """One streamed block: where it comes from, where it goes, and whether it is there."""
 
@@ -134,6 +134,7 @@ class Streamed:
             self.values
             or [tensor._version for tensor in self._tensors] != self._versions
             or [tensor.data_ptr() for tensor in self._tensors] != self._addresses
+            or (self.has_late_hooks and any(t.stride() != there.stride() for t, there, _ in self.pointers))
         ):
             written = tuple(self._written())
         for tensor, kind in self._away:
@@ -147,11 +148,22 @@ class Streamed:
         self.be_plain()
         for tensor, there in self.at_home:
             tensor.data = there
+        self._versions = [tensor._version for tensor, _ in self.at_home]
 
-    def leave_home(self) -> None:
-        """Have the parameters where the block is: no rows of them are read now."""
+    def leave_home(self) -> tuple[dict[int, torch.Tensor], bool]:
+        """Have the parameters where the block is: no rows of them are read now.
+
+        Returns what was put in the place of some, by place, and whether some were written to where they lie.
+        """
+        replaced = {
+            place: tensor.data
+            for place, (tensor, there) in enumerate(self.at_home)
+            if (tensor.data_ptr(), tensor.stride()) != (there.data_ptr(), there.stride())
+        }
+        is_written = [tensor._version for tensor, _ in self.at_home] != self._versions
         (self.point if self.usable else self.unpoint)()
         self.be_away()
+        return replaced, is_written
 
     def serve(self, kinds: tuple[Kinds, ...]) -> None:
         """Have the weights be of these classes from now on: nothing of them is open. Without any they are as others are."""
@@ -180,7 +192,7 @@ class Streamed:
         for place, ((tensor, there, _), version) in enumerate(zip(self.pointers, self._versions, strict=True)):
             if (
                 (tensor._version != version and not self._is_no_write(place, tensor._version - version))
-                or tensor.data_ptr() != there.data_ptr()
+                or (tensor.data_ptr(), tensor.stride()) != (there.data_ptr(), there.stride())
                 or (place in self.values and not torch.equal(self.values[place], there))
             ):
                 yield place
