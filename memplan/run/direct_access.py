@@ -16,8 +16,10 @@ own that writes) is not seen. A block that is homed in a file gets a home of its
 
 from __future__ import annotations
 
+import functools
 import logging
 import sys
+import weakref
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -94,6 +96,7 @@ class DirectAccess:
         ``within``: by block, ids of the modules in whose accesses it is read.
         """
         self._within = within
+        _serve_makers(self)
         for module in model.modules():  # memplan's own come later
             if (
                 module._forward_hooks
@@ -134,6 +137,7 @@ class DirectAccess:
             self._own_home = partial(self._own_home, bounded=False)  # what is given back has memory of its own anyway
             self.settle()
         finally:
+            _leave_makers(self)
             for streamed in self._streamed.values():
                 for kinds in streamed.kinds:
                     _SERVERS.pop(kinds.tensor, None)
@@ -854,7 +858,6 @@ def _descriptors() -> Iterator[Any]:
         "new_zeros",
         "new_ones",
         "new_full",
-        "new_tensor",
         "is_inference",
         "is_neg",
         "is_conj",
@@ -889,3 +892,39 @@ _LAYOUT = frozenset(
     {torch.Tensor.stride, torch.Tensor.is_contiguous, torch.Tensor.storage_offset, torch.Tensor.dim_order}
 )
 _STORAGES = frozenset({torch.Tensor.untyped_storage, torch.Tensor.storage, torch.Tensor._typed_storage})
+
+
+# ---- functions that look at no class ---------------------------------------------------------------------------------
+
+_MAKERS = ("tensor", "as_tensor", "asarray")
+"""Of torch: they copy what a tensor holds without asking it."""
+_BEFORE: dict[str, Any] = {}
+_ATTACHED: weakref.WeakSet[DirectAccess] = weakref.WeakSet()
+
+
+def _serve_makers(server: DirectAccess) -> None:
+    """Have them serve weights too, as long as a model is under a plan."""
+    _ATTACHED.add(server)
+    if not _BEFORE:
+        for name in _MAKERS:
+            made = _BEFORE[name] = getattr(torch, name)
+            setattr(torch, name, _making(made))
+
+
+def _leave_makers(server: DirectAccess) -> None:
+    _ATTACHED.discard(server)
+    if not _ATTACHED:
+        while _BEFORE:
+            setattr(torch, *_BEFORE.popitem())
+
+
+def _making(made: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(made)
+    def make(data: Any, *args: Any, **kwargs: Any) -> Any:
+        if not torch.compiler.is_compiling() and isinstance(data, (torch.Tensor, list, tuple)):
+            held = {id(tensor): tensor for tensor in _away_in(data)}
+            if held:
+                return _served(made, (data, *args), kwargs, tuple(held.values()))
+        return made(data, *args, **kwargs)
+
+    return make

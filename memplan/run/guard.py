@@ -89,8 +89,15 @@ class Guard:
     def apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> nn.Module:
         """Stand for ``_apply``, which ``.to``, ``.cuda``, ``.half`` and their like all go through."""
         for dtype, device in self._kinds:
-            moved = fn(torch.empty(1, dtype=dtype, device=device))
-            if moved.dtype != dtype or moved.device != device:
+            like = (torch.arange(8, device=device) % 2).to(dtype).view(1, 2, 2, 2)
+            moved = fn(like)
+            if moved.dtype == dtype and moved.device == device:
+                if moved.stride() != like.stride() or not torch.equal(moved, like):
+                    raise MovedWeightsError(
+                        f"the weights of {type(self._module).__name__} were to be changed (their values or their memory format), but "
+                        "memplan streams them: do so before attach, or detach() first"
+                    )
+            else:
                 raise MovedWeightsError(
                     f"{type(self._module).__name__} was to go from {dtype} on {device} to {moved.dtype} on "
                     f"{moved.device}, but memplan streams its weights: leave placement to memplan, or detach() first"
