@@ -371,5 +371,5 @@ def test_a_model_that_shares_streamed_weights_is_refused(tmp_path):
 
     with handle:
         other = Other()
-        with pytest.raises(ModelError, match="under a plan already|streamed already"):
+        with pytest.raises(ModelError, match=r"under a plan already|streamed already"):
             attach(other, handle.plan, cache=tmp_path)
