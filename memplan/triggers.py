@@ -16,8 +16,9 @@ from __future__ import annotations
 
 import dataclasses
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
+from types import MappingProxyType
 from typing import Any, Protocol
 
 import torch
@@ -92,8 +93,20 @@ def modules_by_name(model: nn.Module) -> dict[str, nn.Module]:
 class Triggers:
     """The hooks of a set of modules. Installed on construction, gone after ``remove``."""
 
-    def __init__(self, modules: Mapping[str, nn.Module], watcher: Watcher) -> None:
+    def __init__(
+        self,
+        modules: Mapping[str, nn.Module],
+        watcher: Watcher,
+        within: Mapping[str, Sequence[nn.Module]] = MappingProxyType({}),
+    ) -> None:
+        """``within``: modules inside of some, each of whose outputs announces the backward too.
+
+        [Note: entered from within] A backward that comes to a layer by a tensor that was made inside of it, and by none that it
+        returned, is announced by nothing else. Functions that keep views of weights of their own (bitsandbytes) would then
+        read another block's bytes, which look like any others.
+        """
         self._watcher = watcher
+        self._told: tuple[str, int] = ("", -1)
         self._calls: dict[str, int] = {}
         self._outermost = -1
         self.look: Callable[[str, int, object, object], bool] | None = None
@@ -105,6 +118,8 @@ class Triggers:
         try:
             for name, module in modules.items():
                 self._watch(name, module)
+                for inner in within.get(name, ()):
+                    self._undo.append(inner.register_forward_hook(self._inside_of(name)).remove)
         except BaseException:
             self.remove()
             raise
@@ -173,6 +188,13 @@ class Triggers:
 
         return untraced(post_hook)
 
+    def _inside_of(self, name: str) -> Any:
+        def hook(module: nn.Module, args: object, output: object) -> None:
+            if isinstance(output, torch.Tensor) and output.grad_fn is not None and not in_backward():
+                output.register_hook(partial(_tell_from_within, self, name, self._calls.get(name, -1)))
+
+        return untraced(hook)
+
     def _failed(self, name: str) -> Any:
         def hook(module: nn.Module, args: object, output: object) -> None:
             # Called first where all is well, and alone where an error has left the forward.
@@ -184,7 +206,13 @@ class Triggers:
     def backward_begins(self, name: str, call: int) -> None:
         """Tell that a gradient of what a call produced is there."""
         self._watch_end()
+        self._told = (name, call)
         self._watcher.backward_begins(name, call)
+
+    def backward_goes_on(self, name: str, call: int) -> None:
+        """Tell the same of a tensor that was made inside of a call, where that was not told already."""
+        if call != -1 and self._told != (name, call):
+            self.backward_begins(name, call)
 
     def _watch_end(self) -> None:
         """Have the end of the outermost backward announced.
@@ -199,6 +227,7 @@ class Triggers:
     def backward_ends(self) -> None:
         """Tell that the outermost backward is over."""
         self._outermost = -1
+        self._told = ("", -1)
         self._watcher.backward_ends()
 
 
@@ -208,6 +237,11 @@ class Triggers:
 @untraced_deep
 def _tell(triggers: Triggers, name: str, call: int, gradient: torch.Tensor) -> None:
     triggers.backward_begins(name, call)
+
+
+@untraced_deep
+def _tell_from_within(triggers: Triggers, name: str, call: int, gradient: torch.Tensor) -> None:
+    triggers.backward_goes_on(name, call)
 
 
 @untraced_deep

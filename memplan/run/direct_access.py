@@ -16,6 +16,7 @@ own that writes) is not seen. A block that is homed in a file gets a home of its
 
 from __future__ import annotations
 
+import copy
 import functools
 import logging
 import sys
@@ -39,7 +40,7 @@ from memplan.run.arena import dtype_of, memory_order, shaped
 from memplan.run.disk import written_pages
 from memplan.run.home import Home, as_bytes, layout_of
 from memplan.run.streamed import Kinds, Streamed, trained_by_now
-from memplan.weights import is_wrapper, kind_of, rewrapped, wrapped_parts
+from memplan.weights import is_quantizer_state, is_wrapper, kind_of, rewrapped, wrapped_parts
 
 if TYPE_CHECKING:
     from memplan.run.conductor import Conductor
@@ -176,12 +177,29 @@ class DirectAccess:
                 own = kind_of(tensor)
                 if own is not torch.Tensor:
                     shown.__class__ = own
-                    shown.__dict__.update(tensor.__dict__)
+                    more: list[_Lent] = []
+                    shown.__dict__.update(
+                        {name: self._true_state(held, more) for name, held in tensor.__dict__.items()}
+                    )
+                    lent = (*lent, *more)
             else:
                 by_id = {id(part): self._lend(part) for part in parts}
                 lent = tuple(by_id.values())
                 shown = rewrapped(tensor, lambda part: by_id[id(part)].alias if id(part) in by_id else part)
             return _StandIn(tensor, shown, lent)
+
+    def _true_state(self, held: Any, lent: list[_Lent]) -> Any:
+        """Return what a quantized weight keeps beside itself, with true values: of a state a copy."""
+        if isinstance(held, torch.Tensor):
+            if id(held) not in self._places:
+                return held
+            lent.append(self._lend(held))
+            return lent[-1].alias
+        if not is_quantizer_state(held):
+            return held
+        state = copy.copy(held)
+        state.__dict__.update({name: self._true_state(value, lent) for name, value in vars(held).items()})
+        return state
 
     def take_back(self, stand_in: _StandIn) -> None:
         """Take home what a call has written to what it was given. Raises RunError."""

@@ -30,7 +30,7 @@ from memplan.run.streamed import Streamed
 from memplan.run.transfer import CpuTransfers, CudaTransfers, Transfers
 from memplan.setting import Setting
 from memplan.triggers import Triggers
-from memplan.weights import frozen_weights, keep_layout
+from memplan.weights import frozen_weights, is_quantized, keep_layout
 
 
 def install(
@@ -102,7 +102,7 @@ def _hook(
             for owner in parts.owners(triggers[trigger], blocks):
                 undo.callback(look_up_on_host(owner, device))
     watcher = parts.conductor if parts.spans is None else TracedWatcher(parts.conductor, parts.spans)
-    hooks = Triggers(triggers, watcher)
+    hooks = Triggers(triggers, watcher, _quantized(triggers, parts))
     undo.callback(hooks.remove)
     if parts.checked is None:
         parts.copies = Copies(plan, triggers, parts.arena)
@@ -114,6 +114,18 @@ def _hook(
             guards.append(Guard(module, kept, device, parts.direct))
             undo.callback(guards[-1].remove)
     return guards
+
+
+def _quantized(triggers: Mapping[str, nn.Module], parts: Parts) -> dict[str, list[nn.Module]]:
+    """Return the modules within each trigger whose functions keep streamed weights of quantizers in ways of their own."""
+    streamed = {id(tensor) for one in parts.streamed.values() for tensor, _, _ in one.pointers}
+    found: dict[str, list[nn.Module]] = {}
+    for name, trigger in triggers.items():
+        for module in trigger.modules():
+            own = [p for p in module._parameters.values() if p is not None and is_quantized(p)]
+            if any(id(p) in streamed for p in own) and not is_compiled(module) and module is not trigger:
+                found.setdefault(name, []).append(module)
+    return found
 
 
 def _setting_kept(name: str, module: nn.Module, plan: Plan, parts: Parts) -> Callable[[], recompute.Again]:
