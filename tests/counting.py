@@ -22,8 +22,9 @@ class LiveBytes(TorchDispatchMode):
         self.apart = {tensor.untyped_storage().data_ptr() for tensor in apart}
         self.alive = weakref.WeakKeyDictionary()
         self.peak = 0
-        for tensor in tensors:
-            self.alive[tensor.untyped_storage()] = True
+        with torch._C.DisableTorchFunctionSubclass():  # of weights that are away: what is in their place
+            for tensor in tensors:
+                self.alive[tensor.untyped_storage()] = True
         self.look()
 
     def look(self):

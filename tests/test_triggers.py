@@ -26,6 +26,9 @@ class Log:
     def backward_begins(self, module, call):
         self.events.append("B" + module)
 
+    def forward_failed(self):
+        pass
+
     def backward_ends(self):
         self.events.append("end")
 

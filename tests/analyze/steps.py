@@ -69,6 +69,9 @@ class Log:
     def backward_begins(self, module, call):
         self._access("backward", module)
 
+    def forward_failed(self):
+        pass
+
     def backward_ends(self):
         pass
 
