@@ -172,6 +172,8 @@ class Conductor:
 
     def forward_failed(self) -> None:
         """A forward was left by an error: nothing of it goes on."""
+        if not any(one.is_open for one in self._used):
+            return
         with self._lock:
             if not self._closed:
                 self._shut_all()

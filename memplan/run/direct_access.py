@@ -582,7 +582,11 @@ def _kinds(tensor: torch.Tensor, is_plain: bool) -> Kinds:
     own = kind_of(tensor)
     away = _AWAY.get(own)
     if away is None:
-        served = {name: _serving(getattr(own, name)) for name in _COPIES if hasattr(own, name)}
+        served = {
+            name: _serving(getattr(own, name))
+            for name in _COPIES
+            if getattr(own, name, None) is not getattr(torch.Tensor, name, None)
+        }
         looks = {name: _looking(getattr(own, name)) for name in ("grad", "requires_grad")}
         away = _AWAY[own] = _named(own, {**served, **looks, "__torch_function__": classmethod(_torch_function)})
     noting = own
@@ -610,6 +614,9 @@ _COPIES = ("__copy__", "__deepcopy__", "__reduce_ex__", "to", "cuda", "cpu", "xp
 
 def _serving(method: Callable[..., Any]) -> Callable[..., Any]:
     def served(tensor: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        server = _server_of(tensor)
+        if torch._C._current_graph_task_id() != -1 and server is not None and server.is_of_backward(tensor):
+            return method(tensor, *args, **kwargs)
         return _served(method, (tensor, *args), kwargs, (tensor,))
 
     return served

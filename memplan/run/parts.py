@@ -247,6 +247,7 @@ def resettle(parts: Parts, plan: Plan, files: Files) -> None:
     for index, home in parts.homes.items():
         if index not in parts.streamed and parts.plan.home_of(index) != "host":
             home.source = HostSource(_on_host(home, index in locked))
+            home.lies = None
             for tensor in home.block.tensors:
                 parts.weights[tensor.name].point(parts.placeholders.of(tensor.shape, dtype_of(tensor.dtype)))
     parts.streamed.clear()
