@@ -334,6 +334,7 @@ def test_two_threads_at_once_are_refused(tmp_path):
     assert "another one computes with the same model" in errors[0]
 
 
+@pytest.mark.filterwarnings("ignore:This process:DeprecationWarning")  # of Python 3.12: it has threads
 def test_a_forked_process_is_refused_and_does_not_hang(tmp_path):
     model, handle = attached(tmp_path)
     with handle:
