@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -164,7 +164,10 @@ class Conductor:
                     self._direct.write(streamed, streamed.rows[place], value, replaced=True)
                 if is_written:
                     self._evict(streamed)
-            self._shut_all()
+            if in_backward:
+                self._close(self._used)
+            else:
+                self._shut_all()
             if not in_backward and call == self._first_call + self._now:
                 self._done = self._now + 1
                 self._pinned = frozenset()
@@ -317,8 +320,14 @@ class Conductor:
             yield
         finally:
             with self._lock:
-                for streamed in opened:
-                    self._shut(streamed)
+                self._close(opened)
+
+    def _close(self, opened: Iterable[Streamed]) -> None:
+        """End forwards that ran again in a backward. The blocks stay: what they saved is read where it lies, in that backward."""
+        for streamed in opened:
+            written = streamed.shut()
+            if written:
+                self._direct.written_in_access(streamed, written)
 
     def open_in_backward(self, streamed: Streamed, *, for_good: bool) -> bool:
         """Open a block of which a backward is under way, and return whether it is. ``for_good``: in each backward to come."""

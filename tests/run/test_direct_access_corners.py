@@ -97,6 +97,19 @@ def test_views_are_written_to_where_blocks_are_loaded_ahead(more_bytes, tmp_path
     assert_alike(act, tmp_path, more_bytes)
 
 
+@pytest.mark.parametrize("activations", ["keep", "recompute"])
+def test_views_that_are_held_through_a_backward(activations, tmp_path):
+    """A block that is lent stays where it is between its recompute and its backward."""
+
+    def act(model):
+        kept, found = [linear.weight.detach() for linear in model.linears], []
+        for _ in range(2):
+            found += step(model)
+        return [*found, *kept]
+
+    assert_alike(act, tmp_path, activations=activations)
+
+
 def test_what_is_put_back_is_what_it_was(tmp_path):
     def act(model):
         saved = [linear.weight.data for linear in model.linears]
