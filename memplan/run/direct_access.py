@@ -1,9 +1,9 @@
 """Streamed weights that are read or written where no trigger announces it: by a loss, a callback, an adapter's own layer.
 
 [Note: direct access] A weight that is not open (see :mod:`memplan.run.streamed`) has a class of the same name as its own,
-whose ``__torch_function__`` torch calls in place of any operator, method or property that it is given to. There the weight
-becomes its own class again and its true values for that one call: on the CPU the very bytes of its home in RAM, else a
-copy of them on the compute device. What the call returns, and what autograd saves of it, refers to those and not to a slot
+whose ``__torch_function__`` torch calls in place of any operator, method or property that it is given to. That
+call is given a stand-in with the weight's true values: on the CPU the very bytes of its home in RAM, else a copy of them on
+the compute device. What the call returns, and what autograd saves of it, refers to those and not to a slot
 that another block will lie in. So reads are right without being foreseen; they are counted, and cost a transfer each.
 
 [Note: written weights] Frozen weights are only ever read by training, but scripts write to them between steps (ReLoRA, an
