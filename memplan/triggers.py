@@ -98,8 +98,11 @@ class Triggers:
         modules: Mapping[str, nn.Module],
         watcher: Watcher,
         within: Mapping[str, Sequence[nn.Module]] = MappingProxyType({}),
+        around: Sequence[nn.Module] | None = None,
     ) -> None:
-        """``within``: modules inside of some, each of whose outputs announces the backward too.
+        """``within``: modules inside of some, each of whose outputs announces the backward too. ``around``: those that call
+        some, from which an error comes out as well: so failed forwards are told, at no cost to those that do not fail. None:
+        they are not told.
 
         [Note: entered from within] A backward that comes to a layer by a tensor that was made inside of it, and by none that it
         returned, is announced by nothing else. Functions that keep views of weights of their own (bitsandbytes) would then
@@ -114,8 +117,16 @@ class Triggers:
         self._undo: list[Callable[[], None]] = []
         self._inside: list[str] = []
         """Compiled modules whose calls are under way."""
+        self._tells_failures = around is not None
+        self._around = 0
+        """How many calls of modules around are under way."""
+        self._alone: set[str] = set()
+        """Those that were called by none of these: they are hooked themselves."""
         self._beside = refuse_beside(self._inside)
         try:
+            for module in around or ():
+                self._undo.append(module.register_forward_pre_hook(self._goes_in, prepend=True).remove)
+                self._watch_failure(module, self._comes_out)
             for name, module in modules.items():
                 self._watch(name, module)
                 for inner in within.get(name, ()):
@@ -134,8 +145,6 @@ class Triggers:
         if not hides_hooks(module):
             self._undo.append(module.register_forward_pre_hook(before, with_kwargs=True, prepend=True).remove)
             self._undo.append(module.register_forward_hook(after, with_kwargs=True).remove)
-            failed = self._failed(name)
-            self._undo.append(module.register_forward_hook(failed, prepend=True, always_call=True).remove)
             return
         call = call_of(module)
 
@@ -170,6 +179,9 @@ class Triggers:
                 self._watch_end()
             else:
                 self._outermost = -1  # a backward that raised never announced its end
+            if self._tells_failures and not self._around and name not in self._alone and not hides_hooks(module):
+                self._alone.add(name)
+                self._watch_failure(module, self._ends_alone)
             self._calls[name] = self._watcher.forward_begins(name, in_backward=backward)
 
         return untraced(pre_hook)
@@ -178,9 +190,10 @@ class Triggers:
         def post_hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
             call = self._calls[name]
             if torch.is_grad_enabled():
-                given = {id(tensor) for tensor in tensors_in((args, kwargs))}
-                produced = [t for t in tensors_in(output) if t.grad_fn is not None and id(t) not in given]
-                if produced:
+                produced = _produced(output, args, kwargs)
+                if len(produced) == 1:
+                    produced[0].register_hook(partial(_tell, self, name, call))
+                elif produced:
                     register_multi_grad_hook(produced, partial(_tell, self, name, call), mode="any")
             if self.look is not None and self.look(name, call, (args, kwargs), output):
                 self.look = None
@@ -195,13 +208,23 @@ class Triggers:
 
         return untraced(hook)
 
-    def _failed(self, name: str) -> Any:
-        def hook(module: nn.Module, args: object, output: object) -> None:
-            # Called first where all is well, and alone where an error has left the forward.
-            if sys.exc_info()[0] is not None:
-                self._watcher.forward_failed()
+    def _watch_failure(self, module: nn.Module, ends: Any) -> None:
+        # Called first where all is well, and alone where an error has left the forward.
+        self._undo.append(module.register_forward_hook(ends, prepend=True, always_call=True).remove)
 
-        return untraced(hook)
+    @untraced
+    def _goes_in(self, module: nn.Module, args: object) -> None:
+        self._around += 1
+
+    @untraced
+    def _comes_out(self, module: nn.Module, args: object, output: object) -> None:
+        self._around -= self._around > 0
+        self._ends_alone(module, args, output)
+
+    @untraced
+    def _ends_alone(self, module: nn.Module, args: object, output: object) -> None:
+        if sys.exc_info()[0] is not None:
+            self._watcher.forward_failed()
 
     def backward_begins(self, name: str, call: int) -> None:
         """Tell that a gradient of what a call produced is there."""
@@ -229,6 +252,13 @@ class Triggers:
         self._outermost = -1
         self._told = ("", -1)
         self._watcher.backward_ends()
+
+
+def _produced(output: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[torch.Tensor]:
+    """Return the tensors of an output that the call has made. [Note: produced, not passed through]"""
+    produced = [tensor for tensor in tensors_in(output) if tensor.grad_fn is not None]
+    given = {id(tensor) for tensor in tensors_in((args, kwargs))} if produced else ()
+    return [tensor for tensor in produced if id(tensor) not in given]
 
 
 # A backward may be called from within a compiled region: dynamo leaves alone what is disabled, and what that calls.

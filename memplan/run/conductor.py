@@ -287,7 +287,8 @@ class Conductor:
 
     def _use(self, blocks: tuple[int, ...]) -> None:
         self._pinned = frozenset(blocks)
-        self._shut_all(but=blocks)
+        if self._used:
+            self._shut_all(but=blocks)
         self._start_loads()
         used = []
         for block in blocks:
@@ -374,13 +375,14 @@ class Conductor:
 
     def _start_loads(self) -> None:
         """Start every planned load whose room is free, in each channel's order."""
-        self._give_back()
-        length = self._sequence.length
+        if self._elastic.planned:
+            self._give_back()
+        length, done = self._sequence.length, self._done
         for channel, loads in self._sequence.loads.items():
             while True:
                 cycle, turn = divmod(self._next[channel], len(loads))
                 due = loads[turn]
-                if cycle * length + due.load_after >= self._done:
+                if cycle * length + due.load_after >= done:
                     break
                 is_ahead = cycle * length + due.last_use >= max(self._now, 0)
                 if is_ahead and self._choices.wants(cycle, due) and not self._start(due.key):

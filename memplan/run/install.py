@@ -9,7 +9,7 @@ from functools import partial
 from torch import nn
 
 from memplan import offload, recompute
-from memplan.compiled import is_compiled
+from memplan.compiled import hides_hooks, is_compiled
 from memplan.program.page_lock import is_ring_locked
 from memplan.program.schema import Plan
 from memplan.run.arena import refuse_poison
@@ -102,7 +102,7 @@ def _hook(
             for owner in parts.owners(triggers[trigger], blocks):
                 undo.callback(look_up_on_host(owner, device))
     watcher = parts.conductor if parts.spans is None else TracedWatcher(parts.conductor, parts.spans)
-    hooks = Triggers(triggers, watcher, _quantized(triggers, parts))
+    hooks = Triggers(triggers, watcher, _quantized(triggers, parts), _around(model, triggers))
     undo.callback(hooks.remove)
     if parts.checked is None:
         parts.copies = Copies(plan, triggers, parts.arena)
@@ -114,6 +114,13 @@ def _hook(
             guards.append(Guard(module, kept, device, parts.direct))
             undo.callback(guards[-1].remove)
     return guards
+
+
+def _around(model: nn.Module, triggers: Mapping[str, nn.Module]) -> list[nn.Module]:
+    """Return the modules that call triggers."""
+    ids = {id(trigger) for trigger in triggers.values()}
+    others = [m for m in model.modules() if id(m) not in ids and not hides_hooks(m)]
+    return [m for m in others if any(id(part) in ids for part in m.modules())]
 
 
 def _quantized(triggers: Mapping[str, nn.Module], parts: Parts) -> dict[str, list[nn.Module]]:

@@ -10,7 +10,7 @@ What a weight is, by where its block is:
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from weakref import ReferenceType
 
@@ -133,7 +133,7 @@ class Streamed:
         if (
             self.values
             or [tensor._version for tensor in self._tensors] != self._versions
-            or [tensor.data_ptr() for tensor in self._tensors] != self._addresses
+            or list(map(_address_of, self._tensors)) != self._addresses
             or (self.has_late_hooks and any(t.stride() != there.stride() for t, there, _ in self.pointers))
         ):
             written = tuple(self._written())
@@ -208,6 +208,9 @@ class Streamed:
         writes in a forward the trace has seen, and the block then stays; but for hooks that came later.
         """
         self.no_writes.add((place, self.pointers[place][0]._version - self._versions[place]))
+
+
+_address_of: Callable[[torch.Tensor], int] = torch._C.TensorBase.data_ptr
 
 
 def trained_by_now(block: str) -> RunError:
