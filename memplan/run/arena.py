@@ -173,33 +173,30 @@ def poison(part: torch.Tensor) -> None:
     part.fill_(_POISON)
 
 
-def view(part: torch.Tensor, tensor: Tensor, order: tuple[int, ...] | None = None) -> torch.Tensor:
-    """Return ``tensor`` as a view of its block's byte range ``part``; ``order`` as for :func:`shaped`."""
+def view(part: torch.Tensor, tensor: Tensor, strides: tuple[int, ...] | None = None) -> torch.Tensor:
+    """Return ``tensor`` as a view of its block's byte range ``part``; ``strides`` as for :func:`shaped`."""
     with torch.inference_mode(False), torch.no_grad():
-        return shaped(part[tensor.offset_bytes : tensor.offset_bytes + tensor.size_bytes], tensor, order)
+        return shaped(part[tensor.offset_bytes : tensor.offset_bytes + tensor.size_bytes], tensor, strides)
 
 
-def shaped(raw: torch.Tensor, tensor: Tensor, order: tuple[int, ...] | None = None) -> torch.Tensor:
-    """Return the bytes ``raw`` (uint8, one dimension) as ``tensor``. ``order``: as :func:`memory_order` gave it."""
+def shaped(raw: torch.Tensor, tensor: Tensor, strides: tuple[int, ...] | None = None) -> torch.Tensor:
+    """Return the bytes ``raw`` (uint8, one dimension) as ``tensor``. ``strides``: as :func:`strides_of` gave them."""
     with torch.inference_mode(False), torch.no_grad():
         values = raw.view(dtype_of(tensor.dtype))
-        if order is None:
-            return values.view(tensor.shape)
-        inverse = sorted(range(len(order)), key=order.__getitem__)
-        return values.view([tensor.shape[dim] for dim in order]).permute(inverse)
+        return values.view(tensor.shape) if strides is None else values.as_strided(tensor.shape, strides)
 
 
-def memory_order(tensor: torch.Tensor) -> tuple[int, ...] | None:
-    """Return the dimensions from the slowest to the fastest in memory; None where that is their own order.
+def strides_of(tensor: torch.Tensor) -> tuple[int, ...] | None:
+    """Return a tensor's strides in elements; None where they are those of a contiguous one.
 
-    [Note: strides change bits] A transposed weight goes another way through matmul than a contiguous copy of it, so it
-    keeps its order in an arena. One with gaps (a column of a larger tensor) becomes contiguous.
+    [Note: strides change bits] A transposed weight goes another way through matmul than a contiguous copy of it, and by the
+    strides of dimensions of size 1, which move nothing, torch tells a convolution in channels-last. So they are kept in an
+    arena. One with gaps (a column of a larger tensor) becomes contiguous.
     """
-    if tensor.is_contiguous():
-        return None
     strides = tensor.stride()
-    order = tuple(sorted(range(tensor.ndim), key=lambda dim: (-strides[dim], dim)))
-    return order if tensor.permute(order).is_contiguous() else None
+    dims = sorted(range(tensor.ndim), key=lambda dim: (-strides[dim], dim))
+    is_plain = strides == torch.empty(tensor.shape, device="meta").stride()
+    return None if is_plain or not tensor.permute(dims).is_contiguous() else strides
 
 
 def own_storage(part: torch.Tensor) -> torch.Tensor:

@@ -36,7 +36,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from memplan.analyze.graph import Tensor
 from memplan.compiled import untraced_deep
 from memplan.errors import RunError
-from memplan.run.arena import dtype_of, memory_order, shaped
+from memplan.run.arena import dtype_of, shaped, strides_of
 from memplan.run.disk import written_pages
 from memplan.run.home import Home, as_bytes, layout_of
 from memplan.run.streamed import Kinds, Streamed, trained_by_now
@@ -287,7 +287,7 @@ class DirectAccess:
             )
         order = home.orders[row.name]
         if replaced:
-            if memory_order(value) != order or (order is None and not value.is_contiguous()):
+            if strides_of(value) != order or (order is None and not value.is_contiguous()):
                 raise RunError(
                     f"the frozen weight {row.name} was to become a tensor of another memory layout (strides {value.stride()}), but "
                     "memplan streams it as it was when it was placed: give it a contiguous copy, or detach() first"

@@ -15,7 +15,7 @@ import torch
 from memplan.analyze.graph import Block, Tensor
 from memplan.checkpoint import StoredTensor
 from memplan.errors import CheckpointError, RunError
-from memplan.run.arena import dtype_of, is_placeholder, memory_order, own_storage, shaped, view
+from memplan.run.arena import dtype_of, is_placeholder, own_storage, shaped, strides_of, view
 from memplan.run.disk import Bytes, DiskReader, Extent, Reading
 from memplan.run.transfer import HostSource, Source
 from memplan.units import MIB
@@ -58,8 +58,9 @@ Checkpoint = Mapping[str, Stored]
 def as_bytes(tensor: torch.Tensor) -> torch.Tensor:
     """Return a tensor's bytes as they lie in memory, without a copy unless it has gaps."""
     with torch.no_grad():
-        order = memory_order(tensor)
-        held = tensor.detach() if order is None else tensor.detach().permute(order)
+        held, strides = tensor.detach(), strides_of(tensor)
+        if strides is not None:
+            held = held.as_strided((held.numel(),), (1,))
         return held.contiguous().reshape(-1).view(torch.uint8)
 
 
@@ -203,7 +204,7 @@ class Home:
         self.touched: set[str] = set()
         """Tensors that were written to, or lent to someone who may have done so."""
         held = {name: weight.tensor for name, weight in self._weights.items()}
-        self.orders = {name: None if is_away(tensor) else memory_order(tensor) for name, tensor in held.items()}
+        self.orders = {name: None if is_away(tensor) else strides_of(tensor) for name, tensor in held.items()}
         # What each was: its placeholder where it held no weights, else the device that it was on.
         self._were = {name: tensor.data if is_away(tensor) else tensor.device for name, tensor in held.items()}
 

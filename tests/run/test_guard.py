@@ -208,6 +208,57 @@ def test_parameters_of_odd_shapes_and_orders(tmp_path):
     assert_holds(model.state_dict(), whole.state_dict())
 
 
+class Convolutions(nn.Module):
+    """Kernels of one row, one column and one channel: of those no contiguity tells what their strides are."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.wide = nn.Conv2d(8, 16, 3, padding=1)
+        self.point = nn.Conv2d(16, 16, 1)
+        self.depth = nn.Conv2d(16, 16, 3, padding=1, groups=16)
+        self.narrow = nn.Conv2d(16, 8, 1)
+        self.lora = nn.Conv2d(8, 8, 1, bias=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + self.narrow(torch.tanh(self.depth(self.point(self.wide(x))))) + self.lora(x)
+
+
+@pytest.mark.parametrize("vram", ["least", "1GiB"])
+def test_channels_last_weights_keep_their_strides_and_their_bits(tmp_path, vram):
+    def made() -> nn.Module:
+        torch.manual_seed(0)
+        model = nn.Sequential(*(Convolutions() for _ in range(4)))
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_("lora" in name)
+        return model.to(memory_format=torch.channels_last)
+
+    def step(model: nn.Module) -> list[torch.Tensor]:
+        model.zero_grad()
+        loss = model(batch).square().mean()
+        loss.backward()
+        return [loss.detach(), *(p.grad for p in model.parameters() if p.grad is not None)]
+
+    batch = torch.randn(2, 8, 12, 12, generator=torch.Generator().manual_seed(1)).to(memory_format=torch.channels_last)
+    model = made()
+    strides = [parameter.stride() for parameter in model.parameters()]
+    assert any(p.is_contiguous() and p.stride() != torch.empty(p.shape).stride() for p in model.parameters())
+    expected = step(made())
+    options = {"ram": "1GiB", "hardware": CPU, "loss": lambda y: y.square().mean()}
+    if vram == "least":
+        pins = {str(index): "host" for index in range(4)}
+        plan = memplan.plan(model, {"input": batch}, vram="1GiB", pins=pins, **options)
+    else:
+        plan = memplan.plan(model, {"input": batch}, vram=vram, **options)
+    with memplan.attach(model, plan, cache=tmp_path) as handle:
+        for got, true in zip(step(model), expected, strict=True):
+            assert torch.equal(got, true)
+        assert [parameter.stride() for parameter in model.parameters()] == strides
+        assert vram != "least" or handle.record.loads > 4
+    assert [parameter.stride() for parameter in model.parameters()] == strides
+    for got, true in zip(step(model), expected, strict=True):
+        assert torch.equal(got, true)
+
+
 def test_what_is_unfrozen_in_mid_training_is_told_before_it_is_lost(tmp_path):
     model = make("llama")
     with attach(model, plan_for(model, "llama"), cache=tmp_path) as handle:
