@@ -40,6 +40,7 @@ from memplan.analyze.recorder import Recorder
 from memplan.analyze.repeats import Run, find_runs, shortened
 from memplan.analyze.stateful import refuse_replaced, stateful_at_first, stateful_twice, watch_draws
 from memplan.errors import InputError, MemplanError, ModelError, type_and_line
+from memplan.late_hooks import note_traced
 from memplan.process_state import random_states_kept
 from memplan.snapshot import Snapshot
 from memplan.storages import storage_of
@@ -106,6 +107,7 @@ def analyze(
     lowered = autocast_dtype(autocast)
     check_model(model)
     call = batch_for(model, batch)
+    note_traced(model)
     look = partial(_look, model, call, accumulates=accumulation > 1, loss=loss, lowered=lowered, offload=offload)
     seen = None
     if runs:
