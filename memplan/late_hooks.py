@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import sys
 import threading
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -29,6 +29,7 @@ from memplan.errors import RunError
 from memplan.holders import is_ours
 from memplan.names import canonical
 from memplan.reach import Reach, code_of, known_by
+from memplan.recompute import hooks_around, run_hooked, without_graph
 from memplan.setting import Held
 
 _TRACED: WeakKeyDictionary[nn.Module, int] = WeakKeyDictionary()
@@ -87,11 +88,11 @@ class LateHooks:
             yield
         if RemovableHandle.next_id != since:
             for module in calls.modules:
-                hooks = (*module._forward_hooks, *module._forward_pre_hooks)
-                if module is not self._layer and any(key >= since for key in hooks):
+                if any(key >= since for key in (*module._forward_hooks, *module._forward_pre_hooks)):
+                    # One on the layer itself comes a call too early: without memplan's the layer has no hooks yet.
                     raise RunError(
-                        f"the forward of {self._name} registered a hook within itself, and the plan runs it a second time in backward, "
-                        f"which would call that hook twice: {_WAY_OUT}"
+                        f"the forward of {self._name} registered a hook within itself, which would be called too often or too early "
+                        f"where the plan runs it a second time in backward: {_WAY_OUT}"
                     )
 
     @contextmanager
@@ -142,7 +143,10 @@ class LateHooks:
         if calls is None or calls.thread != threading.get_ident():
             return late.hook(module, *given)
         if calls.turn is None:
-            result, is_needed = self._called_first(late, module, given)
+            saved = _Saved()
+            result, is_needed = self._called_first(late, module, given, saved)
+            if is_needed:
+                saved.hand_on()
             calls.needed.setdefault(late.key, []).append(is_needed)
             return result
         # A recompute is left by an error once it has all that is wanted, and some hooks are called upon errors.
@@ -150,20 +154,20 @@ class LateHooks:
             return late.hook(module, *given)
         return None
 
-    def _called_first(self, late: _Late, module: nn.Module, given: tuple[Any, ...]) -> tuple[Any, bool]:
+    def _called_first(self, late: _Late, module: nn.Module, given: tuple[Any, ...], saved: _Saved) -> tuple[Any, bool]:
         """Call a hook, and return with its result whether the layer computes with what it did."""
         leaves = tree_leaves(given)
         versions = [_version(leaf) for leaf in leaves]
         attributes = Held([module]).state()
         key = (code_of(late.hook), id(module))
         if key in self._judged:
-            result = late.hook(module, *given)
+            result = saved.of(lambda: late.hook(module, *given))
             changed, is_new = self._judged[key], False
         else:
             reach, is_new = Reach(hook=late.hook), True
             weights = [t for t in (*module.parameters(), *module.buffers()) if id(t) not in self._apart]
             before, held = [_print(leaf) for leaf in leaves], [_print(weight) for weight in weights]
-            result = late.hook(module, *given)
+            result = saved.of(lambda: late.hook(module, *given))
             if [_print(weight) for weight in weights] != held:
                 raise self._refused(module, "writes to a weight or a buffer")
             if [_print(leaf) for leaf in leaves] != before:
@@ -236,6 +240,46 @@ class _Late:
             and list(kwargs) == list(given[1])
             and _are_same(tuple(kwargs.values()), tuple(given[1].values()))
         )
+
+
+class _Saved:
+    """What autograd saves in a hook's call, kept from the checkpoint, which counts it, until it is known if there is another.
+
+    The hook that is not called again would leave the second run with less than the first has saved.
+    """
+
+    def __init__(self) -> None:
+        self._boxes: list[_Box] = []
+        self._around = hooks_around() if torch.is_grad_enabled() else None
+
+    def of(self, call: Callable[[], Any]) -> Any:
+        """Return ``call()``."""
+        return call() if self._around is None else run_hooked(call, self._pack, _Box.value)
+
+    def _pack(self, tensor: torch.Tensor) -> _Box:
+        self._boxes.append(_Box(tensor))
+        return self._boxes[-1]
+
+    def hand_on(self) -> None:
+        """Give what was saved to the checkpoint, as the second run does."""
+        for box in self._boxes:
+            box.give(self._around)
+
+
+class _Box:
+    """A saved tensor, or what the hooks around have made of it."""
+
+    def __init__(self, tensor: torch.Tensor) -> None:
+        self._held: Any = without_graph(tensor)
+        self._unpack: Callable[[Any], torch.Tensor] | None = None
+
+    def give(self, around: Any) -> None:
+        pack, self._unpack = around
+        self._held = pack(self._held)
+
+    def value(self) -> torch.Tensor:
+        found: torch.Tensor = self._held if self._unpack is None else self._unpack(self._held)
+        return found
 
 
 def _are_same(values: tuple[Any, ...], others: tuple[Any, ...]) -> bool:

@@ -5,6 +5,7 @@ Nothing is loaded and nothing computed; the model is as it was afterwards, on an
 
 from __future__ import annotations
 
+import contextvars
 import dataclasses
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack, nullcontext
@@ -186,7 +187,8 @@ def _look(
 ) -> _Seen:
     """Trace the model as it is, and with its layers' activations under the other policies."""
     snapshot = Snapshot(model=model, loss=loss, args=call.args, kwargs=call.kwargs)
-    trace = partial(_trace, model, call, snapshot=snapshot, accumulates=accumulates, loss=loss, lowered=lowered)
+    # In a context of its own: what a forward sets of the context variables stays there.
+    trace = partial(_trace_apart, model, call, snapshot=snapshot, accumulates=accumulates, loss=loss, lowered=lowered)
 
     def traced_apart(routed: frozenset[str]) -> tuple[tuple[Unit, ...], tuple[Draft, ...], Traced]:
         """Trace the model as it is, with its containers and the ``routed`` layers taken apart."""
@@ -251,6 +253,10 @@ def _look(
         stateful=tuple(Stateful(module=name, reason=stateful[name]) for name in recomputable if name in stateful),
     )
     return _Seen(graph=graph, kept=kept, ran_again=len(kept.ran_again), notes=tuple(notes))
+
+
+def _trace_apart(*args: Any, **options: Any) -> Traced:
+    return contextvars.copy_context().run(_trace, *args, **options)
 
 
 def _trace(
