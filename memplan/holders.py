@@ -19,7 +19,7 @@ Change = Callable[[Any, str], Any]
 MOST_COPIED_BYTES = 64 << 20
 """Arrays beyond this are made read-only, not copied."""
 
-_ABSENT = object()
+ABSENT = object()
 
 
 class Holder(Protocol):
@@ -77,7 +77,7 @@ class Mapping:
                 self._kind.__setitem__(self.target, key, other)
 
     def described(self, describe: Callable[[Any], object]) -> object:
-        return [(str(key), describe(value)) for key, value in self._now() if not _is_ours(value)]
+        return [(str(key), describe(value)) for key, value in self._now() if not is_ours(value)]
 
     def restore(self) -> None:
         if type(self.owner) is not self._class:  # a parametrization gives its module another
@@ -185,17 +185,17 @@ class Named:
         put: Callable[[str, Any], None],
         drop: Callable[[str], None],
     ) -> None:
-        """``get``: returns ``_ABSENT`` where there is none of the name."""
+        """``get``: returns ``ABSENT`` where there is none of the name."""
         self.owner = owner
         self._names = names
         self._get, self._put, self._drop = get, put, drop
         self._held = {name: get(name) for name in names}
 
     def items(self) -> Iterator[tuple[str, Any]]:
-        return ((name, value) for name, value in self._held.items() if value is not _ABSENT)
+        return ((name, value) for name, value in self._held.items() if value is not ABSENT)
 
     def now(self) -> Iterator[Any]:
-        return (value for name in self._current() for value in (self._get(name),) if value is not _ABSENT)
+        return (value for name in self._current() for value in (self._get(name),) if value is not ABSENT)
 
     def change(self, change: Change) -> None:
         for name, value in self.items():
@@ -205,13 +205,13 @@ class Named:
 
     def described(self, describe: Callable[[Any], object]) -> object:
         found = ((name, self._get(name)) for name in self._current())
-        return [(name, describe(value)) for name, value in found if value is not _ABSENT]
+        return [(name, describe(value)) for name, value in found if value is not ABSENT]
 
     def restore(self) -> None:
         for name in self._current():
-            value = self._held.get(name, _ABSENT)
+            value = self._held.get(name, ABSENT)
             if self._get(name) is not value:
-                if value is _ABSENT:
+                if value is ABSENT:
                     self._drop(name)
                 else:
                     self._put(name, value)
@@ -228,7 +228,7 @@ class Globals(Named):
         super().__init__(
             target,
             sorted(names),
-            lambda name: where.get(name, _ABSENT),
+            lambda name: where.get(name, ABSENT),
             where.__setitem__,
             lambda name: where.__delitem__(name),
         )
@@ -243,7 +243,7 @@ class Class(Named):
         super().__init__(
             target,
             tuple(self._all()),
-            lambda name: vars(target).get(name, _ABSENT),
+            lambda name: vars(target).get(name, ABSENT),
             lambda name, value: type.__setattr__(target, name, value),
             lambda name: type.__delattr__(target, name),
         )
@@ -304,7 +304,7 @@ def of_slots(value: Any) -> Holder | None:
         try:
             return slots[name].__get__(value, type(value))
         except AttributeError:
-            return _ABSENT
+            return ABSENT
 
     def put(name: str, held: Any) -> None:
         slots[name].__set__(value, held)
@@ -322,7 +322,7 @@ def of_cells(function: FunctionType) -> Holder | None:
         try:
             return cells[name].cell_contents
         except ValueError:
-            return _ABSENT
+            return ABSENT
 
     def put(name: str, held: Any) -> None:
         cells[name].cell_contents = held
@@ -345,7 +345,7 @@ def _of_bytes(value: Any) -> Holder:
     return Numbers(value, lambda: bytes(value), put)
 
 
-def _is_ours(value: Any) -> bool:
+def is_ours(value: Any) -> bool:
     """Whether a value is a hook of memplan's, or what it has put in the place of a method."""
     while isinstance(value, (partial, MethodType)):
         value = value.func if isinstance(value, partial) else value.__func__

@@ -15,16 +15,16 @@ from memplan.compiled import call_of, replace_call
 
 Again = Callable[[], AbstractContextManager[None]]
 """Makes the context in which a forward runs once more."""
+Kept = Callable[[tuple[Any, ...], dict[str, Any]], tuple[AbstractContextManager[None], Again]]
+"""Of a forward's arguments, as it runs the first time: the context for that, and what makes those for the next times."""
 
 
-def _anywhere() -> Again:
-    return nullcontext
+def _anywhere(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[AbstractContextManager[None], Again]:
+    return nullcontext(), nullcontext
 
 
-def wrap(module: nn.Module, kept: Callable[[], Again] = _anywhere) -> Callable[[], None]:
+def wrap(module: nn.Module, kept: Kept = _anywhere) -> Callable[[], None]:
     """Checkpoint ``module``'s forward (non-reentrant, random state kept) inside its hooks; return what undoes it.
-
-    ``kept``: called as it runs the first time; gives the context for the next.
 
     [Note: others' hooks] Under saved-tensor hooks of the script's own (which may keep less than what they are given) nothing
     is recomputed: they are to see what is saved.
@@ -51,8 +51,9 @@ def wrap(module: nn.Module, kept: Callable[[], Again] = _anywhere) -> Callable[[
         def once_more(*args: Any, **kwargs: Any) -> Any:
             nonlocal again
             if again is None:
-                again = kept()
-                return original(*args, **kwargs)
+                first, again = kept(args, kwargs)
+                with first:
+                    return original(*args, **kwargs)
             with again():
                 return original(*args, **kwargs)
 

@@ -144,7 +144,7 @@ class Snapshot:
         """
         filled = [holders.of_container(container) for container in self._empty if container]
         return {
-            (id(holder.owner), type(holder).__name__): holder.described(lambda v: self._described(v, origin, 0))
+            (id(holder.owner), _kind_of(holder)): holder.described(lambda v: self._described(v, origin, 0))
             for holder in (*self._kept, *filled)
         }
 
@@ -331,6 +331,12 @@ def unchanged(**roots: object) -> Iterator[None]:
             yield
     finally:
         kept.restore()
+
+
+def _kind_of(holder: holders.Holder) -> str:
+    """Return what tells the holders of one object apart: a ``Counter`` has attributes beside what it counts."""
+    is_dictionary = isinstance(holder, holders.Mapping) and holder.target is holder.owner
+    return "entries" if is_dictionary else type(holder).__name__
 
 
 def _tensors(value: object) -> Iterator[torch.Tensor]:

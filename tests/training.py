@@ -241,19 +241,35 @@ def as_it_lies(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def count_forwards(model: nn.Module, counter: Counter):
-    """Count calls of each leaf with frozen weights: a lost checkpoint, or one too many, shows there."""
+    """Count calls of each leaf with frozen weights: a lost checkpoint, or one too many, shows there.
 
-    def counted(name):
-        def hook(module, args):
+    In place of its forward: a hook that comes after the plan is called once, however often its layer runs.
+    """
+
+    def counted(name, forward):
+        def run(*args, **kwargs):
             counter[name] += 1
+            return forward(*args, **kwargs)
 
-        return hook
+        return run
 
-    return [
-        module.register_forward_pre_hook(counted(name))
-        for name, module in model.named_modules()
-        if any(not p.requires_grad for p in module.parameters(recurse=False))
-    ]
+    hooks = []
+    for name, module in model.named_modules():
+        if any(not p.requires_grad for p in module.parameters(recurse=False)):
+            hooks.append(Replaced(module, module.__dict__.get("forward")))
+            module.forward = counted(name, module.forward)
+    return hooks
+
+
+@dataclass
+class Replaced:
+    module: nn.Module
+    forward: object
+
+    def remove(self) -> None:
+        del self.module.forward
+        if self.forward is not None:
+            self.module.forward = self.forward
 
 
 def assert_equal(one: Run, other: Run) -> None:

@@ -8,6 +8,8 @@ checkpoint does not keep.
 
 from __future__ import annotations
 
+import contextvars
+import os
 import random
 import sys
 from collections.abc import Mapping, Sequence
@@ -39,18 +41,25 @@ def stateful_twice(kept: Traced, again: Traced, units: Sequence[Unit], snapshot:
 
 
 def watch_draws(units: Sequence[Unit]) -> Mapping[str, str]:
-    """Hook the units, to see which draw Python's or NumPy's random numbers. ``faked`` takes the hooks away."""
+    """Hook the units, to see which draw Python's or NumPy's random numbers, or change what the process has. ``faked`` takes
+    the hooks away.
+    """
     drawn: dict[str, str] = {}
 
     def watch(unit: Unit) -> None:
-        before: list[object] = []
+        before: list[tuple[object, dict[str, str], list[tuple[int, int]]]] = []
 
         def begins(module: nn.Module, args: object) -> None:
-            before.append(_position())
+            before.append((_position(), dict(os.environ), _context()))
 
         def ends(module: nn.Module, args: object, output: object) -> None:
-            if before and before.pop() != _position():
+            position, environment, context = before.pop() if before else (_position(), dict(os.environ), _context())
+            if position != _position():
                 drawn[unit.name] = "it draws Python's or NumPy's random numbers, which a checkpoint does not keep"
+            if environment != dict(os.environ):
+                drawn[unit.name] = "it changes the environment (os.environ)"
+            if context != _context():
+                drawn[unit.name] = "it sets a context variable"
 
         unit.module.register_forward_pre_hook(begins)
         unit.module.register_forward_hook(ends)
@@ -85,6 +94,11 @@ def _holders(named: Mapping[int, str], units: Sequence[Unit]) -> dict[str, str]:
         if reached:
             found[unit.name] = next(reason for key, reason in named.items() if key in reached)
     return found
+
+
+def _context() -> list[tuple[int, int]]:
+    """Return what the context variables are set to, by ids: a forward that sets one to what it was sets none."""
+    return [(id(variable), id(value)) for variable, value in contextvars.copy_context().items()]
 
 
 def _position() -> tuple[object, ...]:

@@ -5,6 +5,7 @@ Nothing is loaded and nothing computed; the model is as it was afterwards, on an
 
 from __future__ import annotations
 
+import contextvars
 import dataclasses
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack, nullcontext
@@ -40,6 +41,7 @@ from memplan.analyze.recorder import Recorder
 from memplan.analyze.repeats import Run, find_runs, shortened
 from memplan.analyze.stateful import refuse_replaced, stateful_at_first, stateful_twice, watch_draws
 from memplan.errors import InputError, MemplanError, ModelError, type_and_line
+from memplan.late_hooks import note_traced
 from memplan.process_state import random_states_kept
 from memplan.snapshot import Snapshot
 from memplan.storages import storage_of
@@ -106,6 +108,7 @@ def analyze(
     lowered = autocast_dtype(autocast)
     check_model(model)
     call = batch_for(model, batch)
+    note_traced(model)
     look = partial(_look, model, call, accumulates=accumulation > 1, loss=loss, lowered=lowered, offload=offload)
     seen = None
     if runs:
@@ -184,7 +187,8 @@ def _look(
 ) -> _Seen:
     """Trace the model as it is, and with its layers' activations under the other policies."""
     snapshot = Snapshot(model=model, loss=loss, args=call.args, kwargs=call.kwargs)
-    trace = partial(_trace, model, call, snapshot=snapshot, accumulates=accumulates, loss=loss, lowered=lowered)
+    # In a context of its own: what a forward sets of the context variables stays there.
+    trace = partial(_trace_apart, model, call, snapshot=snapshot, accumulates=accumulates, loss=loss, lowered=lowered)
 
     def traced_apart(routed: frozenset[str]) -> tuple[tuple[Unit, ...], tuple[Draft, ...], Traced]:
         """Trace the model as it is, with its containers and the ``routed`` layers taken apart."""
@@ -249,6 +253,10 @@ def _look(
         stateful=tuple(Stateful(module=name, reason=stateful[name]) for name in recomputable if name in stateful),
     )
     return _Seen(graph=graph, kept=kept, ran_again=len(kept.ran_again), notes=tuple(notes))
+
+
+def _trace_apart(*args: Any, **options: Any) -> Traced:
+    return contextvars.copy_context().run(_trace, *args, **options)
 
 
 def _trace(

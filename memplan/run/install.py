@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from functools import partial
+from typing import Any
 
 from torch import nn
 
 from memplan import offload, recompute
 from memplan.compiled import hides_hooks, is_compiled
+from memplan.late_hooks import Calls, LateHooks
 from memplan.program.page_lock import is_ring_locked
 from memplan.program.schema import Plan
 from memplan.run.arena import refuse_poison
@@ -135,23 +137,31 @@ def _quantized(triggers: Mapping[str, nn.Module], parts: Parts) -> dict[str, lis
     return found
 
 
-def _setting_kept(name: str, module: nn.Module, plan: Plan, parts: Parts) -> Callable[[], recompute.Again]:
-    """Return what keeps the setting of a forward that the plan runs once more."""
+def _setting_kept(name: str, module: nn.Module, plan: Plan, parts: Parts) -> recompute.Kept:
+    """Return what keeps the setting of a forward that the plan runs once more, and the hooks that came after the plan."""
     reads = {block for access in plan.table.accesses if access.module == name for block in access.blocks}
     streamed = [parts.streamed[block] for block in reads if block in parts.streamed]
-    direct = parts.direct
-    setting = Setting(name, module, lambda: sum(direct.writes_to(one) for one in streamed))
-    conductor = parts.conductor
+    apart = frozenset(id(tensor) for one in parts.streamed.values() for tensor, _, _ in one.pointers)
+    direct, conductor = parts.direct, parts.conductor
+    setting = Setting(name, module, lambda: sum(direct.writes_to(one) for one in streamed), apart)
+    hooks = LateHooks(name, module, apart)
 
-    def kept() -> recompute.Again:
-        as_before = setting.now()
+    def kept(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[AbstractContextManager[None], recompute.Again]:
+        now = setting.now((*args, *kwargs.values()))
+        calls = Calls(now.modules)
+
+        @contextmanager
+        def first() -> Iterator[None]:
+            with hooks.first(calls):
+                yield
+            now.refuse_written()
 
         @contextmanager
         def again() -> Iterator[None]:
-            with as_before(), conductor.recomputing(name):
+            with now.again(), hooks.again(calls), conductor.recomputing(name):
                 yield
 
-        return again
+        return first(), again
 
     return kept
 

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import collections
+import contextvars
+import functools
+import os
 import random
 
 import numpy
@@ -148,6 +151,30 @@ class Pointed(Layer):
         return super().forward(x)
 
 
+CONTEXT = contextvars.ContextVar("calls", default=0)
+
+
+class Counted(Layer):
+    """Calls, in what is no list and no number."""
+
+    def __init__(self, where):
+        super().__init__()
+        self.where, self.kinds, self.order = where, collections.Counter(), collections.OrderedDict(a=1.0, b=2.0, c=3.0)
+
+    def forward(self, x):
+        if self.where == "counter-object":
+            self.kinds.update(["calls"])
+            return super().forward(x) / self.kinds["calls"]
+        if self.where == "order":
+            self.order.move_to_end(next(iter(self.order)))
+            return super().forward(x) / next(iter(self.order.values()))
+        if self.where == "context":
+            CONTEXT.set(CONTEXT.get() + 1)
+            return super().forward(x) / CONTEXT.get()
+        os.environ["MEMPLAN_TEST"] = str(int(os.environ["MEMPLAN_TEST"]) + 1)
+        return super().forward(x) / int(os.environ["MEMPLAN_TEST"])
+
+
 class Table(nn.Module):
     def __init__(self):
         super().__init__()
@@ -162,6 +189,7 @@ KINDS = {
     "rebound": Rebound, "plain": Plain, "counter": Counter, "recent": Recent, "torch": Drawn,
     "numpy": lambda: Drawn("numpy"), "python": lambda: Drawn("python"), "global": lambda: Drawn("global"),
     "projected": Projected, "pointed": Pointed, "max-norm": Table,
+    **{where: functools.partial(Counted, where) for where in ("counter-object", "order", "context", "environment")},
 }  # fmt: skip
 PINNED = ("projected", "pointed", "max-norm")
 
@@ -186,7 +214,8 @@ def loss(output):
 
 
 def train(model):
-    random.seed(4), numpy.random.seed(4), torch.manual_seed(4)
+    random.seed(4), numpy.random.seed(4), torch.manual_seed(4), CONTEXT.set(0)
+    os.environ["MEMPLAN_TEST"] = "0"
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
     losses = []
     for _ in range(STEPS):
@@ -224,6 +253,11 @@ def assert_trains_alike(kind, checkpointed=False, **options):
     assert all(torch.equal(found[name], value) for name, value in expected.items())
     assert held(model) == held(whole)
     return plan
+
+
+@pytest.fixture(autouse=True)
+def _environment(monkeypatch):
+    monkeypatch.setenv("MEMPLAN_TEST", "0")
 
 
 @pytest.mark.parametrize("kind", KINDS)
