@@ -301,7 +301,7 @@ class Conductor:
                     streamed.misses += self._measured.passes > 0 or self._now >= self._sequence.length
                     self._load(streamed)
                 self._make_usable(streamed)
-            elif streamed.at_home:  # a forward that raised has left it there
+            elif streamed.is_hidden or streamed.at_home:  # a forward that raised has left it there
                 streamed.point()
             if self._opening or streamed.opens_in_backward:
                 streamed.open()
@@ -359,6 +359,8 @@ class Conductor:
             self._direct.settle(streamed.block)
             if streamed.is_shared_out:  # who holds it may write to it at any time: have it read anew
                 self._evict(streamed)
+        if streamed.usable and torch._C._current_graph_task_id() == -1:  # else autograd reads what it saved
+            streamed.hide()
 
     def _make_usable(self, streamed: Streamed) -> None:
         assert streamed.ticket is not None

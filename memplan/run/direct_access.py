@@ -17,10 +17,8 @@ own that writes) is not seen. A block that is homed in a file gets a home of its
 from __future__ import annotations
 
 import copy
-import functools
 import logging
 import sys
-import weakref
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -38,8 +36,10 @@ from memplan.compiled import untraced_deep
 from memplan.errors import RunError
 from memplan.run.arena import dtype_of, memory_order, shaped
 from memplan.run.disk import written_pages
+from memplan.run.dispatched import announced_in, serve_with, unasked
 from memplan.run.home import Home, as_bytes, layout_of
 from memplan.run.streamed import Kinds, Streamed, trained_by_now
+from memplan.run.torch_functions import replace_functions, restore_functions
 from memplan.weights import is_quantizer_state, is_wrapper, kind_of, rewrapped, wrapped_parts
 
 if TYPE_CHECKING:
@@ -97,7 +97,8 @@ class DirectAccess:
         ``within``: by block, ids of the modules in whose accesses it is read.
         """
         self._within = within
-        _serve_makers(self)
+        replace_functions(self, _away_in, _served)
+        serve_with(_dispatched)
         for module in model.modules():  # memplan's own come later
             if (
                 module._forward_hooks
@@ -119,6 +120,7 @@ class DirectAccess:
                         self._wrapped[id(parameter)] = parts
                         shells.setdefault(self._places[id(parts[0])][0].block, []).append(parameter)
         for streamed in self._streamed.values():
+            streamed.announce(plain)
             tensors = [*(tensor for tensor, _, _ in streamed.pointers), *shells.get(streamed.block, ())]
             streamed.serve(tuple(_kinds(tensor, id(tensor) in plain) for tensor in tensors))
             for tensor in tensors:
@@ -138,11 +140,12 @@ class DirectAccess:
             self._own_home = partial(self._own_home, bounded=False)  # what is given back has memory of its own anyway
             self.settle()
         finally:
-            _leave_makers(self)
+            restore_functions(self)
             for streamed in self._streamed.values():
                 for kinds in streamed.kinds:
                     _SERVERS.pop(kinds.tensor, None)
                 streamed.serve(())
+                streamed.announce(None)
             self._lent.update(self._handed_out)  # another plan may follow
             # A graph that is still alive must not keep the arenas.
             self._homes, self._streamed, self._handed_out, self._places, self._wrapped = {}, {}, {}, {}, {}
@@ -417,7 +420,8 @@ class DirectAccess:
                     home.touched.add(row.name)
                     held = _HandedOut(_alias(value), row, "home" if home.is_writable else "mapped")
                     self._shown[id(tensor)] = (held, tensor._version)
-                    tensor.data = value
+                    with unasked():
+                        tensor.data = value
 
     def hide_all(self) -> None:
         """Have every streamed weight be away again, and what was written to them be in their homes. Raises RunError."""
@@ -670,7 +674,7 @@ def _torch_function(
 ) -> Any:
     kwargs = kwargs or {}
     if func in _DESCRIBE or (func is torch.Tensor.type and len(args) == 1 and not kwargs):
-        with torch._C.DisableTorchFunctionSubclass():
+        with torch._C.DisableTorchFunctionSubclass(), unasked():
             return func(*args, **kwargs)
     return _serve(func, args, kwargs)
 
@@ -691,6 +695,31 @@ def _serve(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, An
         if like is not None:
             return func(like, *args[1:], **kwargs)
     return _served(func, args, kwargs, tuple(held.values()))
+
+
+def _dispatched(operator: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Answer an operator that torch's C++ gives weights that are away."""
+    held = {id(tensor): tensor for tensor in announced_in((args, kwargs))}
+    if operator is torch.ops.aten._has_compatible_shallow_copy_type.default:
+        raise RunError(
+            "a frozen weight that memplan streams was put in another tensor's place (other.data = weight), which would hold a "
+            "placeholder: give it weight.data"
+        )
+    if torch._C._current_graph_task_id() != -1 and not torch.is_grad_enabled():
+        # Of what autograd saved beside it, views lie in a slot that is another block's by now.
+        raise RunError(
+            "a backward read a frozen weight that was not there: it entered a layer by a tensor that was made inside of it (taken by "
+            "a hook, or from a cache), not by what it returned, or a hook gave the weight to C++. Plan with "
+            'activations="recompute", pin that layer to the device (pins={...: "device"}), or give weight.detach()'
+        )
+    if operator in _LOOK_AT_MEMORY:
+        raise RunError(
+            "a frozen weight that memplan streams was read by C++ that looks at its memory next (tolist() where torch asks no class): "
+            "give it weight.detach()"
+        )
+    if any(_server_of(tensor) is None for tensor in held.values()):
+        raise _gone()
+    return _served(operator, args, kwargs, tuple(held.values()))
 
 
 def _served(func: Callable[..., Any], args: Any, kwargs: Any, tensors: Sequence[torch.Tensor]) -> Any:
@@ -913,43 +942,9 @@ def _descriptors() -> Iterator[Any]:
 
 
 _DESCRIBE = frozenset(_descriptors())
+_LOOK_AT_MEMORY = frozenset({torch.ops.aten.resolve_conj.default, torch.ops.aten.resolve_neg.default})
+"""What torch's C++ calls before it reads by an address and by the strides of the tensor that it was given."""
 _LAYOUT = frozenset(
     {torch.Tensor.stride, torch.Tensor.is_contiguous, torch.Tensor.storage_offset, torch.Tensor.dim_order}
 )
 _STORAGES = frozenset({torch.Tensor.untyped_storage, torch.Tensor.storage, torch.Tensor._typed_storage})
-
-
-# ---- functions that look at no class ---------------------------------------------------------------------------------
-
-_MAKERS = ("tensor", "as_tensor", "asarray")
-"""Of torch: they copy what a tensor holds without asking it."""
-_BEFORE: dict[str, Any] = {}
-_ATTACHED: weakref.WeakSet[DirectAccess] = weakref.WeakSet()
-
-
-def _serve_makers(server: DirectAccess) -> None:
-    """Have them serve weights too, as long as a model is under a plan."""
-    _ATTACHED.add(server)
-    if not _BEFORE:
-        for name in _MAKERS:
-            made = _BEFORE[name] = getattr(torch, name)
-            setattr(torch, name, _making(made))
-
-
-def _leave_makers(server: DirectAccess) -> None:
-    _ATTACHED.discard(server)
-    if not _ATTACHED:
-        while _BEFORE:
-            setattr(torch, *_BEFORE.popitem())
-
-
-def _making(made: Callable[..., Any]) -> Callable[..., Any]:
-    @functools.wraps(made)
-    def make(data: Any, *args: Any, **kwargs: Any) -> Any:
-        if not torch.compiler.is_compiling() and isinstance(data, (torch.Tensor, list, tuple)):
-            held = {id(tensor): tensor for tensor in _away_in(data)}
-            if held:
-                return _served(made, (data, *args), kwargs, tuple(held.values()))
-        return made(data, *args, **kwargs)
-
-    return make
