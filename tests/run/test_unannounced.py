@@ -9,12 +9,14 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.autograd import forward_ad
 from torch.func import functional_call
 from torch.nn.utils import parameters_to_vector
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from memplan.errors import RunError
-from tests.run.test_direct_access import X
+import memplan
+from memplan.errors import ModelError, RunError
+from tests.run.test_direct_access import X, plan_of
 from tests.run.test_direct_access_corners import assert_alike, attached, step, whole
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # torch's own, of nested tensors and of torch.jit
@@ -163,3 +165,115 @@ def test_a_mode_of_a_scripts_own_sees_true_values_or_an_error(tmp_path):
                 assert torch.equal(X @ weight, expected)
                 with pytest.raises(RuntimeError):
                     X.new_tensor(weight)
+
+
+# ---- transforms ------------------------------------------------------------------------------------------------------
+
+
+def trained(model):
+    return {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
+
+
+def loss_with(model, adapters, x=X):
+    return functional_call(model, adapters, (), {"x": x}).square().mean()
+
+
+def forward_derivative(model):
+    with forward_ad.dual_level():
+        return forward_ad.unpack_dual(model(x=forward_ad.make_dual(X, X))).tangent
+
+
+def mapped_gradient(model):
+    for parameter in model.parameters():
+        parameter.grad = None
+    torch.vmap(lambda x: model(x=x[None]))(X).square().mean().backward()
+    return model.adapters[0].weight.grad
+
+
+TRANSFORMS = {
+    "grad": lambda m: torch.func.grad(lambda p: loss_with(m, p))(trained(m)),
+    "mapped_grad": lambda m: torch.vmap(torch.func.grad(lambda p, x: loss_with(m, p, x[None])), (None, 0))(
+        trained(m), X
+    ),
+    "vjp": lambda m: torch.func.vjp(lambda x: m(x=x), X),
+    "jvp": lambda m: torch.func.jvp(lambda x: m(x=x), (X,), (X,)),
+    "jacrev": lambda m: torch.func.jacrev(lambda x: m(x=x).square().mean())(X),
+    "jacfwd": lambda m: torch.func.jacfwd(lambda x: m(x=x).square().mean())(X),
+    "hessian": lambda m: torch.func.hessian(lambda x: m(x=x).square().mean())(X),
+}
+
+
+@pytest.mark.parametrize("name", TRANSFORMS)
+def test_transforms_of_a_forward_are_refused(name, tmp_path):
+    model, handle = attached(tmp_path)
+    with handle:
+        with pytest.raises(RunError, match=r"within torch\.func"):
+            TRANSFORMS[name](model)
+        found = step(model)
+    assert all(torch.equal(one, other) for one, other in zip(found, step(whole()), strict=True))
+
+
+@pytest.mark.parametrize("activations", ["keep", "recompute"])
+def test_forward_derivatives_are_right(activations, tmp_path):
+    assert_alike(lambda model: [forward_derivative(model), *step(model)], tmp_path, activations=activations)
+
+
+def test_a_mapped_forward_is_right_or_refused(tmp_path):
+    assert_alike(lambda model: [mapped_gradient(model), *step(model)], tmp_path, activations="keep")
+    model, handle = attached(tmp_path, activations="recompute")
+    with handle:
+        with pytest.raises(RunError, match=r"within torch\.vmap"):
+            mapped_gradient(model)
+        with torch.no_grad():
+            found = torch.vmap(lambda x: model(x=x[None]))(X)
+    other = whole()
+    assert torch.equal(found, torch.vmap(lambda x: other(x=x[None]))(X))
+
+
+# ---- what was taken before attach ------------------------------------------------------------------------------------
+
+TOLD = "old memory still"
+
+
+@pytest.mark.parametrize(
+    "take", [lambda m: m.state_dict(), lambda m: m.linears[0].weight.data, lambda m: m.linears[0].weight[3:5]]
+)
+def test_what_was_taken_before_attach_is_told_of(take, tmp_path, caplog):
+    model = whole()
+    plan, taken = plan_of(model), take(model)
+    with memplan.attach(model, plan, cache=tmp_path):
+        assert taken is not None
+        assert caplog.text.count(TOLD) == 1
+        assert "layers.0.0.weight" in caplog.text
+
+
+def test_nothing_is_told_where_nothing_was_taken(tmp_path, caplog):
+    model = whole()
+    model.state_dict()
+    optimizer = torch.optim.AdamW(model.adapters.parameters())
+    step(model)
+    optimizer.step()
+    with memplan.attach(model, plan_of(model), cache=tmp_path):
+        assert TOLD not in caplog.text
+
+
+def share_a_buffer(model):
+    model.register_buffer("first", model.linears[0].weight.data[:2])
+
+
+def share_an_attribute(model):
+    model.kept = [model.linears[0].weight.detach()]
+
+
+def share_with_what_is_trained(model):
+    model.adapters[0].weight.data = model.linears[0].weight.data
+
+
+@pytest.mark.parametrize("share", [share_a_buffer, share_an_attribute, share_with_what_is_trained])
+def test_memory_that_the_model_shares_with_a_frozen_weight_is_refused(share, tmp_path):
+    model = whole()
+    plan = plan_of(model)
+    share(model)
+    with pytest.raises(ModelError, match=r"memory of the frozen weight layers\.0\.0\.weight"):
+        memplan.attach(model, plan, cache=tmp_path)
+    step(model)
