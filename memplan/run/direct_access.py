@@ -165,6 +165,8 @@ class DirectAccess:
             parts = self._wrapped.get(id(tensor), ())
             return bool(parts) and all(self.is_of_backward(part) for part in parts)
         streamed = found[0]
+        if streamed.has_late_hooks:  # one may be what reads it, and write to it
+            return False
         keeps_graph = torch.is_grad_enabled()
         if keeps_graph and _module_that_calls() not in self._within.get(streamed.block, ()):
             return False
@@ -280,7 +282,7 @@ class DirectAccess:
     def write(self, streamed: Streamed, row: Tensor, value: torch.Tensor, *, replaced: bool = False) -> None:
         """Have a weight be ``value`` from its next load on. Raises RunError where it cannot be.
 
-        ``replaced``: it is another tensor than before, which those who hold that one keep.
+        ``replaced``: it is another tensor than before, which those who hold that one keep; who holds this one writes to it.
         """
         home = self._homes[streamed.block]
         if tuple(value.shape) != row.shape or value.dtype != dtype_of(row.dtype):
@@ -295,7 +297,7 @@ class DirectAccess:
                     f"the frozen weight {row.name} was to become a tensor of another memory layout (strides {value.stride()}), but "
                     "memplan streams it as it was when it was placed: give it a contiguous copy, or detach() first"
                 )
-            value = value.clone()  # it may be made of what lies at home
+            given, value = value, value.clone()  # it may be made of what lies at home
         self._running().drop(streamed.block)
         held = self._handed_out.setdefault(streamed.block, [])
         same = [one for one in held if one.row is row]
@@ -311,11 +313,14 @@ class DirectAccess:
         home.write(row, value)
         streamed.writes += 1
         self.writes += 1
-        if not replaced:
-            with torch.inference_mode(False), torch.no_grad():
-                for one in same:
-                    if one.state != "home" and one.tensor is not value:
-                        one.tensor.copy_(value)
+        if replaced:
+            held.append(_HandedOut(_alias(given), row, "copy"))  # until it is found that nobody holds it
+            streamed.is_shared_out = True
+            return
+        with torch.inference_mode(False), torch.no_grad():
+            for one in same:
+                if one.state != "home" and one.tensor is not value:
+                    one.tensor.copy_(value)
 
     def written_in_access(self, streamed: Streamed, places: Sequence[int]) -> None:
         """Take home what was written to a block's weights while an access of it was under way. Raises RunError."""
@@ -334,8 +339,9 @@ class DirectAccess:
         if values and streamed.is_recomputed:
             self._running().drop(streamed.block)
             raise RunError(
-                f"the forward of {streamed.name} wrote to its frozen weights, and the plan runs it a second time in backward, "
-                'which would write twice: plan with activations={...: "keep"} for it, or pin it to the device'
+                f"the frozen weights of {streamed.name} were written to in a forward of it, or in its backward by what reads them there, and "
+                "the plan runs the forward a second time in backward, which would write twice: plan with "
+                'activations={...: "keep"} for it, or pin it to the device'
             )
         for row, value, is_replaced in values:
             self.write(streamed, row, value, replaced=is_replaced)
@@ -422,6 +428,13 @@ class DirectAccess:
                     self._shown[id(tensor)] = (held, tensor._version)
                     with unasked():
                         tensor.data = value
+
+    def put_in(self, tensor: torch.Tensor) -> torch.Tensor | None:
+        """Return what was put in the place of a weight that shows its true values, or None."""
+        shown = self._shown.get(id(tensor))
+        if shown is None or layout_of(tensor) == layout_of(shown[0].tensor):
+            return None
+        return tensor.data
 
     def hide_all(self) -> None:
         """Have every streamed weight be away again, and what was written to them be in their homes. Raises RunError."""

@@ -50,7 +50,9 @@ class Watched:
     def __init__(self, weights: Mapping[str, Weight]) -> None:
         self._seen: dict[int, tuple[weakref.ref[torch.UntypedStorage], str, int]] = {}
         for weight in weights.values():
-            storage = None if is_away(weight.tensor) else storage_of(weight.tensor)
+            # One that is a view of another tensor (a buffer that was squeezed) holds that one itself.
+            is_apart = not is_away(weight.tensor) and not any(tensor._is_view() for tensor in weight.everywhere())
+            storage = storage_of(weight.tensor) if is_apart else None
             if storage is not None and storage.nbytes() and storage.device.type != "meta" and storage.resizable():
                 self._seen.setdefault(storage._cdata, (weakref.ref(storage), weight.name, storage.nbytes()))
 
@@ -64,7 +66,7 @@ class Watched:
         if found:
             _LOG.warning(
                 "%d frozen weights (%s; the first is %s) have their old memory still, which something holds that was taken of them before "
-                "attach (a state_dict, weight.data, a view): it is not freed, and what is written to it does not reach the model. Drop it "
+                "attach (a state_dict, weight.data, a view, an output with its graph): it is not freed, and what is written to it does not reach the model. Drop it "
                 "before attach; a state_dict that is taken after attach follows the model",
                 len(found),
                 format_bytes(sum(size for _, _, size in found)),

@@ -277,3 +277,59 @@ def test_memory_that_the_model_shares_with_a_frozen_weight_is_refused(share, tmp
     with pytest.raises(ModelError, match=r"memory of the frozen weight layers\.0\.0\.weight"):
         memplan.attach(model, plan, cache=tmp_path)
     step(model)
+
+
+# ---- writes ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_state_dict_inside_materialise_has_what_was_written_there(tmp_path):
+    def act(model):
+        with memplan.materialise(model):
+            for linear in model.linears:
+                linear.weight.data = linear.weight.data * 2
+                linear.bias.mul_(3)
+            state = model.state_dict()
+            found = [value.clone() for value in state.values()]
+        found += step(model)
+        for value in state.values():
+            value.mul_(0.9)
+        return [*found, *step(model), *(value.clone() for value in model.state_dict().values())]
+
+    assert_alike(act, tmp_path)
+
+
+@pytest.mark.parametrize("write", [lambda w: w.mul_(0.5), lambda w: w.data.mul_(0.5), lambda w: w.detach().zero_()])
+@pytest.mark.parametrize("last", [2, 3])
+def test_weights_that_are_given_the_same_data_stay_the_same(write, last, tmp_path):
+    def act(model):
+        one, other = model.linears[2], model.linears[3]
+        one.weight.data = other.weight.data
+        found = step(model)
+        write(model.linears[last].weight)
+        return [*found, *step(model), one.weight.detach().clone(), other.weight.detach().clone()]
+
+    assert_alike(act, tmp_path)
+
+
+def test_what_a_weight_was_given_is_written_to_later(tmp_path):
+    def act(model):
+        given = [torch.ones(linear.weight.shape) for linear in model.linears]
+        for linear, data in zip(model.linears, given, strict=True):
+            linear.weight.data = data
+        found = step(model)
+        for data in given:
+            data.mul_(0.01)
+        return [*found, *step(model)]
+
+    assert_alike(act, tmp_path)
+
+
+@pytest.mark.parametrize("activations", ["keep", "recompute"])
+@pytest.mark.parametrize("write", [lambda w: w.mul_(0.5), lambda w: w.data.mul_(0.5)])
+def test_a_hook_of_the_backward_that_writes(write, activations, tmp_path):
+    def act(model):
+        for linear in model.linears:
+            linear.register_full_backward_hook(lambda module, given, came: (write(module.weight), None)[1])
+        return [*step(model), *step(model)]
+
+    assert_alike(act, tmp_path, activations=activations)
