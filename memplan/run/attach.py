@@ -13,7 +13,7 @@ from memplan.errors import ModelError, PlanMismatchError
 from memplan.program.check import require
 from memplan.program.page_lock import is_state_locked
 from memplan.program.schema import Plan
-from memplan.run.elsewhere import Watched, refuse_shared
+from memplan.run.elsewhere import Watched, refuse_gaps, refuse_shared
 from memplan.run.first_touch import touch_ahead
 from memplan.run.handle import Handle, handle_of
 from memplan.run.home import Checkpoint
@@ -94,6 +94,7 @@ def attach_on(
     mark_adapters(model)
     weights = match_weights(model, plan)
     triggers = trigger_modules(model, plan)
+    refuse_gaps(weights)
     refuse_shared(model, weights)
     watched = Watched(weights)
     files = Files(stored=stored_tensors(model, checkpoint), cache=_cache(cache), verify=verify)

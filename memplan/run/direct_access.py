@@ -292,6 +292,11 @@ class DirectAccess:
             )
         order = home.orders[row.name]
         if replaced:
+            if sum(one is row for one in streamed.rows) > 1:
+                raise RunError(
+                    f"the frozen weight {row.name} was given other data, but bitsandbytes computes with what its module keeps of it "
+                    "beside it, which stays the old: write to the weight in place, or detach() first and load the layer anew"
+                )
             if memory_order(value) != order or (order is None and not value.is_contiguous()):
                 raise RunError(
                     f"the frozen weight {row.name} was to become a tensor of another memory layout (strides {value.stride()}), but "

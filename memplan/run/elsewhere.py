@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from memplan.errors import ModelError
+from memplan.run.arena import memory_order
 from memplan.run.home import is_away
 from memplan.storages import storage_of
 from memplan.units import format_bytes
@@ -42,6 +43,18 @@ def refuse_shared(model: nn.Module, weights: Mapping[str, Weight]) -> None:
                             f"{name} lies in the memory of the frozen weight {weight_name}, which memplan is to move: it would "
                             "not be the same memory any more. Give it memory of its own (tensor.clone()), or make both one parameter"
                         )
+
+
+def refuse_gaps(weights: Mapping[str, Weight]) -> None:
+    """Raise ModelError where a matrix lies in memory with gaps, or over itself: a copy of it goes another way through matmul."""
+    for weight in weights.values():
+        held = weight.tensor
+        if held.ndim > 1 and not is_away(held) and memory_order(held) is None and not held.is_contiguous():
+            raise ModelError(
+                f"the frozen weight {weight.name} lies in memory with gaps or over itself (shape {tuple(held.shape)}, strides "
+                f"{held.stride()}), and results of a copy of it may differ in their last bits: make it contiguous before plan() "
+                "(weight.data = weight.data.contiguous())"
+            )
 
 
 class Watched:

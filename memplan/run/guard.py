@@ -224,8 +224,8 @@ def guard_of(module: nn.Module) -> Guard | None:
 
 def _refuse_copy(*args: object) -> NoReturn:
     raise RunError(
-        "a model whose weights memplan streams was to be copied or pickled, which would keep placeholders: detach() "
-        "first, or save its state_dict()"
+        "a module whose weights memplan streams was to be copied or pickled, which would keep placeholders (PEFT copies layers for "
+        "modules_to_save, and quantized ones for DoRA): add such adapters before plan(), save the state_dict(), or detach() first"
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import io
 from multiprocessing.reduction import ForkingPickler
 
@@ -16,8 +17,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import memplan
 from memplan.errors import ModelError, RunError
+from memplan.run.attach import attach
+from tests import quantized
 from tests.run.test_direct_access import X, plan_of
 from tests.run.test_direct_access_corners import assert_alike, attached, step, whole
+from tests.run.test_parity import plan_for
+from tests.training import batch_of
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # torch's own, of nested tensors and of torch.jit
 
@@ -333,3 +338,42 @@ def test_a_hook_of_the_backward_that_writes(write, activations, tmp_path):
         return [*step(model), *step(model)]
 
     assert_alike(act, tmp_path, activations=activations)
+
+
+@pytest.mark.parametrize(
+    "made",
+    [
+        lambda: torch.randn(64, 128)[:, ::2],
+        lambda: torch.randn(1, 64).expand(64, 64),
+        lambda: torch.randn(64, 70)[:, :64],
+    ],
+)
+def test_weights_with_gaps_are_refused(made, tmp_path):
+    model = whole()
+    model.linears[1].weight = nn.Parameter(made(), requires_grad=False)
+    plan = plan_of(model)
+    with pytest.raises(ModelError, match=r"layers\.1\.0\.weight lies in memory with gaps"):
+        memplan.attach(model, plan, cache=tmp_path)
+    model.linears[1].weight.data = model.linears[1].weight.data.contiguous()
+    expected = step(model)
+    with memplan.attach(model, plan, cache=tmp_path):
+        assert all(torch.equal(one, other) for one, other in zip(step(model), expected, strict=True))
+
+
+def test_int8_weights_that_are_given_other_data_are_refused(tmp_path):
+    """[Trap] bitsandbytes goes on with what its module keeps of the old ones."""
+    model = quantized.make("int8")
+    with attach(model, plan_for(model, "llama", share=0.0), cache=tmp_path) as handle:
+        model(**batch_of("llama"))
+        names = {row.name for one in handle._parts.streamed.values() for row in one.rows}
+        weights = [p for p in model.parameters() if p.dtype == torch.int8]
+        assert names
+        assert weights
+        with pytest.raises(RunError, match="bitsandbytes computes with what its module keeps"):
+            weights[0].data = weights[0].data * 2
+
+
+def test_a_copy_of_a_layer_is_refused_with_what_peft_does_it_for(tmp_path):
+    model, handle = attached(tmp_path)
+    with handle, pytest.raises(RunError, match="modules_to_save"):
+        copy.deepcopy(model)
