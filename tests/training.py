@@ -25,6 +25,7 @@ from transformers import (
 
 import memplan
 from memplan.hardware import Figure, HardwareProfile
+from memplan.run.dispatched import unasked
 
 ROWS, LENGTH, VOCABULARY = 2, 16, 96
 KINDS = ("llama", "gpt2", "t5", "plain")
@@ -236,8 +237,8 @@ def train(
 
 def as_it_lies(tensor: torch.Tensor) -> torch.Tensor:
     """What is in a weight's place, though it may be away: no read of it is served."""
-    with torch._C.DisableTorchFunctionSubclass():
-        return tensor.detach().as_subclass(torch.Tensor)
+    with torch._C.DisableTorchFunctionSubclass(), unasked():
+        return tensor.detach().clone().as_subclass(torch.Tensor)
 
 
 def count_forwards(model: nn.Module, counter: Counter):

@@ -13,6 +13,7 @@ from memplan.errors import ModelError, PlanMismatchError
 from memplan.program.check import require
 from memplan.program.page_lock import is_state_locked
 from memplan.program.schema import Plan
+from memplan.run.elsewhere import Watched, refuse_gaps, refuse_shared
 from memplan.run.first_touch import touch_ahead
 from memplan.run.handle import Handle, handle_of
 from memplan.run.home import Checkpoint
@@ -93,6 +94,9 @@ def attach_on(
     mark_adapters(model)
     weights = match_weights(model, plan)
     triggers = trigger_modules(model, plan)
+    refuse_gaps(weights)
+    refuse_shared(model, weights)
+    watched = Watched(weights)
     files = Files(stored=stored_tensors(model, checkpoint), cache=_cache(cache), verify=verify)
     with Undo() as modes, Undo() as undo:
         # A Ctrl-C on the way in or out of a no_grad leaves it on.
@@ -127,6 +131,7 @@ def attach_on(
             install(model, parts, handle, triggers, checked=checked, traced=traced)
             handle.change, handle.replan = change, replan
             handle.undo.enter_context(undo.pop_all())
+    watched.tell(model)
     return handle
 
 

@@ -31,6 +31,7 @@ from memplan.run.rows import read_in_place
 from memplan.run.sequence import Sequence, planned
 from memplan.run.streamed import Streamed
 from memplan.run.transfer import Transfers
+from memplan.run.transforms import refuse_transforms
 
 
 class Conductor:
@@ -62,6 +63,7 @@ class Conductor:
         Then accesses are left out that the plan has; and only then this is looked for.
         """
         self._process = os.getpid()
+        self._recomputed = frozenset(p.module for p in plan.activations if p.activations == "recompute")
         self._forward_of: int | None = None  # the thread whose forward is under way
         self._opening = False  # whether what is used now is used by its own module's forward
         self.offloads = Offloads(offloaded, transfers, self._lock, self._clear, arena)
@@ -108,7 +110,7 @@ class Conductor:
             return call
 
     def _refuse_elsewhere(self, module: str, in_backward: bool) -> None:
-        """Raise RunError where two threads compute with the model at once, or a process that was forked."""
+        """Raise RunError where two threads compute with the model at once, a process that was forked, or ``torch.func``."""
         if os.getpid() != self._process:
             raise RunError(
                 f"{module} was called in a process that was forked from one in which memplan streams its weights: the threads that "
@@ -116,6 +118,7 @@ class Conductor:
             )
         if in_backward:
             return  # autograd's own threads
+        refuse_transforms(module, self._recomputed)
         thread = threading.get_ident()
         if self._used and self._forward_of not in (None, thread):
             raise RunError(
@@ -302,7 +305,7 @@ class Conductor:
                     streamed.misses += self._measured.passes > 0 or self._now >= self._sequence.length
                     self._load(streamed)
                 self._make_usable(streamed)
-            elif streamed.at_home:  # a forward that raised has left it there
+            elif streamed.is_hidden or streamed.at_home:  # a forward that raised has left it there
                 streamed.point()
             if self._opening or streamed.opens_in_backward:
                 streamed.open()
@@ -360,6 +363,8 @@ class Conductor:
             self._direct.settle(streamed.block)
             if streamed.is_shared_out:  # who holds it may write to it at any time: have it read anew
                 self._evict(streamed)
+        if streamed.usable and torch._C._current_graph_task_id() == -1:  # else autograd reads what it saved
+            streamed.hide()
 
     def _make_usable(self, streamed: Streamed) -> None:
         assert streamed.ticket is not None

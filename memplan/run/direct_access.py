@@ -17,10 +17,8 @@ own that writes) is not seen. A block that is homed in a file gets a home of its
 from __future__ import annotations
 
 import copy
-import functools
 import logging
 import sys
-import weakref
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -38,8 +36,10 @@ from memplan.compiled import untraced_deep
 from memplan.errors import RunError
 from memplan.run.arena import dtype_of, shaped, strides_of
 from memplan.run.disk import written_pages
+from memplan.run.dispatched import announced_in, serve_with, unasked
 from memplan.run.home import Home, as_bytes, layout_of
 from memplan.run.streamed import Kinds, Streamed, trained_by_now
+from memplan.run.torch_functions import replace_functions, restore_functions
 from memplan.weights import is_quantizer_state, is_wrapper, kind_of, rewrapped, wrapped_parts
 
 if TYPE_CHECKING:
@@ -97,7 +97,8 @@ class DirectAccess:
         ``within``: by block, ids of the modules in whose accesses it is read.
         """
         self._within = within
-        _serve_makers(self)
+        replace_functions(self, _away_in, _served)
+        serve_with(_dispatched)
         for module in model.modules():  # memplan's own come later
             if (
                 module._forward_hooks
@@ -119,6 +120,7 @@ class DirectAccess:
                         self._wrapped[id(parameter)] = parts
                         shells.setdefault(self._places[id(parts[0])][0].block, []).append(parameter)
         for streamed in self._streamed.values():
+            streamed.announce(plain)
             tensors = [*(tensor for tensor, _, _ in streamed.pointers), *shells.get(streamed.block, ())]
             streamed.serve(tuple(_kinds(tensor, id(tensor) in plain) for tensor in tensors))
             for tensor in tensors:
@@ -138,11 +140,12 @@ class DirectAccess:
             self._own_home = partial(self._own_home, bounded=False)  # what is given back has memory of its own anyway
             self.settle()
         finally:
-            _leave_makers(self)
+            restore_functions(self)
             for streamed in self._streamed.values():
                 for kinds in streamed.kinds:
                     _SERVERS.pop(kinds.tensor, None)
                 streamed.serve(())
+                streamed.announce(None)
             self._lent.update(self._handed_out)  # another plan may follow
             # A graph that is still alive must not keep the arenas.
             self._homes, self._streamed, self._handed_out, self._places, self._wrapped = {}, {}, {}, {}, {}
@@ -162,6 +165,8 @@ class DirectAccess:
             parts = self._wrapped.get(id(tensor), ())
             return bool(parts) and all(self.is_of_backward(part) for part in parts)
         streamed = found[0]
+        if streamed.has_late_hooks:  # one may be what reads it, and write to it
+            return False
         keeps_graph = torch.is_grad_enabled()
         if keeps_graph and _module_that_calls() not in self._within.get(streamed.block, ()):
             return False
@@ -277,7 +282,7 @@ class DirectAccess:
     def write(self, streamed: Streamed, row: Tensor, value: torch.Tensor, *, replaced: bool = False) -> None:
         """Have a weight be ``value`` from its next load on. Raises RunError where it cannot be.
 
-        ``replaced``: it is another tensor than before, which those who hold that one keep.
+        ``replaced``: it is another tensor than before, which those who hold that one keep; who holds this one writes to it.
         """
         home = self._homes[streamed.block]
         if tuple(value.shape) != row.shape or value.dtype != dtype_of(row.dtype):
@@ -287,12 +292,17 @@ class DirectAccess:
             )
         order = home.orders[row.name]
         if replaced:
+            if sum(one is row for one in streamed.rows) > 1:
+                raise RunError(
+                    f"the frozen weight {row.name} was given other data, but bitsandbytes computes with what its module keeps of it "
+                    "beside it, which stays the old: write to the weight in place, or detach() first and load the layer anew"
+                )
             if strides_of(value) != order or (order is None and not value.is_contiguous()):
                 raise RunError(
                     f"the frozen weight {row.name} was to become a tensor of another memory layout (strides {value.stride()}), but "
                     "memplan streams it as it was when it was placed: give it a contiguous copy, or detach() first"
                 )
-            value = value.clone()  # it may be made of what lies at home
+            given, value = value, value.clone()  # it may be made of what lies at home
         self._running().drop(streamed.block)
         held = self._handed_out.setdefault(streamed.block, [])
         same = [one for one in held if one.row is row]
@@ -308,11 +318,14 @@ class DirectAccess:
         home.write(row, value)
         streamed.writes += 1
         self.writes += 1
-        if not replaced:
-            with torch.inference_mode(False), torch.no_grad():
-                for one in same:
-                    if one.state != "home" and one.tensor is not value:
-                        one.tensor.copy_(value)
+        if replaced:
+            held.append(_HandedOut(_alias(given), row, "copy"))  # until it is found that nobody holds it
+            streamed.is_shared_out = True
+            return
+        with torch.inference_mode(False), torch.no_grad():
+            for one in same:
+                if one.state != "home" and one.tensor is not value:
+                    one.tensor.copy_(value)
 
     def written_in_access(self, streamed: Streamed, places: Sequence[int]) -> None:
         """Take home what was written to a block's weights while an access of it was under way. Raises RunError."""
@@ -331,8 +344,9 @@ class DirectAccess:
         if values and streamed.is_recomputed:
             self._running().drop(streamed.block)
             raise RunError(
-                f"the forward of {streamed.name} wrote to its frozen weights, and the plan runs it a second time in backward, "
-                'which would write twice: plan with activations={...: "keep"} for it, or pin it to the device'
+                f"the frozen weights of {streamed.name} were written to in a forward of it, or in its backward by what reads them there, and "
+                "the plan runs the forward a second time in backward, which would write twice: plan with "
+                'activations={...: "keep"} for it, or pin it to the device'
             )
         for row, value, is_replaced in values:
             self.write(streamed, row, value, replaced=is_replaced)
@@ -417,7 +431,15 @@ class DirectAccess:
                     home.touched.add(row.name)
                     held = _HandedOut(_alias(value), row, "home" if home.is_writable else "mapped")
                     self._shown[id(tensor)] = (held, tensor._version)
-                    tensor.data = value
+                    with unasked():
+                        tensor.data = value
+
+    def put_in(self, tensor: torch.Tensor) -> torch.Tensor | None:
+        """Return what was put in the place of a weight that shows its true values, or None."""
+        shown = self._shown.get(id(tensor))
+        if shown is None or layout_of(tensor) == layout_of(shown[0].tensor):
+            return None
+        return tensor.data
 
     def hide_all(self) -> None:
         """Have every streamed weight be away again, and what was written to them be in their homes. Raises RunError."""
@@ -670,7 +692,7 @@ def _torch_function(
 ) -> Any:
     kwargs = kwargs or {}
     if func in _DESCRIBE or (func is torch.Tensor.type and len(args) == 1 and not kwargs):
-        with torch._C.DisableTorchFunctionSubclass():
+        with torch._C.DisableTorchFunctionSubclass(), unasked():
             return func(*args, **kwargs)
     return _serve(func, args, kwargs)
 
@@ -691,6 +713,31 @@ def _serve(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, An
         if like is not None:
             return func(like, *args[1:], **kwargs)
     return _served(func, args, kwargs, tuple(held.values()))
+
+
+def _dispatched(operator: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Answer an operator that torch's C++ gives weights that are away."""
+    held = {id(tensor): tensor for tensor in announced_in((args, kwargs))}
+    if operator is torch.ops.aten._has_compatible_shallow_copy_type.default:
+        raise RunError(
+            "a frozen weight that memplan streams was put in another tensor's place (other.data = weight), which would hold a "
+            "placeholder: give it weight.data"
+        )
+    if torch._C._current_graph_task_id() != -1 and not torch.is_grad_enabled():
+        # Of what autograd saved beside it, views lie in a slot that is another block's by now.
+        raise RunError(
+            "a backward read a frozen weight that was not there: it entered a layer by a tensor that was made inside of it (taken by "
+            "a hook, or from a cache), not by what it returned, or a hook gave the weight to C++. Plan with "
+            'activations="recompute", pin that layer to the device (pins={...: "device"}), or give weight.detach()'
+        )
+    if operator in _LOOK_AT_MEMORY:
+        raise RunError(
+            "a frozen weight that memplan streams was read by C++ that looks at its memory next (tolist() where torch asks no class): "
+            "give it weight.detach()"
+        )
+    if any(_server_of(tensor) is None for tensor in held.values()):
+        raise _gone()
+    return _served(operator, args, kwargs, tuple(held.values()))
 
 
 def _served(func: Callable[..., Any], args: Any, kwargs: Any, tensors: Sequence[torch.Tensor]) -> Any:
@@ -913,43 +960,9 @@ def _descriptors() -> Iterator[Any]:
 
 
 _DESCRIBE = frozenset(_descriptors())
+_LOOK_AT_MEMORY = frozenset({torch.ops.aten.resolve_conj.default, torch.ops.aten.resolve_neg.default})
+"""What torch's C++ calls before it reads by an address and by the strides of the tensor that it was given."""
 _LAYOUT = frozenset(
     {torch.Tensor.stride, torch.Tensor.is_contiguous, torch.Tensor.storage_offset, torch.Tensor.dim_order}
 )
 _STORAGES = frozenset({torch.Tensor.untyped_storage, torch.Tensor.storage, torch.Tensor._typed_storage})
-
-
-# ---- functions that look at no class ---------------------------------------------------------------------------------
-
-_MAKERS = ("tensor", "as_tensor", "asarray")
-"""Of torch: they copy what a tensor holds without asking it."""
-_BEFORE: dict[str, Any] = {}
-_ATTACHED: weakref.WeakSet[DirectAccess] = weakref.WeakSet()
-
-
-def _serve_makers(server: DirectAccess) -> None:
-    """Have them serve weights too, as long as a model is under a plan."""
-    _ATTACHED.add(server)
-    if not _BEFORE:
-        for name in _MAKERS:
-            made = _BEFORE[name] = getattr(torch, name)
-            setattr(torch, name, _making(made))
-
-
-def _leave_makers(server: DirectAccess) -> None:
-    _ATTACHED.discard(server)
-    if not _ATTACHED:
-        while _BEFORE:
-            setattr(torch, *_BEFORE.popitem())
-
-
-def _making(made: Callable[..., Any]) -> Callable[..., Any]:
-    @functools.wraps(made)
-    def make(data: Any, *args: Any, **kwargs: Any) -> Any:
-        if not torch.compiler.is_compiling() and isinstance(data, (torch.Tensor, list, tuple)):
-            held = {id(tensor): tensor for tensor in _away_in(data)}
-            if held:
-                return _served(made, (data, *args), kwargs, tuple(held.values()))
-        return made(data, *args, **kwargs)
-
-    return make

@@ -17,6 +17,7 @@ from torch import nn
 from memplan.compiled import WAY_OUT, OptimizedModule
 from memplan.errors import MovedWeightsError, RunError
 from memplan.run.direct_access import plain
+from memplan.run.dispatched import unasked
 from memplan.weights import frozen_weights, is_wrapper, own_weights, rewrapped, wrapped_parts
 
 if TYPE_CHECKING:
@@ -112,6 +113,7 @@ class Guard:
         with self._direct.locked(), contextlib.ExitStack() as shown:  # another thread may train meanwhile
             for tensor in {id(tensor): tensor for tensor in held}.values():
                 shown.enter_context(plain(tensor))
+            shown.enter_context(unasked())
             type(self._module)._save_to_state_dict(self._module, *args, **kwargs)
 
     def save(self, module: nn.Module, state: dict[str, Any], prefix: str, metadata: object) -> None:
@@ -222,8 +224,8 @@ def guard_of(module: nn.Module) -> Guard | None:
 
 def _refuse_copy(*args: object) -> NoReturn:
     raise RunError(
-        "a model whose weights memplan streams was to be copied or pickled, which would keep placeholders: detach() "
-        "first, or save its state_dict()"
+        "a module whose weights memplan streams was to be copied or pickled, which would keep placeholders (PEFT copies layers for "
+        "modules_to_save, and quantized ones for DoRA): add such adapters before plan(), save the state_dict(), or detach() first"
     )
 
 

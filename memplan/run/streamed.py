@@ -3,8 +3,8 @@
 What a weight is, by where its block is:
 
 - *away*: a placeholder, of the class that sends every operator to :mod:`memplan.run.direct_access`;
-- *there*, but no access of it under way: a view of the block's slot, of that class too. Who reads it now may go on reading
-  it, or have autograd do so, when another block lies in the slot;
+- *there*, but no access of it under way: the same outside of backward; in backward, where autograd reads what it saved, a
+  view of the block's slot, of that class too. Who reads it then may go on reading it when another block lies in the slot;
 - *open*, while an access of it is under way: a view of the slot, of its own class. Nothing is paid for that.
 """
 
@@ -19,6 +19,7 @@ import torch
 from memplan.analyze.graph import Tensor
 from memplan.errors import RunError
 from memplan.program.schema import Channel
+from memplan.run.dispatched import announced, unasked
 from memplan.run.transfer import Source, Ticket
 
 
@@ -56,7 +57,9 @@ class Streamed:
     ticket: Ticket | None = None
     """There or on its way; None: away."""
     usable: bool = False
-    """The compute has waited for it and the parameters point at it."""
+    """The compute has waited for it, and the parameters point at it unless it is hidden."""
+    is_hidden: bool = False
+    """It is usable, but placeholders are in the parameters' place till it is used again."""
     is_open: bool = False
     """An access of it is under way."""
     is_recomputed: bool = False
@@ -87,6 +90,8 @@ class Streamed:
     """What weights were before a hook took hold of their ``data``, by place."""
     no_writes: set[tuple[int, int]] = field(default_factory=set)
     """By how much the version of a weight, by place, rises in an access that writes nothing."""
+    _elements: tuple[torch.Tensor, ...] = ()
+    """Placeholders that no dispatcher asks about, as torch.compile has to see them."""
     _tensors: tuple[torch.Tensor, ...] = ()
     _own: tuple[tuple[torch.Tensor, type], ...] = ()
     _noting: tuple[tuple[torch.Tensor, type], ...] = ()
@@ -102,7 +107,8 @@ class Streamed:
 
     def point(self) -> None:
         """Point the parameters at the block. Raises RunError where one is trained by now: what it learned would be lost."""
-        with torch._C.DisableTorchFunctionSubclass():
+        self.is_hidden = False
+        with torch._C.DisableTorchFunctionSubclass(), unasked():
             for tensor, there, _ in self.pointers:
                 if tensor.requires_grad:
                     raise trained_by_now(self.name)
@@ -110,13 +116,15 @@ class Streamed:
 
     def unpoint(self) -> None:
         """Have placeholders in the parameters' place."""
-        with torch._C.DisableTorchFunctionSubclass():
+        with torch._C.DisableTorchFunctionSubclass(), unasked():
             for tensor, _, away in self.pointers:
                 tensor.data = away
 
     def open(self) -> None:
         """Have the weights be as any others: an access of them begins."""
         if not self.is_open and self.kinds:
+            if self.is_hidden:
+                self.point()
             self.is_open = True
             for tensor, kind in self._noting if self.has_late_hooks else self._own:
                 tensor.__class__ = kind
@@ -143,11 +151,27 @@ class Streamed:
 
     # This is not.
 
+    def hide(self) -> None:
+        """Have placeholders in the parameters' place though the block is there: what asks no class may keep what it reads."""
+        self.unpoint()
+        self.is_hidden = True
+
+    def announce(self, plain: frozenset[int] | None) -> None:
+        """Have placeholders that torch's dispatcher asks about, but of the tensors with ids in ``plain``. None: of no tensor."""
+        elements = self._elements or tuple(away for _, _, away in self.pointers)
+        self._elements = elements
+        self.pointers = tuple(
+            (tensor, there, away if plain is None or id(tensor) in plain else announced(away))
+            for (tensor, there, _), away in zip(self.pointers, elements, strict=True)
+        )
+        self.unpoint()
+
     def point_home(self) -> None:
         """Point the parameters at where rows of them are read."""
         self.be_plain()
-        for tensor, there in self.at_home:
-            tensor.data = there
+        with unasked():
+            for tensor, there in self.at_home:
+                tensor.data = there
         self._versions = [tensor._version for tensor, _ in self.at_home]
 
     def leave_home(self) -> tuple[dict[int, torch.Tensor], bool]:

@@ -239,7 +239,7 @@ def test_what_is_away_is_loud(model, tmp_path):
         handle._parts.conductor.resume()
         loss = model(**batch_of("llama")).loss
         handle._parts.conductor.backward_begins = lambda module, call: None
-        with pytest.raises(StrayReadError, match="while the block was away"):
+        with pytest.raises((StrayReadError, RunError), match=r"while the block was away|that was not there"):
             loss.backward()
 
 
