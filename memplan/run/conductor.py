@@ -363,7 +363,8 @@ class Conductor:
             self._direct.settle(streamed.block)
             if streamed.is_shared_out:  # who holds it may write to it at any time: have it read anew
                 self._evict(streamed)
-        if streamed.usable and torch._C._current_graph_task_id() == -1:  # else autograd reads what it saved
+        # In backward autograd reads what it saved; and what nothing else ever lies in the place of may be kept by whoever reads it.
+        if streamed.usable and streamed.may_go and torch._C._current_graph_task_id() == -1:
             streamed.hide()
 
     def _make_usable(self, streamed: Streamed) -> None:
@@ -452,7 +453,8 @@ class Conductor:
         ticket, usable = streamed.ticket, streamed.usable
         streamed.ticket, streamed.usable = None, False
         if usable:
-            streamed.unpoint()
+            if not streamed.is_hidden:
+                streamed.unpoint()
             if streamed.at_home:  # a forward that raised has left it there
                 streamed.be_away()
         else:  # still on its way, off the sequence: two channels must not write one slot at once

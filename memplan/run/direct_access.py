@@ -165,8 +165,6 @@ class DirectAccess:
             parts = self._wrapped.get(id(tensor), ())
             return bool(parts) and all(self.is_of_backward(part) for part in parts)
         streamed = found[0]
-        if streamed.has_late_hooks:  # one may be what reads it, and write to it
-            return False
         keeps_graph = torch.is_grad_enabled()
         if keeps_graph and _module_that_calls() not in self._within.get(streamed.block, ()):
             return False
@@ -704,7 +702,8 @@ def _serve(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, An
             "weight.data, or detach() from memplan first"
         )
     held = {id(tensor): tensor for tensor in _away_in((args, kwargs))}
-    if torch._C._current_graph_task_id() != -1:
+    # Of its ``data`` nothing tells whether a hook of the backward writes to it where it is open.
+    if torch._C._current_graph_task_id() != -1 and func != _GET_DATA:
         servers = [(_server_of(tensor), tensor) for tensor in held.values()]
         if all(server is not None and server.is_of_backward(tensor) for server, tensor in servers):
             return func(*args, **kwargs)
@@ -960,6 +959,7 @@ def _descriptors() -> Iterator[Any]:
 
 
 _DESCRIBE = frozenset(_descriptors())
+_GET_DATA: Any = torch.Tensor.data.__get__  # type: ignore[attr-defined]
 _LOOK_AT_MEMORY = frozenset({torch.ops.aten.resolve_conj.default, torch.ops.aten.resolve_neg.default})
 """What torch's C++ calls before it reads by an address and by the strides of the tensor that it was given."""
 _LAYOUT = frozenset(

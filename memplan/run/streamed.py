@@ -100,6 +100,11 @@ class Streamed:
     _addresses: list[int] = field(default_factory=list)
 
     @property
+    def may_go(self) -> bool:
+        """Whether another block, or nothing, is ever in its slot."""
+        return bool(self.rivals) or self.comes_and_goes
+
+    @property
     def key(self) -> int:
         return self.block
 

@@ -329,15 +329,26 @@ def test_what_a_weight_was_given_is_written_to_later(tmp_path):
     assert_alike(act, tmp_path)
 
 
-@pytest.mark.parametrize("activations", ["keep", "recompute"])
-@pytest.mark.parametrize("write", [lambda w: w.mul_(0.5), lambda w: w.data.mul_(0.5)])
-def test_a_hook_of_the_backward_that_writes(write, activations, tmp_path):
+def halving(write):
     def act(model):
         for linear in model.linears:
             linear.register_full_backward_hook(lambda module, given, came: (write(module.weight), None)[1])
         return [*step(model), *step(model)]
 
-    assert_alike(act, tmp_path, activations=activations)
+    return act
+
+
+@pytest.mark.parametrize("activations", ["keep", "recompute"])
+def test_a_hook_of_the_backward_that_writes_to_data(activations, tmp_path):
+    assert_alike(halving(lambda weight: weight.data.mul_(0.5)), tmp_path, activations=activations)
+
+
+def test_a_hook_of_the_backward_that_writes(tmp_path):
+    act = halving(lambda weight: weight.mul_(0.5))
+    assert_alike(act, tmp_path, activations="keep")
+    model, handle = attached(tmp_path, activations="recompute")
+    with handle, pytest.raises(RunError, match="or in its backward by what reads them there"):
+        act(model)
 
 
 @pytest.mark.parametrize(
