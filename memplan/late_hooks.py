@@ -159,20 +159,22 @@ class LateHooks:
         leaves = tree_leaves(given)
         versions = [_version(leaf) for leaf in leaves]
         attributes = Held([module]).state()
+        weights = [t for t in (*module.parameters(), *module.buffers()) if id(t) not in self._apart]
+        held = [_version(weight) for weight in weights]
         key = (code_of(late.hook), id(module))
-        if key in self._judged:
-            result = saved.of(lambda: late.hook(module, *given))
-            changed, is_new = self._judged[key], False
-        else:
-            reach, is_new = Reach(hook=late.hook), True
-            weights = [t for t in (*module.parameters(), *module.buffers()) if id(t) not in self._apart]
-            before, held = [_print(leaf) for leaf in leaves], [_print(weight) for weight in weights]
-            result = saved.of(lambda: late.hook(module, *given))
-            if [_print(weight) for weight in weights] != held:
-                raise self._refused(module, "writes to a weight or a buffer")
+        if is_new := key not in self._judged:
+            reach = Reach(hook=late.hook)
+            before, prints = [_print(leaf) for leaf in leaves], [_print(weight) for weight in weights]
+        result = saved.of(lambda: late.hook(module, *given))
+        if [_version(weight) for weight in weights] != held or (
+            is_new and [_print(weight) for weight in weights] != prints
+        ):
+            raise self._refused(module, "writes to a weight or a buffer")
+        if is_new:
             if [_print(leaf) for leaf in leaves] != before:
                 self._again.add(key)
-            changed = self._judged[key] = reach.changed() - self._put_back()
+            self._judged[key] = reach.changed() - self._put_back()
+        changed = self._judged[key]
         now = tree_leaves(given)
         is_needed = (
             key in self._again

@@ -87,10 +87,9 @@ def _tokens(owner: Any, kind: str, names: set[str] | None) -> Iterator[tuple[Has
             if names is None or name in names:
                 yield ("cell", id(cell)), cell
     elif kind == "Globals":
-        where = owner.__globals__ if isinstance(owner, FunctionType) else vars(owner)
-        for name in (
-            owner.__code__.co_names if names is None and isinstance(owner, FunctionType) else names or vars(owner)
-        ):
+        is_function = isinstance(owner, FunctionType)
+        where = owner.__globals__ if is_function else vars(owner)
+        for name in names if names is not None else owner.__code__.co_names if is_function else where:
             yield ("global", id(where), name), owner
     else:
         yield known_by(owner), owner

@@ -152,8 +152,10 @@ class Setting:
 
     def _find_modules(self) -> None:
         self._held = Held(self._module.modules())
-        tuners = (module for module in self._held.modules if hasattr(type(module), "adapter_layer_names"))
+        tuners = [module for module in self._held.modules if hasattr(type(module), "adapter_layer_names")]
         self._tuned = {part for tuner in tuners for part in tuner.modules()}
+        # Of parameters that PEFT adapts by parametrizations: those come and go in each forward, and set a tensor to itself.
+        self._set = {part for tuner in tuners if "parameter_name" in tuner.__dict__ for part in tuner.modules()}
         self._children = [(module._modules, module._modules.copy()) for module in self._held.modules if module._modules]
 
     def now(self, given: Iterable[object] = ()) -> Now:
@@ -161,7 +163,7 @@ class Setting:
         # Modules are equal where they are the same.
         if any(now != held for now, held in self._children) or self._held.is_changed():
             self._find_modules()
-        return Now(self._name, self._held, self._tuned, self._writes, self._apart, given)
+        return Now(self._name, self._held, self._tuned, self._set, self._writes, self._apart, given)
 
 
 class Now:
@@ -172,6 +174,7 @@ class Now:
         name: str,
         held: Held,
         tuned: set[nn.Module],
+        is_set: set[nn.Module],
         writes: Callable[[], int],
         apart: frozenset[int],
         given: Iterable[object],
@@ -192,7 +195,7 @@ class Now:
                 is_trained = parameter.requires_grad
                 if is_trained:
                     self._trained.append(parameter)
-                elif id(parameter) not in apart and not parameter.is_inference():
+                elif id(parameter) not in apart and module not in is_set and not parameter.is_inference():
                     self._others.append(parameter)
                 if module in tuned and parameter.is_leaf:
                     self._flags.append((parameter, is_trained))

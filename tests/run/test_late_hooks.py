@@ -1,4 +1,4 @@
-"""Hooks that came after the plan, and state that a layer changes only then: once, as without a plan, or refused."""
+"""Hooks that came after the plan, within layers that it recomputes: called once, as without a plan, or refused."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def planned(model, vram=None):
     return plan
 
 
-def assert_alike(late, kind=Layer, *, before=False, vram=None, each=lambda model, step: None):
+def assert_alike(late, kind=Layer, *, before=False, vram=None, each=lambda model, step: None, checked=False):
     """``late(model)`` changes a model, and returns what holds what came of that. ``before``: between plan and attach."""
     whole, model = Model(kind), Model(kind)
     kept = late(whole)
@@ -80,7 +80,7 @@ def assert_alike(late, kind=Layer, *, before=False, vram=None, each=lambda model
     plan = planned(model, vram)
     if before:
         held = late(model)
-    with memplan.attach(model, plan):
+    with memplan.attach(model, plan, checked=checked):
         if not before:
             held = late(model)
         found = train(model, each)
@@ -334,6 +334,11 @@ def test_the_second_run_has_what_they_do(late):
     assert_alike(late)
 
 
+@pytest.mark.parametrize("late", [*AGAIN, counts, sums_that_autograd_saves_for], ids=lambda late: late.__name__)
+def test_in_the_checked_mode(late):
+    assert_alike(late, checked=True)
+
+
 def test_hooks_that_are_gone_by_the_backward():
     """As PEFT's, which registers some for the time of one forward."""
 
@@ -410,6 +415,19 @@ def writes_to_a_weight_itself(model):
         module.register_forward_pre_hook(hook)
 
 
+def writes_to_a_weight_later(model):
+    calls = []
+
+    def hook(module, args):
+        calls.append(1)
+        if len(calls) > LAYERS:
+            with torch.no_grad():
+                module.weight.mul_(0.99)
+
+    for module in inside(model, "down"):
+        module.register_forward_pre_hook(hook)
+
+
 def registers_another(model):
     def hook(module, args):
         if not seen:
@@ -421,7 +439,7 @@ def registers_another(model):
 
 REFUSED = [
     value_and_count, value_and_average, value_and_cell, one_takes_what_the_other_keeps, writes_to_a_weight,
-    writes_to_a_weight_itself, registers_another,
+    writes_to_a_weight_itself, writes_to_a_weight_later, registers_another,
 ]  # fmt: skip
 
 
@@ -441,142 +459,3 @@ def test_a_plan_that_knows_them_recomputes_none_of_their_layers(late):
     late(model)
     with pytest.raises(memplan.InputError, match="cannot be recomputed"):
         planned(model)
-
-
-# ---- state that a layer changes only later -----------------------------------------------------------------------------
-
-
-class Later(Layer):
-    """What no trace sees: it comes with the second pass."""
-
-    begins = 1
-
-    def __init__(self):
-        super().__init__()
-        self.step = 0
-        self.calls, self.scale, self.log, self.held = 0, 1.0, [], {"n": 0}
-
-    def forward(self, x):
-        if self.step >= self.begins:
-            self.calls += 1
-            self.log.append(self.calls)
-            self.held["n"] += 1
-            self.scale = self.scale * 0.9
-            self.found = x.shape[0] + self.calls
-            x = x * self.scale + len(self.log) + self.held["n"]
-        return super().forward(x)
-
-
-def next_step(model, step):
-    for layer in model.layers:
-        layer.step = step + 1
-
-
-def test_attributes_that_change_later():
-    assert_alike(lambda model: None, Later, each=next_step)
-
-
-class Draws(Later):
-    def __init__(self):
-        super().__init__()
-        self.generator = torch.Generator().manual_seed(3)
-
-    def forward(self, x):
-        if self.step >= self.begins:
-            x = x * torch.rand(x.shape, generator=self.generator)
-        return super().forward(x)
-
-
-def test_a_generator_of_its_own():
-    assert_alike(lambda model: None, Draws, each=next_step)
-
-
-class Given(Later):
-    def forward(self, x, generator):
-        if self.step >= self.begins:
-            x = x * torch.rand(x.shape, generator=generator)
-        return super().forward(x)
-
-
-def test_a_generator_that_is_given():
-    whole, model, generator = Model(Given), Model(Given), torch.Generator()
-    batch = {"x": torch.rand(ROWS, WIDTH), "generator": generator}
-    plan = memplan.plan(model, batch, loss=loss, vram="1GiB", **GIVEN)
-    expected = train(whole, next_step, generator=generator.manual_seed(2))
-    position = generator.get_state()
-    with memplan.attach(model, plan):
-        found = train(model, next_step, generator=generator.manual_seed(2))
-    assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
-    assert torch.equal(generator.get_state(), position)
-
-
-class Averages(Later):
-    def __init__(self):
-        super().__init__()
-        self.register_buffer("average", torch.zeros(WIDTH))
-
-    def forward(self, x):
-        if self.step >= self.begins:
-            self.average.lerp_(x.detach().mean(0), 0.1)
-        return super().forward(x + self.average)
-
-
-class Rebinds(Averages):
-    def forward(self, x):
-        if self.step >= self.begins:
-            self.average = self.average * 0.9 + 0.1 * x.detach().mean(0)
-        return Layer.forward(self, x + self.average)
-
-
-def test_a_buffer_that_is_rebound_later():
-    assert_alike(lambda model: None, Rebinds, each=next_step)
-
-
-@pytest.mark.parametrize("vram", [None, "1GiB"], ids=["streamed", "pinned"])
-def test_a_buffer_that_is_written_to_later_is_refused(vram):
-    model = Model(Averages)
-    with memplan.attach(model, planned(model, vram)), pytest.raises(RunError, match="wrote in place to a buffer"):
-        train(model, next_step)
-
-
-class Registers(Later):
-    """A hook of its own, at its second call."""
-
-    where = "itself"
-
-    def __init__(self):
-        super().__init__()
-        self.registered, self.seen = False, []
-
-    def forward(self, x):
-        if self.step >= self.begins and not self.registered:
-            self.registered = True
-            module, seen = self if self.where == "itself" else self.down, self.seen
-            module.register_forward_hook(lambda module, args, output: (seen.append(1), output * 2)[1])
-        return Layer.forward(self, x)
-
-
-class RegistersInside(Registers):
-    where = "inside"
-
-
-class RegistersAtOnce(RegistersInside):
-    begins = 0
-
-
-@pytest.mark.parametrize("kind", [Registers, RegistersInside])
-def test_a_forward_that_registers_a_hook_is_refused(kind):
-    model = Model(kind)
-    with memplan.attach(model, planned(model)), pytest.raises(RunError, match="registered a hook within itself"):
-        train(model, next_step)
-
-
-def test_a_forward_that_registers_a_hook_at_its_first_call_is_not_recomputed():
-    whole, model, batch = Model(RegistersAtOnce), Model(RegistersAtOnce), {"x": torch.rand(ROWS, WIDTH)}
-    with pytest.raises(memplan.InputError, match=r"cannot be recomputed: it changes layers\.0\.seen"):
-        planned(model)
-    expected = train(whole)
-    with memplan.attach(model, memplan.plan(model, batch, loss=loss, vram="1GiB", **{**GIVEN, "activations": None})):
-        found = train(model)
-    assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
-    assert [layer.seen for layer in model.layers] == [layer.seen for layer in whole.layers]

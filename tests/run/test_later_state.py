@@ -1,0 +1,146 @@
+"""What a recomputed layer changes only after the plan was made: once, as without a plan, or refused."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import memplan
+from memplan.errors import RunError
+from tests.run.test_late_hooks import GIVEN, ROWS, WIDTH, Layer, Model, assert_alike, loss, planned, train
+
+
+class Later(Layer):
+    """What no trace sees: it comes with the second pass."""
+
+    begins = 1
+
+    def __init__(self):
+        super().__init__()
+        self.step = 0
+        self.calls, self.scale, self.log, self.held = 0, 1.0, [], {"n": 0}
+
+    def forward(self, x):
+        if self.step >= self.begins:
+            self.calls += 1
+            self.log.append(self.calls)
+            self.held["n"] += 1
+            self.scale = self.scale * 0.9
+            self.found = x.shape[0] + self.calls
+            x = x * self.scale + len(self.log) + self.held["n"]
+        return super().forward(x)
+
+
+def next_step(model, step):
+    for layer in model.layers:
+        layer.step = step + 1
+
+
+def test_attributes_that_change_later():
+    assert_alike(lambda model: None, Later, each=next_step)
+
+
+class Draws(Later):
+    def __init__(self):
+        super().__init__()
+        self.generator = torch.Generator().manual_seed(3)
+
+    def forward(self, x):
+        if self.step >= self.begins:
+            x = x * torch.rand(x.shape, generator=self.generator)
+        return super().forward(x)
+
+
+def test_a_generator_of_its_own():
+    assert_alike(lambda model: None, Draws, each=next_step)
+
+
+class Given(Later):
+    def forward(self, x, generator):
+        if self.step >= self.begins:
+            x = x * torch.rand(x.shape, generator=generator)
+        return super().forward(x)
+
+
+def test_a_generator_that_is_given():
+    whole, model, generator = Model(Given), Model(Given), torch.Generator()
+    batch = {"x": torch.rand(ROWS, WIDTH), "generator": generator}
+    plan = memplan.plan(model, batch, loss=loss, vram="1GiB", **GIVEN)
+    expected = train(whole, next_step, generator=generator.manual_seed(2))
+    position = generator.get_state()
+    with memplan.attach(model, plan):
+        found = train(model, next_step, generator=generator.manual_seed(2))
+    assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
+    assert torch.equal(generator.get_state(), position)
+
+
+class Averages(Later):
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("average", torch.zeros(WIDTH))
+
+    def forward(self, x):
+        if self.step >= self.begins:
+            self.average.lerp_(x.detach().mean(0), 0.1)
+        return super().forward(x + self.average)
+
+
+class Rebinds(Averages):
+    def forward(self, x):
+        if self.step >= self.begins:
+            self.average = self.average * 0.9 + 0.1 * x.detach().mean(0)
+        return Layer.forward(self, x + self.average)
+
+
+def test_a_buffer_that_is_rebound_later():
+    assert_alike(lambda model: None, Rebinds, each=next_step)
+
+
+@pytest.mark.parametrize("vram", [None, "1GiB"], ids=["streamed", "pinned"])
+def test_a_buffer_that_is_written_to_later_is_refused(vram):
+    model = Model(Averages)
+    with memplan.attach(model, planned(model, vram)), pytest.raises(RunError, match="wrote in place to a buffer"):
+        train(model, next_step)
+
+
+class Registers(Later):
+    """A hook of its own, at its second call."""
+
+    where = "itself"
+
+    def __init__(self):
+        super().__init__()
+        self.registered, self.seen = False, []
+
+    def forward(self, x):
+        if self.step >= self.begins and not self.registered:
+            self.registered = True
+            module, seen = self if self.where == "itself" else self.down, self.seen
+            module.register_forward_hook(lambda module, args, output: (seen.append(1), output * 2)[1])
+        return Layer.forward(self, x)
+
+
+class RegistersInside(Registers):
+    where = "inside"
+
+
+class RegistersAtOnce(RegistersInside):
+    begins = 0
+
+
+@pytest.mark.parametrize("kind", [Registers, RegistersInside])
+def test_a_forward_that_registers_a_hook_is_refused(kind):
+    model = Model(kind)
+    with memplan.attach(model, planned(model)), pytest.raises(RunError, match="registered a hook within itself"):
+        train(model, next_step)
+
+
+def test_a_forward_that_registers_a_hook_at_its_first_call_is_not_recomputed():
+    whole, model, batch = Model(RegistersAtOnce), Model(RegistersAtOnce), {"x": torch.rand(ROWS, WIDTH)}
+    with pytest.raises(memplan.InputError, match=r"cannot be recomputed: it changes layers\.0\.seen"):
+        planned(model)
+    expected = train(whole)
+    with memplan.attach(model, memplan.plan(model, batch, loss=loss, vram="1GiB", **{**GIVEN, "activations": None})):
+        found = train(model)
+    assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
+    assert [layer.seen for layer in model.layers] == [layer.seen for layer in whole.layers]
