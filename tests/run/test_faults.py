@@ -140,7 +140,7 @@ def test_each_allocation_fails_once(monkeypatch, tmp_path):
         model.zero_grad()
         assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
     assert heard == {True}
-    assert where == {"memplan.run.arena", "memplan.run.offloads"}
+    assert where == {"memplan.run.arena", "memplan.run.dispatched", "memplan.run.offloads"}
     assert_equal(train(model, "plain", steps=1), expected)
 
 
