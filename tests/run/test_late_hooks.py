@@ -124,8 +124,8 @@ def counts(model):
 
 
 def averages(model):
-    average = torch.zeros(WIDTH)
-    for module in inside(model, "lora"):
+    average = torch.zeros(2 * WIDTH)
+    for module in inside(model, "act"):
         module.register_forward_hook(
             lambda module, args, output: (average.lerp_(output.detach().mean(0), 0.1), None)[1]
         )
