@@ -1,7 +1,9 @@
-"""Functions of torch that look at no class, and that its dispatcher does not ask in time: replaced while a model is under a plan.
+"""Functions of torch that its dispatcher does not ask in time: replaced while a model is under a plan.
 
-``torch.tensor`` and its like copy what a tensor holds; ``as_subclass`` and its like make another tensor of the very one that
-they are given, which cannot be exchanged for its true values any more when the dispatcher asks (:mod:`memplan.run.dispatched`).
+``as_subclass`` and its like make another tensor of the very one that they are given, which cannot be exchanged for its true
+values any more when the dispatcher asks (:mod:`memplan.run.dispatched`). Functions that make tensors (``torch.tensor`` and
+others) are never replaced: torch keeps tables of them, made when they are first asked for, by which ``torch.device("meta")``
+knows what to do.
 """
 
 from __future__ import annotations
@@ -15,9 +17,6 @@ import torch
 from torch.utils import dlpack
 
 _FUNCTIONS: tuple[tuple[Any, str], ...] = (
-    (torch, "tensor"),
-    (torch, "as_tensor"),
-    (torch, "asarray"),
     (torch, "to_dlpack"),
     (dlpack, "to_dlpack"),
     (torch._C, "_to_dlpack"),

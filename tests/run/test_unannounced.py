@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import memplan
 from memplan.errors import ModelError, RunError
 from memplan.run.attach import attach
-from tests import quantized
+from tests import families, quantized
 from tests.run.test_direct_access import X, plan_of
 from tests.run.test_direct_access_corners import assert_alike, attached, step, whole
 from tests.run.test_parity import plan_for
@@ -388,3 +388,22 @@ def test_a_copy_of_a_layer_is_refused_with_what_peft_does_it_for(tmp_path):
     model, handle = attached(tmp_path)
     with handle, pytest.raises(RunError, match="modules_to_save"):
         copy.deepcopy(model)
+
+
+def test_a_model_that_is_loaded_beside_is_as_ever(tmp_path):
+    """Torch has a table of the functions that make tensors, which may be made while a model is under a plan."""
+    from torch.utils import _device
+
+    makers = {
+        name: getattr(torch, name) for name in ("tensor", "as_tensor", "asarray", "empty", "zeros", "full", "arange")
+    }
+    expected = families.make("llama", "float32")
+    model = whole()
+    with memplan.attach(model, plan_of(model), cache=tmp_path):
+        assert {name: getattr(torch, name) for name in makers} == makers
+        _device._device_constructors.cache_clear()
+        beside = families.make("llama", "float32")
+    later = families.make("llama", "float32")
+    for loaded in (beside, later):
+        for (name, true), found in zip(expected.named_buffers(), loaded.buffers(), strict=True):
+            assert torch.equal(true, found), name
