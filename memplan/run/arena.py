@@ -264,27 +264,3 @@ def is_placeholder(parameter: nn.Parameter | torch.Tensor) -> bool:
         if any(stride for stride, size in zip(parameter.stride(), parameter.shape, strict=True) if size > 1):
             return False
         return parameter.numel() > 1 or (parameter.numel() == 1 and parameter.data_ptr() in _ELEMENTS)
-
-
-def refuse_poison(trained: Sequence[nn.Parameter]) -> None:
-    """Raise RunError where a gradient is NaN that was made of a placeholder's.
-
-    On the CPU its bits tell: those of a NaN that arithmetic itself makes are others.
-    """
-    for parameter in trained:
-        gradient = parameter.grad
-        if gradient is None or not gradient.is_floating_point() or gradient.layout != torch.strided:
-            continue
-        found = gradient[gradient.isnan()]
-        if found.numel() and (found.device.type != "cpu" or not _is_of_arithmetic(found)):
-            raise RunError(
-                "a backward entered a layer by a tensor that was made inside of it (taken by a hook, or from a cache), not by what it "
-                "returned: its weights were not there, and gradients are NaN. Do not step the optimizer. Plan with "
-                'activations="recompute", or pin that layer to the device (pins={...: "device"})'
-            )
-
-
-def _is_of_arithmetic(found: torch.Tensor) -> bool:
-    bits = found.float().view(torch.int32)
-    made = torch.tensor([0x7FC00000, 0xFFC00000 - (1 << 32)], dtype=torch.int64).to(torch.int32)
-    return bool(torch.isin(bits, made).all())

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -23,6 +23,7 @@ from memplan.run.arena import Arena
 from memplan.run.choices import Choices
 from memplan.run.direct_access import DirectAccess
 from memplan.run.elastic import Elastic
+from memplan.run.entrances import Entrances
 from memplan.run.learning import Learner, Mover, sequence_of
 from memplan.run.lock import Lock
 from memplan.run.measured import Measured, blocks_of
@@ -45,8 +46,11 @@ class Conductor:
         offloaded: dict[int, Offloaded],
         arena: Arena,
         direct: DirectAccess,
+        entrances: Entrances,
     ) -> None:
-        """``arena``: the device's. ``direct``: who serves what reads weights that are not open."""
+        """``arena``: the device's. ``direct``: who serves what reads weights that are not open. ``entrances``: who looks whether
+        a backward came to a layer unseen.
+        """
         self._plan = plan
         self._streamed = streamed
         self._transfers = transfers
@@ -55,13 +59,7 @@ class Conductor:
         self._used: tuple[Streamed, ...] = ()  # what the access under way reads, open or not
         self._had_backward = False
         self._strayed_in_backward = False  # or its forwards did, of which some may have none that is seen
-        self.look_for_poison: Callable[[], None] = lambda: None
-        """Raises RunError where a gradient was made of what lies in the place of a weight that is away.
-
-        [Note: entered from within] A backward comes to a layer by a gradient of what it returned, which its trigger sees. Where it
-        comes by another tensor that was made in it (a hook's, a cache's), and by none of those, nothing brings the weights.
-        Then accesses are left out that the plan has; and only then this is looked for.
-        """
+        self._entrances = entrances
         self._process = os.getpid()
         self._recomputed = frozenset(p.module for p in plan.activations if p.activations == "recompute")
         self._forward_of: int | None = None  # the thread whose forward is under way
@@ -141,6 +139,8 @@ class Conductor:
             else:
                 self._serve_aside(module)
             self._choices.note(position)  # only now: what is loaded when it is called was not foreseen
+        if torch.is_grad_enabled():
+            self._entrances.called(module)
         if self._learner.writing:
             self._learner.forward(module, call)
         return call
@@ -197,6 +197,7 @@ class Conductor:
                     "a backward that can itself be differentiated (create_graph=True) came to "
                     f"{module}: it reads weights again later, which no trigger would see. Pin all blocks to the device"
                 )
+            self._entrances.announced(module)
             if self._learner.writing:
                 self._learner.backward(module, call)
             position = self._sequence.backward_at(module, call - self._first_call, self._now)
@@ -215,9 +216,8 @@ class Conductor:
             if self._closed or self._now < 0:
                 return
             self._had_backward = True
-            if self._strayed_in_backward or not self._sequence.is_over(self._now):
-                self._strayed_in_backward = False
-                self.look_for_poison()
+            strayed, self._strayed_in_backward = self._strayed_in_backward, False
+            self._entrances.backward_ends(left_out=strayed or not self._sequence.is_over(self._now))
             cycle = self._now // self._sequence.length
             is_over = self._sequence.is_over(self._now)
             self._done = (cycle + 1) * self._sequence.length if is_over else self._now + 1
@@ -231,6 +231,7 @@ class Conductor:
         Where a checkpoint spans several modules they come in forward order: only the next planned backward moves the
         position, the others are served beside it, lest what is still needed counts as over.
         """
+        self._entrances.announced(module)
         if self._learner.writing:
             self._learner.backward(module)
         position = self._sequence.next_backward(module, self._now)
@@ -463,6 +464,7 @@ class Conductor:
     # ---- the record ------------------------------------------------------------------------------------------------
 
     def _cycle_begins(self) -> None:
+        self._entrances.pass_begins()
         for block, stalled in self._transfers.device_stalls().items():
             if block in self._streamed:
                 self._streamed[block].stall_s += stalled

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from functools import partial
 from typing import Any
 
 from torch import nn
@@ -14,12 +13,12 @@ from memplan.compiled import hides_hooks, is_compiled
 from memplan.late_hooks import Calls, LateHooks
 from memplan.program.page_lock import is_ring_locked
 from memplan.program.schema import Plan
-from memplan.run.arena import refuse_poison
 from memplan.run.checked import CheckedReads
 from memplan.run.clocks import ClockedTransfers
 from memplan.run.conductor import Conductor
 from memplan.run.copies import Copies
 from memplan.run.direct_access import DirectAccess
+from memplan.run.entrances import Entrances
 from memplan.run.guard import Guard
 from memplan.run.handle import Handle
 from memplan.run.interrupts import Undo
@@ -62,11 +61,11 @@ def install(
         _rivals([*parts.streamed.values(), *offloaded.values()])
         parts.direct = DirectAccess(device, parts.homes, parts.streamed, parts.own_home, parts.lent)
         _note_recomputed(plan, parts)
-        parts.conductor = Conductor(plan, parts.streamed, transfers, offloaded, parts.arena, parts.direct)
-        undo.callback(parts.conductor.close)
-        parts.conductor.look_for_poison = partial(
-            refuse_poison, tuple(p for p in model.parameters() if p.requires_grad)
+        entrances = Entrances(
+            [p for p in model.parameters() if p.requires_grad], _trained_within(plan, triggers, parts)
         )
+        parts.conductor = Conductor(plan, parts.streamed, transfers, offloaded, parts.arena, parts.direct, entrances)
+        undo.callback(parts.conductor.close)
         parts.direct.begin(model, parts.conductor, _compiled_weights(model), _within(plan, triggers))
         for guard in _hook(model, plan, parts, triggers, undo, transfers):
             guard.handle = handle
@@ -123,6 +122,17 @@ def _around(model: nn.Module, triggers: Mapping[str, nn.Module]) -> list[nn.Modu
     ids = {id(trigger) for trigger in triggers.values()}
     others = [m for m in model.modules() if id(m) not in ids and not hides_hooks(m)]
     return [m for m in others if any(id(part) in ids for part in m.modules())]
+
+
+def _trained_within(plan: Plan, triggers: Mapping[str, nn.Module], parts: Parts) -> dict[str, list[nn.Parameter]]:
+    """Return the trained parameters within each trigger that reads streamed blocks, and is not run again in backward."""
+    again = {policy.module for policy in plan.activations if policy.activations == "recompute"}
+    reads = {a.module for a in plan.table.accesses if any(block in parts.streamed for block in a.blocks)} - again
+    return {
+        name: [p for p in trigger.parameters() if p.requires_grad]
+        for name, trigger in triggers.items()
+        if name in reads
+    }
 
 
 def _quantized(triggers: Mapping[str, nn.Module], parts: Parts) -> dict[str, list[nn.Module]]:

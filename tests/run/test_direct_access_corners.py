@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import threading
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -295,6 +297,84 @@ def test_a_backward_that_enters_a_layer_from_within_is_refused(tmp_path):
         model(**batch_of("llama"))
         with pytest.raises(RunError, match="entered a layer by a tensor that was made inside"):
             taken[0].square().mean().backward()
+
+
+class Captured(nn.Module):
+    """Layers of matrices without bias, on tokens in three dimensions: autograd saves views of their weights."""
+
+    class Layer(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.up, self.down = nn.Linear(64, 64, bias=False), nn.Linear(64, 64, bias=False)
+            self.a, self.b = nn.Linear(64, 4, bias=False), nn.Linear(4, 64, bias=False)
+            self.up.requires_grad_(False)
+            self.down.requires_grad_(False)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            self.inner = self.up(x + self.b(self.a(x)))
+            return x + self.down(torch.tanh(self.inner))
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.layers = nn.ModuleList(self.Layer() for _ in range(8))
+
+    def forward(self, x: torch.Tensor) -> list[torch.Tensor]:
+        found = [x]
+        for layer in self.layers:
+            found.append(layer(found[-1]))
+        return found
+
+
+def entering(model: nn.Module, loss_of_all: Callable[[Any], torch.Tensor]) -> list[torch.Tensor | None]:
+    model.zero_grad()
+    x = torch.randn(2, 5, 64, generator=torch.Generator().manual_seed(2))
+    loss_of_all((model(x), model)).backward()
+    return [None if p.grad is None else p.grad.clone() for p in model.parameters() if p.requires_grad]
+
+
+def last_of_all(found: list[torch.Tensor]) -> torch.Tensor:
+    return found[-1].square().mean()
+
+
+@pytest.mark.parametrize("passes", [0, 2])
+@pytest.mark.parametrize(
+    ("losses", "is_refused"),
+    [
+        (lambda made: made[1].layers[4].inner.square().mean(), True),
+        (lambda made: made[0][3].square().mean(), False),  # an early exit
+        (lambda made: made[0][-1].square().mean() + made[1].layers[4].inner.square().mean(), False),
+    ],
+    ids=["within", "exit", "both"],
+)
+def test_a_backward_that_enters_where_views_were_saved(tmp_path, losses, is_refused, passes):
+    whole, model = Captured(), Captured()
+    x = torch.randn(2, 5, 64)
+    pins = {f"layers.{index}": "host" for index in range(8)}
+    plan = memplan.plan(
+        model,
+        {"x": x},
+        vram="64MiB",
+        ram="64MiB",
+        pins=pins,
+        activations="keep",
+        loss=last_of_all,
+        hardware=CPU,
+        gains=False,
+    )
+    with memplan.attach(model, plan, cache=tmp_path) as handle:
+        for _ in range(passes):
+            entering(model, lambda made: last_of_all(made[0]))
+        if is_refused:
+            with pytest.raises(RunError, match="entered a layer by a tensor that was made inside"):
+                entering(model, losses)
+            model.zero_grad()
+        else:
+            for one, other in zip(entering(model, losses), entering(whole, losses), strict=True):
+                assert (one is None and other is None) or torch.equal(one, other)
+        after = [entering(one, lambda made: last_of_all(made[0])) for one in (model, whole)]
+        assert all(torch.equal(one, other) for one, other in zip(*after, strict=True))
+        assert handle.record.loads > 8
 
 
 def test_a_forward_that_fails_leaves_nothing_open(tmp_path):
