@@ -1,8 +1,8 @@
 """Who else holds the memory that frozen weights have before attach: they would part from the model without a word.
 
 A ``state_dict``, a ``weight.data`` or a view that was taken before refers to memory that is the model's no more once its blocks
-have homes: what is written to it does not reach the model, and it is not freed. What the model itself holds is refused, since it
-may be what is trained; of what others hold it is told once. Memory of a file, or of NumPy, is shared by design.
+have homes: what is written to it does not reach the model, and it is not freed. Parameters and buffers that
+lie there are refused, since they may be what is trained; of what else holds it is told once. Memory of a file, or of NumPy, is shared by design.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def refuse_shared(model: nn.Module, weights: Mapping[str, Weight]) -> None:
     for weight in weights.values():
         for key, begin, end in _range(weight.tensor):
             ranges.setdefault(key, []).append((begin, end, weight.name))
-    for name, held in _held_by(model):
+    for name, held in _registered(model):
         for part in plain_parts(held):
             if id(part) in managed:
                 continue
@@ -74,7 +74,7 @@ class Watched:
         if not self._alive():
             return
         gc.collect()  # what nobody can reach any more is no one's
-        own = {key for _, held in _held_by(model) for part in plain_parts(held) for key, _, _ in _range(part)}
+        own = {key for _, held in _registered(model) for part in plain_parts(held) for key, _, _ in _range(part)}
         found = [seen for key, seen in self._alive().items() if key not in own]
         if found:
             _LOG.warning(
@@ -90,17 +90,15 @@ class Watched:
         return {key: seen for key, seen in self._seen.items() if seen[0]() is not None}
 
 
-def _held_by(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
-    """Yield the tensors that a model's modules hold, in attributes and in lists and dicts of those, by name."""
+def _registered(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield the parameters and buffers of a model's modules by name, one that is registered twice twice.
+
+    Plain attributes are told of, not refused: spectral norms keep one that each forward replaces.
+    """
     for prefix, module in model.named_modules():
-        named = {**module._parameters, **module._buffers, **vars(module)}
-        for name, held in named.items():
-            if name in ("_parameters", "_buffers", "_modules"):
-                continue
-            parts = held.values() if isinstance(held, dict) else held if isinstance(held, (list, tuple)) else (held,)
-            for part in parts:
-                if isinstance(part, torch.Tensor):
-                    yield f"{prefix}.{name}" if prefix else name, part
+        for name, held in (*module._parameters.items(), *module._buffers.items()):
+            if held is not None:
+                yield f"{prefix}.{name}" if prefix else name, held
 
 
 def _range(tensor: torch.Tensor) -> Iterator[tuple[int, int, int]]:

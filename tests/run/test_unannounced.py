@@ -274,7 +274,7 @@ def share_with_what_is_trained(model):
     model.adapters[0].weight.data = model.linears[0].weight.data
 
 
-@pytest.mark.parametrize("share", [share_a_buffer, share_an_attribute, share_with_what_is_trained])
+@pytest.mark.parametrize("share", [share_a_buffer, share_with_what_is_trained])
 def test_memory_that_the_model_shares_with_a_frozen_weight_is_refused(share, tmp_path):
     model = whole()
     plan = plan_of(model)
@@ -282,6 +282,15 @@ def test_memory_that_the_model_shares_with_a_frozen_weight_is_refused(share, tmp
     with pytest.raises(ModelError, match=r"memory of the frozen weight layers\.0\.0\.weight"):
         memplan.attach(model, plan, cache=tmp_path)
     step(model)
+
+
+def test_memory_that_an_attribute_holds_is_told_of(tmp_path, caplog):
+    model = whole()
+    plan = plan_of(model)
+    share_an_attribute(model)
+    with memplan.attach(model, plan, cache=tmp_path):
+        assert TOLD in caplog.text
+        assert all(torch.equal(one, other) for one, other in zip(step(model), step(whole()), strict=True))
 
 
 # ---- writes ----------------------------------------------------------------------------------------------------------
