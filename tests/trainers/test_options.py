@@ -116,3 +116,14 @@ def test_run(checkpoint, vram, hardware, tmp_path):  # noqa: F811
     plan = memplan.Plan.load(Path(tmp_path / "plan.json"))
     assert_asked(plan)
     assert plan.workload.steps == 9
+
+
+def test_a_step_that_is_too_long_ends_the_script_as_the_command_plan(checkpoint, vram, hardware, tmp_path):  # noqa: F811
+    script = tmp_path / "script.py"
+    script.write_text(SCRIPT)
+    given = ["--vram", f"{vram}B", "--ram", "1GiB", "--hardware", str(hardware), "--max-step-s", "1e-9"]
+    command = [sys.executable, "-m", "memplan", "run", *given, "--", sys.executable, script, checkpoint, tmp_path]
+    done = subprocess.run(command, capture_output=True, text=True, env=clean(), timeout=200, check=False)
+    assert done.returncode == 1
+    assert "memplan: a step was to take at most 1 ns, but takes" in done.stderr
+    assert "Traceback" not in done.stderr
