@@ -47,4 +47,5 @@ schemas: $(INSTALLED)
 docs: $(INSTALLED)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[docs]"
 	$(BIN)/python docs/figures.py
+	$(BIN)/python docs/options.py
 	$(BIN)/sphinx-build --fail-on-warning --quiet docs docs/_build

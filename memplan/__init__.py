@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from memplan.api import attach, fit, frontier, materialise, memory_timeline, plan, report
     from memplan.program.record import RunRecord
     from memplan.program.schema import Plan
+    from memplan.request import PlanOptions
     from memplan.run.handle import Handle, handle_of
     from memplan.trainers.loading import load
     from memplan.trainers.placing import placing
@@ -57,6 +58,7 @@ __all__ = [
     "PlanError",
     "PlanFormatError",
     "PlanMismatchError",
+    "PlanOptions",
     "RunError",
     "RunRecord",
     "SizeError",
@@ -80,6 +82,7 @@ __all__ = [
 _HOMES = {
     "Handle": "memplan.run.handle",
     "Plan": "memplan.program.schema",
+    "PlanOptions": "memplan.request",
     "RunRecord": "memplan.program.record",
     "attach": "memplan.api",
     "fit": "memplan.api",

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,8 +16,8 @@ from memplan.budgets import beyond, require_vram
 from memplan.checkpoint import has_checkpoint
 from memplan.errors import InputError, ModelError
 from memplan.program.schema import RING_BYTES, STAGING_BYTES, Budgets, Plan, StateHome, Tier, Workload
-from memplan.requests import understood
-from memplan.units import align_up, parse_size
+from memplan.request import TIERS, Request, Sizes
+from memplan.units import align_up
 
 if TYPE_CHECKING:
     from torch import nn
@@ -29,13 +30,7 @@ if TYPE_CHECKING:
     from memplan.place.baselines import Way
     from memplan.place.solve import Said
 
-_TIERS: tuple[Tier, ...] = ("device", "host", "disk")
-_STATE_HOMES: tuple[StateHome, ...] = ("device", "host")
-_ACTIVATIONS: tuple[Activations, ...] = ("keep", "recompute", "offload")
-QLORA = "qlora"  # as memplan.quantization has it, which needs torch
 _KEEP: Activations = "keep"
-ANY = "any"
-"""Activations that may be offloaded too, where that is fastest."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -130,183 +125,107 @@ def case_of_plan(plan: Plan) -> Case:
     )
 
 
-def case_of(
-    model: Any,
-    batch: Any,
-    *,
-    vram: int | str = "auto",
-    ram: int | str | None = None,
-    disk: int | str | None = None,
-    page_lock: int | str | None = None,
-    adapter: Any = None,
-    dtype: Any = None,
-    attention: str | None = None,
-    quantization: Any = None,
-    qlora: bool = False,
-    kbit: bool | None = None,
-    gradient_checkpointing: bool | None = None,
-    autocast: str | None = None,
-    accumulation: int = 1,
-    steps: int | None = None,
-    examples: int | None = None,
-    epochs: int | None = None,
-    optimizer: str | None = None,
-    hardware: str | Path | HardwareProfile = "auto",
-    pins: Mapping[str, str] | None = None,
-    activations: str | Mapping[str, str] | None = None,
-    loss: Callable[[Any], Any] | None = None,
-    checkpoint: str | Path | None = None,
-    measure: bool = False,
-    elastic: bool | None = None,
-    optimizer_state: str | None = None,
-    progress: Callable[[str], None] | None = None,
-) -> Case:
-    """Look at a model and a batch, and price them; the arguments are those of :func:`memplan.plan`. Raises InputError."""
-    from memplan.analyze.optimizers import optimizer_name
+def case_of(request: Request) -> Case:
+    """Look at the model and the batch of a request, and price them. Raises InputError."""
     from memplan.cost.build import cost_table
     from memplan.cost.build import notes as cost_notes
     from memplan.place.variants import state_away
 
-    if accumulation < 1:
-        raise InputError(f"accumulation was given as {accumulation!r}: give a whole number of passes, at least 1")
-    if qlora:
-        _require_description(model)
-        kbit, autocast = kbit is not False, autocast or "bf16"
-        optimizer = optimizer or "paged_adamw_8bit"
-    optimizer = optimizer or "adamw"
-    steps, epochs = _run_of(batch, accumulation, steps=steps, examples=examples, epochs=epochs)
-    budgets_given = {
-        "vram": None if vram == "auto" else parse_size(vram, "vram"),
-        "ram": None if ram is None or ram == "auto" else parse_size(ram, "ram"),
-        "disk": None if disk is None else parse_size(disk, "disk"),
-        "page_lock": None if page_lock is None else parse_size(page_lock, "page_lock"),
-    }
-    wanted = _wanted(activations)
-    tiers = _tiers(pins)
-    optimizer = optimizer_name(optimizer)
-    state_home = next((home for home in _STATE_HOMES if home == optimizer_state), None)
-    if state_home is None and optimizer_state is not None:
-        raise InputError(
-            f"the optimizer's state was to lie in {optimizer_state!r} between steps: give one of {', '.join(_STATE_HOMES)}"
-        )
-    if optimizer.startswith("paged_"):
-        if state_home == "host":
-            raise InputError(
-                f"the state of {optimizer} was to lie on the host between steps, but its pages go there by themselves: leave "
-                "optimizer_state out, or use an optimizer that is not paged"
-            )
-        state_home = "device"
-    asked_for = understood(model, dtype=dtype, quantization=quantization, attention=attention, adapter=adapter)
-    model, dtype, quantization = asked_for.model, asked_for.dtype, asked_for.quantization
-    if qlora:
-        dtype, quantization = dtype or "bf16", quantization or QLORA
-    described = {
-        "adapter": adapter,
-        "dtype": dtype,
-        "attention": attention,
-        "quantization": quantization,
-        "kbit": bool(kbit),
-        "gradient_checkpointing": gradient_checkpointing,
-    }
-    profile = _profile(hardware)  # where it has to be measured this takes the longest
-    if measure and not hardware_profiles.is_here(profile):
+    sizes, training, choices = request.sizes, request.training, request.choices
+    profile = profile_of(request.hardware)  # where it has to be measured this takes the longest
+    if choices.measure and not hardware_profiles.is_here(profile):
         raise InputError(
             f"the times are to be measured, but the hardware is {profile.name}, not this machine: leave measure out, or "
             "hardware"
         )
-    if budgets_given["vram"] is not None:
-        require_vram(profile, budgets_given["vram"])
-    analysis, folder = _analysis(
-        model,
-        batch,
-        loss,
-        described,
-        autocast=autocast,
-        accumulation=accumulation,
-        optimizer=optimizer,
-        offload="try" if activations == ANY else "offload" in wanted.values(),
-    )
+    if sizes.vram_bytes is not None:
+        require_vram(profile, sizes.vram_bytes)
+    analysis, folder = _analysis(request)
     graph = analysis.graph
-    vram_bytes, ram_bytes, disk_bytes = budgets_given["vram"], budgets_given["ram"], budgets_given["disk"]
-    page_lock_bytes = budgets_given["page_lock"]
-    lies_in: str | Path | None = checkpoint or folder
-    if disk_bytes is None and not has_checkpoint(lies_in):
-        disk_bytes = 0
-    budgets = Budgets(
-        vram_bytes=hardware_profiles.auto_vram_bytes(profile) if vram_bytes is None else vram_bytes,
-        ram_bytes=hardware_profiles.auto_ram_bytes(profile) if ram_bytes is None else ram_bytes,
-        disk_bytes=disk_bytes,
-        page_lock_bytes=hardware_profiles.page_lock_limit_bytes(profile)
-        if page_lock_bytes is None
-        else page_lock_bytes,
-    )
-    times = None
-    if measure:
-        times = _times(
-            model,
-            batch,
-            loss,
-            graph,
-            profile,
-            budgets.vram_bytes,
-            described,
-            autocast=autocast,
-            optimizer=optimizer,
-            progress=progress,
-        )
+    lies_in = request.checkpoint or folder
+    budgets = _budgets(sizes, profile, lies_in)
+    times = _times(request, graph, profile, budgets.vram_bytes) if choices.measure else None
     table = cost_table(graph, profile, times)
-    if state_home == "host":
+    if choices.optimizer_state == "host":
         table = state_away(table, budgets.page_lock_bytes)
-    workload = Workload(
-        batch=analysis.shapes,
-        tokens=graph.tokens,
-        accumulation=accumulation,
-        optimizer=optimizer,
-        adapter=analysis.adapter,
-        steps=steps,
-        examples=examples,
-        epochs=epochs,
-    )
-    asked = _activations(wanted, graph)
-    if activations != ANY:  # a look at one layer is a look at all, but only those named may be offloaded
+    asked = _activations(choices.activations, graph)
+    if not choices.offload_where_best:  # a look at one layer is a look at all, but only those named may be offloaded
         table = replace(table, accesses=tuple(_only(asked, row) for row in table.accesses))
     return Case(
         table=table,
         budgets=budgets,
         model=graph.model,
         fingerprint=graph.fingerprint,
-        workload=workload,
+        workload=Workload(
+            batch=analysis.shapes,
+            tokens=graph.tokens,
+            accumulation=training.accumulation,
+            optimizer=training.optimizer,
+            adapter=analysis.adapter,
+            steps=training.steps,
+            examples=training.examples,
+            epochs=training.epochs,
+        ),
         hardware=profile.name,
-        pins=_pins(tiers, {block.name: block.id for block in graph.blocks}),
+        pins=_pins(choices.pins, {block.name: block.id for block in graph.blocks}),
         activations=asked,
         staging_bytes=_staging_bytes(table.device),
         notes=(
-            *asked_for.notes,
+            *request.notes,
             *graph.notes,
             *cost_notes(graph, profile, times),
             *hardware_profiles.notes(profile, lies_in),
             *beyond(profile, budgets.vram_bytes, budgets.ram_bytes),
         ),
-        elastic=elastic,
-        optimizer_state=state_home,
+        elastic=choices.elastic,
+        optimizer_state=choices.optimizer_state,
     )
 
 
-def _analysis(
-    model: Any,
-    batch: Any,
-    loss: Callable[[Any], Any] | None,
-    described: Mapping[str, Any],
-    **options: Any,
-) -> tuple[Analysis, Path | None]:
-    """Return what is known of a model and a batch, from before where it was kept, and where the checkpoint lies.
+def profile_of(hardware: str | Path | HardwareProfile) -> HardwareProfile:
+    """Return the profile that is meant: itself, this machine's for ``"auto"``, or by name or file. Raises HardwareError."""
+    if isinstance(hardware, hardware_profiles.HardwareProfile):
+        return hardware
+    return hardware_profiles.auto() if hardware == "auto" else hardware_profiles.load(hardware)
 
-    ``described``: what :func:`memplan.analyze.adapters.prepare` builds the model with.
-    """
+
+def vram_of(sizes: Sizes, profile: HardwareProfile) -> int:
+    """Return the vram in bytes that was asked for, or that there is."""
+    return hardware_profiles.auto_vram_bytes(profile) if sizes.vram_bytes is None else sizes.vram_bytes
+
+
+def ram_of(sizes: Sizes, profile: HardwareProfile) -> int:
+    """Return the RAM in bytes that was asked for, or that there is."""
+    return hardware_profiles.auto_ram_bytes(profile) if sizes.ram_bytes is None else sizes.ram_bytes
+
+
+def _budgets(sizes: Sizes, profile: HardwareProfile, lies_in: str | Path | None) -> Budgets:
+    """``lies_in``: where the checkpoint is, whose own files cost no disk."""
+    disk_bytes, page_lock_bytes = sizes.disk_bytes, sizes.page_lock_bytes
+    if disk_bytes is None and not has_checkpoint(lies_in):
+        disk_bytes = 0
+    if page_lock_bytes is None:
+        page_lock_bytes = hardware_profiles.page_lock_limit_bytes(profile)
+    return Budgets(
+        vram_bytes=vram_of(sizes, profile),
+        ram_bytes=ram_of(sizes, profile),
+        disk_bytes=disk_bytes,
+        page_lock_bytes=page_lock_bytes,
+    )
+
+
+def _analysis(request: Request) -> tuple[Analysis, Path | None]:
+    """Return what is known of a model and a batch, from before where it was kept, and where the checkpoint lies."""
     from memplan.analyze import kept
 
-    asked = {**described, **options}
-    key = None if loss is not None else kept.key_of(model, batch, asked)
+    model, batch, loss = request.model, request.batch, request.training.loss
+    built, choices = request.build.keywords(), request.choices
+    options: dict[str, Any] = {
+        **_trained(request),
+        "accumulation": request.training.accumulation,
+        "offload": "try" if choices.offload_where_best else "offload" in choices.activations.values(),
+    }
+    key = None if loss is not None else kept.key_of(model, batch, {**built, **options})
     folder = hardware_profiles.cache_path() / kept.FOLDER
     if key is not None and (found := kept.recall(folder, key)) is not None:
         return found, models.folder_of(model)
@@ -314,24 +233,34 @@ def _analysis(
     from memplan.analyze.adapters import describe, prepare
     from memplan.analyze.extend import NotPeriodicError
     from memplan.analyze.trace import analyze
-    from memplan.snapshot import unchanged
 
-    adapter, quantization = described["adapter"], described["quantization"]
-    with unchanged(model=model, batch=batch, loss=loss, adapter=adapter, quantization=quantization):
-        prepared = prepare(model, **described, short=True)
-        notes = (*prepared.notes, *_as_quantized(model, prepared.model, described["kbit"], options["autocast"]))
+    with _unchanged(request):
+        prepared = prepare(model, **built, short=True)
+        notes = (*prepared.notes, *_as_quantized(model, prepared.model, request.build.kbit, options["autocast"]))
         options |= {"loss": loss, "name": prepared.name, "short": prepared.short, "notes": notes}
         try:
             graph = analyze(prepared.model, batch, runs=prepared.runs, **options)
         except (ModelError, NotPeriodicError):
             if not prepared.runs:
                 raise
-            prepared = prepare(model, **described)
+            prepared = prepare(model, **built)
             graph = analyze(prepared.model, batch, **options)
         found = kept.Analysis(graph=graph, shapes=prepared.shapes(batch), adapter=describe(prepared.model))
     if key is not None:
         kept.keep(folder, key, found)
     return found, prepared.folder
+
+
+def _trained(request: Request) -> dict[str, Any]:
+    """Return what a trace and a measurement know of the training alike."""
+    return {"autocast": request.training.autocast, "optimizer": request.training.optimizer}
+
+
+def _unchanged(request: Request) -> AbstractContextManager[None]:
+    from memplan.snapshot import unchanged
+
+    built = {"adapter": request.build.adapter, "quantization": request.build.quantization}
+    return unchanged(model=request.model, batch=request.batch, loss=request.training.loss, **built)
 
 
 def _as_quantized(given: Any, model: nn.Module, kbit: bool, autocast: Any) -> tuple[str, ...]:
@@ -344,73 +273,24 @@ def _as_quantized(given: Any, model: nn.Module, kbit: bool, autocast: Any) -> tu
     return kbit_notes(model, kbit=kbit, autocast=autocast_dtype(autocast))
 
 
-def _require_description(model: Any) -> None:
-    """Raise InputError for ``qlora`` with a module: what it stands for is done as a model is built."""
-    if callable(getattr(model, "named_parameters", None)):
-        raise InputError(
-            f"qlora was given with a {type(model).__name__} that is built already: give its configuration or name, or build it "
-            "as it is trained (prepare_model_for_kbit_training, then the adapter) and give autocast and optimizer"
-        )
-
-
-def _times(
-    model: Any,
-    batch: Any,
-    loss: Callable[[Any], Any] | None,
-    graph: LayerGraph,
-    profile: HardwareProfile,
-    room_bytes: int,
-    described: Mapping[str, Any],
-    **options: Any,
-) -> Times:
+def _times(request: Request, graph: LayerGraph, profile: HardwareProfile, room_bytes: int) -> Times:
     """Return the times of the graph's accesses on this machine."""
     from memplan.analyze.adapters import prepare
     from memplan.analyze.measure import measure
-    from memplan.snapshot import unchanged
 
-    adapter, quantization = described["adapter"], described["quantization"]
-    with unchanged(model=model, batch=batch, loss=loss, adapter=adapter, quantization=quantization):
-        prepared = prepare(model, **described, buffers=True)
+    with _unchanged(request):
+        prepared = prepare(request.model, **request.build.keywords(), buffers=True)
         return measure(
             prepared.model,
-            batch,
+            request.batch,
             graph,
             device=profile.device,
             room_bytes=room_bytes,
-            loss=loss,
+            loss=request.training.loss,
             short=prepared.short,
-            **options,
+            progress=request.progress,
+            **_trained(request),
         )
-
-
-def _profile(hardware: str | Path | HardwareProfile) -> HardwareProfile:
-    if isinstance(hardware, hardware_profiles.HardwareProfile):
-        return hardware
-    return hardware_profiles.auto() if hardware == "auto" else hardware_profiles.load(hardware)
-
-
-def _run_of(
-    batch: Any, accumulation: int, *, steps: int | None, examples: int | None, epochs: int | None
-) -> tuple[int | None, int | None]:
-    """Return the steps and the epochs of a run, as far as they are known."""
-    given: dict[str, Any] = {"steps": steps, "examples": examples, "epochs": epochs}
-    for what, count in given.items():
-        if count is not None and (isinstance(count, bool) or not isinstance(count, int) or count < 1):
-            raise InputError(f"{what} were given as {count!r}: give a whole number, at least 1")
-    if examples is None:
-        if epochs is not None:
-            raise InputError("epochs were given without the examples of one: give examples too, or steps alone")
-        return steps, None
-    if steps is not None:
-        raise InputError("steps were given, and examples to count them from: give one of the two")
-    if not isinstance(batch, (tuple, list)) or len(batch) not in (1, 2) or not all(type(size) is int for size in batch):
-        raise InputError(
-            "examples were given to count steps from, but the batch is no shape, so how many of them it holds is not "
-            "known: give steps, or batch as (batch, sequence)"
-        )
-    epochs = 1 if epochs is None else epochs
-    passes = -(-examples // max(1, batch[0]))
-    return epochs * -(-passes // accumulation), epochs
 
 
 def _staging_bytes(device: str) -> int:
@@ -420,22 +300,6 @@ def _staging_bytes(device: str) -> int:
 
 def _only(asked: Mapping[str, Activations], row: AccessRow) -> AccessRow:
     return row if not row.offload_bytes or asked.get(row.module) == "offload" else replace(row, offload_bytes=0)
-
-
-def _wanted(activations: str | Mapping[str, str] | None) -> dict[str, Activations]:
-    """Return what was asked by the name that it was asked for; an empty name stands for all layers."""
-    if activations is None or activations == ANY:
-        return {}
-    found: dict[str, Activations] = {}
-    for name, policy in ({"": activations} if isinstance(activations, str) else activations).items():
-        known = next((one for one in _ACTIVATIONS if one == policy), None)
-        if known is None:
-            raise InputError(
-                f"the activations{f' of {name}' if name else ''} were given as {policy!r}: give one of "
-                f"{', '.join(_ACTIVATIONS)}" + ("" if name else f" or {ANY}")
-            )
-        found[name] = known
-    return found
 
 
 def _activations(wanted: Mapping[str, Activations], graph: LayerGraph) -> dict[str, Activations]:
@@ -466,16 +330,6 @@ def _activations(wanted: Mapping[str, Activations], graph: LayerGraph) -> dict[s
     return found
 
 
-def _tiers(pins: Mapping[str, str] | None) -> dict[str, Tier]:
-    found: dict[str, Tier] = {}
-    for name, given in (pins or {}).items():
-        tier = next((one for one in _TIERS if one == given), None)
-        if tier is None:
-            raise InputError(f"the pin {name}={given} names the tier {given!r}: give one of {', '.join(_TIERS)}")
-        found[name] = tier
-    return found
-
-
 def _pins(pins: Mapping[str, Tier], blocks: Mapping[str, int]) -> dict[int, Tier]:
     """Return tiers by block id. A block may be named by its last parts: ``layers.3`` for ``model.layers.3``."""
     found: dict[int, Tier] = {}
@@ -484,7 +338,7 @@ def _pins(pins: Mapping[str, Tier], blocks: Mapping[str, int]) -> dict[int, Tier
         if len(matches) != 1:
             raise InputError(
                 f"the pin {name}={tier} names {len(matches)} blocks: give one block (such as {next(iter(blocks))}) and one of "
-                f"{', '.join(_TIERS)}"
+                f"{', '.join(TIERS)}"
             )
         found[matches[0]] = tier
     return found

@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from memplan.errors import InputError, ModelError
-from memplan.requests import QUANTIZATIONS, not_installed
+from memplan.words import QUANTIZATIONS, not_installed
 
 _LIBRARY = {"bitsandbytes": "bitsandbytes", "torchao": "torchao"}
 """What a method's modules are made by. Of the other methods known here nothing is needed."""
@@ -41,8 +41,6 @@ _PACKED: dict[str, dict[str, Any]] = {
 }
 NAMES = QUANTIZATIONS
 """What may be asked for by a word: those above, and ``int8`` of bitsandbytes."""
-QLORA = "qlora"
-"""In their place: nested nf4, unless the configuration is quantized by itself."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)

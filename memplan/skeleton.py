@@ -20,9 +20,9 @@ from torch import nn
 
 from memplan import models
 from memplan.errors import InputError, MemplanError, ModelError, first_line
-from memplan.quantization import QLORA, quantization_of
-from memplan.requests import dtype_name
+from memplan.quantization import quantization_of
 from memplan.units import format_bytes
+from memplan.words import QLORA, dtype_name
 
 ALL_LINEAR = "all-linear"
 MOST_MODULES = 4096

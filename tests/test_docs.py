@@ -22,6 +22,7 @@ import pytest
 
 import memplan
 from memplan.cli import group
+from memplan.request import NAMES
 from memplan.run.attach import attach
 
 ROOT = Path(__file__).parents[1]
@@ -116,8 +117,8 @@ def wrong_in(text: str) -> list[str]:
             wrong.append(f"memplan.{path}")
     for called, keyword in re.findall(r"(?<![\w.])(?:memplan\.)?(\w+)\(\.\.\., (\w+)=", text):
         function = getattr(memplan, called, None)
-        taken = inspect.signature(attach if called == "attach" else function).parameters if function else {}
-        if keyword not in taken:
+        taken = set(inspect.signature(attach if called == "attach" else function).parameters if function else {})
+        if keyword not in (taken | set(NAMES) if "options" in taken else taken):
             wrong.append(f"{called}(..., {keyword}=)")
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["optional-dependencies"]
     wrong += [f"memplan[{extra}]" for extra in re.findall(r"memplan\[(\w+)\]", text) if extra not in extras]

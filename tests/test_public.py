@@ -29,6 +29,7 @@ PUBLIC = [
     "PlanError",
     "PlanFormatError",
     "PlanMismatchError",
+    "PlanOptions",
     "RunError",
     "RunRecord",
     "SizeError",

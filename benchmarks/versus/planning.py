@@ -15,6 +15,7 @@ from memplan import hardware
 from memplan.case import Case, case_of
 from memplan.errors import InputError, MemplanError, type_and_line
 from memplan.program.schema import Plan
+from memplan.request import PlanOptions, Request
 from memplan.units import format_bytes
 
 ROOM_BYTES = 4 << 40
@@ -61,18 +62,17 @@ def _case(setting: Setting) -> Case:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         machine = hardware.auto()
-        case = case_of(
-            setting.checkpoint,
-            batch_of(setting.model, setting.shape),
-            vram=int(machine.device_bytes.value),
-            ram=ROOM_BYTES,
-            disk=0,
-            adapter=setting.model.adapter,
-            dtype=None if setting.model.nf4 else setting.model.dtype,
-            hardware=machine,
-            measure=True,
-            loss=loss_of if setting.model.is_flux else None,
-        )
+        options: PlanOptions = {
+            "vram": int(machine.device_bytes.value),
+            "ram": ROOM_BYTES,
+            "disk": 0,
+            "adapter": setting.model.adapter,
+            "dtype": None if setting.model.nf4 else setting.model.dtype,
+            "hardware": machine,
+            "measure": True,
+            "loss": loss_of if setting.model.is_flux else None,
+        }
+        case = case_of(Request.of(setting.checkpoint, batch_of(setting.model, setting.shape), options))
     return replace_case(case, budgets=replace(case.budgets, vram_bytes=ROOM_BYTES))
 
 

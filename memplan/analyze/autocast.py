@@ -11,14 +11,7 @@ from collections.abc import Iterator
 
 import torch
 
-from memplan.errors import InputError
-
-_DTYPES = {
-    "bf16": torch.bfloat16,
-    "bfloat16": torch.bfloat16,
-    "fp16": torch.float16,
-    "float16": torch.float16,
-}
+from memplan.words import autocast_name
 
 
 def autocast_dtype(given: object) -> torch.dtype | None:
@@ -27,11 +20,7 @@ def autocast_dtype(given: object) -> torch.dtype | None:
     Raises InputError for what autocast cannot compute in.
     """
     if given is not None:
-        found = _DTYPES.get(str(given).removeprefix("torch."))
-        if found is None:
-            raise InputError(
-                f"autocast was given as {given!r}: give one of {', '.join(sorted(_DTYPES))}, or leave it out"
-            )
+        found: torch.dtype = getattr(torch, autocast_name(given))
         return found
     for device in ("cuda", "cpu"):
         if torch.is_autocast_enabled(device):

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 from memplan.errors import InputError
-from memplan.requests import like
+from memplan.words import like
 
 _STEP_BYTES = 4
 """A float32 scalar beside each parameter."""

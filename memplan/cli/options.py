@@ -1,18 +1,17 @@
-"""Options that commands share, and what a model and a training are asked about with."""
+"""Options that commands share: those of a plan, in the one table that says how each is given on a command line."""
 
 from __future__ import annotations
 
-import functools
 import gc
 import os
 import sys
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import click
 
+from memplan.request import ACTIVATIONS, ANY, STATE_HOMES, TIERS, tier_of
 from memplan.units import parse_size
 
 if TYPE_CHECKING:
@@ -20,203 +19,283 @@ if TYPE_CHECKING:
 
 FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 COUNT = click.IntRange(min=1)
-VRAM = click.option("--vram", metavar="SIZE", default="auto", show_default=True, help="Device memory, such as 6GiB.")
-RAM = click.option("--ram", metavar="SIZE", help="Host memory, such as 24GiB.  [default: what is available]")
-DISK = click.option(
-    "--disk", metavar="SIZE", help="Disk for packed blocks.  [default: the checkpoint's own files only]"
-)
-PAGE_LOCK = click.option(
-    "--page-lock",
-    metavar="SIZE",
-    help="Of RAM what a GPU may have page-locked.  [default: all, or where the profile saw a limit]",
-)
-HARDWARE = click.option(
-    "--hardware",
-    "--gpu",
-    "hardware",
-    metavar="NAME|FILE",
-    default="auto",
-    show_default=True,
-    help="A card such as rtx-4090, a profile's file, or auto: this machine, measured.",
-)
 JSON = click.option("--json", "as_json", is_flag=True, help="Print one JSON object and nothing else.")
 
 _QUANTIZERS = ("bitsandbytes", "torchao")
 """Slow to import: two of the ten seconds that a plan takes."""
 _ALL_LINEAR = "all-linear"
-_TIERS = ("device", "host", "disk")
-_OPTIONS = (
-    click.argument("model"),
-    VRAM,
-    RAM,
-    DISK,
-    PAGE_LOCK,
-    click.option("--batch", metavar="N", type=COUNT, default=1, show_default=True, help="Sequences of a micro-batch."),
-    click.option("--seq", metavar="N", type=COUNT, help="Tokens of a sequence.  [default: 512 where it reads text]"),
-    click.option(
-        "--accumulation", metavar="N", type=COUNT, default=1, show_default=True, help="Micro-batches of a step."
-    ),
-    click.option("--lora-rank", metavar="N", type=COUNT, default=16, show_default=True, help="Rank of the adapter."),
-    click.option(
-        "--lora-targets", metavar="NAMES", default="all-linear", show_default=True, help="Such as q_proj,v_proj."
-    ),
-    click.option("--dtype", metavar="NAME", default="bf16", show_default=True, help="Of the frozen weights."),
-    click.option("--attention", metavar="NAME", help="Attention kernel.  [default: the model's own]"),
-    click.option("--quantization", metavar="NAME", help="Of the frozen weights, such as nf4, nf4-nested or int8."),
-    click.option(
-        "--qlora",
-        is_flag=True,
-        help="QLoRA as PEFT documents it: --quantization nf4-nested --kbit --autocast bf16 --optimizer paged_adamw_8bit.",
-    ),
-    click.option(
-        "--kbit/--no-kbit",
-        default=None,
-        help="Prepared by PEFT's prepare_model_for_kbit_training.  [default: with --qlora]",
-    ),
-    click.option(
-        "--gradient-checkpointing/--no-gradient-checkpointing",
-        default=None,
-        help="Turned on in the model itself.  [default: with --kbit; else memplan chooses what is recomputed]",
-    ),
-    click.option("--autocast", type=click.Choice(["bf16", "fp16"]), help="Where the forward runs under autocast."),
-    click.option(
-        "--optimizer",
-        metavar="NAME",
-        help="Its state counts: as transformers' optim, or a name of memplan's.  [default: adamw]",
-    ),
-    HARDWARE,
-    click.option(
-        "--activations",
-        type=click.Choice(["keep", "recompute", "offload", "any"]),
-        help="Of every layer; any: chosen among all three, after one look more.  [default: kept or recomputed]",
-    ),
-    click.option(
-        "--elastic/--no-elastic",
-        default=None,
-        help="Weights have more room where activations leave it.  [default: on the CPU alone; no GPU has proven it]",
-    ),
-    click.option(
-        "--optimizer-state",
-        type=click.Choice(["device", "host"]),
-        help="Where it lies between steps.  [default: as a step is shorter; on the CPU device]",
-    ),
-    click.option("--pin", "pins", multiple=True, metavar="BLOCK=TIER", help="Such as layers.3=device. Repeatable."),
-)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Asked:
-    """A model and a training, as given on the command line."""
+class Row(NamedTuple):
+    """How an option of a plan is given on a command line."""
 
-    model: str
-    vram: str
-    ram: str | None
-    disk: str | None
-    page_lock: str | None
-    batch: int
-    seq: int | None
-    accumulation: int
-    lora_rank: int
-    lora_targets: str
-    dtype: str
-    attention: str | None
-    quantization: str | None
-    qlora: bool
-    kbit: bool | None
-    gradient_checkpointing: bool | None
-    autocast: str | None
-    optimizer: str | None
-    hardware: str
-    activations: str | None
-    elastic: bool | None
-    optimizer_state: str | None
-    pins: tuple[str, ...]
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Of a micro-batch."""
-        return (self.batch,) if self.seq is None else (self.batch, self.seq)
-
-    def files(self) -> dict[str, Path | None]:
-        """Return the files that this names, by what names them."""
-        from memplan.models import folder_of
-
-        folder = folder_of(self.model)
-        return {
-            "MODEL": None if folder is None else folder / "config.json",
-            "--hardware": Path(self.hardware) if os.path.isfile(self.hardware) else None,
-        }
-
-    def arguments(self) -> dict[str, Any]:
-        """Return the keywords of :func:`memplan.plan`, but for the shape. Raises click.BadParameter and InputError."""
-        targets = [target for target in map(str.strip, self.lora_targets.split(",")) if target]
-        if not targets:
-            raise click.BadParameter("give module names, or all-linear.", param_hint="--lora-targets")
-        return {
-            "vram": "auto" if self.vram.lower() == "auto" else parse_size(self.vram, "--vram"),
-            "ram": None if self.ram is None or self.ram.lower() == "auto" else parse_size(self.ram, "--ram"),
-            "disk": None if self.disk is None else parse_size(self.disk, "--disk"),
-            "page_lock": None if self.page_lock is None else parse_size(self.page_lock, "--page-lock"),
-            "adapter": {"rank": self.lora_rank, "targets": _ALL_LINEAR if _is_all(targets) else targets},
-            "dtype": self.dtype,
-            "attention": self.attention,
-            "quantization": self.quantization,
-            "qlora": self.qlora,
-            "kbit": self.kbit,
-            "gradient_checkpointing": self.gradient_checkpointing,
-            "autocast": self.autocast,
-            "accumulation": self.accumulation,
-            "optimizer": self.optimizer,
-            "hardware": self.hardware,
-            "pins": _parse_pins(self.pins),
-            "activations": self.activations,
-            "elastic": self.elastic,
-            "optimizer_state": self.optimizer_state,
-        }
-
-    def prepare(self, *, own_process: bool) -> None:
-        """Have this process be quick. ``own_process``: quantizers that are not asked for may be left out of it."""
-        from memplan import models
-        from memplan.analyze import kept
-
-        kept.ours = True
-        if own_process and self.quantization is None and not self.qlora and models.is_plain(self.model):
-            _leave_out(_QUANTIZERS)
-        gc.disable()  # a sixth of the time, and little is left to collect
+    said: tuple[click.Option, ...]
+    read: Callable[..., Any] = lambda value: value
+    """From their values to the option's; None: it was not given. Raises click.BadParameter and InputError."""
+    with_script: bool = True
+    """Whether it makes sense where a script makes the model and the batch."""
 
 
-def asking(command: Callable[..., int]) -> Callable[..., int]:
-    """Give a command the model and the options of a training, as ``asked``."""
+def _size(option: str, words: Sequence[str] = ()) -> Callable[[str | None], int | str | None]:
+    def read(given: str | None) -> int | str | None:
+        if given is None or given.lower() in words:
+            return given and given.lower()
+        return parse_size(given, option)
 
-    @functools.wraps(command)
-    def called(*args: Any, **given: Any) -> int:
-        asked = Asked(**{field.name: given.pop(field.name) for field in fields(Asked)})
-        return command(*args, asked, **given)
-
-    for option in reversed(_OPTIONS):
-        called = option(called)
-    return called
+    return read
 
 
-def _leave_out(packages: Sequence[str]) -> None:
-    """Have packages that are not needed be as if they were not installed: PEFT and transformers import what they find."""
-    for package in packages:
-        # An import that finds None there says that there is no such package.
-        sys.modules.setdefault(package, cast("ModuleType", None))
+def _adapter(rank: int, names: str) -> dict[str, Any]:
+    targets = [target for target in map(str.strip, names.split(",")) if target]
+    if not targets:
+        raise click.BadParameter("give module names, or all-linear.", param_hint="--lora-targets")
+    is_all = [target.lower().replace("_", "-") for target in targets] == [_ALL_LINEAR]
+    return {"rank": rank, "targets": _ALL_LINEAR if is_all else targets}
 
 
-def _is_all(targets: Sequence[str]) -> bool:
-    return [target.lower().replace("_", "-") for target in targets] == [_ALL_LINEAR]
-
-
-def _parse_pins(pins: tuple[str, ...]) -> dict[str, str]:
+def _pins(given: tuple[str, ...]) -> dict[str, str] | None:
     tiers: dict[str, str] = {}
-    for pin in pins:
-        block, _, tier = pin.rpartition("=")
-        if not block or tier not in _TIERS:
+    for pin in given:
+        block, _, word = pin.rpartition("=")
+        tier = tier_of(word)
+        if not block or tier is None:
             raise click.BadParameter(
-                f"{pin!r} is not BLOCK=TIER with the tier {', '.join(_TIERS[:-1])} or {_TIERS[-1]}.", param_hint="--pin"
+                f"{pin!r} is not BLOCK=TIER with the tier {', '.join(TIERS[:-1])} or {TIERS[-1]}.", param_hint="--pin"
             )
         if tiers.setdefault(block, tier) != tier:
             raise click.BadParameter(f"{block!r} is pinned to {tiers[block]} and to {tier}.", param_hint="--pin")
-    return tiers
+    return tiers or None
+
+
+def _flag(given: bool) -> bool | None:
+    return given or None
+
+
+def _option(*names: str, **more: Any) -> tuple[click.Option, ...]:
+    return (click.Option(names, **more),)
+
+
+OPTIONS: dict[str, Row] = {
+    "vram": Row(
+        _option("--vram", metavar="SIZE", help="Device memory, such as 6GiB.  [default: auto, what is free]"),
+        _size("--vram", ("auto",)),
+    ),
+    "ram": Row(
+        _option("--ram", metavar="SIZE", help="Host memory, such as 24GiB.  [default: what is available]"),
+        _size("--ram", ("auto",)),
+    ),
+    "disk": Row(
+        _option("--disk", metavar="SIZE", help="Disk for packed blocks.  [default: the checkpoint's own files only]"),
+        _size("--disk"),
+    ),
+    "page_lock": Row(
+        _option(
+            "--page-lock",
+            metavar="SIZE",
+            help="Of RAM what a GPU may have page-locked.  [default: all, or where the profile saw a limit]",
+        ),
+        _size("--page-lock"),
+    ),
+    "hardware": Row(
+        _option(
+            "--hardware",
+            "--gpu",
+            "hardware",
+            metavar="NAME|FILE",
+            help="A card such as rtx-4090, a profile's file, or auto: this machine, measured.  [default: auto]",
+        )
+    ),
+    "adapter": Row(
+        (
+            *_option(
+                "--lora-rank", metavar="N", type=COUNT, default=16, show_default=True, help="Rank of the adapter."
+            ),
+            *_option(
+                "--lora-targets", metavar="NAMES", default=_ALL_LINEAR, show_default=True, help="Such as q_proj,v_proj."
+            ),
+        ),
+        _adapter,
+        with_script=False,
+    ),
+    "dtype": Row(
+        _option("--dtype", metavar="NAME", default="bf16", show_default=True, help="Of the frozen weights."),
+        with_script=False,
+    ),
+    "attention": Row(
+        _option("--attention", metavar="NAME", help="Attention kernel.  [default: the model's own]"), with_script=False
+    ),
+    "quantization": Row(
+        _option("--quantization", metavar="NAME", help="Of the frozen weights, such as nf4, nf4-nested or int8."),
+        with_script=False,
+    ),
+    "qlora": Row(
+        _option(
+            "--qlora",
+            is_flag=True,
+            help="QLoRA as PEFT documents it: --quantization nf4-nested --kbit --autocast bf16 --optimizer paged_adamw_8bit.",
+        ),
+        _flag,
+        with_script=False,
+    ),
+    "kbit": Row(
+        _option(
+            "--kbit/--no-kbit",
+            default=None,
+            help="Prepared by PEFT's prepare_model_for_kbit_training.  [default: with --qlora]",
+        ),
+        with_script=False,
+    ),
+    "gradient_checkpointing": Row(
+        _option(
+            "--gradient-checkpointing/--no-gradient-checkpointing",
+            default=None,
+            help="Turned on in the model itself.  [default: with --kbit; else memplan chooses what is recomputed]",
+        ),
+        with_script=False,
+    ),
+    "autocast": Row(
+        _option("--autocast", type=click.Choice(["bf16", "fp16"]), help="Where the forward runs under autocast.")
+    ),
+    "accumulation": Row(
+        _option(
+            "--accumulation",
+            metavar="N",
+            type=COUNT,
+            help="Micro-batches of a step.  [default: 1; with a script its trainer's]",
+        )
+    ),
+    "steps": Row(
+        _option(
+            "--steps",
+            metavar="N",
+            type=COUNT,
+            help="Of the whole run, for its time.  [default: none; with a script its trainer's]",
+        )
+    ),
+    "examples": Row(
+        _option("--examples", metavar="N", type=COUNT, help="Of an epoch, to count the steps from."),
+        with_script=False,
+    ),
+    "epochs": Row(
+        _option("--epochs", metavar="N", type=COUNT, help="With --examples.  [default: 1]"), with_script=False
+    ),
+    "optimizer": Row(
+        _option(
+            "--optimizer",
+            metavar="NAME",
+            help="Its state counts: as transformers' optim, or a name of memplan's.  [default: adamw; with a script its trainer's]",
+        )
+    ),
+    "pins": Row(
+        _option("--pin", "pins", multiple=True, metavar="BLOCK=TIER", help="Such as layers.3=device. Repeatable."),
+        _pins,
+    ),
+    "activations": Row(
+        _option(
+            "--activations",
+            type=click.Choice([*ACTIVATIONS, ANY]),
+            help="Of every layer; any: chosen among all three, after one look more.  [default: kept or recomputed]",
+        )
+    ),
+    "elastic": Row(
+        _option(
+            "--elastic/--no-elastic",
+            default=None,
+            help="Weights have more room where activations leave it.  [default: on the CPU alone; no GPU has proven it]",
+        )
+    ),
+    "optimizer_state": Row(
+        _option(
+            "--optimizer-state",
+            type=click.Choice(STATE_HOMES),
+            help="Where it lies between steps.  [default: as a step is shorter; on the CPU device]",
+        )
+    ),
+    "checkpoint": Row(
+        _option(
+            "--checkpoint",
+            metavar="FOLDER",
+            type=click.Path(exists=True, file_okay=False),
+            help="Safetensors that blocks may be read from.  [default: the model's own]",
+        )
+    ),
+    "measure": Row(
+        _option("--measure", is_flag=True, help="Time every kind of layer on this machine, instead of by rates."), _flag
+    ),
+    "max_step_s": Row(
+        _option("--max-step-s", metavar="S", type=float, help="The longest step that will do; else exit with 1.")
+    ),
+    "gains": Row(
+        _option(
+            "--gains/--no-gains",
+            default=None,
+            help="Look at what a little more memory would save.  [default: yes; with a script no]",
+        )
+    ),
+}
+"""By the names of :class:`memplan.request.PlanOptions`. What is a function, or told of otherwise, is not among them."""
+
+
+def training(*, without: Sequence[str] = ()) -> list[click.Parameter]:
+    """Return the parameters of a command that is asked about a model and a training: ``model``, ``batch``, ``seq``, and the
+    options of a plan but for those ``without``.
+    """
+    rows = [row for name, row in OPTIONS.items() if name not in without]
+    return [
+        click.Argument(["model"]),
+        *_option("--batch", metavar="N", type=COUNT, default=1, show_default=True, help="Sequences of a micro-batch."),
+        *_option("--seq", metavar="N", type=COUNT, help="Tokens of a sequence.  [default: 512 where it reads text]"),
+        *(option for row in rows for option in row.said),
+    ]
+
+
+def of_script() -> list[click.Parameter]:
+    """Return the parameters of a command that runs a script: the options of a plan that say nothing of its model."""
+    return [option for row in OPTIONS.values() if row.with_script for option in row.said]
+
+
+def given(said: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the options of a plan that were given, from the values of a command's parameters.
+
+    Raises click.BadParameter and InputError.
+    """
+    found: dict[str, Any] = {}
+    for name, row in OPTIONS.items():
+        values = [said[str(option.name)] for option in row.said if option.name in said]
+        value = row.read(*values) if values else None
+        if value is not None:
+            found[name] = value
+    if "steps" in found and "examples" in found:
+        raise click.BadParameter("give --steps or --examples, not both.", param_hint="--steps")
+    if "epochs" in found and "examples" not in found:
+        raise click.BadParameter("give --examples too, or --steps alone.", param_hint="--epochs")
+    return found
+
+
+def shape(batch: int, seq: int | None) -> tuple[int, ...]:
+    """Return the shape of a micro-batch."""
+    return (batch,) if seq is None else (batch, seq)
+
+
+def files(model: str, options: Mapping[str, Any]) -> dict[str, Path | None]:
+    """Return the files that a model and options name, by what names them."""
+    from memplan.models import folder_of
+
+    folder, hardware = folder_of(model), options.get("hardware", "auto")
+    return {
+        "MODEL": None if folder is None else folder / "config.json",
+        "--hardware": Path(hardware) if os.path.isfile(hardware) else None,
+    }
+
+
+def prepare(model: str, options: Mapping[str, Any], *, own_process: bool) -> None:
+    """Have this process be quick. ``own_process``: quantizers that are not asked for may be left out of it."""
+    from memplan import models
+    from memplan.analyze import kept
+
+    kept.ours = True
+    if own_process and "quantization" not in options and "qlora" not in options and models.is_plain(model):
+        for package in _QUANTIZERS:
+            # An import that finds None there says that there is no such package: PEFT and transformers import what they find.
+            sys.modules.setdefault(package, cast("ModuleType", None))
+    gc.disable()  # a sixth of the time, and little is left to collect

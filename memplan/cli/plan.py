@@ -4,69 +4,49 @@ from __future__ import annotations
 
 from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 import click
 
 from memplan.cli.entry import DOES_NOT_FIT, OK, group
-from memplan.cli.options import COUNT, JSON, Asked, asking
+from memplan.cli.options import JSON, files, given, prepare, shape, training
 from memplan.cli.output import print_json, show, show_compared
 from memplan.cli.paths import INPUT, OUTPUT, apart_from, require_apart
 from memplan.files import STANDARD_OUTPUT
 
 
-@group.command(short_help="Say what fits, where each block goes, and the time of a step.")
+@group.command(short_help="Say what fits, where each block goes, and the time of a step.", params=training())
 @click.pass_obj
-@asking
-@click.option("--steps", metavar="N", type=COUNT, help="Of the whole run, for its time.")
-@click.option("--examples", metavar="N", type=COUNT, help="Of an epoch, to count the steps from.")
-@click.option("--epochs", metavar="N", type=COUNT, help="With --examples.  [default: 1]")
-@click.option("--measure", is_flag=True, help="Time every kind of layer on this machine, instead of by rates.")
-@click.option("--max-step-s", metavar="S", type=float, help="The longest step that will do; else exit with 1.")
 @click.option("--compare", is_flag=True, help="What other ways of placing would cost, beside the plan.")
 @click.option("--out", type=OUTPUT, help="Write the plan to this file; - is standard output.")
 @click.option("--csv", type=OUTPUT, help="Write a row a block to this file.")
 @JSON
 def plan(
     context: dict[str, bool],
-    asked: Asked,
-    steps: int | None,
-    examples: int | None,
-    epochs: int | None,
-    measure: bool,
-    max_step_s: float | None,
+    /,
+    model: str,
+    batch: int,
+    seq: int | None,
     compare: bool,
     out: Path | None,
     csv: Path | None,
     as_json: bool,
+    **said: Any,
 ) -> int:
     """Say what fits, where each block goes, and the time of a step, before any weight is loaded.
 
     MODEL is a directory with a config.json, the name of a well-known model, or one on the hub. The adapter is a LoRA of rank 16 on all linear layers unless said
     otherwise. Exits with 0 if it fits, 1 if not, 2 if the input is wrong.
     """
-    arguments = asked.arguments()
-    if steps is not None and examples is not None:
-        raise click.BadParameter("give --steps or --examples, not both.", param_hint="--steps")
-    if epochs is not None and examples is None:
-        raise click.BadParameter("give --examples too, or --steps alone.", param_hint="--epochs")
-    require_apart({"--out": out, "--csv": csv}, asked.files(), as_json=as_json)
+    options = given(said)
+    require_apart({"--out": out, "--csv": csv}, files(model, options), as_json=as_json)
 
     from memplan import api
     from memplan.show.listing import progress
 
-    asked.prepare(own_process=context["own_process"])
-    with progress("Measuring") if measure else nullcontext() as tell:
-        made = api.plan(
-            asked.model,
-            asked.shape,
-            **arguments,
-            steps=steps,
-            examples=examples,
-            epochs=epochs,
-            measure=measure,
-            max_step_s=max_step_s,
-            progress=tell,
-        )
+    prepare(model, options, own_process=context["own_process"])
+    with progress("Measuring") if "measure" in options else nullcontext() as tell:
+        made = api.plan(model, shape(batch, seq), **options, progress=tell)
     if out is not None:
         made.save(out)
     if csv is not None:
@@ -83,29 +63,36 @@ def plan(
     return OK
 
 
-@group.command("frontier", short_help="Show device memory against the time of a step.")
+@group.command(
+    "frontier",
+    short_help="Show device memory against the time of a step.",
+    params=training(without=("max_step_s", "gains")),
+)
 @click.pass_obj
-@asking
 @click.option(
     "--points", metavar="N", type=click.IntRange(2, 257), default=17, show_default=True, help="Budgets to try."
 )
 @JSON
-def frontier(context: dict[str, bool], asked: Asked, points: int, as_json: bool) -> int:
+def frontier(
+    context: dict[str, bool], /, model: str, batch: int, seq: int | None, points: int, as_json: bool, **said: Any
+) -> int:
     """Show device memory against the time of a step, from the least vram that works to what holds everything.
 
     Only what is faster than with less memory is shown. --vram, where it is given, is tried too.
     """
-    arguments = asked.arguments()
+    options = given(said)
 
     from memplan.case import case_of
     from memplan.questions.frontier import frontier as across
+    from memplan.request import Request
     from memplan.show.listing import progress
 
-    asked.prepare(own_process=context["own_process"])
+    prepare(model, options, own_process=context["own_process"])
     with progress("Placing") as tell:
-        case = case_of(asked.model, asked.shape, **arguments)
-        beyond = () if asked.vram == "auto" else (arguments["vram"],)
-        found = across(case, points, tell, beyond)
+        request = Request.of(model, shape(batch, seq), options)
+        vram_bytes = request.sizes.vram_bytes
+        case = case_of(request)
+        found = across(case, points, tell, () if vram_bytes is None else (vram_bytes,))
     if as_json:
         from msgspec import to_builtins
 
@@ -121,44 +108,36 @@ def frontier(context: dict[str, bool], asked: Asked, points: int, as_json: bool)
     return OK
 
 
-@group.command("fit", short_help="Say what the most is that fits.")
-@asking
+@group.command("fit", short_help="Say what the most is that fits.", params=training(without=("max_step_s", "gains")))
 @click.option(
     "--slowdown", metavar="SHARE", type=float, default=0.05, show_default=True, help="That the least vram may cost."
 )
 @JSON
-def fit(asked: Asked, slowdown: float, as_json: bool) -> int:
+def fit(model: str, batch: int, seq: int | None, slowdown: float, as_json: bool, **said: Any) -> int:
     """Say what the most is that fits: micro-batch, sequence, LoRA rank and quantization, each alone and the rest as asked.
 
     And the least vram for what was asked. Exits with 0 if that fits, 1 if not.
     """
-    arguments = asked.arguments()
-    if arguments.pop("pins") or arguments.pop("activations"):
+    options = given(said)
+    if "pins" in options or "activations" in options:
         raise click.BadParameter("leave --pin and --activations out: memplan chooses.", param_hint="fit")
-    adapter = arguments.pop("adapter")
+    adapter = options.pop("adapter")
 
     from memplan.questions.fit import fit as most
     from memplan.show.listing import progress
 
-    asked.prepare(own_process=False)  # quantizers are looked at too
+    prepare(model, options, own_process=False)  # quantizers are looked at too
     with progress("Looking") as tell:
-        found = most(
-            asked.model,
-            asked.shape,
-            rank=adapter["rank"],
-            targets=adapter["targets"],
-            slowdown=slowdown,
-            progress=tell,
-            **arguments,
-        )
+        found = most(model, shape(batch, seq), **adapter, slowdown=slowdown, progress=tell, **options)
     if as_json:
         from msgspec import to_builtins
 
-        print_json({"model": asked.model, **to_builtins(found)})
+        print_json({"model": model, **to_builtins(found)})
     else:
         from memplan.show.answers import write_fit
 
-        write_fit(f"{asked.model}: the most that fits in {asked.vram} of vram, on {asked.hardware}", found)
+        vram, hardware = said["vram"] or "auto", said["hardware"] or "auto"
+        write_fit(f"{model}: the most that fits in {vram} of vram, on {hardware}", found)
     return OK if found.asked is not None else DOES_NOT_FIT
 
 

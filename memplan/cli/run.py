@@ -9,57 +9,51 @@ import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import click
 
 from memplan.cli.entry import group
-from memplan.cli.options import COUNT, DISK, FILE, HARDWARE, JSON, PAGE_LOCK, RAM, VRAM
+from memplan.cli.options import COUNT, FILE, JSON, given, of_script
 from memplan.cli.paths import OUTPUT, require_apart
 from memplan.files import STANDARD_OUTPUT, reason
 from memplan.units import parse_size
 
 
 @group.command(
-    short_help="Train with a script as it is, under a plan.", context_settings={"allow_interspersed_args": False}
+    short_help="Train with a script as it is, under a plan.",
+    context_settings={"allow_interspersed_args": False},
+    params=of_script(),
 )
-@VRAM
-@RAM
-@DISK
-@PAGE_LOCK
-@HARDWARE
 @click.option("--plan", "plan_file", type=FILE, help="A plan made before, in place of one made for the script.")
 @click.option("--report", "report_file", type=OUTPUT, help="Write the report here.")
 @click.option("--log", is_flag=True, help="Add what memplan measures to what transformers' Trainer logs.")
 @click.option("--lines", is_flag=True, help="Say a line a step, with transformers' Trainer.")
 @click.argument("command", nargs=-1, required=True, type=click.UNPROCESSED)
 def run(
-    vram: str,
-    ram: str | None,
-    disk: str | None,
-    page_lock: str | None,
-    hardware: str,
     plan_file: Path | None,
     report_file: Path | None,
     log: bool,
     lines: bool,
     command: tuple[str, ...],
+    **said: Any,
 ) -> int:
     """Run COMMAND, such as -- python train.py, with its trainer's model under a plan.
 
     The script is not changed. What cannot be served runs as it would without memplan, and a line on standard error says
-    why. The exit code is the script's own, whatever it is: 1 may be the script's too. Where memplan cannot start it, 2.
+    why. What is given here goes before what the script's trainer says. The exit code is the script's own, whatever it is: 1 may be
+    the script's too. Where memplan cannot start it, 2.
     """
-    sizes = {
-        option: size if size in (None, "auto") else parse_size(size, option)
-        for size, option in ((vram, "--vram"), (ram, "--ram"), (disk, "--disk"), (page_lock, "--page-lock"))
-    }
-    hardware = _checked_hardware(hardware, sizes["--vram"])
+    options = _checked(given(said))
     words = {word: Path(word) for word in command if os.path.isfile(word)}
-    profile = Path(hardware) if os.path.isfile(hardware) else None
-    require_apart({"--report": report_file}, {"--plan": plan_file, "--hardware": profile, **words})
+    profile = options.get("hardware", "auto")
+    its = {"--plan": plan_file, "--hardware": Path(profile) if os.path.isfile(profile) else None}
+    require_apart({"--report": report_file}, {**its, **words})
     if plan_file is not None:
         from memplan.program.schema import Plan
+        from memplan.request import refuse_beside_plan
 
+        refuse_beside_plan(options)
         if not plan_file.is_file():  # the script's process reads it again
             raise click.BadParameter(f"{plan_file} is not a file.", param_hint="--plan")
         Plan.load(plan_file)
@@ -73,11 +67,7 @@ def run(
     from memplan.trainers.launch import Settings, environment
 
     settings = Settings(
-        vram=vram,
-        ram=ram,
-        disk=disk,
-        page_lock=page_lock,
-        hardware=hardware,
+        options=options,
         plan=None if plan_file is None else str(plan_file.resolve()),
         report=report_file if report_file is None else _absolute(report_file),
         log=log,
@@ -94,17 +84,23 @@ def run(
         raise click.BadParameter(f"{program} cannot be started: {reason(error)}.", param_hint="COMMAND") from error
 
 
-def _checked_hardware(name: str, vram: int | str | None) -> str:
-    """Return the profile's name, or its file's path, for the script's process. Raises HardwareError and InputError."""
-    if name == "auto":
-        return name
-    from memplan import hardware
-    from memplan.budgets import require_vram
+def _checked(options: dict[str, Any]) -> dict[str, Any]:
+    """Return options for the script's process, files by their whole paths. Raises HardwareError and InputError."""
+    from memplan.request import Request
 
-    profile = hardware.load(name)
-    if isinstance(vram, int):
-        require_vram(profile, vram)
-    return str(Path(name).resolve()) if Path(name).is_file() else profile.name
+    request = Request.of(None, None, options)  # of the model and the batch the script knows
+    name = options.get("hardware", "auto")
+    if name != "auto":
+        from memplan import hardware
+        from memplan.budgets import require_vram
+
+        profile = hardware.load(name)
+        if request.sizes.vram_bytes is not None:
+            require_vram(profile, request.sizes.vram_bytes)
+        options = {**options, "hardware": str(Path(name).resolve()) if Path(name).is_file() else profile.name}
+    if "checkpoint" in options:
+        options = {**options, "checkpoint": os.path.abspath(options["checkpoint"])}
+    return options
 
 
 def _program(name: str) -> str:

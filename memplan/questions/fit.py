@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from typing import Any
+from typing import Any, Unpack
 
 from memplan.case import Case, case_of
 from memplan.errors import DoesNotFitError, InputError
 from memplan.program.answers import Fit, Point, point_of
 from memplan.questions.frontier import ends_of, least_for
+from memplan.request import PlanOptions, Request, refuse
 
 SLOWDOWN = 0.05
 """Of the step with everything on the device: the least vram is said for a step that is at most so much longer."""
@@ -34,10 +35,9 @@ def fit(
     rank: int,
     targets: str | Sequence[str] = "all-linear",
     slowdown: float = SLOWDOWN,
-    progress: Callable[[str], None] | None = None,
-    **options: Any,
+    **options: Unpack[PlanOptions],
 ) -> Fit:
-    """Say what the most is that fits. ``options``: those of :func:`memplan.plan` but for adapter, pins and activations.
+    """Say what the most is that fits. ``options``: those of :func:`memplan.plan` but for adapter, max_step_s and gains.
 
     Raises InputError for what cannot be asked at all.
     """
@@ -45,11 +45,13 @@ def fit(
         raise InputError(f"slowdown was given as {slowdown!r}: give a share such as 0.05, at least 0")
     if not isinstance(batch, (tuple, list)):
         raise InputError(f"the batch was given as a {type(batch).__name__}: give a shape, such as (4, 512)")
-    tell = progress or _nothing
+    refuse(options, ("adapter",), "fit", "which is asked with rank and targets")
+    refuse(options, ("max_step_s", "gains"), "fit", "which says the most that fits, however long a step takes")
+    tell = options.get("progress") or _nothing
 
     def case(shape: tuple[int, ...], of_rank: int, **more: Any) -> Case:
         adapter = {"rank": of_rank, "targets": targets}
-        return case_of(model, shape, adapter=adapter, **{**options, **more})
+        return case_of(Request.of(model, shape, {**options, "adapter": adapter, **more}))
 
     tell("what was asked")
     asked = case(batch, rank)

@@ -8,6 +8,7 @@ from memplan.case import Case
 from memplan.errors import DoesNotFitError, InputError, TooSlowError
 from memplan.program.answers import Point, point_of
 from memplan.program.schema import Plan
+from memplan.request import check_speed
 from memplan.units import format_bytes, format_seconds
 
 POINTS = 17
@@ -92,12 +93,6 @@ def least_for(case: Case, ends: tuple[Point, Point], step_s: float) -> Point | N
         else:
             low = middle
     return found
-
-
-def check_speed(max_step_s: float) -> None:
-    """Raise InputError for what is no time of a step."""
-    if not 0 < max_step_s < float("inf"):
-        raise InputError(f"the longest step was given as {max_step_s!r} s: give seconds, more than 0")
 
 
 def require_speed(case: Case, plan: Plan, max_step_s: float) -> None:

@@ -12,14 +12,14 @@ from msgspec import structs
 from torch import nn
 
 from memplan import api
-from memplan import hardware as profiles
-from memplan.case import case_of_plan
+from memplan.case import case_of_plan, profile_of, ram_of, vram_of
 from memplan.errors import DoesNotFitError
 from memplan.program.schema import Plan
+from memplan.request import Sizes
 from memplan.run.arena import is_placeholder
 from memplan.run.handle import Handle
 from memplan.trainers.waiting import asked_device, is_trained_in_part, waits_itself
-from memplan.units import format_bytes, parse_size
+from memplan.units import format_bytes
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,11 +54,12 @@ class Scope:
         one from its files again. One that waits to be trained takes nothing yet. ``more``: models that ``from_pretrained``
         may not have given. Raises DoesNotFitError, which names the others.
         """
-        profile = _profile(options.get("hardware", "auto"))
-        taken = self._taken(model, profile.device, more, only_to_come=options.get("vram", "auto") == "auto")
+        profile = profile_of(options.get("hardware", "auto"))
+        sizes = Sizes.of(options)
+        taken = self._taken(model, profile.device, more, only_to_come=sizes.vram_bytes is None)
         if not taken.names:
             return planned(dict(options))
-        vram_bytes, ram_bytes = _vram_bytes(options, profile), _ram_bytes(options, profile)
+        vram_bytes, ram_bytes = vram_of(sizes, profile), ram_of(sizes, profile)
         rest_bytes = max(0, vram_bytes - taken.vram_bytes)
         rest = {"vram": rest_bytes, "ram": max(0, ram_bytes - taken.ram_bytes)}
         try:
@@ -82,7 +83,7 @@ class Scope:
         """Return options with a model's share of the RAM, where others wait to be trained beside it."""
         if not others:
             return dict(options)
-        ram_bytes = _ram_bytes(options, _profile(options.get("hardware", "auto")))
+        ram_bytes = ram_of(Sizes.of(options), profile_of(options.get("hardware", "auto")))
         own = frozen_bytes(model)
         return {**options, "ram": ram_bytes * own // max(1, own + sum(map(frozen_bytes, others)))}
 
@@ -94,7 +95,7 @@ class Scope:
         """
         if error.least_vram_bytes is None:
             return False
-        vram_bytes = _vram_bytes(options, _profile(options.get("hardware", "auto")))
+        vram_bytes = vram_of(Sizes.of(options), profile_of(options.get("hardware", "auto")))
         short = error.least_vram_bytes - vram_bytes
         own = frozen_bytes(model)
         smaller = False
@@ -224,22 +225,6 @@ def _takes(taken: Taken) -> str:
     take = "takes" if len(taken.names) == 1 else "take"
     sizes = f"{format_bytes(taken.vram_bytes)} of vram and {format_bytes(taken.ram_bytes)} of ram"
     return f"{' and '.join(taken.names)} beside this model {take} {sizes}"
-
-
-def _vram_bytes(options: Mapping[str, Any], profile: profiles.HardwareProfile) -> int:
-    given = options.get("vram", "auto")
-    return profiles.auto_vram_bytes(profile) if given == "auto" else parse_size(given, "vram")
-
-
-def _ram_bytes(options: Mapping[str, Any], profile: profiles.HardwareProfile) -> int:
-    given = options.get("ram")
-    return profiles.auto_ram_bytes(profile) if given in (None, "auto") else parse_size(given, "ram")
-
-
-def _profile(hardware: Any) -> profiles.HardwareProfile:
-    if isinstance(hardware, profiles.HardwareProfile):
-        return hardware
-    return profiles.auto() if hardware == "auto" else profiles.load(hardware)
 
 
 def _tensors(model: nn.Module) -> Iterator[torch.Tensor]:

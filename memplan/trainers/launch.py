@@ -10,7 +10,7 @@ import json
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
 from pathlib import Path
@@ -27,24 +27,15 @@ STARTUP = Path(__file__).with_name("startup")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Settings:
-    """What ``memplan run`` was asked for; each as in :func:`memplan.plan`. ``plan``, ``report``: files;
-    ``log``, ``lines``: as in :func:`memplan.wrap`.
+    """What ``memplan run`` was asked for. ``options``: those of :class:`memplan.PlanOptions` that were given, which go before what
+    a script's trainer says; ``plan``, ``report``: files; ``log``, ``lines``: as in :func:`memplan.wrap`.
     """
 
-    vram: str = "auto"
-    ram: str | None = None
-    disk: str | None = None
-    page_lock: str | None = None
-    hardware: str = "auto"
+    options: dict[str, Any] = field(default_factory=dict)
     plan: str | None = None
     report: str | None = None
     log: bool = False
     lines: bool = False
-
-    def planning(self) -> dict[str, Any]:
-        """Return what of it :func:`memplan.plan` is to know."""
-        budgets = {"vram": self.vram, "ram": self.ram, "disk": self.disk, "page_lock": self.page_lock}
-        return {**budgets, "hardware": self.hardware}
 
 
 def environment(settings: Settings, given: Mapping[str, str]) -> dict[str, str]:
@@ -95,11 +86,14 @@ def _tell_of_none() -> None:
 
 
 def _without_traceback(before: Callable[..., Any]) -> Callable[..., Any]:
-    """Have an error that says that nothing fits end a script as it ends ``memplan plan``."""
+    """Have an error that says that nothing fits, or is as fast as asked, end a script as it ends ``memplan plan``."""
 
     def hook(kind: type[BaseException], error: BaseException, trace: Any) -> None:
         _Seen.error = True
         errors = sys.modules.get("memplan.errors")
+        if errors is not None and isinstance(error, errors.TooSlowError):
+            say(str(error))
+            return
         if errors is None or not isinstance(error, errors.DoesNotFitError):
             before(kind, error, trace)
             return

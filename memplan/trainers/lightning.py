@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 from lightning import Callback, LightningModule, Trainer
@@ -14,13 +14,14 @@ from memplan import api
 from memplan.compiled import replace_call
 from memplan.errors import InputError
 from memplan.program.schema import Plan
+from memplan.request import PlanOptions, completed
 from memplan.run.attach import attach
 from memplan.run.handle import Handle, handle_of
 from memplan.snapshot import unchanged
 from memplan.trainers.loading import checkpoint_of
 from memplan.trainers.longest import longest_batch
 from memplan.trainers.mapped import folder_of
-from memplan.trainers.transformers import Called, loss_of, random_states_kept
+from memplan.trainers.transformers import Called, check_early, loss_of, random_states_kept
 from memplan.trainers.waiting import waits
 
 _AUTOCAST = {"bf16-mixed": "bf16", "16-mixed": "fp16"}
@@ -31,35 +32,33 @@ class Placement(Callback):
 
     ``batch``: the keywords of the largest call of that model that will come; without it, what ``training_step`` calls it
     with for the longest rows of a dataset of ``datasets``, or else for the loader's first batch (random states are put
-    back). ``optimizer`` as for :func:`memplan.plan`; budgets, ``hardware``, ``plan`` and ``pins`` as for :func:`memplan.wrap`.
-    ``log``: log the scalars of :meth:`memplan.Handle.scalars` after each batch, as the module logs its own.
-    The handle is ``handle``, once fitting has begun; the model stays under its plan until ``handle.detach()``.
+    back). ``plan``: one made before, in place of ``options``. ``log``: log the scalars of :meth:`memplan.Handle.scalars` after
+    each batch, as the module logs its own. The handle is ``handle``, once fitting has begun; the model stays under its plan
+    until ``handle.detach()``.
 
-    Fitting raises what ``plan`` and ``attach`` raise; the model then is as it was.
+    ``options``: those of :func:`memplan.plan` (:class:`memplan.PlanOptions`). Where they are left out the trainer's own hold:
+    its accumulation and precision, and the folder that the model came from; ``gains`` are not looked at.
+
+    Raises InputError for options that cannot be used. Fitting raises what ``plan`` and ``attach`` raise; the model then is as it
+    was.
     """
 
     def __init__(
         self,
         *,
-        vram: int | str = "auto",
-        ram: int | str | None = None,
-        disk: int | str | None = None,
-        hardware: Any = "auto",
-        optimizer: str = "adamw",
         plan: Plan | None = None,
         batch: Mapping[str, torch.Tensor] | None = None,
-        pins: Mapping[str, str] | None = None,
         checked: bool = False,
         log: bool = False,
+        **options: Unpack[PlanOptions],
     ) -> None:
+        check_early(plan, options)
         self.handle: Handle | None = None
         self._plan = plan
         self._batch = batch
         self._checked = checked
         self._log = log
-        self._options: dict[str, Any] = {
-            "vram": vram, "ram": ram, "disk": disk, "hardware": hardware, "optimizer": optimizer, "pins": pins,
-        }  # fmt: skip
+        self._options = options
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Place it, before anything is moved."""
@@ -68,17 +67,17 @@ class Placement(Callback):
         if trainer.world_size > 1:
             raise InputError("the trainer runs several processes, and memplan serves one: give it devices=1")
         model, call = _first_call(trainer, pl_module)
-        plan = self._plan or api.plan(
-            model,
-            self._batch or call,
+        options = completed(
+            self._options,
             accumulation=trainer.accumulate_grad_batches,
             autocast=_AUTOCAST.get(str(trainer.precision)),
             loss=loss_of,
             checkpoint=folder_of(model),
             gains=False,
-            **self._options,
         )
-        self.handle = attach(model, plan, checkpoint=checkpoint_of(model), checked=self._checked, replan=api.smaller)
+        plan = self._plan or api.plan(model, self._batch or call, **options)
+        files = self._options.get("checkpoint") or checkpoint_of(model)
+        self.handle = attach(model, plan, checkpoint=files, checked=self._checked, replan=api.smaller)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Have what the optimizers know from a checkpoint lie where the plan has it."""

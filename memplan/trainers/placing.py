@@ -7,7 +7,7 @@ import functools
 import importlib.util
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Unpack
 from weakref import WeakSet
 
 import torch
@@ -15,6 +15,7 @@ from torch import nn
 
 from memplan.errors import DoesNotFitError, InputError
 from memplan.program.schema import Plan
+from memplan.request import PlanOptions
 from memplan.run.handle import handle_of
 from memplan.trainers.beside import Scope
 from memplan.trainers.launch import say
@@ -27,7 +28,7 @@ from memplan.trainers.mapping import (
     mapped_from,
     why_not_mapped,
 )
-from memplan.trainers.transformers import CallUnknownError, wrap_within
+from memplan.trainers.transformers import CallUnknownError, check_early, wrap_within
 from memplan.trainers.waiting import (
     arrived,
     ask,
@@ -47,16 +48,12 @@ if TYPE_CHECKING:
 @contextlib.contextmanager
 def placing(
     *,
-    vram: int | str = "auto",
-    ram: int | str | None = None,
-    disk: int | str | None = None,
-    hardware: Any = "auto",
     plan: Plan | None = None,
     batch: Mapping[str, torch.Tensor] | None = None,
-    pins: Mapping[str, str] | None = None,
     checked: bool = False,
     log: bool = False,
     lines: bool = False,
+    **options: Unpack[PlanOptions],
 ) -> Iterator[None]:
     """Load a model that would not fit, and build its trainer, inside this context; arguments as for :func:`memplan.wrap`.
 
@@ -66,13 +63,11 @@ def placing(
     GRPO's: at the model's first call to be trained). Other models, and those whose Trainer is built elsewhere, are whole
     and work as ever; all share the budgets (:mod:`memplan.trainers.beside`).
 
-    ``from_pretrained`` raises InputError for what is not served here, CheckpointError; a Trainer what ``wrap`` raises.
+    Entering raises InputError for options that cannot be used. ``from_pretrained`` raises InputError for what is not served
+    here, CheckpointError; a Trainer what ``wrap`` raises.
     """
-    options: dict[str, Any] = {
-        "vram": vram, "ram": ram, "disk": disk, "hardware": hardware, "plan": plan, "batch": batch, "pins": pins,
-        "checked": checked, "log": log, "lines": lines,
-    }  # fmt: skip
-    inside = _Inside(options)
+    check_early(plan, options)
+    inside = _Inside(options, plan=plan, batch=batch, checked=checked, log=log, lines=lines)
     with contextlib.ExitStack() as undo:
         inside.open(undo)
         try:
@@ -86,8 +81,11 @@ def placing(
 class _Inside:
     """What was loaded and built inside one context."""
 
-    def __init__(self, options: dict[str, Any]) -> None:
+    def __init__(self, options: PlanOptions, *, plan: Plan | None, **wrapping: Any) -> None:
+        """``wrapping``: what else :func:`memplan.wrap` is given."""
         self._options = options
+        self._plan = plan
+        self._wrapping = wrapping
         self._scope = Scope()
         self._building: dict[int, int] = {}
         """By trainer's id, how many of its classes' constructors are at work."""
@@ -211,12 +209,15 @@ class _Inside:
 
     def _wrap(self, trainer: Trainer, model: nn.Module) -> None:
         try:
-            wrap_within(self._scope, trainer, **self._options)
+            self._wrap_within(trainer)
         except DoesNotFitError as error:
             # What earlier trainers hold more than they need: none of them trains while this one is built.
-            if self._options["plan"] is not None or not self._scope.make_room(model, error, self._options):
+            if self._plan is not None or not self._scope.make_room(model, error, self._options):
                 raise
-            wrap_within(self._scope, trainer, **self._options)
+            self._wrap_within(trainer)
+
+    def _wrap_within(self, trainer: Trainer, **more: Any) -> None:
+        wrap_within(self._scope, trainer, plan=self._plan, **{**self._wrapping, **more}, **self._options)
 
     def _wait_for_call(self, trainer: Trainer, model: nn.Module) -> None:
         """Have a model planned for and placed as its trainer first calls it to be trained."""
@@ -227,7 +228,7 @@ class _Inside:
                     f"{type(trainer).__name__} calls its model with positional arguments, and memplan.placing plans for "
                     "keywords: give placing the largest call with batch="
                 )
-            wrap_within(self._scope, trainer, **{**self._options, "batch": kwargs})
+            self._wrap_within(trainer, batch=kwargs)
 
         self._for_trainers.add(model)
         wait(model, place)

@@ -20,9 +20,10 @@ from torch import nn
 
 from memplan import api
 from memplan.compiled import WAY_OUT
-from memplan.errors import DoesNotFitError, MemplanError
+from memplan.errors import DoesNotFitError, MemplanError, TooSlowError
 from memplan.files import write
 from memplan.program.schema import Plan
+from memplan.request import completed
 from memplan.run.handle import Handle, handle_of
 from memplan.show.lines import startup_lines
 from memplan.trainers.beside import Scope, plan_of_least, together
@@ -126,25 +127,23 @@ def _place_for_loop(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, A
         unplaced = _UNPLACED.take(model)
 
         def planned(within: dict[str, Any]) -> Plan:
-            return api.plan(
-                model,
-                kwargs or args,
-                **within,
+            return api.plan(model, kwargs or args, **within)
+
+        def shared() -> Plan:
+            options = completed(
+                settings().options,
                 accumulation=accumulation,
                 loss=loss_of,
                 checkpoint=folder_of(model),
                 gains=False,
             )
-
-        def shared() -> Plan:
-            options = settings().planning()
             if unplaced is not None:
                 options["vram"] = 0  # to know what both need
             plan = _SCOPE.plan(model, planned, _SCOPE.share_of_ram(model, others, options))
             return plan_of_least(plan) if others else plan
 
         def attach(plan: Plan) -> Handle:
-            handle = put_under(model, plan, _SCOPE)
+            handle = put_under(model, plan, _SCOPE, checkpoint=settings().options.get("checkpoint"))
             if not _HANDLES:
                 atexit.register(_report_all)
             _HANDLES.append(handle)
@@ -237,10 +236,11 @@ def _place(trainer: Trainer) -> None:
     with not_waiting(model):
         if why is None:
             asked = settings()
+            files = {name: value for name, value in asked.options.items() if name == "checkpoint"}
             why = _served(
                 model,
-                lambda: plan_for(trainer, _SCOPE, **asked.planning()),
-                lambda plan: wrap_within(_SCOPE, trainer, plan=plan, log=asked.log, lines=asked.lines),
+                lambda: plan_for(trainer, _SCOPE, **asked.options),
+                lambda plan: wrap_within(_SCOPE, trainer, plan=plan, log=asked.log, lines=asked.lines, **files),
             )
     if why is not None:
         move(model)
@@ -292,7 +292,7 @@ def _nothing_to_do(model: nn.Module) -> str | None:
 
 
 def _served(model: nn.Module, planned: Callable[[], Plan], attach: Callable[[Plan], Handle]) -> str | None:
-    """Put a model under a plan; return why it had better stay as it is, if so. Raises DoesNotFitError."""
+    """Put a model under a plan; return why it had better stay as it is, if so. Raises DoesNotFitError, TooSlowError."""
     saw_training()
     file = settings().plan
     try:
@@ -305,7 +305,7 @@ def _served(model: nn.Module, planned: Callable[[], Plan], attach: Callable[[Pla
         if all(residence.begins == "always" for residence in plan.residences):
             return "the whole model fits"
         let_go(attach(plan))
-    except DoesNotFitError:
+    except (DoesNotFitError, TooSlowError):
         raise
     except MemplanError as error:
         return str(error)

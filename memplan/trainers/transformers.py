@@ -8,7 +8,7 @@ import math
 import random
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Unpack
 
 import numpy as np
 import torch
@@ -19,6 +19,7 @@ from memplan.checkpoint import StoredTensor, read_checkpoint
 from memplan.compiled import WAY_OUT, call_of, replace_call
 from memplan.errors import CheckpointError, InputError
 from memplan.program.schema import Plan
+from memplan.request import PlanOptions, Request, completed, refuse_beside_plan
 from memplan.run.arena import dtype_of
 from memplan.run.attach import attach
 from memplan.run.handle import Handle
@@ -56,42 +57,29 @@ _PASSED_BY_AUTO = {
 def wrap(
     trainer: Trainer,
     *,
-    vram: int | str = "auto",
-    ram: int | str | None = None,
-    disk: int | str | None = None,
-    hardware: Any = "auto",
     plan: Plan | None = None,
     batch: Mapping[str, torch.Tensor] | None = None,
-    pins: Mapping[str, str] | None = None,
     checked: bool = False,
     log: bool = False,
     lines: bool = False,
+    **options: Unpack[PlanOptions],
 ) -> Trainer:
     """Put a plan to work on a trainer that exists. Return the same trainer, its handle as ``trainer.memplan``.
 
     ``batch``: the largest micro-batch that will come; without it that of the longest rows of a dataset of ``datasets``, or
     else the first that the trainer's loader gives (its random state is put back). A micro-batch that runs out of device
-    memory is done over under a smaller plan (:meth:`memplan.Handle.micro_batch`). The plan is made under the autocast
-    that ``bf16`` or ``fp16`` among the arguments will have it run in. ``plan``: one made before. ``log``: add the scalars of
-    :meth:`memplan.Handle.scalars` to what the trainer logs; ``lines``: say them after each step, on standard error. Budgets, ``hardware`` and ``pins`` as in :func:`memplan.plan`.
+    memory is done over under a smaller plan (:meth:`memplan.Handle.micro_batch`). ``plan``: one made before, in place of
+    ``options``. ``log``: add the scalars of :meth:`memplan.Handle.scalars` to what the trainer logs; ``lines``: say them after
+    each step, on standard error.
+
+    ``options``: those of :func:`memplan.plan` (:class:`memplan.PlanOptions`). Where they are left out the trainer's own hold:
+    its accumulation, steps, optimizer and loss, the autocast that ``bf16`` or ``fp16`` among its arguments will have it
+    run in, and the folder that its model came from; ``gains`` are not looked at.
 
     Other models that the trainer holds (a reference, a teacher, a reward) take their part of the budgets
     (:mod:`memplan.trainers.beside`). Raises what ``plan`` and ``attach`` raise; trainer and model then are as they were.
     """
-    wrap_within(
-        Scope(),
-        trainer,
-        vram=vram,
-        ram=ram,
-        disk=disk,
-        hardware=hardware,
-        plan=plan,
-        batch=batch,
-        pins=pins,
-        checked=checked,
-        log=log,
-        lines=lines,
-    )
+    wrap_within(Scope(), trainer, plan=plan, batch=batch, checked=checked, log=log, lines=lines, **options)
     return trainer
 
 
@@ -104,9 +92,10 @@ def wrap_within(
     checked: bool = False,
     log: bool = False,
     lines: bool = False,
-    **options: Any,
+    **options: Unpack[PlanOptions],
 ) -> Handle:
     """As :func:`wrap`, with budgets that a scope's models share; return the handle."""
+    check_early(plan, options)
     if not isinstance(trainer.model, nn.Module) or getattr(trainer, "model_init", None) is not None:
         raise InputError("wrap needs a trainer with a model: build it with model=, not model_init=")
     model: Any = trainer.model
@@ -124,7 +113,7 @@ def wrap_within(
             undo.callback(_checkpoint_activations(model, args.gradient_checkpointing_kwargs))
         if plan is None:
             plan = _plan(trainer, scope, batch, **options)
-        handle = put_under(model, plan, scope, checked=checked)
+        handle = put_under(model, plan, scope, checked=checked, checkpoint=options.get("checkpoint"))
         undo.pop_all()
     trainer.__dict__["memplan"] = handle
     if log or lines:
@@ -135,6 +124,13 @@ def wrap_within(
     if not args.auto_find_batch_size:  # the trainer itself then takes a smaller batch
         trainer.__dict__["training_step"] = _done_over(trainer, handle)
     return handle
+
+
+def check_early(plan: Plan | None, options: PlanOptions) -> None:
+    """Raise InputError for options that cannot be used, before anything is done: a trainer may be built much later."""
+    Request.of(None, None, options)  # the model and its calls are not known yet, and are no words
+    if plan is not None:
+        refuse_beside_plan(options)
 
 
 def placed_by_others(trainer: Trainer) -> str | None:
@@ -155,38 +151,36 @@ def compiles(trainer: Trainer) -> bool:
     return bool(trainer.args.torch_compile) or trainer.accelerator.state.dynamo_plugin.backend != DynamoBackend.NO
 
 
-def plan_for(trainer: Trainer, scope: Scope | None = None, **options: Any) -> Plan:
-    """Return the plan that :func:`wrap` would make, and change nothing. ``options``: as for :func:`memplan.plan`."""
+def plan_for(trainer: Trainer, scope: Scope | None = None, **options: Unpack[PlanOptions]) -> Plan:
+    """Return the plan that :func:`wrap` would make, and change nothing."""
     with contextlib.ExitStack() as undo:
         if trainer.args.gradient_checkpointing:
             undo.callback(_checkpoint_activations(trainer.model, trainer.args.gradient_checkpointing_kwargs))
         return _plan(trainer, scope or Scope(), None, **options)
 
 
-def _plan(trainer: Trainer, scope: Scope, batch: Mapping[str, torch.Tensor] | None, **options: Any) -> Plan:
-    """Return a plan of what the trainer will do."""
+def _plan(
+    trainer: Trainer, scope: Scope, batch: Mapping[str, torch.Tensor] | None, **options: Unpack[PlanOptions]
+) -> Plan:
+    """Return a plan of what the trainer will do, but for what the options say."""
     args = trainer.args
     optimizer = str(getattr(args.optim, "value", args.optim))
     if optimizer == "sgd" and "momentum" in (args.optim_args or ""):
         optimizer = "momentum"
     first, steps = _first_call(trainer) if batch is None else (batch, _steps(args, None))
     model: Any = trainer.model
-    options.setdefault("checkpoint", folder_of(model))
-
-    def planned(within: dict[str, Any]) -> Plan:
-        return api.plan(
-            model,
-            first,
-            accumulation=args.gradient_accumulation_steps,
-            steps=steps,
-            optimizer=optimizer,
-            loss=loss_of,
-            gains=False,
-            **within,
-        )
-
-    with _autocast_as_in_training(model, trainer.accelerator):
-        return scope.plan(model, planned, options, models_beside(trainer))
+    asked = completed(
+        options,
+        accumulation=args.gradient_accumulation_steps,
+        steps=steps,
+        optimizer=optimizer,
+        loss=loss_of,
+        checkpoint=folder_of(model),
+        gains=False,
+    )
+    own = options.get("autocast") is None
+    with _autocast_as_in_training(model, trainer.accelerator) if own else contextlib.nullcontext():
+        return scope.plan(model, lambda within: api.plan(model, first, **within), asked, models_beside(trainer))
 
 
 def models_beside(trainer: Trainer) -> list[nn.Module]:
@@ -198,14 +192,17 @@ def models_beside(trainer: Trainer) -> list[nn.Module]:
     return found
 
 
-def put_under(model: nn.Module, plan: Plan, scope: Scope, *, checked: bool = False) -> Handle:
+def put_under(
+    model: nn.Module, plan: Plan, scope: Scope, *, checked: bool = False, checkpoint: str | Path | None = None
+) -> Handle:
     """Attach a plan to a model, mapped or not, and return the handle; what is mapped is mapped again once it is detached.
 
-    Raises what ``attach`` raises; the model then is as it was.
+    ``checkpoint``: else what the model was mapped from. Raises what ``attach`` raises; the model then is as it was.
     """
     give_back = give_way(model, torch.device(plan.table.device)) if is_mapped(model) else None
     try:
-        handle = attach(model, plan, checkpoint=checkpoint_of(model), checked=checked, replan=api.smaller)
+        files = checkpoint or checkpoint_of(model)
+        handle = attach(model, plan, checkpoint=files, checked=checked, replan=api.smaller)
     except BaseException:
         if give_back is not None:
             give_back()

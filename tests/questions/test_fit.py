@@ -12,6 +12,7 @@ from memplan.cli import main
 from memplan.errors import DoesNotFitError, InputError
 from memplan.program.schema import Budgets
 from memplan.questions import fit as fitting
+from memplan.request import Request
 from tests.questions.small import config_of
 from tests.training import CPU
 
@@ -19,14 +20,20 @@ GIVEN = {"hardware": CPU, "ram": "1GiB"}
 
 
 def fits(shape, rank, vram):
-    case = case_of(config_of("llama"), shape, adapter={"rank": rank, "targets": "all-linear"}, vram=vram, **GIVEN)
+    case = case_of(
+        Request.of(
+            config_of("llama"), shape, {"adapter": {"rank": rank, "targets": "all-linear"}, "vram": vram, **GIVEN}
+        )
+    )
     return case.least_vram_bytes() <= vram
 
 
 @pytest.mark.full
 def test_one_more_does_not_fit():
     shape, rank = (2, 16), 4
-    least = case_of(config_of("llama"), shape, adapter={"rank": rank, "targets": "all-linear"}, vram=1, **GIVEN)
+    least = case_of(
+        Request.of(config_of("llama"), shape, {"adapter": {"rank": rank, "targets": "all-linear"}, "vram": 1, **GIVEN})
+    )
     vram = least.least_vram_bytes() * 3
     found = memplan.fit(config_of("llama"), shape, rank=rank, vram=vram, **GIVEN)
     (batch, at), (most_rank, _) = found.most["batch"], found.most["rank"]

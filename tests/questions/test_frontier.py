@@ -12,6 +12,7 @@ from memplan.case import case_of
 from memplan.cli import main
 from memplan.errors import InputError, TooSlowError
 from memplan.questions.frontier import budgets_of, ends_of, least_for, require_speed
+from memplan.request import Request
 from tests.questions.small import config_of
 from tests.training import CPU
 
@@ -21,7 +22,7 @@ SHAPE = (2, 16)
 
 @pytest.fixture(scope="module")
 def case():
-    return case_of(config_of("llama"), SHAPE, **GIVEN)
+    return case_of(Request.of(config_of("llama"), SHAPE, GIVEN))
 
 
 def test_each_point_is_faster_than_all_cheaper_ones():
@@ -74,7 +75,7 @@ def test_what_is_too_slow_says_what_would_do(case):
 
 
 def test_without_ram_nothing_leaves_the_device():
-    case = case_of(config_of("llama"), SHAPE, **{**GIVEN, "ram": 0}, disk=0)
+    case = case_of(Request.of(config_of("llama"), SHAPE, {**GIVEN, "ram": 0, "disk": 0}))
     frozen = sum(block.size_bytes for block in case.table.blocks)
     assert case.least_vram_bytes() > frozen
 

@@ -17,6 +17,7 @@ from memplan.cost.chunked import CHUNK_TOKENS, chunked_loss
 from memplan.program.schema import Plan
 from memplan.questions.frontier import budgets_of
 from memplan.questions.gains import with_gains
+from memplan.request import Request
 from memplan.show.terminal import text
 from tests.questions.small import config_of
 from tests.training import CPU
@@ -26,7 +27,7 @@ GIVEN = {"adapter": {"rank": 4}, "hardware": CPU, "ram": "1GiB"}
 
 @pytest.fixture(scope="module")
 def tight():
-    case = case_of(config_of("llama"), (2, 16), vram="1GiB", **GIVEN)
+    case = case_of(Request.of(config_of("llama"), (2, 16), {"vram": "1GiB", **GIVEN}))
     low, high = budgets_of(case, 2)
     return case, low, high, case.place(vram_bytes=(low + high) // 2)
 

@@ -97,9 +97,7 @@ def under(tmp_path_factory, hardware):
 
     def run(vram, script, *arguments, report=None, plan=None, **environ):
         settings = Settings(
-            vram=str(vram),
-            ram="64MiB",
-            hardware=str(hardware),
+            options={"vram": str(vram), "ram": "64MiB", "hardware": str(hardware)},
             report=None if report is None else str(report),
             plan=None if plan is None else str(plan),
         )

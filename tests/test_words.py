@@ -22,9 +22,9 @@ from memplan.analyze.optimizers import optimizer_name
 from memplan.budgets import beyond, require_vram
 from memplan.cli import main
 from memplan.errors import HardwareError, InputError
-from memplan.requests import QUANTIZATIONS, TARGETS, understood
 from memplan.skeleton import _builder
 from memplan.units import GIB
+from memplan.words import QUANTIZATIONS, TARGETS, understood
 from tests.training import CPU
 
 ROOT = Path(__file__).parents[1]

@@ -1,4 +1,4 @@
-"""What a plan is asked for in words, checked before anything heavy is imported: a slip costs no time. No torch here.
+"""The words that a plan is asked for in, checked before anything heavy is imported: a slip costs no time. No torch here.
 
 Near misses that can mean one thing are taken (``BF16``, ``half``, ``4bit``, a page of the hub); others are refused with the
 names that are near.
@@ -28,10 +28,13 @@ QUANTIZATIONS = (
     "nf4", "nf4-nested", "fp4", "fp4-nested", "int8", "torchao-int8", "torchao-int4", "torchao-float8", "gptq", "awq",
 )  # fmt: skip
 """What may be asked for by a word: :mod:`memplan.quantization` says what each is."""
+QLORA = "qlora"
+"""In their place: nested nf4, unless the configuration is quantized by itself."""
 _QUANTIZATION_NAMES = {
     "4bit": "nf4", "bnb4bit": "nf4", "loadin4bit": "nf4", "bnbnf4": "nf4", "nf4double": "nf4-nested",
     "nf4doublequant": "nf4-nested", "8bit": "int8", "bnb8bit": "int8", "loadin8bit": "int8", "llmint8": "int8",
 }  # fmt: skip
+_AUTOCAST_NAMES = {"bf16": "bfloat16", "bfloat16": "bfloat16", "fp16": "float16", "float16": "float16"}
 _ATTENTIONS = (
     "eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention", "paged_attention", "sdpa_paged",
     "eager_paged",
@@ -57,7 +60,7 @@ _ANYWHERE = {name for known in TARGETS.values() for name in known} | {
 """Such lists are handed on from one model to another: PEFT takes what it finds of them."""
 
 
-class Request(NamedTuple):
+class Understood(NamedTuple):
     """What was asked for, by the names that memplan knows."""
 
     model: Any
@@ -69,7 +72,7 @@ class Request(NamedTuple):
 
 def understood(
     model: Any, *, dtype: Any = None, quantization: Any = None, attention: Any = None, adapter: Any = None
-) -> Request:
+) -> Understood:
     """Return what was asked for. What is no word, such as a module or a configuration, is handed on as it is.
 
     Raises InputError for what is not known, with what is near it, and ModelError for a ``config.json`` that is none.
@@ -94,7 +97,7 @@ def understood(
                 "not, or leave the quantization out"
             )
         quantization = None
-    return Request(model, dtype, quantization, (*notes, *_targets(adapter, settings)))
+    return Understood(model, dtype, quantization, (*notes, *_targets(adapter, settings)))
 
 
 def like(word: str, names: Iterable[str]) -> str:
@@ -114,6 +117,16 @@ def dtype_name(given: str) -> str:
     if found is None:
         raise InputError(
             f"the dtype was given as {given!r}: give one of {', '.join(sorted(_DTYPE_NAMES))}{like(given, _DTYPE_NAMES)}"
+        )
+    return found
+
+
+def autocast_name(given: object) -> str:
+    """Return torch's name of what autocast computes in: a dtype, or its name. Raises InputError for what is none."""
+    found = _AUTOCAST_NAMES.get(str(given).removeprefix("torch."))
+    if found is None:
+        raise InputError(
+            f"autocast was given as {given!r}: give one of {', '.join(sorted(_AUTOCAST_NAMES))}, or leave it out"
         )
     return found
 

@@ -1,0 +1,399 @@
+"""What a plan is asked for: the one list of options, and the value that they become, checked once. No torch here.
+
+A slip is refused before anything heavy is imported: an option that there is none of, a word that is not known, a size
+without its unit. What only the model or the machine can tell is checked by :mod:`memplan.case`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypedDict, cast
+
+from memplan.analyze.optimizers import optimizer_name
+from memplan.errors import InputError
+from memplan.units import parse_size
+from memplan.words import QLORA, Understood, autocast_name, like, understood
+
+if TYPE_CHECKING:
+    from memplan.analyze.graph import Activations
+    from memplan.hardware import HardwareProfile
+    from memplan.program.schema import StateHome, Tier
+
+TIERS: tuple[Tier, ...] = ("device", "host", "disk")
+STATE_HOMES: tuple[StateHome, ...] = ("device", "host")
+ACTIVATIONS: tuple[Activations, ...] = ("keep", "recompute", "offload")
+ANY = "any"
+"""Activations that may be offloaded too, where that is fastest."""
+
+
+class PlanOptions(TypedDict, total=False):
+    """The options of a plan; what is left out is as the text of each says. ``docs/options.md`` has them as a page.
+
+    A trainer's own settings (accumulation, steps, optimizer, loss, autocast) stand in for what is left out where it is a
+    trainer's model that is planned for.
+    """
+
+    vram: int | str
+    """Device memory: bytes, or text such as ``"6GiB"``. ``"auto"``, the default: what is free less a reserve."""
+    ram: int | str | None
+    """Host memory, as ``vram``. None or ``"auto"``: what is available less a reserve."""
+    disk: int | str | None
+    """Disk for packed blocks, as ``vram``. None: no disk beyond the checkpoint's own files."""
+    page_lock: int | str | None
+    """Of ``ram`` what may be page-locked for a CUDA device, the rest is read at the rate of pageable RAM. None: the profile's
+    limit, where page-locking was seen to be refused, and else all."""
+    hardware: str | Path | HardwareProfile
+    """``"auto"``, the default (measured once, then cached), a shipped profile's name, or a profile's file."""
+    adapter: Any
+    """A PEFT configuration or ``{"rank": 16, "targets": "all-linear"}``, where the model has none yet."""
+    dtype: Any
+    """Of the frozen weights, such as ``"bf16"``, for a model that is built from its configuration."""
+    attention: str | None
+    """Attention kernel, for a model that is built from its configuration. None: its own."""
+    quantization: Any
+    """Of the frozen weights, for a model that is built from its configuration: ``"nf4"``, ``"nf4-nested"``, ``"fp4"``,
+    ``"int8"`` and others (:data:`memplan.quantization.NAMES`), or transformers' configuration of it. None: as the model's
+    configuration says."""
+    qlora: bool
+    """QLoRA as PEFT documents it, each part unless it is given otherwise: ``quantization="nf4-nested"`` (or the
+    configuration's own), ``kbit=True``, ``autocast="bf16"``, ``optimizer="paged_adamw_8bit"``. For a model that is built from
+    its configuration."""
+    kbit: bool | None
+    """Prepared by PEFT's ``prepare_model_for_kbit_training`` (what is not quantized in float32, and gradient checkpointing),
+    for a model that is built from its configuration. None: with ``qlora``."""
+    gradient_checkpointing: bool | None
+    """Turned on as the model is built from its configuration. None: as ``kbit`` does, else not, and memplan chooses what is
+    recomputed."""
+    autocast: str | None
+    """``"bf16"`` or ``"fp16"``, where the forward will run under ``torch.autocast``, which saves casts of a float32 base for
+    backward. None: as the autocast that this is called in, if any."""
+    accumulation: int
+    """Passes of a step: 1 unless it is given."""
+    steps: int | None
+    """Of the whole run, for its time."""
+    examples: int | None
+    """Of an epoch, to count the steps from, where the batch is a shape: each epoch ends with a step, however few are left for
+    it."""
+    epochs: int | None
+    """Of the whole run, with ``examples``. None: one."""
+    optimizer: str | None
+    """Its state counts: as transformers' ``optim``, or ``"adamw"`` (the default), ``"sgd"``, ``"momentum"`` and others."""
+    loss: Callable[[Any], Any] | None
+    """From the model's output to a scalar, where the output holds none."""
+    pins: Mapping[str, str] | None
+    """Tier by block name: ``"device"``, ``"host"`` or ``"disk"``. A block may be named by its last parts, such as
+    ``layers.3``."""
+    activations: str | Mapping[str, str] | None
+    """``"keep"``, ``"recompute"`` or ``"offload"`` (to RAM, until backward) for every layer, or by layer name. None: kept or
+    recomputed, as is fastest; ``"any"``: one of the three, as is fastest on a device with memory of its own (a look more at
+    the model)."""
+    elastic: bool | None
+    """Whether weights may have more room where activations leave it, in bytes that come and go. None: on the CPU alone, since no
+    GPU has proven it."""
+    optimizer_state: str | None
+    """``"device"``, or ``"host"`` for RAM between steps, from where it is brought for each step of the optimizer and sent back.
+    None: as a step is shorter (on the CPU on the device)."""
+    checkpoint: str | Path | None
+    """Folder of safetensors that blocks may be read from. None: where the model says it came from."""
+    measure: bool
+    """Time each access on this machine, with one block's memory, in place of estimating it from rates."""
+    max_step_s: float | None
+    """The longest step that will do, in seconds."""
+    gains: bool
+    """Look at what one more GiB (of vram, of RAM, a second of the link) or a loss in chunks would save, for the report: so
+    unless it is False, or the plan is a trainer's."""
+    progress: Callable[[str], None] | None
+    """Called with a short text before each part."""
+
+
+NAMES = tuple(PlanOptions.__annotations__)
+"""Of the options, in their order."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sizes:
+    """Budgets in bytes as they were asked for; None: as the machine has it."""
+
+    vram_bytes: int | None
+    ram_bytes: int | None
+    disk_bytes: int | None
+    page_lock_bytes: int | None
+
+    @classmethod
+    def of(cls, options: Mapping[str, Any]) -> Sizes:
+        """Return the budgets among the options. Raises SizeError."""
+        vram, ram = options.get("vram", "auto"), options.get("ram")
+        disk, page_lock = options.get("disk"), options.get("page_lock")
+        return cls(
+            vram_bytes=None if vram == "auto" else parse_size(vram, "vram"),
+            ram_bytes=None if ram is None or ram == "auto" else parse_size(ram, "ram"),
+            disk_bytes=None if disk is None else parse_size(disk, "disk"),
+            page_lock_bytes=None if page_lock is None else parse_size(page_lock, "page_lock"),
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Training:
+    """What is done with the model, and how often."""
+
+    accumulation: int
+    steps: int | None
+    """Of the whole run, as far as they are known: counted from the examples where those are given."""
+    examples: int | None
+    epochs: int | None
+    optimizer: str
+    """By the name that memplan knows."""
+    autocast: Any
+    loss: Callable[[Any], Any] | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Build:
+    """What a model is built with: the keywords of :func:`memplan.analyze.adapters.prepare`."""
+
+    adapter: Any
+    dtype: Any
+    attention: str | None
+    quantization: Any
+    kbit: bool
+    gradient_checkpointing: bool | None
+
+    def keywords(self) -> dict[str, Any]:
+        """Return them by name."""
+        return {field.name: getattr(self, field.name) for field in fields(self)}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Choices:
+    """What the placement was told to do or to look at."""
+
+    pins: Mapping[str, Tier]
+    """By what a block was called."""
+    activations: Mapping[str, Activations]
+    """By what a layer was called; an empty name stands for all layers."""
+    offload_where_best: bool
+    """Whether layers for which nothing is asked may be offloaded too (``"any"``)."""
+    elastic: bool | None
+    optimizer_state: StateHome | None
+    measure: bool
+    max_step_s: float | None
+    gains: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Request:
+    """A model, a batch, and what is asked of their plan: understood, and checked as far as that needs no torch."""
+
+    model: Any
+    """By the name that memplan knows, where it was given as one."""
+    batch: Any
+    sizes: Sizes
+    training: Training
+    build: Build
+    choices: Choices
+    hardware: str | Path | HardwareProfile
+    checkpoint: str | Path | None
+    progress: Callable[[str], None] | None
+    notes: tuple[str, ...]
+    """What is to be said of how it was understood."""
+
+    @classmethod
+    def of(cls, model: Any, batch: Any, options: Mapping[str, Any]) -> Request:
+        """Return what is asked; ``options``: those of :class:`PlanOptions`.
+
+        Raises InputError for an option that there is none of, with those that are near it, and for what cannot be used.
+        """
+        check_names(options)
+        given = cast("PlanOptions", options)
+        max_step_s = given.get("max_step_s")
+        if max_step_s is not None:
+            check_speed(max_step_s)
+        accumulation: Any = given.get("accumulation", 1)
+        if isinstance(accumulation, bool) or not isinstance(accumulation, int) or accumulation < 1:
+            raise InputError(f"accumulation was given as {accumulation!r}: give a whole number of passes, at least 1")
+        qlora, kbit, autocast, optimizer = (
+            given.get("qlora", False), given.get("kbit"), given.get("autocast"), given.get("optimizer"),
+        )  # fmt: skip
+        if qlora:
+            _require_description(model)
+            kbit, autocast = kbit is not False, autocast or "bf16"
+            optimizer = optimizer or "paged_adamw_8bit"
+        steps, epochs = _run_of(batch, accumulation, given)
+        sizes = Sizes.of(given)
+        activations = _activations(given.get("activations"))
+        pins = _pins(given.get("pins"))
+        optimizer = optimizer_name(optimizer or "adamw")
+        optimizer_state = _optimizer_state(given.get("optimizer_state"), optimizer)
+        said = _understood(model, given)
+        if autocast is not None:
+            autocast_name(autocast)
+        return cls(
+            model=said.model,
+            batch=batch,
+            sizes=sizes,
+            training=Training(
+                accumulation=accumulation,
+                steps=steps,
+                examples=given.get("examples"),
+                epochs=epochs,
+                optimizer=optimizer,
+                autocast=autocast,
+                loss=given.get("loss"),
+            ),
+            build=Build(
+                adapter=given.get("adapter"),
+                dtype=said.dtype or "bf16" if qlora else said.dtype,
+                attention=given.get("attention"),
+                quantization=said.quantization or QLORA if qlora else said.quantization,
+                kbit=bool(kbit),
+                gradient_checkpointing=given.get("gradient_checkpointing"),
+            ),
+            choices=Choices(
+                pins=pins,
+                activations=activations,
+                offload_where_best=given.get("activations") == ANY,
+                elastic=given.get("elastic"),
+                optimizer_state=optimizer_state,
+                measure=given.get("measure", False),
+                max_step_s=max_step_s,
+                gains=given.get("gains", True),
+            ),
+            hardware=given.get("hardware", "auto"),
+            checkpoint=given.get("checkpoint"),
+            progress=given.get("progress"),
+            notes=said.notes,
+        )
+
+
+def check_names(options: Iterable[str]) -> None:
+    """Raise InputError for an option that there is none of, with those that are near it."""
+    for name in options:
+        if name not in NAMES:
+            raise InputError(
+                f"there is no option {name!r}{like(name, NAMES)}. memplan.PlanOptions has all that there are, each with what "
+                "it does"
+            )
+
+
+def refuse(options: Mapping[str, Any], names: Iterable[str], where: str, why: str) -> None:
+    """Raise InputError where one of ``names`` is among the options of what has no use for it."""
+    for name in names:
+        if name in options:
+            raise InputError(f"{name} was given to {where}, {why}: leave it out")
+
+
+def refuse_beside_plan(options: Mapping[str, Any]) -> None:
+    """Raise InputError for options that were given with a plan that was made before: it has its own.
+
+    The checkpoint is also for what puts the plan to work.
+    """
+    for name in options:
+        if name != "checkpoint":
+            raise InputError(
+                f"{name} was given with a plan that was made before, which has its own: leave out {name}, or the plan"
+            )
+
+
+def completed(options: Mapping[str, Any], **said: Any) -> dict[str, Any]:
+    """Return options with what a trainer says itself in place of those that were left out."""
+    if "examples" in options or "epochs" in options:
+        said.pop("steps", None)  # they are to be counted
+    return {**said, **options}
+
+
+def check_speed(max_step_s: float) -> None:
+    """Raise InputError for what is no time of a step."""
+    if not 0 < max_step_s < float("inf"):
+        raise InputError(f"the longest step was given as {max_step_s!r} s: give seconds, more than 0")
+
+
+def tier_of(given: object) -> Tier | None:
+    """Return the tier of that name, or None."""
+    return next((tier for tier in TIERS if tier == given), None)
+
+
+def _understood(model: Any, given: PlanOptions) -> Understood:
+    return understood(
+        model,
+        dtype=given.get("dtype"),
+        quantization=given.get("quantization"),
+        attention=given.get("attention"),
+        adapter=given.get("adapter"),
+    )
+
+
+def _require_description(model: Any) -> None:
+    """Raise InputError for ``qlora`` with a module: what it stands for is done as a model is built."""
+    if callable(getattr(model, "named_parameters", None)):
+        raise InputError(
+            f"qlora was given with a {type(model).__name__} that is built already: give its configuration or name, or build it "
+            "as it is trained (prepare_model_for_kbit_training, then the adapter) and give autocast and optimizer"
+        )
+
+
+def _run_of(batch: Any, accumulation: int, given: PlanOptions) -> tuple[int | None, int | None]:
+    """Return the steps and the epochs of a run, as far as they are known."""
+    steps, examples, epochs = given.get("steps"), given.get("examples"), given.get("epochs")
+    counts: dict[str, Any] = {"steps": steps, "examples": examples, "epochs": epochs}
+    for what, count in counts.items():
+        if count is not None and (isinstance(count, bool) or not isinstance(count, int) or count < 1):
+            raise InputError(f"{what} were given as {count!r}: give a whole number, at least 1")
+    if examples is None:
+        if epochs is not None:
+            raise InputError("epochs were given without the examples of one: give examples too, or steps alone")
+        return steps, None
+    if steps is not None:
+        raise InputError("steps were given, and examples to count them from: give one of the two")
+    if not isinstance(batch, (tuple, list)) or len(batch) not in (1, 2) or not all(type(size) is int for size in batch):
+        raise InputError(
+            "examples were given to count steps from, but the batch is no shape, so how many of them it holds is not "
+            "known: give steps, or batch as (batch, sequence)"
+        )
+    epochs = 1 if epochs is None else epochs
+    passes = -(-examples // max(1, batch[0]))
+    return epochs * -(-passes // accumulation), epochs
+
+
+def _activations(given: str | Mapping[str, str] | None) -> dict[str, Activations]:
+    if given is None or given == ANY:
+        return {}
+    found: dict[str, Activations] = {}
+    for name, policy in (given if isinstance(given, Mapping) else {"": given}).items():
+        known = next((one for one in ACTIVATIONS if one == policy), None)
+        if known is None:
+            raise InputError(
+                f"the activations{f' of {name}' if name else ''} were given as {policy!r}: give one of "
+                f"{', '.join(ACTIVATIONS)}" + ("" if name else f" or {ANY}")
+            )
+        found[name] = known
+    return found
+
+
+def _pins(given: Mapping[str, str] | None) -> dict[str, Tier]:
+    if given is not None and not isinstance(given, Mapping):
+        raise InputError(f"the pins were given as {given!r}: give a tier by block name, one of {', '.join(TIERS)}")
+    found: dict[str, Tier] = {}
+    for name, word in (given or {}).items():
+        tier = tier_of(word)
+        if tier is None:
+            raise InputError(f"the pin {name}={word} names the tier {word!r}: give one of {', '.join(TIERS)}")
+        found[name] = tier
+    return found
+
+
+def _optimizer_state(given: str | None, optimizer: str) -> StateHome | None:
+    home = next((home for home in STATE_HOMES if home == given), None)
+    if home is None and given is not None:
+        raise InputError(
+            f"the optimizer's state was to lie in {given!r} between steps: give one of {', '.join(STATE_HOMES)}"
+        )
+    if not optimizer.startswith("paged_"):
+        return home
+    if home == "host":
+        raise InputError(
+            f"the state of {optimizer} was to lie on the host between steps, but its pages go there by themselves: leave "
+            "optimizer_state out, or use an optimizer that is not paged"
+        )
+    return "device"
