@@ -118,8 +118,8 @@ class Triggers:
         self._inside: list[str] = []
         """Compiled modules whose calls are under way."""
         self._tells_failures = around is not None
-        self._around = 0
-        """How many calls of modules around are under way."""
+        self._around: set[int] = set()
+        """Ids of the modules around whose calls are under way. An interrupt, of which hooks are not told, leaves them there."""
         self._alone: set[str] = set()
         """Those that were called by none of these: they are hooked themselves."""
         self._beside = refuse_beside(self._inside)
@@ -214,11 +214,13 @@ class Triggers:
 
     @untraced
     def _goes_in(self, module: nn.Module, args: object) -> None:
-        self._around += 1
+        if id(module) in self._around:
+            self._around.clear()
+        self._around.add(id(module))
 
     @untraced
     def _comes_out(self, module: nn.Module, args: object, output: object) -> None:
-        self._around -= self._around > 0
+        self._around.discard(id(module))
         self._ends_alone(module, args, output)
 
     @untraced

@@ -13,7 +13,6 @@ from memplan.errors import ModelError, PlanMismatchError
 from memplan.program.check import require
 from memplan.program.page_lock import is_state_locked
 from memplan.program.schema import Plan
-from memplan.run.elsewhere import Watched, refuse_gaps, refuse_shared
 from memplan.run.first_touch import touch_ahead
 from memplan.run.handle import Handle, handle_of
 from memplan.run.home import Checkpoint
@@ -22,6 +21,7 @@ from memplan.run.interrupts import Undo, held_back
 from memplan.run.matching import match_weights, require_supported, stored_tensors, trigger_modules
 from memplan.run.optimizer_state import OptimizerState
 from memplan.run.parts import Files, Parts, resettle, settle
+from memplan.run.storage_aliases import Watched, refuse_gaps, refuse_shared
 from memplan.weights import mark_adapters
 
 

@@ -40,6 +40,7 @@ from memplan.run.dispatched import announced_in, serve_with, unasked
 from memplan.run.home import Home, as_bytes, layout_of
 from memplan.run.streamed import Kinds, Streamed, trained_by_now
 from memplan.run.torch_functions import replace_functions, restore_functions
+from memplan.triggers import tensors_in
 from memplan.weights import is_quantizer_state, is_wrapper, kind_of, rewrapped, wrapped_parts
 
 if TYPE_CHECKING:
@@ -257,7 +258,7 @@ class DirectAccess:
         with torch.inference_mode(False), torch.no_grad():
             raw = torch.empty(row.size_bytes, dtype=torch.uint8, device=self._device)
             raw.copy_(as_bytes(there))
-        return _HandedOut(_alias(shaped(raw, row, home.orders[row.name])), row, "copy")
+        return _HandedOut(_alias(shaped(raw, row, home.strides[row.name])), row, "copy")
 
     def _drop_copies(self) -> None:
         """Forget the copies that nobody holds any more: who looks at all weights in turn must not fill the memory."""
@@ -288,14 +289,14 @@ class DirectAccess:
                 f"the frozen weight {row.name} ({row.dtype} {row.shape}) was to become {value.dtype} {tuple(value.shape)}, but "
                 "memplan streams it as it was when it was placed: detach() first, change it, then plan and attach anew"
             )
-        order = home.orders[row.name]
+        strides = home.strides[row.name]
         if replaced:
             if sum(one is row for one in streamed.rows) > 1:
                 raise RunError(
                     f"the frozen weight {row.name} was given other data, but bitsandbytes computes with what its module keeps of it "
                     "beside it, which stays the old: write to the weight in place, or detach() first and load the layer anew"
                 )
-            if strides_of(value) != order or (order is None and not value.is_contiguous()):
+            if strides_of(value) != strides or (strides is None and not value.is_contiguous()):
                 raise RunError(
                     f"the frozen weight {row.name} was to become a tensor of another memory layout (strides {value.stride()}), but "
                     "memplan streams it as it was when it was placed: give it a contiguous copy, or detach() first"
@@ -830,15 +831,7 @@ def _is_for_a_parameter() -> bool:
 
 
 def _away_in(value: Any) -> Iterator[torch.Tensor]:
-    if isinstance(value, torch.Tensor):
-        if type(value) is _AWAY.get(kind_of(value)):
-            yield value
-    elif isinstance(value, (tuple, list)):
-        for part in value:
-            yield from _away_in(part)
-    elif isinstance(value, dict):
-        for part in value.values():
-            yield from _away_in(part)
+    return (tensor for tensor in tensors_in(value) if type(tensor) is _AWAY.get(kind_of(tensor)))
 
 
 def _like(tensor: torch.Tensor) -> torch.Tensor | None:
@@ -849,7 +842,7 @@ def _like(tensor: torch.Tensor) -> torch.Tensor | None:
         return None
     row = place[0].rows[place[1]]
     raw = torch.empty(row.size_bytes, dtype=torch.uint8, device="meta")
-    return shaped(raw, row, server._homes[place[0].block].orders[row.name])
+    return shaped(raw, row, server._homes[place[0].block].strides[row.name])
 
 
 class plain:

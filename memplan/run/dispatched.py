@@ -15,6 +15,8 @@ from typing import Any
 
 import torch
 
+from memplan.triggers import tensors_in
+
 _NAME = "TESTING_ONLY_GenericWrapper"
 _KEY: Any = torch._C._parse_dispatch_key(_NAME)
 _KEYS = torch._C.DispatchKeySet(_KEY)
@@ -67,12 +69,4 @@ def serve_with(serve: Serve) -> None:
 
 def announced_in(value: Any) -> Iterator[torch.Tensor]:
     """Yield the placeholders, and the weights that are such now, in an operator's arguments."""
-    if isinstance(value, torch.Tensor):
-        if torch._C._dispatch_keys(value).has(_KEY):
-            yield value
-    elif isinstance(value, (tuple, list)):
-        for part in value:
-            yield from announced_in(part)
-    elif isinstance(value, dict):
-        for part in value.values():
-            yield from announced_in(part)
+    return (tensor for tensor in tensors_in(value) if torch._C._dispatch_keys(tensor).has(_KEY))

@@ -204,7 +204,7 @@ class Home:
         self.touched: set[str] = set()
         """Tensors that were written to, or lent to someone who may have done so."""
         held = {name: weight.tensor for name, weight in self._weights.items()}
-        self.orders = {name: None if is_away(tensor) else strides_of(tensor) for name, tensor in held.items()}
+        self.strides = {name: None if is_away(tensor) else strides_of(tensor) for name, tensor in held.items()}
         # What each was: its placeholder where it held no weights, else the device that it was on.
         self._were = {name: tensor.data if is_away(tensor) else tensor.device for name, tensor in held.items()}
 
@@ -213,7 +213,7 @@ class Home:
         apart = self._apart(tensor)
         if apart is not None:
             return apart
-        return shaped(self._raw(tensor), tensor, self.orders[tensor.name])
+        return shaped(self._raw(tensor), tensor, self.strides[tensor.name])
 
     def _raw(self, tensor: Tensor) -> torch.Tensor:
         begin, end = tensor.offset_bytes, tensor.offset_bytes + tensor.size_bytes
@@ -247,7 +247,7 @@ class Home:
             if held is None:
                 held = self._layout()
             with torch.inference_mode(False), torch.no_grad():
-                weight.point(view(held, tensor, self.orders[tensor.name]).to(was, copy=True))
+                weight.point(view(held, tensor, self.strides[tensor.name]).to(was, copy=True))
 
     @property
     def is_writable(self) -> bool:
@@ -265,7 +265,7 @@ class Home:
         assert isinstance(self.source, HostSource)
         self.touched.add(tensor.name)
         with torch.inference_mode(False), torch.no_grad():
-            view(self.source.part, tensor, self.orders[tensor.name]).copy_(value)
+            view(self.source.part, tensor, self.strides[tensor.name]).copy_(value)
 
     def _apart(self, tensor: Tensor) -> torch.Tensor | None:
         """Return what was put in the place of a weight that lies here for good (``weight.data = ...``), or None.
@@ -274,7 +274,7 @@ class Home:
         """
         if self.lies is None:
             return None
-        there = view(self.lies, tensor, self.orders[tensor.name])
+        there = view(self.lies, tensor, self.strides[tensor.name])
         for pointed in self._weights[tensor.name].everywhere():
             if layout_of(pointed) != layout_of(there):
                 return pointed.data
@@ -292,7 +292,7 @@ class Home:
             held = torch.empty(self.block.size_bytes, dtype=torch.uint8)
             self.source.read(held.numpy())
         for tensor, value in apart.items():
-            there = view(held, tensor, self.orders[tensor.name])
+            there = view(held, tensor, self.strides[tensor.name])
             if value.shape != there.shape or value.dtype != there.dtype:
                 raise RunError(
                     f"the frozen weight {tensor.name} ({tensor.dtype} {tensor.shape}) was replaced by a tensor of another shape "

@@ -338,7 +338,7 @@ def _point(parts: Parts, home: Home, slot: torch.Tensor | None) -> None:
 def _views(parts: Parts, home: Home, part: torch.Tensor) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """Yield each tensor of a block's weights, and the view that it is where the block lies in ``part``."""
     for tensor in home.block.tensors:
-        there = view(part, tensor, home.orders[tensor.name])
+        there = view(part, tensor, home.strides[tensor.name])
         for pointed in parts.weights[tensor.name].everywhere():
             yield pointed, there
 
