@@ -20,6 +20,7 @@ from torch import nn
 
 from memplan.compiled import call_of, replace_call
 from memplan.errors import RunError
+from memplan.nested import tensors_in
 from memplan.recompute import (
     are_memplans,
     drop_hooks_that_stayed,
@@ -27,7 +28,7 @@ from memplan.recompute import (
     run_hooked,
     without_graph,
 )
-from memplan.triggers import in_backward, tensors_in
+from memplan.triggers import in_backward
 from memplan.units import ALIGNMENT_BYTES
 from memplan.weights import is_wrapper_type
 

@@ -18,7 +18,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from memplan import data_writes
 from memplan.errors import RunError
+from memplan.process_state import positions
 
 _MAPPINGS = frozenset({dict, OrderedDict, defaultdict, Counter})
 _KEPT = frozenset({*_MAPPINGS, list, set, deque, torch.Generator})
@@ -202,7 +204,7 @@ class Now:
             for buffer in module._buffers.values() if module._buffers else ():
                 if buffer is not None and id(buffer) not in apart and not buffer.is_inference():
                     self._others.append(buffer)
-        self._versions = [(p._version, p.data_ptr()) for p in self._trained]
+        self._versions = data_writes.states(self._trained)
         self._other_versions = [tensor._version for tensor in self._others]
 
     def refuse_written(self) -> None:
@@ -217,7 +219,7 @@ class Now:
     def again(self) -> Iterator[None]:
         """Have all be as it was. Raises RunError where that cannot be."""
         if (
-            [(p._version, p.data_ptr()) for p in self._trained] != self._versions
+            data_writes.states(self._trained) != self._versions
             or [tensor._version for tensor in self._others] != self._other_versions
             or self._count() != self._writes
         ):
@@ -227,6 +229,7 @@ class Now:
             )
         had_kernels = _kernels()
         flags = [(parameter, flag) for parameter, flag in self._flags if parameter.requires_grad != flag]
+        drawn = positions()
         try:
             for parameter, flag in flags:
                 parameter.requires_grad_(flag)
@@ -237,6 +240,11 @@ class Now:
             _set_kernels(had_kernels)
             for parameter, flag in flags:
                 parameter.requires_grad_(not flag)
+            if positions() != drawn:  # a recompute is left by an error once it has all that is wanted
+                raise RunError(
+                    f"the forward of {self._name} drew Python's or NumPy's random numbers, which it did not as it was planned, "
+                    f"and the plan runs it a second time in backward, with others: {_KEEP}, or plan anew where it does so at once"
+                )
 
 
 def _same(now: Any, held: Any) -> bool:

@@ -14,9 +14,8 @@ watcher takes each as the same access.
 
 from __future__ import annotations
 
-import dataclasses
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from types import MappingProxyType
 from typing import Any, Protocol
@@ -38,6 +37,8 @@ from memplan.compiled import (
 )
 from memplan.errors import RunError
 from memplan.names import canonical
+from memplan.nested import tensors_in
+from memplan.taps import Taps
 
 
 class Watcher(Protocol):
@@ -64,21 +65,6 @@ def in_backward() -> bool:
     return torch._C._current_graph_task_id() != -1
 
 
-def tensors_in(value: object) -> Iterator[torch.Tensor]:
-    """Yield the tensors in nested tuples, lists, mappings (transformers' outputs among them) and dataclasses."""
-    if isinstance(value, torch.Tensor):
-        yield value
-    elif isinstance(value, (tuple, list)):
-        for part in value:
-            yield from tensors_in(part)
-    elif isinstance(value, Mapping):
-        for part in value.values():
-            yield from tensors_in(part)
-    elif dataclasses.is_dataclass(value) and not isinstance(value, type):
-        for field in dataclasses.fields(value):
-            yield from tensors_in(getattr(value, field.name))
-
-
 def modules_by_name(model: nn.Module) -> dict[str, nn.Module]:
     """Return the modules by canonical name; where a wrapper and what it wraps share one, the wrapper.
 
@@ -99,17 +85,22 @@ class Triggers:
         watcher: Watcher,
         within: Mapping[str, Sequence[nn.Module]] = MappingProxyType({}),
         around: Sequence[nn.Module] | None = None,
+        taps: Mapping[str, Taps] = MappingProxyType({}),
     ) -> None:
-        """``within``: modules inside of some, each of whose outputs announces the backward too. ``around``: those that call
-        some, from which an error comes out as well: so failed forwards are told, at no cost to those that do not fail. None:
-        they are not told.
+        """``within``: modules inside of some, each of whose outputs announces the backward too; as long as it needs to, where there
+        are ``taps`` of that trigger. ``around``: those that call some, from which an error comes out as well: so failed forwards
+        are told, at no cost to those that do not fail. None: they are not told.
 
         [Note: entered from within] A backward that comes to a layer by a tensor that was made inside of it, and by none that it
-        returned, is announced by nothing else. Functions that keep views of weights of their own (bitsandbytes) would then
-        read another block's bytes, which look like any others.
+        returned, is announced by nothing else. Functions that keep views of weights (torch's linear, bitsandbytes) would then
+        read another block's bytes, which look like any others. Mostly a forward hook has handed out that tensor.
         """
         self._watcher = watcher
-        self._told: tuple[str, int] = ("", -1)
+        self._taps = taps
+        self._announced: set[tuple[str, int]] = set()
+        """The calls whose backward was announced, of the outermost backward under way."""
+        self.told: tuple[str, int] = ("", -1)
+        """The call whose backward was announced last."""
         self._calls: dict[str, int] = {}
         self._outermost = -1
         self.look: Callable[[str, int, object, object], bool] | None = None
@@ -129,8 +120,7 @@ class Triggers:
                 self._watch_failure(module, self._comes_out)
             for name, module in modules.items():
                 self._watch(name, module)
-                for inner in within.get(name, ()):
-                    self._undo.append(inner.register_forward_hook(self._inside_of(name)).remove)
+                self._watch_within(name, within.get(name, ()))
         except BaseException:
             self.remove()
             raise
@@ -166,6 +156,14 @@ class Triggers:
         if isinstance(module, OptimizedModule):
             self._undo.append(module._orig_mod.register_forward_pre_hook(self._beside).remove)
 
+    def _watch_within(self, name: str, within: Sequence[nn.Module]) -> None:
+        taps = self._taps.get(name)
+        for inner in within:
+            handle = inner.register_forward_hook(self._inside_of(name))
+            self._undo.append(handle.remove)
+            if taps is not None:
+                taps.watched[inner] = handle
+
     def _before(self, name: str) -> Any:
         def pre_hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             refuse_region(name)
@@ -179,9 +177,12 @@ class Triggers:
                 self._watch_end()
             else:
                 self._outermost = -1  # a backward that raised never announced its end
+                self._announced.clear()
             if self._tells_failures and not self._around and name not in self._alone and not hides_hooks(module):
                 self._alone.add(name)
                 self._watch_failure(module, self._ends_alone)
+            if (taps := self._taps.get(name)) is not None:
+                self._watch_within(name, taps.begins(args, kwargs))
             self._calls[name] = self._watcher.forward_begins(name, in_backward=backward)
 
         return untraced(pre_hook)
@@ -195,6 +196,8 @@ class Triggers:
                     produced[0].register_hook(partial(_tell, self, name, call))
                 elif produced:
                     register_multi_grad_hook(produced, partial(_tell, self, name, call), mode="any")
+                if (taps := self._taps.get(name)) is not None and taps.stops is not None:
+                    taps.ends()
             if self.look is not None and self.look(name, call, (args, kwargs), output):
                 self.look = None
             self._watcher.forward_ends(name, call, in_backward=in_backward())
@@ -202,9 +205,18 @@ class Triggers:
         return untraced(post_hook)
 
     def _inside_of(self, name: str) -> Any:
+        taps = self._taps.get(name)
+
         def hook(module: nn.Module, args: object, output: object) -> None:
-            if isinstance(output, torch.Tensor) and output.grad_fn is not None and not in_backward():
-                output.register_hook(partial(_tell_from_within, self, name, self._calls.get(name, -1)))
+            if not torch.is_grad_enabled() or in_backward():
+                return
+            made = (output,) if isinstance(output, torch.Tensor) else tuple(tensors_in(output))
+            for tensor in made:
+                if tensor.grad_fn is not None:
+                    # Of the node: that takes half of what one of the tensor does.
+                    tensor.grad_fn.register_prehook(partial(_tell_from_within, self, name, self._calls.get(name, -1)))
+            if taps is not None and taps.stops is not None:
+                taps.look(module, [tensor for tensor in made if tensor.grad_fn is not None])
 
         return untraced(hook)
 
@@ -231,13 +243,17 @@ class Triggers:
     def backward_begins(self, name: str, call: int) -> None:
         """Tell that a gradient of what a call produced is there."""
         self._watch_end()
-        self._told = (name, call)
+        self.told = (name, call)
+        self._announced.add((name, call))
         self._watcher.backward_begins(name, call)
 
     def backward_goes_on(self, name: str, call: int) -> None:
         """Tell the same of a tensor that was made inside of a call, where that was not told already."""
-        if call != -1 and self._told != (name, call):
+        taps = self._taps.get(name)
+        if taps is None or not taps.is_settled:
             self.backward_begins(name, call)
+        elif (name, call) not in self._announced:
+            taps.refuse()
 
     def _watch_end(self) -> None:
         """Have the end of the outermost backward announced.
@@ -252,7 +268,8 @@ class Triggers:
     def backward_ends(self) -> None:
         """Tell that the outermost backward is over."""
         self._outermost = -1
-        self._told = ("", -1)
+        self.told = ("", -1)
+        self._announced.clear()
         self._watcher.backward_ends()
 
 
@@ -271,8 +288,14 @@ def _tell(triggers: Triggers, name: str, call: int, gradient: torch.Tensor) -> N
     triggers.backward_begins(name, call)
 
 
+@untraced
+def _tell_from_within(triggers: Triggers, name: str, call: int, gradients: object) -> None:
+    if triggers.told != (name, call) and call != -1:
+        _goes_on(triggers, name, call)
+
+
 @untraced_deep
-def _tell_from_within(triggers: Triggers, name: str, call: int, gradient: torch.Tensor) -> None:
+def _goes_on(triggers: Triggers, name: str, call: int) -> None:
     triggers.backward_goes_on(name, call)
 
 

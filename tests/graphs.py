@@ -18,7 +18,7 @@ from torch import nn
 from memplan.analyze.graph import LayerGraph
 from memplan.analyze.structure import Described
 from memplan.analyze.trace import analyze
-from memplan.triggers import tensors_in
+from memplan.nested import tensors_in
 
 ROOT = Path(__file__).parents[1]
 _known: dict[str, LayerGraph] = {}

@@ -14,7 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from memplan.analyze.fake import fake_of
 from memplan.analyze.inputs import SOUNDS, image, sound
 from memplan.errors import InputError
-from memplan.triggers import tensors_in
+from memplan.nested import tensors_in
 
 _TOKENS = 512
 """Tokens of a sequence of which no length is given."""

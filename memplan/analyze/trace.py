@@ -42,10 +42,11 @@ from memplan.analyze.repeats import Run, find_runs, shortened
 from memplan.analyze.stateful import refuse_replaced, stateful_at_first, stateful_twice, watch_draws
 from memplan.errors import InputError, MemplanError, ModelError, type_and_line
 from memplan.late_hooks import note_traced
+from memplan.nested import tensors_in
 from memplan.process_state import random_states_kept
 from memplan.snapshot import Snapshot
 from memplan.storages import storage_of
-from memplan.triggers import Triggers, in_backward, tensors_in
+from memplan.triggers import Triggers, in_backward
 from memplan.weights import once, trained_bytes
 
 _DEEPEST = 8

@@ -59,7 +59,7 @@ class Conductor:
         self._used: tuple[Streamed, ...] = ()  # what the access under way reads, open or not
         self._had_backward = False
         self._strayed_in_backward = False  # or its forwards did, of which some may have none that is seen
-        self._entrances = entrances
+        self.entrances = entrances
         self._process = os.getpid()
         self._recomputed = frozenset(p.module for p in plan.activations if p.activations == "recompute")
         self._forward_of: int | None = None  # the thread whose forward is under way
@@ -140,7 +140,7 @@ class Conductor:
                 self._serve_aside(module)
             self._choices.note(position)  # only now: what is loaded when it is called was not foreseen
         if torch.is_grad_enabled():
-            self._entrances.called(module)
+            self.entrances.called(module)
         if self._learner.writing:
             self._learner.forward(module, call)
         return call
@@ -197,7 +197,7 @@ class Conductor:
                     "a backward that can itself be differentiated (create_graph=True) came to "
                     f"{module}: it reads weights again later, which no trigger would see. Pin all blocks to the device"
                 )
-            self._entrances.announced(module)
+            self.entrances.announced(module)
             if self._learner.writing:
                 self._learner.backward(module, call)
             position = self._sequence.backward_at(module, call - self._first_call, self._now)
@@ -217,7 +217,7 @@ class Conductor:
                 return
             self._had_backward = True
             strayed, self._strayed_in_backward = self._strayed_in_backward, False
-            self._entrances.backward_ends(left_out=strayed or not self._sequence.is_over(self._now))
+            self.entrances.backward_ends(left_out=strayed or not self._sequence.is_over(self._now))
             cycle = self._now // self._sequence.length
             is_over = self._sequence.is_over(self._now)
             self._done = (cycle + 1) * self._sequence.length if is_over else self._now + 1
@@ -231,7 +231,7 @@ class Conductor:
         Where a checkpoint spans several modules they come in forward order: only the next planned backward moves the
         position, the others are served beside it, lest what is still needed counts as over.
         """
-        self._entrances.announced(module)
+        self.entrances.announced(module)
         if self._learner.writing:
             self._learner.backward(module)
         position = self._sequence.next_backward(module, self._now)
@@ -464,7 +464,7 @@ class Conductor:
     # ---- the record ------------------------------------------------------------------------------------------------
 
     def _cycle_begins(self) -> None:
-        self._entrances.pass_begins()
+        self.entrances.pass_begins()
         for block, stalled in self._transfers.device_stalls().items():
             if block in self._streamed:
                 self._streamed[block].stall_s += stalled

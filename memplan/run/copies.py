@@ -17,10 +17,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from memplan.nested import tensors_in
 from memplan.program.schema import Plan
 from memplan.run.arena import Arena
 from memplan.storages import storage_of
-from memplan.triggers import in_backward, tensors_in
+from memplan.triggers import in_backward
 from memplan.units import format_bytes
 from memplan.weights import plain_parts
 

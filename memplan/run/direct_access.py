@@ -34,13 +34,13 @@ from torch.utils.weak import WeakIdKeyDictionary
 from memplan.analyze.graph import Tensor
 from memplan.compiled import untraced_deep
 from memplan.errors import RunError
+from memplan.nested import tensors_in
 from memplan.run.arena import dtype_of, shaped, strides_of
 from memplan.run.disk import written_pages
 from memplan.run.dispatched import announced_in, serve_with, unasked
 from memplan.run.home import Home, as_bytes, layout_of
 from memplan.run.streamed import Kinds, Streamed, trained_by_now
 from memplan.run.torch_functions import replace_functions, restore_functions
-from memplan.triggers import tensors_in
 from memplan.weights import is_quantizer_state, is_wrapper, kind_of, rewrapped, wrapped_parts
 
 if TYPE_CHECKING:

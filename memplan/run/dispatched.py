@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from memplan.triggers import tensors_in
+from memplan.nested import tensors_in
 
 _NAME = "TESTING_ONLY_GenericWrapper"
 _KEY: Any = torch._C._parse_dispatch_key(_NAME)

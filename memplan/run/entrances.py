@@ -10,6 +10,7 @@ Only where accesses are left out that the plan has is this looked for.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from typing import NoReturn
 
 import torch
 from torch import nn
@@ -30,14 +31,14 @@ class Entrances:
                 seen[id(parameter)] = seen.get(id(parameter), 0) + 1
         # One that several layers share tells of none.
         alone = {name: tuple(p for p in held if seen[id(p)] == 1) for name, held in layers.items()}
-        self._layers = {name: held for name, held in alone.items() if held}
+        self.layers = {name: held for name, held in alone.items() if held}
         self._marks: dict[str, list[tuple[int, int]]] = {}
         self._called: set[str] = set()
         self._announced: set[str] = set()
 
     def mark(self) -> None:
         """Note what gradients there are: a pass begins, or a backward has ended."""
-        self._marks = {name: _marks(held) for name, held in self._layers.items()}
+        self._marks = {name: _marks(held) for name, held in self.layers.items()}
 
     def pass_begins(self) -> None:
         """Note that nothing was called yet."""
@@ -63,15 +64,20 @@ class Entrances:
 
     def _refuse(self) -> None:
         for name in sorted(self._called - self._announced):
-            held = self._layers.get(name, ())
+            held = self.layers.get(name, ())
             for parameter, mark, now in zip(held, self._marks.get(name, ()), _marks(held), strict=True):
                 # Zeroed in between, it is another as well.
                 if mark != now and parameter.grad is not None and bool(parameter.grad.any()):
-                    raise _entered(f"{name}, whose weights were not there: gradients are wrong")
+                    refuse_entrance(name)
 
 
 def _marks(parameters: Iterable[nn.Parameter]) -> list[tuple[int, int]]:
     return [(0, 0) if (grad := p.grad) is None else (id(grad), grad._version) for p in parameters]
+
+
+def refuse_entrance(name: str) -> NoReturn:
+    """Raise RunError of a layer that a backward has entered with nothing announcing it."""
+    raise _entered(f"{name}, whose weights were not there: gradients are wrong")
 
 
 def _entered(where: str) -> RunError:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from functools import partial
 from typing import Any
 
 from torch import nn
 
-from memplan import offload, recompute
+from memplan import data_writes, offload, recompute
 from memplan.compiled import hides_hooks, is_compiled
 from memplan.late_hooks import Calls, LateHooks
 from memplan.program.page_lock import is_ring_locked
@@ -18,7 +19,7 @@ from memplan.run.clocks import ClockedTransfers
 from memplan.run.conductor import Conductor
 from memplan.run.copies import Copies
 from memplan.run.direct_access import DirectAccess
-from memplan.run.entrances import Entrances
+from memplan.run.entrances import Entrances, refuse_entrance
 from memplan.run.guard import Guard
 from memplan.run.handle import Handle
 from memplan.run.interrupts import Undo
@@ -30,6 +31,7 @@ from memplan.run.spans import Spans, TracedWatcher
 from memplan.run.streamed import Streamed
 from memplan.run.transfer import CpuTransfers, CudaTransfers, Transfers
 from memplan.setting import Setting
+from memplan.taps import Taps
 from memplan.triggers import Triggers
 from memplan.weights import frozen_weights, is_quantized, keep_layout
 
@@ -62,7 +64,7 @@ def install(
         parts.direct = DirectAccess(device, parts.homes, parts.streamed, parts.own_home, parts.lent)
         _note_recomputed(plan, parts)
         entrances = Entrances(
-            [p for p in model.parameters() if p.requires_grad], _trained_within(plan, triggers, parts)
+            _trained(model), {name: _trained(layer) for name, layer in _kept_reads(plan, triggers, parts).items()}
         )
         parts.conductor = Conductor(plan, parts.streamed, transfers, offloaded, parts.arena, parts.direct, entrances)
         undo.callback(parts.conductor.close)
@@ -94,6 +96,7 @@ def _hook(
     for policy in plan.activations:
         if policy.activations == "recompute":
             layer = triggers[policy.module]
+            undo.callback(data_writes.watch())
             undo.callback(recompute.wrap(layer, _setting_kept(policy.module, layer, plan, parts)))
     offloads = parts.conductor.offloads
     for held in offloads.by_key.values():
@@ -103,7 +106,9 @@ def _hook(
             for owner in parts.owners(triggers[trigger], blocks):
                 undo.callback(look_up_on_host(owner, device))
     watcher = parts.conductor if parts.spans is None else TracedWatcher(parts.conductor, parts.spans)
-    hooks = Triggers(triggers, watcher, _quantized(triggers, parts), _around(model, triggers))
+    within = _within_triggers(plan, triggers, parts)
+    taps = _taps(within, _kept_reads(plan, triggers, parts), parts.conductor.entrances)
+    hooks = Triggers(triggers, watcher, within, _around(model, triggers), taps)
     undo.callback(hooks.remove)
     if parts.checked is None:
         parts.copies = Copies(plan, triggers, parts.arena)
@@ -124,27 +129,51 @@ def _around(model: nn.Module, triggers: Mapping[str, nn.Module]) -> list[nn.Modu
     return [m for m in others if any(id(part) in ids for part in m.modules())]
 
 
-def _trained_within(plan: Plan, triggers: Mapping[str, nn.Module], parts: Parts) -> dict[str, list[nn.Parameter]]:
-    """Return the trained parameters within each trigger that reads streamed blocks, and is not run again in backward."""
+def _kept_reads(plan: Plan, triggers: Mapping[str, nn.Module], parts: Parts) -> dict[str, nn.Module]:
+    """Return the triggers that read streamed blocks, and are not run again in backward."""
     again = {policy.module for policy in plan.activations if policy.activations == "recompute"}
     reads = {a.module for a in plan.table.accesses if any(block in parts.streamed for block in a.blocks)} - again
-    return {
-        name: [p for p in trigger.parameters() if p.requires_grad]
-        for name, trigger in triggers.items()
-        if name in reads
-    }
+    return {name: trigger for name, trigger in triggers.items() if name in reads}
 
 
-def _quantized(triggers: Mapping[str, nn.Module], parts: Parts) -> dict[str, list[nn.Module]]:
-    """Return the modules within each trigger whose functions keep streamed weights of quantizers in ways of their own."""
+def _trained(module: nn.Module) -> list[nn.Parameter]:
+    return [p for p in module.parameters() if p.requires_grad]
+
+
+def _within_triggers(plan: Plan, triggers: Mapping[str, nn.Module], parts: Parts) -> dict[str, list[nn.Module]]:
+    """Return the modules of streamed weights within each trigger that must announce a backward, as nothing else may.
+
+    Those are all where the layer is not run again; else those whose functions keep weights of quantizers in ways of their own.
+    """
     streamed = {id(tensor) for one in parts.streamed.values() for tensor, _, _ in one.pointers}
+    kept = _kept_reads(plan, triggers, parts)
     found: dict[str, list[nn.Module]] = {}
     for name, trigger in triggers.items():
         for module in trigger.modules():
-            own = [p for p in module._parameters.values() if p is not None and is_quantized(p)]
-            if any(id(p) in streamed for p in own) and not is_compiled(module) and module is not trigger:
+            is_read = any(id(parameter) in streamed for parameter in module._parameters.values())
+            if (
+                is_read
+                and not is_compiled(module)
+                and module is not trigger
+                and (name in kept or _are_quantized([module]))
+            ):
                 found.setdefault(name, []).append(module)
     return found
+
+
+def _taps(
+    within: Mapping[str, list[nn.Module]], kept: Mapping[str, nn.Module], entrances: Entrances
+) -> dict[str, Taps]:
+    """Return what has those modules watched no more than they must be. Quantizers' functions keep views that nothing tells of."""
+    return {
+        name: Taps(kept[name], entrances.layers.get(name, ()), partial(refuse_entrance, name))
+        for name, modules in within.items()
+        if name in kept and not _are_quantized(modules)
+    }
+
+
+def _are_quantized(modules: Iterable[nn.Module]) -> bool:
+    return any(p is not None and is_quantized(p) for module in modules for p in module._parameters.values())
 
 
 def _setting_kept(name: str, module: nn.Module, plan: Plan, parts: Parts) -> recompute.Kept:

@@ -18,6 +18,7 @@ from memplan import api
 from memplan.checkpoint import StoredTensor, read_checkpoint
 from memplan.compiled import WAY_OUT, call_of, replace_call
 from memplan.errors import CheckpointError, InputError
+from memplan.nested import tensors_in
 from memplan.program.schema import Plan
 from memplan.request import PlanOptions, Request, completed, refuse_beside_plan
 from memplan.run.arena import dtype_of
@@ -30,7 +31,6 @@ from memplan.trainers.loading import at_detach, checkpoint_of
 from memplan.trainers.longest import longest_batch
 from memplan.trainers.mapped import folder_of, give_way, is_mapped
 from memplan.trainers.waiting import arrived, not_waiting
-from memplan.triggers import tensors_in
 
 if TYPE_CHECKING:
     from transformers import Trainer

@@ -284,19 +284,38 @@ def test_a_write_between_forward_and_backward_of_a_recomputed_layer_is_refused(t
 # ---- other ways in ---------------------------------------------------------------------------------------------------
 
 
-def test_a_backward_that_enters_a_layer_from_within_is_refused(tmp_path):
-    model = make("llama")
-    taken = []
+@pytest.mark.parametrize("when", ["before", "after", "late"])
+@pytest.mark.parametrize("inner", ["mlp", "self_attn.q_proj", "input_layernorm", "mlp.down_proj"])
+def test_a_backward_that_enters_a_layer_by_what_a_hook_took_is_right(inner, when, tmp_path):
+    whole, model = make("llama"), make("llama")
     options = {"ram": "1GiB", "activations": "keep", "hardware": CPU, "gains": False}
     with pytest.raises(DoesNotFitError) as caught:
         memplan.plan(model, batch_of("llama"), vram=1, **options)
     plan = memplan.plan(model, batch_of("llama"), vram=caught.value.least_vram_bytes, **options)
-    layers = model.base_model.model.model.layers
-    with memplan.attach(model, plan):
-        layers[2].mlp.register_forward_hook(lambda module, args, output: taken.append(output))
-        model(**batch_of("llama"))
-        with pytest.raises(RunError, match="entered a layer by a tensor that was made inside"):
-            taken[0].square().mean().backward()
+
+    def hook(of):
+        taken = []
+        of.base_model.model.model.layers[2].get_submodule(inner).register_forward_hook(
+            lambda m, a, out: taken.append(out)
+        )
+        return taken
+
+    def gradients(of, taken):
+        of.zero_grad()
+        of(**batch_of("llama"))
+        taken[-1].square().mean().backward()
+        return [None if p.grad is None else p.grad.clone() for p in of.parameters() if p.requires_grad]
+
+    expected = gradients(whole, hook(whole))
+    taken = hook(model) if when == "before" else None
+    with memplan.attach(model, plan) as handle:
+        if when == "late":
+            model(**batch_of("llama")).loss.backward()
+        taken = taken or hook(model)
+        for one, other in zip(gradients(model, taken), expected, strict=True):
+            assert (one is None and other is None) or torch.equal(one, other)
+        model(**batch_of("llama")).loss.backward()  # in step with the plan again
+        assert handle.record.loads
 
 
 class Captured(nn.Module):
@@ -318,12 +337,58 @@ class Captured(nn.Module):
         super().__init__()
         torch.manual_seed(0)
         self.layers = nn.ModuleList(self.Layer() for _ in range(8))
+        self.prompt = nn.Parameter(torch.randn(5, 64))
 
     def forward(self, x: torch.Tensor) -> list[torch.Tensor]:
-        found = [x]
+        found = [x + self.prompt]
         for layer in self.layers:
             found.append(layer(found[-1]))
         return found
+
+
+class Early(Captured):
+    """The same, whose adapters come after the matrix that a backward may enter by: they do not tell of it."""
+
+    class Layer(Captured.Layer):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            self.inner = self.up(x)
+            return x + self.down(torch.tanh(self.inner)) + self.b(self.a(x))
+
+
+class Prompted(Captured):
+    """The same, of which a soft prompt alone is trained: no layer has an adapter that tells of a backward."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.requires_grad_(False)
+        self.prompt.requires_grad_(True)
+
+
+@pytest.mark.parametrize("kind", [Prompted, Early])
+def test_a_backward_that_enters_a_layer_by_what_no_adapter_tells_of_is_right_or_refused(kind, tmp_path):
+    whole, model = kind(), kind()
+    pins = {f"layers.{index}": "host" for index in range(8)}
+    batch = {"x": torch.randn(2, 5, 64)}
+    options = {"ram": "64MiB", "pins": pins, "loss": last_of_all, "hardware": CPU, "gains": False}
+    with pytest.raises(DoesNotFitError) as caught:
+        memplan.plan(model, batch, vram=1, activations="keep", **options)
+    plan = memplan.plan(model, batch, vram=caught.value.least_vram_bytes, activations="keep", **options)
+    with memplan.attach(model, plan, cache=tmp_path) as handle:
+        for step, losses in enumerate(
+            (
+                lambda made: made[1].layers[4].inner.square().mean(),
+                lambda made: last_of_all(made[0]),
+                lambda made: made[1].layers[6].inner.square().mean() + made[1].layers[2].inner.square().mean(),
+                lambda made: last_of_all(made[0]) + made[1].layers[2].inner.square().mean(),
+            )
+        ):
+            if step in (0, 2):
+                with pytest.raises(RunError, match="entered a layer by a tensor that was made inside"):
+                    entering(model, losses)
+                continue
+            for one, other in zip(entering(model, losses), entering(whole, losses), strict=True):
+                assert (one is None and other is None) or torch.equal(one, other)
+        assert handle.record.loads > 8
 
 
 def entering(model: nn.Module, loss_of_all: Callable[[Any], torch.Tensor]) -> list[torch.Tensor | None]:

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import random
+
+import numpy
 import pytest
 import torch
 
 import memplan
 from memplan.errors import RunError
+from memplan.process_state import positions
 from tests.run.test_late_hooks import GIVEN, ROWS, WIDTH, Layer, Model, assert_alike, loss, planned, train
 
 
@@ -53,6 +57,40 @@ class Draws(Later):
 
 def test_a_generator_of_its_own():
     assert_alike(lambda model: None, Draws, each=next_step)
+
+
+class DrawsElsewhere(Later):
+    draw = staticmethod(random.random)
+
+    def forward(self, x):
+        if self.step >= self.begins:
+            x = x * float(self.draw())
+        return Layer.forward(self, x)
+
+
+@pytest.mark.parametrize("draw", [random.random, numpy.random.rand])
+def test_numbers_that_no_trace_sees_being_drawn_are_refused(draw):
+    kind = type("DrawsElsewhere", (DrawsElsewhere,), {"draw": staticmethod(draw)})
+    model = Model(kind)
+    with (
+        memplan.attach(model, planned(model)),
+        pytest.raises(RunError, match="drew Python's or NumPy's random numbers"),
+    ):
+        train(model, next_step)
+
+
+@pytest.mark.parametrize(
+    "draw",
+    [random.random, lambda: random.getrandbits(1), lambda: random.gauss(0, 1), numpy.random.rand, numpy.random.randn],
+)
+def test_each_draw_is_seen(draw):
+    for _ in range(2000):  # once round each generator's numbers and more
+        before = positions()
+        assert positions() == before
+        draw()
+        after = positions()
+        draw()
+        assert before != after or after != positions()  # a pair of normal numbers is drawn at once
 
 
 class Given(Later):
@@ -144,3 +182,67 @@ def test_a_forward_that_registers_a_hook_at_its_first_call_is_not_recomputed():
         found = train(model)
     assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
     assert [layer.seen for layer in model.layers] == [layer.seen for layer in whole.layers]
+
+
+# ---- trained parameters ----------------------------------------------------------------------------------------------
+
+
+def write_alias(parameter, _):
+    parameter.data.mul_(1.5)
+
+
+def write_view_of_an_alias(parameter, _):
+    parameter.data.view(-1)[:2].zero_()
+
+
+def write_an_alias_of_an_alias(parameter, _):
+    parameter.data.detach().mul_(1.5)
+
+
+def set_twice(parameter, _):
+    before = parameter.data_ptr()
+    for _ in range(4):
+        parameter.data = parameter.data * 1.01
+        if parameter.data_ptr() == before:
+            break
+
+
+def write_an_older_alias(_, older):
+    older.mul_(1.5)
+
+
+@pytest.mark.parametrize(
+    "write", [write_alias, write_view_of_an_alias, write_an_alias_of_an_alias, set_twice, write_an_older_alias]
+)
+def test_trained_parameters_that_are_written_to_by_data_before_backward_are_refused(write):
+    model = Model(Layer)
+    trained = next(p for p in model.layers[2].parameters() if p.requires_grad)
+    with memplan.attach(model, planned(model)):
+        older = trained.data
+        found = loss(model(torch.rand(ROWS, WIDTH)))
+        write(trained, older)
+        with pytest.raises(RunError, match="written to between its forward and its backward"):
+            found.backward()
+    assert "data" not in vars(torch.nn.Parameter)
+
+
+def test_what_is_read_of_trained_parameters_or_written_elsewhere_is_no_write():
+    def between_steps(model):
+        def write(module, args):
+            for parameter in module.parameters():
+                if parameter.requires_grad:
+                    parameter.data.mul_(0.9)
+                    parameter.data = parameter.data.clone()
+
+        model.register_forward_pre_hook(write)
+
+    assert_alike(between_steps)
+    model = Model(Layer)
+    with memplan.attach(model, planned(model)):
+        found = loss(model(torch.rand(ROWS, WIDTH)))
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                for _ in range(40):
+                    copy = parameter.data.clone()
+                copy.zero_()
+        found.backward()
