@@ -15,7 +15,7 @@ from typing import Any
 import psutil
 import torch
 
-from memplan.hardware import processor_name
+from memplan.hardware.machine import processor_name
 
 RESULTS = Path(__file__).parent / "results"
 

@@ -23,7 +23,8 @@ from transformers import AutoModelForCausalLM
 
 import memplan
 from benchmarks.about import about, keep
-from memplan import demo, hardware
+from memplan import demo
+from memplan.hardware import machine
 
 
 def build(checkpoint: Path) -> torch.nn.Module:
@@ -46,7 +47,7 @@ def main() -> int:
     parser.add_argument("--keep", action="store_true")
     options = parser.parse_args()
     pairs = options.pairs
-    checkpoint = demo.make_checkpoint(hardware.cache_folder() / "demo")
+    checkpoint = demo.make_checkpoint(machine.cache_folder() / "demo")
     plan = demo.make_plan(checkpoint, None)
     samples = demo.Samples(checkpoint, demo.BATCH)
     batch = {name: torch.stack([samples[i][name] for i in range(demo.BATCH)]) for name in samples[0]}

@@ -26,8 +26,8 @@ from torch import nn
 
 import memplan
 from benchmarks.about import about, keep
-from memplan.hardware import Figure, HardwareProfile
-from memplan.run.transfer import CpuTransfers
+from memplan.hardware.profile import Figure, HardwareProfile
+from memplan.run.transfer.transfer import CpuTransfers
 
 DEPTH, WIDTH, ROWS = 16, 640, 192
 LINK_LIMIT, COMPUTE_LIMIT = 1.05, 1.03
@@ -121,7 +121,7 @@ def compare(batch: torch.Tensor, share: float, pairs: int) -> dict[str, float]:
     plan = memplan.plan(planned, {"input": batch}, hardware=profile(flops_per_s, Throttled.bytes_per_s), **options)
     times: dict[str, list[float]] = {"whole": [], "beside copies": [], "planned": []}
     copier = Copier(layer_bytes, plan.prediction.loads_per_pass, Throttled.bytes_per_s)
-    with mock.patch("memplan.run.install.CpuTransfers", Throttled):
+    with mock.patch("memplan.run.modules.install.CpuTransfers", Throttled):
         handle = memplan.attach(planned, plan)
     for pair in range(pairs + 1):
         for name in list(times)[:: 1 if pair % 2 else -1]:

@@ -109,7 +109,7 @@ CHILD = """
 import json, sys, time
 from pathlib import Path
 import torch, transformers, peft, accelerate
-import memplan, memplan.trainers.loading
+import memplan, memplan.trainers.loading.load
 from transformers import LlamaForCausalLM
 from memplan.program.schema import Plan
 torch.set_num_threads(1)

@@ -30,13 +30,13 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.about import about, keep
-from memplan import hardware
 from memplan.analyze.graph import Activations, LayerGraph
 from memplan.cost.build import cost_table
 from memplan.cost.table import CostTable
 from memplan.errors import DoesNotFitError
+from memplan.hardware import profile as profiles
 from memplan.place.bound import window_bound
-from memplan.place.least import least_vram_bytes
+from memplan.place.min_vram import least_vram_bytes
 from memplan.place.problem import Memory, make_problem
 from memplan.place.solve import place
 from memplan.program.schema import Budgets, Plan, Prediction, Workload
@@ -69,9 +69,9 @@ def graph_of(name: str, quantization: str, shape: tuple[int, int], folder: Path 
     path = None if folder is None else folder / f"{name}-{quantization or 'bf16'}-{shape[0]}x{shape[1]}.json"
     if path is not None and path.is_file():
         return msgspec.json.decode(path.read_bytes(), type=LayerGraph)
-    from memplan.analyze.adapters import prepare
-    from memplan.analyze.extend import NotPeriodicError
-    from memplan.analyze.trace import analyze
+    from memplan.analyze.inputs.prepare import prepare
+    from memplan.analyze.repeat.unroll import NotPeriodicError
+    from memplan.analyze.trace.trace import analyze
 
     lora = {"rank": 16, "targets": "all-linear"}
     if name == "flux":
@@ -234,7 +234,7 @@ def main() -> int:
                     batch={"input_ids": shape}, tokens=graph.tokens, accumulation=1, optimizer="adamw", adapter="LoRA"
                 )
                 for card in CARDS:
-                    with_offload = cost_table(graph, hardware.load(card))
+                    with_offload = cost_table(graph, profiles.load(card))
                     table = without_offload(with_offload)
                     names = {"model": name, "fingerprint": graph.fingerprint, "workload": workload, "hardware": card}
                     least, whole = least_and_whole(table, **names)

@@ -59,8 +59,8 @@ def model_of(name: str) -> Any:
     import torch
     from peft import LoraConfig
 
-    from memplan.models import table
-    from memplan.skeleton import from_configuration, with_adapter
+    from memplan.model.meta_model import from_configuration, with_adapter
+    from memplan.model.models import table
 
     model: Any = from_configuration(name, "float32", None).model
     encodes = bool(model.config.is_encoder_decoder)

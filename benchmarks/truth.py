@@ -28,9 +28,9 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.about import about, keep
-from memplan import hardware
 from memplan.errors import type_and_line
-from memplan.hardware import HardwareProfile
+from memplan.hardware.calibrate import current
+from memplan.hardware.profile import HardwareProfile
 
 WIDTH, INNER, LAYERS, HEADS = 128, 352, 4, 4
 ARCHITECTURES = ("llama", "qwen3", "gemma2", "gpt2", "t5", "mixtral")
@@ -152,10 +152,10 @@ def adapter(case: Case) -> Any:
 
 def predicted_bytes(case: Case) -> int:
     """Return the peak that is predicted for the whole model on the device, the process's context apart."""
-    from memplan.analyze.adapters import prepare
-    from memplan.analyze.trace import analyze
+    from memplan.analyze.inputs.prepare import prepare
+    from memplan.analyze.trace.trace import analyze
     from memplan.cost.build import cost_table
-    from memplan.hardware import load
+    from memplan.hardware.profile import load
 
     model = prepare(
         configuration(case),
@@ -209,7 +209,7 @@ def checkpointed(case: Case, model: Any) -> None:
 
 def measured_bytes(case: Case) -> dict[str, int]:
     """Train for two steps; return the peak of the second by live storages, on CUDA also the allocator's."""
-    from memplan.storages import StorageLedger
+    from memplan.model.live_storages import StorageLedger
 
     model = made(case)
     step, optimizer, batch = training(case, model)
@@ -249,9 +249,9 @@ def times(case: Case, profile: HardwareProfile) -> dict[str, float]:
     The first two are taken in turns; ``measured_s`` is the median step, ``predicted_s`` that times the median of the turns'
     ratios, so that a machine that grows slower meanwhile tells on both.
     """
-    from memplan.analyze import measure as measuring
-    from memplan.analyze.adapters import prepare
-    from memplan.analyze.trace import analyze
+    from memplan.analyze.blocks import measure as measuring
+    from memplan.analyze.inputs.prepare import prepare
+    from memplan.analyze.trace.trace import analyze
     from memplan.cost.build import cost_table
 
     model = made(case)
@@ -333,7 +333,7 @@ def main() -> int:
     options.add_argument("--keep", action="store_true", help="keep the result in benchmarks/results")
     given = options.parse_args()
     table = Table("case", "predicted", "measured", "error", "step", "predicted", "by rates", box=None)
-    profile = hardware.measured() if given.times else None
+    profile = current.measured_now() if given.times else None
     rows, failures = [], []
     for case in cases():
         if given.only not in case.name:

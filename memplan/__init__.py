@@ -38,9 +38,9 @@ if TYPE_CHECKING:
     from memplan.program.schema import Plan
     from memplan.request import PlanOptions
     from memplan.run.handle import Handle, handle_of
-    from memplan.trainers.loading import load
+    from memplan.trainers.hf_trainer import wrap
+    from memplan.trainers.loading.load import load
     from memplan.trainers.placing import placing
-    from memplan.trainers.transformers import wrap
 
 __version__ = "0.1.0"
 
@@ -88,13 +88,13 @@ _HOMES = {
     "fit": "memplan.api",
     "frontier": "memplan.api",
     "handle_of": "memplan.run.handle",
-    "load": "memplan.trainers.loading",
+    "load": "memplan.trainers.loading.load",
     "materialise": "memplan.api",
     "memory_timeline": "memplan.api",
     "placing": "memplan.trainers.placing",
     "plan": "memplan.api",
     "report": "memplan.api",
-    "wrap": "memplan.trainers.transformers",
+    "wrap": "memplan.trainers.hf_trainer",
 }
 
 # Not for the type checker: it would take any misspelt name for an object.

@@ -15,8 +15,8 @@ from memplan.request import PlanOptions, Request, refuse
 if TYPE_CHECKING:
     from torch import nn
 
-    from memplan.program.answers import Fit, Point
-    from memplan.program.memory import Moment
+    from memplan.program.memory_timeline import Moment
+    from memplan.program.results import Fit, Point
     from memplan.run.handle import Handle
     from memplan.show.html.view import Machine
 
@@ -43,11 +43,11 @@ def plan(model: Any, batch: Any, **options: Unpack[PlanOptions]) -> Plan:
     case = case_of(request)
     made = case.place()
     if request.choices.max_step_s is not None:
-        from memplan.questions.frontier import require_speed
+        from memplan.queries.frontier import require_speed
 
         require_speed(case, made, request.choices.max_step_s)
     if request.choices.gains:
-        from memplan.questions.gains import with_gains
+        from memplan.queries.gains import with_gains
 
         made = with_gains(made)
     return made
@@ -61,7 +61,7 @@ def frontier(model: Any, batch: Any, *, points: int = 17, **options: Unpack[Plan
     Raises InputError, and DoesNotFitError where no vram would do.
     """
     from memplan.case import case_of
-    from memplan.questions import frontier as questions
+    from memplan.queries import frontier as questions
 
     refuse(options, ("max_step_s", "gains"), "frontier", "which shows a step for each vram")
     return questions.frontier(case_of(Request.of(model, batch, options)), points, options.get("progress"))
@@ -82,14 +82,14 @@ def fit(
     ``batch``: a shape. ``options``: those of :func:`plan`, but for ``adapter`` (which is ``rank`` and ``targets`` here),
     ``max_step_s`` and ``gains``. Raises InputError.
     """
-    from memplan.questions.fit import fit
+    from memplan.queries.fit import fit
 
     return fit(model, batch, rank=rank, targets=targets, slowdown=slowdown, **options)
 
 
 def memory_timeline(plan: Plan) -> tuple[Moment, ...]:
-    """Return the bytes of each tier by kind, at the peak of each access: :mod:`memplan.program.memory` says what kinds."""
-    from memplan.program.memory import timeline
+    """Return the bytes of each tier by kind, at the peak of each access: :mod:`memplan.program.memory_timeline` says what kinds."""
+    from memplan.program.memory_timeline import timeline
 
     return timeline(plan)
 
@@ -152,15 +152,16 @@ def report(
 
 def _machine(plan: Plan) -> Machine | None:
     """Return the profile that a plan was timed with, where it is still at hand."""
-    from memplan import hardware
+    from memplan.hardware.machine import profile_of_plan
+    from memplan.hardware.profile import as_rows
     from memplan.show.html.view import Machine
 
     table = plan.table
     rates = (table.host_to_device_bytes_per_s, table.device_to_host_bytes_per_s, table.disk_bytes_per_s)
-    profile = hardware.behind(plan.hardware, rates)
+    profile = profile_of_plan(plan.hardware, rates)
     if profile is None:
         return None
-    return Machine(figures=hardware.listed(profile), device_bytes=int(profile.device_bytes.value))
+    return Machine(figures=as_rows(profile), device_bytes=int(profile.device_bytes.value))
 
 
 def _in_notebook() -> bool:

@@ -10,11 +10,12 @@ from typing import TYPE_CHECKING, Any
 
 from msgspec.structs import replace
 
-from memplan import hardware as hardware_profiles
-from memplan import models
-from memplan.budgets import beyond, require_vram
-from memplan.checkpoint import has_checkpoint
 from memplan.errors import InputError, ModelError
+from memplan.hardware import machine
+from memplan.hardware.budgets import beyond, require_vram
+from memplan.hardware.profile import HardwareProfile, load, page_lock_limit_bytes
+from memplan.model import models
+from memplan.model.checkpoint import has_checkpoint
 from memplan.program.schema import RING_BYTES, STAGING_BYTES, Budgets, Plan, StateHome, Tier, Workload
 from memplan.request import TIERS, Request, Sizes
 from memplan.units import align_up
@@ -22,11 +23,10 @@ from memplan.units import align_up
 if TYPE_CHECKING:
     from torch import nn
 
+    from memplan.analyze.blocks.measure import Times
     from memplan.analyze.graph import Activations, LayerGraph
-    from memplan.analyze.kept import Analysis
-    from memplan.analyze.measure import Times
+    from memplan.analyze.graph_cache import Analysis
     from memplan.cost.table import AccessRow, CostTable
-    from memplan.hardware import HardwareProfile
     from memplan.place.baselines import Way
     from memplan.place.solve import Said
 
@@ -77,7 +77,7 @@ class Case:
 
     def least_vram_bytes(self) -> int | None:
         """Return the least vram for which there is a plan, in bytes; None where RAM and disk are too little for any."""
-        from memplan.place.least import least_vram_bytes
+        from memplan.place.min_vram import least_vram_bytes
 
         more = {"pins": self.pins, "optimizer_state": self.optimizer_state, **self._asked()}
         return least_vram_bytes(self.table, self.budgets, **more)
@@ -129,11 +129,11 @@ def case_of(request: Request) -> Case:
     """Look at the model and the batch of a request, and price them. Raises InputError."""
     from memplan.cost.build import cost_table
     from memplan.cost.build import notes as cost_notes
-    from memplan.place.variants import state_away
+    from memplan.place.alternatives import state_away
 
     sizes, training, choices = request.sizes, request.training, request.choices
     profile = profile_of(request.hardware)  # where it has to be measured this takes the longest
-    if choices.measure and not hardware_profiles.is_here(profile):
+    if choices.measure and not machine.is_here(profile):
         raise InputError(
             f"the times are to be measured, but the hardware is {profile.name}, not this machine: leave measure out, or "
             "hardware"
@@ -174,7 +174,7 @@ def case_of(request: Request) -> Case:
             *request.notes,
             *graph.notes,
             *cost_notes(graph, profile, times),
-            *hardware_profiles.notes(profile, lies_in),
+            *machine.notes(profile, lies_in),
             *beyond(profile, budgets.vram_bytes, budgets.ram_bytes),
         ),
         elastic=choices.elastic,
@@ -184,19 +184,23 @@ def case_of(request: Request) -> Case:
 
 def profile_of(hardware: str | Path | HardwareProfile) -> HardwareProfile:
     """Return the profile that is meant: itself, this machine's for ``"auto"``, or by name or file. Raises HardwareError."""
-    if isinstance(hardware, hardware_profiles.HardwareProfile):
+    if isinstance(hardware, HardwareProfile):
         return hardware
-    return hardware_profiles.auto() if hardware == "auto" else hardware_profiles.load(hardware)
+    if hardware == "auto":
+        from memplan.hardware.calibrate.current import current  # opens torch
+
+        return current()
+    return load(hardware)
 
 
 def vram_of(sizes: Sizes, profile: HardwareProfile) -> int:
     """Return the vram in bytes that was asked for, or that there is."""
-    return hardware_profiles.auto_vram_bytes(profile) if sizes.vram_bytes is None else sizes.vram_bytes
+    return machine.auto_vram_bytes(profile) if sizes.vram_bytes is None else sizes.vram_bytes
 
 
 def ram_of(sizes: Sizes, profile: HardwareProfile) -> int:
     """Return the RAM in bytes that was asked for, or that there is."""
-    return hardware_profiles.auto_ram_bytes(profile) if sizes.ram_bytes is None else sizes.ram_bytes
+    return machine.auto_ram_bytes(profile) if sizes.ram_bytes is None else sizes.ram_bytes
 
 
 def _budgets(sizes: Sizes, profile: HardwareProfile, lies_in: str | Path | None) -> Budgets:
@@ -205,7 +209,7 @@ def _budgets(sizes: Sizes, profile: HardwareProfile, lies_in: str | Path | None)
     if disk_bytes is None and not has_checkpoint(lies_in):
         disk_bytes = 0
     if page_lock_bytes is None:
-        page_lock_bytes = hardware_profiles.page_lock_limit_bytes(profile)
+        page_lock_bytes = page_lock_limit_bytes(profile)
     return Budgets(
         vram_bytes=vram_of(sizes, profile),
         ram_bytes=ram_of(sizes, profile),
@@ -216,7 +220,7 @@ def _budgets(sizes: Sizes, profile: HardwareProfile, lies_in: str | Path | None)
 
 def _analysis(request: Request) -> tuple[Analysis, Path | None]:
     """Return what is known of a model and a batch, from before where it was kept, and where the checkpoint lies."""
-    from memplan.analyze import kept
+    from memplan.analyze import graph_cache as kept
 
     model, batch, loss = request.model, request.batch, request.training.loss
     built, choices = request.build.keywords(), request.choices
@@ -226,13 +230,13 @@ def _analysis(request: Request) -> tuple[Analysis, Path | None]:
         "offload": "try" if choices.offload_where_best else "offload" in choices.activations.values(),
     }
     key = None if loss is not None else kept.key_of(model, batch, {**built, **options})
-    folder = hardware_profiles.cache_path() / kept.FOLDER
+    folder = machine.cache_path() / kept.FOLDER
     if key is not None and (found := kept.recall(folder, key)) is not None:
         return found, models.folder_of(model)
 
-    from memplan.analyze.adapters import describe, prepare
-    from memplan.analyze.extend import NotPeriodicError
-    from memplan.analyze.trace import analyze
+    from memplan.analyze.inputs.prepare import describe, prepare
+    from memplan.analyze.repeat.unroll import NotPeriodicError
+    from memplan.analyze.trace.trace import analyze
 
     with _unchanged(request):
         prepared = prepare(model, **built, short=True)
@@ -257,7 +261,7 @@ def _trained(request: Request) -> dict[str, Any]:
 
 
 def _unchanged(request: Request) -> AbstractContextManager[None]:
-    from memplan.snapshot import unchanged
+    from memplan.state.snapshot import unchanged
 
     built = {"adapter": request.build.adapter, "quantization": request.build.quantization}
     return unchanged(model=request.model, batch=request.batch, loss=request.training.loss, **built)
@@ -267,16 +271,16 @@ def _as_quantized(given: Any, model: nn.Module, kbit: bool, autocast: Any) -> tu
     """Return what a plan says of a quantized model that was built here; a module of the caller's is as it is."""
     if callable(getattr(given, "named_parameters", None)):
         return ()
-    from memplan.analyze.autocast import autocast_dtype
-    from memplan.analyze.trainer_settings import kbit_notes
+    from memplan.analyze.inputs.autocast import autocast_dtype
+    from memplan.analyze.inputs.trainer_settings import kbit_notes
 
     return kbit_notes(model, kbit=kbit, autocast=autocast_dtype(autocast))
 
 
 def _times(request: Request, graph: LayerGraph, profile: HardwareProfile, room_bytes: int) -> Times:
     """Return the times of the graph's accesses on this machine."""
-    from memplan.analyze.adapters import prepare
-    from memplan.analyze.measure import measure
+    from memplan.analyze.blocks.measure import measure
+    from memplan.analyze.inputs.prepare import prepare
 
     with _unchanged(request):
         prepared = prepare(request.model, **request.build.keywords(), buffers=True)

@@ -24,12 +24,14 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from memplan import api, hardware
+from memplan import api
 from memplan.errors import InputError
+from memplan.hardware import machine
+from memplan.hardware.calibrate import current
+from memplan.model.live_storages import StorageLedger
 from memplan.program.record import RunRecord
 from memplan.program.schema import STAGING_BYTES, Plan
 from memplan.run.handle import handle_of
-from memplan.storages import StorageLedger
 from memplan.trainers.placing import placing
 from memplan.units import align_up, format_bytes, format_seconds, parse_size
 
@@ -68,7 +70,7 @@ def run(vram: str | None = None, steps: int | None = None, folder: Path | None =
         raise InputError(f"the demo was asked for {count} steps: give at least {WATCHED_STEP + 2}")
     if torch.cuda.is_available():  # cuBLAS looks at it once, at its first product
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    place = hardware.cache_folder() / "demo" if folder is None else folder
+    place = machine.cache_folder() / "demo" if folder is None else folder
     console = Console(stderr=as_json)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, transient=True) as progress:
@@ -174,7 +176,7 @@ class Samples(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
 def make_plan(checkpoint: Path, vram_bytes: int | None) -> Plan:
     """Plan from the configuration alone. By default the weights get a third of their bytes, a part of them on disk."""
     shapes = (BATCH, SEQUENCE)
-    machine = hardware.auto()
+    machine = current.current()
     vram = int(machine.device_bytes.value)
     roomy = api.plan(checkpoint, shapes, vram=vram, adapter=lora(), hardware=machine, gains=False)
     frozen = sum(block.size_bytes for block in roomy.table.blocks)

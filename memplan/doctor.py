@@ -12,8 +12,9 @@ from pathlib import Path
 import psutil
 from msgspec import Struct
 
-from memplan import hardware
 from memplan.errors import HardwareError
+from memplan.hardware import machine
+from memplan.hardware import profile as profiles
 from memplan.units import format_bytes
 
 _NEEDED = ("torch", "accelerate")
@@ -36,7 +37,7 @@ def findings() -> tuple[Finding, ...]:
     found = [
         Finding(
             what="machine",
-            found=f"{platform.system()} {platform.release()}, {hardware.processor_name()}, {os.cpu_count()} CPUs",
+            found=f"{platform.system()} {platform.release()}, {machine.processor_name()}, {os.cpu_count()} CPUs",
         ),
         _ram(),
         *_devices(),
@@ -46,14 +47,14 @@ def findings() -> tuple[Finding, ...]:
     profile = _kept_profile()
     found.append(_measured(profile))
     if profile is not None:
-        found += [Finding(what="note", found=note) for note in hardware.notes(profile, Path.cwd())]
+        found += [Finding(what="note", found=note) for note in machine.notes(profile, Path.cwd())]
     return tuple(found)
 
 
 def _ram() -> Finding:
-    total, available = psutil.virtual_memory().total, hardware.available_host_bytes()
+    total, available = psutil.virtual_memory().total, machine.available_host_bytes()
     meaning = ""
-    if hardware.is_limited():
+    if machine.is_limited():
         meaning = "a container's limit leaves less than the machine has; plans go by what is left of it"
     return Finding(what="RAM", found=f"{format_bytes(available)} available of {format_bytes(total)}", meaning=meaning)
 
@@ -134,11 +135,11 @@ def _version(name: str) -> str | None:
 
 def _cache() -> Finding:
     try:
-        folder = hardware.cache_folder()
+        folder = machine.cache_folder()
     except OSError as error:
         return Finding(
             what="cache",
-            found=f"{hardware.cache_path()} cannot be made ({error.strerror})",
+            found=f"{machine.cache_path()} cannot be made ({error.strerror})",
             meaning="set MEMPLAN_CACHE to a folder that can be written: measured profiles and packed blocks lie there",
             is_problem=True,
         )
@@ -151,21 +152,21 @@ def _cache() -> Finding:
     )
 
 
-def _kept_profile() -> hardware.HardwareProfile | None:
+def _kept_profile() -> profiles.HardwareProfile | None:
     try:
-        return hardware.kept()
+        return machine.cached()
     except (HardwareError, PackageNotFoundError):
         return None
 
 
-def _measured(profile: hardware.HardwareProfile | None) -> Finding:
+def _measured(profile: profiles.HardwareProfile | None) -> Finding:
     if profile is None:
         return Finding(
             what="rates",
             found="not measured yet",
             meaning="the first plan measures them, or: memplan calibrate",
         )
-    link, limit = profile.host_to_device_bytes_per_s.value, hardware.page_lock_limit_bytes(profile)
+    link, limit = profile.host_to_device_bytes_per_s.value, profiles.page_lock_limit_bytes(profile)
     return Finding(
         what="rates",
         found=f"measured {profile.disk_bytes_per_s.date}: link {format_bytes(int(link))}/s, "

@@ -11,14 +11,14 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypedDict, cast
 
-from memplan.analyze.optimizers import optimizer_name
+from memplan.analyze.blocks.optimizers import optimizer_name
 from memplan.errors import InputError
+from memplan.model.arguments import QLORA, Understood, autocast_name, like, understood
 from memplan.units import parse_size
-from memplan.words import QLORA, Understood, autocast_name, like, understood
 
 if TYPE_CHECKING:
     from memplan.analyze.graph import Activations
-    from memplan.hardware import HardwareProfile
+    from memplan.hardware.profile import HardwareProfile
     from memplan.program.schema import StateHome, Tier
 
 TIERS: tuple[Tier, ...] = ("device", "host", "disk")
@@ -54,7 +54,7 @@ class PlanOptions(TypedDict, total=False):
     """Attention kernel, for a model that is built from its configuration. None: its own."""
     quantization: Any
     """Of the frozen weights, for a model that is built from its configuration: ``"nf4"``, ``"nf4-nested"``, ``"fp4"``,
-    ``"int8"`` and others (:data:`memplan.quantization.NAMES`), or transformers' configuration of it. None: as the model's
+    ``"int8"`` and others (:data:`memplan.model.quantization.NAMES`), or transformers' configuration of it. None: as the model's
     configuration says."""
     qlora: bool
     """QLoRA as PEFT documents it, each part unless it is given otherwise: ``quantization="nf4-nested"`` (or the
@@ -151,7 +151,7 @@ class Training:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Build:
-    """What a model is built with: the keywords of :func:`memplan.analyze.adapters.prepare`."""
+    """What a model is built with: the keywords of :func:`memplan.analyze.inputs.prepare.prepare`."""
 
     adapter: Any
     dtype: Any

@@ -188,7 +188,7 @@ def machine() -> dict[str, Any]:
     """Return what the tests ran on."""
     import torch
 
-    from memplan.hardware import processor_name
+    from memplan.hardware.machine import processor_name
 
     return {
         "system": platform.platform(),

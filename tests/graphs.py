@@ -16,9 +16,9 @@ import torch
 from torch import nn
 
 from memplan.analyze.graph import LayerGraph
-from memplan.analyze.structure import Described
-from memplan.analyze.trace import analyze
-from memplan.nested import tensors_in
+from memplan.analyze.repeat.signature import Described
+from memplan.analyze.trace.trace import analyze
+from memplan.hooks.nested import tensors_in
 
 ROOT = Path(__file__).parents[1]
 _known: dict[str, LayerGraph] = {}

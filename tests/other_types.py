@@ -20,7 +20,7 @@ from torch import nn
 from transformers.models.auto import modeling_auto
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from memplan.analyze.batch import batch_for
+from memplan.analyze.inputs.batch import batch_for
 from tests import causal_types, diffusion_types
 
 ROWS, LENGTH, LAYERS = 2, 12, 3

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import msgspec
 
-from memplan.hardware import HardwareProfile
+from memplan.hardware.profile import HardwareProfile
 from memplan.program.record import RunRecord
 from memplan.program.schema import Plan
 

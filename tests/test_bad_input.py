@@ -10,7 +10,6 @@ import torch
 from msgspec.structs import replace
 
 import memplan
-from memplan.checkpoint import read_checkpoint
 from memplan.cli import main
 from memplan.errors import (
     CheckpointError,
@@ -24,7 +23,8 @@ from memplan.errors import (
     PlanMismatchError,
     SizeError,
 )
-from memplan.names import canonical
+from memplan.model.checkpoint import read_checkpoint
+from memplan.model.names import canonical
 from tests.run.test_attach import assert_unchanged, state
 from tests.training import CPU, batch_of, make
 

@@ -9,8 +9,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from memplan.checkpoint import read_checkpoint, read_header
 from memplan.errors import CheckpointError
+from memplan.model.checkpoint import read_checkpoint, read_header
 
 
 def write(path, header, data=b""):

@@ -7,8 +7,11 @@ from importlib.metadata import PackageNotFoundError
 
 import pytest
 
-from memplan import doctor, hardware
+from memplan import doctor
 from memplan.cli import main
+from memplan.hardware import machine
+from memplan.hardware import profile as profiles
+from memplan.hardware.calibrate import current
 from memplan.units import GIB
 
 
@@ -36,11 +39,11 @@ def test_a_machine_that_is_well(capsys):
 def test_what_is_measured_is_kept_and_told(capsys, tmp_path, cache):
     assert main(["calibrate", "--out", str(tmp_path / "mine.json"), "--json"]) == 0
     told_profile = json.loads(capsys.readouterr().out)
-    profile = hardware.load(tmp_path / "mine.json")
+    profile = profiles.load(tmp_path / "mine.json")
     assert told_profile["name"] == profile.name
-    assert hardware.auto() == hardware.kept() == profile
+    assert current.current() == machine.cached() == profile
     assert f"measured {profile.disk_bytes_per_s.date}" in told()["rates"].found
-    assert {name for name, _, _ in hardware.listed(profile)} >= {
+    assert {name for name, _, _ in profiles.as_rows(profile)} >= {
         "memory",
         "host to device",
         "disk",
@@ -50,13 +53,13 @@ def test_what_is_measured_is_kept_and_told(capsys, tmp_path, cache):
 
 @pytest.mark.full
 def test_a_spoilt_profile_is_measured_again(cache):
-    profile = hardware.auto()
+    profile = current.current()
     (file,) = (cache / "profiles").iterdir()
     file.write_text("{")
     assert told()["rates"].found == "not measured yet"
-    again = hardware.auto()
+    again = current.current()
     assert again.machine == profile.machine
-    assert hardware.kept() == again
+    assert machine.cached() == again
 
 
 def test_no_folder_for_the_cache(tmp_path, monkeypatch, capsys):
@@ -85,6 +88,6 @@ def test_what_is_not_installed(monkeypatch):
 
 
 def test_a_containers_limit(monkeypatch):
-    monkeypatch.setattr(hardware, "_container_room_bytes", lambda: [GIB // 4])
+    monkeypatch.setattr(machine, "_container_room_bytes", lambda: [GIB // 4])
     assert "container" in told()["RAM"].meaning
     assert told()["RAM"].found.startswith("256.0 MiB")

@@ -17,13 +17,14 @@ from pathlib import Path
 
 import pytest
 
-from memplan import files, hardware
+from memplan import atomic_write as files
+from memplan.atomic_write import require_writable, write, write_whole
 from memplan.cli import main
 from memplan.errors import InputError, PlanFormatError
-from memplan.files import require_writable, write, write_whole
+from memplan.hardware import profile as profiles
 from memplan.program.schema import Plan
+from memplan.show.csv import write_csv
 from memplan.show.html import render
-from memplan.show.sheet import write_csv
 from memplan.show.trace import write_trace
 from tests.show.plans import make_record, solve_plan
 from tests.test_hardware import a_profile
@@ -35,7 +36,7 @@ WRITERS: dict[str, Callable[[Path], object]] = {
     "page": lambda path: render.write(path, solve_plan()),
     "table": lambda path: write_csv(solve_plan(), path),
     "trace": lambda path: write_trace(path, solve_plan()),
-    "profile": lambda path: hardware.save(a_profile(), path),
+    "profile": lambda path: profiles.save(a_profile(), path),
 }
 each_writer = pytest.mark.parametrize("save", WRITERS.values(), ids=WRITERS)
 
@@ -227,7 +228,7 @@ def test_a_file_that_standard_output_goes_to_is_not_replaced_under_it(path: str,
     out.write_bytes(b"before\n")
     inode = out.stat().st_ino
     code = (
-        "from pathlib import Path; from memplan.files import write_whole; print('one')\n"
+        "from pathlib import Path; from memplan.atomic_write import write_whole; print('one')\n"
         f"write_whole(Path({path!r}), b'two\\n'); print('three')"
     )
     with out.open(mode) as file:
@@ -244,7 +245,7 @@ def test_an_open_descriptor_is_written_to() -> None:
     assert os.read(read_end, 100) == b"through and open"
     os.close(read_end)
     done = python(
-        "from pathlib import Path; from memplan.files import write_whole; write_whole(Path('-'), b'\\xff\\0')"
+        "from pathlib import Path; from memplan.atomic_write import write_whole; write_whole(Path('-'), b'\\xff\\0')"
     )
     assert done.stdout == b"\xff\0"
 

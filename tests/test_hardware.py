@@ -11,11 +11,12 @@ import msgspec
 import psutil
 import pytest
 
-from memplan import calibrate, hardware
-from memplan.calibrate import disk
-from memplan.calibrate.cuda import tried_page_locks
 from memplan.errors import HardwareError
-from memplan.hardware import Figure, HardwareProfile
+from memplan.hardware import calibrate, machine
+from memplan.hardware import profile as profiles
+from memplan.hardware.calibrate import current, disk
+from memplan.hardware.calibrate.cuda import tried_page_locks
+from memplan.hardware.profile import Figure, HardwareProfile
 from memplan.units import GIB, MIB
 
 SHIPPED = (
@@ -26,7 +27,7 @@ RATES = ("memory_bytes_per_s", "host_to_device_bytes_per_s", "device_to_host_byt
 
 
 def a_profile(**changes: Any) -> HardwareProfile:
-    return msgspec.structs.replace(hardware.load("l4"), **changes)
+    return msgspec.structs.replace(profiles.load("l4"), **changes)
 
 
 def a_figure(value: float = 1.0, **changes: Any) -> Figure:
@@ -37,12 +38,12 @@ def a_figure(value: float = 1.0, **changes: Any) -> Figure:
 
 
 def test_these_are_shipped() -> None:
-    assert hardware.names() == SHIPPED
+    assert profiles.names() == SHIPPED
 
 
 @pytest.mark.parametrize("name", SHIPPED)
 def test_a_shipped_profile_holds(name: str) -> None:
-    profile = hardware.load(name)
+    profile = profiles.load(name)
     assert profile.name == name
     assert profile.device == "cuda"
     assert not profile.machine
@@ -60,8 +61,8 @@ def test_a_shipped_profile_holds(name: str) -> None:
 
 @pytest.mark.parametrize("name", SHIPPED)
 def test_a_shipped_file_is_as_save_writes_it(name: str, tmp_path: Path) -> None:
-    file = Path(hardware.__file__).parents[1] / "profiles" / f"{name}.json"
-    hardware.save(hardware.load(name), tmp_path / "again.json")
+    file = Path(profiles.__file__).parents[2] / "profiles" / f"{name}.json"
+    profiles.save(profiles.load(name), tmp_path / "again.json")
     assert (tmp_path / "again.json").read_bytes() == file.read_bytes()
 
 
@@ -69,29 +70,29 @@ def test_a_shipped_file_is_as_save_writes_it(name: str, tmp_path: Path) -> None:
 
 
 def test_a_name_is_found_in_upper_and_lower_case() -> None:
-    assert hardware.load("RTX-4090") == hardware.load("rtx-4090")
+    assert profiles.load("RTX-4090") == profiles.load("rtx-4090")
 
 
 def test_a_file_is_read(tmp_path: Path) -> None:
     profile = a_profile(name="mine")
-    hardware.save(profile, tmp_path / "mine.json")
-    assert hardware.load(tmp_path / "mine.json") == profile
-    assert hardware.load(str(tmp_path / "mine.json")) == profile
+    profiles.save(profile, tmp_path / "mine.json")
+    assert profiles.load(tmp_path / "mine.json") == profile
+    assert profiles.load(str(tmp_path / "mine.json")) == profile
     assert [path.name for path in tmp_path.iterdir()] == ["mine.json"]
 
 
 def test_an_unknown_name_lists_those_that_are_near() -> None:
     with pytest.raises(HardwareError, match=r"'rtx4099'; near it: rtx-4090.*h200.*\"auto\""):
-        hardware.load("rtx4099")
+        profiles.load("rtx4099")
     with pytest.raises(HardwareError, match=r"'zzzz'; there are: a10, "):
-        hardware.load("zzzz")
+        profiles.load("zzzz")
 
 
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(HardwareError, match=r"nothing\.json cannot be read \(No such file"):
-        hardware.load(tmp_path / "nothing.json")
+        profiles.load(tmp_path / "nothing.json")
     with pytest.raises(HardwareError, match=r"cannot be read \(Is a directory\)"):
-        hardware.load(tmp_path)
+        profiles.load(tmp_path)
 
 
 def edited(change: Callable[[dict[str, Any]], Any]) -> bytes:
@@ -141,7 +142,7 @@ def test_a_wrong_file_says_what_and_where(case: str, tmp_path: Path) -> None:
     file = tmp_path / "wrong.json"
     file.write_bytes(data)
     with pytest.raises(HardwareError, match=rf"wrong\.json is not a hardware profile: .*{message}"):
-        hardware.load(file)
+        profiles.load(file)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -1.0, 0.0])
@@ -162,15 +163,15 @@ def test_a_date_may_be_a_year_or_a_month(date: str) -> None:
 
 def test_a_failed_save_leaves_the_old_file_and_no_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = tmp_path / "mine.json"
-    hardware.save(a_profile(name="old"), file)
+    profiles.save(a_profile(name="old"), file)
 
     def fail(*_: object) -> None:
         raise OSError("no room")
 
-    monkeypatch.setattr("memplan.files.os.replace", fail)
+    monkeypatch.setattr("memplan.atomic_write.os.replace", fail)
     with pytest.raises(OSError, match="no room"):
-        hardware.save(a_profile(name="new"), file)
-    assert hardware.load(file).name == "old"
+        profiles.save(a_profile(name="new"), file)
+    assert profiles.load(file).name == "old"
     assert [path.name for path in tmp_path.iterdir()] == ["mine.json"]
 
 
@@ -191,8 +192,8 @@ def test_what_is_measured_says_so(measured: HardwareProfile) -> None:
     for name in measured.__struct_fields__:
         figure = getattr(measured, name)
         if isinstance(figure, Figure):
-            assert (figure.kind, figure.source) == ("measured", "memplan.calibrate")
-    assert measured.machine == hardware.machine_key()
+            assert (figure.kind, figure.source) == ("measured", "memplan.hardware.calibrate")
+    assert measured.machine == machine.machine_key()
     assert measured.device_bytes.value == psutil.virtual_memory().total
 
 
@@ -208,8 +209,8 @@ def test_what_is_measured_is_sane(measured: HardwareProfile) -> None:
 
 
 def test_a_measured_profile_survives_its_file(measured: HardwareProfile, tmp_path: Path) -> None:
-    hardware.save(measured, tmp_path / "here.json")
-    assert hardware.load(tmp_path / "here.json") == measured
+    profiles.save(measured, tmp_path / "here.json")
+    assert profiles.load(tmp_path / "here.json") == measured
 
 
 def test_cuda_is_refused_where_there_is_none(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -264,12 +265,12 @@ def test_page_locks_are_tried_until_one_is_refused(limit_mib: int, most_mib: int
 def test_a_limit_on_page_locking_is_one_that_was_seen() -> None:
     """Profiles of before say how much was tried, which is no limit."""
     tried, refused = a_figure(4.0 * GIB), a_figure(5.0 * GIB)
-    assert hardware.page_lock_limit_bytes(a_profile()) is None
-    assert hardware.page_lock_limit_bytes(a_profile(page_lock_bytes=tried)) is None
-    assert hardware.page_lock_limit_bytes(a_profile(page_lock_bytes=tried, page_lock_refused_bytes=refused)) == 4 * GIB
-    assert hardware.page_lock_limit_bytes(a_profile(page_lock_refused_bytes=refused)) == 0
+    assert profiles.page_lock_limit_bytes(a_profile()) is None
+    assert profiles.page_lock_limit_bytes(a_profile(page_lock_bytes=tried)) is None
+    assert profiles.page_lock_limit_bytes(a_profile(page_lock_bytes=tried, page_lock_refused_bytes=refused)) == 4 * GIB
+    assert profiles.page_lock_limit_bytes(a_profile(page_lock_refused_bytes=refused)) == 0
     on_cpu = a_profile(device="cpu", page_lock_bytes=tried, page_lock_refused_bytes=refused)
-    assert hardware.page_lock_limit_bytes(on_cpu) is None
+    assert profiles.page_lock_limit_bytes(on_cpu) is None
 
 
 # ---------------------------------------------------------------------------------------------------- auto and budgets
@@ -290,68 +291,68 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, measured: HardwarePro
 
 
 def test_this_machine_is_measured_once(cache: Path) -> None:
-    assert hardware.auto().name == "measurement 1"
-    assert hardware.auto().name == "measurement 1"
-    assert [path.name for path in (cache / "profiles").iterdir()] == [f"{hardware.machine_key()}.json"]
+    assert current.current().name == "measurement 1"
+    assert current.current().name == "measurement 1"
+    assert [path.name for path in (cache / "profiles").iterdir()] == [f"{machine.machine_key()}.json"]
 
 
 def test_a_broken_cache_is_measured_again(cache: Path) -> None:
-    hardware.auto()
+    current.current()
     (file,) = (cache / "profiles").iterdir()
     file.write_text("{")
-    assert hardware.auto().name == "measurement 2"
-    assert hardware.load(file).name == "measurement 2"
+    assert current.current().name == "measurement 2"
+    assert profiles.load(file).name == "measurement 2"
 
 
 def test_a_cache_that_cannot_be_written_is_no_error(cache: Path) -> None:
     cache.write_text("a file stands in the way")
-    assert hardware.auto().name == "measurement 1"
-    assert hardware.auto().name == "measurement 2"
+    assert current.current().name == "measurement 1"
+    assert current.current().name == "measurement 2"
 
 
 def test_the_cache_folder_is_made_when_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MEMPLAN_CACHE", str(tmp_path / "a" / "b"))
     assert not (tmp_path / "a").exists()
-    assert hardware.cache_folder() == tmp_path / "a" / "b"
+    assert machine.cache_folder() == tmp_path / "a" / "b"
     assert (tmp_path / "a" / "b").is_dir()
 
 
 def test_budgets_on_this_cpu(measured: HardwareProfile, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(hardware, "available_host_bytes", lambda: 8 * GIB)
-    assert hardware.auto_vram_bytes(measured) == 4 * GIB
-    assert hardware.auto_ram_bytes(measured) == 2 * GIB
+    monkeypatch.setattr(machine, "available_host_bytes", lambda: 8 * GIB)
+    assert machine.auto_vram_bytes(measured) == 4 * GIB
+    assert machine.auto_ram_bytes(measured) == 2 * GIB
 
 
 def test_budgets_on_this_cuda_device(monkeypatch: pytest.MonkeyPatch) -> None:
     here = a_profile(
-        machine=hardware.machine_key(), device_bytes=a_figure(24.0 * GIB), context_bytes=a_figure(300.0 * MIB)
+        machine=machine.machine_key(), device_bytes=a_figure(24.0 * GIB), context_bytes=a_figure(300.0 * MIB)
     )
-    monkeypatch.setattr(hardware, "free_device_bytes", lambda _: 10 * GIB)
-    monkeypatch.setattr(hardware, "available_host_bytes", lambda: 16 * GIB)
-    assert hardware.auto_vram_bytes(here) == 10 * GIB + 300 * MIB - hardware.DEVICE_RESERVE_BYTES
-    assert hardware.auto_ram_bytes(here) == 16 * GIB - hardware.HOST_RESERVE_BYTES
+    monkeypatch.setattr(machine, "free_device_bytes", lambda _: 10 * GIB)
+    monkeypatch.setattr(machine, "available_host_bytes", lambda: 16 * GIB)
+    assert machine.auto_vram_bytes(here) == 10 * GIB + 300 * MIB - machine.DEVICE_RESERVE_BYTES
+    assert machine.auto_ram_bytes(here) == 16 * GIB - machine.HOST_RESERVE_BYTES
 
 
 def test_budgets_on_another_machine(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(hardware, "available_host_bytes", lambda: 16 * GIB)
-    card = hardware.load("rtx-3090")
-    assert hardware.auto_vram_bytes(card) == 24 * 10**9 - hardware.DEVICE_RESERVE_BYTES
-    assert hardware.auto_ram_bytes(card) == 16 * GIB - hardware.HOST_RESERVE_BYTES
-    machine = a_profile(device_bytes=a_figure(12.0 * GIB), host_bytes=a_figure(64.0 * GIB))
-    assert hardware.auto_ram_bytes(machine) == 64 * GIB - hardware.HOST_RESERVE_BYTES
+    monkeypatch.setattr(machine, "available_host_bytes", lambda: 16 * GIB)
+    card = profiles.load("rtx-3090")
+    assert machine.auto_vram_bytes(card) == 24 * 10**9 - machine.DEVICE_RESERVE_BYTES
+    assert machine.auto_ram_bytes(card) == 16 * GIB - machine.HOST_RESERVE_BYTES
+    other = a_profile(device_bytes=a_figure(12.0 * GIB), host_bytes=a_figure(64.0 * GIB))
+    assert machine.auto_ram_bytes(other) == 64 * GIB - machine.HOST_RESERVE_BYTES
     cpu = a_profile(device="cpu", device_bytes=a_figure(32.0 * GIB), host_bytes=a_figure(32.0 * GIB))
-    assert (hardware.auto_vram_bytes(cpu), hardware.auto_ram_bytes(cpu)) == (16 * GIB, 8 * GIB)
+    assert (machine.auto_vram_bytes(cpu), machine.auto_ram_bytes(cpu)) == (16 * GIB, 8 * GIB)
 
 
 def test_budgets_are_never_negative(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(hardware, "available_host_bytes", lambda: MIB)
-    assert hardware.auto_ram_bytes(hardware.load("t4")) == 0
-    assert hardware.auto_vram_bytes(a_profile(device_bytes=a_figure(1.0 * MIB))) == 0
+    monkeypatch.setattr(machine, "available_host_bytes", lambda: MIB)
+    assert machine.auto_ram_bytes(profiles.load("t4")) == 0
+    assert machine.auto_vram_bytes(a_profile(device_bytes=a_figure(1.0 * MIB))) == 0
 
 
 def test_available_memory_is_not_above_the_machines() -> None:
-    assert 0 < hardware.available_host_bytes() <= psutil.virtual_memory().total
-    assert 0 < hardware.free_device_bytes("cpu") <= psutil.virtual_memory().total
+    assert 0 < machine.available_host_bytes() <= psutil.virtual_memory().total
+    assert 0 < machine.free_device_bytes("cpu") <= psutil.virtual_memory().total
 
 
 def test_a_containers_limit_counts(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -370,9 +371,9 @@ def test_a_containers_limit_counts(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
         psutil, "virtual_memory", lambda: type("Memory", (), {"available": 100 * GIB, "total": 128 * GIB})()
     )
-    assert hardware.available_host_bytes() == 4 * GIB - 3 * GIB + 2 * GIB
+    assert machine.available_host_bytes() == 4 * GIB - 3 * GIB + 2 * GIB
     files["/sys/fs/cgroup/memory.max"] = "max\n"
-    assert hardware.available_host_bytes() == 100 * GIB
+    assert machine.available_host_bytes() == 100 * GIB
 
 
 # ---------------------------------------------------------------------------------------------------- what is peculiar
@@ -381,20 +382,20 @@ def test_a_containers_limit_counts(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_plan_for_wsl2_says_what_binds_there(monkeypatch, tmp_path) -> None:
     mounts = tmp_path / "mounts"
     mounts.write_text(f"/dev/sdc / ext4 rw 0 0\ndrvfs {tmp_path}/my\\040drive 9p rw 0 0\n")
-    asked = hardware._file_system
-    monkeypatch.setattr(hardware, "_file_system", lambda path: asked(path, mounts))
-    here = a_profile(machine=hardware.machine_key())
-    assert hardware.notes(here, tmp_path) == ()
-    monkeypatch.setattr(hardware.platform, "release", lambda: "6.6.87.2-microsoft-standard-WSL2")
-    here = a_profile(machine=hardware.machine_key())
-    (wall,) = hardware.notes(here, tmp_path)
+    asked = machine._file_system
+    monkeypatch.setattr(machine, "_file_system", lambda path: asked(path, mounts))
+    here = a_profile(machine=machine.machine_key())
+    assert machine.notes(here, tmp_path) == ()
+    monkeypatch.setattr(machine.platform, "release", lambda: "6.6.87.2-microsoft-standard-WSL2")
+    here = a_profile(machine=machine.machine_key())
+    (wall,) = machine.notes(here, tmp_path)
     assert "page-locked" in wall
-    _, slow = hardware.notes(here, tmp_path / "my drive" / "model")
+    _, slow = machine.notes(here, tmp_path / "my drive" / "model")
     assert "copy it there" in slow
-    assert hardware.notes(a_profile(), tmp_path) == ()  # a plan for another machine
+    assert machine.notes(a_profile(), tmp_path) == ()  # a plan for another machine
 
 
 def test_a_plan_for_windows_says_that_the_card_spills(monkeypatch) -> None:
-    monkeypatch.setattr(hardware.sys, "platform", "win32")
-    (spills,) = hardware.notes(a_profile(machine=hardware.machine_key()), None)
+    monkeypatch.setattr(machine.sys, "platform", "win32")
+    (spills,) = machine.notes(a_profile(machine=machine.machine_key()), None)
     assert "over budget" in spills

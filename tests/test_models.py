@@ -14,9 +14,9 @@ from transformers import (
 )
 
 import memplan
-from memplan import models
 from memplan.errors import InputError, MemplanError
-from memplan.skeleton import from_configuration
+from memplan.model import models
+from memplan.model.meta_model import from_configuration
 from tests.training import CPU
 
 UNTIED_ON_THE_HUB = {"t0-3b", "flan-t5-xl", "flan-t5-xxl", "mt0-xxl"}
@@ -102,7 +102,7 @@ def test_the_hubs_cache_is_enough(tmp_path, monkeypatch):
 )
 def test_bad_input_on_the_command_line(arguments, message, capsys, tmp_path):
     from memplan.cli import main
-    from memplan.hardware import save
+    from memplan.hardware.profile import save
 
     save(CPU, tmp_path / "cpu.json")
     hardware = [] if "--hardware" in arguments else ["--hardware", str(tmp_path / "cpu.json")]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from memplan.names import canonical
+from memplan.model.names import canonical
 
 
 @pytest.mark.parametrize(

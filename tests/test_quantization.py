@@ -13,12 +13,12 @@ from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, L
 
 import memplan
 from benchmarks import truth
-from memplan.analyze.adapters import prepare
-from memplan.analyze.trace import analyze
+from memplan.analyze.inputs.prepare import prepare
+from memplan.analyze.trace.trace import analyze
 from memplan.cli import main
 from memplan.errors import InputError, ModelError, PlanMismatchError
-from memplan.hardware import save
-from memplan.quantization import NAMES, PackedLinear
+from memplan.hardware.profile import save
+from memplan.model.quantization import NAMES, PackedLinear
 from tests import quantized
 from tests.training import CPU, assert_equal, batch_of, train
 

@@ -16,9 +16,11 @@ from memplan import api
 from memplan.cli import group, main
 from memplan.cli.options import OPTIONS
 from memplan.errors import InputError, SizeError
-from memplan.questions import fit as fitting
+from memplan.queries import fit as fitting
 from memplan.request import NAMES, PlanOptions, Request, Sizes, completed
-from memplan.trainers import lightning, placing, transformers
+from memplan.trainers import hf_trainer as transformers
+from memplan.trainers import lightning_callback as lightning
+from memplan.trainers import placing
 from memplan.units import GIB
 from tests.questions.small import config_of
 from tests.training import CPU

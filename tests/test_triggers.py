@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from memplan.triggers import Triggers, in_backward
+from memplan.hooks.triggers import Triggers, in_backward
 
 
 class Log:

@@ -17,14 +17,16 @@ from transformers import AutoConfig
 from transformers.pytorch_utils import Conv1D
 
 import memplan
-from memplan import cards, hardware, models, quantization
-from memplan.analyze.optimizers import optimizer_name
-from memplan.budgets import beyond, require_vram
+from memplan.analyze.blocks.optimizers import optimizer_name
 from memplan.cli import main
 from memplan.errors import HardwareError, InputError
-from memplan.skeleton import _builder
+from memplan.hardware import cards
+from memplan.hardware import profile as profiles
+from memplan.hardware.budgets import beyond, require_vram
+from memplan.model import models, quantization
+from memplan.model.arguments import QUANTIZATIONS, TARGETS, understood
+from memplan.model.meta_model import _builder
 from memplan.units import GIB
-from memplan.words import QUANTIZATIONS, TARGETS, understood
 from tests.training import CPU
 
 ROOT = Path(__file__).parents[1]
@@ -219,23 +221,23 @@ def test_names_of_optimizers() -> None:
 def test_names_of_cards(given: str, known: str | None) -> None:
     if known is None:
         with pytest.raises(HardwareError):
-            hardware.load(given)
+            profiles.load(given)
     else:
-        assert hardware.load(given).name == known
+        assert profiles.load(given).name == known
 
 
 def test_every_profile_is_found_by_its_name_alone() -> None:
-    for name in hardware.names():
+    for name in profiles.names():
         spoken = name.replace("-", " ").upper()
         size = cards.size_of(name)
-        assert hardware.load(spoken) == hardware.load(name)
-        assert hardware.load(f"NVIDIA {spoken}").name == name
-        assert size in (None, round(hardware.load(name).device_bytes.value / 1e9))
+        assert profiles.load(spoken) == profiles.load(name)
+        assert profiles.load(f"NVIDIA {spoken}").name == name
+        assert size in (None, round(profiles.load(name).device_bytes.value / 1e9))
 
 
 def test_vram_above_the_cards_memory() -> None:
     """A datasheet's GB may be GiB on the card; above that nothing is."""
-    profile = hardware.load("rtx-3060-12gb")
+    profile = profiles.load("rtx-3060-12gb")
     require_vram(profile, 12 * GIB)
     with pytest.raises(InputError, match=r"^vram was given as 12\.00 GiB, but rtx-3060-12gb has 12\.00 GiB"):
         require_vram(profile, 12 * GIB + 1)
@@ -248,8 +250,8 @@ def test_vram_above_the_cards_memory() -> None:
         require_vram(mine, 12 * GIB)
 
 
-def figure(value: int) -> hardware.Figure:
-    return hardware.Figure(value=value, kind="measured", source="a test", date="2026")
+def figure(value: int) -> profiles.Figure:
+    return profiles.Figure(value=value, kind="measured", source="a test", date="2026")
 
 
 def test_budgets_beyond_the_machine_are_told() -> None:
@@ -258,7 +260,7 @@ def test_budgets_beyond_the_machine_are_told() -> None:
     of_vram, of_ram = beyond(CPU, 16 * GIB + 1, 16 * GIB + 1)
     assert of_vram.startswith("The vram is more than the 16.00 GiB of RAM of test-cpu, whose CPU is the compute device")
     assert of_ram == "The ram is more than the 16.00 GiB of test-cpu: it fits on another machine alone."
-    card = hardware.load("rtx-3060-12gb")
+    card = profiles.load("rtx-3060-12gb")
     assert beyond(card, 12 * 10**9, 1 << 50) == ()  # of the machine around it nothing is known
     (all_of_it,) = beyond(card, 12 * GIB, 0)
     assert all_of_it.endswith("about 10.68 GiB are usually free.")

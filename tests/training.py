@@ -24,8 +24,8 @@ from transformers import (
 )
 
 import memplan
-from memplan.hardware import Figure, HardwareProfile
-from memplan.run.dispatched import unasked
+from memplan.hardware.profile import Figure, HardwareProfile
+from memplan.run.access.dispatched import unasked
 
 ROWS, LENGTH, VOCABULARY = 2, 16, 96
 KINDS = ("llama", "gpt2", "t5", "plain")

@@ -21,9 +21,9 @@ from benchmarks.link import Throttled
 from benchmarks.versus.models import STD
 from benchmarks.versus.training import LEARNING_RATE, Setting, Training, Whole
 from memplan.demo import align
-from memplan.names import canonical
+from memplan.model.meta_model import with_adapter
+from memplan.model.names import canonical
 from memplan.program.schema import Plan
-from memplan.skeleton import with_adapter
 
 MAP_SHARE = 0.25
 """Of the layers that ``accelerate-map`` keeps on the device."""
@@ -106,7 +106,7 @@ def planned(setting: Setting, name: str) -> Training:
     """Return the model under the plan of that name. On the CPU loads take what the plan's link takes."""
     plan = Plan.load(setting.plans / f"{name}.json")
     Throttled.bytes_per_s = plan.table.host_to_device_bytes_per_s
-    with mock.patch("memplan.run.install.CpuTransfers", Throttled):
+    with mock.patch("memplan.run.modules.install.CpuTransfers", Throttled):
         if setting.model.nf4:  # which memplan.load does not read: in RAM as a whole until it is attached
             model = adapted(base_of(setting, "cpu"), setting)
             handle = memplan.attach(model, plan)

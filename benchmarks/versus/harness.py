@@ -240,7 +240,7 @@ def import_all(names: Sequence[str]) -> None:
     used = ["accelerate", "peft", "torch.distributed.fsdp", "transformers.models.llama.modeling_llama"]
     used += [f"transformers.models.{kind}.modeling_{kind}" for kind in ("mixtral", "t5")]
     used += [f"memplan.{name}" for name in ("analyze.adapters", "analyze.measure", "analyze.trace", "place.solve")]
-    used += ["memplan.trainers.loading", "benchmarks.versus.planning"]
+    used += ["memplan.trainers.loading.load", "benchmarks.versus.planning"]
     used += ["diffusers.hooks"] if "diffusers-group" in names else []
     for name in used:
         importlib.import_module(name)

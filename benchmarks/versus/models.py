@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from memplan import models as known_models
+from memplan.model import models as known_models
 
 RANK = 16
 STD = 0.02
@@ -118,7 +118,7 @@ def _skeleton(model: Model) -> tuple[nn.Module, Callable[[Path], Any]]:
         return flux.to(getattr(torch, model.dtype)), flux.save_config
     from transformers import AutoConfig
 
-    from memplan.skeleton import from_configuration
+    from memplan.model.meta_model import from_configuration
 
     settings = dict(model.config)
     config = AutoConfig.for_model(settings.pop("model_type"), **settings, use_cache=False, dtype=model.dtype)

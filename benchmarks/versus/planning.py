@@ -11,9 +11,9 @@ from msgspec.structs import replace
 
 from benchmarks.versus.models import batch_of, loss_of
 from benchmarks.versus.training import Setting
-from memplan import hardware
 from memplan.case import Case, case_of
 from memplan.errors import InputError, MemplanError, type_and_line
+from memplan.hardware.calibrate import current
 from memplan.program.schema import Plan
 from memplan.request import PlanOptions, Request
 from memplan.units import format_bytes
@@ -29,7 +29,7 @@ def make_plans(setting: Setting, names: Sequence[str], whole_s: float | None) ->
     made up: all frozen bytes cross it in the time of half a step of the whole model, about what an 8B in bfloat16 with
     4,096 tokens takes on a card.
     """
-    case, profile = _case(setting), hardware.auto()
+    case, profile = _case(setting), current.current()
     table = case.table
     scale = 1.0 if whole_s is None else whole_s / sum(row.time_s for row in table.accesses)
     rows = tuple(
@@ -61,7 +61,7 @@ def make_plans(setting: Setting, names: Sequence[str], whole_s: float | None) ->
 def _case(setting: Setting) -> Case:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        machine = hardware.auto()
+        machine = current.current()
         options: PlanOptions = {
             "vram": int(machine.device_bytes.value),
             "ram": ROOM_BYTES,

@@ -16,10 +16,10 @@ import torch
 from torch import nn
 
 from benchmarks.versus.models import Model, batch_of, loss_of
-from memplan.names import canonical
+from memplan.model.live_storages import StorageLedger
+from memplan.model.names import canonical
 from memplan.program.schema import Plan
 from memplan.run.handle import Handle
-from memplan.storages import StorageLedger
 
 LEARNING_RATE = 1e-3
 GRADIENT_STEPS = 2

@@ -15,9 +15,9 @@ from typing import Any, TextIO
 import click
 
 import memplan
+from memplan.atomic_write import OutputError, reason
 from memplan.cli.output import fail, show_failure
 from memplan.errors import DoesNotFitError, MemplanError, TooSlowError, first_line
-from memplan.files import OutputError, reason
 
 OK, DOES_NOT_FIT, BAD_INPUT = 0, 1, 2
 INTERNAL, OUTPUT_FAILED = 70, 74

@@ -6,11 +6,11 @@ from pathlib import Path
 
 import click
 
+from memplan.atomic_write import STANDARD_OUTPUT, OutputError, reason
 from memplan.cli.entry import BAD_INPUT, OK, group
 from memplan.cli.options import JSON
 from memplan.cli.output import print_json
 from memplan.cli.paths import OUTPUT, apart_from, require_apart
-from memplan.files import STANDARD_OUTPUT, OutputError, reason
 from memplan.units import format_bytes
 
 
@@ -24,14 +24,15 @@ def calibrate(out: Path | None, as_json: bool) -> int:
     """
     require_apart({"--out": out}, as_json=as_json)
 
-    from memplan import hardware
-    from memplan.show.listing import progress, write_rates
+    from memplan.hardware import profile as profiles
+    from memplan.hardware.calibrate import current
+    from memplan.show.tables import progress, write_rates
 
     with progress("Measuring") as tell:
-        profile = hardware.measured(progress=tell)
+        profile = current.measured_now(progress=tell)
     if out is not None:
         try:
-            hardware.save(profile, out)
+            profiles.save(profile, out)
         except OutputError:
             raise
         except OSError as error:
@@ -43,7 +44,7 @@ def calibrate(out: Path | None, as_json: bool) -> int:
         return OK
     with apart_from(out):
         click.echo(f"{profile.name}\n")
-        write_rates(hardware.listed(profile))
+        write_rates(profiles.as_rows(profile))
     if out not in (None, STANDARD_OUTPUT):
         click.echo(f"\nThe profile is in {out}: memplan plan --hardware {out}")
     return OK
@@ -61,7 +62,7 @@ def doctor(as_json: bool) -> int:
 
         print_json({"findings": to_builtins(found)})
     else:
-        from memplan.show.listing import write_findings
+        from memplan.show.tables import write_findings
 
         write_findings([(one.what, one.found, one.meaning, one.is_problem) for one in found])
     return BAD_INPUT if any(one.is_problem for one in found) else OK
@@ -77,7 +78,7 @@ def cache() -> None:
 def list_cache(as_json: bool) -> int:
     """Show what is cached, the oldest first."""
     from memplan.cache import BlockCache
-    from memplan.hardware import cache_folder
+    from memplan.hardware.machine import cache_folder
 
     held = BlockCache(cache_folder())
     if as_json:
@@ -85,7 +86,7 @@ def list_cache(as_json: bool) -> int:
 
         print_json({"folder": str(held.folder), "blocks": to_builtins(held.entries())})
     else:
-        from memplan.show.listing import write_cache
+        from memplan.show.tables import write_cache
 
         write_cache(str(held.folder), [(e.about, e.size_bytes, e.created) for e in held.entries()])
     return OK
@@ -96,9 +97,9 @@ def list_cache(as_json: bool) -> int:
 @JSON
 def clear_cache(yes: bool, as_json: bool) -> int:
     """Remove all packed blocks, and the analyses of models. Runs that use them go on."""
-    from memplan.analyze import kept
+    from memplan.analyze import graph_cache as kept
     from memplan.cache import BlockCache
-    from memplan.hardware import cache_folder
+    from memplan.hardware.machine import cache_folder
 
     held = BlockCache(cache_folder())
     if not yes:

@@ -279,7 +279,7 @@ def shape(batch: int, seq: int | None) -> tuple[int, ...]:
 
 def files(model: str, options: Mapping[str, Any]) -> dict[str, Path | None]:
     """Return the files that a model and options name, by what names them."""
-    from memplan.models import folder_of
+    from memplan.model.models import folder_of
 
     folder, hardware = folder_of(model), options.get("hardware", "auto")
     return {
@@ -290,8 +290,8 @@ def files(model: str, options: Mapping[str, Any]) -> dict[str, Path | None]:
 
 def prepare(model: str, options: Mapping[str, Any], *, own_process: bool) -> None:
     """Have this process be quick. ``own_process``: quantizers that are not asked for may be left out of it."""
-    from memplan import models
-    from memplan.analyze import kept
+    from memplan.analyze import graph_cache as kept
+    from memplan.model import models
 
     kept.ours = True
     if own_process and "quantization" not in options and "qlora" not in options and models.is_plain(model):

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 def show(plan: Plan, record: RunRecord | None, as_json: bool) -> None:
     """Print a plan, and what was measured under it where there is a record."""
     if as_json:
-        from memplan.show.facts import as_dict
+        from memplan.show.summary import as_dict
 
         print_json(as_dict(plan, record))
     else:
@@ -29,7 +29,7 @@ def show(plan: Plan, record: RunRecord | None, as_json: bool) -> None:
 
 def show_compared(plan: Plan, as_json: bool) -> None:
     """Print what other ways of placing cost, beside a plan."""
-    from memplan.questions.compare import compare
+    from memplan.queries.compare import compare
 
     found = compare(plan)
     if as_json:
@@ -37,7 +37,7 @@ def show_compared(plan: Plan, as_json: bool) -> None:
 
         print_json({"model": plan.model, "hardware": plan.hardware, "ways": to_builtins(found)})
     else:
-        from memplan.show.answers import write_compared
+        from memplan.show.query_tables import write_compared
 
         write_compared(
             f"{plan.model}: {plan.workload.tokens} tokens a pass, on {plan.hardware}, in vram of "
@@ -49,7 +49,7 @@ def show_compared(plan: Plan, as_json: bool) -> None:
 def show_failure(error: DoesNotFitError, as_json: bool) -> None:
     """Print what does not fit, what would, and what to change."""
     if as_json:
-        from memplan.show.facts import failure_dict
+        from memplan.show.summary import failure_dict
 
         print_json(failure_dict(error))
     else:

@@ -11,11 +11,11 @@ from typing import Any
 
 import click
 
-from memplan.files import STANDARD_INPUT, STANDARD_OUTPUT, descriptor_of, reason, require_writable, same_file
+from memplan.atomic_write import STANDARD_INPUT, STANDARD_OUTPUT, descriptor_of, reason, require_writable, same_file
 
 
 class _Output(click.ParamType[Path]):
-    """A file to be written, as :mod:`memplan.files` writes it; ``-`` is standard output."""
+    """A file to be written, as :mod:`memplan.atomic_write` writes it; ``-`` is standard output."""
 
     name = "file"
 

@@ -8,11 +8,11 @@ from typing import Any
 
 import click
 
+from memplan.atomic_write import STANDARD_OUTPUT
 from memplan.cli.entry import DOES_NOT_FIT, OK, group
 from memplan.cli.options import JSON, files, given, prepare, shape, training
 from memplan.cli.output import print_json, show, show_compared
 from memplan.cli.paths import INPUT, OUTPUT, apart_from, require_apart
-from memplan.files import STANDARD_OUTPUT
 
 
 @group.command(short_help="Say what fits, where each block goes, and the time of a step.", params=training())
@@ -42,7 +42,7 @@ def plan(
     require_apart({"--out": out, "--csv": csv}, files(model, options), as_json=as_json)
 
     from memplan import api
-    from memplan.show.listing import progress
+    from memplan.show.tables import progress
 
     prepare(model, options, own_process=context["own_process"])
     with progress("Measuring") if "measure" in options else nullcontext() as tell:
@@ -50,7 +50,7 @@ def plan(
     if out is not None:
         made.save(out)
     if csv is not None:
-        from memplan.show.sheet import write_csv
+        from memplan.show.csv import write_csv
 
         write_csv(made, csv)
     with apart_from(out, csv):
@@ -83,9 +83,9 @@ def frontier(
     options = given(said)
 
     from memplan.case import case_of
-    from memplan.questions.frontier import frontier as across
+    from memplan.queries.frontier import frontier as across
     from memplan.request import Request
-    from memplan.show.listing import progress
+    from memplan.show.tables import progress
 
     prepare(model, options, own_process=context["own_process"])
     with progress("Placing") as tell:
@@ -96,13 +96,13 @@ def frontier(
     if as_json:
         from msgspec import to_builtins
 
-        from memplan.program.answers import Frontier
+        from memplan.program.results import Frontier
 
         print_json(
             to_builtins(Frontier(model=case.model, hardware=case.hardware, tokens=case.workload.tokens, points=found))
         )
     else:
-        from memplan.show.answers import write_frontier
+        from memplan.show.query_tables import write_frontier
 
         write_frontier(f"{case.model}: {case.workload.tokens} tokens a pass, on {case.hardware}", found)
     return OK
@@ -123,8 +123,8 @@ def fit(model: str, batch: int, seq: int | None, slowdown: float, as_json: bool,
         raise click.BadParameter("leave --pin and --activations out: memplan chooses.", param_hint="fit")
     adapter = options.pop("adapter")
 
-    from memplan.questions.fit import fit as most
-    from memplan.show.listing import progress
+    from memplan.queries.fit import fit as most
+    from memplan.show.tables import progress
 
     prepare(model, options, own_process=False)  # quantizers are looked at too
     with progress("Looking") as tell:
@@ -134,7 +134,7 @@ def fit(model: str, batch: int, seq: int | None, slowdown: float, as_json: bool,
 
         print_json({"model": model, **to_builtins(found)})
     else:
-        from memplan.show.answers import write_fit
+        from memplan.show.query_tables import write_fit
 
         vram, hardware = said["vram"] or "auto", said["hardware"] or "auto"
         write_fit(f"{model}: the most that fits in {vram} of vram, on {hardware}", found)
@@ -163,7 +163,7 @@ def report(
     files = {"PLAN": plan, "RECORD": other, "--frontier": frontier}
     require_apart({"--html": html, "--trace": trace}, files, as_json=as_json)
 
-    from memplan.program.codec import load_either
+    from memplan.program.reading import load_either
     from memplan.program.record import RunRecord
     from memplan.program.schema import Plan
 
@@ -180,7 +180,7 @@ def report(
             return OK
 
         from memplan import api
-        from memplan.program.answers import Frontier
+        from memplan.program.results import Frontier
 
         points = () if frontier is None else Frontier.load(frontier).beside(first)
         api.report(first, second, html=html, points=points)

@@ -13,10 +13,10 @@ from typing import Any
 
 import click
 
+from memplan.atomic_write import STANDARD_OUTPUT, reason
 from memplan.cli.entry import group
 from memplan.cli.options import COUNT, FILE, JSON, given, of_script
 from memplan.cli.paths import OUTPUT, require_apart
-from memplan.files import STANDARD_OUTPUT, reason
 from memplan.units import parse_size
 
 
@@ -91,10 +91,10 @@ def _checked(options: dict[str, Any]) -> dict[str, Any]:
     request = Request.of(None, None, options)  # of the model and the batch the script knows
     name = options.get("hardware", "auto")
     if name != "auto":
-        from memplan import hardware
-        from memplan.budgets import require_vram
+        from memplan.hardware import profile as profiles
+        from memplan.hardware.budgets import require_vram
 
-        profile = hardware.load(name)
+        profile = profiles.load(name)
         if request.sizes.vram_bytes is not None:
             require_vram(profile, request.sizes.vram_bytes)
         options = {**options, "hardware": str(Path(name).resolve()) if Path(name).is_file() else profile.name}

@@ -9,8 +9,8 @@ from memplan.cost.table import AccessRow, CostTable
 from memplan.cost.time import access_seconds
 
 if TYPE_CHECKING:
-    from memplan.analyze.measure import Times
-    from memplan.hardware import HardwareProfile
+    from memplan.analyze.blocks.measure import Times
+    from memplan.hardware.profile import HardwareProfile
 
 STEP_SHARE = 0.25
 """Of ``operator_s``, what an operator of the optimizer's takes: no module around it, no autograd. Measured on a CPU."""

@@ -9,9 +9,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Literal, get_args
 
-from memplan.place.arrangement import Arrangement, arrangement_of
+from memplan.place.layout.layout import Arrangement, arrangement_of
+from memplan.place.layout.ring_layout import homes_of, read_in_place
 from memplan.place.problem import Problem, evenly
-from memplan.place.ring import homes_of, read_in_place
 
 Way = Literal["all streamed", "first resident", "spread in equal slots", "accelerate's device map"]
 """``all streamed``: two slots, nothing stays. ``first resident``: as many of the first blocks stay as there is room for

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from memplan.analyze.graph import Activations
 from memplan.cost.table import CostTable
 from memplan.errors import InputError
-from memplan.place.saves import Saves, make_saves
+from memplan.place.layout.offload import Saves, make_saves
 from memplan.program.page_lock import is_state_locked
 from memplan.program.schema import RING_BYTES, Budgets, Tier
 from memplan.units import KIB, align_up

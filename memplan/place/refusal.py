@@ -17,8 +17,8 @@ from memplan.analyze.graph import Activations
 from memplan.cost.chunked import CHUNK_TOKENS, chunked_loss
 from memplan.cost.table import CostTable
 from memplan.errors import DoesNotFitError
-from memplan.place.least import Least, fitting, least_disk_bytes, least_ram_bytes, problems_of
-from memplan.place.variants import tables_of
+from memplan.place.alternatives import tables_of
+from memplan.place.min_vram import Least, fitting, least_disk_bytes, least_ram_bytes, problems_of
 from memplan.program.schema import RING_BYTES, Budgets, StateHome, Tier, Workload
 from memplan.units import GIB, format_bytes
 

@@ -10,11 +10,11 @@ import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
-from memplan.place.arrangement import Arrangement, Key, Stay, channel_of, stays_of
 from memplan.place.baselines import Way, arrange_as
-from memplan.place.pages import NOTHING, Pageable, pageable_of
+from memplan.place.layout.layout import Arrangement, Key, Stay, channel_of, stays_of
+from memplan.place.layout.page_lock import NOTHING, Pageable, pageable_of
+from memplan.place.layout.ring_layout import Ring, Rings
 from memplan.place.problem import MOST_SUBSETS, Bytes, Problem, policies_for
-from memplan.place.ring import Ring, Rings
 from memplan.program.timeline import Load, durations, load_s, simulate, slowed
 
 _TIMES = (2.0, 1.0, 3.0, 5.0, 8.0)

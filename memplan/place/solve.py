@@ -10,16 +10,16 @@ import numpy as np
 
 from memplan.analyze.graph import Activations
 from memplan.cost.table import CostTable
-from memplan.place.arrangement import lay_out
+from memplan.place.alternatives import Variants, state_away, tables_of
 from memplan.place.baselines import Way
 from memplan.place.bound import window_bound
-from memplan.place.door import require_input
-from memplan.place.pieces import split
+from memplan.place.layout.layout import lay_out
+from memplan.place.layout.split import split
 from memplan.place.problem import Memory, Problem, make_problem, nonweight_bytes, policies_for
 from memplan.place.refusal import does_not_fit
 from memplan.place.search import Choice, Search
-from memplan.place.variants import Variants, state_away, tables_of
-from memplan.program.check import require
+from memplan.place.validate import require_input
+from memplan.program.check.judge import require
 from memplan.program.schema import (
     SCHEMA_VERSION,
     STAGING_BYTES,
@@ -78,7 +78,7 @@ def place(
     are given back around it; None: on the CPU alone, since no GPU has proven it. ``optimizer_state``: where that lies between
     steps; None: where a step is shorter, but on the CPU alone on the device. Raises DoesNotFitError with the least
     vram for which this returns a plan, InputError for a pin or activations that cannot be kept, and for budgets or a table
-    that cannot be (see :mod:`memplan.place.door`).
+    that cannot be (see :mod:`memplan.place.validate`).
     """
     require_input(table, budgets, staging_bytes)
     asked = activations or {}

@@ -9,24 +9,16 @@ from typing import Any, TypeVar
 
 import msgspec
 
-from memplan.errors import InputError, PlanFormatError
-from memplan.files import read, reason, write
-from memplan.program.record import RunRecord
-from memplan.program.schema import SCHEMA_VERSION, Plan
+from memplan.atomic_write import read, reason, write
+from memplan.errors import PlanFormatError
 
-Value = TypeVar("Value", Plan, RunRecord)
+SCHEMA_VERSION = 1
+"""Of the files: a file of another version is refused."""
 
-
-class _Told(msgspec.Struct):
-    """What tells a record from a plan."""
-
-    passes: int | None = None
+Value = TypeVar("Value", bound=msgspec.Struct)
 
 
-_KINDS: dict[str, type[Plan] | type[RunRecord]] = {"plan": Plan, "record": RunRecord}
-
-
-def encode(value: Plan | RunRecord) -> bytes:
+def encode(value: msgspec.Struct) -> bytes:
     """Return the JSON of a plan or record: indented, in the fields' order, ending with a newline.
 
     Raises PlanFormatError for a number that JSON has no word for (NaN, infinite).
@@ -39,60 +31,27 @@ def encode(value: Plan | RunRecord) -> bytes:
     return msgspec.json.format(msgspec.json.encode(value), indent=1) + b"\n"
 
 
-def save(value: Plan | RunRecord, path: str | Path) -> None:
-    """Write a plan or record, whole or not at all: :mod:`memplan.files` says what is written through. ``-`` is standard
+def save(value: msgspec.Struct, path: str | Path) -> None:
+    """Write a plan or record, whole or not at all: :mod:`memplan.atomic_write` says what is written through. ``-`` is standard
     output. Raises PlanFormatError where the file cannot be written.
     """
     write(path, encode(value), PlanFormatError)
 
 
-def load_plan(path: str | Path) -> Plan:
-    """Read a plan and check it. Raises PlanFormatError or PlanCheckError."""
-    return _checked(_decode(_read(path), Plan, str(path)))
+def load(kind: type[Value], path: str | Path) -> Value:
+    """Read a value of a kind, not yet checked. Raises PlanFormatError."""
+    return decode(read_bytes(path), kind, str(path))
 
 
-def _checked(plan: Plan) -> Plan:
-    from memplan.program.check import require
-
-    require(plan)
-    return plan
-
-
-def load_record(path: str | Path) -> RunRecord:
-    """Read a record. Raises PlanFormatError."""
-    return _decode(_read(path), RunRecord, str(path))
-
-
-def load_either(path: str | Path) -> Plan | RunRecord:
-    """Read a plan or a record, as the file is one or the other. Raises as the two do."""
-    data = _read(path)
-    try:
-        is_record = msgspec.json.decode(data, type=_Told).passes is not None
-    except (msgspec.DecodeError, UnicodeDecodeError):
-        is_record = False  # what is wrong with it is said below
-    return _decode(data, RunRecord, str(path)) if is_record else _checked(_decode(data, Plan, str(path)))
-
-
-def decode_plan(data: bytes) -> Plan:
-    """Return the plan that ``data`` is the JSON of, not yet checked. Raises PlanFormatError."""
-    return _decode(data, Plan, "the plan")
-
-
-def schema(kind: str) -> dict[str, Any]:
-    """Return the JSON Schema of a ``"plan"`` or a ``"record"``. Raises InputError for another kind."""
-    if kind not in _KINDS:
-        raise InputError(f"a schema of {kind!r} was asked for: there are {' and '.join(_KINDS)}")
-    return msgspec.json.schema(_KINDS[kind])
-
-
-def _read(path: str | Path) -> bytes:
+def read_bytes(path: str | Path) -> bytes:
     try:
         return read(path)
     except (OSError, ValueError) as error:  # ValueError: a zero byte in the path
         raise PlanFormatError(f"{path} cannot be read: {reason(error)}; check the path") from None
 
 
-def _decode(data: bytes, kind: type[Value], where: str) -> Value:
+def decode(data: bytes, kind: type[Value], where: str) -> Value:
+    """Return the value of a kind that ``data``, which came from ``where``, is the JSON of. Raises PlanFormatError."""
     name = kind.__name__
     try:
         head = json.loads(data)

@@ -7,6 +7,7 @@ from typing import Literal
 
 from msgspec import Struct
 
+from memplan.program import codec
 from memplan.units import format_bytes, format_seconds
 
 
@@ -88,13 +89,9 @@ class RunRecord(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
 
     def save(self, path: str | Path) -> None:
         """Write the record as JSON, whole or not at all; ``-`` is standard output. Raises PlanFormatError."""
-        from memplan.program.codec import save
-
-        save(self, path)
+        codec.save(self, path)
 
     @classmethod
     def load(cls, path: str | Path) -> RunRecord:
         """Read a record. Raises PlanFormatError."""
-        from memplan.program.codec import load_record
-
-        return load_record(path)
+        return codec.load(cls, path)

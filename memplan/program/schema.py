@@ -7,6 +7,7 @@ numbered 0 … A-1 and repeat. An item has ONE address in an arena, so it always
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
 
@@ -14,9 +15,9 @@ from msgspec import Struct
 
 from memplan.analyze.graph import Activations
 from memplan.cost.table import CostTable
+from memplan.program import codec
+from memplan.program.codec import SCHEMA_VERSION as SCHEMA_VERSION
 from memplan.units import format_bytes, format_seconds
-
-SCHEMA_VERSION = 1
 
 VRAM_KINDS = (
     "weights",
@@ -278,13 +279,19 @@ class Plan(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
 
     def save(self, path: str | Path) -> None:
         """Write the plan as JSON, whole or not at all; ``-`` is standard output. Same plan, same bytes. Raises PlanFormatError."""
-        from memplan.program.codec import save
-
-        save(self, path)
+        codec.save(self, path)
 
     @classmethod
     def load(cls, path: str | Path) -> Plan:
         """Read a plan and check it. Raises PlanFormatError or PlanCheckError; changes nothing."""
-        from memplan.program.codec import load_plan
+        return codec.load(cls, path).judged()
 
-        return load_plan(path)
+    def judged(self) -> Plan:
+        """Return the plan itself. Raises PlanCheckError where it is not valid."""
+        for require in JUDGES:
+            require(self)
+        return self
+
+
+JUDGES: list[Callable[[Plan], None]] = []
+"""Who looks at a plan that is read. The judge knows what a plan is, and not the other way round: it is put here by the package."""

@@ -10,7 +10,7 @@ from typing import NamedTuple
 from memplan.analyze.graph import Activations
 from memplan.cost.table import AccessRow, CostTable
 from memplan.errors import PlanCheckError
-from memplan.program.both_ways import BothWays, Pair, Start
+from memplan.program.duplex import BothWays, Pair, Start
 from memplan.program.page_lock import pageable_items
 from memplan.program.schema import Channel, Item, Plan, Residence
 

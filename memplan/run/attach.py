@@ -8,21 +8,21 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from memplan.compiled import forget_compiled
 from memplan.errors import ModelError, PlanMismatchError
-from memplan.program.check import require
+from memplan.hooks.compiled import forget_compiled
+from memplan.model.weights import mark_adapters
+from memplan.program.check.judge import require
 from memplan.program.page_lock import is_state_locked
 from memplan.program.schema import Plan
-from memplan.run.first_touch import touch_ahead
 from memplan.run.handle import Handle, handle_of
-from memplan.run.home import Checkpoint
-from memplan.run.install import install
-from memplan.run.interrupts import Undo, held_back
-from memplan.run.matching import match_weights, require_supported, stored_tensors, trigger_modules
-from memplan.run.optimizer_state import OptimizerState
-from memplan.run.parts import Files, Parts, resettle, settle
-from memplan.run.storage_aliases import Watched, refuse_gaps, refuse_shared
-from memplan.weights import mark_adapters
+from memplan.run.memory.home import Checkpoint
+from memplan.run.memory.prefault import touch_ahead
+from memplan.run.memory.storage_aliases import Watched, refuse_gaps, refuse_shared
+from memplan.run.modules.install import install
+from memplan.run.modules.match_model import match_weights, require_supported, stored_tensors, trigger_modules
+from memplan.run.modules.optimizer_state import OptimizerState
+from memplan.run.runtime import Files, Parts, resettle, settle
+from memplan.run.transfer.interrupts import Undo, held_back
 
 
 def attach(
@@ -138,6 +138,6 @@ def attach_on(
 def _cache(cache: str | Path | None) -> Path:
     if cache is not None:
         return Path(cache)
-    from memplan.hardware import cache_folder
+    from memplan.hardware.machine import cache_folder
 
     return cache_folder()

@@ -16,15 +16,15 @@ from msgspec.structs import replace
 from torch import nn
 
 from memplan.errors import DoesNotFitError, RunError, first_line
+from memplan.hooks.recompute import drop_hooks_that_stayed
+from memplan.model.live_storages import StorageLedger
 from memplan.program.record import RunRecord
 from memplan.program.schema import Plan
-from memplan.recompute import drop_hooks_that_stayed
-from memplan.run.guard import guard_of
-from memplan.run.interrupts import held_back
-from memplan.run.parts import Parts
+from memplan.run.modules.guard import guard_of
 from memplan.run.recovery import Before, is_out_of_memory
-from memplan.run.scalars import Scalars
-from memplan.storages import StorageLedger
+from memplan.run.runtime import Parts
+from memplan.run.transfer.interrupts import held_back
+from memplan.run.verify.scalars import Scalars
 from memplan.units import format_bytes
 
 Result = TypeVar("Result")
@@ -265,7 +265,7 @@ def handle_of(model: nn.Module) -> Handle | None:
     """Return the handle of a model that is attached, whole or in part, or None."""
     for module in model.modules():
         guard = guard_of(module)
-        if guard is not None and guard.handle is not None:
+        if guard is not None and isinstance(guard.handle, Handle):
             return guard.handle
     return None
 

@@ -9,7 +9,7 @@ from typing import Any, overload
 import torch
 from torch import nn
 
-from memplan.weights import frozen_weights
+from memplan.model.weights import frozen_weights
 
 _WORDS = ("can't allocate memory", "not enough memory", "out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
 

@@ -12,10 +12,10 @@ from rich.table import Table
 from rich.text import Text
 
 from memplan.errors import InputError
-from memplan.show.facts import BlockFact, facts, home_of
 from memplan.show.glyphs import Glyphs
+from memplan.show.sentences import number, rate
+from memplan.show.summary import BlockFact, facts, home_of
 from memplan.show.terminal import print_or_write
-from memplan.show.words import number, rate
 from memplan.units import format_bytes
 
 if TYPE_CHECKING:

@@ -13,7 +13,7 @@ from memplan.units import format_bytes
 
 if TYPE_CHECKING:
     from memplan.program.schema import Tier
-    from memplan.show.facts import BlockFact
+    from memplan.show.summary import BlockFact
 
 GROUP = 10
 """Marks between two spaces: people count in tens."""

@@ -17,11 +17,11 @@ from rich.table import Table
 from rich.text import Text
 
 from memplan.program.schema import RAM_KINDS, VRAM_KINDS
-from memplan.show import facts as said
-from memplan.show import words
-from memplan.show.facts import as_dict, failure_dict
+from memplan.show import sentences as words
+from memplan.show import summary as said
 from memplan.show.glyphs import PLAIN, RICH, Glyphs
 from memplan.show.strip import legend, ranges, strip
+from memplan.show.summary import as_dict, failure_dict
 from memplan.units import format_bytes
 
 if TYPE_CHECKING:

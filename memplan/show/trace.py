@@ -11,10 +11,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from memplan.atomic_write import write
 from memplan.errors import InputError
-from memplan.files import write
 from memplan.program.timeline import timeline_of
-from memplan.show.facts import check_pair
+from memplan.show.summary import check_pair
 
 if TYPE_CHECKING:
     from memplan.program.record import RunRecord

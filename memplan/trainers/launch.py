@@ -1,27 +1,21 @@
-"""``memplan run``: what a script is started with, and what then waits in its process for the libraries to be imported.
+"""What ``memplan run`` was asked for, handed on to every Python that it starts, and telling the user of it.
 
-Nothing but the standard library is imported here: every Python under ``memplan run`` reads this as it starts.
+Nothing but the standard library is imported here.
 """
 
 from __future__ import annotations
 
-import atexit
 import json
 import os
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from importlib.abc import Loader, MetaPathFinder
-from importlib.machinery import ModuleSpec
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 VARIABLE = "MEMPLAN_RUN"
-_PROCESS = "MEMPLAN_RUN_PROCESS"
+PROCESS = "MEMPLAN_RUN_PROCESS"
 """Names the process that became the command."""
-_LAUNCHERS = ("accelerate.commands.launch", "torch.distributed.run", "deepspeed.launcher.runner")
-"""They import torch, and train in other processes."""
 STARTUP = Path(__file__).with_name("startup")
 
 
@@ -44,7 +38,7 @@ def environment(settings: Settings, given: Mapping[str, str]) -> dict[str, str]:
     return {
         **given,
         VARIABLE: json.dumps(asdict(settings)),
-        _PROCESS: str(os.getpid()),
+        PROCESS: str(os.getpid()),
         "PYTHONPATH": f"{STARTUP}{os.pathsep}{path}" if path else str(STARTUP),
     }
 
@@ -59,135 +53,19 @@ def say(text: str) -> None:
     print(f"memplan: {text}", file=sys.stderr, flush=True)  # noqa: T201
 
 
-class _Seen:
+def saw_model() -> None:
+    """Note that a model was loaded."""
+    Seen.model = True
+
+
+def saw_training() -> None:
+    """Note that a model was trained, or was to be."""
+    Seen.training = True
+
+
+class Seen:
     """What this process was seen to do."""
 
     model = False
     training = False
     error = False
-
-
-def saw_model() -> None:
-    """Note that a model was loaded."""
-    _Seen.model = True
-
-
-def saw_training() -> None:
-    """Note that a model was trained, or was to be."""
-    _Seen.training = True
-
-
-def _tell_of_none() -> None:
-    """Say at the end that nothing was trained, in a process that might have."""
-    is_command = os.environ.get(_PROCESS) == str(os.getpid())
-    might = is_command and "torch" in sys.modules and not any(name in sys.modules for name in _LAUNCHERS)
-    if not _Seen.training and not _Seen.error and (_Seen.model or might):
-        say("no training was seen: no model that memplan serves was called in training mode with gradients")
-
-
-def _without_traceback(before: Callable[..., Any]) -> Callable[..., Any]:
-    """Have an error that says that nothing fits, or is as fast as asked, end a script as it ends ``memplan plan``."""
-
-    def hook(kind: type[BaseException], error: BaseException, trace: Any) -> None:
-        _Seen.error = True
-        errors = sys.modules.get("memplan.errors")
-        if errors is not None and isinstance(error, errors.TooSlowError):
-            say(str(error))
-            return
-        if errors is None or not isinstance(error, errors.DoesNotFitError):
-            before(kind, error, trace)
-            return
-        from memplan.show import terminal
-
-        sys.stderr.write(terminal.failure_text(error))
-        sys.stderr.flush()
-
-    return hook
-
-
-def install() -> None:
-    """Have the libraries that memplan serves changed when, and only if, the script imports them."""
-    if VARIABLE in os.environ and not any(isinstance(finder, _Finder) for finder in sys.meta_path):
-        sys.excepthook = _without_traceback(sys.excepthook)
-        atexit.register(_tell_of_none)
-        after: dict[str, Callable[[ModuleType], None]] = {
-            "transformers.modeling_utils": _models,
-            "transformers.trainer": _trainer,
-            "peft.peft_model": _adapters,
-            "diffusers.models.modeling_utils": _diffusers,
-        }
-        sys.meta_path.insert(0, _Finder(after))
-
-
-def lightning_callbacks() -> list[Any]:
-    """Return what Lightning is to add to each Trainer's callbacks: nothing but under ``memplan run``."""
-    if VARIABLE not in os.environ:
-        return []
-    from memplan.trainers.lightning import PlacementAtFirstCall
-
-    return [PlacementAtFirstCall()]
-
-
-def _models(module: ModuleType) -> None:
-    from memplan.trainers.script import serve_models
-
-    serve_models(module.PreTrainedModel)
-
-
-def _diffusers(module: ModuleType) -> None:
-    from memplan.trainers.script import serve_diffusers
-
-    serve_diffusers(module.ModelMixin)
-
-
-def _trainer(module: ModuleType) -> None:
-    from memplan.trainers.script import serve_trainer
-
-    serve_trainer(module.Trainer)
-
-
-def _adapters(module: ModuleType) -> None:
-    from memplan.trainers.script import serve_adapters
-
-    serve_adapters(module.PeftModel)
-
-
-class _Finder(MetaPathFinder):
-    """Finds what the others find, and has something done once it has been imported."""
-
-    def __init__(self, after: dict[str, Callable[[ModuleType], None]]) -> None:
-        self._after = after
-
-    def find_spec(
-        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
-    ) -> ModuleSpec | None:
-        then = self._after.get(fullname)  # may be looked for long before it is imported
-        if then is None:
-            return None
-        for finder in sys.meta_path:
-            find = None if finder is self else getattr(finder, "find_spec", None)
-            spec: ModuleSpec | None = None if find is None else find(fullname, path, target)
-            if spec is not None:
-                if spec.loader is not None:
-                    spec.loader = _Loader(spec.loader, then)
-                return spec
-        return None
-
-
-class _Loader(Loader):
-    def __init__(self, loader: Loader, then: Callable[[ModuleType], None]) -> None:
-        self._loader, self._then = loader, then
-
-    def create_module(self, spec: ModuleSpec) -> ModuleType | None:
-        return self._loader.create_module(spec)
-
-    def exec_module(self, module: ModuleType) -> None:
-        # From here on the module's loader is the true one: pickle, inspect and pkgutil ask it for more than this.
-        module.__loader__ = self._loader
-        if module.__spec__ is not None:
-            module.__spec__.loader = self._loader
-        self._loader.exec_module(module)
-        try:
-            self._then(module)
-        except Exception as error:  # the script is to run all the same
-            say(f"stands aside: {module.__name__} cannot be served ({type(error).__name__}: {error})")

@@ -17,19 +17,9 @@ from memplan.errors import DoesNotFitError, InputError
 from memplan.program.schema import Plan
 from memplan.request import PlanOptions
 from memplan.run.handle import handle_of
-from memplan.trainers.beside import Scope
+from memplan.trainers.hf_trainer import CallUnknownError, check_early, wrap_within
 from memplan.trainers.launch import say
-from memplan.trainers.mapped import is_mapped
-from memplan.trainers.mapping import (
-    QuantizedError,
-    device_asked,
-    is_distributed,
-    mappable_folder,
-    mapped_from,
-    why_not_mapped,
-)
-from memplan.trainers.transformers import CallUnknownError, check_early, wrap_within
-from memplan.trainers.waiting import (
+from memplan.trainers.loading.deferred_placement import (
     arrived,
     ask,
     forget,
@@ -40,6 +30,16 @@ from memplan.trainers.waiting import (
     waits,
     waits_itself,
 )
+from memplan.trainers.loading.from_pretrained import (
+    QuantizedError,
+    device_asked,
+    is_distributed,
+    mappable_folder,
+    mapped_from,
+    why_not_mapped,
+)
+from memplan.trainers.loading.mapped_weights import is_mapped
+from memplan.trainers.other_models import Scope
 
 if TYPE_CHECKING:
     from transformers import Trainer
@@ -61,7 +61,7 @@ def placing(
     take no RAM that the kernel cannot take back. Adapters are added as ever, whatever they begin with. The Trainer that is
     built is wrapped before its constructor returns (one whose data does not say what its model is called with, such as
     GRPO's: at the model's first call to be trained). Other models, and those whose Trainer is built elsewhere, are whole
-    and work as ever; all share the budgets (:mod:`memplan.trainers.beside`).
+    and work as ever; all share the budgets (:mod:`memplan.trainers.other_models`).
 
     Entering raises InputError for options that cannot be used. ``from_pretrained`` raises InputError for what is not served
     here, CheckpointError; a Trainer what ``wrap`` raises.

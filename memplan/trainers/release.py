@@ -11,10 +11,10 @@ import torch
 from torch import nn
 
 from memplan.errors import MovedWeightsError
-from memplan.run.guard import MERGES, Guard, guard_of
 from memplan.run.handle import Handle
+from memplan.run.modules.guard import MERGES, Guard, guard_of
 from memplan.trainers.launch import say
-from memplan.trainers.mapped import is_mapped
+from memplan.trainers.loading.mapped_weights import is_mapped
 
 _CALLS = {
     "compile": "compiled",

@@ -6,7 +6,7 @@ import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from memplan.triggers import Triggers
+from memplan.hooks.triggers import Triggers
 
 
 class CountLive(TorchDispatchMode):

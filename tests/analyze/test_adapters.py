@@ -9,8 +9,8 @@ import torch
 from torch import nn
 from transformers import BertConfig, CLIPVisionConfig, LlamaConfig, T5Config, ViTConfig
 
-from memplan.analyze.adapters import describe, prepare
-from memplan.analyze.trace import analyze
+from memplan.analyze.inputs.prepare import describe, prepare
+from memplan.analyze.trace.trace import analyze
 from memplan.errors import InputError, ModelError
 from tests import models
 

@@ -6,7 +6,7 @@ import gc
 
 import pytest
 
-from memplan.analyze.trace import analyze
+from memplan.analyze.trace.trace import analyze
 from tests.analyze.steps import count_pass
 from tests.analyze.test_memory import live_bytes
 from tests.causal_types import TYPES, batch, make

@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import nn
 
-from memplan.analyze.trace import analyze
-from memplan.triggers import modules_by_name
+from memplan.analyze.trace.trace import analyze
+from memplan.hooks.triggers import modules_by_name
 from tests.analyze.steps import real_order
 from tests.routed import DEPTH, EXPERTS, Layer, Routed, batch_of, make
 from tests.training import loss_of

@@ -11,9 +11,10 @@ import torch
 from transformers import LlamaConfig
 
 import memplan
-from memplan.analyze import kept, trace
+from memplan.analyze import graph_cache as kept
+from memplan.analyze.trace import trace
 from memplan.errors import ModelError
-from memplan.hardware import save
+from memplan.hardware.profile import save
 from tests.training import CPU
 
 SMALL = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 2, "vocab_size": 64}

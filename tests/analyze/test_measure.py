@@ -9,15 +9,17 @@ import torch
 from transformers import BertConfig, LlamaConfig, MixtralConfig, T5Config
 
 import memplan
-from memplan import cli, hardware
-from memplan.analyze.adapters import prepare
-from memplan.analyze.extend import short_name
-from memplan.analyze.measure import measure
-from memplan.analyze.repeats import find_runs
-from memplan.analyze.trace import analyze
+from memplan import cli
+from memplan.analyze.blocks.measure import measure
+from memplan.analyze.inputs.prepare import prepare
+from memplan.analyze.repeat.periodic import find_runs
+from memplan.analyze.repeat.unroll import short_name
+from memplan.analyze.trace.trace import analyze
 from memplan.cli.entry import OK
 from memplan.cost.build import cost_table
 from memplan.errors import InputError, ModelError
+from memplan.hardware import machine
+from memplan.hardware.calibrate import current
 from memplan.units import GIB
 from tests import quantized
 from tests.training import CPU, batch_of, loss_of, make
@@ -37,7 +39,7 @@ CONFIGS = {
 
 @pytest.fixture(autouse=True)
 def few_passes(monkeypatch):
-    monkeypatch.setattr("memplan.analyze.measure.ENOUGH_S", 0.0)
+    monkeypatch.setattr("memplan.analyze.blocks.measure.ENOUGH_S", 0.0)
 
 
 def measured(config, **options):
@@ -132,8 +134,8 @@ def test_another_machine_cannot_be_measured():
 
 
 def test_the_command_line(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(hardware, "auto", lambda: CPU)
-    monkeypatch.setattr(hardware, "is_here", lambda profile: True)
+    monkeypatch.setattr(current, "current", lambda: CPU)
+    monkeypatch.setattr(machine, "is_here", lambda profile: True)
     CONFIGS["llama"].save_pretrained(tmp_path)
     given = ["plan", str(tmp_path), "--vram", "1GiB", "--seq", "16", "--dtype", "fp32", "--measure", "--json"]
     assert cli.main(given) == OK
@@ -143,7 +145,7 @@ def test_the_command_line(tmp_path, capsys, monkeypatch):
 
 def test_under_the_callers_own_autocast(monkeypatch):
     seen = []
-    monkeypatch.setattr("memplan.analyze.measure._Passes.measured", lambda run: seen.append(run._lowered) or {})
+    monkeypatch.setattr("memplan.analyze.blocks.measure._Passes.measured", lambda run: seen.append(run._lowered) or {})
     with torch.autocast("cpu", torch.bfloat16):
         measured(CONFIGS["t5"])
     measured(CONFIGS["t5"])

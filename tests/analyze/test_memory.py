@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from memplan import recompute
-from memplan.analyze.trace import analyze
+from memplan.analyze.trace.trace import analyze
 from memplan.cost.table import AccessRow, CostTable
-from memplan.triggers import modules_by_name
+from memplan.hooks import recompute
+from memplan.hooks.triggers import modules_by_name
 from tests import models
 from tests.analyze.steps import count_pass
 

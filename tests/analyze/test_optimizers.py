@@ -9,9 +9,9 @@ import torch
 from bitsandbytes import optim as bnb
 from transformers.optimization import Adafactor
 
-from memplan.analyze.optimizers import check_optimizer, state_bytes, workspace_bytes
+from memplan.analyze.blocks.optimizers import check_optimizer, state_bytes, workspace_bytes
 from memplan.errors import InputError
-from memplan.storages import StorageLedger
+from memplan.model.live_storages import StorageLedger
 
 MIXED = [(256, 64), (128, 512), (64,), (32, 7, 5), (100, 50)]
 """Two of them too small for 8 bits, the largest after the second largest."""

@@ -8,7 +8,7 @@ from torch import nn
 from transformers import LlamaConfig
 
 import memplan
-from memplan.analyze.trace import analyze
+from memplan.analyze.trace.trace import analyze
 from memplan.cost.build import cost_table
 from tests import families
 from tests.training import CPU, batch_of

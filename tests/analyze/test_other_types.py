@@ -13,11 +13,11 @@ import torch
 from transformers import ResNetConfig, RobertaConfig, ViTConfig, Wav2Vec2Config, WhisperConfig
 
 import memplan
-from memplan.analyze.batch import batch_for
-from memplan.analyze.trace import analyze
+from memplan.analyze.inputs.batch import batch_for
+from memplan.analyze.trace.trace import analyze
 from memplan.cli import main
 from memplan.errors import InputError, ModelError
-from memplan.skeleton import from_configuration
+from memplan.model.meta_model import from_configuration
 from tests import diffusion_types, other_types
 from tests.analyze.steps import count_pass
 from tests.analyze.test_memory import live_bytes

@@ -20,10 +20,11 @@ from transformers import (
 )
 
 import memplan
-from memplan.analyze import adapters, trace
-from memplan.analyze.adapters import describe, prepare
-from memplan.analyze.repeats import KEPT, TYPES, find_runs, may_be_short, shortened
-from memplan.analyze.trace import analyze
+from memplan.analyze.inputs import prepare as adapters
+from memplan.analyze.inputs.prepare import describe, prepare
+from memplan.analyze.repeat.periodic import KEPT, TYPES, find_runs, may_be_short, shortened
+from memplan.analyze.trace import trace
+from memplan.analyze.trace.trace import analyze
 from tests import causal_types
 from tests.training import CPU, Decoder, PlainLayer, batch_of, loss_of
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from memplan.storages import StorageLedger
+from memplan.model.live_storages import StorageLedger
 
 KIB = 1024
 

@@ -9,11 +9,11 @@ import pytest
 import torch
 from torch import nn
 
-from memplan.analyze.adapters import _copy_on_meta as prepare_copy
-from memplan.analyze.trace import analyze
+from memplan.analyze.inputs.prepare import _copy_on_meta as prepare_copy
+from memplan.analyze.trace.trace import analyze
 from memplan.errors import InputError, ModelError
-from memplan.names import canonical
-from memplan.triggers import modules_by_name
+from memplan.hooks.triggers import modules_by_name
+from memplan.model.names import canonical
 from memplan.units import align_up
 from tests import models
 from tests.analyze.steps import real_order

@@ -8,7 +8,7 @@ from msgspec.structs import replace
 from memplan.analyze.graph import Access, Block, Fixed, LayerGraph, Lifetime
 from memplan.cost.build import cost_table, notes
 from memplan.cost.time import access_seconds
-from memplan.hardware import Figure, HardwareProfile
+from memplan.hardware.profile import Figure, HardwareProfile
 
 RATE, BANDWIDTH, LAUNCH = 1e12, 1e11, 1e-6
 

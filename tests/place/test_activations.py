@@ -12,7 +12,7 @@ from msgspec.structs import replace
 from memplan.errors import DoesNotFitError
 from memplan.place.problem import Memory, make_problem
 from memplan.place.solve import place
-from memplan.program.check import check
+from memplan.program.check.judge import check
 from memplan.program.timeline import durations
 from tests.place import brute
 from tests.place.test_optimal import ALLOWED, best_with_addresses

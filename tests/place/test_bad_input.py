@@ -10,9 +10,9 @@ from msgspec.structs import replace
 from memplan.analyze.graph import Rows
 from memplan.errors import DoesNotFitError, InputError, SizeError
 from memplan.place.baselines import WAYS
-from memplan.place.least import least_vram_bytes
+from memplan.place.min_vram import least_vram_bytes
 from memplan.place.solve import place, place_as
-from memplan.program.check import check
+from memplan.program.check.judge import check
 from memplan.program.schema import STAGING_BYTES
 from tests.tables import MIB, NAMES, budgets, make_table
 

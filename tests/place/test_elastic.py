@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 from msgspec.structs import replace
 
 from memplan.errors import DoesNotFitError, PlanCheckError
-from memplan.place.least import least_vram_bytes
+from memplan.place.min_vram import least_vram_bytes
 from memplan.place.solve import place
-from memplan.program.check import check, require
+from memplan.program.check.judge import check, require
 from tests.tables import MIB, NAMES, budgets, make_table
 
 X = 10 * MIB

@@ -8,10 +8,10 @@ import pytest
 from msgspec.structs import replace
 
 from memplan.errors import DoesNotFitError
-from memplan.place.least import least_vram_bytes
+from memplan.place.alternatives import Variants
+from memplan.place.min_vram import least_vram_bytes
 from memplan.place.solve import place
-from memplan.place.variants import Variants
-from memplan.program.check import check
+from memplan.program.check.judge import check
 from tests.tables import MIB, NAMES, budgets, make_table
 
 N = 12

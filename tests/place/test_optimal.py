@@ -8,7 +8,7 @@ import random
 import pytest
 from msgspec.structs import replace
 
-from memplan.place.arrangement import arrangement_of, stays_of
+from memplan.place.layout.layout import arrangement_of, stays_of
 from memplan.place.problem import make_problem
 from memplan.place.solve import place
 from memplan.program.timeline import Load, durations, simulate

@@ -12,13 +12,13 @@ from msgspec.structs import replace
 
 from memplan.analyze.graph import Rows
 from memplan.errors import DoesNotFitError, InputError, SizeError
-from memplan.place.arrangement import stays_of
-from memplan.place.least import least_vram_bytes
-from memplan.place.pages import NOTHING, pageable_of, spread
+from memplan.place.layout.layout import stays_of
+from memplan.place.layout.page_lock import NOTHING, pageable_of, spread
+from memplan.place.layout.ring_layout import Ring, Rings
+from memplan.place.min_vram import least_vram_bytes
 from memplan.place.problem import Memory, make_problem, policies_for
-from memplan.place.ring import Ring, Rings
 from memplan.place.solve import place
-from memplan.program.check import check
+from memplan.program.check.judge import check
 from memplan.program.page_lock import page_locked_bytes, pageable_items, ring_bytes
 from memplan.program.schema import RING_BYTES, STAGING_BYTES
 from memplan.program.timeline import Load, durations, load_s, simulate, timeline_of

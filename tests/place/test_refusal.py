@@ -11,7 +11,7 @@ from msgspec.structs import replace
 
 from memplan.cost.chunked import chunked_loss
 from memplan.errors import DoesNotFitError
-from memplan.place.least import least_vram_bytes
+from memplan.place.min_vram import least_vram_bytes
 from memplan.place.solve import place
 from memplan.program.schema import STAGING_BYTES
 from memplan.units import ALIGNMENT_BYTES

@@ -14,11 +14,11 @@ from msgspec.structs import replace
 from memplan.analyze.graph import Fixed, Rows
 from memplan.errors import DoesNotFitError, InputError
 from memplan.place.baselines import WAYS
-from memplan.place.least import least_vram_bytes
+from memplan.place.min_vram import least_vram_bytes
 from memplan.place.problem import evenly
 from memplan.place.solve import place, place_as
 from memplan.program import codec
-from memplan.program.check import check
+from memplan.program.check.judge import check
 from memplan.program.schema import STAGING_BYTES
 from tests.tables import MIB, NAMES, WORKLOAD, budgets, make_table
 

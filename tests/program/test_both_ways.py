@@ -11,8 +11,8 @@ from msgspec.structs import replace
 
 from memplan.errors import PlanCheckError
 from memplan.place.solve import place
-from memplan.program.both_ways import BothWays
-from memplan.program.check import check
+from memplan.program.check.judge import check
+from memplan.program.duplex import BothWays
 from memplan.program.timeline import Load, simulate, timeline_of
 from tests.tables import MIB, NAMES, budgets, make_table
 

@@ -7,7 +7,7 @@ from msgspec.structs import replace
 
 from memplan.errors import PlanCheckError
 from memplan.place.solve import place
-from memplan.program.check import check, require
+from memplan.program.check.judge import check, require
 from memplan.program.schema import RING_BYTES, STAGING_BYTES
 from tests.tables import MIB, NAMES, budgets, make_table
 

@@ -8,9 +8,9 @@ import re
 import pytest
 from msgspec.structs import replace
 
-from memplan.errors import InputError, PlanCheckError, PlanFormatError
+from memplan.errors import PlanCheckError, PlanFormatError
 from memplan.place.solve import place
-from memplan.program.codec import decode_plan, encode, schema
+from memplan.program.codec import decode, encode
 from memplan.program.record import RunRecord
 from memplan.program.schema import Plan
 from tests.tables import MIB, NAMES, budgets, make_table
@@ -117,7 +117,7 @@ def test_numbers_that_json_has_no_word_for_are_not_written(plan, tmp_path, numbe
 )
 def test_bytes_that_are_no_plan(plan, bend):
     with pytest.raises(PlanFormatError):
-        decode_plan(bend(encode(plan)))
+        decode(bend(encode(plan)), Plan, "the plan")
 
 
 def test_a_file_is_left_as_it_was_where_writing_fails(plan, tmp_path, monkeypatch):
@@ -138,10 +138,3 @@ def test_others_may_read_a_plan_as_the_umask_says(plan, tmp_path):
     plan.save(tmp_path / "plan.json")
     (tmp_path / "plain").write_text("")
     assert (tmp_path / "plan.json").stat().st_mode == (tmp_path / "plain").stat().st_mode
-
-
-@pytest.mark.parametrize(("kind", "title"), [("plan", "Plan"), ("record", "RunRecord")])
-def test_schema(kind, title):
-    assert title in schema(kind)["$defs"]
-    with pytest.raises(InputError, match="there are plan and record"):
-        schema("recipe")

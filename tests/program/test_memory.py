@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from memplan.place.solve import place
-from memplan.program.memory import ACTIVATION_KINDS, DEVICE_KINDS, HOST_KINDS, timeline
+from memplan.program.memory_timeline import ACTIVATION_KINDS, DEVICE_KINDS, HOST_KINDS, timeline
 from memplan.program.schema import STAGING_BYTES
 from tests.run.test_parity import plan_for
 from tests.show.plans import LAYER_BYTES, solve_plan

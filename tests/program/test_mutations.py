@@ -8,7 +8,7 @@ import pytest
 from msgspec.structs import replace
 
 from memplan.place.solve import place
-from memplan.program.check import check
+from memplan.program.check.judge import check
 from memplan.program.page_lock import page_locked_bytes
 from memplan.program.schema import RING_BYTES, STAGING_BYTES
 from tests.tables import MIB, NAMES, budgets, make_table

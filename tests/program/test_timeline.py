@@ -9,7 +9,7 @@ from msgspec.structs import replace
 
 from memplan.errors import PlanCheckError
 from memplan.place.solve import place
-from memplan.program.check import check
+from memplan.program.check.judge import check
 from memplan.program.schema import STAGING_BYTES
 from memplan.program.timeline import Load, durations, simulate, timeline_of
 from tests.tables import MIB, NAMES, budgets, make_table

@@ -11,7 +11,7 @@ from memplan.case import case_of
 from memplan.cli import main
 from memplan.errors import DoesNotFitError, InputError
 from memplan.program.schema import Budgets
-from memplan.questions import fit as fitting
+from memplan.queries import fit as fitting
 from memplan.request import Request
 from tests.questions.small import config_of
 from tests.training import CPU

@@ -11,7 +11,7 @@ import memplan
 from memplan.case import case_of
 from memplan.cli import main
 from memplan.errors import InputError, TooSlowError
-from memplan.questions.frontier import budgets_of, ends_of, least_for, require_speed
+from memplan.queries.frontier import budgets_of, ends_of, least_for, require_speed
 from memplan.request import Request
 from tests.questions.small import config_of
 from tests.training import CPU

@@ -15,8 +15,8 @@ import memplan
 from memplan.case import case_of
 from memplan.cost.chunked import CHUNK_TOKENS, chunked_loss
 from memplan.program.schema import Plan
-from memplan.questions.frontier import budgets_of
-from memplan.questions.gains import with_gains
+from memplan.queries.frontier import budgets_of
+from memplan.queries.gains import with_gains
 from memplan.request import Request
 from memplan.show.terminal import text
 from tests.questions.small import config_of

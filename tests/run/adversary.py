@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from memplan.run.arena import poison
-from memplan.run.transfer import CpuTransfers
+from memplan.run.memory.arena import poison
+from memplan.run.transfer.transfer import CpuTransfers
 
 
 class EarlyTransfers(CpuTransfers):

@@ -23,9 +23,9 @@ from memplan.errors import (
     StrayReadError,
     TransferError,
 )
-from memplan.names import canonical
+from memplan.model.names import canonical
 from memplan.run.attach import attach
-from memplan.run.disk import DiskReader
+from memplan.run.memory.disk import DiskReader
 from tests.run.test_parity import plan_for
 from tests.training import CPU, as_it_lies, assert_equal, assert_only_whole_blocks, batch_of, make, train
 
@@ -85,7 +85,7 @@ def test_training_goes_on_after_detach(model, plan, tmp_path):
 
 @pytest.mark.parametrize("after", [0, 1, 3])
 def test_a_failure_half_way_leaves_the_model_as_it_was(model, plan, tmp_path, monkeypatch, after):
-    from memplan.run import home
+    from memplan.run.memory import home
 
     before = state(model)
     fill = home.Weights.fill

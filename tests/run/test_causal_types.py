@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from memplan.analyze.trace import analyze
+from memplan.analyze.trace.trace import analyze
 from memplan.cost.build import cost_table
 from memplan.place.solve import place
 from memplan.program.schema import Budgets, Workload

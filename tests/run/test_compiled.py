@@ -102,7 +102,7 @@ def test_compiled_layers_whose_activations_are_offloaded(tmp_path, checked):
 
 @pytest.mark.parametrize("transfers", ALL, ids=lambda kind: kind.__name__)
 def test_compiled_layers_with_transfers_that_do_their_worst(transfers, tmp_path, monkeypatch):
-    monkeypatch.setattr("memplan.run.install.CpuTransfers", transfers)
+    monkeypatch.setattr("memplan.run.modules.install.CpuTransfers", transfers)
     compare("plain", "call", "aot_eager", tmp_path)
 
 

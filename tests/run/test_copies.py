@@ -10,15 +10,15 @@ import re
 import pytest
 import torch
 
-from memplan.analyze.trace import analyze
+from memplan.analyze.trace.trace import analyze
 from memplan.cost.build import cost_table
 from memplan.errors import DoesNotFitError
+from memplan.hooks.recompute import hooks_around
 from memplan.place.solve import place
 from memplan.program.schema import Budgets, Workload
-from memplan.recompute import hooks_around
-from memplan.run import copies
 from memplan.run.attach import attach
 from memplan.run.handle import handle_of
+from memplan.run.verify import unplanned_copies as copies
 from memplan.units import GIB
 from tests import families
 from tests.counting import LiveBytes, held_by

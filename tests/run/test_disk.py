@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from memplan.errors import CheckpointError, TransferError
-from memplan.run.disk import DiskReader, Extent
+from memplan.run.memory.disk import DiskReader, Extent
 
 
 @pytest.fixture
@@ -63,6 +63,6 @@ def test_a_file_that_ends_early_says_where(reader, file, monkeypatch):
     extent = Extent(path=str(path), file_offset_bytes=0, size_bytes=len(data))
     reader.open([extent])
     os.truncate(path, 10_000)
-    monkeypatch.setattr("memplan.run.disk._File.unchanged", lambda self: True)
+    monkeypatch.setattr("memplan.run.memory.disk._File.unchanged", lambda self: True)
     with pytest.raises(TransferError, match="ends at byte 10000"):
         reader.read([(extent, np.empty(len(data), np.uint8))], "the block layers.3")

@@ -9,11 +9,11 @@ import torch
 
 from memplan.errors import TransferError
 from memplan.program.schema import Segment
-from memplan.run.arena import Arena
 from memplan.run.attach import attach
-from memplan.run.clocks import ClockedTransfers
 from memplan.run.handle import handle_of
-from memplan.run.transfer import CpuTransfers, HostSource
+from memplan.run.memory.arena import Arena
+from memplan.run.transfer.transfer import CpuTransfers, HostSource
+from memplan.run.verify.race_check import ClockedTransfers
 from tests.counting import LiveBytes, held_by, resident_bytes
 from tests.run.test_parity import compare, plan_for
 from tests.training import batch_of, loss_of, make

@@ -18,15 +18,18 @@ from msgspec.structs import replace
 
 from memplan.cost.build import cost_table
 from memplan.errors import DoesNotFitError
-from memplan.place import pages, pieces, problem
-from memplan.place.pieces import split
+from memplan.place import problem
+from memplan.place.alternatives import state_away
+from memplan.place.layout import page_lock as pages
+from memplan.place.layout import split as pieces
+from memplan.place.layout.split import split
 from memplan.place.solve import place
-from memplan.place.variants import state_away
-from memplan.program import check_page_locks, page_lock
-from memplan.program.check import require
+from memplan.program import page_lock
+from memplan.program.check import page_locks as check_page_locks
+from memplan.program.check.judge import require
 from memplan.program.schema import Budgets, Workload
-from memplan.run import transfer
 from memplan.run.attach import attach_on
+from memplan.run.transfer import transfer
 from memplan.units import GIB
 from tests.graphs import graph_of
 from tests.training import CPU, KINDS, assert_equal, batch_of, loss_of, make, train

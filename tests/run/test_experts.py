@@ -9,11 +9,11 @@ import torch
 
 from memplan.cost.build import cost_table
 from memplan.errors import DoesNotFitError
+from memplan.hooks.triggers import modules_by_name
 from memplan.place.solve import place
 from memplan.program.schema import Budgets, Workload
 from memplan.run.attach import attach
-from memplan.run.choices import HABIT
-from memplan.triggers import modules_by_name
+from memplan.run.schedule.expected_loads import HABIT
 from memplan.units import GIB
 from tests import graphs
 from tests.counting import LiveBytes, held_by
@@ -101,7 +101,7 @@ def test_experts_in_any_order_more_than_once_or_none(way, checkpointing, tmp_pat
 @pytest.mark.parametrize("transfers", ALL)
 @pytest.mark.parametrize("way", ["in-order", "reversed", "twice"])
 def test_transfers_that_do_their_worst(way, transfers, tmp_path, monkeypatch):
-    monkeypatch.setattr("memplan.run.install.CpuTransfers", transfers)
+    monkeypatch.setattr("memplan.run.modules.install.CpuTransfers", transfers)
     compare("routed", plan_for("routed"), tmp_path, checked=True, way=way)
 
 

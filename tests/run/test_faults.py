@@ -19,12 +19,12 @@ from msgspec.structs import replace
 
 from memplan.errors import InputError, RunError, TransferError
 from memplan.program.schema import Segment
-from memplan.run import transfer
 from memplan.run.attach import attach
-from memplan.run.disk import DiskReader
 from memplan.run.handle import handle_of
-from memplan.run.interrupts import held_back
-from memplan.run.parts import Parts
+from memplan.run.memory.disk import DiskReader
+from memplan.run.runtime import Parts
+from memplan.run.transfer import transfer
+from memplan.run.transfer.interrupts import held_back
 from tests.run.test_parity import plan_for
 from tests.training import assert_equal, assert_only_whole_blocks, make, train
 
@@ -140,7 +140,11 @@ def test_each_allocation_fails_once(monkeypatch, tmp_path):
         model.zero_grad()
         assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
     assert heard == {True}
-    assert where == {"memplan.run.arena", "memplan.run.dispatched", "memplan.run.offloads"}
+    assert where == {
+        "memplan.run.memory.arena",
+        "memplan.run.access.dispatched",
+        "memplan.run.modules.offloaded_activations",
+    }
     assert_equal(train(model, "plain", steps=1), expected)
 
 

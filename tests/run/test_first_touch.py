@@ -11,8 +11,8 @@ from contextlib import ExitStack
 import pytest
 import torch
 
-from memplan.run import first_touch
-from memplan.run.first_touch import touch_ahead
+from memplan.run.memory import prefault as first_touch
+from memplan.run.memory.prefault import touch_ahead
 from memplan.units import MIB
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the kernel's call is Linux's own")

@@ -14,8 +14,8 @@ from memplan.demo import deterministic
 from memplan.errors import StrayReadError
 from memplan.program.page_lock import pageable_items
 from memplan.program.schema import RING_BYTES
-from memplan.run import arena, page_lock
 from memplan.run.attach import attach
+from memplan.run.memory import arena, page_lock
 from tests.run.test_parity import assert_forwards
 from tests.run.test_staging import with_small_rings
 from tests.training import CPU, assert_equal, batch_of, loss_of, make, train

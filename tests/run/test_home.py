@@ -8,8 +8,8 @@ from safetensors.torch import save_file
 from torch import nn
 
 import memplan
-from memplan.run.arena import Placeholders, is_placeholder
-from memplan.trainers.loading import checkpoint_of, put_placeholders
+from memplan.run.memory.arena import Placeholders, is_placeholder
+from memplan.trainers.loading.stored import checkpoint_of, put_placeholders
 from tests.training import CPU
 
 CPU_DEVICE = torch.device("cpu")

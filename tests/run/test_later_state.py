@@ -10,7 +10,7 @@ import torch
 
 import memplan
 from memplan.errors import RunError
-from memplan.process_state import positions
+from memplan.state.process_state import positions
 from tests.run.test_late_hooks import GIVEN, ROWS, WIDTH, Layer, Model, assert_alike, loss, planned, train
 
 

@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from memplan.program.schema import Plan
-from memplan.run import install as install_module
 from memplan.run.attach import attach
-from memplan.run.learning import REPEATS, Learner, Mover, loads_of
-from memplan.run.sequence import offload_key, planned
+from memplan.run.modules import install as install_module
+from memplan.run.schedule.learning import REPEATS, Learner, Mover, loads_of
+from memplan.run.schedule.sequence import offload_key, planned
 from tests.run import adversary
 from tests.run.test_off_sequence import plan_of, wandering
 from tests.run.test_parity import plan_for

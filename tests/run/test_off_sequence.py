@@ -8,7 +8,7 @@ import torch
 import memplan
 from memplan.errors import DoesNotFitError, RunError
 from memplan.run.attach import attach
-from memplan.run.transfer import CpuTransfers
+from memplan.run.transfer.transfer import CpuTransfers
 from tests.run.test_parity import plan_for
 from tests.training import CPU, Plain, assert_equal, batch_of, loss_of, make, train
 

@@ -12,11 +12,11 @@ from torch import nn
 
 import memplan
 from memplan.errors import InputError, PlanCheckError, PlanMismatchError, RunError
-from memplan.program.check import check
+from memplan.program.check.judge import check
 from memplan.program.schema import Arena
-from memplan.run import install as install_module
 from memplan.run.attach import attach
-from memplan.run.matching import require_supported
+from memplan.run.modules import install as install_module
+from memplan.run.modules.match_model import require_supported
 from tests.run import adversary
 from tests.run.test_memory import counted_step
 from tests.run.test_parity import compare, plan_for
@@ -235,7 +235,7 @@ def test_what_is_written_to_after_it_was_saved_is_heard():
 
 def test_nothing_is_left_on_the_device_in_between(tmp_path):
     """Between forward and backward the allocator holds no more of the layers than what they hand on."""
-    from memplan.storages import StorageLedger
+    from memplan.model.live_storages import StorageLedger
 
     model, handle = attached(tmp_path)
     arenas = (handle._parts.arena.bytes, *(arena.bytes for arena in handle._parts.host.values()))

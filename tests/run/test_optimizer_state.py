@@ -15,12 +15,12 @@ from torch.optim.optimizer import _global_optimizer_pre_hooks
 
 import memplan
 from memplan.cost.build import cost_table
-from memplan.place.least import least_vram_bytes
+from memplan.place.min_vram import least_vram_bytes
 from memplan.place.solve import place
-from memplan.program.check import check
+from memplan.program.check.judge import check
 from memplan.program.schema import Budgets, Workload
 from memplan.run.attach import attach
-from memplan.run.optimizer_state import _State
+from memplan.run.modules.optimizer_state import _State
 from memplan.units import GIB, MIB
 from tests.counting import LiveBytes, held_by
 from tests.graphs import graph_of

@@ -84,7 +84,7 @@ def assert_forwards(whole, planned, recomputed, steps):
     Not each leaf of it: a recompute stops once it has all that is wanted, and the last leaf may save nothing but a frozen
     weight, which the checked mode keeps out of the checkpoint's sight.
     """
-    from memplan.names import canonical
+    from memplan.model.names import canonical
 
     assert whole.forwards.keys() == planned.forwards.keys()
     as_often = {}

@@ -19,8 +19,8 @@ from memplan.cost.build import cost_table
 from memplan.errors import DoesNotFitError
 from memplan.place.solve import place
 from memplan.program.schema import Budgets, Workload
-from memplan.run import install as install_module
 from memplan.run.attach import attach
+from memplan.run.modules import install as install_module
 from memplan.units import GIB
 from tests import families
 from tests.families import FAMILIES, PRECISIONS

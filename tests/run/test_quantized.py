@@ -9,8 +9,8 @@ import torch
 
 import memplan
 from memplan.errors import DoesNotFitError, ModelError, MovedWeightsError
+from memplan.model.weights import is_wrapper, own_weights, wrapped_parts
 from memplan.run.attach import attach
-from memplan.weights import is_wrapper, own_weights, wrapped_parts
 from tests import quantized
 from tests.quantized import QUANTIZED
 from tests.run.test_memory import counted_step

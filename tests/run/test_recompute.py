@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from memplan import recompute
+from memplan.hooks import recompute
 
 
 def on_a_card():

@@ -11,7 +11,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, StaticCache, T5Config, T
 from transformers.cache_utils import DynamicLayer
 
 import memplan
-from memplan.recompute import wrap
+from memplan.hooks.recompute import wrap
 from tests.training import CPU
 
 TEXT = {"vocab_size": 96, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}

@@ -15,12 +15,12 @@ import memplan
 from memplan.cost.build import cost_table
 from memplan.errors import DoesNotFitError, PlanCheckError, RunError
 from memplan.place.solve import place
-from memplan.program.check import check, require
+from memplan.program.check.judge import check, require
 from memplan.program.schema import Budgets, Workload
 from memplan.program.timeline import durations, timeline_of
-from memplan.run import install as install_module
 from memplan.run.attach import attach
-from memplan.run.rows import look_up_on_host
+from memplan.run.modules import install as install_module
+from memplan.run.modules.embedding_rows import look_up_on_host
 from memplan.units import GIB
 from tests.graphs import graph_of
 from tests.run import adversary

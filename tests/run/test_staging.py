@@ -15,15 +15,17 @@ from msgspec.structs import replace
 import memplan
 from memplan.cache import checksum
 from memplan.errors import TransferError
-from memplan.place import pages, problem
-from memplan.program import check_page_locks, page_lock
+from memplan.place import problem
+from memplan.place.layout import page_lock as pages
+from memplan.program import page_lock
+from memplan.program.check import page_locks as check_page_locks
 from memplan.program.page_lock import is_ring_locked, page_locked_bytes, pageable_items, ring_bytes
 from memplan.program.schema import RING_BYTES, STAGING_BYTES
-from memplan.run import transfer
-from memplan.run.arena import Arena
-from memplan.run.disk import DiskReader, Extent
-from memplan.run.parts import host_arenas, locked_blocks
-from memplan.run.transfer import DiskSource, HostSource, is_staged
+from memplan.run.memory.arena import Arena
+from memplan.run.memory.disk import DiskReader, Extent
+from memplan.run.runtime import host_arenas, locked_blocks
+from memplan.run.transfer import transfer
+from memplan.run.transfer.transfer import DiskSource, HostSource, is_staged
 from tests.training import CPU, batch_of, make
 
 SIZE = 10_000
@@ -107,7 +109,7 @@ def test_what_the_plan_has_pageable_is_not_asked_to_be_page_locked(limit, monkey
         asked.append(size_bytes)
         return torch.empty(size_bytes, dtype=torch.uint8)
 
-    monkeypatch.setattr("memplan.run.arena.page_locked", lock)
+    monkeypatch.setattr("memplan.run.memory.arena.page_locked", lock)
     held = host_arenas(plan, torch.device("cuda"))
     assert {number: arena.size_bytes for number, arena in held.items()} == {a.id: a.size_bytes for a in plan.arenas[1:]}
     assert asked == [arena.size_bytes for arena in plan.arenas[1:] if not arena.pageable]

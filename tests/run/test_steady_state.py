@@ -12,8 +12,8 @@ from collections import Counter
 import pytest
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from memplan.run import transfer
 from memplan.run.attach import attach
+from memplan.run.transfer import transfer
 from tests.run.test_parity import plan_for
 from tests.training import KINDS, batch_of, loss_of, make
 

@@ -6,11 +6,11 @@ import pytest
 import torch
 
 from memplan.errors import StrayReadError, TransferError
-from memplan.run import install as installing
 from memplan.run.attach import attach
-from memplan.run.clocks import ClockedTransfers
-from memplan.run.conductor import Conductor
-from memplan.run.transfer import CpuTransfers, HostSource
+from memplan.run.modules import install as installing
+from memplan.run.schedule.conductor import Conductor
+from memplan.run.transfer.transfer import CpuTransfers, HostSource
+from memplan.run.verify.race_check import ClockedTransfers
 from tests.run import adversary
 from tests.run.test_off_sequence import plan_of, wandering, ways_of_autograd
 from tests.run.test_parity import compare

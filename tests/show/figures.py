@@ -10,9 +10,9 @@ import math
 import re
 from collections.abc import Iterable, Iterator
 
-from memplan.program.answers import Point
-from memplan.program.memory import Moment, timeline
+from memplan.program.memory_timeline import Moment, timeline
 from memplan.program.record import RunRecord
+from memplan.program.results import Point
 from memplan.program.schema import RING_BYTES, Plan
 from memplan.program.timeline import timeline_of
 from memplan.units import format_bytes, format_seconds

@@ -12,11 +12,12 @@ from collections.abc import Mapping
 import msgspec
 import pytest
 
-from memplan.program.answers import Fit, point_of
-from memplan.program.memory import DEVICE_KINDS, HOST_KINDS
+from memplan.program.memory_timeline import DEVICE_KINDS, HOST_KINDS
 from memplan.program.record import RunRecord
+from memplan.program.results import Fit, point_of
 from memplan.program.schema import Gain, Plan
-from memplan.show import answers, terminal
+from memplan.show import query_tables as answers
+from memplan.show import terminal
 from memplan.show.compare import compare_plans, compare_records, write_compared_files
 from memplan.show.html import render
 from memplan.units import GIB, KIB, MIB, format_bytes

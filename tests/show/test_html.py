@@ -13,12 +13,13 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from memplan import api, hardware
+from memplan import api
 from memplan.cli import main
-from memplan.program.answers import Frontier, point_of
-from memplan.program.memory import timeline
+from memplan.hardware import profile as profiles
+from memplan.program.memory_timeline import timeline
 from memplan.program.page_lock import pageable_items
 from memplan.program.record import BlockRecord, RunRecord
+from memplan.program.results import Frontier, point_of
 from memplan.program.schema import Plan
 from memplan.program.timeline import timeline_of
 from memplan.show.html import render
@@ -111,7 +112,7 @@ def test_numbers_in_sentences_are_the_plans(plan: Plan) -> None:
 
 
 def test_figures_of_the_profile_with_their_sources(tmp_path: Path) -> None:
-    profile = hardware.load("rtx-4090")
+    profile = profiles.load("rtx-4090")
     made = solve_plan()
     table = msgspec.structs.replace(
         made.table,
@@ -122,7 +123,7 @@ def test_figures_of_the_profile_with_their_sources(tmp_path: Path) -> None:
     plan = msgspec.structs.replace(made, table=table, hardware="rtx-4090")
     api.report(plan, html=tmp_path / "page.html")
     found = tables(read((tmp_path / "page.html").read_text()))
-    assert found["figures"][1:] == hardware.listed(profile)
+    assert found["figures"][1:] == profiles.as_rows(profile)
     budget = {row[0]: row[1] for row in found["budget"]}
     total = int(profile.device_bytes.value)
     assert budget["memory of the device"] == size(total)

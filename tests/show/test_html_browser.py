@@ -18,7 +18,7 @@ from typing import Any
 
 import pytest
 
-from memplan.program.answers import point_of
+from memplan.program.results import point_of
 from memplan.program.schema import Plan
 from memplan.show.html import render
 from tests.show.plans import disk_plan, long_plan, make_plan, make_record, solve_plan

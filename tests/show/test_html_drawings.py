@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from memplan.errors import DoesNotFitError
 from memplan.place.solve import place
-from memplan.program.memory import DEVICE_KINDS, timeline
+from memplan.program.memory_timeline import DEVICE_KINDS, timeline
 from memplan.program.schema import Plan
 from memplan.program.timeline import timeline_of
 from memplan.show.html import memory, times

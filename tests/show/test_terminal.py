@@ -17,7 +17,7 @@ from memplan.errors import DoesNotFitError, PlanMismatchError
 from memplan.program.page_lock import page_locked_bytes, pageable_items
 from memplan.program.schema import Plan
 from memplan.show import terminal
-from memplan.show.sheet import write_csv
+from memplan.show.csv import write_csv
 from memplan.units import GIB, MIB, format_bytes
 from tests.show.plans import (
     BACKWARD_S,

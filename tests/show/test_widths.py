@@ -11,9 +11,10 @@ import msgspec
 import pytest
 
 from memplan.place.baselines import WAYS
-from memplan.program.answers import Fit, Point
+from memplan.program.results import Fit, Point
 from memplan.program.schema import Gain, Plan
-from memplan.show import answers, terminal
+from memplan.show import query_tables as answers
+from memplan.show import terminal
 from memplan.show.compare import compare_plans, compare_records, write_compared_files
 from memplan.units import GIB, MIB
 from tests.show.plans import disk_plan, long_plan, make_plan, make_record, parts_plan, solve_plan

@@ -11,9 +11,9 @@ from transformers import LlamaForCausalLM
 
 from memplan import api
 from memplan.errors import DoesNotFitError
-from memplan.trainers.beside import Scope, name_of
-from memplan.trainers.transformers import put_under
-from memplan.trainers.waiting import ask, wait
+from memplan.trainers.hf_trainer import put_under
+from memplan.trainers.loading.deferred_placement import ask, wait
+from memplan.trainers.other_models import Scope, name_of
 from memplan.units import MIB
 from tests.trainers.conftest import exact, least_vram
 from tests.training import CPU

@@ -6,7 +6,7 @@ import pytest
 import torch
 from datasets import Dataset
 
-from memplan.trainers.longest import longest_batch
+from memplan.trainers.longest_batch import longest_batch
 
 LENGTHS = [3, 9, 2, 7, 9, 1]
 

@@ -9,10 +9,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
 
-from memplan.run.arena import is_placeholder
-from memplan.trainers import mapped
-from memplan.trainers.mapped import give_way, map_weights
-from memplan.trainers.transformers import skeleton_of
+from memplan.run.memory.arena import is_placeholder
+from memplan.trainers.hf_trainer import skeleton_of
+from memplan.trainers.loading import mapped_weights as mapped
+from memplan.trainers.loading.mapped_weights import give_way, map_weights
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ import torch
 
 import memplan
 from memplan.errors import DoesNotFitError, InputError
-from memplan.trainers.lightning import Placement
+from memplan.trainers.lightning_callback import Placement
 from memplan.units import MIB
 from tests.trainers.forked import clean
 from tests.trainers.test_transformers import Rows, build, checkpoint  # noqa: F401

@@ -12,9 +12,9 @@ from transformers import AutoModelForCausalLM, LlamaForCausalLM, Trainer, Traini
 
 import memplan
 from memplan.errors import DoesNotFitError, InputError, ModelError
-from memplan.run.arena import Placeholders
 from memplan.run.handle import handle_of
-from memplan.trainers.mapped import is_mapped
+from memplan.run.memory.arena import Placeholders
+from memplan.trainers.loading.mapped_weights import is_mapped
 from tests.trainers.small import align
 from tests.trainers.test_transformers import Exact, Rows
 from tests.training import CPU

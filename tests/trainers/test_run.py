@@ -17,7 +17,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import LlamaForCausalLM
 
 from memplan.trainers.launch import STARTUP, VARIABLE
-from memplan.trainers.script import _why_not
+from memplan.trainers.serve_script import _why_not
 from tests.trainers.conftest import exact, least_vram
 from tests.trainers.forked import ROOT, clean
 

@@ -19,8 +19,8 @@ from transformers import (
 )
 
 import memplan
-from memplan.analyze.trainer_settings import NO_CACHE
-from memplan.trainers.transformers import plan_for
+from memplan.analyze.inputs.trainer_settings import NO_CACHE
+from memplan.trainers.hf_trainer import plan_for
 from tests.counting import LiveBytes, held_by
 from tests.training import CPU
 

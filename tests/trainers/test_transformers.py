@@ -15,8 +15,8 @@ from transformers import AutoModelForCausalLM, LlamaForCausalLM, Trainer, Traini
 import memplan
 from memplan.errors import CheckpointError, DoesNotFitError, InputError
 from memplan.run.handle import handle_of
-from memplan.trainers.mapped import is_mapped
-from memplan.trainers.transformers import plan_for
+from memplan.trainers.hf_trainer import plan_for
+from memplan.trainers.loading.mapped_weights import is_mapped
 from memplan.units import MIB
 from tests.fingerprint import assert_same, fingerprint
 from tests.trainers.forked import clean

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from memplan.program.schema import Plan, Tier
-from memplan.show.facts import BlockFact, home_of
 from memplan.show.html.tables import NONE, Row, Table, size
+from memplan.show.summary import BlockFact, home_of
 from memplan.units import format_bytes
 
 TIERS: tuple[tuple[Tier, str], ...] = (

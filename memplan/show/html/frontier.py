@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from memplan.program.answers import Point, point_of
+from memplan.program.results import Point, point_of
 from memplan.program.schema import Plan
 from memplan.show.html.memory import WIDTH, short
 from memplan.show.html.tables import NONE, Row, Table, size, time
-from memplan.show.words import percent
+from memplan.show.sentences import percent
 
 _HEIGHT, _EDGE = 200, 10
 

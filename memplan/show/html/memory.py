@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from memplan.program.memory import Moment
+from memplan.program.memory_timeline import Moment
 from memplan.program.schema import Plan
 from memplan.show.html.tables import NONE, Row, Table, size
 from memplan.units import format_bytes

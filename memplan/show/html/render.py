@@ -10,9 +10,9 @@ from pathlib import Path
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
-from memplan.files import write as write_file
-from memplan.program.answers import Point
+from memplan.atomic_write import write as write_file
 from memplan.program.record import RunRecord
+from memplan.program.results import Point
 from memplan.program.schema import Plan
 from memplan.show.glyphs import RICH
 from memplan.show.html.tables import size, time

@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from memplan.program.record import RunRecord
 from memplan.program.schema import Plan
 from memplan.program.timeline import Timeline
-from memplan.show.facts import BlockFact
 from memplan.show.html.blocks import layer_of
 from memplan.show.html.memory import WIDTH, short
 from memplan.show.html.tables import NONE, Row, Table, numbers, time
-from memplan.show.words import percent
+from memplan.show.sentences import percent
+from memplan.show.summary import BlockFact
 
 _CHANNELS = {"h2d": "link, to the device", "d2h": "link, from the device", "disk": "disk"}
 _LEAST_S = 1e-9

@@ -6,18 +6,18 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 
 from memplan import __version__
-from memplan.program.answers import Point
-from memplan.program.memory import timeline
+from memplan.program.memory_timeline import timeline
 from memplan.program.record import RunRecord
+from memplan.program.results import Point
 from memplan.program.schema import RAM_KINDS, VRAM_KINDS, Plan
 from memplan.program.timeline import timeline_of
-from memplan.show import facts as said
-from memplan.show import words
-from memplan.show.facts import Facts, Measured
+from memplan.show import sentences as words
+from memplan.show import summary as said
 from memplan.show.glyphs import RICH
 from memplan.show.html import blocks, memory, times
 from memplan.show.html.frontier import Frontier, frontier
 from memplan.show.html.tables import NONE, Row, Table, size, time
+from memplan.show.summary import Facts, Measured
 from memplan.units import format_bytes
 
 

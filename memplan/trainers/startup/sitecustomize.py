@@ -10,7 +10,7 @@ from pathlib import Path
 
 def _begin() -> None:
     try:
-        from memplan.trainers.launch import install
+        from memplan.trainers.import_hooks import install
     except ImportError:
         sys.stderr.write("memplan: not installed for this Python, so the script runs without it\n")
     else:

@@ -1,0 +1,226 @@
+"""A batch as the user gives it -> what the model is called with, on fake tensors."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from memplan.analyze.inputs.modalities import SOUNDS, image, sound
+from memplan.analyze.trace.fake import fake_of
+from memplan.errors import InputError
+from memplan.hooks.nested import tensors_in
+
+_TOKENS = 512
+"""Tokens of a sequence of which no length is given."""
+_SOUND_OF_A_TOKEN = 1000
+"""Samples, or frames, of sound that a token stands for where labels are made: fewer than any model makes positions of."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Batch:
+    """Arguments of one call of the model."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+    def tensors(self) -> tuple[torch.Tensor, ...]:
+        """Return its tensors, each once."""
+        return tuple({id(tensor): tensor for tensor in tensors_in((self.args, self.kwargs))}.values())
+
+    def size_bytes(self) -> int:
+        return sum(tensor.numel() * tensor.element_size() for tensor in self.tensors())
+
+    def tokens(self) -> int:
+        """Return the tokens of the batch, or its samples where there is no sequence."""
+        ids = next((self.kwargs[n] for n in ("input_ids", "inputs_embeds") if self.kwargs.get(n) is not None), None)
+        if isinstance(ids, torch.Tensor) and ids.dim() >= 2:
+            return int(ids.shape[0] * ids.shape[1])
+        first = next(iter(self.tensors()))
+        if not first.dtype.is_floating_point and first.dim() == 2:
+            return int(first.shape[0] * first.shape[1])
+        return int(first.shape[0]) if first.dim() else 1
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Return the shape of each tensor by its name, or by its place where it has none."""
+        named = [*enumerate(self.args), *self.kwargs.items()]
+        found: dict[str, tuple[int, ...]] = {}
+        for name, value in named:
+            held = list(tensors_in(value))
+            for place, tensor in enumerate(held):
+                found[str(name) if len(held) == 1 else f"{name}.{place}"] = tuple(tensor.shape)
+        return found
+
+    def faked(self, mode: FakeTensorMode) -> Batch:
+        """Return the same with fake tensors."""
+
+        return self.changed(lambda tensor: fake_of(tensor, mode))
+
+    def changed(self, change: Callable[[torch.Tensor], torch.Tensor]) -> Batch:
+        """Return the same with each tensor changed; what required a gradient does so again."""
+
+        def changed(value: Any) -> Any:
+            if isinstance(value, torch.Tensor):
+                made = change(value.detach())
+                return made.requires_grad_() if value.requires_grad else made
+            if isinstance(value, tuple) and hasattr(value, "_fields"):
+                return type(value)(*(changed(part) for part in value))
+            if isinstance(value, (tuple, list)):
+                return type(value)(changed(part) for part in value)
+            if isinstance(value, Mapping):
+                return {name: changed(part) for name, part in value.items()}
+            return value
+
+        return Batch(args=changed(self.args), kwargs=changed(self.kwargs))
+
+
+def batch_for(model: nn.Module, given: object) -> Batch:
+    """Return the call that ``given`` stands for.
+
+    A mapping is given as keywords; a tensor, tuple or list as positions. Whole numbers make the tensors that a model of
+    transformers is trained on: (batch, sequence) tokens, (batch,) images of the configured size, (batch, length) sound,
+    where the length is not configured. Raises InputError for anything else.
+    """
+    if is_shape(given):
+        return _from_shape(model, *given)  # type: ignore[misc]
+    if isinstance(given, Mapping):
+        batch = Batch(args=(), kwargs={str(name): value for name, value in given.items()})
+    elif isinstance(given, torch.Tensor):
+        batch = Batch(args=(given,), kwargs={})
+    elif isinstance(given, (tuple, list)):
+        batch = Batch(args=tuple(given), kwargs={})
+    else:
+        raise InputError(
+            f"the batch is a {type(given).__name__}: give a mapping of tensors, a tuple of tensors, or a "
+            "(batch, sequence) pair"
+        )
+    if not batch.tensors():
+        raise InputError("the batch holds no tensor: give one micro-batch, or a (batch, sequence) pair")
+    return batch
+
+
+def random_tokens(model: nn.Module, call: Batch) -> Batch:
+    """Return the call that a shape stands for with tokens of the whole vocabulary: zeros would all take one way."""
+    config: Any = base_of(model).config
+    given: Any = getattr(base_of(model), "get_output_embeddings", None)
+    over_vocabulary = callable(given) and given() is not None  # else labels are classes, of which there may be two
+    vocabulary = getattr(config.get_text_config(), "vocab_size", None) or 2
+    tokens = {
+        name: torch.randint(0, vocabulary, tuple(tensor.shape))
+        for name, tensor in call.kwargs.items()
+        if tensor.dim() == 2 and (name in ("input_ids", "decoder_input_ids") or (name == "labels" and over_vocabulary))
+    }
+    return Batch(args=call.args, kwargs={**call.kwargs, **tokens})
+
+
+def is_shape(given: object) -> bool:
+    """Whether a batch is given as (batch, sequence) or (batch,)."""
+    return (
+        isinstance(given, (tuple, list))
+        and len(given) in (1, 2)
+        and all(isinstance(size, int) and not isinstance(size, bool) for size in given)
+    )
+
+
+def _from_shape(model: nn.Module, batch: int, length: int | None = None) -> Batch:
+    if batch < 1 or (length is not None and length < 1):
+        given = f"({batch},)" if length is None else f"({batch}, {length})"
+        raise InputError(f"the batch was given as {given}: each number must be at least 1")
+    base = base_of(model)
+    takes = inspect.signature(base.forward).parameters
+    main = getattr(base, "main_input_name", "input_ids")
+    if getattr(base, "config", None) is None or not {"input_ids", main} & {*takes}:
+        raise InputError(
+            f"the batch was given as a shape, but {type(base).__name__} takes no input_ids, images or sound that a "
+            "configuration of transformers describes: give a mapping of tensors"
+        )
+    if main in takes and main in SOUNDS:
+        return _of_sound(base, takes, batch, length)
+    if main in takes and main == "pixel_values" and "input_ids" not in takes:
+        return _of_images(base, takes, batch, length)
+    length = _tokens(base, batch, length)
+    ids = torch.zeros(batch, length, dtype=torch.long)
+    kwargs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    if "labels" in takes:
+        kwargs["labels"] = torch.zeros(batch, dtype=torch.long) if _labels_samples(base) else torch.zeros_like(ids)
+    elif "decoder_input_ids" in takes:
+        kwargs["decoder_input_ids"] = torch.zeros_like(ids)
+    return Batch(args=(), kwargs=kwargs)
+
+
+def _of_images(base: nn.Module, takes: Mapping[str, Any], batch: int, length: int | None) -> Batch:
+    kwargs = {"pixel_values": image(base, batch)}
+    if "decoder_input_ids" in takes:
+        kwargs["labels"] = torch.zeros(batch, _tokens(base, batch, length), dtype=torch.long)
+    elif length is not None:
+        raise InputError(
+            f"the batch was given as ({batch}, {length}), but {type(base).__name__} takes images of the size in its "
+            f"configuration, and no sequence: give ({batch},)"
+        )
+    elif "labels" in takes and _labels_samples(base):
+        kwargs["labels"] = torch.zeros(batch, dtype=torch.long)
+    return Batch(args=(), kwargs=kwargs)
+
+
+def _of_sound(base: nn.Module, takes: Mapping[str, Any], batch: int, length: int | None) -> Batch:
+    name, made, used = sound(base, batch, length)
+    kwargs = {name: made}
+    if "labels" in takes and _labels_samples(base):
+        kwargs["labels"] = torch.zeros(batch, dtype=torch.long)
+    elif "labels" in takes:
+        tokens = max(1, made.shape[1] // _SOUND_OF_A_TOKEN) if used else _tokens(base, batch, length)
+        kwargs["labels"] = torch.zeros(batch, tokens, dtype=torch.long)
+    return Batch(args=(), kwargs=kwargs)
+
+
+def _labels_samples(base: nn.Module) -> bool:
+    """Whether a model has one label a sample."""
+    heads = ("SequenceClassification", "MultipleChoice", "ImageClassification", "AudioClassification")
+    return type(base).__name__.endswith(tuple(f"For{head}" for head in heads))
+
+
+def _tokens(base: nn.Module, batch: int, length: int | None) -> int:
+    """Return the length of a sequence of tokens: as given, else 512 or as many as the model has positions."""
+    limit = _positions(base)
+    if length is None:
+        return min(_TOKENS, limit or _TOKENS)
+    if limit and length > limit:
+        raise InputError(
+            f"the batch was given as ({batch}, {length}), but {type(base).__name__} knows {limit} positions: give "
+            "shorter sequences, or a configuration with more (max_position_embeddings)"
+        )
+    return length
+
+
+def _positions(base: nn.Module) -> int:
+    """Return how many positions a model has learned, or 0 where it goes on beyond any.
+
+    Rotary positions go on; a table of learned ones does not. Some have a few rows more (OPT, BART), and some count from
+    the row after that of the padding (RoBERTa).
+    """
+    config: Any = base.config
+    texts = getattr(config, "get_text_config", None)
+    named = {
+        getattr(holder, name, None)
+        for holder in (config, texts() if callable(texts) else config)
+        for name in ("max_position_embeddings", "max_target_positions")
+    }
+    limits = [
+        min(limit, module.num_embeddings - 1 - module.padding_idx) if module.padding_idx is not None else limit
+        for name, module in base.named_modules()
+        if isinstance(module, nn.Embedding) and ("position" in name or name.endswith("wpe"))
+        for limit in named
+        if isinstance(limit, int) and limit <= module.num_embeddings < limit + 4
+    ]
+    return max(0, min(limits, default=0))
+
+
+def base_of(model: nn.Module) -> nn.Module:
+    """Return the model inside a PEFT wrapper, or the model."""
+    unwrap: Callable[[], nn.Module] | None = getattr(model, "get_base_model", None)
+    return unwrap() if callable(unwrap) else model

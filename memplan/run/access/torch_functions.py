@@ -1,0 +1,65 @@
+"""Functions of torch that its dispatcher does not ask in time: replaced while a model is under a plan.
+
+``as_subclass`` and its like make another tensor of the very one that they are given, which cannot be exchanged for its true
+values any more when the dispatcher asks (:mod:`memplan.run.access.dispatched`). Functions that make tensors (``torch.tensor`` and
+others) are never replaced: torch keeps tables of them, made when they are first asked for, by which ``torch.device("meta")``
+knows what to do.
+"""
+
+from __future__ import annotations
+
+import functools
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch.utils import dlpack
+
+_FUNCTIONS: tuple[tuple[Any, str], ...] = (
+    (torch, "to_dlpack"),
+    (dlpack, "to_dlpack"),
+    (torch._C, "_to_dlpack"),
+    (torch.Tensor, "as_subclass"),
+    (torch.Tensor, "_make_subclass"),
+)
+_BEFORE: list[tuple[Any, str, Any]] = []
+_UNDER_A_PLAN: weakref.WeakSet[Any] = weakref.WeakSet()
+
+Find = Callable[[Any], Iterator[torch.Tensor]]
+Serve = Callable[[Callable[..., Any], Any, Any, Sequence[torch.Tensor]], Any]
+
+
+def replace_functions(server: object, find: Find, serve: Serve) -> None:
+    """Have them serve weights too, until no server is left. ``find``: yields those that are away in arguments."""
+    _UNDER_A_PLAN.add(server)
+    if not _BEFORE:
+        for owner, name in _FUNCTIONS:
+            own = vars(owner).get(name)  # None: of a class that it inherits from
+            served = _serving(getattr(owner, name), find, serve)
+            _BEFORE.append((owner, name, own))
+            setattr(owner, name, staticmethod(served) if name == "_make_subclass" else served)
+
+
+def restore_functions(server: object) -> None:
+    """Have no function serve a server any more."""
+    _UNDER_A_PLAN.discard(server)
+    if not _UNDER_A_PLAN:
+        while _BEFORE:
+            owner, name, own = _BEFORE.pop()
+            if own is None:
+                delattr(owner, name)
+            else:
+                setattr(owner, name, own)
+
+
+def _serving(function: Callable[..., Any], find: Find, serve: Serve) -> Callable[..., Any]:
+    @functools.wraps(function)
+    def served(*args: Any, **kwargs: Any) -> Any:
+        if not torch.compiler.is_compiling():
+            held = {id(tensor): tensor for tensor in find(args[:2])}
+            if held:
+                return serve(function, args, kwargs, tuple(held.values()))
+        return function(*args, **kwargs)
+
+    return served

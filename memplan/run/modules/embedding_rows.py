@@ -1,0 +1,80 @@
+"""Blocks that stay on the host while the device reads rows of them there: embeddings.
+
+On the CPU the host's memory is the device's own. A CUDA device reads page-locked memory over the link, as it computes:
+the lookup is the very kernel of a whole run, on a tensor of the device whose memory is the host's, and nobody waits.
+Where they are not page-locked (it was refused, or is over the plan's limit) the rows are looked up on the host and sent,
+which waits for the indices. Both unproven: no GPU has run them yet.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+from memplan.errors import RunError
+from memplan.hooks.compiled import call_of, replace_call
+from memplan.program.schema import Plan
+
+
+def read_in_place(plan: Plan) -> dict[str, tuple[int, ...]]:
+    """Return the blocks that each trigger module reads on the host, by its name."""
+    on_host = {item.block for item in plan.items if item.kind == "weights" and item.home == "host"}
+    found: dict[str, tuple[int, ...]] = {}
+    for access in plan.table.accesses:
+        blocks = tuple(rows.block for rows in access.rows if rows.block in on_host)
+        if blocks:
+            found[access.module] = blocks
+    return found
+
+
+def as_seen_from(device: torch.device, part: torch.Tensor) -> torch.Tensor:
+    """Return host memory (uint8, one dimension) as the device may read it: under its own name, without a copy.
+
+    What is not page-locked stays a tensor of the CPU: see :func:`look_up_on_host`.
+    """
+    if device.type == "cpu" or not part.is_pinned():
+        return part
+    with torch.inference_mode(False), torch.no_grad():
+        return torch.as_tensor(_PageLocked(part), device=device)
+
+
+class _PageLocked:
+    """Page-locked memory as CUDA's array interface has it: with unified addresses a device reads it where it lies."""
+
+    def __init__(self, part: torch.Tensor) -> None:
+        self._part = part  # the tensor that is made of this holds it
+        self.__cuda_array_interface__ = {
+            "shape": (part.numel(),),
+            "typestr": "|u1",
+            "data": (part.data_ptr(), False),
+            "strides": None,
+            "version": 3,
+        }
+
+
+def look_up_on_host(module: nn.Module, device: torch.device) -> Callable[[], None]:
+    """Have ``module``, whose weights lie on the host, take its inputs there and send what it makes to ``device``.
+
+    Returns what undoes it. Raises RunError for what does more than a lookup: the rest of it lies on the device.
+    """
+    if type(module).forward is not nn.Embedding.forward:
+        raise RunError(
+            f"rows of a {type(module).__name__} were to be read in RAM, but that is not page-locked (it was refused, or is over "
+            "the plan's limit), and its forward does more than look them up: pin its block to the device "
+            "(pins={...: 'device'}), or let more be page-locked"
+        )
+    original = call_of(module)
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        args = tuple(_on_cpu(value) for value in args)
+        made = original(*args, **{name: _on_cpu(value) for name, value in kwargs.items()})
+        return made.to(device, non_blocking=True)
+
+    return replace_call(module, forward)
+
+
+def _on_cpu(value: Any) -> Any:
+    return value.cpu() if isinstance(value, torch.Tensor) else value

@@ -1,0 +1,280 @@
+"""Hooking a model to what it runs on: triggers, wrapped forwards, guards; and the conductor behind them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from functools import partial
+from typing import Any
+
+from torch import nn
+
+from memplan.hooks import offload, recompute
+from memplan.hooks.compiled import hides_hooks, is_compiled
+from memplan.hooks.late_hooks import Calls, LateHooks
+from memplan.hooks.taps import Taps
+from memplan.hooks.triggers import Triggers
+from memplan.model.weights import frozen_weights, is_quantized, keep_layout
+from memplan.program.page_lock import is_ring_locked
+from memplan.program.schema import Plan
+from memplan.run.access.direct_access import DirectAccess
+from memplan.run.access.entrances import Entrances, refuse_entrance
+from memplan.run.handle import Handle
+from memplan.run.modules.embedding_rows import look_up_on_host, read_in_place
+from memplan.run.modules.guard import Guard
+from memplan.run.modules.offloaded_activations import Offloaded, offloaded_activations
+from memplan.run.runtime import Parts
+from memplan.run.schedule.conductor import Conductor
+from memplan.run.schedule.sequence import offload_key
+from memplan.run.schedule.streamed import Streamed
+from memplan.run.transfer.interrupts import Undo
+from memplan.run.transfer.transfer import CpuTransfers, CudaTransfers, Transfers
+from memplan.run.verify.race_check import ClockedTransfers
+from memplan.run.verify.saved_tensor_check import CheckedReads
+from memplan.run.verify.spans import Spans, TracedWatcher
+from memplan.run.verify.unplanned_copies import Copies
+from memplan.state import data_writes
+from memplan.state.setting import Setting
+
+
+def install(
+    model: nn.Module, parts: Parts, handle: Handle, triggers: Mapping[str, nn.Module], *, checked: bool, traced: bool
+) -> None:
+    """Have ``model`` run on ``parts``; ``parts.installed`` undoes it. On failure nothing is left.
+
+    ``triggers``: the plan's trigger modules by name. ``checked``, ``traced``: as for ``attach``.
+    """
+    plan, device = parts.plan, parts.device
+    with Undo() as undo:
+        parts.spans = Spans(device, _names(plan)) if traced else None
+        transfers: Transfers = (
+            CudaTransfers(
+                device,
+                poisoned=checked,
+                spans=parts.spans,
+                is_ring_locked=is_ring_locked(plan),
+            )
+            if device.type == "cuda"
+            else CpuTransfers(poisoned=checked, spans=parts.spans)
+        )
+        undo.callback(transfers.close)
+        if checked:
+            transfers = ClockedTransfers(transfers, _names(plan))
+        offloaded = offloaded_activations(plan, triggers, parts.arena, parts.host, parts.rooms)
+        _rivals([*parts.streamed.values(), *offloaded.values()])
+        parts.direct = DirectAccess(device, parts.homes, parts.streamed, parts.own_home, parts.lent)
+        _note_recomputed(plan, parts)
+        entrances = Entrances(
+            _trained(model), {name: _trained(layer) for name, layer in _kept_reads(plan, triggers, parts).items()}
+        )
+        parts.conductor = Conductor(plan, parts.streamed, transfers, offloaded, parts.arena, parts.direct, entrances)
+        undo.callback(parts.conductor.close)
+        parts.direct.begin(model, parts.conductor, _compiled_weights(model), _within(plan, triggers))
+        for guard in _hook(model, plan, parts, triggers, undo, transfers):
+            guard.handle = handle
+        parts.conductor.begin()
+        parts.installed = undo.pop_all()
+
+
+def _hook(
+    model: nn.Module,
+    plan: Plan,
+    parts: Parts,
+    triggers: Mapping[str, nn.Module],
+    undo: Undo,
+    transfers: Transfers,
+) -> list[Guard]:
+    """Hook the model's modules, and note how to unhook them."""
+    device = parts.device
+    if isinstance(transfers, ClockedTransfers):
+        parts.checked = CheckedReads(parts.arena, parts.streamed, parts.conductor, transfers)
+        undo.callback(parts.checked.remove)
+        _check_reads(model, triggers, plan, parts)
+    for module in model.modules():
+        undone = keep_layout(module)
+        if undone is not None:
+            undo.callback(undone)
+    for policy in plan.activations:
+        if policy.activations == "recompute":
+            layer = triggers[policy.module]
+            undo.callback(data_writes.watch())
+            undo.callback(recompute.wrap(layer, _setting_kept(policy.module, layer, plan, parts)))
+    offloads = parts.conductor.offloads
+    for held in offloads.by_key.values():
+        undo.callback(offload.wrap(triggers[held.module], held.module, offloads.beginning(held.key)))
+    for trigger, blocks in read_in_place(plan).items():
+        if any(parts.is_beyond_the_device(block) for block in blocks):
+            for owner in parts.owners(triggers[trigger], blocks):
+                undo.callback(look_up_on_host(owner, device))
+    watcher = parts.conductor if parts.spans is None else TracedWatcher(parts.conductor, parts.spans)
+    within = _within_triggers(plan, triggers, parts)
+    taps = _taps(within, _kept_reads(plan, triggers, parts), parts.conductor.entrances)
+    hooks = Triggers(triggers, watcher, within, _around(model, triggers), taps)
+    undo.callback(hooks.remove)
+    if parts.checked is None:
+        parts.copies = Copies(plan, triggers, parts.arena)
+        hooks.look = parts.copies.look
+    kept = parts.kept()
+    guards = []
+    for module in model.modules():
+        if any(id(weight.tensor) in kept for weight in frozen_weights("", module, deep=True)):
+            guards.append(Guard(module, kept, device, parts.direct))
+            undo.callback(guards[-1].remove)
+    return guards
+
+
+def _around(model: nn.Module, triggers: Mapping[str, nn.Module]) -> list[nn.Module]:
+    """Return the modules that call triggers."""
+    ids = {id(trigger) for trigger in triggers.values()}
+    others = [m for m in model.modules() if id(m) not in ids and not hides_hooks(m)]
+    return [m for m in others if any(id(part) in ids for part in m.modules())]
+
+
+def _kept_reads(plan: Plan, triggers: Mapping[str, nn.Module], parts: Parts) -> dict[str, nn.Module]:
+    """Return the triggers that read streamed blocks, and are not run again in backward."""
+    again = {policy.module for policy in plan.activations if policy.activations == "recompute"}
+    reads = {a.module for a in plan.table.accesses if any(block in parts.streamed for block in a.blocks)} - again
+    return {name: trigger for name, trigger in triggers.items() if name in reads}
+
+
+def _trained(module: nn.Module) -> list[nn.Parameter]:
+    return [p for p in module.parameters() if p.requires_grad]
+
+
+def _within_triggers(plan: Plan, triggers: Mapping[str, nn.Module], parts: Parts) -> dict[str, list[nn.Module]]:
+    """Return the modules of streamed weights within each trigger that must announce a backward, as nothing else may.
+
+    Those are all where the layer is not run again; else those whose functions keep weights of quantizers in ways of their own.
+    """
+    streamed = {id(tensor) for one in parts.streamed.values() for tensor, _, _ in one.pointers}
+    kept = _kept_reads(plan, triggers, parts)
+    found: dict[str, list[nn.Module]] = {}
+    for name, trigger in triggers.items():
+        for module in trigger.modules():
+            is_read = any(id(parameter) in streamed for parameter in module._parameters.values())
+            if (
+                is_read
+                and not is_compiled(module)
+                and module is not trigger
+                and (name in kept or _are_quantized([module]))
+            ):
+                found.setdefault(name, []).append(module)
+    return found
+
+
+def _taps(
+    within: Mapping[str, list[nn.Module]], kept: Mapping[str, nn.Module], entrances: Entrances
+) -> dict[str, Taps]:
+    """Return what has those modules watched no more than they must be. Quantizers' functions keep views that nothing tells of."""
+    return {
+        name: Taps(kept[name], entrances.layers.get(name, ()), partial(refuse_entrance, name))
+        for name, modules in within.items()
+        if name in kept and not _are_quantized(modules)
+    }
+
+
+def _are_quantized(modules: Iterable[nn.Module]) -> bool:
+    return any(p is not None and is_quantized(p) for module in modules for p in module._parameters.values())
+
+
+def _setting_kept(name: str, module: nn.Module, plan: Plan, parts: Parts) -> recompute.Kept:
+    """Return what keeps the setting of a forward that the plan runs once more, and the hooks that came after the plan."""
+    reads = {block for access in plan.table.accesses if access.module == name for block in access.blocks}
+    streamed = [parts.streamed[block] for block in reads if block in parts.streamed]
+    apart = frozenset(id(tensor) for one in parts.streamed.values() for tensor, _, _ in one.pointers)
+    direct, conductor = parts.direct, parts.conductor
+    setting = Setting(name, module, lambda: sum(direct.writes_to(one) for one in streamed), apart)
+    hooks = LateHooks(name, module, apart)
+
+    def kept(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[AbstractContextManager[None], recompute.Again]:
+        now = setting.now((*args, *kwargs.values()))
+        calls = Calls(now.modules)
+
+        @contextmanager
+        def first() -> Iterator[None]:
+            with hooks.first(calls):
+                yield
+            now.refuse_written()
+
+        @contextmanager
+        def again() -> Iterator[None]:
+            with now.again(), hooks.again(calls), conductor.recomputing(name):
+                yield
+
+        return first(), again
+
+    return kept
+
+
+def _note_recomputed(plan: Plan, parts: Parts) -> None:
+    """Note which blocks' forwards the plan runs a second time in backward."""
+    again = {policy.module for policy in plan.activations if policy.activations == "recompute"}
+    for access in plan.table.accesses:
+        if access.module in again:
+            for block in access.blocks:
+                if block in parts.streamed:
+                    parts.streamed[block].is_recomputed = True
+
+
+def _within(plan: Plan, triggers: Mapping[str, nn.Module]) -> dict[int, frozenset[int]]:
+    """Return the ids of the modules within those whose accesses read each block."""
+    found: dict[int, set[int]] = {}
+    for access in plan.table.accesses:
+        for block in access.blocks if access.module else ():
+            found.setdefault(block, set()).update(id(module) for module in triggers[access.module].modules())
+    return {block: frozenset(ids) for block, ids in found.items()}
+
+
+def _compiled_weights(model: nn.Module) -> frozenset[int]:
+    """Return the ids of the parameters that torch.compile sees, whose class its guards look at."""
+    compiled = (module for module in model.modules() if is_compiled(module))
+    return frozenset(id(parameter) for module in compiled for parameter in module.parameters())
+
+
+def _rivals(owners: Sequence[Streamed | Offloaded]) -> None:
+    """Note of each what cannot be on the device beside it: what lies on the same bytes."""
+    # Not by address: bytes that are given back have none.
+    ranges = [(one.part.untyped_storage()._cdata, one.part.storage_offset(), one) for one in owners]
+    for storage, begin, one in ranges:
+        end = begin + one.part.numel()
+        one.rivals = tuple(
+            other.key
+            for s, b, other in ranges
+            if other is not one and s == storage and b < end and begin < b + other.part.numel()
+        )
+
+
+def _names(plan: Plan) -> dict[int, str]:
+    """Return what is moved by what the transfers call it."""
+    names = {block.id: block.name for block in plan.table.blocks}
+    for item in plan.items:
+        if item.kind == "saved":
+            key = offload_key(plan, item.id)
+            names |= {key: f"what {item.module} saved", key + 1: f"what {item.module} saved, to the host"}
+    return names
+
+
+def _check_reads(model: nn.Module, triggers: Mapping[str, nn.Module], plan: Plan, parts: Parts) -> None:
+    """Wrap every module with streamed weights of its own, and every trigger module; a compiled one as a whole."""
+    assert parts.checked is not None
+    block_of = {id(p): s.block for s in parts.streamed.values() for p, _, _ in s.pointers}
+    compiled = [module for module in model.modules() if is_compiled(module)]
+    within = {inner for module in compiled for inner in module.modules() if inner is not module}
+    own = {
+        module: {block_of[id(p)] for p in module.parameters(recurse=module in compiled) if id(p) in block_of}
+        for module in model.modules()
+        if module not in within
+    }
+    in_place = read_in_place(plan)
+    for trigger, rows in in_place.items():
+        for module in triggers[trigger].modules():
+            if module in own:
+                own[module].difference_update(rows)
+    reads = {module: set(blocks) for module, blocks in own.items()}
+    for access in plan.table.accesses:
+        if access.module:
+            here = set(access.blocks) - set(in_place.get(access.module, ()))
+            reads[triggers[access.module]].update(b for b in here if b in parts.streamed)
+    for module, blocks in reads.items():
+        if blocks:
+            parts.checked.wrap(module, frozenset(own[module]), frozenset(blocks))

@@ -1,0 +1,291 @@
+"""What a forward computes with beside its arguments, kept for the time that it runs once more in backward.
+
+A layer that memplan recomputes runs a second time when the script is elsewhere: a context that was around the forward is
+left (``sdpa_kernel``, ``disable_adapter``, ``torch.func.functional_call``), the model was switched to evaluation, an
+attribute, an adapter's scaling, a hook or a generator is another. Without memplan the layer runs once. So the second time it
+is given what it had the first, and what it changes is put back as the script left it; where that cannot be (a tensor that
+was written to in place), it is refused.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, OrderedDict, defaultdict, deque
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from operator import is_
+from typing import Any
+
+import torch
+from torch import nn
+
+from memplan.errors import RunError
+from memplan.state import data_writes
+from memplan.state.process_state import positions
+
+_MAPPINGS = frozenset({dict, OrderedDict, defaultdict, Counter})
+_KEPT = frozenset({*_MAPPINGS, list, set, deque, torch.Generator})
+"""What attributes hold that is changed in place, by its exact class."""
+_TORCHS = frozenset(nn.Module().__dict__)
+_MOST_ENTRIES = 4096
+"""Containers of more are not copied: no flags, tables rather."""
+_KEEP = 'plan with activations="keep"'
+
+
+class Held:
+    """Modules, and where they hold what is changed in place."""
+
+    def __init__(self, modules: Iterable[nn.Module]) -> None:
+        self.modules = tuple(modules)
+        self.own: list[Any] = []
+        """What torch itself has in each module: parameters, buffers, modules and hooks. Never another container."""
+        self.plain: list[tuple[dict[str, Any], int, tuple[str, ...]]] = []
+        """The attributes of each module, how many they were, and those that are not torch's."""
+        for module in self.modules:
+            attributes = module.__dict__
+            self.own += [attributes[name] for name in _TORCHS if type(attributes.get(name)) in _KEPT]
+            plain = tuple(name for name in attributes if name not in _TORCHS)
+            self.plain.append((attributes, len(attributes), plain))
+
+    def is_changed(self) -> bool:
+        """Whether modules have more or fewer attributes by now."""
+        return any(len(attributes) != size for attributes, size, _ in self.plain)
+
+    def state(self, given: Iterable[object] = ()) -> State:
+        """Return what they hold now. ``given``: arguments, among which generators may be."""
+        filled: list[tuple[Any, Any]] = [(value, value.copy()) for value in self.own if value]
+        empty, drawn_from = [], [value for value in given if isinstance(value, torch.Generator)]
+        for attributes, _, names in self.plain:
+            for name in names:
+                value = attributes.get(name)
+                if type(value) in _KEPT:
+                    if type(value) is torch.Generator:
+                        drawn_from.append(value)
+                    elif not value:
+                        empty.append(value)
+                    elif len(value) <= _MOST_ENTRIES:
+                        filled.append((value, value.copy()))
+        attributes_now = [(attributes, attributes.copy()) for attributes, _, _ in self.plain]
+        return State(attributes_now, filled, [*self.own, *empty], drawn_from)
+
+
+class State:
+    """What modules held: attributes, and what was in those that are containers or generators. No tensor is copied."""
+
+    def __init__(
+        self,
+        attributes: list[tuple[dict[str, Any], dict[str, Any]]],
+        filled: list[tuple[Any, Any]],
+        watched: list[Any],
+        drawn_from: list[torch.Generator],
+    ) -> None:
+        """``watched``: containers of which those that are not in ``filled`` held nothing."""
+        self._attributes = attributes
+        self._filled = filled
+        self._watched = watched
+        self._drawn_from = drawn_from
+        self._positions = [generator.get_state() for generator in drawn_from]
+
+    def is_changed(self, ignored: frozenset[int]) -> bool:
+        """Whether anything of it is another now. ``ignored``: ids of containers that may be."""
+        return (
+            any(not _same(now, held) for now, held in self._attributes)
+            or any(not _same(now, held) for now, held in self._filled if id(now) not in ignored)
+            or any(id(now) not in ignored for now in self._filled_since())
+            or any(not torch.equal(g.get_state(), at) for g, at in zip(self._drawn_from, self._positions, strict=True))
+        )
+
+    def containers(self) -> Iterator[object]:
+        """Yield the containers and generators that are put back."""
+        yield from (*self._watched, *(value for value, _ in self._filled), *self._drawn_from)
+
+    @contextmanager
+    def again(self) -> Iterator[None]:
+        """Have all be as it was, and afterwards as it is now."""
+        attributes = [(now, now.copy()) for now, _ in self._attributes]
+        filled = [(value, value.copy()) for value, _ in self._filled]
+        positions = [generator.get_state() for generator in self._drawn_from]
+        others = [(value, value.copy()) for value in self._filled_since()]
+        try:
+            self._put(self._attributes, self._filled, self._positions)
+            for value, _ in others:
+                value.clear()
+            yield
+        finally:
+            for value in self._filled_since():
+                value.clear()
+            self._put(attributes, filled, positions)
+            self._put([], others, [])
+
+    def _filled_since(self) -> list[Any]:
+        """Return the containers that held nothing, and do now."""
+        held = {id(value) for value, _ in self._filled}
+        return [value for value in self._watched if value and id(value) not in held]
+
+    def _put(
+        self,
+        attributes: list[tuple[dict[str, Any], dict[str, Any]]],
+        filled: list[tuple[Any, Any]],
+        positions: list[torch.Tensor],
+    ) -> None:
+        for now, held in attributes:
+            now.update(held)
+            if len(now) != len(held):
+                for name in now.keys() - held.keys():
+                    del now[name]
+        for value, held in filled:
+            if not _same(value, held):
+                _fill(value, held)
+        for generator, position in zip(self._drawn_from, positions, strict=False):
+            generator.set_state(position)
+
+
+class Setting:
+    """The settings of one module's forwards."""
+
+    def __init__(
+        self, name: str, module: nn.Module, writes: Callable[[], int], apart: frozenset[int] = frozenset()
+    ) -> None:
+        """``writes``: how often frozen weights of it were written to so far. ``apart``: ids of the tensors whose writes that counts."""
+        self._name = name
+        self._module = module
+        self._apart = apart
+        self._writes = writes
+        self._find_modules()
+
+    def _find_modules(self) -> None:
+        self._held = Held(self._module.modules())
+        tuners = [module for module in self._held.modules if hasattr(type(module), "adapter_layer_names")]
+        self._tuned = {part for tuner in tuners for part in tuner.modules()}
+        # Of parameters that PEFT adapts by parametrizations: those come and go in each forward, and set a tensor to itself.
+        self._set = {part for tuner in tuners if "parameter_name" in tuner.__dict__ for part in tuner.modules()}
+        self._children = [(module._modules, module._modules.copy()) for module in self._held.modules if module._modules]
+
+    def now(self, given: Iterable[object] = ()) -> Now:
+        """Return how all is now. ``given``: the forward's arguments."""
+        # Modules are equal where they are the same.
+        if any(now != held for now, held in self._children) or self._held.is_changed():
+            self._find_modules()
+        return Now(self._name, self._held, self._tuned, self._set, self._writes, self._apart, given)
+
+
+class Now:
+    """The setting of one forward."""
+
+    def __init__(
+        self,
+        name: str,
+        held: Held,
+        tuned: set[nn.Module],
+        is_set: set[nn.Module],
+        writes: Callable[[], int],
+        apart: frozenset[int],
+        given: Iterable[object],
+    ) -> None:
+        self.modules = held.modules
+        self._name = name
+        self._state = held.state(given)
+        self._kernels = _kernels()
+        self._count, self._writes = writes, writes()
+        self._trained: list[nn.Parameter] = []
+        self._others: list[torch.Tensor] = []
+        """Buffers, and weights that nobody else looks after."""
+        self._flags: list[tuple[nn.Parameter, bool]] = []
+        for module in held.modules:
+            for parameter in module._parameters.values() if module._parameters else ():
+                if parameter is None:
+                    continue
+                is_trained = parameter.requires_grad
+                if is_trained:
+                    self._trained.append(parameter)
+                elif id(parameter) not in apart and module not in is_set and not parameter.is_inference():
+                    self._others.append(parameter)
+                if module in tuned and parameter.is_leaf:
+                    self._flags.append((parameter, is_trained))
+            for buffer in module._buffers.values() if module._buffers else ():
+                if buffer is not None and id(buffer) not in apart and not buffer.is_inference():
+                    self._others.append(buffer)
+        self._versions = data_writes.states(self._trained)
+        self._other_versions = [tensor._version for tensor in self._others]
+
+    def refuse_written(self) -> None:
+        """Raise RunError where the forward, which ends, has written to what it would write to a second time."""
+        if [tensor._version for tensor in self._others] != self._other_versions:
+            raise RunError(
+                f"the forward of {self._name} wrote in place to a buffer or a frozen weight, which it did not as it was planned, "
+                f"and the plan runs it a second time in backward: {_KEEP}, or plan anew where it does so at once"
+            )
+
+    @contextmanager
+    def again(self) -> Iterator[None]:
+        """Have all be as it was. Raises RunError where that cannot be."""
+        if (
+            data_writes.states(self._trained) != self._versions
+            or [tensor._version for tensor in self._others] != self._other_versions
+            or self._count() != self._writes
+        ):
+            raise RunError(
+                f"weights of {self._name} were written to between its forward and its backward, in which the plan runs it once "
+                f"more: write to them after backward(), or {_KEEP}"
+            )
+        had_kernels = _kernels()
+        flags = [(parameter, flag) for parameter, flag in self._flags if parameter.requires_grad != flag]
+        drawn = positions()
+        try:
+            for parameter, flag in flags:
+                parameter.requires_grad_(flag)
+            _set_kernels(self._kernels)
+            with self._state.again():
+                yield
+        finally:
+            _set_kernels(had_kernels)
+            for parameter, flag in flags:
+                parameter.requires_grad_(not flag)
+            if positions() != drawn:  # a recompute is left by an error once it has all that is wanted
+                raise RunError(
+                    f"the forward of {self._name} drew Python's or NumPy's random numbers, which it did not as it was planned, "
+                    f"and the plan runs it a second time in backward, with others: {_KEEP}, or plan anew where it does so at once"
+                )
+
+
+def _same(now: Any, held: Any) -> bool:
+    """Whether a container holds the very objects that a copy of it does, in the same order."""
+    if type(now) is set:  # a copy's order may be another
+        return bool(now == held)
+    if len(now) != len(held) or not all(map(is_, now, held)):
+        return False
+    return type(now) not in _MAPPINGS or all(map(is_, now.values(), held.values()))
+
+
+def _fill(value: Any, held: Any) -> None:
+    """Have a container hold what a copy of it does."""
+    value.clear()
+    if type(value) is OrderedDict:
+        value.update(held)
+    elif type(value) in _MAPPINGS:
+        dict.update(value, held)
+    elif type(value) is set:
+        value.update(held)
+    else:
+        value.extend(held)
+
+
+def _kernels() -> tuple[bool, bool, bool, bool, str]:
+    cuda = torch.backends.cuda
+    allowed = (
+        cuda.flash_sdp_enabled(),
+        cuda.mem_efficient_sdp_enabled(),
+        cuda.math_sdp_enabled(),
+        cuda.cudnn_sdp_enabled(),
+    )
+    return (*allowed, torch.get_float32_matmul_precision())
+
+
+def _set_kernels(given: tuple[bool, bool, bool, bool, str]) -> None:
+    if given == _kernels():
+        return
+    flash, efficient, math, cudnn, precision = given
+    torch.backends.cuda.enable_flash_sdp(flash)
+    torch.backends.cuda.enable_mem_efficient_sdp(efficient)
+    torch.backends.cuda.enable_math_sdp(math)
+    torch.backends.cuda.enable_cudnn_sdp(cudnn)
+    torch.set_float32_matmul_precision(precision)

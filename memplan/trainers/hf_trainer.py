@@ -1,0 +1,415 @@
+"""transformers.Trainer: wrap one that exists, with a plan of what it will do."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import math
+import random
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Unpack
+
+import numpy as np
+import torch
+from torch import nn
+
+from memplan import api
+from memplan.errors import CheckpointError, InputError
+from memplan.hooks.compiled import WAY_OUT, call_of, replace_call
+from memplan.hooks.nested import tensors_in
+from memplan.model.checkpoint import StoredTensor, read_checkpoint
+from memplan.model.meta_model import keep_in_float32
+from memplan.program.schema import Plan
+from memplan.request import PlanOptions, Request, completed, refuse_beside_plan
+from memplan.run.attach import attach
+from memplan.run.handle import Handle
+from memplan.run.memory.arena import dtype_of
+from memplan.state.snapshot import unchanged
+from memplan.trainers.loading.deferred_placement import arrived, not_waiting
+from memplan.trainers.loading.load import at_detach
+from memplan.trainers.loading.mapped_weights import folder_of, give_way, is_mapped
+from memplan.trainers.loading.stored import checkpoint_of
+from memplan.trainers.longest_batch import longest_batch
+from memplan.trainers.other_models import Scope
+
+if TYPE_CHECKING:
+    from transformers import Trainer
+
+_LOADING = {
+    "config",
+    "dtype",
+    "torch_dtype",
+    "attn_implementation",
+    "local_files_only",
+    "low_cpu_mem_usage",
+    "use_cache",
+}
+_PASSED_BY_AUTO = {
+    "_from_auto",
+    "_commit_hash",
+    "adapter_kwargs",
+    "use_safetensors",
+    "trust_remote_code",
+    "code_revision",
+}
+
+
+def wrap(
+    trainer: Trainer,
+    *,
+    plan: Plan | None = None,
+    batch: Mapping[str, torch.Tensor] | None = None,
+    checked: bool = False,
+    log: bool = False,
+    lines: bool = False,
+    **options: Unpack[PlanOptions],
+) -> Trainer:
+    """Put a plan to work on a trainer that exists. Return the same trainer, its handle as ``trainer.memplan``.
+
+    ``batch``: the largest micro-batch that will come; without it that of the longest rows of a dataset of ``datasets``, or
+    else the first that the trainer's loader gives (its random state is put back). A micro-batch that runs out of device
+    memory is done over under a smaller plan (:meth:`memplan.Handle.micro_batch`). ``plan``: one made before, in place of
+    ``options``. ``log``: add the scalars of :meth:`memplan.Handle.scalars` to what the trainer logs; ``lines``: say them after
+    each step, on standard error.
+
+    ``options``: those of :func:`memplan.plan` (:class:`memplan.PlanOptions`). Where they are left out the trainer's own hold:
+    its accumulation, steps, optimizer and loss, the autocast that ``bf16`` or ``fp16`` among its arguments will have it
+    run in, and the folder that its model came from; ``gains`` are not looked at.
+
+    Other models that the trainer holds (a reference, a teacher, a reward) take their part of the budgets
+    (:mod:`memplan.trainers.other_models`). Raises what ``plan`` and ``attach`` raise; trainer and model then are as they were.
+    """
+    wrap_within(Scope(), trainer, plan=plan, batch=batch, checked=checked, log=log, lines=lines, **options)
+    return trainer
+
+
+def wrap_within(
+    scope: Scope,
+    trainer: Trainer,
+    *,
+    plan: Plan | None = None,
+    batch: Mapping[str, torch.Tensor] | None = None,
+    checked: bool = False,
+    log: bool = False,
+    lines: bool = False,
+    **options: Unpack[PlanOptions],
+) -> Handle:
+    """As :func:`wrap`, with budgets that a scope's models share; return the handle."""
+    check_early(plan, options)
+    if not isinstance(trainer.model, nn.Module) or getattr(trainer, "model_init", None) is not None:
+        raise InputError("wrap needs a trainer with a model: build it with model=, not model_init=")
+    model: Any = trainer.model
+    args = trainer.args
+    others = placed_by_others(trainer)
+    if others is not None:
+        raise InputError(f"memplan was to place the model of {type(trainer).__name__}, but {others}")
+    if compiles(trainer):
+        raise InputError(
+            "the trainer was asked to compile the model (torch_compile, or accelerate's own setting), which it would do as a "
+            f"whole once training starts, while memplan brings weights layer by layer: leave it out, and {WAY_OUT}"
+        )
+    with not_waiting(model), contextlib.ExitStack() as undo:
+        if args.gradient_checkpointing:
+            undo.callback(_checkpoint_activations(model, args.gradient_checkpointing_kwargs))
+        if plan is None:
+            plan = _plan(trainer, scope, batch, **options)
+        handle = put_under(model, plan, scope, checked=checked, checkpoint=options.get("checkpoint"))
+        undo.pop_all()
+    trainer.__dict__["memplan"] = handle
+    if log or lines:
+        from memplan.trainers.log_callback import Telling
+
+        # Before all others: those that report see what it adds.
+        trainer.callback_handler.callbacks.insert(0, Telling(handle, log=log, lines=lines))
+    if not args.auto_find_batch_size:  # the trainer itself then takes a smaller batch
+        trainer.__dict__["training_step"] = _done_over(trainer, handle)
+    return handle
+
+
+def check_early(plan: Plan | None, options: PlanOptions) -> None:
+    """Raise InputError for options that cannot be used, before anything is done: a trainer may be built much later."""
+    Request.of(None, None, options)  # the model and its calls are not known yet, and are no words
+    if plan is not None:
+        refuse_beside_plan(options)
+
+
+def placed_by_others(trainer: Trainer) -> str | None:
+    """Return who else places a trainer's model or copies it, if someone does."""
+    if trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled:
+        return "DeepSpeed or FSDP places the model"
+    if trainer.args.world_size > 1:
+        return "it serves one process, and this is one of several"
+    if trainer.args.n_gpu > 1:
+        return "the trainer copies the model to several devices: let it see one"
+    return None
+
+
+def compiles(trainer: Trainer) -> bool:
+    """Whether a trainer will compile its model as a whole."""
+    from accelerate.utils import DynamoBackend
+
+    return bool(trainer.args.torch_compile) or trainer.accelerator.state.dynamo_plugin.backend != DynamoBackend.NO
+
+
+def plan_for(trainer: Trainer, scope: Scope | None = None, **options: Unpack[PlanOptions]) -> Plan:
+    """Return the plan that :func:`wrap` would make, and change nothing."""
+    with contextlib.ExitStack() as undo:
+        if trainer.args.gradient_checkpointing:
+            undo.callback(_checkpoint_activations(trainer.model, trainer.args.gradient_checkpointing_kwargs))
+        return _plan(trainer, scope or Scope(), None, **options)
+
+
+def _plan(
+    trainer: Trainer, scope: Scope, batch: Mapping[str, torch.Tensor] | None, **options: Unpack[PlanOptions]
+) -> Plan:
+    """Return a plan of what the trainer will do, but for what the options say."""
+    args = trainer.args
+    optimizer = str(getattr(args.optim, "value", args.optim))
+    if optimizer == "sgd" and "momentum" in (args.optim_args or ""):
+        optimizer = "momentum"
+    first, steps = _first_call(trainer) if batch is None else (batch, _steps(args, None))
+    model: Any = trainer.model
+    asked = completed(
+        options,
+        accumulation=args.gradient_accumulation_steps,
+        steps=steps,
+        optimizer=optimizer,
+        loss=loss_of,
+        checkpoint=folder_of(model),
+        gains=False,
+    )
+    own = options.get("autocast") is None
+    with _autocast_as_in_training(model, trainer.accelerator) if own else contextlib.nullcontext():
+        return scope.plan(model, lambda within: api.plan(model, first, **within), asked, models_beside(trainer))
+
+
+def models_beside(trainer: Trainer) -> list[nn.Module]:
+    """Return the models that a trainer holds beside the one that it trains."""
+    found: list[nn.Module] = []
+    for held in vars(trainer).values():
+        listed = held.values() if isinstance(held, dict) else held if isinstance(held, (list, tuple)) else [held]
+        found += [value for value in listed if isinstance(value, nn.Module)]
+    return found
+
+
+def put_under(
+    model: nn.Module, plan: Plan, scope: Scope, *, checked: bool = False, checkpoint: str | Path | None = None
+) -> Handle:
+    """Attach a plan to a model, mapped or not, and return the handle; what is mapped is mapped again once it is detached.
+
+    ``checkpoint``: else what the model was mapped from. Raises what ``attach`` raises; the model then is as it was.
+    """
+    give_back = give_way(model, torch.device(plan.table.device)) if is_mapped(model) else None
+    try:
+        files = checkpoint or checkpoint_of(model)
+        handle = attach(model, plan, checkpoint=files, checked=checked, replan=api.smaller)
+    except BaseException:
+        if give_back is not None:
+            give_back()
+        raise
+    if give_back is not None:
+        at_detach(handle, give_back)
+    arrived(model)
+    scope.placed.add(handle)
+    return handle
+
+
+def _done_over(trainer: Trainer, handle: Handle) -> Callable[..., torch.Tensor]:
+    """Have a trainer's forward and backward done over where memory runs out. It takes the inputs apart: a copy each time."""
+    step = trainer.training_step
+
+    def training_step(model: Any, inputs: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
+        if trainer.optimizer is not None:
+            handle.adopt(trainer.optimizer)  # its state may come from a checkpoint
+        return handle.micro_batch(lambda: step(model, copy.copy(inputs), *args, **kwargs))
+
+    return training_step
+
+
+def _checkpoint_activations(model: Any, options: Any) -> Callable[[], None]:
+    """Turn on what the trainer would turn on when training starts: the plan must see it. Return what undoes it."""
+    name = "activation_checkpointing" if hasattr(model, "activation_checkpointing_enable") else "gradient_checkpointing"
+    getattr(model, f"{name}_enable")(options)
+    disable: Callable[[], None] = getattr(model, f"{name}_disable")
+    return disable
+
+
+@contextlib.contextmanager
+def _autocast_as_in_training(model: nn.Module, accelerator: Any) -> Iterator[None]:
+    """Have the model compute as it will from ``train()`` on: accelerate then wraps its forward in autocast, and makes
+    what that returns float32 again. On the CPU here, where it is traced.
+    """
+    from accelerate.utils import convert_outputs_to_fp32
+
+    if not accelerator.native_amp:
+        yield
+        return
+    dtype = torch.float16 if accelerator.mixed_precision == "fp16" else torch.bfloat16
+    undo = replace_call(model, convert_outputs_to_fp32(torch.autocast("cpu", dtype)(call_of(model))))
+    try:
+        yield
+    finally:
+        undo()
+
+
+class CallUnknownError(InputError):
+    """What a trainer will call its model with cannot be known before it does."""
+
+
+class Called(Exception):
+    """A model was called, and that is all that was to be known."""
+
+
+@contextlib.contextmanager
+def random_states_kept() -> Iterator[None]:
+    """Put the random states back that were drawn from inside: torch's, of the devices too, numpy's and Python's."""
+    states = (torch.get_rng_state(), np.random.get_state(), random.getstate())
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else None
+    try:
+        yield
+    finally:
+        torch.set_rng_state(states[0])
+        np.random.set_state(states[1])
+        random.setstate(states[2])
+        if cuda is not None:
+            torch.cuda.set_rng_state_all(cuda)
+
+
+def _steps(args: Any, loader: Any) -> int | None:
+    """Return how many steps the trainer will do, as it counts them itself; None where its loader has no length."""
+    if args.max_steps > 0:
+        return int(args.max_steps)
+    try:
+        batches = len(loader)
+    except TypeError:
+        return None
+    return math.ceil(args.num_train_epochs * max(1, -(-batches // args.gradient_accumulation_steps))) or None
+
+
+def _first_call(trainer: Trainer) -> tuple[Mapping[str, Any], int | None]:
+    """Return what the model will be called with in training, and the steps; every random state stays as it was.
+
+    That is what the trainer's loss makes of its loader's largest micro-batch, or of the first where no lengths are known:
+    TRL's batches name other things than the model knows.
+    """
+    loaders = getattr(trainer.accelerator, "_dataloaders", [])
+    known = len(loaders)
+    looked_at = {"model": trainer.model, "collator": trainer.data_collator, "loss": trainer.compute_loss_func}
+    with random_states_kept(), unchanged(**looked_at):
+        try:
+            loader = trainer.get_train_dataloader()
+            batch = longest_batch(loader) or next(iter(loader))
+            call = _call_of_loss(trainer, batch)
+            steps = _steps(trainer.args, loader)
+        finally:
+            del loaders[known:]  # the trainer prepares its own again; a second one would be saved with its state
+    if call is None:
+        if not isinstance(batch, Mapping):
+            raise CallUnknownError(
+                f"the data of {type(trainer).__name__} comes as {type(batch).__name__}, of which the trainer makes what it "
+                "calls the model with only while it trains: give wrap the largest such call with batch=, or have it planned "
+                "for at the first call by memplan.placing or memplan run"
+            )
+        call = {name: value for name, value in batch.items() if isinstance(value, torch.Tensor)}
+    return call, steps
+
+
+def _call_of_loss(trainer: Trainer, batch: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    """Return the keywords that the trainer's loss first calls the model with, or None where that cannot be seen."""
+    if not loss_may_be_asked(trainer):
+        return None
+    seen: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+
+    def called(*args: Any, **kwargs: Any) -> None:
+        seen.append((args, kwargs))
+        raise Called
+
+    model: Any = trainer.model
+    undo = replace_call(model, called)
+    try:
+        trainer.compute_loss(model, trainer._prepare_inputs(dict(batch)))
+    except Exception:
+        pass
+    finally:
+        undo()
+    return seen[0][1] if seen and not seen[0][0] else None
+
+
+def loss_may_be_asked(trainer: Trainer) -> bool:
+    """Whether a trainer's loss is its library's, which nobody notices the use of: one of a script's own may count or print."""
+    from transformers import Trainer
+
+    return (
+        is_of_library(type(trainer).compute_loss)
+        and trainer.compute_loss_func is None
+        and type(trainer)._prepare_inputs is Trainer._prepare_inputs  # others may generate in it
+    )
+
+
+def is_of_library(what: Any) -> bool:
+    """Whether a class or function is of transformers or TRL."""
+    return what.__module__.partition(".")[0] in ("transformers", "trl")
+
+
+def loss_of(output: Any) -> torch.Tensor:
+    """Return the model's loss, or where the trainer makes its own something that has a gradient for as much."""
+    held = output.get("loss") if isinstance(output, Mapping) else getattr(output, "loss", None)
+    if isinstance(held, torch.Tensor):
+        return held
+    made = [tensor for tensor in tensors_in(output) if tensor.is_floating_point() and tensor.requires_grad]
+    return torch.stack([tensor.float().square().mean() for tensor in made]).sum()
+
+
+def not_served(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[str]:
+    """Return what of the arguments of ``from_pretrained`` is not understood here."""
+    unknown = sorted(
+        name for name, value in kwargs.items() if value is not None and name not in _LOADING | _PASSED_BY_AUTO
+    )
+    if kwargs.get("trust_remote_code"):
+        unknown.append("trust_remote_code")
+    if isinstance(kwargs.get("config"), (str, Path)) or isinstance(kwargs.get("dtype"), dict):
+        unknown.append("a path as config, or a dtype for each part")
+    return ["positional arguments"] * bool(args) + unknown
+
+
+def skeleton_of(cls: Any, folder: Path, kwargs: Mapping[str, Any], *, name: str | None = None) -> Any:
+    """Return the model that ``from_pretrained`` would, with its parameters on ``meta``, in evaluation mode.
+
+    ``name``: what it says it came from (default: the folder).
+    """
+    from accelerate import init_empty_weights
+
+    stored = read_checkpoint(folder)
+    config = kwargs.get("config")
+    if config is not None:
+        config = copy.deepcopy(config)
+    elif not (folder / "config.json").is_file():
+        raise CheckpointError(f"{folder} holds no config.json: without it the model's shape is not known")
+    else:
+        wanted = {} if kwargs.get("use_cache") is None else {"use_cache": kwargs["use_cache"]}
+        config = cls.config_class.from_pretrained(folder, **wanted)
+    config._name_or_path = name or str(folder)  # the model keeps it apart as it is built
+    dtype = _dtype(kwargs.get("dtype") or kwargs.get("torch_dtype"), config, stored)
+    more = {"attn_implementation": kwargs["attn_implementation"]} if kwargs.get("attn_implementation") else {}
+    with torch.random.fork_rng(devices=[]), init_empty_weights(include_buffers=False):
+        model = cls._from_config(config, dtype=dtype, **more)
+    keep_in_float32(model, dtype)
+    model.tie_weights()
+    if model.can_generate() and (folder / "generation_config.json").is_file():
+        from transformers import GenerationConfig
+
+        model.generation_config = GenerationConfig.from_pretrained(folder)
+    return model.eval()
+
+
+def _dtype(given: Any, config: Any, stored: Mapping[str, StoredTensor]) -> torch.dtype:
+    if isinstance(given, torch.dtype):
+        return given
+    if isinstance(given, str) and given != "auto":
+        return dtype_of(given)
+    held = getattr(config, "dtype", None)
+    if held is not None:
+        return dtype_of(held) if isinstance(held, str) else held
+    floats = [t.dtype for t in stored.values() if t.dtype.startswith(("float", "bfloat"))]
+    return dtype_of(floats[0]) if floats else torch.float32

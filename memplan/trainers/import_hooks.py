@@ -1,0 +1,136 @@
+"""``memplan run``: what a script is started with, and what then waits in its process for the libraries to be imported.
+
+Nothing but the standard library is imported here: every Python under ``memplan run`` reads this as it starts.
+"""
+
+from __future__ import annotations
+
+import atexit
+import os
+import sys
+from collections.abc import Callable, Sequence
+from importlib.abc import Loader, MetaPathFinder
+from importlib.machinery import ModuleSpec
+from types import ModuleType
+from typing import Any
+
+from memplan.trainers.launch import PROCESS, VARIABLE, Seen, say
+
+_LAUNCHERS = ("accelerate.commands.launch", "torch.distributed.run", "deepspeed.launcher.runner")
+"""They import torch, and train in other processes."""
+
+
+def _tell_of_none() -> None:
+    """Say at the end that nothing was trained, in a process that might have."""
+    is_command = os.environ.get(PROCESS) == str(os.getpid())
+    might = is_command and "torch" in sys.modules and not any(name in sys.modules for name in _LAUNCHERS)
+    if not Seen.training and not Seen.error and (Seen.model or might):
+        say("no training was seen: no model that memplan serves was called in training mode with gradients")
+
+
+def _without_traceback(before: Callable[..., Any]) -> Callable[..., Any]:
+    """Have an error that says that nothing fits, or is as fast as asked, end a script as it ends ``memplan plan``."""
+
+    def hook(kind: type[BaseException], error: BaseException, trace: Any) -> None:
+        Seen.error = True
+        errors = sys.modules.get("memplan.errors")
+        if errors is not None and isinstance(error, errors.TooSlowError):
+            say(str(error))
+            return
+        if errors is None or not isinstance(error, errors.DoesNotFitError):
+            before(kind, error, trace)
+            return
+        from memplan.show import terminal
+
+        sys.stderr.write(terminal.failure_text(error))
+        sys.stderr.flush()
+
+    return hook
+
+
+def install() -> None:
+    """Have the libraries that memplan serves changed when, and only if, the script imports them."""
+    if VARIABLE in os.environ and not any(isinstance(finder, _Finder) for finder in sys.meta_path):
+        sys.excepthook = _without_traceback(sys.excepthook)
+        atexit.register(_tell_of_none)
+        after: dict[str, Callable[[ModuleType], None]] = {
+            "transformers.modeling_utils": _models,
+            "transformers.trainer": _trainer,
+            "peft.peft_model": _adapters,
+            "diffusers.models.modeling_utils": _diffusers,
+        }
+        sys.meta_path.insert(0, _Finder(after))
+
+
+def lightning_callbacks() -> list[Any]:
+    """Return what Lightning is to add to each Trainer's callbacks: nothing but under ``memplan run``."""
+    if VARIABLE not in os.environ:
+        return []
+    from memplan.trainers.lightning_callback import PlacementAtFirstCall
+
+    return [PlacementAtFirstCall()]
+
+
+def _models(module: ModuleType) -> None:
+    from memplan.trainers.serve_script import serve_models
+
+    serve_models(module.PreTrainedModel)
+
+
+def _diffusers(module: ModuleType) -> None:
+    from memplan.trainers.serve_script import serve_diffusers
+
+    serve_diffusers(module.ModelMixin)
+
+
+def _trainer(module: ModuleType) -> None:
+    from memplan.trainers.serve_script import serve_trainer
+
+    serve_trainer(module.Trainer)
+
+
+def _adapters(module: ModuleType) -> None:
+    from memplan.trainers.serve_script import serve_adapters
+
+    serve_adapters(module.PeftModel)
+
+
+class _Finder(MetaPathFinder):
+    """Finds what the others find, and has something done once it has been imported."""
+
+    def __init__(self, after: dict[str, Callable[[ModuleType], None]]) -> None:
+        self._after = after
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        then = self._after.get(fullname)  # may be looked for long before it is imported
+        if then is None:
+            return None
+        for finder in sys.meta_path:
+            find = None if finder is self else getattr(finder, "find_spec", None)
+            spec: ModuleSpec | None = None if find is None else find(fullname, path, target)
+            if spec is not None:
+                if spec.loader is not None:
+                    spec.loader = _Loader(spec.loader, then)
+                return spec
+        return None
+
+
+class _Loader(Loader):
+    def __init__(self, loader: Loader, then: Callable[[ModuleType], None]) -> None:
+        self._loader, self._then = loader, then
+
+    def create_module(self, spec: ModuleSpec) -> ModuleType | None:
+        return self._loader.create_module(spec)
+
+    def exec_module(self, module: ModuleType) -> None:
+        # From here on the module's loader is the true one: pickle, inspect and pkgutil ask it for more than this.
+        module.__loader__ = self._loader
+        if module.__spec__ is not None:
+            module.__spec__.loader = self._loader
+        self._loader.exec_module(module)
+        try:
+            self._then(module)
+        except Exception as error:  # the script is to run all the same
+            say(f"stands aside: {module.__name__} cannot be served ({type(error).__name__}: {error})")

@@ -1,0 +1,265 @@
+"""A mapped model that waits to be placed: at its first call to be trained, at the latest.
+
+Until then the weights of a model that is to be trained in part stay where they are mapped, on the host, though the script
+moves its model to a device: most of it is what would not fit there. What else the model has does move. A model of which
+nothing is frozen, or nothing trained, moves as ever.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import inspect
+import types
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor
+
+from memplan.hooks.compiled import untraced_deep
+from memplan.run.handle import handle_of
+from memplan.run.modules.guard import without
+from memplan.trainers.loading.stored import origin_of
+
+Place = Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]
+
+_CALL = "_call_impl"
+"""What a module's call comes to before its hooks are looked at."""
+_PLACE = "_memplan_place"
+_ASKED = "_memplan_asked"
+
+
+def wait(model: nn.Module, place: Place) -> None:
+    """Have ``place`` called before the model is first called to be trained, with it and what it is called with.
+
+    Within what torch.compile makes of a model it is never called. What a model within this one waited for is forgotten.
+    """
+    forget(model)
+    for name, function in _STANDING.items():
+        model.__dict__[name] = types.MethodType(function, model)
+    model.__dict__[_PLACE] = place
+
+
+def waits(model: nn.Module) -> bool:
+    """Whether a model, or one within it, is still to be placed."""
+    return any(_CALL in module.__dict__ for module in model.modules())
+
+
+def waits_itself(model: nn.Module) -> bool:
+    """Whether a model, and not one within it, is still to be placed."""
+    return _CALL in model.__dict__
+
+
+def forget(model: nn.Module) -> None:
+    """Have it wait no more; a move that was put off is still known (:func:`asked_device`)."""
+    for module in model.modules():
+        if module.__dict__.pop(_PLACE, None) is None:
+            continue
+        for name, function in _STANDING.items():
+            if getattr(module.__dict__.get(name), "__func__", None) is function:  # else a plan's guard stands there
+                del module.__dict__[name]
+
+
+@contextlib.contextmanager
+def not_waiting(model: nn.Module) -> Iterator[None]:
+    """Have it wait no more, unless what is done inside fails."""
+    waited = [(module, module.__dict__[_PLACE]) for module in model.modules() if _PLACE in module.__dict__]
+    forget(model)
+    try:
+        yield
+    except BaseException:
+        for module, place in waited:
+            wait(module, place)
+        raise
+
+
+def ask(model: nn.Module, device: torch.device) -> None:
+    """Have a waiting model asked to be on a device, as by a move that was put off."""
+    for module in model.modules():
+        module.__dict__[_ASKED] = device
+
+
+def move(model: nn.Module) -> None:
+    """Do the move that was put off, if one was."""
+    device = asked_device(model)
+    if device is not None:
+        arrived(model)
+        model.to(device)
+
+
+def arrived(model: nn.Module) -> None:
+    """Have a move that was put off be over: the model is placed."""
+    for module in model.modules():
+        module.__dict__.pop(_ASKED, None)
+
+
+def asked_device(model: nn.Module) -> torch.device | None:
+    """Return where a script has asked for a model to be, or one within it, where that was put off."""
+    found = (module.__dict__.get(_ASKED) for module in model.modules())
+    return next((device for device in found if device is not None), None)
+
+
+def tell_device(kind: Any) -> Callable[[], None]:
+    """Have a class's ``device`` be what the script asked for, though the move was put off; return what undoes it."""
+    own = kind.__dict__.get("device")
+    original = inspect.getattr_static(kind, "device")
+
+    def device(model: nn.Module) -> torch.device:
+        asked: torch.device | None = model.__dict__.get(_ASKED)
+        found: torch.device = original.fget(model) if asked is None else asked
+        return found
+
+    def undo() -> None:
+        if own is None:
+            del kind.device
+        else:
+            kind.device = own
+
+    kind.device = property(device, doc=original.__doc__)
+    return undo
+
+
+def _first_call(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    """Stand for a model's call."""
+    if torch.compiler.is_compiling():  # its graph is to be what it would be without memplan
+        return nn.Module._call_impl(model, *args, **kwargs)
+    return _watched_call(model, args, kwargs)
+
+
+@untraced_deep
+def _watched_call(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    from accelerate.utils import send_to_device
+
+    if isinstance(next(model.parameters()), FakeTensor):  # the script plans for itself
+        return nn.Module._call_impl(model, *args, **kwargs)
+    if handle_of(model) is not None:  # the script has placed it itself
+        forget(model)
+        arrived(model)
+        return nn.Module._call_impl(model, *args, **kwargs)
+    device = asked_device(model)
+    if model.training and torch.is_grad_enabled():
+        place = model.__dict__[_PLACE]
+        with not_waiting(model):  # where it fails the script may try again with less
+            place(model, args, kwargs)
+        if device is not None:  # a script may have its first batch where the weights were
+            args, kwargs = send_to_device((args, kwargs), device)
+        return nn.Module._call_impl(model, *args, **kwargs)
+    if device is None:
+        return nn.Module._call_impl(model, *args, **kwargs)
+    if torch.is_grad_enabled() or not is_trained_in_part(model):
+        forget(model)
+        move(model)
+        return nn.Module._call_impl(model, *args, **kwargs)
+    with _Together(model):
+        args, kwargs = send_to_device((args, kwargs), torch.device("cpu"))
+        return send_to_device(nn.Module._call_impl(model, *args, **kwargs), device)
+
+
+class _Together:
+    """Has all of a waiting model where its weights are mapped, for a call without gradients before it is trained."""
+
+    def __init__(self, model: nn.Module) -> None:
+        tensors = [*model.parameters(), *model.buffers()]
+        self._away = [(tensor, tensor.data) for tensor in tensors if tensor.device.type not in ("cpu", "meta")]
+
+    def __enter__(self) -> None:
+        for tensor, data in self._away:
+            tensor.data = data.cpu()
+
+    def __exit__(self, *error: object) -> None:
+        for tensor, data in self._away:
+            data.copy_(tensor.data)  # a buffer may count
+            tensor.data = data
+
+
+def _apply(model: nn.Module, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> nn.Module:
+    """Stand for ``_apply``, which ``.to``, ``.cuda`` and their like go through: a move of mapped weights is put off."""
+    asked: list[torch.device] = []
+    staying = [(module, _staying(module, fn, asked)) for module in model.modules()] if is_trained_in_part(model) else []
+    for module in model.modules() if asked else ():
+        module.__dict__[_ASKED] = asked[0]  # of every part: a script may ask any of them where it is
+
+    def rest() -> None:
+        type(model)._apply(model, fn, recurse)
+
+    act = rest
+    for module, names in staying:
+        if names:
+            act = _hiding(module, names, act)
+    act()
+    return model
+
+
+def _hiding(module: nn.Module, names: list[str], act: Callable[[], None]) -> Callable[[], None]:
+    return lambda: without(module, names, act)
+
+
+def _staying(module: nn.Module, fn: Callable[[torch.Tensor], torch.Tensor], asked: list[torch.device]) -> list[str]:
+    """Return the names of a module's own mapped weights that ``fn`` would move, cast as it would; add where to."""
+    names = []
+    for name, parameter in module._parameters.items():
+        if parameter is None or parameter.requires_grad or origin_of(parameter) is None:
+            continue
+        moved = _moved(fn, parameter.dtype) if parameter.device.type == "cpu" else None
+        if moved is not None:
+            names.append(name)
+            if moved.dtype != parameter.dtype:
+                parameter.data = fn(parameter.data).cpu()
+            asked.append(moved.device)
+    return names
+
+
+def is_trained_in_part(model: nn.Module) -> bool:
+    """Whether some of a model is frozen and some is trained."""
+    return len({parameter.requires_grad for parameter in model.parameters()}) == 2
+
+
+def _moved(fn: Callable[[torch.Tensor], torch.Tensor], dtype: torch.dtype) -> torch.Tensor | None:
+    """Return what ``fn`` makes of a tensor on the CPU, where that is to move it, and to cast it at most; else None."""
+    probe = (torch.arange(1, 9) * 0.3).to(dtype)
+    moved = fn(probe)
+    if moved.device.type == "cpu" or moved.shape != probe.shape:
+        return None
+    if moved.device.type == "meta":
+        return moved if moved.dtype == dtype else None
+    return moved if torch.equal(moved.cpu(), probe.to(moved.dtype)) else None
+
+
+@contextlib.contextmanager
+def _plain(model: nn.Module) -> Iterator[None]:
+    """Have a model's own attributes be those that it would have did it not wait."""
+    away = {name: model.__dict__.pop(name) for name in (_PLACE, *_STANDING) if name in model.__dict__}
+    try:
+        yield
+    finally:
+        model.__dict__.update(away)
+
+
+def _copied(model: nn.Module, memo: dict[int, Any]) -> nn.Module:
+    """Stand for ``__deepcopy__``: a copy waits for itself."""
+    place = model.__dict__[_PLACE]
+    with _plain(model):
+        other = copy.deepcopy(model, memo)
+    wait(other, place)
+    return other
+
+
+def _reduced(model: nn.Module, protocol: Any) -> Any:
+    """Stand for ``__reduce_ex__``: what is pickled waits for nothing."""
+    with _plain(model):
+        reduced: Any = model.__reduce_ex__(protocol)
+    make, given, state, *rest = reduced
+    if isinstance(state, dict):  # it may be the model's own
+        state = {name: held for name, held in state.items() if name not in (_PLACE, *_STANDING)}
+    return make, given, state, *rest
+
+
+_STANDING: dict[str, Callable[..., Any]] = {
+    _CALL: _first_call,
+    "_apply": _apply,
+    "__deepcopy__": _copied,
+    "__reduce_ex__": _reduced,
+}
+"""What stands for a waiting model's own methods."""

@@ -1,0 +1,354 @@
+"""A script that knows nothing of memplan: its model is mapped as it loads, and placed when its trainer first needs it.
+
+Whatever cannot be served is left as it would be without memplan, and one line says why.
+"""
+
+from __future__ import annotations
+
+import atexit
+import functools
+import inspect
+import io
+import os
+import sys
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any, NamedTuple
+from weakref import ReferenceType, WeakKeyDictionary, ref
+
+import torch
+from torch import nn
+
+from memplan import api
+from memplan.atomic_write import write
+from memplan.errors import DoesNotFitError, MemplanError, TooSlowError
+from memplan.hooks.compiled import WAY_OUT
+from memplan.program.schema import Plan
+from memplan.request import completed
+from memplan.run.handle import Handle, handle_of
+from memplan.show.log_lines import startup_lines
+from memplan.trainers.hf_trainer import (
+    compiles,
+    is_of_library,
+    loss_may_be_asked,
+    loss_of,
+    models_beside,
+    placed_by_others,
+    plan_for,
+    put_under,
+    wrap_within,
+)
+from memplan.trainers.launch import saw_model, saw_training, say, settings
+from memplan.trainers.loading.deferred_placement import ask, move, not_waiting, tell_device, wait, waits
+from memplan.trainers.loading.from_pretrained import device_asked, map_loaded, of_diffusers, of_transformers
+from memplan.trainers.loading.mapped_weights import folder_of, is_mapped
+from memplan.trainers.other_models import Scope, plan_of_least, together
+from memplan.trainers.release import give_back, let_go
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from transformers import PreTrainedModel, Trainer
+
+_ENTRIES = ("train", "evaluate", "predict")
+_SCOPE = Scope()
+"""All models of this process share the budgets."""
+_HANDLES: list[Handle] = []
+"""Those of models that were placed for a loop of the script's own, to tell of them at the end."""
+_TRAINING: list[Trainer] = []
+"""Those at work: what they do not hold is not trained beside their model."""
+_FINISHED: WeakKeyDictionary[nn.Module, ReferenceType[Trainer]] = WeakKeyDictionary()
+"""Models whose training is over, and who trained them."""
+
+
+def serve_models(kind: type[PreTrainedModel]) -> None:
+    """Have transformers' ``from_pretrained`` map the weights that it can."""
+    tell_device(kind)
+    map_loaded(kind, of_transformers, _SCOPE.loaded.add, _mapped)
+
+
+def serve_diffusers(kind: Any) -> None:
+    """Have diffusers' ``from_pretrained`` map the weights that it can."""
+    tell_device(kind)
+    map_loaded(kind, of_diffusers, _SCOPE.loaded.add, _mapped)
+
+
+def serve_adapters(kind: type[PeftModel]) -> None:
+    """Have the model with its adapter be what is placed, not the one within it, which it does not even call."""
+    original = kind.__init__
+
+    @functools.wraps(original)
+    def init(model: PeftModel, *args: Any, **kwargs: Any) -> None:
+        original(model, *args, **kwargs)
+        _wait(model)
+
+    setattr(kind, "__init__", init)  # noqa: B010
+
+
+def serve_trainer(kind: type[Trainer]) -> None:
+    """Have a trainer's model placed before it is first used."""
+    for name in _ENTRIES:
+        setattr(kind, name, _placed_first(getattr(kind, name)))
+
+
+def serve_model(model: nn.Module) -> None:
+    """Have a model placed when it is first called to be trained, where that has not happened by then."""
+    _SCOPE.loaded.add(model)
+    wait(model, _place_for_loop)
+
+
+def _mapped(model: nn.Module, kwargs: Mapping[str, Any]) -> None:
+    saw_model()
+    device = device_asked(kwargs)
+    if device is not None:
+        ask(model, device)
+    serve_model(model)
+
+
+def _wait(model: nn.Module) -> None:
+    if waits(model) or is_mapped(model):
+        serve_model(model)
+
+
+def _place_for_loop(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Plan for a call that a loop of the script's own makes, and attach.
+
+    Where other models wait to be trained beside it, it gets the least vram that works and its share of the RAM: what the
+    others need is known once they are called.
+    """
+    why = _nothing_to_do(model)
+    if why is None and args and kwargs:
+        why = "the model is called with both positional arguments and keywords: call it with keywords"
+    if why is None:
+        from accelerate.state import GradientState
+
+        accumulation = int(GradientState().num_steps) if GradientState._shared_state else 1
+        others = [
+            other for other in _SCOPE.trained_beside(model) if not _TRAINING or other in models_beside(_TRAINING[-1])
+        ]
+        unplaced = _UNPLACED.take(model)
+
+        def planned(within: dict[str, Any]) -> Plan:
+            return api.plan(model, kwargs or args, **within)
+
+        def shared() -> Plan:
+            options = completed(
+                settings().options,
+                accumulation=accumulation,
+                loss=loss_of,
+                checkpoint=folder_of(model),
+                gains=False,
+            )
+            if unplaced is not None:
+                options["vram"] = 0  # to know what both need
+            plan = _SCOPE.plan(model, planned, _SCOPE.share_of_ram(model, others, options))
+            return plan_of_least(plan) if others else plan
+
+        def attach(plan: Plan) -> Handle:
+            handle = put_under(model, plan, _SCOPE, checkpoint=settings().options.get("checkpoint"))
+            if not _HANDLES:
+                atexit.register(_report_all)
+            _HANDLES.append(handle)
+            return handle
+
+        try:
+            why = _served(model, shared, attach)
+        except DoesNotFitError as error:
+            if unplaced is not None:
+                raise together(unplaced.error, unplaced.model, error, model) from None
+            if not others or _UNPLACED.is_known(model) or torch.cuda.is_available():
+                raise
+            _UNPLACED.put(model, error)
+            serve_model(model)
+            return
+        if unplaced is not None:
+            raise unplaced.error
+    if why is not None:
+        move(model)
+        _say_aside(why)
+
+
+class _Unplaced:
+    """The first of several models that did not fit, until the next is called: an error then says what both need."""
+
+    class Refused(NamedTuple):
+        """A model and why it has no plan."""
+
+        model: nn.Module
+        error: DoesNotFitError
+
+    def __init__(self) -> None:
+        self._held: _Unplaced.Refused | None = None
+
+    def put(self, model: nn.Module, error: DoesNotFitError) -> None:
+        self._held = self.Refused(model, error)
+
+    def is_known(self, model: nn.Module) -> bool:
+        return self._held is not None and self._held.model is model
+
+    def take(self, model: nn.Module) -> Refused | None:
+        """Return what is held of another model, and hold it no more."""
+        held = self._held
+        if held is None or held.model is model:
+            return None
+        self._held = None
+        return held
+
+
+_UNPLACED = _Unplaced()
+
+
+def _placed_first(original: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def entry(trainer: Trainer, *args: Any, **kwargs: Any) -> Any:
+        if original.__name__ == "train":
+            saw_training()
+        if not trainer.__dict__.get("_memplan_seen"):
+            trainer.__dict__["_memplan_seen"] = True
+            try:
+                _place(trainer)
+            except BaseException:
+                del trainer.__dict__["_memplan_seen"]
+                raise
+        model = trainer.model
+        if isinstance(model, nn.Module):
+            _FINISHED.pop(model, None)
+        _TRAINING.append(trainer)
+        try:
+            return original(trainer, *args, **kwargs)
+        finally:
+            _TRAINING.remove(trainer)
+            if original.__name__ == "train":
+                if isinstance(model, nn.Module):
+                    _FINISHED[model] = ref(trainer)
+                if "memplan" in trainer.__dict__:
+                    _report(trainer.__dict__["memplan"])
+
+    return entry
+
+
+def _place(trainer: Trainer) -> None:
+    """Plan and attach, or say why not. Raises DoesNotFitError; the model then is as it was."""
+    model = trainer.model
+    if not isinstance(model, nn.Module) or handle_of(model) is not None:
+        return
+    why = _why_not(trainer, model)
+    if why is None and is_mapped(model) and not _may_be_asked(trainer):
+        return  # placed at its first call, as for a loop
+    with not_waiting(model):
+        if why is None:
+            asked = settings()
+            files = {name: value for name, value in asked.options.items() if name == "checkpoint"}
+            why = _served(
+                model,
+                lambda: plan_for(trainer, _SCOPE, **asked.options),
+                lambda plan: wrap_within(_SCOPE, trainer, plan=plan, log=asked.log, lines=asked.lines, **files),
+            )
+    if why is not None:
+        move(model)
+        _say_aside(why)
+
+
+def _why_not(trainer: Trainer, model: nn.Module) -> str | None:
+    if trainer.train_dataset is None:
+        return "the trainer has no data to train on"
+    others = placed_by_others(trainer)
+    if others is not None:
+        return others
+    if trainer.args.bf16_full_eval or trainer.args.fp16_full_eval:
+        return "the trainer casts the model to evaluate it (bf16_full_eval, fp16_full_eval)"
+    if compiles(trainer):
+        return f"the trainer compiles the model as a whole: leave that out, and {WAY_OUT}"
+    if getattr(trainer, "model_init", None) is not None:
+        return "the trainer makes its model anew as it trains (model_init)"
+    return _nothing_to_do(model)
+
+
+def _may_be_asked(trainer: Trainer) -> bool:
+    """Whether a batch and what the loss makes of it can be had before training without the script's own code seeing it.
+
+    A dataset, a collator or a loss of the script's own may count, print, or draw random numbers of its own.
+    """
+    dataset, collator = trainer.train_dataset, trainer.data_collator
+    return (
+        loss_may_be_asked(trainer)
+        and is_of_library(type(trainer).get_train_dataloader)
+        and is_of_library(collator if inspect.isfunction(collator) else type(collator))
+        and getattr(collator, "seed", None) is None
+        and hasattr(getattr(dataset, "data", None), "column_names")
+        and getattr(dataset, "format", {}).get("type") != "custom"
+    )
+
+
+def _nothing_to_do(model: nn.Module) -> str | None:
+    frozen = [not parameter.requires_grad for parameter in model.parameters()]
+    if not any(frozen):
+        return "nothing in the model is frozen, so there is nothing to stream"
+    if all(frozen):
+        return "nothing in the model is trained"
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        return "it serves one process, and this is one of several"
+    if any(hasattr(module, "_hf_hook") for module in model.modules()):
+        return "accelerate offloads the model already (device_map)"
+    return "unsloth offloads by itself" if "unsloth" in sys.modules else None
+
+
+def _served(model: nn.Module, planned: Callable[[], Plan], attach: Callable[[Plan], Handle]) -> str | None:
+    """Put a model under a plan; return why it had better stay as it is, if so. Raises DoesNotFitError, TooSlowError."""
+    saw_training()
+    file = settings().plan
+    try:
+        try:
+            plan = Plan.load(file) if file else _with_room(planned)
+        except MemplanError:
+            raise
+        except Exception as error:  # the trace runs the script's own code, and the script is to run all the same
+            return f"the model cannot be planned for ({type(error).__name__}: {error})"
+        if all(residence.begins == "always" for residence in plan.residences):
+            return "the whole model fits"
+        let_go(attach(plan))
+    except (DoesNotFitError, TooSlowError):
+        raise
+    except MemplanError as error:
+        return str(error)
+    for line in startup_lines(plan):
+        say(line)
+    api.report(plan, file=sys.stderr)
+    return None
+
+
+def _with_room(planned: Callable[[], Plan]) -> Plan:
+    """Return a plan; where it does not fit, in the room of the models whose training is over."""
+    try:
+        return planned()
+    except DoesNotFitError:
+        finished = [(handle, by()) for model, by in _FINISHED.items() if (handle := handle_of(model)) is not None]
+        if not finished:
+            raise
+    for handle, trainer in finished:
+        give_back(handle, "another model is trained, and this one no more")
+        serve_model(handle.model)  # placed anew should it be used again
+        if trainer is not None:
+            trainer.__dict__.pop("_memplan_seen", None)
+    return planned()
+
+
+def _say_aside(why: str) -> None:
+    saw_training()
+    say(f"stands aside: {why}")
+
+
+def _report_all() -> None:
+    _report(*_HANDLES)
+
+
+def _report(*handles: Handle) -> None:
+    """Tell what was measured, at the end, of one model after the other."""
+    text = io.StringIO()
+    for handle in handles:
+        api.report(handle.plan, handle.record, file=sys.stderr)
+        api.report(handle.plan, handle.record, file=text)
+    file = settings().report
+    if file is not None:
+        try:
+            write(file, text.getvalue().encode())
+        except (MemplanError, OSError) as error:  # the training is done: its script goes on
+            say(str(error))
