@@ -12,9 +12,10 @@ import psutil
 import pytest
 
 from memplan.errors import HardwareError
-from memplan.hardware import calibrate, machine
+from memplan.hardware import machine
 from memplan.hardware import profile as profiles
 from memplan.hardware.calibrate import current, disk
+from memplan.hardware.calibrate.measure import measure as measured_by
 from memplan.hardware.calibrate.cuda import tried_page_locks
 from memplan.hardware.profile import Figure, HardwareProfile
 from memplan.units import GIB, MIB
@@ -182,7 +183,7 @@ def test_a_failed_save_leaves_the_old_file_and_no_other(tmp_path: Path, monkeypa
 def measured(tmp_path_factory: pytest.TempPathFactory) -> HardwareProfile:
     folder = tmp_path_factory.mktemp("disk")
     parts: list[str] = []
-    profile = calibrate.measure("cpu", folder=folder, progress=parts.append)
+    profile = measured_by("cpu", folder=folder, progress=parts.append)
     assert parts[0] == "disk"
     assert not list(folder.iterdir())
     return profile
@@ -216,17 +217,17 @@ def test_a_measured_profile_survives_its_file(measured: HardwareProfile, tmp_pat
 def test_cuda_is_refused_where_there_is_none(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     with pytest.raises(HardwareError, match="torch sees no CUDA device"):
-        calibrate.measure("cuda", folder=tmp_path)
+        measured_by("cuda", folder=tmp_path)
 
 
 def test_a_folder_that_is_not_there_is_named(tmp_path: Path) -> None:
     with pytest.raises(HardwareError, match=r"nowhere cannot be written"):
-        calibrate.measure("cpu", folder=tmp_path / "nowhere")
+        measured_by("cpu", folder=tmp_path / "nowhere")
 
 
 @pytest.mark.gpu
 def test_cuda_rates_are_sane(tmp_path: Path) -> None:
-    profile = calibrate.measure("cuda", folder=tmp_path)
+    profile = measured_by("cuda", folder=tmp_path)
     assert profile.device == "cuda"
     assert 1e11 < profile.matmul_flops_per_s["float16"].value < 1e16
     assert 1e10 < profile.memory_bytes_per_s.value < 1e14
@@ -286,7 +287,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, measured: HardwarePro
         calls.append(None)
         return msgspec.structs.replace(measured, name=f"measurement {len(calls)}")
 
-    monkeypatch.setattr(calibrate, "measure", measure)
+    monkeypatch.setattr(current, "measure", measure)
     return tmp_path / "cache"
 
 

@@ -239,7 +239,10 @@ def import_all(names: Sequence[str]) -> None:
     """Import what contenders on the CPU use, once for all that are forked."""
     used = ["accelerate", "peft", "torch.distributed.fsdp", "transformers.models.llama.modeling_llama"]
     used += [f"transformers.models.{kind}.modeling_{kind}" for kind in ("mixtral", "t5")]
-    used += [f"memplan.{name}" for name in ("analyze.adapters", "analyze.measure", "analyze.trace", "place.solve")]
+    used += [
+        f"memplan.{name}"
+        for name in ("analyze.inputs.prepare", "analyze.blocks.measure", "analyze.trace.trace", "place.solve")
+    ]
     used += ["memplan.trainers.loading.load", "benchmarks.versus.planning"]
     used += ["diffusers.hooks"] if "diffusers-group" in names else []
     for name in used:

@@ -37,8 +37,6 @@ def wrap(module: nn.Module, kept: Kept = _anywhere) -> Callable[[], None]:
     those lie.
     """
     original = call_of(module)
-    numbers: list[Any] = [getattr(part, "layer_idx", None) for part in module.modules()]
-    last: int | None = max((number for number in numbers if isinstance(number, int)), default=None)
 
     def forward(*args: Any, **kwargs: Any) -> Any:
         if not torch.is_grad_enabled():
@@ -63,7 +61,7 @@ def wrap(module: nn.Module, kept: Kept = _anywhere) -> Callable[[], None]:
         def keep(value: Any) -> Any:
             if not _is_cache(value):
                 return value
-            before = _as_it_is(value, last)
+            before = _as_it_is(value)
             now[id(before)] = value
             return before
 
@@ -78,7 +76,7 @@ def wrap(module: nn.Module, kept: Kept = _anywhere) -> Callable[[], None]:
             def cache_of(value: Any) -> Any:
                 if id(value) in given:
                     return given[id(value)]
-                return _as_it_is(value, last) if _is_cache(value) else value
+                return _as_it_is(value) if _is_cache(value) else value
 
             return once_more(*map(cache_of, args), **{name: cache_of(value) for name, value in kwargs.items()})
 
@@ -161,19 +159,18 @@ def without_graph(tensor: torch.Tensor) -> torch.Tensor:
     return tensor if tensor.grad_fn is None else tensor.detach()
 
 
-def _as_it_is(cache: Any, last: int | None) -> Any:
-    """Return a copy of a cache that a layer may be given in its place.
-
-    ``last``: the layer's number. Of those after it there is nothing: they hold what comes of this one, a circle.
+def _as_it_is(cache: Any) -> Any:
+    """Return a copy of a cache that a layer may be given in its place. Of all layers: a compiled one is compiled anew for a
+    cache that has fewer, and past its limit of compiles it runs as it is, with other bits.
     """
     made = _own(cache)
     for name, held in vars(made).items():
         if _is_cache(held):
-            setattr(made, name, _as_it_is(held, last))
+            setattr(made, name, _as_it_is(held))
         elif isinstance(held, dict):
             setattr(made, name, dict(held))
         elif isinstance(held, list):
-            setattr(made, name, [_layer(item) for item in (held if last is None else held[: last + 1])])
+            setattr(made, name, [_layer(item) for item in held])
     return made
 
 

@@ -23,8 +23,16 @@ class Taps:
     may enter where it likes.
     """
 
-    def __init__(self, layer: nn.Module, trained: Collection[nn.Parameter], refuse: Callable[[], None]) -> None:
-        """``trained``: parameters of this layer and of no other. ``refuse`` raises where a backward has entered unannounced."""
+    def __init__(
+        self,
+        layer: nn.Module,
+        wrapped: Collection[nn.Module],
+        trained: Collection[nn.Parameter],
+        refuse: Callable[[], None],
+    ) -> None:
+        """``wrapped``: modules in the layer that are watched in no way until a hook of others is there. ``trained``: parameters of
+        this layer and of no other. ``refuse`` raises where a backward has entered unannounced.
+        """
         self.watched: dict[nn.Module, RemovableHandle] = {}
         """The modules that are, and what ends that."""
         self.stops: set[Any] | None = None
@@ -32,6 +40,7 @@ class Taps:
         self.is_settled = False
         """Not all modules are watched."""
         self.refuse = refuse
+        self._wrapped = tuple(wrapped)
         self._trained = {id(parameter) for parameter in trained}
         self._is_told: dict[nn.Module, bool] = {}
         self._made: set[Any] = set()
@@ -48,7 +57,7 @@ class Taps:
             return ()
         if self._hooks_came():
             self._is_tapped, self.is_settled = True, False
-            return self._left
+            return [*self._left, *(module for module in self._wrapped if module._forward_hooks)]
         if not self.is_settled and torch.is_grad_enabled():
             self.stops = {tensor.grad_fn for tensor in tensors_in((args, kwargs))}
             self._is_told.clear()

@@ -1,9 +1,10 @@
-"""Writes to trained parameters through ``data``, of which their versions do not tell.
+"""Writes to trained parameters of which their versions do not tell: through ``data``, and by optimizers with kernels of their own.
 
 A layer that is run again in backward must have the parameters that it had. Operations in place count up a parameter's
-version, but what ``parameter.data`` returns counts for itself, and what it is set to may lie where the last values did.
-While layers are run again, ``nn.Parameter`` has a ``data`` of its own, which counts both. (Optimizers ask for a parameter's
-exact class, so that cannot be another.)
+version, but torch's fused optimizers and bitsandbytes' do not, what ``parameter.data`` returns counts for itself, and what it
+is set to may lie where the last values did. While layers are run again each optimizer's step is counted, and ``nn.Parameter``
+has a ``data`` of its own, which counts what is written by it. (Optimizers ask for a parameter's exact class, so that cannot be
+another.)
 """
 
 from __future__ import annotations
@@ -15,6 +16,8 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.optim.optimizer import register_optimizer_step_post_hook
+from torch.utils.hooks import RemovableHandle
 
 _data: Any = torch.Tensor.data
 _use_count: Any = getattr(torch.Tensor, "_use_count", lambda alias: 1)
@@ -63,6 +66,8 @@ class _Taken:
 _taken: dict[int, _Taken] = {}
 """By the parameter's id."""
 _watches = 0
+_of_steps: list[RemovableHandle] = []
+"""What ends the counting of optimizers' steps."""
 
 
 def watch() -> Callable[[], None]:
@@ -70,6 +75,7 @@ def watch() -> Callable[[], None]:
     global _watches
     if not _watches:
         nn.Parameter.data = property(_get, _set, doc=_data.__doc__)  # type: ignore[assignment]
+        _of_steps.append(register_optimizer_step_post_hook(_stepped))
     _watches += 1
     ends = [_unwatch]
     return lambda: ends.pop()() if ends else None
@@ -80,6 +86,7 @@ def _unwatch() -> None:
     _watches -= 1
     if not _watches:
         del nn.Parameter.data
+        _of_steps.pop().remove()
         _taken.clear()
 
 
@@ -97,6 +104,13 @@ def _of(parameter: nn.Parameter) -> _Taken:
     if taken is None:
         taken = _taken[id(parameter)] = _Taken(parameter)
     return taken
+
+
+def _stepped(optimizer: torch.optim.Optimizer, *_: object) -> None:
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            if parameter.grad is not None:
+                _of(parameter).writes += 1
 
 
 def _get(parameter: nn.Parameter) -> torch.Tensor:

@@ -18,6 +18,7 @@ from memplan.place.min_vram import least_vram_bytes
 from memplan.place.problem import evenly
 from memplan.place.solve import place, place_as
 from memplan.program import codec
+from memplan.program.schema import Plan
 from memplan.program.check.judge import check
 from memplan.program.schema import STAGING_BYTES
 from tests.tables import MIB, NAMES, WORKLOAD, budgets, make_table
@@ -285,7 +286,7 @@ def test_a_plan_that_holds_or_the_least_that_would(table, vram, ram, disk):
     assert check(plan) == ()
     assert plan.prediction.bound_s <= plan.prediction.pass_s * (1 + 1e-9)
     assert plan.prediction.compute_s <= plan.prediction.pass_s * (1 + 1e-9)
-    assert codec.decode_plan(codec.encode(plan)) == plan
+    assert codec.decode(codec.encode(plan), Plan, "the plan") == plan
 
 
 # ---- tables of which only rows are read ------------------------------------------------------------------------------

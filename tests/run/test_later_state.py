@@ -226,6 +226,27 @@ def test_trained_parameters_that_are_written_to_by_data_before_backward_are_refu
     assert "data" not in vars(torch.nn.Parameter)
 
 
+@pytest.mark.parametrize("kind", ["fused", "foreach", "bitsandbytes", "own"])
+def test_a_step_between_a_forward_and_its_backward_is_refused(kind):
+    class Own(torch.optim.Optimizer):
+        def step(self):
+            for parameter in self.param_groups[0]["params"]:
+                parameter.data.add_(parameter.grad, alpha=-0.1)
+
+    model = Model(Layer)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    if kind == "bitsandbytes":
+        optimizer = pytest.importorskip("bitsandbytes").optim.AdamW8bit(trained, lr=0.1, min_8bit_size=1)
+    else:
+        optimizer = Own(trained, {}) if kind == "own" else torch.optim.AdamW(trained, lr=0.1, **{kind: True})
+    with memplan.attach(model, planned(model)):
+        first, second = (loss(model(torch.rand(ROWS, WIDTH))) for _ in range(2))
+        first.backward()
+        optimizer.step()
+        with pytest.raises(RunError, match="written to between its forward and its backward"):
+            second.backward()
+
+
 def test_what_is_read_of_trained_parameters_or_written_elsewhere_is_no_write():
     def between_steps(model):
         def write(module, args):

@@ -145,21 +145,29 @@ def _within_triggers(plan: Plan, triggers: Mapping[str, nn.Module], parts: Parts
     """Return the modules of streamed weights within each trigger that must announce a backward, as nothing else may.
 
     Those are all where the layer is not run again; else those whose functions keep weights of quantizers in ways of their own.
+    Of a module that an adapter wraps it is the wrapper: some read the weights and call no module, and warn of hooks there.
     """
     streamed = {id(tensor) for one in parts.streamed.values() for tensor, _, _ in one.pointers}
     kept = _kept_reads(plan, triggers, parts)
     found: dict[str, list[nn.Module]] = {}
     for name, trigger in triggers.items():
+        wrappers = _wrappers(trigger)
+        # Of what is compiled nothing comes out but by what it returns, and a hook there would break its graph in two.
+        compiled = {part for module in trigger.modules() if is_compiled(module) for part in module.modules()}
         for module in trigger.modules():
             is_read = any(id(parameter) in streamed for parameter in module._parameters.values())
-            if (
-                is_read
-                and not is_compiled(module)
-                and module is not trigger
-                and (name in kept or _are_quantized([module]))
-            ):
+            if not is_read or module in compiled or not (name in kept or _are_quantized([module])):
+                continue
+            while module in wrappers and not _are_quantized([module]):
+                module = wrappers[module]
+            if module is not trigger:
                 found.setdefault(name, []).append(module)
     return found
+
+
+def _wrappers(trigger: nn.Module) -> dict[nn.Module, nn.Module]:
+    """Return the adapter's module around each module within a trigger that has one."""
+    return {base: module for module in trigger.modules() if (base := module._modules.get("base_layer")) is not None}
 
 
 def _taps(
@@ -167,9 +175,9 @@ def _taps(
 ) -> dict[str, Taps]:
     """Return what has those modules watched no more than they must be. Quantizers' functions keep views that nothing tells of."""
     return {
-        name: Taps(kept[name], entrances.layers.get(name, ()), partial(refuse_entrance, name))
+        name: Taps(kept[name], _wrappers(kept[name]), entrances.layers.get(name, ()), partial(refuse_entrance, name))
         for name, modules in within.items()
-        if name in kept and not _are_quantized(modules)
+        if name in kept and not _are_quantized(part for module in modules for part in module.modules())
     }
 
 
