@@ -39,10 +39,10 @@ quick: $(INSTALLED)
 	    $(BIN)/python -m pytest -n 2 --timeout=300 -m "not gpu and not full"
 
 test-full: $(INSTALLED)
-	$(TEST_ENV) $(BIN)/python tests/full.py
+	$(TEST_ENV) $(BIN)/python tests/support/full.py
 
 schemas: $(INSTALLED)
-	$(BIN)/python tests/schemas.py
+	$(BIN)/python tests/support/schemas.py
 
 docs: $(INSTALLED)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[docs]"

@@ -27,8 +27,8 @@ if TYPE_CHECKING:
     from memplan.analyze.graph import Activations, LayerGraph
     from memplan.analyze.graph_cache import Analysis
     from memplan.cost.table import AccessRow, CostTable
-    from memplan.place.baselines import Way
-    from memplan.place.solve import Said
+    from memplan.place.baselines import Baseline
+    from memplan.place.solve import PlanInfo
 
 _KEEP: Activations = "keep"
 
@@ -69,7 +69,7 @@ class Case:
         more = {"pins": self.pins, "elastic": self.elastic, **self._asked()}
         return pass_below_s(self.table, self.budgets, below_s, **more)
 
-    def place_as(self, way: Way) -> Plan | None:
+    def place_as(self, way: Baseline) -> Plan | None:
         """Return what another way of placing comes to (:mod:`memplan.place.baselines`); None where it does not fit."""
         from memplan.place.solve import place_as
 
@@ -85,7 +85,7 @@ class Case:
     def _asked(self) -> dict[str, Any]:
         return {"activations": self.activations, "staging_bytes": self.staging_bytes}
 
-    def _said(self) -> Said:
+    def _said(self) -> PlanInfo:
         return {
             "model": self.model,
             "fingerprint": self.fingerprint,
@@ -271,10 +271,10 @@ def _as_quantized(given: Any, model: nn.Module, kbit: bool, autocast: Any) -> tu
     """Return what a plan says of a quantized model that was built here; a module of the caller's is as it is."""
     if callable(getattr(given, "named_parameters", None)):
         return ()
-    from memplan.analyze.inputs.autocast import autocast_dtype
+    from memplan.analyze.inputs.autocast import dtype_of_autocast
     from memplan.analyze.inputs.trainer_settings import kbit_notes
 
-    return kbit_notes(model, kbit=kbit, autocast=autocast_dtype(autocast))
+    return kbit_notes(model, kbit=kbit, autocast=dtype_of_autocast(autocast))
 
 
 def _times(request: Request, graph: LayerGraph, profile: HardwareProfile, room_bytes: int) -> Times:

@@ -26,7 +26,7 @@ from memplan.errors import (
 from memplan.model.checkpoint import read_checkpoint
 from memplan.model.names import canonical
 from tests.run.test_attach import assert_unchanged, state
-from tests.training import CPU, batch_of, make
+from tests.support.training import CPU, batch_of, make
 
 
 def planned(model, **arguments):

@@ -17,7 +17,7 @@ from memplan.errors import InputError, TransferError
 from memplan.run.attach import attach
 from memplan.run.handle import handle_of
 from tests.run.test_parity import plan_for
-from tests.training import assert_equal, make, train
+from tests.support.training import assert_equal, make, train
 
 
 def files(folder):

@@ -1,6 +1,6 @@
 """The trainers with other releases of the libraries than those that are pinned, each installed beside them.
 
-What came of it is kept by ``tests/full.py`` in ``docs/compatibility.md``.
+What came of it is kept by ``tests/support/full.py`` in ``docs/compatibility.md``.
 """
 
 from __future__ import annotations

@@ -15,8 +15,8 @@ from memplan.errors import HardwareError
 from memplan.hardware import machine
 from memplan.hardware import profile as profiles
 from memplan.hardware.calibrate import current, disk
-from memplan.hardware.calibrate.measure import measure as measured_by
 from memplan.hardware.calibrate.cuda import tried_page_locks
+from memplan.hardware.calibrate.measure import measure as measured_by
 from memplan.hardware.profile import Figure, HardwareProfile
 from memplan.units import GIB, MIB
 

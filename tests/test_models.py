@@ -17,7 +17,7 @@ import memplan
 from memplan.errors import InputError, MemplanError
 from memplan.model import models
 from memplan.model.meta_model import from_configuration
-from tests.training import CPU
+from tests.support.training import CPU
 
 UNTIED_ON_THE_HUB = {"t0-3b", "flan-t5-xl", "flan-t5-xxl", "mt0-xxl"}
 """Their checkpoints hold a head apart, which transformers' T5 ties from 5.0 on whatever the configuration says."""

@@ -19,8 +19,8 @@ from memplan.cli import main
 from memplan.errors import InputError, ModelError, PlanMismatchError
 from memplan.hardware.profile import save
 from memplan.model.quantization import NAMES, PackedLinear
-from tests import quantized
-from tests.training import CPU, assert_equal, batch_of, train
+from tests.support import quantized
+from tests.support.training import CPU, assert_equal, batch_of, train
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # the quantizers' own, of versions and of float32 inputs
 

@@ -22,8 +22,8 @@ from memplan.trainers import hf_trainer as transformers
 from memplan.trainers import lightning_callback as lightning
 from memplan.trainers import placing
 from memplan.units import GIB
-from tests.questions.small import config_of
-from tests.training import CPU
+from tests.queries.small import config_of
+from tests.support.training import CPU
 
 ROOT = Path(__file__).parents[1]
 ENTRANCES = {

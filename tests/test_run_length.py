@@ -9,7 +9,7 @@ from transformers import LlamaConfig
 
 import memplan
 from memplan.show import terminal
-from tests.training import CPU
+from tests.support.training import CPU
 
 CONFIG = LlamaConfig(
     vocab_size=96,

@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from tests.schemas import FOLDER, TYPES, schema
+from tests.support.schemas import FOLDER, TYPES, schema
 
 
 @pytest.mark.parametrize("name", TYPES)

@@ -27,7 +27,7 @@ from memplan.model import models, quantization
 from memplan.model.arguments import QUANTIZATIONS, TARGETS, understood
 from memplan.model.meta_model import _builder
 from memplan.units import GIB
-from tests.training import CPU
+from tests.support.training import CPU
 
 ROOT = Path(__file__).parents[1]
 PLAN = "plan gpt2 --hardware t4 --vram 1GiB "

@@ -178,7 +178,7 @@ class Training:
             found |= {
                 "stall_share": record.stall_s / record.pass_s if record.pass_s else 0.0,
                 "misses": record.misses,
-                "off_sequence": record.off_sequence,
+                "out_of_order": record.out_of_order,
                 "loads_per_pass": record.loads / max(1, record.passes),
                 "bound_s": said.bound_s + outside_s,
                 "over_bound": statistics.median(self.times_s) / (said.bound_s + outside_s) - 1

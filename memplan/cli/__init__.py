@@ -5,6 +5,9 @@ found a problem; 3 the runs of the demonstration differ; 70 an internal error; 7
 interrupted; 141 the reader of the output is gone. ``memplan run`` ends with its script's own.
 
 What a command needs is imported inside it, so that ``memplan report`` starts without torch.
+
+``entry`` is where a command begins and how it ends; ``options`` is the one table of options; ``plan``, ``run`` and ``machine`` are the
+commands, ``output`` and ``paths`` what they share.
 """
 
 from __future__ import annotations

@@ -91,7 +91,7 @@ def cost_table(graph: LayerGraph, hardware: HardwareProfile, times: Times | None
             transient_offload_bytes=access.transient_offload_bytes,
             offload_bytes=access.offload_bytes,
             offload_s=2 * access.offload_bytes / hardware.memory_bytes_per_s.value,  # read once, written once
-            derived_bytes=access.derived_bytes,
+            weight_copy_bytes=access.weight_copy_bytes,
         )
 
     context = Fixed(kind="context", size_bytes=int(hardware.context_bytes.value))

@@ -43,7 +43,7 @@ class Weight:
         """Return all tensors to point."""
         return (self.tensor, *self.twins)
 
-    def point(self, there: torch.Tensor) -> None:
+    def bind(self, there: torch.Tensor) -> None:
         """Have it lie at ``there``."""
         for tensor in self.everywhere():
             tensor.data = there
@@ -96,7 +96,7 @@ def is_adapters(module: nn.Module) -> bool:
     return module in _ADAPTERS
 
 
-Standing = Callable[[str], int]
+Multiplicity = Callable[[str], int]
 """For how many modules of a whole model the one of a name stands, where the model is a part of it."""
 
 
@@ -105,7 +105,7 @@ def once(name: str) -> int:
     return 1
 
 
-def trained(model: nn.Module, times: Standing = once) -> list[nn.Parameter]:
+def trained(model: nn.Module, times: Multiplicity = once) -> list[nn.Parameter]:
     """Return the parameters that require gradients, each as often as there are such."""
     return [
         parameter
@@ -115,12 +115,12 @@ def trained(model: nn.Module, times: Standing = once) -> list[nn.Parameter]:
     ]
 
 
-def trained_bytes(model: nn.Module, times: Standing = once) -> int:
+def trained_bytes(model: nn.Module, times: Multiplicity = once) -> int:
     """Return the bytes of the parameters that require gradients."""
     return sum(p.numel() * p.element_size() for p in trained(model, times))
 
 
-def adapters_bytes(model: nn.Module, times: Standing = once) -> int:
+def adapters_bytes(model: nn.Module, times: Multiplicity = once) -> int:
     """Return the bytes of what is trained and of adapters that wait."""
     found = {
         id(parameter): parameter.numel() * parameter.element_size() * times(canonical(name))

@@ -13,18 +13,18 @@ from memplan.place.layout.layout import Arrangement, arrangement_of
 from memplan.place.layout.ring_layout import homes_of, read_in_place
 from memplan.place.problem import Problem, evenly
 
-Way = Literal["all streamed", "first resident", "spread in equal slots", "accelerate's device map"]
+Baseline = Literal["all streamed", "first resident", "spread in equal slots", "accelerate's device map"]
 """``all streamed``: two slots, nothing stays. ``first resident``: as many of the first blocks stay as there is room for
 beside two slots. ``spread in equal slots``: those that stay lie evenly between the others, which take two slots of the
 greatest one's size in turn. ``accelerate's device map``: the first blocks stay as in ``infer_auto_device_map``, which leaves
 room for the greatest; the others come when they are called, each time, with nothing ahead (accelerate's own hooks do so)."""
 
-WAYS: tuple[Way, ...] = get_args(Way)
+WAYS: tuple[Baseline, ...] = get_args(Baseline)
 
 _SLOTS = 2
 
 
-def arrange_as(way: Way, problem: Problem, room_bytes: int) -> Arrangement | None:
+def arrange_as(way: Baseline, problem: Problem, room_bytes: int) -> Arrangement | None:
     """Return the arrangement of a way of placing in a room; None where it needs more, or more RAM and disk."""
     sizes = problem.sizes_bytes
     on_demand = way == "accelerate's device map"

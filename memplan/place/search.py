@@ -10,10 +10,10 @@ import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
-from memplan.place.baselines import Way, arrange_as
+from memplan.place.baselines import Baseline, arrange_as
 from memplan.place.layout.layout import Arrangement, Key, Stay, channel_of, stays_of
 from memplan.place.layout.page_lock import NOTHING, Pageable, pageable_of
-from memplan.place.layout.ring_layout import Ring, Rings
+from memplan.place.layout.ring_layout import LayoutRecipe, Rings
 from memplan.place.problem import MOST_SUBSETS, Bytes, Problem, policies_for
 from memplan.program.timeline import Load, durations, load_s, simulate, slowed
 
@@ -87,7 +87,7 @@ class Choice:
         return (moved, self.recomputed, on_disk, off_bytes, len(self.arrangement.homes))
 
 
-def rings(problem: Problem, *, every: bool = True, tails: bool = False) -> Iterator[Ring]:
+def rings(problem: Problem, *, every: bool = True, tails: bool = False) -> Iterator[LayoutRecipe]:
     """Yield the rings that are tried for a number of recomputed modules: what the least vram is the least of, too. Fewer,
     where not ``every``, tell which numbers are worth the others. ``tails``: those with tails instead.
     """
@@ -97,7 +97,7 @@ def rings(problem: Problem, *, every: bool = True, tails: bool = False) -> Itera
     mixed = may_be_disk and problem.ram_bytes < total + problem.staging_bytes
     mixed = mixed or "disk" in problem.pins.values()
     for times in _TIMES if every else _TIMES[:2]:
-        ring = Ring(times, "bundle", 0)
+        ring = LayoutRecipe(times, "bundle", 0)
         if tails:
             yield ring._replace(tails=1.0)
             if every:
@@ -139,7 +139,7 @@ class Search:
         }
         self._seen: dict[tuple[Key, int], Choice | None] = {}
         self._stays: dict[Key, tuple[list[Stay], Pageable] | None] = {}
-        self._near: list[tuple[Choice, Ring | None]] = []
+        self._near: list[tuple[Choice, LayoutRecipe | None]] = []
         self._saves: dict[tuple[bool, frozenset[str]], tuple[list[Load], list[Load]]] = {}
         self._stacked_left = _MOST_STACKED if below_s is None else _MOST_STACKED // 40
         self.best_s = math.inf if below_s is None else below_s
@@ -213,7 +213,7 @@ class Search:
             self._climb()
         return self.chosen()
 
-    def _try_less_room(self, level: int, rings_of: Sequence[Ring]) -> None:
+    def _try_less_room(self, level: int, rings_of: Sequence[LayoutRecipe]) -> None:
         """Have less room where blocks are few and unequal: which of them fit together is a matter of chance."""
         if len(self._problem.movable) > _FEW or self.best_s <= self.least_s(level) * (1 + _TIE):
             return
@@ -226,7 +226,7 @@ class Search:
                 if arrangement is not None:
                     self._look_at(arrangement, level, ring)
 
-    def _try_disk(self, levels: Sequence[int], rings_of: Sequence[Ring]) -> None:
+    def _try_disk(self, levels: Sequence[int], rings_of: Sequence[LayoutRecipe]) -> None:
         """Have more on the disk than RAM forces: both bring bytes at once, so that with fewer there a pass may be longer."""
         choice = self.chosen()
         if choice is None:
@@ -267,19 +267,19 @@ class Search:
                     if left <= 0:
                         break
 
-    def _starts(self) -> list[tuple[Choice, Ring]]:
+    def _starts(self) -> list[tuple[Choice, LayoutRecipe]]:
         """Return what is climbed from."""
         best = self.chosen()
         if best is None:
             return []
-        starts = {self._ring_of(best) or Ring(1.0, "bundle", 0): best}
+        starts = {self._ring_of(best) or LayoutRecipe(1.0, "bundle", 0): best}
         if len(self._problem.movable) <= _FEW:
             for choice, ring in sorted(self._near, key=lambda one: one[0].pass_s):
                 if len(starts) < _STARTS and ring is not None:
                     starts.setdefault(ring, choice)
         return [(choice, ring) for ring, choice in starts.items()]
 
-    def as_others(self, way: Way) -> Choice | None:
+    def as_others(self, way: Baseline) -> Choice | None:
         """Return the choice of another way of placing: all activations kept, or all recomputed, as is faster."""
         for level in (0, len(self._rooms) - 1):
             arrangement = arrange_as(way, self._problem, self._rooms[level])
@@ -318,7 +318,7 @@ class Search:
         times = durations(self._problem.table, policies, on_host, pageable.blocks)
         return times, sum(times)
 
-    def time(self, recomputed: int, ring: Ring) -> float | None:
+    def time(self, recomputed: int, ring: LayoutRecipe) -> float | None:
         """Return the pass in s, or None where it does not fit or cannot be the best."""
         if self.least_s(recomputed) > self.best_s * (1 + _TIE):
             return None
@@ -329,13 +329,13 @@ class Search:
         found = None if arrangement is None else self._look_at(arrangement, recomputed, ring)
         return None if found is None else found.pass_s
 
-    def _look_at(self, arrangement: Arrangement, recomputed: int, ring: Ring | None) -> Choice | None:
+    def _look_at(self, arrangement: Arrangement, recomputed: int, ring: LayoutRecipe | None) -> Choice | None:
         key = (arrangement.key, recomputed)
         if key not in self._seen:
             self._seen[key] = self._time(arrangement, recomputed, ring)
         return self._seen[key]
 
-    def _time(self, arrangement: Arrangement, recomputed: int, ring: Ring | None) -> Choice | None:
+    def _time(self, arrangement: Arrangement, recomputed: int, ring: LayoutRecipe | None) -> Choice | None:
         times, compute_s = self._durations(recomputed)
         reads_rows = arrangement.rows_bytes and self._problem.table.device != "cpu"
         if reads_rows:
@@ -406,7 +406,7 @@ class Search:
             default=None,
         )
 
-    def _ring_of(self, choice: Choice) -> Ring | None:
+    def _ring_of(self, choice: Choice) -> LayoutRecipe | None:
         """Return what a choice was made by."""
         return next(ring for made, ring in self._near if made is choice)
 

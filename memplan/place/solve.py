@@ -11,7 +11,7 @@ import numpy as np
 from memplan.analyze.graph import Activations
 from memplan.cost.table import CostTable
 from memplan.place.alternatives import Variants, state_away, tables_of
-from memplan.place.baselines import Way
+from memplan.place.baselines import Baseline
 from memplan.place.bound import window_bound
 from memplan.place.layout.layout import lay_out
 from memplan.place.layout.split import split
@@ -48,7 +48,7 @@ _WORTH = 1e-3
 """and where that makes it shorter by more than this."""
 
 
-class Said(TypedDict):
+class PlanInfo(TypedDict):
     """What a plan says of its case besides."""
 
     model: str
@@ -68,7 +68,7 @@ def place(
     pieces: bool = True,
     elastic: bool | None = None,
     optimizer_state: StateHome | None = None,
-    **said: Unpack[Said],
+    **said: Unpack[PlanInfo],
 ) -> Plan:
     """Return the plan with the shortest step that keeps the budgets. Same input, same plan.
 
@@ -116,13 +116,13 @@ def pass_below_s(
 
 
 def place_as(
-    way: Way,
+    way: Baseline,
     table: CostTable,
     budgets: Budgets,
     *,
     activations: Mapping[str, Activations] | None = None,
     staging_bytes: int = STAGING_BYTES,
-    **said: Unpack[Said],
+    **said: Unpack[PlanInfo],
 ) -> Plan | None:
     """Return the plan that another way of placing comes to, on the same timeline; None where it does not fit.
 
@@ -271,7 +271,7 @@ def _with_offloads(solution: _Solution, given: _Given, asked: Mapping[str, Activ
 # ---- the plan -------------------------------------------------------------------------------------------------------
 
 
-def _plan(solution: _Solution, asked: Mapping[str, Activations], said: Said, *, elastic: bool) -> Plan:
+def _plan(solution: _Solution, asked: Mapping[str, Activations], said: PlanInfo, *, elastic: bool) -> Plan:
     problem, choice = solution.problem, solution.choice
     assert choice is not None
     table, arrangement = problem.table, choice.arrangement

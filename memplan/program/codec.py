@@ -12,7 +12,7 @@ import msgspec
 from memplan.atomic_write import read, reason, write
 from memplan.errors import PlanFormatError
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 """Of the files: a file of another version is refused."""
 
 Value = TypeVar("Value", bound=msgspec.Struct)

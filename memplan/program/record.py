@@ -53,13 +53,13 @@ class RunRecord(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     loads: int
     loaded_bytes: int
     misses: int
-    off_sequence: int
+    out_of_order: int
     """Accesses that did not follow the plan's order (evaluation, generation, …); each was served on demand."""
     learned: int = 0
     """Times that accesses had left the sequence for good and the one that they then followed was learned."""
     offloaded_bytes: int
     """Saved activations that went to the host."""
-    crowded: int
+    offload_skipped: int
     """Forwards whose activations stayed on the device against the plan: their place was taken, or too small."""
     recoveries: int
     """Micro-batches that ran out of device memory and were repeated under a smaller plan."""
@@ -68,7 +68,7 @@ class RunRecord(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     ram_peak_bytes: int
     """Host arena and staging."""
     blocks: tuple[BlockRecord, ...]
-    derived_bytes: int = 0
+    weight_copy_bytes: int = 0
     """Copies of weights that the first pass saved for backward beyond what the plan has (not looked for in the checked
     mode)."""
     direct_reads: int = 0

@@ -1,1 +1,5 @@
-"""What people ask before they train: how much memory for what speed, and what is the most that fits."""
+"""What people ask before they train: ``frontier`` (memory against time), ``fit`` (the most that fits), ``gains`` (what a little more would
+bring), ``compare`` (other ways of placing).
+"""
+
+from __future__ import annotations

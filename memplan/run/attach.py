@@ -21,8 +21,8 @@ from memplan.run.memory.storage_aliases import Watched, refuse_gaps, refuse_shar
 from memplan.run.modules.install import install
 from memplan.run.modules.match_model import match_weights, require_supported, stored_tensors, trigger_modules
 from memplan.run.modules.optimizer_state import OptimizerState
-from memplan.run.runtime import Files, Parts, resettle, settle
-from memplan.run.transfer.interrupts import Undo, held_back
+from memplan.run.runtime import Files, Runtime, resettle, settle
+from memplan.run.transfer.interrupts import Undo, defer_sigint
 
 
 def attach(
@@ -101,7 +101,7 @@ def attach_on(
     with Undo() as modes, Undo() as undo:
         # A Ctrl-C on the way in or out of a no_grad leaves it on.
         modes.callback(torch.set_grad_enabled, torch.is_grad_enabled())
-        parts = Parts(plan, device, weights, poisoned=checked)
+        parts = Runtime(plan, device, weights, poisoned=checked)
         undo.callback(parts.reader.close)
         with Undo() as ahead:
             touch_ahead(parts.to_be_filled(), ahead)
@@ -109,14 +109,14 @@ def attach_on(
         handle = Handle(model, parts)
         if plan.optimizer_state == "host":
             is_locked = is_state_locked(plan.table.state_on_host_bytes, plan.budgets.page_lock_bytes)
-            with held_back():
+            with defer_sigint():
                 parts.optimizer_state = OptimizerState(model, device, is_pageable=not is_locked)
                 undo.callback(parts.optimizer_state.close)
 
         def change(other: Plan) -> None:
             """Have the same blocks run under another plan. On failure the model is detached."""
             try:
-                with held_back():
+                with defer_sigint():
                     parts.installed.close()
                     resettle(parts, other, files)
                     install(model, parts, handle, triggers, checked=checked, traced=traced)
@@ -124,7 +124,7 @@ def attach_on(
                 handle.detach()
                 raise
 
-        with held_back():
+        with defer_sigint():
             undo.callback(forget_compiled)
             forget_compiled()
             undo.callback(lambda: parts.installed.close())

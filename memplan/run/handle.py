@@ -22,8 +22,8 @@ from memplan.program.record import RunRecord
 from memplan.program.schema import Plan
 from memplan.run.modules.guard import guard_of
 from memplan.run.recovery import Before, is_out_of_memory
-from memplan.run.runtime import Parts
-from memplan.run.transfer.interrupts import held_back
+from memplan.run.runtime import Runtime
+from memplan.run.transfer.interrupts import defer_sigint
 from memplan.run.verify.scalars import Scalars
 from memplan.units import format_bytes
 
@@ -37,12 +37,12 @@ _SMALLER = 0.9
 class Handle:
     """A model under a plan. ``detach`` gives it back; so does leaving the ``with`` block."""
 
-    def __init__(self, model: nn.Module, parts: Parts) -> None:
+    def __init__(self, model: nn.Module, parts: Runtime) -> None:
         self.model = model
         self.plan = parts.plan
         """The one at work: another than was given once a micro-batch ran out of memory."""
         self.recoveries = 0
-        self._parts: Parts | None = parts
+        self._parts: Runtime | None = parts
         """None once detached: the arenas go, though the handle may stay for its record."""
         self.undo = ExitStack()
         """What ``detach`` unwinds."""
@@ -89,7 +89,7 @@ class Handle:
             vram_peak_bytes=peak,
             ram_peak_bytes=parts.host_bytes,
             recoveries=self.recoveries,
-            derived_bytes=parts.copies.unforeseen_bytes if parts.copies else 0,
+            weight_copy_bytes=parts.copies.unforeseen_bytes if parts.copies else 0,
         )
         if parts.spans is not None:
             record = replace(record, spans=parts.spans.last())
@@ -232,7 +232,7 @@ class Handle:
         A forward before it can have no backward after it. Raises TransferError where a block cannot be read from disk.
         """
         if self._parts is not None:
-            with held_back():
+            with defer_sigint():
                 self._last = self._measured()
                 self._parts = self.change = self.replan = None
                 self.undo.close()
@@ -248,7 +248,7 @@ class Handle:
         self.detach()
 
 
-def _count_arena(ledger: StorageLedger, parts: Parts) -> None:
+def _count_arena(ledger: StorageLedger, parts: Runtime) -> None:
     """Have the device arena counted from now on, as far as it is there, and nothing of what lies in RAM for the plan."""
     arena = parts.arena
     for held in parts.on_host():

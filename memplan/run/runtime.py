@@ -26,7 +26,7 @@ from memplan.run.modules.embedding_rows import as_seen_from, read_in_place
 from memplan.run.modules.optimizer_state import OptimizerState
 from memplan.run.schedule.conductor import Conductor
 from memplan.run.schedule.streamed import Streamed
-from memplan.run.transfer.interrupts import Undo, held_back
+from memplan.run.transfer.interrupts import Undo, defer_sigint
 from memplan.run.transfer.transfer import DiskSource, HostSource, Source
 from memplan.run.verify.saved_tensor_check import CheckedReads
 from memplan.run.verify.spans import Spans
@@ -34,7 +34,7 @@ from memplan.run.verify.unplanned_copies import Copies
 from memplan.units import format_bytes
 
 
-class Parts:
+class Runtime:
     """What a model under a plan runs on."""
 
     arena: Arena
@@ -184,7 +184,7 @@ class Files:
 
 
 def settle(
-    model: nn.Module, parts: Parts, files: Files, undo: ExitStack, progress: Callable[[int], None] | None
+    model: nn.Module, parts: Runtime, files: Files, undo: ExitStack, progress: Callable[[int], None] | None
 ) -> None:
     """Bring each block to its home, in turn, and note how to give it back."""
     plan, weights, device = parts.plan, parts.weights, parts.device
@@ -224,14 +224,14 @@ def settle(
                 source = DiskSource(extents, parts.reader, block.name)
         if progress is not None:
             progress(block.size_bytes)
-        with held_back():
+        with defer_sigint():
             kept_home = parts.homes[block.id] = Home(block, source, weights)
             undo.callback(kept_home.give_back)
             _point(parts, kept_home, slot)
     origin.finish()
     managed = parts.kept().keys()
     small = (held for module in model.modules() for held in small_tensors(module))
-    with held_back():
+    with defer_sigint():
         for held in (*model.parameters(), *model.buffers(), *small):
             for part in plain_parts(held):
                 if part.device != device and id(part) not in managed:
@@ -239,7 +239,7 @@ def settle(
                     part.data = part.data.to(device)
 
 
-def resettle(parts: Parts, plan: Plan, files: Files) -> None:
+def resettle(parts: Runtime, plan: Plan, files: Files) -> None:
     """Bring each block to its home in another plan. Nothing may be installed.
 
     What lay on the device waits in RAM while the device arena is made anew; nothing is read or packed that has not got
@@ -252,7 +252,7 @@ def resettle(parts: Parts, plan: Plan, files: Files) -> None:
             home.source = HostSource(_on_host(home, index in locked))
             home.lies = None
             for tensor in home.block.tensors:
-                parts.weights[tensor.name].point(parts.placeholders.of(tensor.shape, dtype_of(tensor.dtype)))
+                parts.weights[tensor.name].bind(parts.placeholders.of(tensor.shape, dtype_of(tensor.dtype)))
     parts.streamed.clear()
     parts.arena = Arena(0, parts.device)  # the old one goes before the new one comes
     parts.host = {}
@@ -302,7 +302,7 @@ def _on_host(home: Home, pinned: bool) -> torch.Tensor:
     return part
 
 
-def _point(parts: Parts, home: Home, slot: torch.Tensor | None) -> None:
+def _point(parts: Runtime, home: Home, slot: torch.Tensor | None) -> None:
     """Have the model's weights lie in their slot, or be away; without a slot they lie where their home is."""
     block = home.block
     at_home: tuple[tuple[torch.Tensor, torch.Tensor], ...] = ()
@@ -331,11 +331,11 @@ def _point(parts: Parts, home: Home, slot: torch.Tensor | None) -> None:
         rows=rows,
         at_home=at_home,
     )
-    streamed.unpoint()
+    streamed.unbind()
     parts.streamed[block.id] = streamed
 
 
-def _views(parts: Parts, home: Home, part: torch.Tensor) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+def _views(parts: Runtime, home: Home, part: torch.Tensor) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """Yield each tensor of a block's weights, and the view that it is where the block lies in ``part``."""
     for tensor in home.block.tensors:
         there = view(part, tensor, home.strides[tensor.name])
@@ -343,7 +343,7 @@ def _views(parts: Parts, home: Home, part: torch.Tensor) -> Iterator[tuple[torch
             yield pointed, there
 
 
-def _packed(parts: Parts, path: Path, block: Block, expected: str | None) -> DiskSource:
+def _packed(parts: Runtime, path: Path, block: Block, expected: str | None) -> DiskSource:
     """Return a block's source in the cache."""
     extent = Extent(path=str(path), file_offset_bytes=0, size_bytes=block.size_bytes)
     parts.reader.open([extent])

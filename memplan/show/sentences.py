@@ -152,7 +152,7 @@ def run(record: RunRecord, glyphs: Glyphs) -> str:
 def counts(record: RunRecord) -> str:
     """Return what was counted in a run."""
     found = [f"{record.loads:,} loads", plural(record.misses, "miss", "misses")]
-    found.append(f"{plural(record.off_sequence, 'access', 'accesses')} off the sequence")
+    found.append(f"{plural(record.out_of_order, 'access', 'accesses')} off the sequence")
     if record.learned:
         found.append(f"the sequence learned anew {plural(record.learned, 'time', 'times')}")
     if record.direct_reads:
@@ -161,13 +161,13 @@ def counts(record: RunRecord) -> str:
         found.append(f"{weights} read outside of a forward or backward ({size}, brought on demand)")
     if record.direct_writes:
         found.append(f"{plural(record.direct_writes, 'write', 'writes')} to frozen weights kept")
-    if record.crowded:
-        forwards = plural(record.crowded, "forward", "forwards")
+    if record.offload_skipped:
+        forwards = plural(record.offload_skipped, "forward", "forwards")
         found.append(f"{forwards} kept activations on the device that were to be offloaded")
     if record.recoveries:
         found.append(f"ran out of memory and went on smaller {plural(record.recoveries, 'time', 'times')}")
-    if record.derived_bytes:
-        found.append(f"{format_bytes(record.derived_bytes)} of copies of weights saved that are not in the plan")
+    if record.weight_copy_bytes:
+        found.append(f"{format_bytes(record.weight_copy_bytes)} of copies of weights saved that are not in the plan")
     return ", ".join(found)
 
 

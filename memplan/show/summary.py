@@ -51,7 +51,7 @@ class Facts:
     """Over whole steps: the optimizer's time included."""
     run_s: float | None
     """Of the whole run, where its steps are known."""
-    derived_bytes: int
+    weight_copy_bytes: int
     """Of the activations at the vram peak, copies of weights: casts, weights merged with an adapter."""
     page_locked_bytes: int
     """Of the ram peak; the rest of it is pageable."""
@@ -109,7 +109,7 @@ def facts(plan: Plan) -> Facts:
         bound_gap=_excess(prediction.pass_s, prediction.bound_s),
         tokens_per_s=_ratio(plan.workload.tokens * plan.workload.accumulation, prediction.step_s),
         run_s=None if plan.workload.steps is None else plan.workload.steps * prediction.step_s,
-        derived_bytes=min(_derived_at(plan, prediction.vram_peak_at), prediction.vram_parts.get("activations", 0)),
+        weight_copy_bytes=min(_derived_at(plan, prediction.vram_peak_at), prediction.vram_parts.get("activations", 0)),
         page_locked_bytes=page_locked_bytes(plan),
     )
 
@@ -119,7 +119,7 @@ def _derived_at(plan: Plan, index: int) -> int:
     policies, rows = plan.policies(), plan.table.accesses
     last = {row.forward: row.index for row in rows if row.kind == "backward"}
     return sum(
-        row.derived_bytes
+        row.weight_copy_bytes
         for row in rows
         if row.index <= index <= last.get(row.index, row.index) and policies.get(row.module, "keep") == "keep"
     )
@@ -227,7 +227,7 @@ def as_dict(plan: Plan, record: RunRecord | None = None) -> dict[str, object]:
             "disk_bytes": prediction.peaks.disk_bytes,
         },
         "vram_parts": dict(prediction.vram_parts),
-        "derived_bytes": known.derived_bytes,
+        "weight_copy_bytes": known.weight_copy_bytes,
         "ram_parts": dict(prediction.ram_parts),
         "page_locked_bytes": known.page_locked_bytes,
         "pageable_bytes": prediction.peaks.ram_bytes - known.page_locked_bytes,
@@ -291,15 +291,15 @@ def _measured_dict(plan: Plan, record: RunRecord) -> dict[str, object]:
         "loaded_bytes": record.loaded_bytes,
         "loaded_bytes_per_pass": seen.loaded_bytes_per_pass,
         "misses": record.misses,
-        "off_sequence": record.off_sequence,
+        "out_of_order": record.out_of_order,
         "learned": record.learned,
         "direct_reads": record.direct_reads,
         "direct_read_bytes": record.direct_read_bytes,
         "direct_writes": record.direct_writes,
         "offloaded_bytes": record.offloaded_bytes,
-        "crowded": record.crowded,
+        "offload_skipped": record.offload_skipped,
         "recoveries": record.recoveries,
-        "derived_bytes": record.derived_bytes,
+        "weight_copy_bytes": record.weight_copy_bytes,
         "peaks": {"vram_bytes": seen.vram_bytes, "ram_bytes": seen.ram_bytes},
         "unaccounted": {"vram_bytes": seen.unaccounted_vram_bytes, "ram_bytes": seen.unaccounted_ram_bytes},
         "errors": dict(seen.errors),

@@ -170,8 +170,8 @@ class _Page:
             )
             if any(row):
                 table.add_row(Text(f"  {self.glyphs.safe(kind)}"), *(self.size(part or None) for part in row))
-            if kind == "activations" and self.facts.derived_bytes:
-                table.add_row(Text("  of it copies"), self.size(self.facts.derived_bytes), "", "", style="dim")
+            if kind == "activations" and self.facts.weight_copy_bytes:
+                table.add_row(Text("  of it copies"), self.size(self.facts.weight_copy_bytes), "", "", style="dim")
         self.line(table)
         tops = (peaks.vram_bytes, peaks.ram_bytes, peaks.disk_bytes)
         limits = (budgets.vram_bytes, budgets.ram_bytes, budgets.disk_bytes)

@@ -28,7 +28,7 @@ from memplan.run.memory.arena import dtype_of
 from memplan.state.snapshot import unchanged
 from memplan.trainers.loading.deferred_placement import arrived, not_waiting
 from memplan.trainers.loading.load import at_detach
-from memplan.trainers.loading.mapped_weights import folder_of, give_way, is_mapped
+from memplan.trainers.loading.mapped_weights import folder_of, is_mapped, release_mapped
 from memplan.trainers.loading.stored import checkpoint_of
 from memplan.trainers.longest_batch import longest_batch
 from memplan.trainers.other_models import Scope
@@ -200,7 +200,7 @@ def put_under(
 
     ``checkpoint``: else what the model was mapped from. Raises what ``attach`` raises; the model then is as it was.
     """
-    give_back = give_way(model, torch.device(plan.table.device)) if is_mapped(model) else None
+    give_back = release_mapped(model, torch.device(plan.table.device)) if is_mapped(model) else None
     try:
         files = checkpoint or checkpoint_of(model)
         handle = attach(model, plan, checkpoint=files, checked=checked, replan=api.smaller)

@@ -12,7 +12,7 @@ from transformers import BertConfig, CLIPVisionConfig, LlamaConfig, T5Config, Vi
 from memplan.analyze.inputs.prepare import describe, prepare
 from memplan.analyze.trace.trace import analyze
 from memplan.errors import InputError, ModelError
-from tests import models
+from tests.support import models
 
 ADAPTER = {"rank": 4, "targets": "all-linear", "alpha": 8}
 SMALL = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 96}

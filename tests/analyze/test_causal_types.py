@@ -9,8 +9,8 @@ import pytest
 from memplan.analyze.trace.trace import analyze
 from tests.analyze.steps import count_pass
 from tests.analyze.test_memory import live_bytes
-from tests.causal_types import TYPES, batch, make
 from tests.run.test_causal_types import LEAST, NOT_BUILT, QUICK
+from tests.support.causal_types import TYPES, batch, make
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # transformers' own, of kernels and of names that go away
 

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import memplan
-from tests.training import CPU
+from tests.support.training import CPU
 
 WIDTH = 16
 CHOICES = {

@@ -11,8 +11,8 @@ from torch import nn
 from memplan.analyze.trace.trace import analyze
 from memplan.hooks.triggers import modules_by_name
 from tests.analyze.steps import real_order
-from tests.routed import DEPTH, EXPERTS, Layer, Routed, batch_of, make
-from tests.training import loss_of
+from tests.support.routed import DEPTH, EXPERTS, Layer, Routed, batch_of, make
+from tests.support.training import loss_of
 
 
 def kinds_of(graph):

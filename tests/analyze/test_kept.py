@@ -15,7 +15,7 @@ from memplan.analyze import graph_cache as kept
 from memplan.analyze.trace import trace
 from memplan.errors import ModelError
 from memplan.hardware.profile import save
-from tests.training import CPU
+from tests.support.training import CPU
 
 SMALL = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 2, "vocab_size": 64}
 GIVEN = {"adapter": {"rank": 2}, "vram": "1GiB", "ram": "1GiB", "hardware": CPU}

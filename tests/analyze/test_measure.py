@@ -21,8 +21,8 @@ from memplan.errors import InputError, ModelError
 from memplan.hardware import machine
 from memplan.hardware.calibrate import current
 from memplan.units import GIB
-from tests import quantized
-from tests.training import CPU, batch_of, loss_of, make
+from tests.support import quantized
+from tests.support.training import CPU, batch_of, loss_of, make
 
 SHAPE = (2, 16)
 SMALL = {

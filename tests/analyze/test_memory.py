@@ -9,8 +9,8 @@ from memplan.analyze.trace.trace import analyze
 from memplan.cost.table import AccessRow, CostTable
 from memplan.hooks import recompute
 from memplan.hooks.triggers import modules_by_name
-from tests import models
 from tests.analyze.steps import count_pass
+from tests.support import models
 
 MAKERS = {name: getattr(models, name) for name in ("llama", "gpt2", "t5", "mixtral", "plain")}
 

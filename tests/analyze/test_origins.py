@@ -10,8 +10,8 @@ from transformers import LlamaConfig
 import memplan
 from memplan.analyze.trace.trace import analyze
 from memplan.cost.build import cost_table
-from tests import families
-from tests.training import CPU, batch_of
+from tests.support import families
+from tests.support.training import CPU, batch_of
 
 WIDTH = 64
 
@@ -68,29 +68,29 @@ NOT_DERIVED = {
 }
 
 
-def derived_bytes(model, batch):
+def weight_copy_bytes(model, batch):
     graph = analyze(model, batch)
     rows = cost_table(graph, CPU).accesses
-    assert all(row.derived_bytes == 0 for row in rows if row.kind != "forward")
-    return [row.derived_bytes for row in rows if row.kind == "forward"], graph.notes
+    assert all(row.weight_copy_bytes == 0 for row in rows if row.kind != "forward")
+    return [row.weight_copy_bytes for row in rows if row.kind == "forward"], graph.notes
 
 
 @pytest.mark.parametrize("name", DERIVED)
 def test_derived(name):
     derive, element_bytes = DERIVED[name]
-    found, _ = derived_bytes(Stack(derive), torch.randn(5, WIDTH, requires_grad=True))
+    found, _ = weight_copy_bytes(Stack(derive), torch.randn(5, WIDTH, requires_grad=True))
     assert found == [element_bytes * WIDTH * WIDTH] * 3
 
 
 @pytest.mark.parametrize("name", NOT_DERIVED)
 def test_not_derived(name):
-    found, notes = derived_bytes(Stack(NOT_DERIVED[name]), torch.randn(5, WIDTH, requires_grad=True))
+    found, notes = weight_copy_bytes(Stack(NOT_DERIVED[name]), torch.randn(5, WIDTH, requires_grad=True))
     assert found == [0] * 3
     assert not any("copies" in note for note in notes)
 
 
 def test_what_ends_within_its_access_is_not_counted():
-    found, _ = derived_bytes(
+    found, _ = weight_copy_bytes(
         Stack(lambda layer, x: layer.weight + 0 * layer.weight.to(torch.bfloat16).sum()),
         torch.randn(5, WIDTH, requires_grad=True),
     )
@@ -109,8 +109,8 @@ def test_casts_of_a_layer_under_autocast_are_its_matrices_in_half():
     layer = next(block for block in within.blocks if block.name == "model.layers.1")
     matrices = [tensor.size_bytes for tensor in layer.tensors if len(tensor.shape) == 2]
     access = next(a for a in within.accesses if a.kind == "forward" and a.module == layer.name)
-    assert access.derived_bytes == sum(matrices) // 2
-    total = sum(a.derived_bytes for a in within.accesses)
+    assert access.weight_copy_bytes == sum(matrices) // 2
+    total = sum(a.weight_copy_bytes for a in within.accesses)
     (note,) = [note for note in within.notes if "copies of frozen weights" in note]
     assert f"{total / 1024:.1f} KiB" in note
     assert "casts to bfloat16" in note
@@ -126,7 +126,7 @@ def test_a_plan_from_a_configuration_knows_the_autocast_that_it_is_made_in():
         within = memplan.plan(config, (2, 16), **options)
         assert torch.is_autocast_enabled("cpu")
     assert within == memplan.plan(config, (2, 16), autocast="bf16", **options)
-    assert any(row.derived_bytes for row in within.table.accesses)
+    assert any(row.weight_copy_bytes for row in within.table.accesses)
 
 
 def test_merged_experts():
@@ -135,11 +135,11 @@ def test_merged_experts():
     layer = next(block for block in graph.blocks if block.name == "model.layers.1")
     experts = [tensor.size_bytes for tensor in layer.tensors if "experts" in tensor.name]
     access = next(a for a in graph.accesses if a.kind == "forward" and a.module == layer.name)
-    assert access.derived_bytes == sum(experts)
+    assert access.weight_copy_bytes == sum(experts)
     assert not any("load the base" in note for note in graph.notes)
 
 
 def test_where_the_model_checkpoints_itself_no_copies_live_on():
     model = families.make("llama", "autocast", "inside-other")
     graph = analyze(model, batch_of("llama"), autocast="bf16")
-    assert not any(a.derived_bytes for a in graph.accesses if a.module.startswith("model.layers"))
+    assert not any(a.weight_copy_bytes for a in graph.accesses if a.module.startswith("model.layers"))

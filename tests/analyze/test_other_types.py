@@ -18,11 +18,11 @@ from memplan.analyze.trace.trace import analyze
 from memplan.cli import main
 from memplan.errors import InputError, ModelError
 from memplan.model.meta_model import from_configuration
-from tests import diffusion_types, other_types
 from tests.analyze.steps import count_pass
 from tests.analyze.test_memory import live_bytes
-from tests.other_types import KINDS, NOT_BUILT, config_of, loss_of, make
-from tests.training import CPU
+from tests.support import diffusion_types, other_types
+from tests.support.other_types import KINDS, NOT_BUILT, config_of, loss_of, make
+from tests.support.training import CPU
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # transformers' own, of kernels and of names that go away
 

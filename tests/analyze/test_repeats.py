@@ -25,8 +25,8 @@ from memplan.analyze.inputs.prepare import describe, prepare
 from memplan.analyze.repeat.periodic import KEPT, TYPES, find_runs, may_be_short, shortened
 from memplan.analyze.trace import trace
 from memplan.analyze.trace.trace import analyze
-from tests import causal_types
-from tests.training import CPU, Decoder, PlainLayer, batch_of, loss_of
+from tests.support import causal_types
+from tests.support.training import CPU, Decoder, PlainLayer, batch_of, loss_of
 
 DEPTH = 12
 SMALL = {

@@ -15,8 +15,8 @@ from memplan.errors import InputError, ModelError
 from memplan.hooks.triggers import modules_by_name
 from memplan.model.names import canonical
 from memplan.units import align_up
-from tests import models
 from tests.analyze.steps import real_order
+from tests.support import models
 
 MAKERS = {name: getattr(models, name) for name in ("llama", "gpt2", "t5", "mixtral", "plain")}
 

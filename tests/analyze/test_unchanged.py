@@ -17,9 +17,9 @@ from transformers import LlamaConfig
 
 import memplan
 from memplan.errors import ModelError
-from tests import families
-from tests.fingerprint import assert_same, fingerprint
-from tests.training import CPU, loss_of
+from tests.support import families
+from tests.support.fingerprint import assert_same, fingerprint
+from tests.support.training import CPU, loss_of
 
 WIDTH = 64
 GIVEN = {"vram": "1GiB", "ram": "64MiB", "hardware": CPU, "gains": False}

@@ -16,7 +16,7 @@ from memplan.program.check.judge import check
 from memplan.program.timeline import durations
 from tests.place import brute
 from tests.place.test_optimal import ALLOWED, best_with_addresses
-from tests.tables import MIB, NAMES, budgets, make_table
+from tests.support.tables import MIB, NAMES, budgets, make_table
 
 UNIT = MIB
 

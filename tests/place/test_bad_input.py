@@ -14,7 +14,7 @@ from memplan.place.min_vram import least_vram_bytes
 from memplan.place.solve import place, place_as
 from memplan.program.check.judge import check
 from memplan.program.schema import STAGING_BYTES
-from tests.tables import MIB, NAMES, budgets, make_table
+from tests.support.tables import MIB, NAMES, budgets, make_table
 
 NAN, INF = math.nan, math.inf
 TABLE = make_table([4 * MIB] * 4)

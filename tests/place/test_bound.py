@@ -19,7 +19,7 @@ from memplan.place.solve import place
 from memplan.program.schema import STAGING_BYTES
 from memplan.program.timeline import durations
 from tests.place import fluid
-from tests.tables import MIB, NAMES, budgets, make_table
+from tests.support.tables import MIB, NAMES, budgets, make_table
 
 X = 10 * MIB
 FLAT = {"saved_bytes": 0, "boundary_bytes": 0, "recomputable": False}  # the room is the same all along the pass

@@ -13,7 +13,7 @@ from memplan.errors import DoesNotFitError, PlanCheckError
 from memplan.place.min_vram import least_vram_bytes
 from memplan.place.solve import place
 from memplan.program.check.judge import check, require
-from tests.tables import MIB, NAMES, budgets, make_table
+from tests.support.tables import MIB, NAMES, budgets, make_table
 
 X = 10 * MIB
 KEPT = {"recomputable": False}

@@ -15,7 +15,7 @@ from msgspec.structs import replace
 from memplan.errors import DoesNotFitError
 from memplan.place.solve import place
 from memplan.program.schema import STAGING_BYTES
-from tests.tables import MIB, NAMES, budgets, make_table
+from tests.support.tables import MIB, NAMES, budgets, make_table
 
 FLAT = {"saved_bytes": 0, "boundary_bytes": 0, "transient_bytes": 0, "recomputable": False}
 SLACK = 0.005

@@ -12,7 +12,7 @@ from memplan.place.alternatives import Variants
 from memplan.place.min_vram import least_vram_bytes
 from memplan.place.solve import place
 from memplan.program.check.judge import check
-from tests.tables import MIB, NAMES, budgets, make_table
+from tests.support.tables import MIB, NAMES, budgets, make_table
 
 N = 12
 KINDS = {"device": "cuda", "saved_bytes": 6 * MIB, "boundary_bytes": MIB // 8, "forward_s": 0.01, "backward_s": 0.02}

@@ -13,7 +13,7 @@ from memplan.place.problem import make_problem
 from memplan.place.solve import place
 from memplan.program.timeline import Load, durations, simulate
 from tests.place import brute
-from tests.tables import MIB, NAMES, budgets, make_table
+from tests.support.tables import MIB, NAMES, budgets, make_table
 
 ALLOWED = 0.01
 """A plan may take this much longer than the optimum."""

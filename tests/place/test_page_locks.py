@@ -14,7 +14,7 @@ from memplan.analyze.graph import Rows
 from memplan.errors import DoesNotFitError, InputError, SizeError
 from memplan.place.layout.layout import stays_of
 from memplan.place.layout.page_lock import NOTHING, pageable_of, spread
-from memplan.place.layout.ring_layout import Ring, Rings
+from memplan.place.layout.ring_layout import LayoutRecipe, Rings
 from memplan.place.min_vram import least_vram_bytes
 from memplan.place.problem import Memory, make_problem, policies_for
 from memplan.place.solve import place
@@ -22,7 +22,7 @@ from memplan.program.check.judge import check
 from memplan.program.page_lock import page_locked_bytes, pageable_items, ring_bytes
 from memplan.program.schema import RING_BYTES, STAGING_BYTES
 from memplan.program.timeline import Load, durations, load_s, simulate, timeline_of
-from tests.tables import MIB, NAMES, budgets, make_table
+from tests.support.tables import MIB, NAMES, budgets, make_table
 
 X = 10 * MIB
 CARD = {"device": "cuda", "link": 1e9, "pageable": 4e8}
@@ -155,7 +155,7 @@ def arranged(rng):
     table = replace(table, accesses=rows)
     room = rng.randint(max(sizes), sum(sizes))
     problem = make_problem(table, budgets(rest_of(table) + room), STAGING_BYTES, {})
-    arrangement = Rings(problem).arrange(Ring(rng.choice([1.0, 2.0]), "bundle", 0), room)
+    arrangement = Rings(problem).arrange(LayoutRecipe(rng.choice([1.0, 2.0]), "bundle", 0), room)
     return problem, arrangement, None if arrangement is None else stays_of(problem, arrangement)
 
 

@@ -16,7 +16,7 @@ from memplan.place.solve import place
 from memplan.program.schema import STAGING_BYTES
 from memplan.units import ALIGNMENT_BYTES
 from tests.place.test_solve import tables
-from tests.tables import MIB, NAMES, budgets, make_table
+from tests.support.tables import MIB, NAMES, budgets, make_table
 
 X = 10 * MIB
 

@@ -18,10 +18,9 @@ from memplan.place.min_vram import least_vram_bytes
 from memplan.place.problem import evenly
 from memplan.place.solve import place, place_as
 from memplan.program import codec
-from memplan.program.schema import Plan
 from memplan.program.check.judge import check
-from memplan.program.schema import STAGING_BYTES
-from tests.tables import MIB, NAMES, WORKLOAD, budgets, make_table
+from memplan.program.schema import STAGING_BYTES, Plan
+from tests.support.tables import MIB, NAMES, WORKLOAD, budgets, make_table
 
 X = 10 * MIB
 

@@ -14,7 +14,7 @@ from memplan.place.solve import place
 from memplan.program.check.judge import check
 from memplan.program.duplex import BothWays
 from memplan.program.timeline import Load, simulate, timeline_of
-from tests.tables import MIB, NAMES, budgets, make_table
+from tests.support.tables import MIB, NAMES, budgets, make_table
 
 
 def test_by_hand():

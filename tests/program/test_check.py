@@ -9,7 +9,7 @@ from memplan.errors import PlanCheckError
 from memplan.place.solve import place
 from memplan.program.check.judge import check, require
 from memplan.program.schema import RING_BYTES, STAGING_BYTES
-from tests.tables import MIB, NAMES, budgets, make_table
+from tests.support.tables import MIB, NAMES, budgets, make_table
 
 X = 10 * MIB
 

@@ -13,7 +13,7 @@ from memplan.place.solve import place
 from memplan.program.codec import decode, encode
 from memplan.program.record import RunRecord
 from memplan.program.schema import Plan
-from tests.tables import MIB, NAMES, budgets, make_table
+from tests.support.tables import MIB, NAMES, budgets, make_table
 
 
 @pytest.fixture
@@ -25,7 +25,7 @@ def plan():
 def record(plan):
     return RunRecord(
         schema_version=1, fingerprint=plan.fingerprint, device="cpu", passes=3, wall_s=1.0, pass_s=0.3, stall_s=0.0,
-        loads=4, loaded_bytes=4 * MIB, misses=0, off_sequence=0, learned=0, offloaded_bytes=0, crowded=0, recoveries=0, vram_peak_bytes=1, ram_peak_bytes=2, blocks=(),
+        loads=4, loaded_bytes=4 * MIB, misses=0, out_of_order=0, learned=0, offloaded_bytes=0, offload_skipped=0, recoveries=0, vram_peak_bytes=1, ram_peak_bytes=2, blocks=(),
     )  # fmt: skip
 
 

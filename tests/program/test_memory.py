@@ -9,8 +9,8 @@ from memplan.program.memory_timeline import ACTIVATION_KINDS, DEVICE_KINDS, HOST
 from memplan.program.schema import STAGING_BYTES
 from tests.run.test_parity import plan_for
 from tests.show.plans import LAYER_BYTES, solve_plan
-from tests.tables import MIB, NAMES, budgets, make_table
-from tests.training import KINDS, batch_of, make
+from tests.support.tables import MIB, NAMES, budgets, make_table
+from tests.support.training import KINDS, batch_of, make
 
 
 def holds(plan):

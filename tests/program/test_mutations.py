@@ -11,7 +11,7 @@ from memplan.place.solve import place
 from memplan.program.check.judge import check
 from memplan.program.page_lock import page_locked_bytes
 from memplan.program.schema import RING_BYTES, STAGING_BYTES
-from tests.tables import MIB, NAMES, budgets, make_table
+from tests.support.tables import MIB, NAMES, budgets, make_table
 
 CAUGHT = 0.95
 

@@ -12,7 +12,7 @@ from memplan.place.solve import place
 from memplan.program.check.judge import check
 from memplan.program.schema import STAGING_BYTES
 from memplan.program.timeline import Load, durations, simulate, timeline_of
-from tests.tables import MIB, NAMES, budgets, make_table
+from tests.support.tables import MIB, NAMES, budgets, make_table
 
 X = 10 * MIB
 

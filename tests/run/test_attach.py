@@ -27,7 +27,7 @@ from memplan.model.names import canonical
 from memplan.run.attach import attach
 from memplan.run.memory.disk import DiskReader
 from tests.run.test_parity import plan_for
-from tests.training import CPU, as_it_lies, assert_equal, assert_only_whole_blocks, batch_of, make, train
+from tests.support.training import CPU, as_it_lies, assert_equal, assert_only_whole_blocks, batch_of, make, train
 
 
 def state(model):

@@ -15,9 +15,9 @@ from memplan.place.solve import place
 from memplan.program.schema import Budgets, Workload
 from memplan.run.attach import attach
 from memplan.units import GIB
-from tests import causal_types
-from tests.causal_types import TYPES, batch, make
-from tests.training import CPU
+from tests.support import causal_types
+from tests.support.causal_types import TYPES, batch, make
+from tests.support.training import CPU
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # transformers' own, of kernels and of names that go away
 

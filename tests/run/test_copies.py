@@ -20,11 +20,11 @@ from memplan.run.attach import attach
 from memplan.run.handle import handle_of
 from memplan.run.verify import unplanned_copies as copies
 from memplan.units import GIB
-from tests import families
-from tests.counting import LiveBytes, held_by
-from tests.graphs import graph_of
 from tests.run.test_parity import plan_for
-from tests.training import CPU, Plain, assert_equal, batch_of, loss_of, make, train
+from tests.support import families
+from tests.support.counting import LiveBytes, held_by
+from tests.support.graphs import graph_of
+from tests.support.training import CPU, Plain, assert_equal, batch_of, loss_of, make, train
 
 CASES = [("llama", "autocast"), ("mixtral-experts", "float32")]
 
@@ -72,7 +72,7 @@ def counted_step(model, family, precision):
 def test_peak_is_as_predicted(family, precision, policy, share):
     model = families.make(family, precision)
     plan = plan_of(model, family, precision, share=share, policy=policy)
-    assert sum(row.derived_bytes for row in plan.table.accesses) > sum(b.size_bytes for b in plan.table.blocks) / 3
+    assert sum(row.weight_copy_bytes for row in plan.table.accesses) > sum(b.size_bytes for b in plan.table.blocks) / 3
     with attach(model, plan):
         peak = counted_step(model, family, precision)
     assert peak <= plan.budgets.vram_bytes
@@ -85,7 +85,7 @@ def test_under_pressure_layers_with_copies_are_recomputed(family, precision):
     model = families.make(family, precision)
     blocks = range(len(plan_of(model, family, precision).table.blocks))
     plan = plan_of(model, family, precision, share=0.5, pins=dict.fromkeys(blocks, "device"))
-    copied = {row.module for row in plan.table.accesses if row.derived_bytes}
+    copied = {row.module for row in plan.table.accesses if row.weight_copy_bytes}
     assert {plan.policies()[module] for module in copied & plan.policies().keys()} == {"keep", "recompute"}
     with attach(model, plan):
         peak = counted_step(model, family, precision)
@@ -137,8 +137,8 @@ def test_a_plan_made_without_the_runs_autocast_is_told_once(caplog):
     layers = [block.name for block in right.table.blocks if block.kind == "layer"]
     with attach(model, wrong) as handle, caplog.at_level("WARNING", "memplan"):
         train_short(model, steps=3)
-        found = handle.record.derived_bytes
-    assert handle.record.derived_bytes == found
+        found = handle.record.weight_copy_bytes
+    assert handle.record.weight_copy_bytes == found
     assert found == pytest.approx(sum(more[layer] for layer in layers), rel=0.01)
     assert found > 100_000
     (message,) = [record.getMessage() for record in caplog.records]
@@ -166,8 +166,8 @@ def test_results_and_hooks_are_as_ever(autocast, policy, caplog):
     assert looked == kept
     assert len(kept) == (7 if policy is None else 3)
     unforeseen = autocast is None and policy is None
-    assert (record.derived_bytes > 0) == bool(caplog.records) == unforeseen
-    assert (record.crowded > 0) == (autocast is None and policy == "offload")  # their slots are too small
+    assert (record.weight_copy_bytes > 0) == bool(caplog.records) == unforeseen
+    assert (record.offload_skipped > 0) == (autocast is None and policy == "offload")  # their slots are too small
 
 
 @pytest.mark.parametrize("checkpointing", ["inside-reentrant", "around-other"])
@@ -176,7 +176,7 @@ def test_what_a_checkpoint_drops_is_not_saved(checkpointing, caplog):
     plan = short_plan(model)  # without the run's autocast
     with attach(model, plan) as handle, caplog.at_level("WARNING", "memplan"):
         expected, planned = train_short(whole, steps=2), train_short(model, steps=2)
-        found = handle.record.derived_bytes
+        found = handle.record.weight_copy_bytes
     assert_equal(expected, planned)
     assert expected.forwards == planned.forwards
     assert found <= sum(tensor.size_bytes for tensor in plan.table.blocks[-1].tensors) // 2  # the head's, kept, alone
@@ -192,7 +192,7 @@ def test_activations_as_large_as_a_weight_are_no_copies(caplog):
     plan = place(cost_table(graph, CPU), Budgets(vram_bytes=GIB, ram_bytes=GIB, disk_bytes=None), **names)
     with attach(model, plan) as handle, caplog.at_level("WARNING", "memplan"):
         loss_of(model(**batch)).backward()
-        assert handle.record.derived_bytes == 0
+        assert handle.record.weight_copy_bytes == 0
     assert not caplog.records
 
 
@@ -241,4 +241,4 @@ def test_tensors_without_storage_are_passed_over(tmp_path):
     plan = plan_for(make("plain"), "plain")
     with attach(model, plan, cache=tmp_path) as handle:
         assert_equal(train(whole, "plain"), train(model, "plain"))
-        assert handle.record.derived_bytes == 0
+        assert handle.record.weight_copy_bytes == 0

@@ -18,10 +18,10 @@ from torch.utils.checkpoint import checkpoint
 import memplan
 from memplan.errors import DoesNotFitError, ModelError, MovedWeightsError, RunError
 from memplan.run.attach import attach
-from tests import quantized
 from tests.run.test_direct_access import Net, X, loss_of, plan_of
 from tests.run.test_parity import plan_for
-from tests.training import CPU, batch_of, make
+from tests.support import quantized
+from tests.support.training import CPU, batch_of, make
 
 
 def attached(tmp_path, more_bytes: int = 0, **options):

@@ -14,9 +14,9 @@ from memplan.run.handle import handle_of
 from memplan.run.memory.arena import Arena
 from memplan.run.transfer.transfer import CpuTransfers, HostSource
 from memplan.run.verify.race_check import ClockedTransfers
-from tests.counting import LiveBytes, held_by, resident_bytes
 from tests.run.test_parity import compare, plan_for
-from tests.training import batch_of, loss_of, make
+from tests.support.counting import LiveBytes, held_by, resident_bytes
+from tests.support.training import batch_of, loss_of, make
 
 PAGE = mmap.PAGESIZE
 CASES = [("llama", 0.4, ()), ("plain", 0.6, ()), ("gpt2", 0.2, ()), ("t5", 0.3, ())]
@@ -40,7 +40,7 @@ def watched(arena):
 def test_three_steps_to_the_bit(kind, share, offload, checked, tmp_path):
     with compare(kind, share=share, offload=offload, checked=checked, tmp_path=tmp_path) as handle:
         assert elastic(handle.plan)
-        assert handle.record.misses == handle.record.off_sequence == 0
+        assert handle.record.misses == handle.record.out_of_order == 0
 
 
 @pytest.mark.parametrize(("kind", "share", "offload"), CASES)
@@ -133,7 +133,7 @@ def test_an_access_where_its_segment_is_away_brings_it_back_for_itself(tmp_path)
         with attach(model, plan, cache=tmp_path, checked=checked) as handle:
             gone, come = watched(handle._parts.arena)
             found = run(model)
-            assert handle.record.off_sequence > 0
+            assert handle.record.out_of_order > 0
             assert number in gone
             assert number in come
         whole = run(expected)

@@ -31,8 +31,8 @@ from memplan.program.schema import Budgets, Workload
 from memplan.run.attach import attach_on
 from memplan.run.transfer import transfer
 from memplan.units import GIB
-from tests.graphs import graph_of
-from tests.training import CPU, KINDS, assert_equal, batch_of, loss_of, make, train
+from tests.support.graphs import graph_of
+from tests.support.training import CPU, KINDS, assert_equal, batch_of, loss_of, make, train
 
 STEPS = 2
 MACHINES = {"cpu": CPU, "cuda": replace(CPU, device="cuda", name="a GPU")}

@@ -15,11 +15,11 @@ from memplan.program.schema import Budgets, Workload
 from memplan.run.attach import attach
 from memplan.run.schedule.expected_loads import HABIT
 from memplan.units import GIB
-from tests import graphs
-from tests.counting import LiveBytes, held_by
-from tests.routed import KINDS, batch_of, make
 from tests.run.adversary import ALL
-from tests.training import CHECKPOINTING, CPU, assert_equal, loss_of, train
+from tests.support import graphs
+from tests.support.counting import LiveBytes, held_by
+from tests.support.routed import KINDS, batch_of, make
+from tests.support.training import CHECKPOINTING, CPU, assert_equal, loss_of, train
 
 
 @cache
@@ -74,7 +74,7 @@ def test_a_run_is_a_whole_run(kind, checkpointing, checked, tmp_path):
     """However it is checkpointed, though the plan did not know."""
     record = compare(kind, plan_for(kind), tmp_path, checked=checked, checkpointing=checkpointing)
     assert record.passes == 4
-    assert (record.off_sequence > 0) == (checkpointing != "off")
+    assert (record.out_of_order > 0) == (checkpointing != "off")
 
 
 @pytest.mark.parametrize(
@@ -88,7 +88,7 @@ def test_checkpoints_that_the_plan_knew(kind, checkpointing, tmp_path):
     plan = plan_for(kind, checkpointing=checkpointing)
     record = compare(kind, plan, tmp_path, checked=True, checkpointing=checkpointing)
     assert record.passes == 4
-    assert record.off_sequence == 0
+    assert record.out_of_order == 0
 
 
 @pytest.mark.parametrize("way", ["reversed", "twice", "none"])
@@ -170,7 +170,7 @@ def test_only_what_is_chosen_is_loaded(share):
     for turn in range(1, HABIT):
         assert records[turn].loads - records[turn - 1].loads == uses.loads(turn, turn)
     assert uses.loads(1, 1) < plan.prediction.loads_per_pass
-    assert records[-1].off_sequence == 0
+    assert records[-1].out_of_order == 0
     assert records[-1].passes == HABIT
 
 

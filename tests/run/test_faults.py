@@ -22,11 +22,11 @@ from memplan.program.schema import Segment
 from memplan.run.attach import attach
 from memplan.run.handle import handle_of
 from memplan.run.memory.disk import DiskReader
-from memplan.run.runtime import Parts
+from memplan.run.runtime import Runtime
 from memplan.run.transfer import transfer
-from memplan.run.transfer.interrupts import held_back
+from memplan.run.transfer.interrupts import defer_sigint
 from tests.run.test_parity import plan_for
-from tests.training import assert_equal, assert_only_whole_blocks, make, train
+from tests.support.training import assert_equal, assert_only_whole_blocks, make, train
 
 pytestmark = pytest.mark.timeout(120)
 
@@ -158,7 +158,7 @@ def test_an_arena_that_cannot_be_had_says_so(tmp_path):
         for arena in plan.arenas
     )
     with pytest.raises(RunError, match=r"GiB of memory for the plan's blocks could not be had .* smaller budget"):
-        Parts(replace(plan, arenas=arenas), torch.device("cpu"), {})
+        Runtime(replace(plan, arenas=arenas), torch.device("cpu"), {})
 
 
 # ---- Ctrl-C -------------------------------------------------------------------------------------------------------------
@@ -253,7 +253,7 @@ def test_a_second_ctrl_c_does_not_wait():
     reached = []
 
     def pressed():
-        with held_back():
+        with defer_sigint():
             for turn in range(2):
                 signal.raise_signal(signal.SIGINT)
                 reached.append(turn)
@@ -272,7 +272,7 @@ torch.set_num_threads(1)
 from pathlib import Path
 from memplan.run.attach import attach
 from memplan.program.schema import Plan
-from tests.training import make, train, loss_of, batch_of
+from tests.support.training import make, train, loss_of, batch_of
 model = make("plain")
 handle = attach(model, Plan.load(sys.argv[1]), cache=sys.argv[2])
 train(model, "plain", steps=1)

@@ -10,7 +10,7 @@ import sys
 import pytest
 
 from tests.run.test_parity import compare
-from tests.training import CHECKPOINTING, KINDS
+from tests.support.training import CHECKPOINTING, KINDS
 
 pytestmark = pytest.mark.full
 

@@ -18,7 +18,7 @@ from memplan.run.attach import attach
 from memplan.run.memory import arena, page_lock
 from tests.run.test_parity import assert_forwards
 from tests.run.test_staging import with_small_rings
-from tests.training import CPU, assert_equal, batch_of, loss_of, make, train
+from tests.support.training import CPU, assert_equal, batch_of, loss_of, make, train
 
 pytestmark = pytest.mark.gpu
 
@@ -40,7 +40,7 @@ def plan_on_cuda(model, kind, share, monkeypatch, **options):
 
 
 def train_on_cuda(model, kind, monkeypatch, **options):
-    from tests import training
+    from tests.support import training
 
     monkeypatch.setattr(
         training, "batch_of", lambda *a, **k: {name: value.cuda() for name, value in batch_of(*a, **k).items()}

@@ -16,7 +16,7 @@ import memplan
 from memplan.errors import MovedWeightsError, RunError
 from memplan.run.attach import attach
 from tests.run.test_parity import plan_for
-from tests.training import (
+from tests.support.training import (
     CPU,
     Decoder,
     as_it_lies,

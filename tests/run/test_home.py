@@ -10,7 +10,7 @@ from torch import nn
 import memplan
 from memplan.run.memory.arena import Placeholders, is_placeholder
 from memplan.trainers.loading.stored import checkpoint_of, put_placeholders
-from tests.training import CPU
+from tests.support.training import CPU
 
 CPU_DEVICE = torch.device("cpu")
 

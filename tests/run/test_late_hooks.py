@@ -11,7 +11,7 @@ from torch.nn.modules import module as torchs
 
 import memplan
 from memplan.errors import RunError
-from tests.training import CPU
+from tests.support.training import CPU
 
 WIDTH, ROWS, LAYERS, STEPS = 64, 512, 4, 3
 GIVEN = {"ram": "64MiB", "hardware": CPU, "gains": False, "activations": "recompute"}

@@ -8,12 +8,12 @@ import torch
 from memplan.program.schema import Plan
 from memplan.run.attach import attach
 from memplan.run.modules import install as install_module
-from memplan.run.schedule.learning import REPEATS, Learner, Mover, loads_of
+from memplan.run.schedule.learning import REPEATS, Learner, SlotUser, loads_of
 from memplan.run.schedule.sequence import offload_key, planned
 from tests.run import adversary
 from tests.run.test_off_sequence import plan_of, wandering
 from tests.run.test_parity import plan_for
-from tests.training import assert_equal, batch_of, loss_of, make, train
+from tests.support.training import assert_equal, batch_of, loss_of, make, train
 
 STEPS = 2 * REPEATS + 6
 ADVERSARIES = {kind.__name__: kind for kind in adversary.ALL}
@@ -98,10 +98,10 @@ def test_a_way_that_stays_is_learned_and_then_followed(way, transfers, plan, tmp
         assert same(trained(whole, way), trained(model, way))
         learned = handle.record
         assert learned.learned == 1
-        assert learned.off_sequence > 0
+        assert learned.out_of_order > 0
         assert same(trained(whole, way, steps=4), trained(model, way, steps=4))
         after = handle.record
-        assert (after.learned, after.off_sequence, after.misses) == (1, learned.off_sequence, learned.misses)
+        assert (after.learned, after.out_of_order, after.misses) == (1, learned.out_of_order, learned.misses)
         assert after.passes == learned.passes + (8 if way is two_backwards else 4)
 
 
@@ -114,7 +114,7 @@ def test_the_plans_own_way_is_learned_back(plan, tmp_path):
         before = handle.record
         assert before.learned == 3
         assert_equal(train(whole, "plain"), train(model, "plain"))
-        assert handle.record.off_sequence == before.off_sequence
+        assert handle.record.out_of_order == before.out_of_order
         assert handle.record.loads - before.loads == 3 * handle.plan.prediction.loads_per_pass
 
 
@@ -129,7 +129,7 @@ def test_an_odd_forward_puts_it_out_of_step_for_a_while_only(plan, tmp_path):
         before = handle.record
         assert same(trained(whole, evaluation_before_each, steps=4), trained(model, evaluation_before_each, steps=4))
         after = handle.record
-        assert (after.learned, after.misses, after.off_sequence) == (1, before.misses, before.off_sequence)
+        assert (after.learned, after.misses, after.out_of_order) == (1, before.misses, before.out_of_order)
         assert after.passes == before.passes + 4
 
 
@@ -138,7 +138,7 @@ def test_what_is_another_way_each_time_is_not_learned(way, tmp_path):
     model = wandering(way)
     with attach(model, plan_of(wandering(way), 0.9, "host"), cache=tmp_path) as handle:
         train(model, "plain", steps=STEPS)
-        assert handle.record.off_sequence > 0
+        assert handle.record.out_of_order > 0
         assert handle.record.learned == 0
 
 
@@ -172,13 +172,13 @@ def test_offloaded_activations_are_learned_too(tmp_path):
         before = handle.record
         assert before.learned == 1
         assert same(trained(whole, early, steps=3), trained(model, early, steps=3))
-        assert (handle.record.off_sequence, handle.record.misses) == (before.off_sequence, before.misses)
+        assert (handle.record.out_of_order, handle.record.misses) == (before.out_of_order, before.misses)
 
 
 # ---- the loads of a cycle --------------------------------------------------------------------------------------------
 
 
-def movers_of(plan: Plan) -> dict[int, Mover]:
+def movers_of(plan: Plan) -> dict[int, SlotUser]:
     """What comes into slots, read from the plan alone."""
     places = {a.item: (a.offset_bytes, a.offset_bytes + a.size_bytes) for a in plan.addresses if a.arena == 0}
     moving = {i.id: i for i in plan.items if i.home != "device"}
@@ -186,13 +186,13 @@ def movers_of(plan: Plan) -> dict[int, Mover]:
     found = {}
     for i, item in moving.items():
         begin, end = places[i]
-        rivals = tuple(keys[j] for j in moving if j != i and places[j][0] < end and begin < places[j][1])
+        overlapping = tuple(keys[j] for j in moving if j != i and places[j][0] < end and begin < places[j][1])
         channel = "disk" if item.home == "disk" else "h2d"
         segment = next(
             (n for n, s in enumerate(plan.arenas[0].segments) if s.absent and s.offset_bytes <= places[i][0]
              < s.offset_bytes + s.size_bytes), -1,
         )  # fmt: skip
-        found[keys[i]] = Mover(channel, rivals, item.module, segment)
+        found[keys[i]] = SlotUser(channel, overlapping, item.module, segment)
     return found
 
 
@@ -212,7 +212,7 @@ def test_the_loads_of_the_plans_own_accesses_are_the_plans(kind, share, offload)
     found = loads_of(sequence.steps, movers, absent)
     # What shares its bytes with nothing (a block that is pinned away from the device) comes once and stays.
     expected = {
-        c: {due for due in dues if movers[due.key].rivals or movers[due.key].segment > 0}
+        c: {due for due in dues if movers[due.key].overlapping or movers[due.key].segment > 0}
         for c, dues in sequence.loads.items()
     }
     assert {channel: set(dues) for channel, dues in found.items() if dues} == {c: d for c, d in expected.items() if d}

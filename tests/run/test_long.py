@@ -8,7 +8,7 @@ from transformers import Trainer, TrainingArguments
 
 import memplan
 from tests.run.test_parity import plan_for
-from tests.training import batch_of, make
+from tests.support.training import batch_of, make
 
 STEPS, EVERY, STOP = 200, 40, 120
 
@@ -83,7 +83,7 @@ def test_two_hundred_steps(tmp_path):
     second = trainer(tmp_path / "planned")
     with memplan.attach(second.model, plan, cache=tmp_path / "cache") as handle:
         second.train(resume_from_checkpoint=str(tmp_path / "planned" / f"checkpoint-{STOP}"))
-        assert handle.record.off_sequence > 0
+        assert handle.record.out_of_order > 0
     assert second.state.global_step == STEPS
 
     expected, found = adapters(whole.model), adapters(second.model)

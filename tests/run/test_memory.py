@@ -15,10 +15,10 @@ from memplan.program.schema import Budgets, Workload
 from memplan.run.attach import attach
 from memplan.run.handle import handle_of
 from memplan.units import GIB
-from tests.counting import LiveBytes, held_by
-from tests.graphs import graph_of
 from tests.run.test_parity import plan_for
-from tests.training import CPU, EVERY_WAY, KINDS, _base, batch_of, loss_of, make
+from tests.support.counting import LiveBytes, held_by
+from tests.support.graphs import graph_of
+from tests.support.training import CPU, EVERY_WAY, KINDS, _base, batch_of, loss_of, make
 
 
 def counted_step(model, kind, accumulation=1, batches=batch_of, apart=()):

@@ -10,7 +10,7 @@ from memplan.errors import DoesNotFitError, RunError
 from memplan.run.attach import attach
 from memplan.run.transfer.transfer import CpuTransfers
 from tests.run.test_parity import plan_for
-from tests.training import CPU, Plain, assert_equal, batch_of, loss_of, make, train
+from tests.support.training import CPU, Plain, assert_equal, batch_of, loss_of, make, train
 
 PARTS = {"half in no_grad": torch.no_grad, "half in inference_mode": torch.inference_mode}
 
@@ -95,7 +95,7 @@ def test_layers_left_out_repeated_without_gradients_or_in_another_order(plan_of_
     plan = plan_of_wandering(way)
     with attach(planned, plan, cache=tmp_path, checked=checked) as handle:
         assert_equal(train(whole, "plain", steps=5), train(planned, "plain", steps=5))
-        assert (handle.record.off_sequence > 0) == (way != "twice")
+        assert (handle.record.out_of_order > 0) == (way != "twice")
 
 
 def test_what_a_forward_left_out_is_not_loaded_for_its_backward(tmp_path):
@@ -200,7 +200,7 @@ def test_evaluation_in_mid_training_is_served(tmp_path):
         with torch.inference_mode():
             for _ in range(3):
                 assert torch.equal(whole(**batch).logits, planned(**batch).logits)
-        assert handle.record.off_sequence >= 2
+        assert handle.record.out_of_order >= 2
         assert_equal(train(whole.train(), "llama"), train(planned.train(), "llama"))
 
 

@@ -20,7 +20,7 @@ from memplan.run.modules.match_model import require_supported
 from tests.run import adversary
 from tests.run.test_memory import counted_step
 from tests.run.test_parity import compare, plan_for
-from tests.training import CPU, KINDS, assert_equal, batch_of, loss_of, make, train
+from tests.support.training import CPU, KINDS, assert_equal, batch_of, loss_of, make, train
 
 
 @pytest.mark.parametrize("checked", [False, True], ids=["plain", "checked"])
@@ -33,7 +33,7 @@ from tests.training import CPU, KINDS, assert_equal, batch_of, loss_of, make, tr
 def test_three_steps(kind, options, checked, tmp_path):
     with compare(kind, offload="all", checked=checked, tmp_path=tmp_path, **options) as handle:
         record = handle.record
-        assert (record.misses, record.off_sequence, record.crowded) == (0, 0, 0)
+        assert (record.misses, record.out_of_order, record.offload_skipped) == (0, 0, 0)
         assert record.offloaded_bytes == record.passes * handle.plan.prediction.offloaded_bytes_per_pass > 0
 
 
@@ -44,7 +44,7 @@ def test_peak_is_within_budget_and_prediction(kind, share, tmp_path):
     plan = plan_for(model, kind, share=share, tiers="all" if share < 1 else "host", offload="all")
     with attach(model, plan, cache=tmp_path) as handle:
         peak = counted_step(model, kind)
-        assert handle.record.crowded == 0
+        assert handle.record.offload_skipped == 0
     assert peak <= plan.budgets.vram_bytes
     assert plan.prediction.peaks.vram_bytes == pytest.approx(peak, rel=0.10)
 
@@ -66,7 +66,7 @@ def test_some_layers_only_beside_recomputed_ones(tmp_path):
     assert set(plan.policies().values()) == {"offload", "recompute"}
     with attach(model, plan, checked=True, cache=tmp_path) as handle:
         assert_equal(whole, train(model, "llama"))
-        assert handle.record.crowded == 0
+        assert handle.record.offload_skipped == 0
 
 
 @pytest.mark.parametrize("transfers", adversary.ALL, ids=lambda kind: kind.__name__)
@@ -105,7 +105,7 @@ def test_two_forwards_for_one_backward(checked, tmp_path):
     model, handle = attached(tmp_path, checked=checked)
     with handle:
         same(expected, run(model))
-        assert handle.record.crowded == 6
+        assert handle.record.offload_skipped == 6
 
 
 def test_a_graph_that_is_kept_can_be_run_again(tmp_path):
@@ -135,7 +135,7 @@ def test_other_lengths_are_right_too(tmp_path):
     model, handle = attached(tmp_path, checked=True)
     with handle:
         same(expected, run(model))
-        assert handle.record.crowded > 0
+        assert handle.record.offload_skipped > 0
 
 
 def test_a_forward_without_a_backward_leaves_its_place(tmp_path):
@@ -145,7 +145,7 @@ def test_a_forward_without_a_backward_leaves_its_place(tmp_path):
             loss = model(**batch_of("llama")).loss
             del loss
         model(**batch_of("llama")).loss.backward()
-        assert handle.record.crowded == 0
+        assert handle.record.offload_skipped == 0
 
 
 def test_evaluation_between_forward_and_backward(tmp_path):
@@ -483,9 +483,9 @@ def test_a_forward_that_fails_leaves_nothing(checked, tmp_path):
         hook.remove()
     long = model(**batch_of("llama", length=40)).loss
     del long
-    before = handle.record.crowded
+    before = handle.record.offload_skipped
     model(**batch_of("llama")).loss.backward()
-    assert handle.record.crowded == before
+    assert handle.record.offload_skipped == before
     handle.detach()
     gc.collect()
     assert arena() is None

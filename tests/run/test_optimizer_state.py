@@ -22,9 +22,9 @@ from memplan.program.schema import Budgets, Workload
 from memplan.run.attach import attach
 from memplan.run.modules.optimizer_state import _State
 from memplan.units import GIB, MIB
-from tests.counting import LiveBytes, held_by
-from tests.graphs import graph_of
-from tests.training import CPU, KINDS, LENGTH, _base, assert_equal, batch_of, loss_of, make, train
+from tests.support.counting import LiveBytes, held_by
+from tests.support.graphs import graph_of
+from tests.support.training import CPU, KINDS, LENGTH, _base, assert_equal, batch_of, loss_of, make, train
 
 
 def plan_for(model, kind="llama", vram=None, home="host", accumulation=1, length=LENGTH):

@@ -16,8 +16,8 @@ from memplan.place.solve import place
 from memplan.program.schema import Budgets, Workload
 from memplan.run.attach import attach
 from memplan.units import GIB
-from tests.graphs import graph_of
-from tests.training import CPU, EVERY_WAY, KINDS, assert_equal, batch_of, loss_of, make, train
+from tests.support.graphs import graph_of
+from tests.support.training import CPU, EVERY_WAY, KINDS, assert_equal, batch_of, loss_of, make, train
 
 
 def plan_for(model, kind, *, share=0.4, accumulation=1, tiers="all", offload=()):

@@ -22,12 +22,12 @@ from memplan.program.schema import Budgets, Workload
 from memplan.run.attach import attach
 from memplan.run.modules import install as install_module
 from memplan.units import GIB
-from tests import families
-from tests.families import FAMILIES, PRECISIONS
-from tests.graphs import graph_of
 from tests.run import adversary
 from tests.run.test_parity import assert_forwards
-from tests.training import CPU, assert_equal, loss_of, train
+from tests.support import families
+from tests.support.families import FAMILIES, PRECISIONS
+from tests.support.graphs import graph_of
+from tests.support.training import CPU, assert_equal, loss_of, train
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # the quantizers' own, of versions and of float32 inputs
 
@@ -125,10 +125,10 @@ def run(case, tmp_path, monkeypatch):
     again = {module for module, policy in plan.policies().items() if policy == "recompute"}
     assert_forwards(whole, planned, again, steps=STEPS)
     assert (record.loads > 0) == (case.homes != "device")
-    assert record.misses == record.off_sequence == 0
+    assert record.misses == record.out_of_order == 0
     if case.activations == "offloaded":
         assert policies.keys() == {"offload"}
-        assert record.crowded == 0
+        assert record.offload_skipped == 0
         assert record.offloaded_bytes == STEPS * plan.prediction.offloaded_bytes_per_pass > 0
 
 

@@ -22,7 +22,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from memplan.errors import RunError
 from memplan.run.attach import attach
 from tests.run.test_parity import plan_for
-from tests.training import VOCABULARY, assert_equal, batch_of, train
+from tests.support.training import VOCABULARY, assert_equal, batch_of, train
 
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 SQUARE = ["q_proj", "o_proj"]

@@ -10,7 +10,7 @@ from peft import BOFTConfig, LoraConfig, ShiraConfig, get_peft_model
 from torch import nn
 
 import memplan
-from tests.training import CPU
+from tests.support.training import CPU
 
 WIDTH, STEPS = 64, 3
 

@@ -11,11 +11,11 @@ import memplan
 from memplan.errors import DoesNotFitError, ModelError, MovedWeightsError
 from memplan.model.weights import is_wrapper, own_weights, wrapped_parts
 from memplan.run.attach import attach
-from tests import quantized
-from tests.quantized import QUANTIZED
 from tests.run.test_memory import counted_step
 from tests.run.test_parity import compare, plan_for
-from tests.training import CHECKPOINTING, CPU, as_it_lies, assert_equal, batch_of, train
+from tests.support import quantized
+from tests.support.quantized import QUANTIZED
+from tests.support.training import CHECKPOINTING, CPU, as_it_lies, assert_equal, batch_of, train
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # the quantizers' own, of versions and of float32 inputs
 

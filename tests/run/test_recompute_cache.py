@@ -12,7 +12,7 @@ from transformers.cache_utils import DynamicLayer
 
 import memplan
 from memplan.hooks.recompute import wrap
-from tests.training import CPU
+from tests.support.training import CPU
 
 TEXT = {"vocab_size": 96, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 
@@ -120,3 +120,34 @@ def test_a_forward_without_a_backward_leaves_nothing():
         model(**batch)
     gc.collect()
     assert not [found for found in gc.get_objects() if type(found) is DynamicLayer]
+
+
+def test_a_layer_that_runs_again_is_given_a_cache_of_as_many_layers():
+    """A compiled one would be compiled anew for another."""
+    model, batch = make("llama")
+    layers = model.base_model.model.model.layers
+    seen = [[] for _ in layers]
+    for layer, of in zip(layers, seen, strict=True):
+        layer.register_forward_pre_hook(
+            lambda module, args, kwargs, of=of: of.append(
+                [item.is_initialized for item in kwargs["past_key_values"].layers]
+            ),
+            with_kwargs=True,
+        )
+    undo = [wrap(layer) for layer in layers]
+    model(**batch).loss.backward()
+    assert all(len(of) == 1 for of in seen)  # hooks are outside
+    for layer, of in zip(layers, seen, strict=True):
+        layer.self_attn.register_forward_pre_hook(
+            lambda module, args, kwargs, of=of: of.append(
+                [item.is_initialized for item in kwargs["past_key_values"].layers]
+            ),
+            with_kwargs=True,
+        )
+        of.clear()
+    model(**batch).loss.backward()
+    for of in seen:
+        assert len({tuple(state) for state in of}) == 1
+        assert len(of) == 3
+    for end in undo:
+        end()

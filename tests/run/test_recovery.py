@@ -18,9 +18,9 @@ from memplan.errors import CheckpointError, RunError
 from memplan.place.solve import place
 from memplan.run.attach import attach
 from memplan.run.recovery import is_out_of_memory
-from tests.counting import LiveBytes, held_by
 from tests.run.test_parity import plan_for
-from tests.training import CPU, assert_equal, batch_of, loss_of, make, train
+from tests.support.counting import LiveBytes, held_by
+from tests.support.training import CPU, assert_equal, batch_of, loss_of, make, train
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 

@@ -22,10 +22,10 @@ from memplan.run.attach import attach
 from memplan.run.modules import install as install_module
 from memplan.run.modules.embedding_rows import look_up_on_host
 from memplan.units import GIB
-from tests.graphs import graph_of
 from tests.run import adversary
 from tests.run.test_memory import counted_step
-from tests.training import CPU, assert_equal, checkpoint_layer, loss_of, train
+from tests.support.graphs import graph_of
+from tests.support.training import CPU, assert_equal, checkpoint_layer, loss_of, train
 
 WORDS, WIDTH, ROWS, LENGTH = 1024, 64, 2, 16
 TABLE_BYTES = 4 * WORDS * WIDTH
@@ -106,7 +106,7 @@ def test_three_steps(kind, transfers, tmp_path, monkeypatch):
     with attach(model, plan, cache=tmp_path, checked=transfers == "checked") as handle:
         assert_equal(whole, train(model, kind, batches=batch_of))
         record = handle.record
-        assert (record.misses, record.off_sequence) == (0, 0)
+        assert (record.misses, record.out_of_order) == (0, 0)
         assert record.loads / record.passes == pytest.approx(plan.prediction.loads_per_pass, abs=2)
         read = {row.block for row in record.blocks}
         assert (table_of(plan.table).id in read) == (kind in ("tied", "t5"))  # the head needs all of it

@@ -14,7 +14,7 @@ from memplan.program.record import RunRecord
 from memplan.run.attach import attach
 from memplan.show.trace import LANES, chrome_trace, write_trace
 from tests.run.test_parity import plan_for
-from tests.training import KINDS, assert_equal, batch_of, loss_of, make, train
+from tests.support.training import KINDS, assert_equal, batch_of, loss_of, make, train
 
 AT_THE_TURN = 2
 """Loads that may end in the pass before or after: one on each channel."""

@@ -26,7 +26,7 @@ from memplan.run.memory.disk import DiskReader, Extent
 from memplan.run.runtime import host_arenas, locked_blocks
 from memplan.run.transfer import transfer
 from memplan.run.transfer.transfer import DiskSource, HostSource, is_staged
-from tests.training import CPU, batch_of, make
+from tests.support.training import CPU, batch_of, make
 
 SIZE = 10_000
 GAP = 512

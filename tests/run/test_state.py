@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 import memplan
 from memplan.errors import InputError, ModelError
-from tests.training import CPU
+from tests.support.training import CPU
 
 WIDTH, ROWS, LAYERS, STEPS = 64, 512, 6, 3
 """So many rows that activations outweigh weights: a recompute would pay."""

@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from memplan.run.attach import attach
 from memplan.run.transfer import transfer
 from tests.run.test_parity import plan_for
-from tests.training import KINDS, batch_of, loss_of, make
+from tests.support.training import KINDS, batch_of, loss_of, make
 
 
 class Operators(TorchDispatchMode):
@@ -73,7 +73,7 @@ def test_loads_and_copies_and_threads_are_as_planned(kind, tmp_path, monkeypatch
             one_pass(model, kind)
         record = handle.record
         assert record.loads - before == 4 * plan.prediction.loads_per_pass
-        assert record.misses == record.off_sequence == 0
+        assert record.misses == record.out_of_order == 0
         assert threading.active_count() == threads
     host = {item.size_bytes for item in plan.items if item.home == "host"}
     assert len(fills) == record.loads

@@ -9,7 +9,7 @@ from torch.utils.checkpoint import checkpoint
 
 from memplan.run.attach import attach
 from tests.run.test_parity import plan_for
-from tests.training import Plain, assert_equal, train
+from tests.support.training import Plain, assert_equal, train
 
 
 class InPairs(Plain):
@@ -38,5 +38,5 @@ def test_layers_checkpointed_together(reentrant, share, tmp_path):
     plan = plan_for(model, "plain", share=share)
     with attach(model, plan, cache=tmp_path, checked=True) as handle:
         assert_equal(train(whole, "plain"), train(model, "plain"))
-        assert handle.record.off_sequence == 0
+        assert handle.record.out_of_order == 0
         assert handle.record.misses == 0

@@ -14,7 +14,7 @@ from memplan.run.verify.race_check import ClockedTransfers
 from tests.run import adversary
 from tests.run.test_off_sequence import plan_of, wandering, ways_of_autograd
 from tests.run.test_parity import compare
-from tests.training import KINDS, assert_equal, train
+from tests.support.training import KINDS, assert_equal, train
 
 
 @pytest.fixture(params=adversary.ALL, ids=lambda kind: kind.__name__)
@@ -48,7 +48,7 @@ def test_a_conductor_that_does_not_wait_is_found(tmp_path, monkeypatch):
 
     def make_usable(self, streamed):
         streamed.ticket.inner.result()
-        streamed.point()
+        streamed.bind()
         streamed.usable = True
 
     monkeypatch.setattr(Conductor, "_make_usable", make_usable)
@@ -59,7 +59,7 @@ def test_a_conductor_that_does_not_wait_is_found(tmp_path, monkeypatch):
 def test_a_conductor_that_lets_two_channels_write_one_slot_is_found(tmp_path, monkeypatch):
     def evict(self, streamed):
         if streamed.usable:
-            streamed.unpoint()
+            streamed.unbind()
         streamed.ticket, streamed.usable = None, False
 
     monkeypatch.setattr(Conductor, "_evict", evict)

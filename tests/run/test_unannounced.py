@@ -18,11 +18,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import memplan
 from memplan.errors import ModelError, RunError
 from memplan.run.attach import attach
-from tests import families, quantized
 from tests.run.test_direct_access import X, plan_of
 from tests.run.test_direct_access_corners import assert_alike, attached, step, whole
 from tests.run.test_parity import plan_for
-from tests.training import batch_of
+from tests.support import families, quantized
+from tests.support.training import batch_of
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # torch's own, of nested tensors and of torch.jit
 

@@ -155,7 +155,7 @@ class Figures:
             ends = [other.index for other in self.rows if other.kind == "backward" and other.forward == row.index]
             keeps = self.policies.get(row.module, "keep") == "keep"
             if keeps and row.index <= peak <= (ends[-1] if ends else row.index):
-                alive += row.derived_bytes
+                alive += row.weight_copy_bytes
         return min(alive, self.said.vram_parts.get("activations", 0))
 
     def free(self) -> tuple[str, ...]:
@@ -270,18 +270,18 @@ class Figures:
         found = [
             f"{run.loads:,} loads",
             some(run.misses, "miss", "misses"),
-            f"{some(run.off_sequence, 'access', 'accesses')} off the sequence",
+            f"{some(run.out_of_order, 'access', 'accesses')} off the sequence",
         ]
         if run.learned:
             found.append(f"the sequence learned anew {some(run.learned, 'time', 'times')}")
-        if run.crowded:
+        if run.offload_skipped:
             found.append(
-                f"{some(run.crowded, 'forward', 'forwards')} kept activations on the device that were to be offloaded"
+                f"{some(run.offload_skipped, 'forward', 'forwards')} kept activations on the device that were to be offloaded"
             )
         if run.recoveries:
             found.append(f"ran out of memory and went on smaller {some(run.recoveries, 'time', 'times')}")
-        if run.derived_bytes:
-            found.append(f"{self.size(run.derived_bytes)} of copies of weights saved that are not in the plan")
+        if run.weight_copy_bytes:
+            found.append(f"{self.size(run.weight_copy_bytes)} of copies of weights saved that are not in the plan")
         return ", ".join(found)
 
     def notes(self) -> tuple[str, ...]:

@@ -22,7 +22,7 @@ from memplan.program.schema import (
     Workload,
 )
 from memplan.units import GIB, MIB
-from tests.tables import NAMES, budgets, make_table
+from tests.support.tables import NAMES, budgets, make_table
 
 LAYER_BYTES = 200 * MIB
 EMBEDDING_BYTES = 500 * MIB
@@ -156,10 +156,10 @@ def make_record(plan: Plan, *, pass_s: float, extra_bytes: int = 0, passes: int 
         "loads": passes * plan.prediction.loads_per_pass + 8,
         "loaded_bytes": passes * plan.prediction.loaded_bytes_per_pass,
         "misses": 3,
-        "off_sequence": 1,
+        "out_of_order": 1,
         "learned": 0,
         "offloaded_bytes": 0,
-        "crowded": 0,
+        "offload_skipped": 0,
         "recoveries": 0,
         "vram_peak_bytes": plan.prediction.peaks.vram_bytes + extra_bytes,
         "ram_peak_bytes": plan.prediction.peaks.ram_bytes,

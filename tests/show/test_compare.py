@@ -13,7 +13,7 @@ from memplan.place.solve import place
 from memplan.program.page_lock import page_locked_bytes
 from memplan.show.compare import compare_plans, compare_records, write_compared_files
 from tests.show.plans import make_plan, make_record, pageable_plan, solve_plan
-from tests.tables import NAMES
+from tests.support.tables import NAMES
 
 FIRST, SECOND = make_plan("dhhhhhhd"), make_plan("dhhddhhd", recomputed="  ^^    ", stall_s=0.01)
 

@@ -31,7 +31,7 @@ def rich_plan() -> Plan:
     plan = disk_plan()
     first = next(row.index for row in plan.table.accesses if plan.policies().get(row.module) == "keep")
     rows = tuple(
-        msgspec.structs.replace(row, derived_bytes=MIB if row.index == first else 0) for row in plan.table.accesses
+        msgspec.structs.replace(row, weight_copy_bytes=MIB if row.index == first else 0) for row in plan.table.accesses
     )
     pass_s = plan.prediction.pass_s
     return msgspec.structs.replace(
@@ -77,9 +77,9 @@ def record_of(plan: Plan) -> RunRecord:
         pass_s=1.1 * plan.prediction.pass_s,
         extra_bytes=5 * MIB,
         learned=2,
-        crowded=1,
+        offload_skipped=1,
         recoveries=3,
-        derived_bytes=MIB,
+        weight_copy_bytes=MIB,
     )
 
 

@@ -27,7 +27,7 @@ from memplan.units import format_bytes as size
 from memplan.units import format_seconds
 from tests.show.pages import Element, read, tables
 from tests.show.plans import disk_plan, long_plan, make_plan, make_record, pageable_plan, solve_plan
-from tests.tables import MIB
+from tests.support.tables import MIB
 
 NONE = "–"
 EVIL = (
@@ -90,7 +90,7 @@ def test_numbers_in_sentences_are_the_plans(plan: Plan) -> None:
     known += [str(value) for shape in work.batch.values() for value in shape] + [str(len(slow))]
     known += [
         f"{value:,}"
-        for value in (work.tokens, work.accumulation, record.loads, record.misses, record.off_sequence, record.passes)
+        for value in (work.tokens, work.accumulation, record.loads, record.misses, record.out_of_order, record.passes)
     ]
     known += [
         plan.hardware,

@@ -17,7 +17,7 @@ from memplan.program.timeline import timeline_of
 from memplan.show.html import memory, times
 from memplan.units import format_bytes as size
 from tests.show.plans import disk_plan, make_plan, solve_plan
-from tests.tables import MIB, NAMES, budgets, make_table
+from tests.support.tables import MIB, NAMES, budgets, make_table
 
 
 def heights(path: str, count: int) -> list[float]:

@@ -308,16 +308,16 @@ def test_as_dict_has_the_memory_of_every_access() -> None:
 def test_copies_of_weights_are_part_of_the_activations_at_the_peak() -> None:
     """Of layers whose activations are kept, and only from their forward to their backward."""
     plan = make_plan("dhhhd", recomputed="  ^")
-    assert terminal.as_dict(plan)["derived_bytes"] == 0
+    assert terminal.as_dict(plan)["weight_copy_bytes"] == 0
     rows = [
-        msgspec.structs.replace(row, derived_bytes=10 * MIB if row.kind == "forward" and 0 < row.index < 4 else 0)
+        msgspec.structs.replace(row, weight_copy_bytes=10 * MIB if row.kind == "forward" and 0 < row.index < 4 else 0)
         for row in plan.table.accesses
     ]
     plan = msgspec.structs.replace(plan, table=msgspec.structs.replace(plan.table, accesses=tuple(rows)))
 
     def at(index: int) -> object:
         prediction = msgspec.structs.replace(plan.prediction, vram_peak_at=index)
-        return terminal.as_dict(msgspec.structs.replace(plan, prediction=prediction))["derived_bytes"]
+        return terminal.as_dict(msgspec.structs.replace(plan, prediction=prediction))["weight_copy_bytes"]
 
     # 5 forwards, the loss, 5 backwards from the last module to the first, the optimizer; the second layer recomputes.
     assert [at(index) for index in range(12)] == [MIB * ten for ten in (0, 10, 10, 20, 20, 20, 20, 20, 10, 10, 0, 0)]
@@ -327,13 +327,13 @@ def test_copies_of_weights_are_part_of_the_activations_at_the_peak() -> None:
 def test_copies_of_weights_that_the_plan_has_not_are_shown() -> None:
     plan = make_plan(SMALL)
     assert "copies" not in terminal.text(plan, make_record(plan, pass_s=0.5))
-    record = make_record(plan, pass_s=0.5, derived_bytes=43 * MIB)
+    record = make_record(plan, pass_s=0.5, weight_copy_bytes=43 * MIB)
     assert "43.0 MiB of copies of weights saved that are not in the plan" in " ".join(
         terminal.text(plan, record).split()
     )
     measured = terminal.as_dict(plan, record)["measured"]
     assert isinstance(measured, dict)
-    assert measured["derived_bytes"] == 43 * MIB
+    assert measured["weight_copy_bytes"] == 43 * MIB
 
 
 def test_as_dict_with_a_record() -> None:

@@ -96,7 +96,9 @@ def fit_of(point: Point) -> Fit:
 
 def show_all(plan: Plan) -> None:
     """Print everything that a command may print of a plan."""
-    record = make_record(plan, pass_s=plan.prediction.pass_s * 1.3, passes=100_000, learned=3, recoveries=2, crowded=7)
+    record = make_record(
+        plan, pass_s=plan.prediction.pass_s * 1.3, passes=100_000, learned=3, recoveries=2, offload_skipped=7
+    )
     terminal.write(plan)
     terminal.write(plan, record)
     other = msgspec.structs.replace(plan, budgets=msgspec.structs.replace(plan.budgets, vram_bytes=1, ram_bytes=7))

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 import memplan
 import memplan.api
 import memplan.trainers.placing
-from tests.training import CPU
+from tests.support.training import CPU
 
 
 def peak_resident_bytes() -> int:

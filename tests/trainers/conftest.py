@@ -11,6 +11,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from memplan.trainers.launch import VARIABLE, Settings, environment
+from tests.support.training import CPU
 from tests.trainers.forked import Forked
 from tests.trainers.small import (
     align,
@@ -21,7 +22,6 @@ from tests.trainers.small import (
     save_texts,
     save_tokenizer,
 )
-from tests.training import CPU
 
 
 @pytest.fixture(scope="session")

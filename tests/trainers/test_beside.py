@@ -15,8 +15,8 @@ from memplan.trainers.hf_trainer import put_under
 from memplan.trainers.loading.deferred_placement import ask, wait
 from memplan.trainers.other_models import Scope, name_of
 from memplan.units import MIB
+from tests.support.training import CPU
 from tests.trainers.conftest import exact, least_vram
-from tests.training import CPU
 
 TWO = Path(__file__).with_name("script_two.py")
 IDS = torch.tensor([[3, 4, 5, 6] * 4])

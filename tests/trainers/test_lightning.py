@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from memplan.trainers import lightning_callback as trainers
-from tests.fingerprint import assert_same, fingerprint
+from tests.support.fingerprint import assert_same, fingerprint
 
 
 class Inner(nn.Module):

@@ -26,7 +26,7 @@ from transformers import (
 import memplan
 from memplan.errors import CheckpointError, InputError, ModelError, PlanMismatchError, TransferError
 from memplan.run.memory.disk import DiskReader
-from tests.training import CPU, assert_equal, batch_of, train
+from tests.support.training import CPU, assert_equal, batch_of, train
 
 SMALL = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2}
 EXPERTS = {"num_experts_per_tok": 2, "vocab_size": 96, "max_position_embeddings": 64, "use_cache": False}

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, LlamaForCausalLM, MixtralConfig, 
 from memplan.run.memory.arena import is_placeholder
 from memplan.trainers.hf_trainer import skeleton_of
 from memplan.trainers.loading import mapped_weights as mapped
-from memplan.trainers.loading.mapped_weights import give_way, map_weights
+from memplan.trainers.loading.mapped_weights import map_weights, release_mapped
 
 
 @pytest.fixture
@@ -35,7 +35,7 @@ def test_what_was_written_to_does_not_give_way(cast):
     with torch.no_grad():
         cast.lm_head.weight[-1, -1] = 1
     before = {name: parameter.clone() for name, parameter in cast.named_parameters()}
-    undo = give_way(cast, torch.device("cpu"))
+    undo = release_mapped(cast, torch.device("cpu"))
     assert [name for name, parameter in cast.named_parameters() if not is_placeholder(parameter)] == ["lm_head.weight"]
     undo()
     assert all(torch.equal(parameter, before[name]) for name, parameter in cast.named_parameters())
@@ -46,7 +46,7 @@ def test_another_tensor_in_its_place_does_not_either(cast, checkpoint):
     map_weights(other, checkpoint)
     layers = cast.model.layers
     layers[0].mlp.up_proj.weight.data = layers[1].mlp.up_proj.weight.data
-    give_way(cast, torch.device("cpu"))
+    release_mapped(cast, torch.device("cpu"))
     assert not is_placeholder(layers[0].mlp.up_proj.weight)
     assert is_placeholder(layers[1].mlp.up_proj.weight)
 

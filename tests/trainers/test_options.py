@@ -14,9 +14,9 @@ import memplan
 from memplan.errors import DoesNotFitError, InputError
 from memplan.trainers.lightning_callback import Placement
 from memplan.units import MIB
+from tests.support.training import CPU
 from tests.trainers.forked import clean
 from tests.trainers.test_transformers import Rows, build, checkpoint  # noqa: F401
-from tests.training import CPU
 
 ASKED = {"activations": "recompute", "elastic": False, "optimizer_state": "host", "page_lock": "3MiB"}
 WORDS = ["--activations", "recompute", "--no-elastic", "--optimizer-state", "host", "--page-lock", "3MiB"]

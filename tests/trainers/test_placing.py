@@ -15,9 +15,9 @@ from memplan.errors import DoesNotFitError, InputError, ModelError
 from memplan.run.handle import handle_of
 from memplan.run.memory.arena import Placeholders
 from memplan.trainers.loading.mapped_weights import is_mapped
+from tests.support.training import CPU
 from tests.trainers.small import align
 from tests.trainers.test_transformers import Exact, Rows
-from tests.training import CPU
 
 IDS = torch.tensor([[3, 4, 5]])
 VRAM = "2500KiB"

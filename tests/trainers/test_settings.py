@@ -21,8 +21,8 @@ from transformers import (
 import memplan
 from memplan.analyze.inputs.trainer_settings import NO_CACHE
 from memplan.trainers.hf_trainer import plan_for
-from tests.counting import LiveBytes, held_by
-from tests.training import CPU
+from tests.support.counting import LiveBytes, held_by
+from tests.support.training import CPU
 
 BATCH, LENGTH, LAYERS, HIDDEN = 4, 64, 4, 64
 LORA = {"rank": 4, "targets": "all-linear"}

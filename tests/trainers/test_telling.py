@@ -16,8 +16,8 @@ from memplan.run.verify.scalars import Scalars
 from memplan.show.log_lines import startup_lines, step_line
 from memplan.trainers.lightning_callback import Placement
 from tests.show.plans import solve_plan
+from tests.support.training import CPU
 from tests.trainers.test_transformers import Rows, budget, build, checkpoint, finish  # noqa: F401
-from tests.training import CPU
 
 NAMES = {"memplan/pass_s", "memplan/stall_share", "memplan/loaded_gib_per_s"}
 
@@ -49,7 +49,7 @@ def test_scalars_are_logged_and_lines_said(checkpoint, tmp_path, capsys):  # noq
 
 
 def record(**fields):
-    names = ("loads", "misses", "off_sequence", "offloaded_bytes", "crowded", "recoveries", "ram_peak_bytes")
+    names = ("loads", "misses", "out_of_order", "offloaded_bytes", "offload_skipped", "recoveries", "ram_peak_bytes")
     empty = dict.fromkeys(names, 0) | {"pass_s": 0.0, "stall_s": 0.0, "vram_peak_bytes": 0, "blocks": ()}
     return RunRecord(schema_version=1, fingerprint="", device="cpu", **(empty | fields))
 

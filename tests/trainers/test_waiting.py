@@ -14,7 +14,7 @@ import memplan
 from memplan.trainers.hf_trainer import skeleton_of
 from memplan.trainers.loading.deferred_placement import ask, asked_device, forget, move, tell_device, wait, waits
 from memplan.trainers.loading.mapped_weights import folder_of, is_mapped, map_weights
-from tests.training import CPU
+from tests.support.training import CPU
 
 
 @pytest.fixture

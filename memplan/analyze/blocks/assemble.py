@@ -18,7 +18,15 @@ from memplan.analyze.trace.lifetimes import Lifetimes, Span
 from memplan.analyze.trace.provenance import CASTS
 from memplan.analyze.trace.recorder import Recorder, Work
 from memplan.model.names import canonical
-from memplan.model.weights import Standing, adapters_bytes, frozen_weights, once, small_tensors, trained, trained_bytes
+from memplan.model.weights import (
+    Multiplicity,
+    adapters_bytes,
+    frozen_weights,
+    once,
+    small_tensors,
+    trained,
+    trained_bytes,
+)
 from memplan.units import KIB, format_bytes
 
 if TYPE_CHECKING:
@@ -121,7 +129,7 @@ def assemble(
                 transient_recompute_bytes=transient_recompute,
                 transient_offload_bytes=transient_offload,
                 offload_bytes=moved.get(access.module, 0) if can and access.kind == "forward" else 0,
-                derived_bytes=one.derived[index],
+                weight_copy_bytes=one.derived[index],
             )
         )
     return LayerGraph(
@@ -159,7 +167,7 @@ def complete(
     optimizer: str,
     name: str,
     notes: Sequence[str],
-    left_out: Standing = once,
+    left_out: Multiplicity = once,
 ) -> LayerGraph:
     """Return the graph with what is of the model as a whole. ``kept``: its trace, or that of some of its layers;
     ``ran_again``: how many of all its layers it checkpoints itself; ``times``: for how many modules a traced one stands.
@@ -195,7 +203,7 @@ def complete(
     )
 
 
-def _buffer_bytes(model: nn.Module, times: Standing) -> int:
+def _buffer_bytes(model: nn.Module, times: Multiplicity) -> int:
     """Return the bytes of buffers that are no weights, of what quantizers keep beside those, and of placeholders.
 
     While a block is away its tensors are one element of each dtype, expanded.
@@ -342,7 +350,7 @@ def _notes(model: nn.Module, graph: LayerGraph, kept: Traced, ran_again: int) ->
 
 def _derived_notes(graph: LayerGraph, kept: Traced) -> list[str]:
     """Say what copies of weights are saved, and the way out."""
-    total = sum(access.derived_bytes for access in graph.accesses)
+    total = sum(access.weight_copy_bytes for access in graph.accesses)
     if total < TINY_DERIVED_BYTES:
         return []
     how = _Pass(kept).derived_how

@@ -2,7 +2,7 @@
 
 The model runs as it trains, hooks and all, with random values in place of its weights. Those share a pool of memory that
 is as large as the largest block, or as the processor's caches are small beside it: frozen weights are only read, so what
-they hold is no matter. Of stacks whose layers are alike, a few layers run for all (``repeats.py``).
+they hold is no matter. Of stacks whose layers are alike, a few layers run for all (``periodic.py``).
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from msgspec import Struct
 from torch import nn
 
 from memplan.analyze.graph import Access, LayerGraph
-from memplan.analyze.inputs.autocast import autocast_dtype, outside_autocast
+from memplan.analyze.inputs.autocast import dtype_of_autocast, outside_autocast
 from memplan.analyze.inputs.batch import Batch, batch_for, is_shape, random_tokens
 from memplan.analyze.repeat.periodic import Run, find_runs, shortened
 from memplan.analyze.repeat.unroll import short_name
@@ -101,7 +101,7 @@ def measure(
         torch.cuda.init()  # else its random state would not be among those that are kept
     call = batch_for(model, batch)
     runs = find_runs(model) if short else ()
-    lowered = autocast_dtype(autocast)  # the caller's own, where none is given
+    autocast_dtype = dtype_of_autocast(autocast)  # the caller's own, where none is given
     try:
         with ExitStack() as undo:
             undo.enter_context(unchanged(model=model, batch=batch, loss=loss))
@@ -121,7 +121,7 @@ def measure(
             stateful = {layer.module for layer in graph.stateful}
             layers = {names[name]: modules[names[name]] for name in graph.recomputable if name not in stateful}
             trained = [parameter for parameter in model.parameters() if parameter.requires_grad and parameter.is_leaf]
-            run = _Passes(model, inputs, watched, trained, loss, lowered)
+            run = _Passes(model, inputs, watched, trained, loss, autocast_dtype)
             kept = None
             if pool.held_bytes + _kept_bytes(graph, runs) <= room_bytes:
                 say("layers, activations kept")
@@ -209,10 +209,10 @@ class _Passes:
         watched: Mapping[str, nn.Module],
         trained: Sequence[torch.Tensor],
         loss: Callable[[Any], torch.Tensor] | None,
-        lowered: torch.dtype | None,
+        autocast_dtype: torch.dtype | None,
     ) -> None:
         self._model, self._inputs, self._watched, self._trained = model, inputs, watched, trained
-        self._loss, self._lowered = loss, lowered
+        self._loss, self._lowered = loss, autocast_dtype
         self._device = next(iter(inputs.tensors())).device
         self.passes = 0
 

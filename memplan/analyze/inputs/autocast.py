@@ -14,7 +14,7 @@ import torch
 from memplan.model.arguments import autocast_name
 
 
-def autocast_dtype(given: object) -> torch.dtype | None:
+def dtype_of_autocast(given: object) -> torch.dtype | None:
     """Return what products are computed in: ``given`` (a dtype or its name), else the caller's autocast; None: neither.
 
     Raises InputError for what autocast cannot compute in.

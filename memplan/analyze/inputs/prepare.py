@@ -63,7 +63,7 @@ def prepare(
     has its trainables. ``dtype``, ``attention`` and ``quantization`` are for a model that is built here, and so are ``kbit``
     (PEFT's ``prepare_model_for_kbit_training``) and ``gradient_checkpointing``; ``buffers``: have its buffers hold their
     values.
-    ``short``: leave out layers that are like others of models that are known, before the adapter is added, see ``repeats.py``.
+    ``short``: leave out layers that are like others of models that are known, before the adapter is added, see ``periodic.py``.
 
     Raises InputError for anything that cannot be used, ModelError for a model that cannot be placed.
     """

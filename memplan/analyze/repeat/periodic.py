@@ -1,4 +1,4 @@
-"""Long stacks made short for a trace: of layers that are alike, a few are looked at; ``extend.py`` counts them all.
+"""Long stacks made short for a trace: of layers that are alike, a few are looked at; ``unroll.py`` counts them all.
 
 [Note: alike] Layers are alike where all that they are made of is equal (see ``structure.py``), a layer's own index in its
 stack apart, and where the lists of one entry a layer, or of indices of layers, that the model keeps say the same of them.

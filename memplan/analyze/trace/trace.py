@@ -24,7 +24,7 @@ from memplan.analyze.blocks.blocks import Draft, Unit, check_model, draft_blocks
 from memplan.analyze.blocks.experts import pinned_layers, routed_layers
 from memplan.analyze.blocks.optimizers import check_optimizer
 from memplan.analyze.graph import Activations, LayerGraph, LifetimeKind, Stateful
-from memplan.analyze.inputs.autocast import autocast_dtype, outside_autocast
+from memplan.analyze.inputs.autocast import dtype_of_autocast, outside_autocast
 from memplan.analyze.inputs.batch import Batch, base_of, batch_for
 from memplan.analyze.repeat.periodic import Run, find_runs, shortened
 from memplan.analyze.repeat.unroll import (
@@ -82,7 +82,7 @@ def analyze(
     ``accumulation``: passes of a step; where there are several, gradients are there from the first access on.
     ``loss``: from the model's output to a scalar, where the output holds none. ``offload``: look also at what would be
     saved of each layer where that is offloaded (a trace more); ``"try"``: without a word where that cannot be. ``short``: of layers that are alike trace a few, see
-    ``repeats.py``; for models that were built from a configuration it knows. ``runs``: stacks of which the model holds what is
+    ``periodic.py``; for models that were built from a configuration it knows. ``runs``: stacks of which the model holds what is
     traced alone; then NotPeriodicError tells that the whole is needed. ``notes``: what to say of the model besides.
 
     Raises ModelError for a model that cannot be placed or traced, InputError for a batch or an optimizer that cannot
@@ -91,11 +91,13 @@ def analyze(
     if accumulation < 1:
         raise InputError(f"accumulation was given as {accumulation!r}: give a whole number of passes, at least 1")
     check_optimizer(optimizer)
-    lowered = autocast_dtype(autocast)
+    autocast_dtype = dtype_of_autocast(autocast)
     check_model(model)
     call = batch_for(model, batch)
     note_traced(model)
-    look = partial(_look, model, call, accumulates=accumulation > 1, loss=loss, lowered=lowered, offload=offload)
+    look = partial(
+        _look, model, call, accumulates=accumulation > 1, loss=loss, autocast_dtype=autocast_dtype, offload=offload
+    )
     seen = None
     if runs:
         seen = _counted_for_all(look(), runs)
@@ -168,13 +170,15 @@ def _look(
     *,
     accumulates: bool,
     loss: Callable[[Any], torch.Tensor] | None,
-    lowered: torch.dtype | None,
+    autocast_dtype: torch.dtype | None,
     offload: bool | Literal["try"],
 ) -> _Seen:
     """Trace the model as it is, and with its layers' activations under the other policies."""
     snapshot = Snapshot(model=model, loss=loss, args=call.args, kwargs=call.kwargs)
     # In a context of its own: what a forward sets of the context variables stays there.
-    trace = partial(_trace_apart, model, call, snapshot=snapshot, accumulates=accumulates, loss=loss, lowered=lowered)
+    trace = partial(
+        _trace_apart, model, call, snapshot=snapshot, accumulates=accumulates, loss=loss, autocast_dtype=autocast_dtype
+    )
 
     def traced_apart(routed: frozenset[str]) -> tuple[tuple[Unit, ...], tuple[Draft, ...], Traced]:
         """Trace the model as it is, with its containers and the ``routed`` layers taken apart."""
@@ -254,10 +258,10 @@ def _trace(
     snapshot: Snapshot,
     accumulates: bool,
     loss: Callable[[Any], torch.Tensor] | None,
-    lowered: torch.dtype | None,
+    autocast_dtype: torch.dtype | None,
     policies: Mapping[str, Activations] = MappingProxyType({}),
 ) -> Traced:
-    """Run one forward and backward on fake tensors. ``lowered``: what autocast has the forward compute in.
+    """Run one forward and backward on fake tensors. ``autocast_dtype``: what autocast has the forward compute in.
     ``policies``: units whose activations are not kept, by name.
     """
     mode = FakeTensorMode(allow_non_fake_inputs=True)
@@ -309,7 +313,7 @@ def _trace(
         undo.callback(Triggers({unit.name: unit.module for unit in units}, recorder.log).remove)
         try:
             with mode, recorder:
-                with torch.autocast("cpu", lowered) if lowered is not None else nullcontext():
+                with torch.autocast("cpu", autocast_dtype) if autocast_dtype is not None else nullcontext():
                     value = loss_of(model(*inputs.args, **inputs.kwargs), loss)
                 recorder.log.loss_begins()
                 value.backward()

@@ -21,7 +21,7 @@ MOST_TAILS = 16
 """Each is an allocation of its own."""
 
 
-class Tail(NamedTuple):
+class ElasticSegment(NamedTuple):
     """One segment of the device arena that is given back for part of the pass."""
 
     offset_bytes: int
@@ -35,7 +35,7 @@ class Tail(NamedTuple):
         return any(first <= access <= last for first, last in self.absent)
 
 
-def tails_of(spare_bytes: Bytes, step_bytes: int, most_bytes: int) -> tuple[Tail, ...]:
+def tails_of(spare_bytes: Bytes, step_bytes: int, most_bytes: int) -> tuple[ElasticSegment, ...]:
     """Return the tails that accesses have room for beyond the worst one, in steps of ``step_bytes`` or more.
 
     ``spare_bytes``: room at each access beyond the worst one's. ``most_bytes``: more are of no use.
@@ -47,14 +47,14 @@ def tails_of(spare_bytes: Bytes, step_bytes: int, most_bytes: int) -> tuple[Tail
     top = min(int(spare_bytes.max()), most_bytes)
     step = align_up(max(step_bytes, ALIGNMENT_BYTES))
     step *= max(1, -(-(top // step) // MOST_TAILS))
-    found: list[Tail] = []
+    found: list[ElasticSegment] = []
     for reached in range(step, top + 1, step):
         edges = np.flatnonzero(np.diff(np.concatenate(([False], spare_bytes < reached, [False]))))
         absent = tuple((int(first), int(after) - 1) for first, after in edges.reshape(-1, 2))
         if found and found[-1].absent == absent:
             found[-1] = found[-1]._replace(size_bytes=found[-1].size_bytes + step)
         else:
-            found.append(Tail(reached - step, step, absent))
+            found.append(ElasticSegment(reached - step, step, absent))
     return tuple(found)
 
 
@@ -98,8 +98,12 @@ class _Space:
 
 
 def around_with_tails(
-    problem: Problem, streamed: Sequence[int], homes: Mapping[int, Tier], region_bytes: int, tails: Sequence[Tail]
-) -> tuple[dict[int, int], int, tuple[Tail, ...]] | None:
+    problem: Problem,
+    streamed: Sequence[int],
+    homes: Mapping[int, Tier],
+    region_bytes: int,
+    tails: Sequence[ElasticSegment],
+) -> tuple[dict[int, int], int, tuple[ElasticSegment, ...]] | None:
     """Return addresses, the bytes of the shared region that are used, and the tails that are; None where they do not fit."""
     sizes, among = problem.sizes_bytes, set(streamed)
     bundles = [kept for bundle in problem.bundles if (kept := [block for block in bundle if block in among])]
@@ -133,7 +137,7 @@ def around_with_tails(
     for space, tail in zip(spaces[1:], tails, strict=True):
         if space.used:
             begins[id(space)] = end
-            kept_tails.append(Tail(end, space.used, tail.absent))
+            kept_tails.append(ElasticSegment(end, space.used, tail.absent))
             end += space.used
     offsets = {block: begins[id(space)] + begin for block, (space, begin) in at.items()}
     return offsets, spaces[0].used, tuple(kept_tails)

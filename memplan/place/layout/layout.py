@@ -13,14 +13,14 @@ from typing import NamedTuple
 
 from msgspec.structs import replace
 
-from memplan.place.layout.elastic import Tail
+from memplan.place.layout.elastic import ElasticSegment
 from memplan.place.layout.offload import addresses_of, items_of, residences_of
 from memplan.place.layout.page_lock import Pageable, pageable_of
 from memplan.place.problem import Problem
 from memplan.program.schema import Address, Arena, Channel, Item, Residence, Segment, Tier
 from memplan.units import align_up
 
-Key = tuple[tuple[tuple[int, int], ...], frozenset[int], frozenset[int], tuple[Tail, ...]]
+Key = tuple[tuple[tuple[int, int], ...], frozenset[int], frozenset[int], tuple[ElasticSegment, ...]]
 """Addresses, the blocks whose home is the host, and the disk, and the tails."""
 
 
@@ -42,7 +42,7 @@ class Arrangement:
     """Of the blocks whose home is the disk."""
     rows_bytes: int
     """Read in a pass from blocks on the host where they lie."""
-    tails: tuple[Tail, ...] = ()
+    tails: tuple[ElasticSegment, ...] = ()
     on_demand: bool = False
     """Each access brings what it reads, once the one before has ended, and nothing stays: as others do it."""
 
@@ -78,7 +78,7 @@ def arrangement_of(
     homes: Mapping[int, Tier],
     region_bytes: int,
     *,
-    tails: tuple[Tail, ...] = (),
+    tails: tuple[ElasticSegment, ...] = (),
     on_demand: bool = False,
 ) -> Arrangement:
     """Return the arrangement of blocks in a shared region of the device arena, and in tails behind it. What overlaps
@@ -134,15 +134,15 @@ def stays_of(problem: Problem, arrangement: Arrangement) -> list[Stay] | None:
     offsets, homes, length = arrangement.offsets, arrangement.homes, problem.length
     moving = [block for block in homes if block in offsets]
     spans = {b: (offsets[b], offsets[b] + problem.sizes_bytes[b]) for b in moving}
-    rivals = {-2 - turn: tail for turn, tail in enumerate(arrangement.tails)}
-    spans |= {key: (tail.offset_bytes, tail.offset_bytes + tail.size_bytes) for key, tail in rivals.items()}
+    overlapping = {-2 - turn: tail for turn, tail in enumerate(arrangement.tails)}
+    spans |= {key: (tail.offset_bytes, tail.offset_bytes + tail.size_bytes) for key, tail in overlapping.items()}
     number = {edge: index for index, edge in enumerate(sorted({edge for span in spans.values() for edge in span}))}
     parts = {key: range(number[begin], number[end]) for key, (begin, end) in spans.items()}
     uses = sorted([(index, block) for block in moving for index in problem.needs(block, homes[block])])
     if arrangement.on_demand:
         return [Stay(index, block, index - 1, index) for index, block in uses]
     # The last access of a stretch is enough: nothing in a tail is read within one.
-    uses = sorted([*uses, *((last, key) for key, tail in rivals.items() for _, last in tail.absent)])
+    uses = sorted([*uses, *((last, key) for key, tail in overlapping.items() for _, last in tail.absent)])
     owners = [-1] * len(number)
     lasts = [-1] * len(number)
     stays: list[Stay] = []

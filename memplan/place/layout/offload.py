@@ -22,7 +22,7 @@ SLOTS = 2
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Save:
+class OffloadedSave:
     """One module's saved activations, and when its slot is whose."""
 
     module: str
@@ -48,7 +48,7 @@ class Save:
 class Saves:
     """All that is offloaded."""
 
-    items: tuple[Save, ...]
+    items: tuple[OffloadedSave, ...]
     slots_bytes: tuple[int, ...]
 
     @property
@@ -68,7 +68,7 @@ class Saves:
         """
         moving = [save for save in self.items if not save.stays]
 
-        def time_s(save: Save, channel: Channel) -> float:
+        def time_s(save: OffloadedSave, channel: Channel) -> float:
             return load_s(table, save.size_bytes, channel, disk_used, save.module in pageable)
 
         stores = [Load(save.made, save.next_in_slot, time_s(save, "d2h"), None) for save in moving]
@@ -97,7 +97,7 @@ def make_saves(table: CostTable, given: Mapping[str, Activations]) -> Saves:
         for one, other in itertools.pairwise(listed):
             after[one], before[other] = other[0], one[0]
     items = tuple(
-        Save(
+        OffloadedSave(
             module=module,
             block=forwards[module].blocks[0] if forwards[module].blocks else 0,
             size_bytes=forwards[module].offload_bytes,

@@ -28,7 +28,7 @@ MOST_STACKED = 6
 Grain = Literal["block", "bundle"]
 
 
-class Ring(NamedTuple):
+class LayoutRecipe(NamedTuple):
     """How to make an arrangement in a given room."""
 
     times: float
@@ -63,7 +63,7 @@ class Rings:
         by_size = sorted([sum([sizes[block] for block in bundle]) for bundle in problem.bundles])
         self._middle_bytes = by_size[len(by_size) // 2] if by_size else 0
 
-    def arrange(self, ring: Ring, room_bytes: int, spare_bytes: Bytes | None = None) -> Arrangement | None:
+    def arrange(self, ring: LayoutRecipe, room_bytes: int, spare_bytes: Bytes | None = None) -> Arrangement | None:
         """Return the arrangement that takes at most ``room_bytes``; None where there is none, or ``ram`` and ``disk`` are
         too little. ``spare_bytes``: room beside that, by access, for a ring with tails.
         """
@@ -82,7 +82,12 @@ class Rings:
         return self._with(residents, free_bytes, in_place, ring, spare_bytes)
 
     def _with(
-        self, residents: Container[int], free_bytes: int, in_place: set[int], ring: Ring, spare_bytes: Bytes | None
+        self,
+        residents: Container[int],
+        free_bytes: int,
+        in_place: set[int],
+        ring: LayoutRecipe,
+        spare_bytes: Bytes | None,
     ) -> Arrangement | None:
         problem, sizes = self._problem, self._problem.sizes_bytes
         staying = [block for block in problem.movable if block in residents]
@@ -105,7 +110,7 @@ class Rings:
         return arrangement_of(problem, offsets, homes, used)
 
     def beside(
-        self, arrangement: Arrangement, ring: Ring, room_bytes: int, spare_bytes: Bytes | None = None
+        self, arrangement: Arrangement, ring: LayoutRecipe, room_bytes: int, spare_bytes: Bytes | None = None
     ) -> Iterator[Arrangement]:
         """Yield the arrangements in which one bundle stays that did not, or does not that did, or one near it in its place."""
         bundles = [kept for b in self._problem.bundles if (kept := tuple(x for x in b if x not in self._in_place))]

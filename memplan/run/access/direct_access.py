@@ -135,7 +135,7 @@ class DirectAccess:
             streamed.serve(tuple(_kinds(tensor, id(tensor) in plain) for tensor in tensors))
             for tensor in tensors:
                 _SERVERS[tensor] = ref(self)
-            streamed.unpoint()
+            streamed.unbind()
         for block, lent in self._lent.items():
             if block in self._streamed:
                 for one in lent:
@@ -471,7 +471,7 @@ class DirectAccess:
                             written.append((streamed, held.row, tensor.data, replaced))
                     if not replaced:
                         lent.append((held, streamed))
-                streamed.unpoint()
+                streamed.unbind()
                 streamed.be_away()
             failure: RunError | None = None
             for streamed, row, value, replaced in written:

@@ -242,12 +242,12 @@ class Home:
             if isinstance(was, torch.Tensor):
                 # Where it lay for good nobody has seen what was written to it.
                 may_differ = self.lies is not None or tensor.name in self.touched
-                weight.point(self.tensor(tensor) if may_differ else was)
+                weight.bind(self.tensor(tensor) if may_differ else was)
                 continue
             if held is None:
                 held = self._layout()
             with torch.inference_mode(False), torch.no_grad():
-                weight.point(view(held, tensor, self.strides[tensor.name]).to(was, copy=True))
+                weight.bind(view(held, tensor, self.strides[tensor.name]).to(was, copy=True))
 
     @property
     def is_writable(self) -> bool:

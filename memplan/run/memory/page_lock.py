@@ -20,7 +20,7 @@ import weakref
 import numpy as np
 import torch
 
-from memplan.run.transfer.interrupts import held_back
+from memplan.run.transfer.interrupts import defer_sigint
 from memplan.run.transfer.worker import Worker
 
 
@@ -34,7 +34,7 @@ def page_locked(size_bytes: int) -> torch.Tensor:
     except OSError as error:
         raise RuntimeError(str(error)) from error
     address = held.ctypes.data
-    with held_back():  # what is registered must be unregistered before it goes
+    with defer_sigint():  # what is registered must be unregistered before it goes
         worker = Worker("memplan-page-lock")
         try:
             worker.submit(_register, address, size_bytes, device).result()

@@ -18,7 +18,7 @@ from contextlib import ExitStack
 
 import torch
 
-from memplan.run.transfer.interrupts import held_back
+from memplan.run.transfer.interrupts import defer_sigint
 from memplan.run.transfer.worker import Worker
 from memplan.units import MIB
 
@@ -34,7 +34,7 @@ def touch_ahead(parts: Sequence[torch.Tensor], undo: ExitStack) -> None:
     on_host = [part for part in parts if part.device.type == "cpu"]
     if sys.platform != "linux" or not on_host:
         return
-    with held_back():
+    with defer_sigint():
         ended = threading.Event()
         worker = Worker("memplan-first-touch")
         undo.callback(worker.close)

@@ -23,7 +23,7 @@ from memplan.run.handle import Handle
 from memplan.run.modules.embedding_rows import look_up_on_host, read_in_place
 from memplan.run.modules.guard import Guard
 from memplan.run.modules.offloaded_activations import Offloaded, offloaded_activations
-from memplan.run.runtime import Parts
+from memplan.run.runtime import Runtime
 from memplan.run.schedule.conductor import Conductor
 from memplan.run.schedule.sequence import offload_key
 from memplan.run.schedule.streamed import Streamed
@@ -38,7 +38,7 @@ from memplan.state.setting import Setting
 
 
 def install(
-    model: nn.Module, parts: Parts, handle: Handle, triggers: Mapping[str, nn.Module], *, checked: bool, traced: bool
+    model: nn.Module, parts: Runtime, handle: Handle, triggers: Mapping[str, nn.Module], *, checked: bool, traced: bool
 ) -> None:
     """Have ``model`` run on ``parts``; ``parts.installed`` undoes it. On failure nothing is left.
 
@@ -79,7 +79,7 @@ def install(
 def _hook(
     model: nn.Module,
     plan: Plan,
-    parts: Parts,
+    parts: Runtime,
     triggers: Mapping[str, nn.Module],
     undo: Undo,
     transfers: Transfers,
@@ -130,7 +130,7 @@ def _around(model: nn.Module, triggers: Mapping[str, nn.Module]) -> list[nn.Modu
     return [m for m in others if any(id(part) in ids for part in m.modules())]
 
 
-def _kept_reads(plan: Plan, triggers: Mapping[str, nn.Module], parts: Parts) -> dict[str, nn.Module]:
+def _kept_reads(plan: Plan, triggers: Mapping[str, nn.Module], parts: Runtime) -> dict[str, nn.Module]:
     """Return the triggers that read streamed blocks, and are not run again in backward."""
     again = {policy.module for policy in plan.activations if policy.activations == "recompute"}
     reads = {a.module for a in plan.table.accesses if any(block in parts.streamed for block in a.blocks)} - again
@@ -141,7 +141,7 @@ def _trained(module: nn.Module) -> list[nn.Parameter]:
     return [p for p in module.parameters() if p.requires_grad]
 
 
-def _within_triggers(plan: Plan, triggers: Mapping[str, nn.Module], parts: Parts) -> dict[str, list[nn.Module]]:
+def _within_triggers(plan: Plan, triggers: Mapping[str, nn.Module], parts: Runtime) -> dict[str, list[nn.Module]]:
     """Return the modules of streamed weights within each trigger that must announce a backward, as nothing else may.
 
     Those are all where the layer is not run again; else those whose functions keep weights of quantizers in ways of their own.
@@ -185,7 +185,7 @@ def _are_quantized(modules: Iterable[nn.Module]) -> bool:
     return any(p is not None and is_quantized(p) for module in modules for p in module._parameters.values())
 
 
-def _setting_kept(name: str, module: nn.Module, plan: Plan, parts: Parts) -> recompute.Kept:
+def _setting_kept(name: str, module: nn.Module, plan: Plan, parts: Runtime) -> recompute.Kept:
     """Return what keeps the setting of a forward that the plan runs once more, and the hooks that came after the plan."""
     reads = {block for access in plan.table.accesses if access.module == name for block in access.blocks}
     streamed = [parts.streamed[block] for block in reads if block in parts.streamed]
@@ -214,7 +214,7 @@ def _setting_kept(name: str, module: nn.Module, plan: Plan, parts: Parts) -> rec
     return kept
 
 
-def _note_recomputed(plan: Plan, parts: Parts) -> None:
+def _note_recomputed(plan: Plan, parts: Runtime) -> None:
     """Note which blocks' forwards the plan runs a second time in backward."""
     again = {policy.module for policy in plan.activations if policy.activations == "recompute"}
     for access in plan.table.accesses:
@@ -245,7 +245,7 @@ def _rivals(owners: Sequence[Streamed | Offloaded]) -> None:
     ranges = [(one.part.untyped_storage()._cdata, one.part.storage_offset(), one) for one in owners]
     for storage, begin, one in ranges:
         end = begin + one.part.numel()
-        one.rivals = tuple(
+        one.overlapping = tuple(
             other.key
             for s, b, other in ranges
             if other is not one and s == storage and b < end and begin < b + other.part.numel()
@@ -262,7 +262,7 @@ def _names(plan: Plan) -> dict[int, str]:
     return names
 
 
-def _check_reads(model: nn.Module, triggers: Mapping[str, nn.Module], plan: Plan, parts: Parts) -> None:
+def _check_reads(model: nn.Module, triggers: Mapping[str, nn.Module], plan: Plan, parts: Runtime) -> None:
     """Wrap every module with streamed weights of its own, and every trigger module; a compiled one as a whole."""
     assert parts.checked is not None
     block_of = {id(p): s.block for s in parts.streamed.values() for p, _, _ in s.pointers}

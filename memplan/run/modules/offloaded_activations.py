@@ -41,7 +41,7 @@ class Offloaded:
     """Its byte range of the host arena; None where the plan leaves it in its slot."""
     outside: frozenset[int]
     """Addresses of the storages of weights, adapters and buffers that the module may save."""
-    rivals: tuple[int, ...] = ()
+    overlapping: tuple[int, ...] = ()
     """Keys of what lies on the same bytes."""
     owner: weakref.ref[_Call] | None = None
     in_slot: bool = False
@@ -53,7 +53,7 @@ class Offloaded:
     load: Ticket | None = None
     """They are on their way back."""
     stored: int = 0
-    crowded: int = 0
+    offload_skipped: int = 0
     """Forwards whose activations stayed on the device: their place was taken, or too small for all of them."""
 
     def is_owned(self) -> bool:
@@ -141,7 +141,7 @@ class _Call:
             return copy_of(self._held.part[offset_bytes:], like)
 
     def ended(self) -> None:
-        self._held.crowded += self._crowded
+        self._held.offload_skipped += self._crowded
         self._offloads.ended(self._held)
 
 
@@ -183,10 +183,10 @@ class Offloads:
             if self._closed:
                 return None
             if held.is_owned():
-                held.crowded += 1
+                held.offload_skipped += 1
                 return None
             self._clear(held)
-            for rival in held.rivals:
+            for rival in held.overlapping:
                 self._evict(rival)
             if self._clocks is not None:
                 self._clocks.write(held.key, held.part, f"what {held.module} saves")
@@ -243,7 +243,7 @@ class Offloads:
     def load(self, key: int) -> None:
         """Start bringing what is on the host back into its slot, whose bytes are evicted first."""
         held = self.by_key[key]
-        for rival in held.rivals:
+        for rival in held.overlapping:
             self._evict(rival)
         self._wait_for_store(held)
         assert held.host is not None
@@ -273,8 +273,8 @@ class Offloads:
         return sum(held.stored * held.size_bytes for held in self.by_key.values())
 
     @property
-    def crowded(self) -> int:
-        return sum(held.crowded for held in self.by_key.values())
+    def offload_skipped(self) -> int:
+        return sum(held.offload_skipped for held in self.by_key.values())
 
     def forget(self) -> None:
         """Take all as empty: an error or a Ctrl-C came in the middle of something, and nothing is on its way any more."""

@@ -24,7 +24,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from memplan.model.weights import plain_parts
 from memplan.run.memory.arena import Arena
-from memplan.run.transfer.interrupts import held_back
+from memplan.run.transfer.interrupts import defer_sigint
 from memplan.units import align_up
 
 _ALIGNMENT_BYTES = 16
@@ -39,7 +39,7 @@ class _Place:
     offset_bytes: int
     size_bytes: int
 
-    def point(self, room: torch.Tensor) -> None:
+    def bind(self, room: torch.Tensor) -> None:
         """Have the tensor lie in ``room``, of whatever device, as it lies in its memory now."""
         raw = room[self.offset_bytes : self.offset_bytes + self.size_bytes].view(self.tensor.dtype)
         self.tensor.data = raw.as_strided(self.tensor.size(), self.tensor.stride())
@@ -69,16 +69,16 @@ class _State:
             return
         if self._sent is not None:
             torch.cuda.current_stream(self._device).wait_event(self._sent)
-        with held_back():
+        with defer_sigint():
             there = torch.empty_like(self.room, device=self._device)
             there.copy_(self.room, non_blocking=True)
             for place in places:
-                place.point(there)
+                place.bind(there)
             self._there = there
 
     def send(self, new_room: Callable[[int], torch.Tensor]) -> None:
         """Have the state in RAM."""
-        with held_back():
+        with defer_sigint():
             self._send(self._tensors(), new_room)
 
     def _send(self, tensors: list[torch.Tensor], new_room: Callable[[int], torch.Tensor]) -> None:
@@ -87,7 +87,7 @@ class _State:
         elif self._there is not None:
             self.room.copy_(self._there, non_blocking=True)
             for place in self._places:
-                place.point(self.room)
+                place.bind(self.room)
         self._there = None
         if self._device.type == "cuda":  # who reads the state in RAM waits for it
             self._sent = torch.cuda.current_stream(self._device).record_event()
@@ -111,7 +111,7 @@ class _State:
         room = new_room(top)
         for place in places:
             before = place.tensor.data
-            place.point(room)
+            place.bind(room)
             place.tensor.data.copy_(before)
         self._places, self.room = tuple(places), room
 

@@ -27,7 +27,7 @@ from memplan.run.modules.embedding_rows import read_in_place
 from memplan.run.modules.offloaded_activations import Offloaded, Offloads
 from memplan.run.schedule.elastic import Elastic
 from memplan.run.schedule.expected_loads import Choices
-from memplan.run.schedule.learning import Learner, Mover, sequence_of
+from memplan.run.schedule.learning import Learner, SlotUser, sequence_of
 from memplan.run.schedule.sequence import Sequence, planned
 from memplan.run.schedule.streamed import Streamed
 from memplan.run.transfer.lock import Lock
@@ -257,7 +257,7 @@ class Conductor:
         self._sequence = sequence  # last: a Ctrl-C before it leaves the old one at its beginning
 
     def _strayed(self) -> None:
-        self._measured.off_sequence += 1
+        self._measured.out_of_order += 1
         self._learner.strayed()
 
     def _learn(self) -> None:
@@ -266,8 +266,8 @@ class Conductor:
         if way is None:
             return
         segments = self._elastic.segment_of
-        movers = {b: Mover(s.channel, s.rivals, segment=segments.get(b, -1)) for b, s in self._streamed.items()}
-        movers |= {key: Mover("h2d", held.rivals, held.module) for key, held in self.offloads.by_key.items()}
+        movers = {b: SlotUser(s.channel, s.overlapping, segment=segments.get(b, -1)) for b, s in self._streamed.items()}
+        movers |= {key: SlotUser("h2d", held.overlapping, held.module) for key, held in self.offloads.by_key.items()}
         experts, absences = self._sequence.experts, self._elastic.absences
         sequence = sequence_of(way, self._module_reads, movers, experts, absences)
         if sequence is None:
@@ -307,7 +307,7 @@ class Conductor:
                     self._load(streamed)
                 self._make_usable(streamed)
             elif streamed.is_hidden or streamed.at_home:  # a forward that raised has left it there
-                streamed.point()
+                streamed.bind()
             if self._opening or streamed.opens_in_backward:
                 streamed.open()
             used.append(streamed)
@@ -377,7 +377,7 @@ class Conductor:
             raise
         streamed.stall_s += stalled
         self._measured.stalled_s += stalled
-        streamed.point()
+        streamed.bind()
         streamed.usable = True
 
     def _start_loads(self) -> None:
@@ -411,8 +411,8 @@ class Conductor:
         streamed = self._streamed.get(key)
         wanted = self.offloads.is_due(key) if streamed is None else streamed.ticket is None
         if wanted:
-            rivals = self.offloads.by_key[key].rivals if streamed is None else streamed.rivals
-            if any(rival in self._pinned for rival in rivals):
+            overlapping = self.offloads.by_key[key].overlapping if streamed is None else streamed.overlapping
+            if any(rival in self._pinned for rival in overlapping):
                 return False
             segment = self._elastic.segment_of.get(key)
             if segment is not None and self._sequence.lacks(segment, self._now, self._done):
@@ -431,7 +431,7 @@ class Conductor:
     def _load(self, streamed: Streamed) -> None:
         if streamed.is_shared_out:
             self._direct.settle(streamed.block)
-        for rival in streamed.rivals:
+        for rival in streamed.overlapping:
             self._clear(rival)
         self._elastic.come(streamed.block)
         streamed.ticket = self._transfers.load(streamed.channel, streamed.block, streamed.source, streamed.part)
@@ -455,7 +455,7 @@ class Conductor:
         streamed.ticket, streamed.usable = None, False
         if usable:
             if not streamed.is_hidden:
-                streamed.unpoint()
+                streamed.unbind()
             if streamed.at_home:  # a forward that raised has left it there
                 streamed.be_away()
         else:  # still on its way, off the sequence: two channels must not write one slot at once
@@ -480,7 +480,9 @@ class Conductor:
             else:
                 self._evict(streamed)
 
-    def record(self, *, vram_peak_bytes: int, ram_peak_bytes: int, recoveries: int, derived_bytes: int) -> RunRecord:
+    def record(
+        self, *, vram_peak_bytes: int, ram_peak_bytes: int, recoveries: int, weight_copy_bytes: int
+    ) -> RunRecord:
         """Return what was measured so far. ``ram_peak_bytes``: without what transfers hold of their own."""
         with self._lock:
             return self._measured.record(
@@ -490,7 +492,7 @@ class Conductor:
                 vram_peak_bytes=vram_peak_bytes,
                 ram_peak_bytes=ram_peak_bytes + self._transfers.ring_bytes,
                 recoveries=recoveries,
-                derived_bytes=derived_bytes,
+                weight_copy_bytes=weight_copy_bytes,
                 direct=self._direct,
             )
 
@@ -526,7 +528,7 @@ class Conductor:
         self._shut_all()
         for streamed in self._streamed.values():
             streamed.ticket, streamed.usable = None, False
-            streamed.unpoint()
+            streamed.unbind()
             streamed.be_away()
         self.offloads.forget()
         self._pinned = frozenset()

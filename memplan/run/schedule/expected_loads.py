@@ -7,7 +7,7 @@ ahead of that once it was called in several passes in a row, as most are where t
 
 from __future__ import annotations
 
-from memplan.run.schedule.sequence import Due, Sequence
+from memplan.run.schedule.sequence import PlannedLoad, Sequence
 
 HABIT = 4
 """Passes in a row in which an expert must have been called to be loaded ahead."""
@@ -35,7 +35,7 @@ class Choices:
         """Forget what no load asks for any more."""
         self._seen = {position for position in self._seen if position >= (cycle - 1) * self._sequence.length}
 
-    def wants(self, cycle: int, due: Due) -> bool:
+    def wants(self, cycle: int, due: PlannedLoad) -> bool:
         """Whether what a load of that cycle brings will be used, as far as is known."""
         if not due.uses:
             return True  # no weights

@@ -13,7 +13,7 @@ from collections.abc import Sequence as Collection
 from typing import Literal, NamedTuple
 
 from memplan.program.schema import Channel
-from memplan.run.schedule.sequence import Due, Sequence, Step
+from memplan.run.schedule.sequence import PlannedLoad, Sequence, Step
 
 REPEATS = 3
 """A way that was taken as often in a row is there for good."""
@@ -34,7 +34,7 @@ class _Seen(NamedTuple):
     """Of a backward: how many accesses ago its forward was."""
 
 
-class Way(NamedTuple):
+class Cycle(NamedTuple):
     """A cycle of accesses that passes take."""
 
     accesses: tuple[_Seen, ...]
@@ -92,7 +92,7 @@ class Learner:
         self._cycle.append(seen)
         self._count += 1
 
-    def cycle_ends(self) -> Way | None:
+    def cycle_ends(self) -> Cycle | None:
         """An outermost backward has ended. Return the way that passes take for good, if there is one."""
         if not self.writing:
             self.writing, self._strayed = self._strayed, False
@@ -109,21 +109,21 @@ class Learner:
         self._strayed = self._broken = False
         return self._repeated()
 
-    def _repeated(self) -> Way | None:
+    def _repeated(self) -> Cycle | None:
         for period in _PERIODS:
             recent = self._past[-REPEATS * period :]
             alike = all(one == other for one, other in zip(recent, recent[period:], strict=False))
             if len(recent) == REPEATS * period and alike and self._calm < period:
                 self._past.clear()
-                return Way(sum(recent[-period:], ()), period)
+                return Cycle(sum(recent[-period:], ()), period)
         return None
 
 
-class Mover(NamedTuple):
+class SlotUser(NamedTuple):
     """What comes into a slot."""
 
     channel: Channel
-    rivals: tuple[int, ...]
+    overlapping: tuple[int, ...]
     """Keys of what lies on the same bytes."""
     module: str = ""
     """Whose saved activations it is; empty for a block."""
@@ -132,9 +132,9 @@ class Mover(NamedTuple):
 
 
 def sequence_of(
-    way: Way,
+    way: Cycle,
     reads: Mapping[str, tuple[int, ...]],
-    movers: Mapping[int, Mover],
+    movers: Mapping[int, SlotUser],
     experts: frozenset[int],
     absences: Callable[[Collection[Step]], Mapping[int, frozenset[int]]],
 ) -> Sequence | None:
@@ -154,8 +154,8 @@ def sequence_of(
 
 
 def loads_of(
-    steps: Collection[Step], movers: Mapping[int, Mover], absent: Mapping[int, frozenset[int]]
-) -> dict[Channel, tuple[Due, ...]]:
+    steps: Collection[Step], movers: Mapping[int, SlotUser], absent: Mapping[int, frozenset[int]]
+) -> dict[Channel, tuple[PlannedLoad, ...]]:
     """Return the loads of a cycle. A stay lasts from a use until a rival's, and is loaded once the rival before is over.
     The absence of a segment is as a rival's use of all that lies there; what is read in one comes on demand.
     """
@@ -168,11 +168,11 @@ def loads_of(
                 uses[key].append(index)
     made = {(key, i) for module, key in of_module.items() for i in uses[key] if steps[i].kind == "forward"}
     around = {key: [at + shift for shift in (-length, 0, length) for at in own] for key, own in uses.items()}
-    found: dict[Channel, list[Due]] = {}
+    found: dict[Channel, list[PlannedLoad]] = {}
     for key, mover in movers.items():
         gone = absent.get(mover.segment, frozenset())
         others = sorted(
-            {at + shift for at in gone for shift in (-length, 0, length)}.union(*(around[r] for r in mover.rivals))
+            {at + shift for at in gone for shift in (-length, 0, length)}.union(*(around[r] for r in mover.overlapping))
         )
         for first in uses[key] if others else ():
             load_after = others[bisect_left(others, first) - 1]
@@ -180,7 +180,7 @@ def loads_of(
                 continue  # it is there still, or comes to be there
             until = others[bisect_left(others, first + 1)]
             last_use = first if mover.module else around[key][bisect_left(around[key], until) - 1]
-            due = Due(
+            due = PlannedLoad(
                 key=key,
                 channel=mover.channel,
                 load_after=load_after,

@@ -26,7 +26,7 @@ class Step(NamedTuple):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Due:
+class PlannedLoad:
     """One load of the cycle."""
 
     key: int
@@ -39,7 +39,7 @@ class Due:
     """Accesses that read it meanwhile, from ``first_use`` to ``last_use``; none for offloaded activations."""
 
 
-Loads = Mapping[Channel, tuple[Due, ...]]
+Loads = Mapping[Channel, tuple[PlannedLoad, ...]]
 """By channel, in their order."""
 
 
@@ -162,12 +162,12 @@ def planned(
     """
     steps = tuple(Step(a.kind, a.module, a.forward, reads[a.index]) for a in plan.table.accesses)
     device = {arena.id for arena in plan.arenas if arena.tier == "device"}
-    found: dict[Channel, list[tuple[int, Due]]] = {}
+    found: dict[Channel, list[tuple[int, PlannedLoad]]] = {}
     for stay in plan.residences:
         if stay.begins == "load" and stay.arena in device and stay.channel is not None:
             item = plan.items[stay.item]
             stays = range(stay.first_use, stay.last_use + 1) if item.kind == "weights" else ()
-            due = Due(
+            due = PlannedLoad(
                 key=item.block if item.kind == "weights" else offload_key(plan, item.id),
                 channel=stay.channel,
                 load_after=stay.load_after,

@@ -52,7 +52,7 @@ class Streamed:
     """Beside each of ``pointers``: what the plan has of it."""
     at_home: tuple[tuple[torch.Tensor, torch.Tensor], ...] = ()
     """Each tensor, and the view of its home that it is where rows of it are read there; empty where they never are."""
-    rivals: tuple[int, ...] = ()
+    overlapping: tuple[int, ...] = ()
     """Streamed blocks whose addresses overlap this one's."""
     ticket: Ticket | None = None
     """There or on its way; None: away."""
@@ -102,7 +102,7 @@ class Streamed:
     @property
     def may_go(self) -> bool:
         """Whether another block, or nothing, is ever in its slot."""
-        return bool(self.rivals) or self.comes_and_goes
+        return bool(self.overlapping) or self.comes_and_goes
 
     @property
     def key(self) -> int:
@@ -110,7 +110,7 @@ class Streamed:
 
     # This is done in every access: flat tuples, no call that can be spared.
 
-    def point(self) -> None:
+    def bind(self) -> None:
         """Point the parameters at the block. Raises RunError where one is trained by now: what it learned would be lost."""
         self.is_hidden = False
         with torch._C.DisableTorchFunctionSubclass(), unasked():
@@ -119,7 +119,7 @@ class Streamed:
                     raise trained_by_now(self.name)
                 tensor.data = there
 
-    def unpoint(self) -> None:
+    def unbind(self) -> None:
         """Have placeholders in the parameters' place."""
         with torch._C.DisableTorchFunctionSubclass(), unasked():
             for tensor, _, away in self.pointers:
@@ -129,7 +129,7 @@ class Streamed:
         """Have the weights be as any others: an access of them begins."""
         if not self.is_open and self.kinds:
             if self.is_hidden:
-                self.point()
+                self.bind()
             self.is_open = True
             for tensor, kind in self._noting if self.has_late_hooks else self._own:
                 tensor.__class__ = kind
@@ -158,7 +158,7 @@ class Streamed:
 
     def hide(self) -> None:
         """Have placeholders in the parameters' place though the block is there: what asks no class may keep what it reads."""
-        self.unpoint()
+        self.unbind()
         self.is_hidden = True
 
     def announce(self, plain: frozenset[int] | None) -> None:
@@ -169,7 +169,7 @@ class Streamed:
             (tensor, there, away if plain is None or id(tensor) in plain else announced(away))
             for (tensor, there, _), away in zip(self.pointers, elements, strict=True)
         )
-        self.unpoint()
+        self.unbind()
 
     def point_home(self) -> None:
         """Point the parameters at where rows of them are read."""
@@ -190,7 +190,7 @@ class Streamed:
             if (tensor.data_ptr(), tensor.stride()) != (there.data_ptr(), there.stride())
         }
         is_written = [tensor._version for tensor, _ in self.at_home] != self._versions
-        (self.point if self.usable else self.unpoint)()
+        (self.bind if self.usable else self.unbind)()
         self.be_away()
         return replaced, is_written
 

@@ -10,7 +10,7 @@ from types import FrameType, TracebackType
 
 
 @contextmanager
-def held_back() -> Iterator[None]:
+def defer_sigint() -> Iterator[None]:
     """Let a Ctrl-C wait until what is inside is done. A second one does not wait."""
     handler = signal.getsignal(signal.SIGINT)
     if threading.current_thread() is not threading.main_thread() or not callable(handler):
@@ -38,5 +38,5 @@ class Undo(ExitStack):
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None, /
     ) -> bool:
-        with held_back():
+        with defer_sigint():
             return bool(super().__exit__(kind, error, trace))

@@ -24,7 +24,7 @@ from memplan.errors import TransferError
 from memplan.program.schema import RING_BYTES, Channel
 from memplan.run.memory.arena import Arena, poison
 from memplan.run.memory.disk import Bytes, DiskReader, Extent, copy_bytes
-from memplan.run.transfer.interrupts import held_back
+from memplan.run.transfer.interrupts import defer_sigint
 from memplan.run.transfer.worker import Job, Worker
 from memplan.run.verify.spans import Spans
 
@@ -179,7 +179,7 @@ class CpuTransfers:
             array = self._arrays[block] = destination.numpy()
         worker = self._channels.get(channel)
         if worker is None:
-            with held_back():
+            with defer_sigint():
                 worker = self._channels[channel] = Worker(f"memplan-{channel}")
         if self._spans is None:
             return worker.submit(self._fill, source, array)
@@ -296,7 +296,7 @@ class CudaTransfers:
     def _worker(self, name: str) -> Worker:
         worker = self._workers.get(name)
         if worker is None:
-            with held_back():
+            with defer_sigint():
                 worker = self._workers[name] = Worker(f"memplan-{name}")
         return worker
 

@@ -38,7 +38,7 @@ class Measured:
 
     def __init__(self) -> None:
         self.passes = 0
-        self.off_sequence = 0
+        self.out_of_order = 0
         self.learned = 0
         self.stalled_s = 0.0
         """Of the pass that is under way."""
@@ -85,7 +85,7 @@ class Measured:
         vram_peak_bytes: int,
         ram_peak_bytes: int,
         recoveries: int,
-        derived_bytes: int,
+        weight_copy_bytes: int,
         direct: DirectAccess,
     ) -> RunRecord:
         """Return what was measured so far."""
@@ -101,12 +101,12 @@ class Measured:
             loads=sum(b.loads for b in blocks),
             loaded_bytes=sum(b.loaded_bytes for b in blocks),
             misses=sum(b.misses for b in blocks),
-            off_sequence=self.off_sequence,
+            out_of_order=self.out_of_order,
             learned=self.learned,
             offloaded_bytes=offloads.stored_bytes,
-            crowded=offloads.crowded,
+            offload_skipped=offloads.offload_skipped,
             recoveries=recoveries,
-            derived_bytes=derived_bytes,
+            weight_copy_bytes=weight_copy_bytes,
             direct_reads=direct.reads,
             direct_read_bytes=direct.read_bytes,
             direct_writes=direct.writes,

@@ -80,7 +80,7 @@ class Copies:
             if life.born == index and life.kind == "activations" and life.policy in ("any", "keep")
         )
         # As large as a weight by chance may an activation be: then the plan has it, and the sums agree.
-        unforeseen = min(sum(copies.values()) - row.derived_bytes, sum(storages.values()) - planned)
+        unforeseen = min(sum(copies.values()) - row.weight_copy_bytes, sum(storages.values()) - planned)
         if copies and unforeseen >= min(copies.values()):
             self._report(row.module, unforeseen)
 

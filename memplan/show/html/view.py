@@ -149,8 +149,8 @@ def _budget(plan: Plan, known: Facts, seen: Measured | None, machine: Machine | 
         )
         if any(parts):
             rows.append(Row(name=kind, cells=tuple(size(part or None) for part in parts)))
-        if kind == "activations" and known.derived_bytes:
-            rows.append(Row(name="of it copies", cells=(size(known.derived_bytes), NONE, NONE), style="part"))
+        if kind == "activations" and known.weight_copy_bytes:
+            rows.append(Row(name="of it copies", cells=(size(known.weight_copy_bytes), NONE, NONE), style="part"))
     tops = (peaks.vram_bytes, peaks.ram_bytes, peaks.disk_bytes)
     limits = (budgets.vram_bytes, budgets.ram_bytes, budgets.disk_bytes)
     free = (None if limit is None else limit - top for top, limit in zip(tops, limits, strict=True))

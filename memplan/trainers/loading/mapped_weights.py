@@ -141,7 +141,7 @@ def folder_of(model: nn.Module) -> Path | None:
     return next((Path(origin.path).parent for origin in origins if origin is not None), None)
 
 
-def give_way(model: nn.Module, device: torch.device) -> Callable[[], None]:
+def release_mapped(model: nn.Module, device: torch.device) -> Callable[[], None]:
     """Put placeholders on ``device`` for the frozen weights that are still the files' own bytes; return what undoes it.
 
     What the script has changed, replaced or trains stays as it is, and so does all where the kernel does not say which

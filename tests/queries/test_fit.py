@@ -13,8 +13,8 @@ from memplan.errors import DoesNotFitError, InputError
 from memplan.program.schema import Budgets
 from memplan.queries import fit as fitting
 from memplan.request import Request
-from tests.questions.small import config_of
-from tests.training import CPU
+from tests.queries.small import config_of
+from tests.support.training import CPU
 
 GIVEN = {"hardware": CPU, "ram": "1GiB"}
 

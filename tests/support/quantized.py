@@ -10,7 +10,7 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM, TorchAoConfig
 
-from tests.training import CHECKPOINTING, VOCABULARY, _require_input_gradients, checkpoint_layer
+from tests.support.training import CHECKPOINTING, VOCABULARY, _require_input_gradients, checkpoint_layer
 
 QUANTIZED = ("nf4", "nf4-nested", "fp4", "int8", "torchao-int8", "torchao-int4", "gptq-like")
 

@@ -21,7 +21,7 @@ from transformers.models.auto import modeling_auto
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from memplan.analyze.inputs.batch import batch_for
-from tests import causal_types, diffusion_types
+from tests.support import causal_types, diffusion_types
 
 ROWS, LENGTH, LAYERS = 2, 12, 3
 _GROUPS = {

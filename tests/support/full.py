@@ -1,6 +1,6 @@
 """Runs the tests marked ``full``, one process each, and picks up where it stopped.
 
-    python tests/full.py [--fresh] [-k EXPRESSION] [--timeout SECONDS]
+    python tests/support/full.py [--fresh] [-k EXPRESSION] [--timeout SECONDS]
 
 After each test the state is written to ``.test-full/``; a test that passed is not run again until the code, the tests
 or the versions change. The summary is ``tests/results/full.json``, with what tests recorded by ``record_property``,
@@ -26,7 +26,7 @@ from xml.etree import ElementTree
 
 import psutil
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 STATE = ROOT / ".test-full"
 RESULTS = ROOT / "tests" / "results"
 PACKAGES = ("torch", "transformers", "peft", "accelerate", "numpy", "msgspec", "bitsandbytes", "torchao", "lightning")

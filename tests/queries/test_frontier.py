@@ -13,8 +13,8 @@ from memplan.cli import main
 from memplan.errors import InputError, TooSlowError
 from memplan.queries.frontier import budgets_of, ends_of, least_for, require_speed
 from memplan.request import Request
-from tests.questions.small import config_of
-from tests.training import CPU
+from tests.queries.small import config_of
+from tests.support.training import CPU
 
 GIVEN = {"adapter": {"rank": 4}, "hardware": CPU, "ram": "1GiB", "vram": "1GiB"}
 SHAPE = (2, 16)

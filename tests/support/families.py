@@ -21,8 +21,8 @@ from transformers import (
     ViTForImageClassification,
 )
 
-from tests import causal_types
-from tests.training import Plain, batch_of, checkpoint_layer
+from tests.support import causal_types
+from tests.support.training import Plain, batch_of, checkpoint_layer
 
 FAMILIES = (
     "llama", "qwen3", "gemma2", "gpt2", "bloom", "t5", "mixtral-attention", "mixtral-experts", "vit", "zamba2", "plain",
@@ -56,7 +56,7 @@ _EMBEDDINGS: dict[str, Callable[[nn.Module], list[nn.Module]]] = {
 
 
 def make(family: str, precision: str, checkpointing: str = "off") -> nn.Module:
-    """Return a model in training mode, its adapter's B not zero. ``checkpointing``: as in tests/training.py."""
+    """Return a model in training mode, its adapter's B not zero. ``checkpointing``: as in tests/support/training.py."""
     base = _plain(precision) if family == "plain" else _load(family, precision)
     base.requires_grad_(False)
     for parameter in base.parameters():

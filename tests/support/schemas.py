@@ -1,6 +1,6 @@
 """Writes the JSON Schemas of the files that memplan reads and writes, from the types themselves.
 
-python tests/schemas.py
+python tests/support/schemas.py
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from memplan.hardware.profile import HardwareProfile
 from memplan.program.record import RunRecord
 from memplan.program.schema import Plan
 
-FOLDER = Path(__file__).parents[1] / "schemas"
+FOLDER = Path(__file__).parents[2] / "schemas"
 TYPES = {"plan": Plan, "profile": HardwareProfile, "record": RunRecord}
 
 

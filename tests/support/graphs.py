@@ -20,7 +20,7 @@ from memplan.analyze.repeat.signature import Described
 from memplan.analyze.trace.trace import analyze
 from memplan.hooks.nested import tensors_in
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 _known: dict[str, LayerGraph] = {}
 
 

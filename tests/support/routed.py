@@ -12,7 +12,7 @@ from transformers import (
     SwitchTransformersForConditionalGeneration,
 )
 
-from tests.training import VOCABULARY, Decoder, checkpoint_layer
+from tests.support.training import VOCABULARY, Decoder, checkpoint_layer
 
 WIDTH, EXPERTS, DEPTH = 48, 6, 2
 KINDS = ("routed", "nllb", "switch")
@@ -95,7 +95,7 @@ class Routed(Decoder):
 
 
 def make(kind: str = "routed", *, checkpointing: str = "off", way: str = "in-order", never: tuple[int, ...] = ()):
-    """Return a model in training mode. ``checkpointing``: as in tests/training.py. Of a "routed": ``way``: how its
+    """Return a model in training mode. ``checkpointing``: as in tests/support/training.py. Of a "routed": ``way``: how its
     experts are visited; ``never``: experts that no token is sent to.
     """
     torch.manual_seed(0)

@@ -19,8 +19,8 @@ from memplan.queries.frontier import budgets_of
 from memplan.queries.gains import with_gains
 from memplan.request import Request
 from memplan.show.terminal import text
-from tests.questions.small import config_of
-from tests.training import CPU
+from tests.queries.small import config_of
+from tests.support.training import CPU
 
 GIVEN = {"adapter": {"rank": 4}, "hardware": CPU, "ram": "1GiB"}
 
