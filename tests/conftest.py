@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import fnmatch
 import os
-import zlib
 from pathlib import Path
 
 import pytest
 
 _ROOT = Path(__file__).parents[1]
 _ALLOWED_SKIPS = Path(__file__).with_name("skips.txt")
-_THINNED = ("run/", "analyze/", "trainers/", "test_bad_input.py", "test_quantization.py")
-_MANY = 4
 _unlisted = pytest.StashKey[dict[str, str]]()
 
 
@@ -26,9 +23,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.hookimpl(tryfirst=True)  # before tests are chosen by their marks
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leave out tests marked ``gpu`` where there is no CUDA device: they are not there, so they are not skipped. Of tests with
-    many cases that train, about every other case waits for the full suite.
-    """
+    """Leave out tests marked ``gpu`` where there is no CUDA device: they are not there, so they are not skipped."""
     _thin_out(items)
     gpu = [item for item in items if item.get_closest_marker("gpu")]
     if gpu and not _has_cuda():
@@ -37,14 +32,22 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 def _thin_out(items: list[pytest.Item]) -> None:
-    """Mark cases as of the full suite: by their names' checksums, so that no choice of one parameter goes with them."""
-    cases: dict[str, list[pytest.Item]] = {}
+    """Of tests marked ``each_value`` leave the fewest cases to the quick suite that have each value of each parameter once."""
+    cases: dict[str, list[pytest.Function]] = {}
     for item in items:
-        if item.nodeid.removeprefix("tests/").startswith(_THINNED) and not item.get_closest_marker("full"):
+        marks = {mark.name for mark in item.iter_markers()}
+        if isinstance(item, pytest.Function) and "each_value" in marks and "full" not in marks:
             cases.setdefault(item.nodeid.split("[")[0], []).append(item)
     for found in cases.values():
-        for item in found[1:] if len(found) >= _MANY else ():
-            if zlib.crc32(item.nodeid.encode()) % 2:
+        values = {item.nodeid: {(name, repr(value)) for name, value in item.callspec.params.items()} for item in found}
+        missing = set().union(*values.values())
+        chosen: set[str] = set()
+        while missing:
+            best = max(values, key=lambda name: len(values[name] & missing))
+            missing -= values[best]
+            chosen.add(best)
+        for item in found:
+            if item.nodeid not in chosen:
                 item.add_marker(pytest.mark.full)
 
 

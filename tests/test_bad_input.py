@@ -59,6 +59,7 @@ def test_a_budget_that_is_too_small(model):
         planned(model, vram=error.least_vram_bytes - 1)
 
 
+@pytest.mark.each_value
 @pytest.mark.parametrize("size", ["12 apples", float("nan"), -1, "-3GiB", ""])
 @pytest.mark.parametrize("budget", ["vram", "ram", "disk"])
 def test_sizes(model, budget, size):

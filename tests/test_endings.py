@@ -56,6 +56,7 @@ def ends(*arguments: str, code: str = "", broken: str = "", **variables: str) ->
 WAYS = {"help": ["--help"], "text": ["report"], "json": ["report", "--json"], "page": ["report", "--html", "-"]}
 
 
+@pytest.mark.each_value
 @pytest.mark.skipif(not FULL.exists(), reason="no /dev/full")
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("buffered", ["", "1"])

@@ -221,6 +221,7 @@ def python(code: str, **options: object) -> subprocess.CompletedProcess[bytes]:
     return subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, **options)  # type: ignore[call-overload, no-any-return]
 
 
+@pytest.mark.each_value
 @pytest.mark.parametrize("path", ["/dev/stdout", "/dev/fd/1", "/proc/self/fd/1", "-"])
 @pytest.mark.parametrize("mode", ["w", "a"])
 def test_a_file_that_standard_output_goes_to_is_not_replaced_under_it(path: str, mode: str, tmp_path: Path) -> None:

@@ -239,6 +239,7 @@ def test_cuda_rates_are_sane(tmp_path: Path) -> None:
     assert profile.page_lock_bytes is None or refused is None or profile.page_lock_bytes.value < refused.value
 
 
+@pytest.mark.each_value
 @pytest.mark.parametrize("limit_mib", [0, 100, 128, 500, 1000, 1024, 3000, 5000, 1 << 20])
 @pytest.mark.parametrize("most_mib", [0, 200, 4096, 6000])
 def test_page_locks_are_tried_until_one_is_refused(limit_mib: int, most_mib: int) -> None:

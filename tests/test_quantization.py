@@ -144,6 +144,7 @@ def test_a_module_is_prepared_by_its_owner(options):
         memplan.plan(quantized.make("nf4"), (1, 16), vram="1GiB", **options, **BUDGETS)
 
 
+@pytest.mark.each_value
 @pytest.mark.parametrize(
     ("architecture", "kind"),
     [

@@ -47,6 +47,7 @@ def live_bytes(graph, policy="keep", upto=None):
     return [table.device_bytes_at(index, policies) for index in range(len(rows) - 1)]
 
 
+@pytest.mark.each_value
 @pytest.mark.parametrize(("name", "dropout"), [("llama", 0.0), *((name, 0.1) for name in MAKERS)])
 def test_peak_of_a_pass(name, dropout):
     model, batch = MAKERS[name](dropout)
@@ -82,6 +83,7 @@ def test_peak_where_some_are_recomputed(name):
     assert max(live_bytes(graph, policies)) == pytest.approx(real, rel=0.1)
 
 
+@pytest.mark.each_value
 @pytest.mark.parametrize("reentrant", [True, False])
 @pytest.mark.parametrize("name", ["llama", "gpt2", "t5", "plain"])
 def test_peak_where_the_model_checkpoints_itself(name, reentrant):

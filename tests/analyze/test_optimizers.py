@@ -72,6 +72,7 @@ def counted(make, shapes, dtype):
     return sum(state.values()), ledger.peak_bytes - before
 
 
+@pytest.mark.each_value
 @pytest.mark.filterwarnings("ignore:Paged optimizers are not supported on CPU:UserWarning")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize("shapes", [MIXED, ONE, ALIKE], ids=["mixed", "one", "alike"])

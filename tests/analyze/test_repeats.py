@@ -126,6 +126,7 @@ def _cases():
             yield pytest.param(make, options, id=f"{make.__name__}-{name}", marks=[pytest.mark.full] if slow else [])
 
 
+@pytest.mark.each_value
 @pytest.mark.parametrize("targets", [pytest.param("all-linear", marks=pytest.mark.full), ["q_proj", "v_proj"]])
 @pytest.mark.parametrize("options", [{}, {"accumulation": 2, "optimizer": "adafactor"}], ids=str)
 def test_layers_may_be_left_out_before_the_adapter_is_added(targets, options):
@@ -145,6 +146,7 @@ def test_layers_that_are_named_by_number_are_not_left_out():
     assert not prepare(config, adapter=LoraConfig(layers_to_transform=[1], target_modules=["q_proj"]), short=True).runs
 
 
+@pytest.mark.each_value
 @pytest.mark.parametrize(("make", "options"), list(_cases()))
 def test_the_same_graph(make, options, monkeypatch):
     model = make()

@@ -138,6 +138,7 @@ class Interrupted(BaseException):
     pass
 
 
+@pytest.mark.each_value
 @pytest.mark.parametrize("where", ["nowhere", "forward", "backward"])
 @pytest.mark.parametrize("error", [RuntimeError, Interrupted])
 def test_the_model_is_left_as_it_was(where, error):

@@ -216,6 +216,7 @@ def table(length):
 KINDS = (Norm, Warm, Sampled, Codebook, Noise, Iterated, Reaching, Meddling)
 
 
+@pytest.mark.each_value
 @pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.__name__)
 @pytest.mark.parametrize("how", ["plan", pytest.param("measure", marks=pytest.mark.full)])
 def test_modules_with_a_state_of_their_own(kind, how):

@@ -47,6 +47,7 @@ def refused(error, message, table=TABLE, given=ENOUGH, **more):
             ask()
 
 
+@pytest.mark.each_value
 @pytest.mark.parametrize("tier", ["vram", "ram", "disk", "staging"])
 @pytest.mark.parametrize("size", [-1, NAN, INF, 1.5, "6GiB", "12 apples", True, []], ids=repr)
 def test_a_budget_that_is_no_count_of_bytes(tier, size):
@@ -56,12 +57,14 @@ def test_a_budget_that_is_no_count_of_bytes(tier, size):
         refused(SizeError, f"{tier} was given as", given=replace(ENOUGH, **{f"{tier}_bytes": size}))
 
 
+@pytest.mark.each_value
 @pytest.mark.parametrize("rate", [0.0, -1.0, NAN, INF, -INF])
 @pytest.mark.parametrize("what", ["host_to_device", "device_to_host", "disk"])
 def test_a_rate_that_is_none(what, rate):
     refused(InputError, f"the rate of {what.replace('_', ' ')} is", replace(TABLE, **{f"{what}_bytes_per_s": rate}))
 
 
+@pytest.mark.each_value
 @pytest.mark.parametrize("time_s", [-1e-9, NAN, INF])
 @pytest.mark.parametrize("of", ["time_s", "recompute_s", "offload_s", "latency"])
 def test_a_time_that_is_none(of, time_s):

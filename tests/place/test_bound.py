@@ -34,6 +34,7 @@ def rest_of(table):
     return max(table.device_bytes_at(access.index, {}) for access in table.accesses)
 
 
+@pytest.mark.each_value
 @pytest.mark.parametrize(("n", "m"), [(8, 3), (8, 5), (8, 7), (32, 3), (32, 10), (32, 24)])
 @pytest.mark.parametrize("link", [1e8, 1e9, 4e9])
 def test_the_closed_form_for_equal_blocks(n, m, link):
@@ -73,6 +74,7 @@ def test_as_the_longest_path_written_out():
     assert bound_of(table, budgets(rest_of(table) + room)) == pytest.approx(longest)
 
 
+@pytest.mark.each_value
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 @pytest.mark.parametrize("held", [0, 4, 7, 10])
 def test_host_and_disk_at_once(device, held):
@@ -170,6 +172,7 @@ def test_never_above_the_optimum_and_nearly_always_it(count):
     assert min(varying, shared) >= 0.1 * count  # of those in which the link has a say
 
 
+@pytest.mark.each_value
 @pytest.mark.parametrize("backward", [1, 2, 3])
 @pytest.mark.parametrize("count", [8, 32, pytest.param(80, marks=pytest.mark.full)])
 def test_equal_blocks_meet_it(count, backward):

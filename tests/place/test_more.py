@@ -73,6 +73,7 @@ def test_a_few_unequal_blocks(sizes, times, link):
     never_slower(passes(table, range(max(sizes) * MIB, sum(sizes) * MIB, MIB)), SLACK)
 
 
+@pytest.mark.each_value
 @pytest.mark.parametrize("count", [5, 9])
 @pytest.mark.parametrize("what", ["ram", "link", "disk"])
 def test_equal_blocks_beside_the_disk(count, what):
@@ -113,6 +114,7 @@ def _ladder(rng, table, what):
             yield replace(table, **{name: getattr(table, name) * (1 + part / 4)}), budgets(vram, ram=ram)
 
 
+@pytest.mark.each_value
 @pytest.mark.parametrize("what", ["vram", "vram beside the disk", "ram", "link", "disk"])
 @pytest.mark.parametrize("count", [3, pytest.param(60, marks=pytest.mark.full)])
 def test_up_to_fourteen_unequal_blocks(what, count):

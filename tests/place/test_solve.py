@@ -29,6 +29,7 @@ def loads(plan):
     return sum(stay.begins == "load" for stay in plan.residences)
 
 
+@pytest.mark.each_value
 @pytest.mark.parametrize("n", [4, 8, 32])
 @pytest.mark.parametrize("share", [0.3, 0.5, 0.8])
 def test_equal_blocks_move_2_n_minus_m_times(n, share):
@@ -42,6 +43,7 @@ def test_equal_blocks_move_2_n_minus_m_times(n, share):
     assert plan.prediction.loaded_bytes_per_pass == 2 * (n - m) * X
 
 
+@pytest.mark.each_value
 @pytest.mark.parametrize("n", [8, 32])
 @pytest.mark.parametrize("m", [3, 4, 6])
 @pytest.mark.parametrize("link", [2e8, 1e9, 4e9])

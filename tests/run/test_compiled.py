@@ -68,6 +68,7 @@ def compare(kind, way, backend, cache, *, checked=False, around_forward=torch.en
     return handle
 
 
+@pytest.mark.each_value
 @pytest.mark.parametrize("checked", [False, True], ids=["plain", "checked"])
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("backend", [pytest.param("eager", marks=pytest.mark.full), "aot_eager"])
@@ -76,6 +77,7 @@ def test_compiled_layers_are_equal(backend, way, checked, tmp_path):
     assert handle.record.misses == handle.record.out_of_order == 0
 
 
+@pytest.mark.each_value
 @pytest.mark.full
 @pytest.mark.parametrize("checked", [False, True], ids=["plain", "checked"])
 @pytest.mark.parametrize("kind", ["plain", "llama"])
@@ -164,6 +166,7 @@ def test_the_model_compiled_as_a_whole_is_refused(tmp_path):
             attach(whole, plan, cache=tmp_path)
 
 
+@pytest.mark.each_value
 @pytest.mark.parametrize("way", [None, *WAYS])
 @pytest.mark.parametrize("ran", [False, True], ids=["after", "before"])
 def test_a_compiled_region_around_layers_is_refused(way, ran, tmp_path):

@@ -66,6 +66,7 @@ def counted_step(model, family, precision):
     return count.peak
 
 
+@pytest.mark.each_value
 @pytest.mark.parametrize("share", [0.0, pytest.param(1.0, marks=pytest.mark.full)])
 @pytest.mark.parametrize("policy", ["keep", "recompute"])
 @pytest.mark.parametrize(("family", "precision"), CASES)
@@ -145,6 +146,7 @@ def test_a_plan_made_without_the_runs_autocast_is_told_once(caplog):
     assert re.match(rf"{layers[0]} saves [0-9.]+ KiB of copies of its weights .* inside the same autocast", message)
 
 
+@pytest.mark.each_value
 @pytest.mark.parametrize(
     ("autocast", "policy"), [("bf16", None), (None, None), (None, "recompute"), ("bf16", "offload"), (None, "offload")]
 )

@@ -284,6 +284,7 @@ def test_a_write_between_forward_and_backward_of_a_recomputed_layer_is_refused(t
 # ---- other ways in ---------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.each_value
 @pytest.mark.parametrize("when", ["before", "after", "late"])
 @pytest.mark.parametrize("inner", ["mlp", "self_attn.q_proj", "input_layernorm", "mlp.down_proj"])
 def test_a_backward_that_enters_a_layer_by_what_a_hook_took_is_right(inner, when, tmp_path):
@@ -402,6 +403,7 @@ def last_of_all(found: list[torch.Tensor]) -> torch.Tensor:
     return found[-1].square().mean()
 
 
+@pytest.mark.each_value
 @pytest.mark.parametrize("passes", [0, 2])
 @pytest.mark.parametrize(
     ("losses", "is_refused"),

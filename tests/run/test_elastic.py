@@ -35,6 +35,7 @@ def watched(arena):
     return gone, come
 
 
+@pytest.mark.each_value
 @pytest.mark.parametrize("checked", [False, True], ids=["plain", "checked"])
 @pytest.mark.parametrize(("kind", "share", "offload"), CASES)
 def test_three_steps_to_the_bit(kind, share, offload, checked, tmp_path):

@@ -65,6 +65,7 @@ def compare(kind, plan, tmp_path, *, checked=False, **options):
         return handle.record
 
 
+@pytest.mark.each_value
 @pytest.mark.parametrize("checked", [False, True], ids=["plain", "checked"])
 @pytest.mark.parametrize(
     ("kind", "checkpointing"),
@@ -91,6 +92,7 @@ def test_checkpoints_that_the_plan_knew(kind, checkpointing, tmp_path):
     assert record.out_of_order == 0
 
 
+@pytest.mark.each_value
 @pytest.mark.parametrize("way", ["reversed", "twice", "none"])
 @pytest.mark.parametrize("checkpointing", ["off", "inside-other", "around-reentrant"])
 def test_experts_in_any_order_more_than_once_or_none(way, checkpointing, tmp_path):
@@ -98,6 +100,7 @@ def test_experts_in_any_order_more_than_once_or_none(way, checkpointing, tmp_pat
     assert record.passes == 4
 
 
+@pytest.mark.each_value
 @pytest.mark.parametrize("transfers", ALL)
 @pytest.mark.parametrize("way", ["in-order", "reversed", "twice"])
 def test_transfers_that_do_their_worst(way, transfers, tmp_path, monkeypatch):

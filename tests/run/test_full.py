@@ -15,6 +15,7 @@ from tests.support.training import CHECKPOINTING, KINDS
 pytestmark = pytest.mark.full
 
 
+@pytest.mark.each_value
 @pytest.mark.parametrize("checkpointing", CHECKPOINTING)
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_combination_is_equal_to_the_bit(kind, checkpointing, tmp_path, record_property):

@@ -225,6 +225,7 @@ ONCE = [
 ]  # fmt: skip
 
 
+@pytest.mark.each_value
 @pytest.mark.parametrize("before", [False, True], ids=["attached", "before"])
 @pytest.mark.parametrize("late", ONCE, ids=lambda late: late.__name__)
 def test_they_are_called_once(late, before):
@@ -443,6 +444,7 @@ REFUSED = [
 ]  # fmt: skip
 
 
+@pytest.mark.each_value
 @pytest.mark.parametrize("vram", [None, "1GiB"], ids=["streamed", "pinned"])
 @pytest.mark.parametrize("late", REFUSED, ids=lambda late: late.__name__)
 def test_refused(late, vram):

@@ -38,6 +38,7 @@ def counted_step(model, kind, accumulation=1, batches=batch_of, apart=()):
     return count.peak
 
 
+@pytest.mark.each_value
 @pytest.mark.parametrize(
     "options",
     [
@@ -58,6 +59,7 @@ def test_peak_is_within_budget_and_prediction(kind, checkpointing, options, tmp_
     assert plan.prediction.peaks.vram_bytes == pytest.approx(peak, rel=0.10)
 
 
+@pytest.mark.each_value
 @pytest.mark.parametrize("share", [0.0, 0.1, 0.2, 0.8, 1.0])
 @pytest.mark.parametrize("kind", KINDS)
 def test_all_budgets_from_the_least_on(kind, share, tmp_path):

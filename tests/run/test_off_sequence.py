@@ -88,6 +88,7 @@ def plan_of_wandering(request):
     return lambda way: plan_of(wandering(way), *request.param)
 
 
+@pytest.mark.each_value
 @pytest.mark.parametrize("checked", [pytest.param(False, marks=pytest.mark.full), True], ids=["plain", "checked"])
 @pytest.mark.parametrize("way", ["drop", "repeat", "again", "exit", "any", "twice", *PARTS])
 def test_layers_left_out_repeated_without_gradients_or_in_another_order(plan_of_wandering, way, checked, tmp_path):
@@ -146,6 +147,7 @@ def ways_of_autograd(model):
     return found
 
 
+@pytest.mark.each_value
 @pytest.mark.parametrize("checked", [False, True], ids=["plain", "checked"])
 def test_ways_of_autograd(plan_of_wandering, checked, tmp_path):
     whole, planned = wandering("straight"), wandering("straight")

@@ -23,6 +23,7 @@ from tests.run.test_parity import compare, plan_for
 from tests.support.training import CPU, KINDS, assert_equal, batch_of, loss_of, make, train
 
 
+@pytest.mark.each_value
 @pytest.mark.parametrize("checked", [False, True], ids=["plain", "checked"])
 @pytest.mark.parametrize(
     "options",
@@ -37,6 +38,7 @@ def test_three_steps(kind, options, checked, tmp_path):
         assert record.offloaded_bytes == record.passes * handle.plan.prediction.offloaded_bytes_per_pass > 0
 
 
+@pytest.mark.each_value
 @pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
 @pytest.mark.parametrize("kind", KINDS)
 def test_peak_is_within_budget_and_prediction(kind, share, tmp_path):
@@ -69,6 +71,7 @@ def test_some_layers_only_beside_recomputed_ones(tmp_path):
         assert handle.record.offload_skipped == 0
 
 
+@pytest.mark.each_value
 @pytest.mark.parametrize("transfers", adversary.ALL, ids=lambda kind: kind.__name__)
 @pytest.mark.parametrize("checked", [False, True], ids=["plain", "checked"])
 def test_transfers_that_do_their_worst(transfers, checked, tmp_path, monkeypatch):
@@ -403,6 +406,7 @@ class ReturnsWhatItSaved(Base):
         return SavesItsGradient.apply(torch.sin(self.frozen(x)), self.trained.weight) + self.trained.bias
 
 
+@pytest.mark.each_value
 @pytest.mark.parametrize("checked", [False, True], ids=["plain", "checked"])
 @pytest.mark.parametrize("trick", [Complex, ReturnsWhatItSaved])
 def test_tricks(trick, checked):

@@ -66,6 +66,7 @@ def assert_waits(handle, optimizer):
     assert all(held.untyped_storage().data_ptr() == room.untyped_storage().data_ptr() for held in state)
 
 
+@pytest.mark.each_value
 @pytest.mark.parametrize("checked", [False, True], ids=["plain", "checked"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_three_steps(kind, checked, tmp_path):

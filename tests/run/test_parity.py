@@ -97,6 +97,7 @@ def assert_forwards(whole, planned, recomputed, steps):
     assert all(as_often.values()), as_often
 
 
+@pytest.mark.each_value
 @pytest.mark.parametrize("checked", [False, True], ids=["plain", "checked"])
 @pytest.mark.parametrize(("kind", "checkpointing"), EVERY_WAY)
 def test_three_steps(kind, checkpointing, checked, tmp_path):
@@ -109,6 +110,7 @@ def test_three_steps(kind, checkpointing, checked, tmp_path):
             assert handle.checked_reads > 0
 
 
+@pytest.mark.each_value
 @pytest.mark.parametrize("checked", [pytest.param(False, marks=pytest.mark.full), True], ids=["plain", "checked"])
 @pytest.mark.parametrize(("kind", "checkpointing"), EVERY_WAY)
 def test_dropout_and_accumulation(kind, checkpointing, checked, tmp_path):
@@ -118,6 +120,7 @@ def test_dropout_and_accumulation(kind, checkpointing, checked, tmp_path):
         assert handle.record.misses == 0
 
 
+@pytest.mark.each_value
 @pytest.mark.parametrize("share", [0.0, 0.15, 0.7])
 @pytest.mark.parametrize("kind", KINDS)
 def test_from_the_least_that_works(kind, share, tmp_path):

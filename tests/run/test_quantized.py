@@ -48,6 +48,7 @@ def assert_same(one, other):
         assert torch.equal(one[name], other[name]), name
 
 
+@pytest.mark.each_value
 @pytest.mark.parametrize("checked", [False, True], ids=["plain", "checked"])
 @pytest.mark.parametrize("kind", QUANTIZED)
 def test_three_steps(kind, checked, tmp_path):
@@ -58,6 +59,7 @@ def test_three_steps(kind, checked, tmp_path):
         assert moved & {"absmax", "SCB", "qdata", "qweight"}
 
 
+@pytest.mark.each_value
 @pytest.mark.parametrize("checkpointing", [c for c in CHECKPOINTING if c != "off"])
 @pytest.mark.parametrize(
     "kind", ["nf4-nested", *(pytest.param(kind, marks=pytest.mark.full) for kind in ("int8", "torchao-int8"))]

@@ -78,6 +78,7 @@ def equal(one, other):
     assert all(torch.equal(a, b) for a, b in zip(one[1], other[1], strict=True))
 
 
+@pytest.mark.each_value
 @pytest.mark.parametrize("checked", [False, True], ids=["plain", "checked"])
 @pytest.mark.parametrize("operator", [1, pytest.param(200, marks=pytest.mark.full), 700])
 @pytest.mark.parametrize("offload", [(), "all"], ids=["kept", "offloaded"])

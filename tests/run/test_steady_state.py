@@ -41,6 +41,7 @@ def counted(model, kind):
     return operators.seen
 
 
+@pytest.mark.each_value
 @pytest.mark.parametrize("tiers", ["host", "all"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_no_operator_is_memplans(kind, tiers, tmp_path):

@@ -31,6 +31,7 @@ def in_pairs(reentrant):
     return model
 
 
+@pytest.mark.each_value
 @pytest.mark.parametrize("share", [0.0, 0.4])
 @pytest.mark.parametrize("reentrant", [False, True], ids=["other", "reentrant"])
 def test_layers_checkpointed_together(reentrant, share, tmp_path):

@@ -22,6 +22,7 @@ def adversarial(request, monkeypatch):
     monkeypatch.setattr(installing, "CpuTransfers", request.param)
 
 
+@pytest.mark.each_value
 @pytest.mark.usefixtures("adversarial")
 @pytest.mark.parametrize("share", [0.2])
 @pytest.mark.parametrize("checkpointing", ["off", "around-reentrant"])
@@ -30,6 +31,7 @@ def test_at_the_first_and_at_the_last_legal_moment(kind, checkpointing, share, t
     compare(kind, checkpointing=checkpointing, share=share, checked=True, tmp_path=tmp_path).detach()
 
 
+@pytest.mark.each_value
 @pytest.mark.usefixtures("adversarial")
 @pytest.mark.parametrize("way", ["straight", "drop", "any"])
 def test_off_the_sequence_too(way, tmp_path):

@@ -109,6 +109,7 @@ READS = {
 }
 
 
+@pytest.mark.each_value
 @pytest.mark.parametrize("more_bytes", [0, 60_000])
 @pytest.mark.parametrize("name", READS)
 def test_reads(name, more_bytes, tmp_path):
@@ -312,6 +313,7 @@ def test_a_state_dict_inside_materialise_has_what_was_written_there(tmp_path):
     assert_alike(act, tmp_path)
 
 
+@pytest.mark.each_value
 @pytest.mark.parametrize("write", [lambda w: w.mul_(0.5), lambda w: w.data.mul_(0.5), lambda w: w.detach().zero_()])
 @pytest.mark.parametrize("last", [2, 3])
 def test_weights_that_are_given_the_same_data_stay_the_same(write, last, tmp_path):

@@ -101,6 +101,7 @@ def split(section: list[str]) -> tuple[list[tuple[str, ...]], str]:
     return [cells(line) for line in rows], " ".join(" ".join(section[len(rows) :]).split())
 
 
+@pytest.mark.each_value
 @pytest.mark.parametrize("measured", [False, True], ids=["planned", "run"])
 def test_the_text(plan: Plan, measured: bool) -> None:
     record = record_of(plan) if measured else None
@@ -230,6 +231,7 @@ def ranges_of(want: Figures) -> list[tuple[str, ...]]:
     return rows if len(rows) <= 6 else [*rows[:5], (f"... {len(rows) - 6} more",), rows[-1]]
 
 
+@pytest.mark.each_value
 @pytest.mark.parametrize("measured", [False, True], ids=["planned", "run"])
 def test_the_wide_text_has_the_same_figures(plan: Plan, measured: bool) -> None:
     record = record_of(plan) if measured else None
@@ -246,6 +248,7 @@ def figures(text: str) -> list[str]:
 # ---- a page ---------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.each_value
 @pytest.mark.parametrize("measured", [False, True], ids=["planned", "run"])
 def test_the_tables_of_a_page(plan: Plan, measured: bool) -> None:
     record = record_of(plan) if measured else None

@@ -49,6 +49,7 @@ def cells(report: str, label: str, after: str = "") -> list[str]:
     return [cell.strip() for cell in line[len(label) :].split("  ") if cell.strip()]
 
 
+@pytest.mark.each_value
 @pytest.mark.parametrize("width", [80, 120])
 @pytest.mark.parametrize("measured", [False, True])
 @pytest.mark.parametrize("homes", [SMALL, LONG])

@@ -125,6 +125,7 @@ def holds(text: str, width: int) -> None:
     assert not re.search(r"\biB|\d [KMG]i\b", text), "a unit is torn"
 
 
+@pytest.mark.each_value
 @pytest.mark.parametrize("width", [80, 120])
 @pytest.mark.parametrize("which", WHICH)
 def test_piped(which: str, width: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
@@ -136,6 +137,7 @@ def test_piped(which: str, width: int, monkeypatch: pytest.MonkeyPatch, capsys: 
     assert "\x1b" not in shown
 
 
+@pytest.mark.each_value
 @pytest.mark.parametrize("width", [80, 120])
 @pytest.mark.parametrize("which", WHICH)
 def test_on_a_terminal(which: str, width: int, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -142,6 +142,7 @@ def test_trains_as_from_pretrained(kind, checkpoints, tmp_path):
                 assert torch.equal(parameter, expected[name]), name
 
 
+@pytest.mark.each_value
 @pytest.mark.parametrize(
     "kind", ["llama", *(pytest.param(kind, marks=pytest.mark.full) for kind in ("tied", "mixtral"))]
 )
