@@ -2,10 +2,11 @@
 
     python -m benchmarks.link [--pairs 8] [--keep]
 
-There is no link on a CPU: transfers here are throttled to a rate (a copy, then sleep until its time is over), so that the
-floor is known; bare copies of as many bytes beside a whole pass tell what sharing the memory costs this machine. The profile's compute rate is the whole run's, measured first; then the link is set so slow that it binds,
-and so fast that it hides, and passes of both models are timed in turn. One thread computes; a core is left for the
-copies. Everything is in RAM, nothing is read from disk. A table for people; the last line is JSON.
+There is no link on a CPU: transfers here are throttled to a rate (a copy, then sleep until its time is over), so that
+the floor is known; bare copies of as many bytes beside a whole pass tell what sharing the memory costs this machine.
+The profile's compute rate is the whole run's, measured first; then the link is set so slow that it binds, and so fast
+that it hides, and passes of both models are timed in turn. One thread computes; a core is left for the copies.
+Everything is in RAM, nothing is read from disk. A table for people; the last line is JSON.
 """
 
 from __future__ import annotations
@@ -75,7 +76,9 @@ def one_pass(model: nn.Module, batch: torch.Tensor) -> float:
 
 
 class Copier:
-    """Bare copies of as many bytes at the same rate beside a whole pass: what a machine of shared memory takes for them."""
+    """Bare copies of as many bytes at the same rate beside a whole pass: what a machine of shared memory takes for
+    them.
+    """
 
     def __init__(self, size_bytes: int, loads: int, bytes_per_s: float) -> None:
         self._source, self._slots = np.ones(size_bytes, np.uint8), np.ones((2, size_bytes), np.uint8)

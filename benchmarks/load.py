@@ -114,7 +114,8 @@ from transformers import LlamaForCausalLM
 from memplan.program.schema import Plan
 torch.set_num_threads(1)
 def peak():
-    return next(int(l.split()[1]) * 1024 for l in Path("/proc/self/status").read_text().splitlines() if l.startswith("VmHWM"))
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
 plan = Plan.load(sys.argv[2])
 before = peak()
 began = time.perf_counter()

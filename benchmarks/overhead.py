@@ -4,7 +4,8 @@
 
 A deep stack of small layers, each streamed from RAM through two slots, against the same model held whole: steps in
 turn. What a step takes longer, over its blocks and their two sweeps, is hooks, bookkeeping, pointing, and the hand-over
-to the thread that copies. The floor is zero; 150 µs is the most that is accepted. A table for people; the last line is JSON.
+to the thread that copies. The floor is zero; 150 µs is the most that is accepted. A table for people; the last line is
+JSON.
 """
 
 from __future__ import annotations

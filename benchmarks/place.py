@@ -2,13 +2,12 @@
 
     python -m benchmarks.place [--only TEXT] [--tokens N] [--graphs FOLDER] [--elastic] [--keep]
 
-Models (from shapes alone) x dtypes x cards x tokens x budgets from the least feasible to all. ``bound``: the window bound at
-the plan's granularity, room as it is at each access. ``--graphs``: where analyses are kept from one run to the next.
-``one arena``: the same bound where the room is that of the
-access with the least. ``all kept``, ``all recomputed``: the same solver without that choice. ``joint``: the same solver with
-the choice of offloading too; for it there are budgets besides from where both of those fit to all, and two at and above
-the least that works with it where nothing else fits.
-A table for people; the last line is JSON.
+Models (from shapes alone) x dtypes x cards x tokens x budgets from the least feasible to all. ``bound``: the window
+bound at the plan's granularity, room as it is at each access. ``--graphs``: where analyses are kept from one run to the
+next. ``one arena``: the same bound where the room is that of the access with the least. ``all kept``, ``all
+recomputed``: the same solver without that choice. ``joint``: the same solver with the choice of offloading too; for it
+there are budgets besides from where both of those fit to all, and two at and above the least that works with it where
+nothing else fits. A table for people; the last line is JSON.
 """
 
 from __future__ import annotations
@@ -59,7 +58,8 @@ LONG = {"llama-3.1-8b": (1, 8192), "qwen3-14b": (1, 8192)}
 SHARES = (0.0, 0.1, 0.25, 0.5, 0.75, 0.9, 1.0)
 """Budgets: from the least that works to what holds everything."""
 BOTH_SHARES = (0.0, 0.1, 0.25, 0.5, 0.75, 1.0)
-"""Budgets for the joint choice: from the least in which all kept and all recomputed both fit to what holds everything."""
+"""Budgets for the joint choice: from the least in which all kept and all recomputed both fit to what holds everything.
+"""
 ALONE: tuple[Activations, ...] = ("keep", "recompute")
 RAM_BYTES = 2 << 40
 
@@ -131,7 +131,9 @@ def without_offload(table: CostTable) -> CostTable:
 
 
 def one_arena_bound_s(plan: Plan) -> float:
-    """Return the window bound in s of plans whose arena is as large all along the pass as it can be where room is least."""
+    """Return the window bound in s of plans whose arena is as large all along the pass as it can be where room is
+    least.
+    """
     policies = plan.policies()
     problem = make_problem(plan.table, plan.budgets, 0, {}, policies)
     nonweight = Memory(plan.table).at(policies) + problem.saves.device_bytes
@@ -143,7 +145,9 @@ def one_arena_bound_s(plan: Plan) -> float:
 def pass_s(
     table: CostTable, vram_bytes: int, names: dict[str, Any], how: Activations | None = None
 ) -> Prediction | None:
-    """Return what a pass takes with the activations of all layers as ``how``, or as is fastest; None where it does not fit."""
+    """Return what a pass takes with the activations of all layers as ``how``, or as is fastest; None where it does not
+    fit.
+    """
     asked = {} if how is None else dict.fromkeys(table.recomputable, how)
     within = Budgets(vram_bytes=vram_bytes, ram_bytes=RAM_BYTES, disk_bytes=0)
     try:
@@ -153,7 +157,9 @@ def pass_s(
 
 
 def joint_budgets(table: CostTable, plain: CostTable, whole: int) -> list[int]:
-    """Return the budgets of vram in bytes at which the joint choice is looked at. ``plain``: the table without offloading."""
+    """Return the budgets of vram in bytes at which the joint choice is looked at. ``plain``: the table without
+    offloading.
+    """
     within = Budgets(vram_bytes=0, ram_bytes=RAM_BYTES, disk_bytes=0)
 
     def least(of: CostTable, how: Activations | None = None) -> int:
@@ -190,8 +196,8 @@ def joint_rows(table: CostTable, plain: CostTable, whole: int, names: dict[str, 
 
 
 def joint_summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """Return how much longer the better of all kept and all recomputed takes than the joint choice, in the median, over the
-    budgets where something streams and both fit; and at how many only the joint choice fits.
+    """Return how much longer the better of all kept and all recomputed takes than the joint choice, in the median, over
+    the budgets where something streams and both fit; and at how many only the joint choice fits.
     """
     both = [row for row in rows if row["streams"] and row["all_kept_s"] and row["all_recomputed_s"] and row["joint_s"]]
     gains = [min(row["all_kept_s"], row["all_recomputed_s"]) / row["joint_s"] - 1 for row in both]
@@ -239,8 +245,12 @@ def main() -> int:
                     names = {"model": name, "fingerprint": graph.fingerprint, "workload": workload, "hardware": card}
                     least, whole = least_and_whole(table, **names)
                     labels = {
-                        "model": name, "dtype": quantization or "bf16", "card": card, "tokens": graph.tokens, "rows": shape[0]
-                    }  # fmt: skip
+                        "model": name,
+                        "dtype": quantization or "bf16",
+                        "card": card,
+                        "tokens": graph.tokens,
+                        "rows": shape[0],
+                    }
                     joint += [labels | row for row in joint_rows(with_offload, table, whole, names)]
                     for share in SHARES:
                         vram = int(least + share * (whole - least))
@@ -262,9 +272,19 @@ def main() -> int:
                                 "recomputed": sum(p.activations == "recompute" for p in plan.activations),
                             }
                         )  # fmt: skip
-                        cells = [name, quantization or "bf16", card, str(graph.tokens), f"{vram / 2**30:.1f}",
-                                 f"{said.pass_s:.3f}", f"{gap:.2%}", f"{said.pass_s / flat_s - 1:.2%}", f"{took:.2f}", str(len(plan.table.blocks)),
-                                 str(rows[-1]["recomputed"])]  # fmt: skip
+                        cells = [
+                            name,
+                            quantization or "bf16",
+                            card,
+                            str(graph.tokens),
+                            f"{vram / 2**30:.1f}",
+                            f"{said.pass_s:.3f}",
+                            f"{gap:.2%}",
+                            f"{said.pass_s / flat_s - 1:.2%}",
+                            f"{took:.2f}",
+                            str(len(plan.table.blocks)),
+                            str(rows[-1]["recomputed"]),
+                        ]
                         shown.add_row(*cells[:-1])
                         print(*cells, file=sys.stderr, flush=True)
     Console().print(shown)
@@ -278,18 +298,28 @@ def main() -> int:
         for count, length in kinds_of
     }
     result = {
-        "benchmark": "place", "elastic": given.elastic, "cases": len(rows), "median": statistics.median(gaps), "worst": max(gaps),
+        "benchmark": "place",
+        "elastic": given.elastic,
+        "cases": len(rows),
+        "median": statistics.median(gaps),
+        "worst": max(gaps),
         "slowest_s": max(row["solved_s"] for row in rows),
-        "one_arena_median": statistics.median(flat), "one_arena_worst": max(flat),
-        "joint": joint_summary(joint), "joint_by_shape": by_shape, "joint_rows": joint,
-        "peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024, "rows": rows,
-    }  # fmt: skip
+        "one_arena_median": statistics.median(flat),
+        "one_arena_worst": max(flat),
+        "joint": joint_summary(joint),
+        "joint_by_shape": by_shape,
+        "joint_rows": joint,
+        "peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        "rows": rows,
+    }
     print(f"one arena: median {result['one_arena_median']:.2%}, worst {result['one_arena_worst']:.2%}")
     for shape, found in {**by_shape, "all": joint_summary(joint)}.items():
         gain = "-" if found["gain_median"] is None else f"{found['gain_median']:.1%}"
         print(
-            f"kept, recomputed and offloaded together, {shape}: the better of all kept and all recomputed takes {gain} longer in "
-            f"the median of {found['cases']} cases; of {found['neither_fits']} budgets in which neither fits there is a plan for "
+            f"kept, recomputed and offloaded together, {shape}: the better of all kept and all recomputed takes {gain} "
+            f"longer in "
+            f"the median of {found['cases']} cases; of {found['neither_fits']} budgets in which neither fits there is "
+            f"a plan for "
             f"{found['only_joint_fits']}, for {found['only_offload_fits']} by offloading alone"
         )
     print(f"gap: median {result['median']:.2%}, worst {result['worst']:.2%}; slowest {result['slowest_s']:.2f} s")

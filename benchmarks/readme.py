@@ -65,7 +65,8 @@ def _table(found: list[dict[str, Any]], peak: str) -> str:
     machines = sorted({f"{r['gpu'] or r['processor']}, torch {r['torch']}, commit {r['commit']}" for r in found})
     heads = [f"{result['part']}, {result['tokens']} tokens" for result in found]
     lines = [
-        f"{'; '.join(machines)}. Step beside the whole model's (median of rounds), {peak}, gradients beside the whole model's:",
+        f"{'; '.join(machines)}. Step beside the whole model's (median of rounds), {peak}, gradients beside the whole "
+        f"model's:",
         "",
         "| | " + " | ".join(heads) + " |",
         "|---" * (len(heads) + 1) + "|",

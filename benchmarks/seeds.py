@@ -3,9 +3,9 @@
     python -m benchmarks.seeds [--only TEXT] [--keep]
 
 Nothing is loaded or trained. Each model is planned from its shapes in ``memplan/models.json``, in the setting of PEFT's
-example scripts (docs/seeds.md says what they leave open): the whole model on the device, the bytes that PEFT measured with
-DeepSpeed's offload as budgets, and the least vram that any plan needs beside that RAM. A table for people, in powers of
-ten; the last line is JSON.
+example scripts (docs/seeds.md says what they leave open): the whole model on the device, the bytes that PEFT measured
+with DeepSpeed's offload as budgets, and the least vram that any plan needs beside that RAM. A table for people, in
+powers of ten; the last line is JSON.
 """
 
 from __future__ import annotations

@@ -1,12 +1,13 @@
-"""Predicted peaks of memory and times of a step against measured ones: real training of small models, whole, on this machine.
+"""Predicted peaks of memory and times of a step against measured ones: real training of small models, whole, on this
+machine.
 
     python -m benchmarks.truth [--only TEXT] [--times] [--keep]
 
-Six architectures by batch, sequence, checkpointing, dtype, adapter, attention and quantization. Each model is predicted from
-its configuration alone, then made with random weights and trained for
-two AdamW steps; measured is the greatest number of bytes in live storages in the second. On CUDA the allocator's own
-figures stand beside it. ``--times``: the time of a step too, as ``memplan plan --measure`` predicts it and as the machine's
-measured rates do, in turns with the steps themselves; only on a quiet machine. A table for people; the last line is JSON.
+Six architectures by batch, sequence, checkpointing, dtype, adapter, attention and quantization. Each model is predicted
+from its configuration alone, then made with random weights and trained for two AdamW steps; measured is the greatest
+number of bytes in live storages in the second. On CUDA the allocator's own figures stand beside it. ``--times``: the
+time of a step too, as ``memplan plan --measure`` predicts it and as the machine's measured rates do, in turns with the
+steps themselves; only on a quiet machine. A table for people; the last line is JSON.
 """
 
 from __future__ import annotations
@@ -112,9 +113,16 @@ def configuration(case: Case) -> Any:
 
     tokens = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
     common = {
-        "hidden_size": WIDTH, "intermediate_size": INNER, "num_hidden_layers": case.layers, "num_attention_heads": HEADS,
-        "num_key_value_heads": 2, "vocab_size": case.vocabulary, "max_position_embeddings": 512, "use_cache": False, **tokens,
-    }  # fmt: skip
+        "hidden_size": WIDTH,
+        "intermediate_size": INNER,
+        "num_hidden_layers": case.layers,
+        "num_attention_heads": HEADS,
+        "num_key_value_heads": 2,
+        "vocab_size": case.vocabulary,
+        "max_position_embeddings": 512,
+        "use_cache": False,
+        **tokens,
+    }
     if case.architecture == "gpt2":
         return transformers.GPT2Config(
             n_embd=WIDTH,
@@ -145,9 +153,12 @@ def adapter(case: Case) -> Any:
     where = "attention" if case.adapter == "attention" else "all"
     targets = TARGETS[where].get(case.architecture, "all-linear" if where == "all" else ["q_proj", "v_proj"])
     return LoraConfig(
-        r=8, target_modules=targets, use_dora=case.adapter == "dora", lora_dropout=0.1 if case.adapter == "dropout" else 0.0,
+        r=8,
+        target_modules=targets,
+        use_dora=case.adapter == "dora",
+        lora_dropout=0.1 if case.adapter == "dropout" else 0.0,
         fan_in_fan_out=case.architecture == "gpt2",
-    )  # fmt: skip
+    )
 
 
 def predicted_bytes(case: Case) -> int:
@@ -246,8 +257,8 @@ def training(case: Case, model: Any) -> tuple[Callable[[], None], torch.optim.Op
 def times(case: Case, profile: HardwareProfile) -> dict[str, float]:
     """Return the seconds of a step: as they are, as they are predicted by measuring blocks, and by rates alone.
 
-    The first two are taken in turns; ``measured_s`` is the median step, ``predicted_s`` that times the median of the turns'
-    ratios, so that a machine that grows slower meanwhile tells on both.
+    The first two are taken in turns; ``measured_s`` is the median step, ``predicted_s`` that times the median of the
+    turns' ratios, so that a machine that grows slower meanwhile tells on both.
     """
     from memplan.analyze.blocks import measure as measuring
     from memplan.analyze.inputs.prepare import prepare

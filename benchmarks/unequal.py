@@ -2,13 +2,13 @@
 
     python -m benchmarks.unequal [--count N] [--seed N] [--keep]
 
-Each list has 8 to 14 blocks of 4 to 7 projections, sizes and times over a factor of 8 (backward twice that), a link that brings
-all of them twice in a quarter of the compute to twice the compute, and room from the largest block to all. The opponent has no
-addresses: bytes are bytes wherever they are free. What it holds from one use of a block to the next is chosen by a local
-search of several starts (``whole_blocks_s``), judged by the same timeline; on lists small enough to try every choice it is
-compared with the optimum (tests/place/test_unequal.py). ``bound``: the window bound. The figure is of the lists in which the
-opponent is over 5% above the bound: there whole blocks leave something.
-A table for people; the last line is JSON.
+Each list has 8 to 14 blocks of 4 to 7 projections, sizes and times over a factor of 8 (backward twice that), a link
+that brings all of them twice in a quarter of the compute to twice the compute, and room from the largest block to all.
+The opponent has no addresses: bytes are bytes wherever they are free. What it holds from one use of a block to the next
+is chosen by a local search of several starts (``whole_blocks_s``), judged by the same timeline; on lists small enough
+to try every choice it is compared with the optimum (tests/place/test_unequal.py). ``bound``: the window bound. The
+figure is of the lists in which the opponent is over 5% above the bound: there whole blocks leave something. A table for
+people; the last line is JSON.
 """
 
 from __future__ import annotations
@@ -162,9 +162,9 @@ class Pool:
 def whole_blocks_s(table: CostTable, room_bytes: int, seed: int = 0) -> float:
     """Return the shortest pass in s that was found for whole blocks in a pool of bytes.
 
-    Starts: gaps held by their length, by their bytes, by bytes per byte and access, both ways round, and in random orders. Each
-    climbs: a gap is held or dropped, or two change at once, and what room is then left is filled (or is not: more room lets
-    loads begin earlier), as long as the pass becomes shorter.
+    Starts: gaps held by their length, by their bytes, by bytes per byte and access, both ways round, and in random
+    orders. Each climbs: a gap is held or dropped, or two change at once, and what room is then left is filled (or is
+    not: more room lets loads begin earlier), as long as the pass becomes shorter.
     """
     pool, rng = Pool(table, room_bytes), random.Random(seed)
     sizes, bits = [block.size_bytes for block in table.blocks], range(len(pool.gaps))

@@ -1,4 +1,5 @@
-"""A loop with accelerate on lines of {"text": ...}: python accelerate_loop.py MODEL DATA.jsonl OUT [--vram 10GiB --ram 24GiB]
+"""A loop with accelerate on lines of {"text": ...}: python accelerate_loop.py MODEL DATA.jsonl OUT [--vram 10GiB --ram
+24GiB]
 
 It accumulates, clips, saves its state and goes on from it. ``memplan run`` needs no line of memplan here.
 """

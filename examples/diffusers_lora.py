@@ -1,7 +1,7 @@
 """LoRA on a diffusers model, a UNet or a transformer: python diffusers_lora.py MODEL OUT [--vram 10GiB --ram 24GiB]
 
-MODEL: the folder of a pipeline, or of its ``unet`` or ``transformer`` alone. Images and captions are random here, in the
-form that their encoders give. The shape of the usual script: noise, a time, and the mean squared error of what is
+MODEL: the folder of a pipeline, or of its ``unet`` or ``transformer`` alone. Images and captions are random here, in
+the form that their encoders give. The shape of the usual script: noise, a time, and the mean squared error of what is
 predicted. ``memplan run`` needs no line of memplan here.
 """
 

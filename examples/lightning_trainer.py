@@ -1,4 +1,5 @@
-"""PyTorch Lightning on lines of {"text": ...}: python lightning_trainer.py MODEL DATA.jsonl OUT [--vram 10GiB --ram 24GiB]
+"""PyTorch Lightning on lines of {"text": ...}: python lightning_trainer.py MODEL DATA.jsonl OUT [--vram 10GiB --ram
+24GiB]
 
 One line differs from a script without memplan: the callback. ``memplan run`` needs none.
 """

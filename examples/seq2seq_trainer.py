@@ -1,4 +1,5 @@
-"""LoRA with transformers' Seq2SeqTrainer on lines of {"prompt", "chosen"}: python seq2seq_trainer.py MODEL DATA.jsonl OUT
+"""LoRA with transformers' Seq2SeqTrainer on lines of {"prompt", "chosen"}: python seq2seq_trainer.py MODEL DATA.jsonl
+OUT
 
 It evaluates by generating. With ``--vram 10GiB`` under a budget; ``memplan run`` needs no line of memplan here.
 """

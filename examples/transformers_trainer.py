@@ -1,6 +1,8 @@
-"""LoRA with transformers' Trainer on lines of {"text": ...}: python transformers_trainer.py MODEL DATA.jsonl OUT [--vram 10GiB]
+"""LoRA with transformers' Trainer on lines of {"text": ...}: python transformers_trainer.py MODEL DATA.jsonl OUT
+[--vram 10GiB]
 
-Three lines differ from a script without memplan: the import, the ``with`` and the report. ``memplan run`` needs none of them.
+Three lines differ from a script without memplan: the import, the ``with`` and the report. ``memplan run`` needs none of
+them.
 """
 
 from __future__ import annotations

@@ -1,6 +1,8 @@
-"""Supervised fine-tuning with TRL on lines of {"text": ...}: python trl_sft.py MODEL DATA.jsonl OUT [--vram 10GiB --ram 24GiB]
+"""Supervised fine-tuning with TRL on lines of {"text": ...}: python trl_sft.py MODEL DATA.jsonl OUT [--vram 10GiB --ram
+24GiB]
 
-Three lines differ from a script without memplan: the import, the ``with`` and the report. ``memplan run`` needs none of them.
+Three lines differ from a script without memplan: the import, the ``with`` and the report. ``memplan run`` needs none of
+them.
 """
 
 from __future__ import annotations

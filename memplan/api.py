@@ -25,14 +25,14 @@ def plan(model: Any, batch: Any, **options: Unpack[PlanOptions]) -> Plan:
     """Say where each frozen block lives and when it moves, before any weight is loaded.
 
     ``model``: an ``nn.Module`` on any device (``meta`` included), a transformers configuration, a directory with
-    ``config.json`` (of transformers or diffusers), or a name: of ``memplan/models.json``, or on the hub.
-    ``batch``: a mapping of tensors (one micro-batch), or a shape: (batch, sequence), or (batch,) for images.
-    ``options``: budgets and the machine (``vram``, ``ram``, ``disk``, ``page_lock``, ``hardware``); how a model that is given by
-    its configuration is built (``adapter``, ``dtype``, ``attention``, ``quantization``, ``qlora``, ``kbit``,
-    ``gradient_checkpointing``); the training (``autocast``, ``accumulation``, ``steps``, or ``examples`` and ``epochs``,
-    ``optimizer``, ``loss``); the placement (``pins``, ``activations``, ``elastic``, ``optimizer_state``, ``checkpoint``); what is
-    looked at (``measure``, ``max_step_s``, ``gains``, ``progress``). :class:`memplan.PlanOptions` says what each takes and is
-    when it is left out, and so does ``docs/options.md``.
+    ``config.json`` (of transformers or diffusers), or a name: of ``memplan/models.json``, or on the hub. ``batch``: a
+    mapping of tensors (one micro-batch), or a shape: (batch, sequence), or (batch,) for images. ``options``: budgets
+    and the machine (``vram``, ``ram``, ``disk``, ``page_lock``, ``hardware``); how a model that is given by its
+    configuration is built (``adapter``, ``dtype``, ``attention``, ``quantization``, ``qlora``, ``kbit``,
+    ``gradient_checkpointing``); the training (``autocast``, ``accumulation``, ``steps``, or ``examples`` and
+    ``epochs``, ``optimizer``, ``loss``); the placement (``pins``, ``activations``, ``elastic``, ``optimizer_state``,
+    ``checkpoint``); what is looked at (``measure``, ``max_step_s``, ``gains``, ``progress``).
+    :class:`memplan.PlanOptions` says what each takes and is when it is left out, and so does ``docs/options.md``.
 
     Raises DoesNotFitError (with the least vram that would), TooSlowError, InputError and its children. The model is
     unchanged.
@@ -56,9 +56,8 @@ def plan(model: Any, batch: Any, **options: Unpack[PlanOptions]) -> Plan:
 def frontier(model: Any, batch: Any, *, points: int = 17, **options: Unpack[PlanOptions]) -> tuple[Point, ...]:
     """Return device memory against step time: budgets of vram, each with a shorter step than every smaller one.
 
-    ``points`` budgets are tried, from the least that works to what holds everything; ``options``: those of :func:`plan`, but
-    for ``max_step_s`` and ``gains``.
-    Raises InputError, and DoesNotFitError where no vram would do.
+    ``points`` budgets are tried, from the least that works to what holds everything; ``options``: those of
+    :func:`plan`, but for ``max_step_s`` and ``gains``. Raises InputError, and DoesNotFitError where no vram would do.
     """
     from memplan.case import case_of
     from memplan.queries import frontier as questions
@@ -76,11 +75,12 @@ def fit(
     slowdown: float = 0.05,
     **options: Unpack[PlanOptions],
 ) -> Fit:
-    """Return the most that fits, each alone and the rest as asked: micro-batch, sequence, LoRA rank, quantization; and the
-    least vram, with and without a bound on the step (``slowdown``: a share of the step with everything on the device).
+    """Return the most that fits, each alone and the rest as asked: micro-batch, sequence, LoRA rank, quantization; and
+    the least vram, with and without a bound on the step (``slowdown``: a share of the step with everything on the
+    device).
 
-    ``batch``: a shape. ``options``: those of :func:`plan`, but for ``adapter`` (which is ``rank`` and ``targets`` here),
-    ``max_step_s`` and ``gains``. Raises InputError.
+    ``batch``: a shape. ``options``: those of :func:`plan`, but for ``adapter`` (which is ``rank`` and ``targets``
+    here), ``max_step_s`` and ``gains``. Raises InputError.
     """
     from memplan.queries.fit import fit
 
@@ -88,7 +88,9 @@ def fit(
 
 
 def memory_timeline(plan: Plan) -> tuple[Moment, ...]:
-    """Return the bytes of each tier by kind, at the peak of each access: :mod:`memplan.program.memory_timeline` says what kinds."""
+    """Return the bytes of each tier by kind, at the peak of each access: :mod:`memplan.program.memory_timeline` says
+    what kinds.
+    """
     from memplan.program.memory_timeline import timeline
 
     return timeline(plan)
@@ -126,8 +128,8 @@ def report(
 ) -> None:
     """Print the plan, and what was measured beside it where a record is given, to ``file`` (default: standard output).
 
-    ``html``: write one page to this file instead, with ``points`` of :func:`frontier` on it. In a notebook, where no file is
-    given, the page is shown.
+    ``html``: write one page to this file instead, with ``points`` of :func:`frontier` on it. In a notebook, where no
+    file is given, the page is shown.
 
     Raises PlanMismatchError where the record is of another model, InputError where the page cannot be written.
     """

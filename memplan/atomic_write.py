@@ -1,9 +1,9 @@
 """The one writer of every file that memplan writes: a file is there whole or not at all, and nothing else is replaced.
 
-[Note: what is written through]
-A link stays a link: its target gets the content, and is created where it does not exist. An existing file keeps its mode,
-owner and access lists. A device node, a pipe and an open descriptor (``/dev/stdout``, ``/dev/fd/63`` of a process
-substitution) are written to, never replaced. ``-`` is standard output. Directories, sockets and disks are refused.
+[Note: what is written through] A link stays a link: its target gets the content, and is created where it does not
+exist. An existing file keeps its mode, owner and access lists. A device node, a pipe and an open descriptor
+(``/dev/stdout``, ``/dev/fd/63`` of a process substitution) are written to, never replaced. ``-`` is standard output.
+Directories, sockets and disks are refused.
 """
 
 from __future__ import annotations

@@ -50,12 +50,18 @@ class Case:
     staging_bytes: int
     notes: tuple[str, ...]
     elastic: bool | None = None
-    """Whether the device arena may give bytes back for part of a pass; None: as :func:`memplan.place.solve.place` has it."""
+    """Whether the device arena may give bytes back for part of a pass; None: as :func:`memplan.place.solve.place` has
+    it.
+    """
     optimizer_state: StateHome | None = None
-    """Where the optimizer's state lies between steps; None: as is best, of those that :func:`memplan.place.solve.place` tries."""
+    """Where the optimizer's state lies between steps; None: as is best, of those that :func:`memplan.place.solve.place`
+    tries.
+    """
 
     def place(self, *, pieces: bool = True, **budgets: int) -> Plan:
-        """Return the plan. ``budgets``: bytes in place of the case's own, such as ``vram_bytes``. Raises DoesNotFitError."""
+        """Return the plan. ``budgets``: bytes in place of the case's own, such as ``vram_bytes``. Raises
+        DoesNotFitError.
+        """
         from memplan.place.solve import place
 
         within = replace(self.budgets, **budgets)
@@ -63,7 +69,9 @@ class Case:
         return place(self.table, within, optimizer_state=self.optimizer_state, **more, **self._said())
 
     def pass_below_s(self, below_s: float) -> float | None:
-        """Return the pass in s of the plan, whole blocks alone; None where it does not fit or takes ``below_s`` or longer."""
+        """Return the pass in s of the plan, whole blocks alone; None where it does not fit or takes ``below_s`` or
+        longer.
+        """
         from memplan.place.solve import pass_below_s
 
         more = {"pins": self.pins, "elastic": self.elastic, **self._asked()}
@@ -135,7 +143,8 @@ def case_of(request: Request) -> Case:
     profile = profile_of(request.hardware)  # where it has to be measured this takes the longest
     if choices.measure and not machine.is_here(profile):
         raise InputError(
-            f"the times are to be measured, but the hardware is {profile.name}, not this machine: leave measure out, or "
+            f"the times are to be measured, but the hardware is {profile.name}, not this machine: leave measure out, "
+            f"or "
             "hardware"
         )
     if sizes.vram_bytes is not None:
@@ -183,7 +192,9 @@ def case_of(request: Request) -> Case:
 
 
 def profile_of(hardware: str | Path | HardwareProfile) -> HardwareProfile:
-    """Return the profile that is meant: itself, this machine's for ``"auto"``, or by name or file. Raises HardwareError."""
+    """Return the profile that is meant: itself, this machine's for ``"auto"``, or by name or file. Raises
+    HardwareError.
+    """
     if isinstance(hardware, HardwareProfile):
         return hardware
     if hardware == "auto":
@@ -322,13 +333,15 @@ def _activations(wanted: Mapping[str, Activations], graph: LayerGraph) -> dict[s
         for layer in graph.stateful:
             if policy == "recompute" and layer.module in matches:
                 raise InputError(
-                    f"the activations of {layer.module} cannot be recomputed: {layer.reason}, and a recompute would do so "
+                    f"the activations of {layer.module} cannot be recomputed: {layer.reason}, and a recompute would do "
+                    f"so "
                     'twice. Leave its activations out, or give "keep" or "offload"'
                 )
         found |= dict.fromkeys(matches, policy)
     if "" in wanted and not layers and wanted[""] != "keep":
         raise InputError(
-            f"all activations were to be {wanted['']}: memplan has no say in any of this model's layers (it checkpoints "
+            f"all activations were to be {wanted['']}: memplan has no say in any of this model's layers (it "
+            f"checkpoints "
             "them itself, or has no repeated stack); leave activations out"
         )
     return found
@@ -341,7 +354,8 @@ def _pins(pins: Mapping[str, Tier], blocks: Mapping[str, int]) -> dict[int, Tier
         matches = [block for full, block in blocks.items() if full == name or full.endswith("." + name)]
         if len(matches) != 1:
             raise InputError(
-                f"the pin {name}={tier} names {len(matches)} blocks: give one block (such as {next(iter(blocks))}) and one of "
+                f"the pin {name}={tier} names {len(matches)} blocks: give one block (such as {next(iter(blocks))}) and "
+                f"one of "
                 f"{', '.join(TIERS)}"
             )
         found[matches[0]] = tier

@@ -60,7 +60,9 @@ class Outcome:
 
 
 def run(vram: str | None = None, steps: int | None = None, folder: Path | None = None, as_json: bool = False) -> int:
-    """Run the demo; print what came of it. Return 0 where both runs agree to the last bit and the budget was kept, else DIFFERS."""
+    """Run the demo; print what came of it. Return 0 where both runs agree to the last bit and the budget was kept, else
+    DIFFERS.
+    """
     for package in ("transformers", "peft"):
         if importlib.util.find_spec(package) is None:
             raise InputError(f"the demo trains with {package}, which is not installed: pip install 'memplan[hf]'")
@@ -276,7 +278,9 @@ def train(
 
 @contextmanager
 def deterministic() -> Iterator[None]:
-    """Have CUDA kernels give the same bits each time: attention's backward does not unless it is told to, and no less."""
+    """Have CUDA kernels give the same bits each time: attention's backward does not unless it is told to, and no
+    less.
+    """
     before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
     torch.use_deterministic_algorithms(True)
     try:

@@ -33,7 +33,9 @@ class Finding(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
 
 
 def findings() -> tuple[Finding, ...]:
-    """Return what there is, in the order in which it should be read. Opens torch, where it is installed, for the GPU."""
+    """Return what there is, in the order in which it should be read. Opens torch, where it is installed, for the
+    GPU.
+    """
     found = [
         Finding(
             what="machine",

@@ -125,8 +125,8 @@ class DoesNotFitError(MemplanError):
 class TooSlowError(MemplanError):
     """No plan within the budgets is as fast as was asked.
 
-    ``step_s``: of the best plan; ``least_vram_bytes``: the least ``vram`` at which a plan is as fast, to a 256th of the span
-    from the least that works to what holds everything, or None where no ``vram`` would do.
+    ``step_s``: of the best plan; ``least_vram_bytes``: the least ``vram`` at which a plan is as fast, to a 256th of the
+    span from the least that works to what holds everything, or None where no ``vram`` would do.
     """
 
     def __init__(self, message: str, *, step_s: float, least_vram_bytes: int | None) -> None:

@@ -31,8 +31,8 @@ ANY = "any"
 class PlanOptions(TypedDict, total=False):
     """The options of a plan; what is left out is as the text of each says. ``docs/options.md`` has them as a page.
 
-    A trainer's own settings (accumulation, steps, optimizer, loss, autocast) stand in for what is left out where it is a
-    trainer's model that is planned for.
+    A trainer's own settings (accumulation, steps, optimizer, loss, autocast) stand in for what is left out where it is
+    a trainer's model that is planned for.
     """
 
     vram: int | str
@@ -42,8 +42,8 @@ class PlanOptions(TypedDict, total=False):
     disk: int | str | None
     """Disk for packed blocks, as ``vram``. None: no disk beyond the checkpoint's own files."""
     page_lock: int | str | None
-    """Of ``ram`` what may be page-locked for a CUDA device, the rest is read at the rate of pageable RAM. None: the profile's
-    limit, where page-locking was seen to be refused, and else all."""
+    """Of ``ram`` what may be page-locked for a CUDA device, the rest is read at the rate of pageable RAM. None: the
+    profile's limit, where page-locking was seen to be refused, and else all."""
     hardware: str | Path | HardwareProfile
     """``"auto"``, the default (measured once, then cached), a shipped profile's name, or a profile's file."""
     adapter: Any
@@ -54,47 +54,48 @@ class PlanOptions(TypedDict, total=False):
     """Attention kernel, for a model that is built from its configuration. None: its own."""
     quantization: Any
     """Of the frozen weights, for a model that is built from its configuration: ``"nf4"``, ``"nf4-nested"``, ``"fp4"``,
-    ``"int8"`` and others (:data:`memplan.model.quantization.NAMES`), or transformers' configuration of it. None: as the model's
-    configuration says."""
+    ``"int8"`` and others (:data:`memplan.model.quantization.NAMES`), or transformers' configuration of it. None: as the
+    model's configuration says."""
     qlora: bool
     """QLoRA as PEFT documents it, each part unless it is given otherwise: ``quantization="nf4-nested"`` (or the
-    configuration's own), ``kbit=True``, ``autocast="bf16"``, ``optimizer="paged_adamw_8bit"``. For a model that is built from
-    its configuration."""
+    configuration's own), ``kbit=True``, ``autocast="bf16"``, ``optimizer="paged_adamw_8bit"``. For a model that is
+    built from its configuration."""
     kbit: bool | None
-    """Prepared by PEFT's ``prepare_model_for_kbit_training`` (what is not quantized in float32, and gradient checkpointing),
-    for a model that is built from its configuration. None: with ``qlora``."""
+    """Prepared by PEFT's ``prepare_model_for_kbit_training`` (what is not quantized in float32, and gradient
+    checkpointing), for a model that is built from its configuration. None: with ``qlora``."""
     gradient_checkpointing: bool | None
-    """Turned on as the model is built from its configuration. None: as ``kbit`` does, else not, and memplan chooses what is
-    recomputed."""
+    """Turned on as the model is built from its configuration. None: as ``kbit`` does, else not, and memplan chooses
+    what is recomputed."""
     autocast: str | None
-    """``"bf16"`` or ``"fp16"``, where the forward will run under ``torch.autocast``, which saves casts of a float32 base for
-    backward. None: as the autocast that this is called in, if any."""
+    """``"bf16"`` or ``"fp16"``, where the forward will run under ``torch.autocast``, which saves casts of a float32
+    base for backward. None: as the autocast that this is called in, if any."""
     accumulation: int
     """Passes of a step: 1 unless it is given."""
     steps: int | None
     """Of the whole run, for its time."""
     examples: int | None
-    """Of an epoch, to count the steps from, where the batch is a shape: each epoch ends with a step, however few are left for
-    it."""
+    """Of an epoch, to count the steps from, where the batch is a shape: each epoch ends with a step, however few are
+    left for it."""
     epochs: int | None
     """Of the whole run, with ``examples``. None: one."""
     optimizer: str | None
-    """Its state counts: as transformers' ``optim``, or ``"adamw"`` (the default), ``"sgd"``, ``"momentum"`` and others."""
+    """Its state counts: as transformers' ``optim``, or ``"adamw"`` (the default), ``"sgd"``, ``"momentum"`` and others.
+    """
     loss: Callable[[Any], Any] | None
     """From the model's output to a scalar, where the output holds none."""
     pins: Mapping[str, str] | None
     """Tier by block name: ``"device"``, ``"host"`` or ``"disk"``. A block may be named by its last parts, such as
     ``layers.3``."""
     activations: str | Mapping[str, str] | None
-    """``"keep"``, ``"recompute"`` or ``"offload"`` (to RAM, until backward) for every layer, or by layer name. None: kept or
-    recomputed, as is fastest; ``"any"``: one of the three, as is fastest on a device with memory of its own (a look more at
-    the model)."""
+    """``"keep"``, ``"recompute"`` or ``"offload"`` (to RAM, until backward) for every layer, or by layer name. None:
+    kept or recomputed, as is fastest; ``"any"``: one of the three, as is fastest on a device with memory of its own (a
+    look more at the model)."""
     elastic: bool | None
-    """Whether weights may have more room where activations leave it, in bytes that come and go. None: on the CPU alone, since no
-    GPU has proven it."""
+    """Whether weights may have more room where activations leave it, in bytes that come and go. None: on the CPU alone,
+    since no GPU has proven it."""
     optimizer_state: str | None
-    """``"device"``, or ``"host"`` for RAM between steps, from where it is brought for each step of the optimizer and sent back.
-    None: as a step is shorter (on the CPU on the device)."""
+    """``"device"``, or ``"host"`` for RAM between steps, from where it is brought for each step of the optimizer and
+    sent back. None: as a step is shorter (on the CPU on the device)."""
     checkpoint: str | Path | None
     """Folder of safetensors that blocks may be read from. None: where the model says it came from."""
     measure: bool
@@ -102,8 +103,8 @@ class PlanOptions(TypedDict, total=False):
     max_step_s: float | None
     """The longest step that will do, in seconds."""
     gains: bool
-    """Look at what one more GiB (of vram, of RAM, a second of the link) or a loss in chunks would save, for the report: so
-    unless it is False, or the plan is a trainer's."""
+    """Look at what one more GiB (of vram, of RAM, a second of the link) or a loss in chunks would save, for the report:
+    so unless it is False, or the plan is a trainer's."""
     progress: Callable[[str], None] | None
     """Called with a short text before each part."""
 
@@ -272,7 +273,8 @@ def check_names(options: Iterable[str]) -> None:
     for name in options:
         if name not in NAMES:
             raise InputError(
-                f"there is no option {name!r}{like(name, NAMES)}. memplan.PlanOptions has all that there are, each with what "
+                f"there is no option {name!r}{like(name, NAMES)}. memplan.PlanOptions has all that there are, each "
+                f"with what "
                 "it does"
             )
 
@@ -328,7 +330,8 @@ def _require_description(model: Any) -> None:
     """Raise InputError for ``qlora`` with a module: what it stands for is done as a model is built."""
     if callable(getattr(model, "named_parameters", None)):
         raise InputError(
-            f"qlora was given with a {type(model).__name__} that is built already: give its configuration or name, or build it "
+            f"qlora was given with a {type(model).__name__} that is built already: give its configuration or name, or "
+            f"build it "
             "as it is trained (prepare_model_for_kbit_training, then the adapter) and give autocast and optimizer"
         )
 
@@ -393,7 +396,8 @@ def _optimizer_state(given: str | None, optimizer: str) -> StateHome | None:
         return home
     if home == "host":
         raise InputError(
-            f"the state of {optimizer} was to lie on the host between steps, but its pages go there by themselves: leave "
+            f"the state of {optimizer} was to lie on the host between steps, but its pages go there by themselves: "
+            f"leave "
             "optimizer_state out, or use an optimizer that is not paged"
         )
     return "device"

@@ -1,7 +1,7 @@
 """Bytes and seconds, read and written. The only place where a size changes its unit.
 
-Sizes are whole bytes everywhere else. Text is parsed strictly: ``"12GiB"`` is not ``"12GB"``; a letter alone is a power of
-1024, as in coreutils, Slurm and Docker, and ``i`` may stand without the ``B``: ``"12G"`` is ``"12GiB"``.
+Sizes are whole bytes everywhere else. Text is parsed strictly: ``"12GiB"`` is not ``"12GB"``; a letter alone is a power
+of 1024, as in coreutils, Slurm and Docker, and ``i`` may stand without the ``B``: ``"12G"`` is ``"12GiB"``.
 """
 
 from __future__ import annotations
@@ -39,8 +39,8 @@ _SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]+)\s*")
 def parse_size(size: int | float | str, what: str = "size") -> int:
     """Return ``size`` in whole bytes, rounded down (a budget is never rounded up).
 
-    ``size`` is a count of bytes or text such as ``"6GiB"``, ``"6G"`` or ``"512 MB"``; ``what`` names it in the error. Text
-    without a unit is refused: bytes and GiB are both meant by such.
+    ``size`` is a count of bytes or text such as ``"6GiB"``, ``"6G"`` or ``"512 MB"``; ``what`` names it in the error.
+    Text without a unit is refused: bytes and GiB are both meant by such.
 
     Raises SizeError for anything else: no unit, an unknown unit, NaN, infinite or negative.
     """
@@ -77,7 +77,9 @@ def format_bytes(size_bytes: int) -> str:
 
 
 def format_seconds(seconds: float) -> str:
-    """Return a time for people: ``"2.41 s"``, ``"13.2 ms"``, ``"40 µs"``, ``"3 h 10 min"``; ``"0 s"`` where there is none."""
+    """Return a time for people: ``"2.41 s"``, ``"13.2 ms"``, ``"40 µs"``, ``"3 h 10 min"``; ``"0 s"`` where there is
+    none.
+    """
     if seconds >= 3600:
         return f"{int(seconds // 3600)} h {int(seconds % 3600 // 60):02d} min"
     if seconds >= 120:

@@ -32,7 +32,9 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 def _thin_out(items: list[pytest.Item]) -> None:
-    """Of tests marked ``each_value`` leave the fewest cases to the quick suite that have each value of each parameter once."""
+    """Of tests marked ``each_value`` leave the fewest cases to the quick suite that have each value of each parameter
+    once.
+    """
     cases: dict[str, list[pytest.Function]] = {}
     for item in items:
         marks = {mark.name for mark in item.iter_markers()}

@@ -26,8 +26,8 @@ NAMES = ("transformers", "trl", "peft", "accelerate", "lightning", "diffusers", 
 WHAT = ("tests/trainers/test_examples.py", "tests/trainers/test_run.py")
 WHICH = "same_in_each_way or same_as_without or killed or hub"
 WITHOUT_TRITON = {"TRL one minor behind": "same_in_each_way and trl_reward"}
-"""TRL 1.15's SFTTrainer and DPOTrainer need triton, which torch's build for the CPU has not: without memplan they fail too.
-Nothing but TRL differs in that set."""
+"""TRL 1.15's SFTTrainer and DPOTrainer need triton, which torch's build for the CPU has not: without memplan they fail
+too. Nothing but TRL differs in that set."""
 
 
 @pytest.mark.full

@@ -82,7 +82,9 @@ def test_commands_and_options_are_there(file: Path) -> None:
 
 
 def texts() -> Iterator[tuple[str, str]]:
-    """Yield every text within memplan, messages and docstrings alike, with where it stands; fields of f-strings are left out."""
+    """Yield every text within memplan, messages and docstrings alike, with where it stands; fields of f-strings are
+    left out.
+    """
     for file in sorted((ROOT / "memplan").rglob("*.py")):
         tree = ast.parse(file.read_text(encoding="utf-8"))
         inner = {id(part) for node in ast.walk(tree) if isinstance(node, ast.JoinedStr) for part in node.values}

@@ -21,9 +21,25 @@ from memplan.hardware.profile import Figure, HardwareProfile
 from memplan.units import GIB, MIB
 
 SHIPPED = (
-    "a10", "a100-40gb", "a100-80gb", "a40", "h100-80gb", "h200", "l4", "l40s", "rtx-3060-12gb", "rtx-3080-10gb", "rtx-3090",
-    "rtx-4060-ti-16gb", "rtx-4080", "rtx-4090", "rtx-5090", "rtx-a6000", "t4", "v100-16gb",
-)  # fmt: skip
+    "a10",
+    "a100-40gb",
+    "a100-80gb",
+    "a40",
+    "h100-80gb",
+    "h200",
+    "l4",
+    "l40s",
+    "rtx-3060-12gb",
+    "rtx-3080-10gb",
+    "rtx-3090",
+    "rtx-4060-ti-16gb",
+    "rtx-4080",
+    "rtx-4090",
+    "rtx-5090",
+    "rtx-a6000",
+    "t4",
+    "v100-16gb",
+)
 RATES = ("memory_bytes_per_s", "host_to_device_bytes_per_s", "device_to_host_bytes_per_s", "disk_bytes_per_s")
 
 

@@ -1,4 +1,6 @@
-"""The house: few files to a folder, each folder's way through it told, no circle of imports, and journeys that name what there is."""
+"""The house: few files to a folder, each folder's way through it told, no circle of imports, and journeys that name
+what there is.
+"""
 
 from __future__ import annotations
 

@@ -4,21 +4,21 @@
     python -m benchmarks.versus --list
     python -m benchmarks.versus --part NAME [--part NAME ...] [--out FOLDER] [--profile]
 
-Contenders: the whole model on the device; memplan with 50, 25 and 12.5% of the frozen bytes there and with the least that
-works; the best published policy (evenly spread in equal slots, every layer recomputed) as a plan; FSDP2 and DeepSpeed
-ZeRO-3 with offload; accelerate's offload and device map; diffusers' group offload. The same random weights, batch,
-LoRA, AdamW and precision for all. They take turns, a few steps each, in rounds whose order moves on; figures are medians
-of steps, ratios medians of rounds. A contender that cannot run is a row with its error.
+Contenders: the whole model on the device; memplan with 50, 25 and 12.5% of the frozen bytes there and with the least
+that works; the best published policy (evenly spread in equal slots, every layer recomputed) as a plan; FSDP2 and
+DeepSpeed ZeRO-3 with offload; accelerate's offload and device map; diffusers' group offload. The same random weights,
+batch, LoRA, AdamW and precision for all. They take turns, a few steps each, in rounds whose order moves on; figures are
+medians of steps, ratios medians of rounds. A contender that cannot run is a row with its error.
 
-On a CPU, device and host are the same memory. memplan's loads are throttled there to a link that is made up (half of the
-whole model's step for all frozen bytes), one thread computes, and the peers copy nothing: so their times say what their
-Python and the rest of their machinery cost, not what a link would; their memory is told as RAM alone. What is true of both:
-losses and gradients.
+On a CPU, device and host are the same memory. memplan's loads are throttled there to a link that is made up (half of
+the whole model's step for all frozen bytes), one thread computes, and the peers copy nothing: so their times say what
+their Python and the rest of their machinery cost, not what a link would; their memory is told as RAM alone. What is
+true of both: losses and gradients.
 
 ``--out``: where each part's result lies; parts that lie there are not run again, and of one whose time was over before
 all had a turn, the rest are run, beside the whole model again. ``--keep``: in ``benchmarks/results``, always run.
-``--profile``: rows more than 3% over their bound are looked at with torch's profiler. Checkpoints lie in a temporary folder
-(``--folder`` for another, where they stay). CUDA is unproven here: no GPU has run it.
+``--profile``: rows more than 3% over their bound are looked at with torch's profiler. Checkpoints lie in a temporary
+folder (``--folder`` for another, where they stay). CUDA is unproven here: no GPU has run it.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The contenders: how each makes a model of a checkpoint that trains.
 
-Each is a function from a Setting to a Training, run in a process of its own. All adapters begin with the same values. The
-CUDA branches are unproven: no GPU has run them.
+Each is a function from a Setting to a Training, run in a process of its own. All adapters begin with the same values.
+The CUDA branches are unproven: no GPU has run them.
 """
 
 from __future__ import annotations
@@ -29,7 +29,8 @@ MAP_SHARE = 0.25
 """Of the layers that ``accelerate-map`` keeps on the device."""
 
 
-# ---- what they share -----------------------------------------------------------------------------------------------------
+# ---- what they share
+# -----------------------------------------------------------------------------------------------------
 
 
 def base_of(setting: Setting, device: str) -> nn.Module:
@@ -93,7 +94,8 @@ def training(setting: Setting, model: nn.Module, kind: type[Training] = Training
     return kind(setting=setting, model=model, optimizer=optimizer, **more)
 
 
-# ---- memplan -------------------------------------------------------------------------------------------------------------
+# ---- memplan
+# -------------------------------------------------------------------------------------------------------------
 
 
 def whole(setting: Setting, name: str) -> Training:
@@ -120,7 +122,8 @@ def planned(setting: Setting, name: str) -> Training:
     return training(setting, model, handle=handle, plan=plan)
 
 
-# ---- peers ---------------------------------------------------------------------------------------------------------------
+# ---- peers
+# ---------------------------------------------------------------------------------------------------------------
 
 
 def process_group(setting: Setting) -> None:
@@ -202,7 +205,9 @@ def accelerate_whole(setting: Setting, name: str) -> Training:
 
 
 def accelerate_map(setting: Setting, name: str) -> Training:
-    """``dispatch_model`` by a device map, first layers on the device, the adapter added after: as transformers' users do."""
+    """``dispatch_model`` by a device map, first layers on the device, the adapter added after: as transformers' users
+    do.
+    """
     from accelerate import dispatch_model
 
     model: Any = base_of(setting, "cpu")
@@ -263,8 +268,9 @@ PEERS: dict[str, Callable[[Setting, str], Training]] = {
     "diffusers-group": diffusers_group,
 }
 PLANNED = ("memplan-50", "memplan-25", "memplan-12.5", "memplan-least", "spread-25")
-"""memplan with that many percent of the frozen bytes on the device, beside what all else takes with every activation kept, and
-with the least that works. ``spread``: evenly spread in equal slots, every layer recomputed, as memplan runs it."""
+"""memplan with that many percent of the frozen bytes on the device, beside what all else takes with every activation
+kept, and with the least that works. ``spread``: evenly spread in equal slots, every layer recomputed, as memplan runs
+it."""
 CARD = ("memplan-card", "spread-card")
 """The same with all that an emulated card holds."""
 

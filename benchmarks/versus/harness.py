@@ -41,7 +41,8 @@ class Rounds:
         self._times: dict[str, list[list[float]]] = {}
         """Seconds of each step, by contender and round."""
 
-    # ---- the whole -----------------------------------------------------------------------------------------------------
+    # ---- the whole
+    # -----------------------------------------------------------------------------------------------------
 
     def run(self, *, profile: bool) -> dict[str, Any]:
         """Return the part's result. A contender that fails has a row with its error; what it began has ended."""
@@ -98,7 +99,8 @@ class Rounds:
         finally:
             worker.close()
 
-    # ---- one contender ---------------------------------------------------------------------------------------------------
+    # ---- one contender
+    # ---------------------------------------------------------------------------------------------------
 
     def _turn(self, name: str) -> None:
         """Have a contender train its steps of a round; drop it where it cannot."""
@@ -158,7 +160,8 @@ class Rounds:
         """Whether contenders wait for their next round: on the CPU; a card holds one at a time."""
         return self.part.device == "cpu"
 
-    # ---- what is needed for it -------------------------------------------------------------------------------------------
+    # ---- what is needed for it
+    # -------------------------------------------------------------------------------------------
 
     def _setting(self, name: str) -> Setting:
         part = self.part
@@ -177,16 +180,24 @@ class Rounds:
         """Return how long one answer may take: what is left of the part, shared by two; once that is gone, a little."""
         return max(20.0, self._left_s() / 2)
 
-    # ---- what came of it ---------------------------------------------------------------------------------------------------
+    # ---- what came of it
+    # ---------------------------------------------------------------------------------------------------
 
     def _described(self) -> dict[str, Any]:
         part = self.part
         return {
-            "part": part.name, "device": part.device, "model": part.model.name, "shape": part.shape, "tokens": part.tokens,
-            "dtype": part.model.dtype, "card_gib": part.card_gib, "peers_checkpointing": part.checkpointing,
-            "steps_of_a_round": part.steps, "took_s": time.monotonic() - self.began,
+            "part": part.name,
+            "device": part.device,
+            "model": part.model.name,
+            "shape": part.shape,
+            "tokens": part.tokens,
+            "dtype": part.model.dtype,
+            "card_gib": part.card_gib,
+            "peers_checkpointing": part.checkpointing,
+            "steps_of_a_round": part.steps,
+            "took_s": time.monotonic() - self.began,
             "load": os.getloadavg()[0],
-        }  # fmt: skip
+        }
 
     def _finished(self) -> list[dict[str, Any]]:
         """Return the rows with what follows from the whole model's beside them."""

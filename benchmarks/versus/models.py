@@ -51,7 +51,9 @@ class Model:
 
 
 def known(name: str, dtype: str = "bfloat16", *, nf4: bool = False, **changed: Any) -> Model:
-    """Return a model of ``memplan/models.json``, or ``flux``; ``changed``: settings in place of its own, told in its name."""
+    """Return a model of ``memplan/models.json``, or ``flux``; ``changed``: settings in place of its own, told in its
+    name.
+    """
     if name == "flux":
         config: dict[str, Any] = {"model_type": "flux", **FLUX}
     else:
@@ -80,14 +82,15 @@ def small(kind: str, *, width: int = 384, layers: int = 10) -> Model:
     return Model(name=f"{kind}-{width}x{layers}", config=config)
 
 
-# ---- checkpoints -------------------------------------------------------------------------------------------------------
+# ---- checkpoints
+# -------------------------------------------------------------------------------------------------------
 
 
 def write_checkpoint(model: Model, folder: Path, device: torch.device) -> int:
     """Write config and shards of random weights to ``folder``; return the shards' bytes.
 
-    Values depend on a tensor's name alone. ``device``: where they are drawn (and quantized). Raises OSError where the disk
-    has no room for them.
+    Values depend on a tensor's name alone. ``device``: where they are drawn (and quantized). Raises OSError where the
+    disk has no room for them.
     """
     folder.mkdir(parents=True, exist_ok=True)
     skeleton, config = _skeleton(model)
@@ -189,7 +192,8 @@ def random_values(name: str, like: torch.Tensor, device: torch.device) -> torch.
     return made.normal_(0, STD, generator=generator)
 
 
-# ---- batches -----------------------------------------------------------------------------------------------------------
+# ---- batches
+# -----------------------------------------------------------------------------------------------------------
 
 
 def batch_of(model: Model, shape: tuple[int, int]) -> dict[str, torch.Tensor]:

@@ -22,7 +22,8 @@ ROOM_BYTES = 4 << 40
 
 
 def make_plans(setting: Setting, names: Sequence[str], whole_s: float | None) -> dict[str, Any]:
-    """Write the plans of those names to their folder; return the frozen bytes, the link's rate, and the errors of those without one.
+    """Write the plans of those names to their folder; return the frozen bytes, the link's rate, and the errors of those
+    without one.
 
     Accesses are timed on this machine; where the whole model's step is known, ``whole_s``, they are scaled to it, so
     that a plan's bound is of the compute that the contenders did beside it. On the CPU, which has no link, one is

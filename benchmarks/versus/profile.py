@@ -19,7 +19,9 @@ MOST = 8
 
 
 def account(training: Training) -> dict[str, Any]:
-    """Profile some steps; return seconds a step, the dearest operators, and on CUDA gaps, copies and the host's calls."""
+    """Profile some steps; return seconds a step, the dearest operators, and on CUDA gaps, copies and the host's
+    calls.
+    """
     from torch.profiler import ProfilerActivity, profile
 
     kinds = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if training.setting.device == "cuda" else [])]

@@ -9,7 +9,18 @@ from rich.table import Table
 
 from memplan.units import format_bytes
 
-COLUMNS = ("step s", "× whole", "tokens/s", "device peak", "RAM peak", "page-locked", "stall", "over bound", "gradients", "losses")  # fmt: skip
+COLUMNS = (
+    "step s",
+    "× whole",
+    "tokens/s",
+    "device peak",
+    "RAM peak",
+    "page-locked",
+    "stall",
+    "over bound",
+    "gradients",
+    "losses",
+)
 
 
 def gradients(row: dict[str, Any]) -> str:
@@ -32,10 +43,17 @@ def cells(row: dict[str, Any]) -> list[str]:
 
     same = {True: "same bits", False: "differ", None: "-"}[row.get("losses_equal")]
     return [
-        shown("step_s", "{:.3f}"), shown("of_whole", "{:.3f}"), shown("tokens_per_s", "{:,.0f}"), size("device_peak_bytes"),
-        size("rss_peak_bytes"), size("page_locked_bytes"), shown("stall_share", "{:.1%}"), shown("over_bound", "{:.1%}"),
-        gradients(row), same,
-    ]  # fmt: skip
+        shown("step_s", "{:.3f}"),
+        shown("of_whole", "{:.3f}"),
+        shown("tokens_per_s", "{:,.0f}"),
+        size("device_peak_bytes"),
+        size("rss_peak_bytes"),
+        size("page_locked_bytes"),
+        shown("stall_share", "{:.1%}"),
+        shown("over_bound", "{:.1%}"),
+        gradients(row),
+        same,
+    ]
 
 
 def write(result: dict[str, Any], console: Console) -> None:

@@ -68,10 +68,13 @@ class Training:
     def __post_init__(self) -> None:
         self.batch = self.setting.batch()
 
-    # ---- steps ---------------------------------------------------------------------------------------------------------
+    # ---- steps
+    # ---------------------------------------------------------------------------------------------------------
 
     def first(self) -> dict[str, Any]:
-        """Train the first steps, write their gradients to ``gradients.safetensors``, and one more; return that one's peaks."""
+        """Train the first steps, write their gradients to ``gradients.safetensors``, and one more; return that one's
+        peaks.
+        """
         kept: dict[str, torch.Tensor] = {}
         missing = 0
         for index in range(GRADIENT_STEPS):
@@ -134,7 +137,8 @@ class Training:
         if self.setting.device == "cuda":
             torch.cuda.synchronize()
 
-    # ---- memory --------------------------------------------------------------------------------------------------------
+    # ---- memory
+    # --------------------------------------------------------------------------------------------------------
 
     def _counted(self) -> AbstractContextManager[Any]:
         """Count live device bytes inside: on the CPU where device and host are told apart, or all is on the device."""
@@ -160,7 +164,8 @@ class Training:
             found += self.handle.record.ram_peak_bytes - parts.host_bytes  # the rings
         return found
 
-    # ---- what came of it -----------------------------------------------------------------------------------------------
+    # ---- what came of it
+    # -----------------------------------------------------------------------------------------------
 
     def figures(self) -> dict[str, Any]:
         """Return what was measured until now."""
@@ -207,7 +212,9 @@ def peak_rss_bytes() -> int:
 
 
 def forget_peak_rss() -> bool:
-    """Have the peak begin anew with what is resident now. Returns False where the kernel does not do that (gVisor's)."""
+    """Have the peak begin anew with what is resident now. Returns False where the kernel does not do that
+    (gVisor's).
+    """
     try:
         Path("/proc/self/clear_refs").write_text("5")
     except OSError:

@@ -96,8 +96,8 @@ class Access(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Forward accesses: what its module made and saved for backward, each storage padded to a multiple of 512. 0 where
     nobody looked, or it cannot be offloaded."""
     weight_copy_bytes: int = 0
-    """Forward accesses: of what it saves for backward where activations are kept, bytes that were made of weights alone,
-    whatever the batch: autocast's casts, weights merged with an adapter, dequantized weights."""
+    """Forward accesses: of what it saves for backward where activations are kept, bytes that were made of weights
+    alone, whatever the batch: autocast's casts, weights merged with an adapter, dequantized weights."""
 
 
 class Lifetime(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

@@ -1,8 +1,9 @@
-"""Graphs that are kept from one run to the next, by all that they follow from. No torch here: what is kept is there at once.
+"""Graphs that are kept from one run to the next, by all that they follow from. No torch here: what is kept is there at
+once.
 
 Only models that a configuration describes are kept, with batches that are a shape: a module of the user's own may do
-anything, and its state is no file. What a graph follows from is memplan's own code, the versions of the libraries that were
-traced, the configuration, and the options.
+anything, and its state is no file. What a graph follows from is memplan's own code, the versions of the libraries that
+were traced, the configuration, and the options.
 """
 
 from __future__ import annotations

@@ -101,7 +101,9 @@ class _Raw(io.FileIO):
 
 
 def _told_of(stream: TextIO) -> TextIO:
-    """Return a standard stream anew: what it cannot write is an OutputError, and what its encoding lacks is written out."""
+    """Return a standard stream anew: what it cannot write is an OutputError, and what its encoding lacks is written
+    out.
+    """
     if type(stream) is not io.TextIOWrapper:
         return stream  # None where it is closed
     stream.flush()

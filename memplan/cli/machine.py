@@ -20,7 +20,8 @@ from memplan.units import format_bytes
 def calibrate(out: Path | None, as_json: bool) -> int:
     """Measure what this machine can do, under two minutes, and keep it for the plans to come.
 
-    Plans measure it themselves where it was not yet: do so again on a quiet machine, after a change of hardware or driver.
+    Plans measure it themselves where it was not yet: do so again on a quiet machine, after a change of hardware or
+    driver.
     """
     require_apart({"--out": out}, as_json=as_json)
 

@@ -132,7 +132,8 @@ OPTIONS: dict[str, Row] = {
         _option(
             "--qlora",
             is_flag=True,
-            help="QLoRA as PEFT documents it: --quantization nf4-nested --kbit --autocast bf16 --optimizer paged_adamw_8bit.",
+            help="QLoRA as PEFT documents it: --quantization nf4-nested --kbit --autocast bf16 --optimizer "
+            "paged_adamw_8bit.",
         ),
         _flag,
         with_script=False,
@@ -183,7 +184,8 @@ OPTIONS: dict[str, Row] = {
         _option(
             "--optimizer",
             metavar="NAME",
-            help="Its state counts: as transformers' optim, or a name of memplan's.  [default: adamw; with a script its trainer's]",
+            help="Its state counts: as transformers' optim, or a name of memplan's.  [default: adamw; with a script "
+            "its trainer's]",
         )
     ),
     "pins": Row(
@@ -201,7 +203,8 @@ OPTIONS: dict[str, Row] = {
         _option(
             "--elastic/--no-elastic",
             default=None,
-            help="Weights have more room where activations leave it.  [default: on the CPU alone; no GPU has proven it]",
+            help="Weights have more room where activations leave it.  [default: on the CPU alone; no GPU has proven "
+            "it]",
         )
     ),
     "optimizer_state": Row(
@@ -237,8 +240,8 @@ OPTIONS: dict[str, Row] = {
 
 
 def training(*, without: Sequence[str] = ()) -> list[click.Parameter]:
-    """Return the parameters of a command that is asked about a model and a training: ``model``, ``batch``, ``seq``, and the
-    options of a plan but for those ``without``.
+    """Return the parameters of a command that is asked about a model and a training: ``model``, ``batch``, ``seq``, and
+    the options of a plan but for those ``without``.
     """
     rows = [row for name, row in OPTIONS.items() if name not in without]
     return [
@@ -296,6 +299,7 @@ def prepare(model: str, options: Mapping[str, Any], *, own_process: bool) -> Non
     kept.ours = True
     if own_process and "quantization" not in options and "qlora" not in options and models.is_plain(model):
         for package in _QUANTIZERS:
-            # An import that finds None there says that there is no such package: PEFT and transformers import what they find.
+            # An import that finds None there says that there is no such package: PEFT and transformers import what they
+            # find.
             sys.modules.setdefault(package, cast("ModuleType", None))
     gc.disable()  # a sixth of the time, and little is left to collect

@@ -35,8 +35,8 @@ def plan(
 ) -> int:
     """Say what fits, where each block goes, and the time of a step, before any weight is loaded.
 
-    MODEL is a directory with a config.json, the name of a well-known model, or one on the hub. The adapter is a LoRA of rank 16 on all linear layers unless said
-    otherwise. Exits with 0 if it fits, 1 if not, 2 if the input is wrong.
+    MODEL is a directory with a config.json, the name of a well-known model, or one on the hub. The adapter is a LoRA of
+    rank 16 on all linear layers unless said otherwise. Exits with 0 if it fits, 1 if not, 2 if the input is wrong.
     """
     options = given(said)
     require_apart({"--out": out, "--csv": csv}, files(model, options), as_json=as_json)
@@ -114,7 +114,8 @@ def frontier(
 )
 @JSON
 def fit(model: str, batch: int, seq: int | None, slowdown: float, as_json: bool, **said: Any) -> int:
-    """Say what the most is that fits: micro-batch, sequence, LoRA rank and quantization, each alone and the rest as asked.
+    """Say what the most is that fits: micro-batch, sequence, LoRA rank and quantization, each alone and the rest as
+    asked.
 
     And the least vram for what was asked. Exits with 0 if that fits, 1 if not.
     """
@@ -153,8 +154,8 @@ def report(
 ) -> int:
     """Show a PLAN file, and beside it the RECORD of a run under it: what was predicted, what was measured.
 
-    Two plans, or the records of two runs, are compared: what changed, and what it cost. - is standard input, and standard
-    output where a file is written.
+    Two plans, or the records of two runs, are compared: what changed, and what it cost. - is standard input, and
+    standard output where a file is written.
     """
     if html is None and frontier is not None:
         raise click.BadParameter("give --html too: points are drawn on a page.", param_hint="--frontier")

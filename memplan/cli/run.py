@@ -41,8 +41,8 @@ def run(
     """Run COMMAND, such as -- python train.py, with its trainer's model under a plan.
 
     The script is not changed. What cannot be served runs as it would without memplan, and a line on standard error says
-    why. What is given here goes before what the script's trainer says. The exit code is the script's own, whatever it is: 1 may be
-    the script's too. Where memplan cannot start it, 2.
+    why. What is given here goes before what the script's trainer says. The exit code is the script's own, whatever it
+    is: 1 may be the script's too. Where memplan cannot start it, 2.
     """
     options = _checked(given(said))
     words = {word: Path(word) for word in command if os.path.isfile(word)}

@@ -127,5 +127,6 @@ def notes(graph: LayerGraph, hardware: HardwareProfile, times: Times | None = No
     if graph.matmul_dtype in hardware.matmul_flops_per_s:
         return ()
     return (
-        f"The profile {hardware.name} has no rate for {graph.matmul_dtype} matrix products: {FALLBACK_DTYPE}'s was taken.",
+        f"The profile {hardware.name} has no rate for {graph.matmul_dtype} matrix products: {FALLBACK_DTYPE}'s was "
+        f"taken.",
     )

@@ -10,8 +10,8 @@ CHUNK_TOKENS = 1024
 
 
 def chunked_loss(table: CostTable, tokens: int) -> CostTable | None:
-    """Return the rows of a pass over ``tokens`` whose logits, their gradient and what the loss makes of them exist for one
-    chunk of :data:`CHUNK_TOKENS` at a time; None where there is one chunk, or no loss apart from the model.
+    """Return the rows of a pass over ``tokens`` whose logits, their gradient and what the loss makes of them exist for
+    one chunk of :data:`CHUNK_TOKENS` at a time; None where there is one chunk, or no loss apart from the model.
 
     The head runs once more, since the logits of a chunk are made again for its gradient.
     """

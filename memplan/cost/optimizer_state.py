@@ -9,11 +9,11 @@ from memplan.cost.table import CostTable
 
 
 def state_on_host(table: CostTable, *, is_pageable: bool = False) -> CostTable:
-    """Return the rows where the optimizer's state is brought before its step and sent back behind it; as they are where it
-    is so already, or there is none.
+    """Return the rows where the optimizer's state is brought before its step and sent back behind it; as they are where
+    it is so already, or there is none.
 
-    Nothing runs beside the two copies, so the step is longer by both of them, at the rates of the link; ``is_pageable``: of
-    RAM that is not page-locked.
+    Nothing runs beside the two copies, so the step is longer by both of them, at the rates of the link;
+    ``is_pageable``: of RAM that is not page-locked.
     """
     state_bytes = sum(row.size_bytes for row in table.fixed if row.kind == "optimizer")
     step = next((row for row in table.accesses if row.kind == "optimizer"), None)

@@ -61,7 +61,9 @@ class CostTable(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
 
     @property
     def state_on_host_bytes(self) -> int:
-        """Of the optimizer's state, where it lies in RAM between steps (:mod:`memplan.cost.optimizer_state`); else 0."""
+        """Of the optimizer's state, where it lies in RAM between steps (:mod:`memplan.cost.optimizer_state`); else
+        0.
+        """
         return sum(life.size_bytes for life in self.lifetimes if life.kind == "optimizer")
 
     def device_bytes_at(self, index: int, policies: dict[str, Activations]) -> int:

@@ -19,8 +19,8 @@ def access_seconds(
 
     Matrix products take the longer of their arithmetic and their memory traffic; every other operator is bound by
     memory; each operator costs ``launch_s`` of the device besides, and ``operator_s`` of the host. A host that
-    ``runs_ahead`` of its device hides the lesser of the two. Source: the roofline model (Williams, Waterman, Patterson, 2009).
-    Left out: caches, operators that overlap, and that a small product reaches less than the rate of a large one.
+    ``runs_ahead`` of its device hides the lesser of the two. Source: the roofline model (Williams, Waterman, Patterson,
+    2009). Left out: caches, operators that overlap, and that a small product reaches less than the rate of a large one.
     """
     products_s = max(flops / flops_per_s, matmul_bytes / bytes_per_s)
     device_s = products_s + other_bytes / bytes_per_s

@@ -11,15 +11,17 @@ from memplan.units import GIB, format_bytes
 def require_vram(profile: HardwareProfile, vram_bytes: int) -> None:
     """Raise InputError for a budget above the memory of a card.
 
-    A datasheet's GB are powers of ten here, so that no plan counts on more than there is; a card of 24 GB may have as much
-    as 24 GiB, and more it cannot have. On a CPU a plan may be for the card of another machine: :func:`beyond` says so.
+    A datasheet's GB are powers of ten here, so that no plan counts on more than there is; a card of 24 GB may have as
+    much as 24 GiB, and more it cannot have. On a CPU a plan may be for the card of another machine: :func:`beyond` says
+    so.
     """
     most = _most_bytes(profile.device_bytes)
     if profile.device == "cpu" or vram_bytes <= most:
         return
     usual = format_bytes(max(0, int(profile.device_bytes.value) - DEVICE_RESERVE_BYTES))
     raise InputError(
-        f"vram was given as {format_bytes(vram_bytes)}, but {profile.name} has {format_bytes(most)}, of which about {usual} "
+        f"vram was given as {format_bytes(vram_bytes)}, but {profile.name} has {format_bytes(most)}, of which about "
+        f"{usual} "
         f"are usually free: give at most {format_bytes(most)}, or leave it out"
     )
 
@@ -31,17 +33,20 @@ def beyond(profile: HardwareProfile, vram_bytes: int, ram_bytes: int) -> tuple[s
     if vram_bytes > usual:
         if profile.device == "cpu":
             found.append(
-                f"The vram is more than the {format_bytes(usual)} of RAM of {profile.name}, whose CPU is the compute device: "
+                f"The vram is more than the {format_bytes(usual)} of RAM of {profile.name}, whose CPU is the compute "
+                f"device: "
                 "it fits on another machine alone. Give that one's card (hardware) for its times."
             )
         else:
             found.append(
-                f"The vram is all that {profile.name} can have: the driver, a display and other processes take a part of it, "
+                f"The vram is all that {profile.name} can have: the driver, a display and other processes take a part "
+                f"of it, "
                 f"about {format_bytes(usual - DEVICE_RESERVE_BYTES)} are usually free."
             )
     if profile.host_bytes is not None and ram_bytes > _most_bytes(profile.host_bytes):
         found.append(
-            f"The ram is more than the {format_bytes(int(profile.host_bytes.value))} of {profile.name}: it fits on another "
+            f"The ram is more than the {format_bytes(int(profile.host_bytes.value))} of {profile.name}: it fits on "
+            f"another "
             "machine alone."
         )
     return tuple(found)

@@ -13,7 +13,9 @@ _MEANS_NOTHING = re.compile(
 
 
 def matching(text: str, names: Sequence[str]) -> list[str]:
-    """Return those of ``names`` that are the card called ``text``, whatever their memory: :func:`size_of` says what it names."""
+    """Return those of ``names`` that are the card called ``text``, whatever their memory: :func:`size_of` says what it
+    names.
+    """
     core = _core(text)
     return [name for name in names if core and core == _core(name)]
 

@@ -30,7 +30,9 @@ HOST_RESERVE_BYTES = 2 * GIB
 
 
 def cache_path() -> Path:
-    """Return the folder for what memplan keeps between runs: ``MEMPLAN_CACHE`` where that is set, else in the user's."""
+    """Return the folder for what memplan keeps between runs: ``MEMPLAN_CACHE`` where that is set, else in the
+    user's.
+    """
     given = os.environ.get("MEMPLAN_CACHE")
     return Path(os.path.expanduser(given)) if given else platformdirs.user_cache_path("memplan")
 
@@ -140,7 +142,8 @@ def notes(profile: HardwareProfile, folder: str | Path | None) -> tuple[str, ...
     found = []
     if sys.platform == "win32":
         found.append(
-            "On Windows the driver lets a full card go on in the RAM that it shares, far slower and without an error: such "
+            "On Windows the driver lets a full card go on in the RAM that it shares, far slower and without an error: "
+            "such "
             "bytes are over budget and memplan does not see them. Set CUDA's sysmem fallback policy to none. Untested."
         )
     if "microsoft" in platform.release().lower():
@@ -151,7 +154,8 @@ def notes(profile: HardwareProfile, folder: str | Path | None) -> tuple[str, ...
             )
         if folder and _file_system(Path(folder)) in ("9p", "drvfs"):
             found.append(
-                f"The checkpoint lies on a drive of Windows ({folder}), which WSL2 reads many times slower than its own: "
+                f"The checkpoint lies on a drive of Windows ({folder}), which WSL2 reads many times slower than its "
+                f"own: "
                 "copy it there, under ~."
             )
     return tuple(found)
@@ -197,7 +201,8 @@ def _container_room_bytes() -> list[int]:
 def profile_of_plan(name: str, rates_bytes_per_s: Sequence[float]) -> HardwareProfile | None:
     """Return the profile of this name, shipped or kept in the cache, that has these rates; None where there is none.
 
-    ``rates_bytes_per_s``: to the device, from it, of the disk. A profile may have been measured anew since a plan was made.
+    ``rates_bytes_per_s``: to the device, from it, of the disk. A profile may have been measured anew since a plan was
+    made.
     """
     for path in (*sorted(folder().glob("*.json")), *sorted((cache_path() / "profiles").glob("*.json"))):
         try:

@@ -77,7 +77,9 @@ class HardwareProfile(Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     page_lock_bytes: Figure | None = None
     """RAM that was page-locked at once when it was tried: at least so much can be."""
     page_lock_refused_bytes: Figure | None = None
-    """The least that was refused. None where nothing was: then ``page_lock_bytes`` is as much as was tried, and no limit."""
+    """The least that was refused. None where nothing was: then ``page_lock_bytes`` is as much as was tried, and no
+    limit.
+    """
     disk_depth: Figure | None = None
     """Reads at once from which on the disk gave nine tenths of its best rate."""
     machine: str = ""
@@ -113,8 +115,8 @@ def names() -> tuple[str, ...]:
 def load(name_or_path: str | Path) -> HardwareProfile:
     """Return a shipped profile by the name of its card, as people write it, or the profile in a JSON file.
 
-    Nothing is measured. Raises HardwareError for an unknown name (with those that are near), for one that several profiles
-    have, for an unreadable file, and for a profile that is not one (with the field that is wrong).
+    Nothing is measured. Raises HardwareError for an unknown name (with those that are near), for one that several
+    profiles have, for an unreadable file, and for a profile that is not one (with the field that is wrong).
     """
     text = str(name_or_path)
     shipped = {name.lower(): name for name in names()}

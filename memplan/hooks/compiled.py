@@ -1,9 +1,10 @@
 """What torch.compile has made of a model's modules. memplan stands around a compiled module, never within it.
 
-[Note: hooks that dynamo does not see] A hook on a compiled module is traced into its graph, and a hook that comes later is
-not looked at (``skip_nnmodule_hook_guards``): weights would be read that no trigger has brought. So a compiled trigger
-module is watched around its compiled call; what was compiled before the hooks came is forgotten; and a call that comes
-to a trigger from within a compiled region, whose graph could read several modules' weights at once, is refused.
+[Note: hooks that dynamo does not see] A hook on a compiled module is traced into its graph, and a hook that comes later
+is not looked at (``skip_nnmodule_hook_guards``): weights would be read that no trigger has brought. So a compiled
+trigger module is watched around its compiled call; what was compiled before the hooks came is forgotten; and a call
+that comes to a trigger from within a compiled region, whose graph could read several modules' weights at once, is
+refused.
 """
 
 from __future__ import annotations
@@ -61,7 +62,8 @@ def keep_call(module: nn.Module) -> Callable[[], None]:
     """Have a compiled region that calls a compiled module go by its call too; return what undoes it.
 
     [Note: passed by] Where dynamo traces a call of a module without hooks it takes the class's forward, though the
-    module's own call was replaced, unless the instance has a forward. A bound method is the same for all layers' guards.
+    module's own call was replaced, unless the instance has a forward. A bound method is the same for all layers'
+    guards.
     """
     if "forward" in module.__dict__:
         return lambda: None

@@ -1,8 +1,8 @@
 """Hooks within a layer that memplan recomputes, which came after the plan was made: called once, as without a plan.
 
 [Note: hooks that a plan knows] A trace runs the layers with the hooks that they have, twice where they are to be
-recomputed: one that counts makes its layer stateful, so those run as ever. Of a hook that came later nobody knows.
-So it is called once where nothing comes of it (it counts, averages, logs), and again in backward where the layer computes
+recomputed: one that counts makes its layer stateful, so those run as ever. Of a hook that came later nobody knows. So
+it is called once where nothing comes of it (it counts, averages, logs), and again in backward where the layer computes
 with what it does (it returns another value, writes to a tensor, sets an attribute). One that does both is refused.
 
 Hooks are seen where a forward begins, not where they are registered: whatever way they came, a handle removes them,
@@ -91,7 +91,8 @@ class LateHooks:
                 if any(key >= since for key in (*module._forward_hooks, *module._forward_pre_hooks)):
                     # One on the layer itself comes a call too early: without memplan's the layer has no hooks yet.
                     raise RunError(
-                        f"the forward of {self._name} registered a hook within itself, which would be called too often or too early "
+                        f"the forward of {self._name} registered a hook within itself, which would be called too often "
+                        f"or too early "
                         f"where the plan runs it a second time in backward: {_WAY_OUT}"
                     )
 
@@ -191,7 +192,9 @@ class LateHooks:
         return result, is_needed
 
     def _compare(self, module: nn.Module, reach: Reach, changed: frozenset[Hashable], *, is_needed: bool) -> None:
-        """Raise RunError where the layer, or a hook that is called again, may read what one changes that is called once."""
+        """Raise RunError where the layer, or a hook that is called again, may read what one changes that is called
+        once.
+        """
         if is_needed:
             self._read |= reach.tokens()
         elif changed:
@@ -209,7 +212,8 @@ class LateHooks:
         name = next((name for name, part in self._layer.named_modules() if part is module), "")
         where = canonical(f"{self._name}.{name}".rstrip("."))
         return RunError(
-            f"a hook on {where}, which came after the plan was made, {what}, and the plan runs {self._name} a second time in "
+            f"a hook on {where}, which came after the plan was made, {what}, and the plan runs {self._name} a second "
+            f"time in "
             f"backward, where that would happen twice: {_WAY_OUT}"
         )
 
@@ -245,7 +249,8 @@ class _Late:
 
 
 class _Saved:
-    """What autograd saves in a hook's call, kept from the checkpoint, which counts it, until it is known if there is another.
+    """What autograd saves in a hook's call, kept from the checkpoint, which counts it, until it is known if there is
+    another.
 
     The hook that is not called again would leave the second run with less than the first has saved.
     """

@@ -16,7 +16,8 @@ from memplan.hooks.compiled import call_of, replace_call
 Again = Callable[[], AbstractContextManager[None]]
 """Makes the context in which a forward runs once more."""
 Kept = Callable[[tuple[Any, ...], dict[str, Any]], tuple[AbstractContextManager[None], Again]]
-"""Of a forward's arguments, as it runs the first time: the context for that, and what makes those for the next times."""
+"""Of a forward's arguments, as it runs the first time: the context for that, and what makes those for the next times.
+"""
 
 
 def _anywhere(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[AbstractContextManager[None], Again]:
@@ -26,15 +27,15 @@ def _anywhere(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[AbstractCo
 def wrap(module: nn.Module, kept: Kept = _anywhere) -> Callable[[], None]:
     """Checkpoint ``module``'s forward (non-reentrant, random state kept) inside its hooks; return what undoes it.
 
-    [Note: others' hooks] Under saved-tensor hooks of the script's own (which may keep less than what they are given) nothing
-    is recomputed: they are to see what is saved.
+    [Note: others' hooks] Under saved-tensor hooks of the script's own (which may keep less than what they are given)
+    nothing is recomputed: they are to see what is saved.
 
     [Note: caches] A key-value cache handed in is written to by the forward, as ever. The recompute is given one that is
     as that was before: it may hold what came before (a trained prefix), and what is taken from a cache lies otherwise
     in memory, which changes bits.
     [Note: keywords and random numbers] torch keeps the random state of the devices of positional arguments, and of no
-    others: a layer that is called by keywords alone would drop out other elements as it runs again. So it is shown where
-    those lie.
+    others: a layer that is called by keywords alone would drop out other elements as it runs again. So it is shown
+    where those lie.
     """
     original = call_of(module)
 
@@ -160,8 +161,8 @@ def without_graph(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def _as_it_is(cache: Any) -> Any:
-    """Return a copy of a cache that a layer may be given in its place. Of all layers: a compiled one is compiled anew for a
-    cache that has fewer, and past its limit of compiles it runs as it is, with other bits.
+    """Return a copy of a cache that a layer may be given in its place. Of all layers: a compiled one is compiled anew
+    for a cache that has fewer, and past its limit of compiles it runs as it is, with other bits.
     """
     made = _own(cache)
     for name, held in vars(made).items():

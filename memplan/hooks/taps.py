@@ -1,4 +1,6 @@
-"""Where a backward may enter a layer from within and nobody would tell: which inner modules must tell of it themselves."""
+"""Where a backward may enter a layer from within and nobody would tell: which inner modules must tell of it
+themselves.
+"""
 
 from __future__ import annotations
 
@@ -17,10 +19,10 @@ from memplan.state.holders import is_ours
 class Taps:
     """One layer's. All inner modules of streamed weights are watched in the first forward that makes a graph.
 
-    Then those are left alone whose results come of a trained parameter of the layer, to which a backward by them gives a
-    gradient, or of another module that is watched. What is told of so late is refused, since weights were read before. Where
-    a hook of others comes into the layer, which may hand out what is made there, all are watched again, and a backward
-    may enter where it likes.
+    Then those are left alone whose results come of a trained parameter of the layer, to which a backward by them gives
+    a gradient, or of another module that is watched. What is told of so late is refused, since weights were read
+    before. Where a hook of others comes into the layer, which may hand out what is made there, all are watched again,
+    and a backward may enter where it likes.
     """
 
     def __init__(
@@ -30,8 +32,8 @@ class Taps:
         trained: Collection[nn.Parameter],
         refuse: Callable[[], None],
     ) -> None:
-        """``wrapped``: modules in the layer that are watched in no way until a hook of others is there. ``trained``: parameters of
-        this layer and of no other. ``refuse`` raises where a backward has entered unannounced.
+        """``wrapped``: modules in the layer that are watched in no way until a hook of others is there. ``trained``:
+        parameters of this layer and of no other. ``refuse`` raises where a backward has entered unannounced.
         """
         self.watched: dict[nn.Module, RemovableHandle] = {}
         """The modules that are, and what ends that."""
@@ -83,7 +85,9 @@ class Taps:
         self._made.clear()
 
     def _hooks_came(self) -> bool:
-        """Whether forward hooks of others are in the layer, looked at where there are more or fewer than the last time."""
+        """Whether forward hooks of others are in the layer, looked at where there are more or fewer than the last
+        time.
+        """
         seen = sum(map(len, self._hooks))
         if seen == self._hooks_seen:
             return False

@@ -87,13 +87,14 @@ class Triggers:
         around: Sequence[nn.Module] | None = None,
         taps: Mapping[str, Taps] = MappingProxyType({}),
     ) -> None:
-        """``within``: modules inside of some, each of whose outputs announces the backward too; as long as it needs to, where there
-        are ``taps`` of that trigger. ``around``: those that call some, from which an error comes out as well: so failed forwards
-        are told, at no cost to those that do not fail. None: they are not told.
+        """``within``: modules inside of some, each of whose outputs announces the backward too; as long as it needs to,
+        where there are ``taps`` of that trigger. ``around``: those that call some, from which an error comes out as
+        well: so failed forwards are told, at no cost to those that do not fail. None: they are not told.
 
-        [Note: entered from within] A backward that comes to a layer by a tensor that was made inside of it, and by none that it
-        returned, is announced by nothing else. Functions that keep views of weights (torch's linear, bitsandbytes) would then
-        read another block's bytes, which look like any others. Mostly a forward hook has handed out that tensor.
+        [Note: entered from within] A backward that comes to a layer by a tensor that was made inside of it, and by none
+        that it returned, is announced by nothing else. Functions that keep views of weights (torch's linear,
+        bitsandbytes) would then read another block's bytes, which look like any others. Mostly a forward hook has
+        handed out that tensor.
         """
         self._watcher = watcher
         self._taps = taps
@@ -104,13 +105,16 @@ class Triggers:
         self._calls: dict[str, int] = {}
         self._outermost = -1
         self.look: Callable[[str, int, object, object], bool] | None = None
-        """Shown each forward as it ends (module, call, what went in, what came out) until it says that it has seen all."""
+        """Shown each forward as it ends (module, call, what went in, what came out) until it says that it has seen all.
+        """
         self._undo: list[Callable[[], None]] = []
         self._inside: list[str] = []
         """Compiled modules whose calls are under way."""
         self._tells_failures = around is not None
         self._around: set[int] = set()
-        """Ids of the modules around whose calls are under way. An interrupt, of which hooks are not told, leaves them there."""
+        """Ids of the modules around whose calls are under way. An interrupt, of which hooks are not told, leaves them
+        there.
+        """
         self._alone: set[str] = set()
         """Those that were called by none of these: they are hooked themselves."""
         self._beside = refuse_beside(self._inside)
@@ -169,7 +173,8 @@ class Triggers:
             refuse_region(name)
             if torch._C._get_tracing_state() is not None:
                 raise RunError(
-                    f"{name} was traced by torch.jit while memplan streams its weights, which the traced module would read where they "
+                    f"{name} was traced by torch.jit while memplan streams its weights, which the traced module would "
+                    f"read where they "
                     "are not: detach() first"
                 )
             backward = in_backward()

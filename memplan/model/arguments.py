@@ -1,7 +1,8 @@
-"""The words that a plan is asked for in, checked before anything heavy is imported: a slip costs no time. No torch here.
+"""The words that a plan is asked for in, checked before anything heavy is imported: a slip costs no time. No torch
+here.
 
-Near misses that can mean one thing are taken (``BF16``, ``half``, ``4bit``, a page of the hub); others are refused with the
-names that are near.
+Near misses that can mean one thing are taken (``BF16``, ``half``, ``4bit``, a page of the hub); others are refused with
+the names that are near.
 """
 
 from __future__ import annotations
@@ -52,8 +53,8 @@ TARGETS: dict[str, tuple[str, ...]] = {
     "t5": _T5,
     "mt5": _T5,
 }
-"""What an adapter may be put on, by the type of a configuration: the last part of a module's name. Other types are looked
-at when they are built."""
+"""What an adapter may be put on, by the type of a configuration: the last part of a module's name. Other types are
+looked at when they are built."""
 _ANYWHERE = {name for known in TARGETS.values() for name in known} | {
     "w1", "w2", "w3", "gate", "score", "classifier", "qa_outputs", "fc1", "fc2", "out_proj",
 }  # fmt: skip
@@ -93,7 +94,8 @@ def understood(
     if quantization == "none":
         if isinstance(settings, Mapping) and settings.get("quantization_config"):
             raise InputError(
-                f"the quantization was given as 'none', but {given} is quantized by its configuration: give a model that is "
+                f"the quantization was given as 'none', but {given} is quantized by its configuration: give a model "
+                f"that is "
                 "not, or leave the quantization out"
             )
         quantization = None
@@ -111,12 +113,14 @@ def dtype_name(given: str) -> str:
     found = _DTYPE_NAMES.get(given.strip().lower().removeprefix("torch."))
     if found is None and _is_quantization(given):
         raise InputError(
-            f"the dtype was given as {given!r}, which is a quantization: give --quantization {given} (quantization={given!r}), and "
+            f"the dtype was given as {given!r}, which is a quantization: give --quantization {given} "
+            f"(quantization={given!r}), and "
             "as dtype what products are computed in, such as bf16"
         )
     if found is None:
         raise InputError(
-            f"the dtype was given as {given!r}: give one of {', '.join(sorted(_DTYPE_NAMES))}{like(given, _DTYPE_NAMES)}"
+            f"the dtype was given as {given!r}: give one of "
+            f"{', '.join(sorted(_DTYPE_NAMES))}{like(given, _DTYPE_NAMES)}"
         )
     return found
 
@@ -145,7 +149,8 @@ def _quantization(given: Any) -> Any:
     found = _QUANTIZATION_NAMES.get(word.replace("-", ""), word)
     if found not in (*QUANTIZATIONS, "none"):
         raise InputError(
-            f"the quantization was given as {given!r}: give one of {', '.join(QUANTIZATIONS)}{like(word, QUANTIZATIONS)}"
+            f"the quantization was given as {given!r}: give one of "
+            f"{', '.join(QUANTIZATIONS)}{like(word, QUANTIZATIONS)}"
         )
     library = "torchao" if found.startswith("torchao") else "bitsandbytes"
     if found not in ("none", "gptq", "awq") and not _is_installed(library):
@@ -156,7 +161,8 @@ def _quantization(given: Any) -> Any:
 def not_installed(library: str) -> InputError:
     """Return the error of a quantization whose library is not there."""
     return InputError(
-        f"the quantization needs {library}, which is not installed: pip install 'memplan[quant]', or plan the model without it"
+        f"the quantization needs {library}, which is not installed: pip install 'memplan[quant]', or plan the model "
+        f"without it"
     )
 
 
@@ -229,7 +235,8 @@ def _targets(adapter: Any, settings: Any) -> tuple[str, ...]:
     if slips or len(missing) == len(names):
         wrong = (slips or missing)[0]
         raise InputError(
-            f"the adapter's target was given as {wrong!r}, which no layer of a {kind} model is called{like(wrong, known)}; "
+            f"the adapter's target was given as {wrong!r}, which no layer of a {kind} model is "
+            f"called{like(wrong, known)}; "
             f"give of {', '.join(known)}, or {_ALL_LINEAR}"
         )
     if not missing:

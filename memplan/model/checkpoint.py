@@ -81,7 +81,9 @@ def has_checkpoint(folder: str | Path | None) -> bool:
 
 
 def _weight_files(folder: Path) -> list[Path]:
-    """Return the index and the single file that a checkpoint may have, in the order in which its library looks for them."""
+    """Return the index and the single file that a checkpoint may have, in the order in which its library looks for
+    them.
+    """
     single, index = ".safetensors", ".safetensors.index.json"
     names = f"model{single}", f"model{index}", f"diffusion_pytorch_model{index}", f"diffusion_pytorch_model{single}"
     return [folder / name for name in names]

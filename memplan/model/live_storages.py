@@ -5,7 +5,8 @@ few microseconds an operator and holds nothing alive. Fake tensors count as what
 
 [Note: storages, not tensors] Views share a storage and in-place operators return one that is known: each counts once.
 torch keeps a storage's Python object as long as the storage itself lives, whoever holds it (autograd's saved tensors
-too), so the weak reference's callback comes when the memory is given back, and the storage's address names it till then.
+too), so the weak reference's callback comes when the memory is given back, and the storage's address names it till
+then.
 """
 
 from __future__ import annotations

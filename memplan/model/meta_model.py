@@ -1,4 +1,5 @@
-"""A model without its weights, from its configuration, and its adapter. Nothing is downloaded, no code of a checkpoint run.
+"""A model without its weights, from its configuration, and its adapter. Nothing is downloaded, no code of a checkpoint
+run.
 
 The analyzer traces it, and a model that is loaded straight to its homes begins as one.
 """
@@ -45,7 +46,8 @@ class Skeleton(NamedTuple):
     """Its quantized layers stand in for ones whose kernels are not there."""
 
 
-# ---- configurations ----------------------------------------------------------------------------------------------------
+# ---- configurations
+# ----------------------------------------------------------------------------------------------------
 
 
 def from_configuration(
@@ -59,12 +61,13 @@ def from_configuration(
 ) -> Skeleton:
     """Return the model of a transformers configuration, of a directory with ``config.json``, or of a name, on ``meta``.
 
-    A name is one of ``memplan/models.json``, which needs no network, or of a model on the hub, of which the configuration
-    alone is fetched.
+    A name is one of ``memplan/models.json``, which needs no network, or of a model on the hub, of which the
+    configuration alone is fetched.
 
-    ``buffers``: have its buffers hold their values all the same (rotary frequencies are in no checkpoint).
-    The dtype is the configuration's where none is given; parameters that transformers keeps in float32 are so here.
-    ``quantization``: see :func:`quantization_of`; the configuration's own where it has one (QLORA: else nested nf4). ``plain``: refuse one that has.
+    ``buffers``: have its buffers hold their values all the same (rotary frequencies are in no checkpoint). The dtype is
+    the configuration's where none is given; parameters that transformers keeps in float32 are so here.
+    ``quantization``: see :func:`quantization_of`; the configuration's own where it has one (QLORA: else nested nf4).
+    ``plain``: refuse one that has.
 
     Raises InputError for anything that cannot be used, ModelError for a model that cannot be built.
     """
@@ -86,7 +89,8 @@ def from_configuration(
         folder = Path(kept) if kept and Path(kept).is_dir() else None
     else:
         raise InputError(
-            f"the model is a {type(given).__name__}: give an nn.Module, a transformers configuration, a directory with a "
+            f"the model is a {type(given).__name__}: give an nn.Module, a transformers configuration, a directory with "
+            f"a "
             "config.json, or a model's name"
         )
     _refuse_endless(config, name)
@@ -153,7 +157,8 @@ def _is_tied(model: Any) -> bool:
 def _untied_note(transformers: Any, model: Any) -> str:
     weight = model.get_output_embeddings().weight
     return (
-        f"Its configuration parts head and embedding, but transformers {transformers.__version__} makes one of them: where "
+        f"Its configuration parts head and embedding, but transformers {transformers.__version__} makes one of them: "
+        f"where "
         f"the checkpoint holds both, count {format_bytes(weight.numel() * weight.element_size())} more."
     )
 
@@ -192,7 +197,8 @@ def _of_diffusers(given: str | Path, dtype: Any, attention: str | None, quantiza
         import diffusers
     except ImportError as error:
         raise InputError(
-            f"{folder} holds a model of diffusers, which is not installed: pip install 'memplan[diffusers]', or give the "
+            f"{folder} holds a model of diffusers, which is not installed: pip install 'memplan[diffusers]', or give "
+            f"the "
             "nn.Module"
         ) from error
     if attention is not None or quantization is not None:
@@ -208,7 +214,9 @@ def _of_diffusers(given: str | Path, dtype: Any, attention: str | None, quantiza
 
 
 def diffusers_model(cls: Any, config: Any, dtype: torch.dtype | None, **options: Any) -> Any:
-    """Return a model of a class of diffusers, its parameters on ``meta``, of the dtypes that ``from_pretrained`` loads."""
+    """Return a model of a class of diffusers, its parameters on ``meta``, of the dtypes that ``from_pretrained``
+    loads.
+    """
     with torch.random.fork_rng(devices=[]), _on_meta(True):  # they make buffers with NumPy
         before = torch.get_default_dtype()
         torch.set_default_dtype(dtype or before)
@@ -257,7 +265,8 @@ def _named(transformers: Any, given: str | Path) -> tuple[Any, str, Path | None]
             )
         except Exception as error:
             raise ModelError(
-                f"{folder / 'config.json'} cannot be used: {first_line(error)} (memplan runs no code from a checkpoint; for "
+                f"{folder / 'config.json'} cannot be used: {first_line(error)} (memplan runs no code from a "
+                f"checkpoint; for "
                 "such a model give the nn.Module)"
             ) from error
         return config, folder.resolve().name, folder
@@ -298,7 +307,8 @@ _OTHERS = (
 def _builder(transformers: Any, config: Any) -> Any:
     """Return what makes a model of a configuration.
 
-    The class that it names, unless that is a language model without its head; else the first automatic class that knows it.
+    The class that it names, unless that is a language model without its head; else the first automatic class that knows
+    it.
     """
 
     def automatic(names: tuple[str, ...]) -> Any:
@@ -326,7 +336,8 @@ def _builder(transformers: Any, config: Any) -> Any:
     build = build or automatic(language) or (named._from_config if named is not None else automatic(_OTHERS))
     if build is None:
         raise ModelError(
-            f"transformers has no model of language, images or sound for {type(config).__name__}, and its architectures "
+            f"transformers has no model of language, images or sound for {type(config).__name__}, and its "
+            f"architectures "
             "name no class of transformers: give the nn.Module"
         )
     return lambda config, options: build(config, **options)
@@ -341,7 +352,8 @@ def _dtype(given: Any) -> torch.dtype:
     return found
 
 
-# ---- adapters ----------------------------------------------------------------------------------------------------------
+# ---- adapters
+# ----------------------------------------------------------------------------------------------------------
 
 
 def with_adapter(model: nn.Module, adapter: Any, *, real: bool = False) -> nn.Module:

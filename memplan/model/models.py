@@ -49,8 +49,9 @@ def table() -> dict[str, KnownModel]:
 def find(name: str) -> tuple[str, KnownModel] | None:
     """Return a model by its name here or on the hub, as people write it; None where it is not in the table.
 
-    Upper and lower case are alike, as are ``-``, ``_`` and a space; so are a model and what was tuned from it under its own
-    name (``-Instruct``, ``-Base``, ``-it``, ``-Chat``), which have the same shapes. Of another's repository nothing is known.
+    Upper and lower case are alike, as are ``-``, ``_`` and a space; so are a model and what was tuned from it under its
+    own name (``-Instruct``, ``-Base``, ``-it``, ``-Chat``), which have the same shapes. Of another's repository nothing
+    is known.
     """
     wanted = hub_name(name).lower()
     owner, _, own = wanted.rpartition("/")
@@ -77,7 +78,8 @@ def is_hub_name(name: str) -> bool:
 def from_hub(name: str) -> Path | None:
     """Return the configuration of a model on the hub, from its cache where it is there; it alone is fetched.
 
-    None where transformers has been imported: it does so itself, but only once torch has been imported too. Raises InputError.
+    None where transformers has been imported: it does so itself, but only once torch has been imported too. Raises
+    InputError.
     """
     if "transformers" in sys.modules:
         return None
@@ -97,7 +99,8 @@ def not_on_hub(name: str, error: Exception) -> InputError:
     found = near(name)
     known = f", or one of the names that memplan knows itself, such as {found[0]}" if found else ""
     return InputError(
-        f"the configuration of {name} cannot be had from the hub: {first_line(error).rstrip('. ')}. Check the name and the network, or "
+        f"the configuration of {name} cannot be had from the hub: {first_line(error).rstrip('. ')}. Check the name and "
+        f"the network, or "
         f"give a directory with its config.json{known}"
     )
 
@@ -113,7 +116,8 @@ def unknown(given: object) -> InputError:
     if os.path.isfile(path):
         hint = ": it is a file; give the directory that holds its config.json"
     return InputError(
-        f"{given} is neither a directory with a config.json nor a model that memplan knows{hint}. Give a directory, one of "
+        f"{given} is neither a directory with a config.json nor a model that memplan knows{hint}. Give a directory, "
+        f"one of "
         "the names in memplan/models.json, a name on the hub such as meta-llama/Llama-3.1-8B, a transformers "
         "configuration or an nn.Module"
     )
@@ -121,7 +125,8 @@ def unknown(given: object) -> InputError:
 
 _HOLDS_INSTEAD = {
     "adapter_config.json": "it holds an adapter; give its base model",
-    "model_index.json": "it holds a pipeline of diffusers; give the directory of one model in it, such as transformer or unet",
+    "model_index.json": "it holds a pipeline of diffusers; give the directory of one model in it, such as transformer "
+    "or unet",
     "params.json": "it holds weights in their first publisher's form; give a directory in transformers' form",
 }
 
@@ -147,7 +152,9 @@ def near(name: str) -> list[str]:
 
 
 def is_plain(model: str) -> bool:
-    """Whether a model that was given by its name or directory is known to have no quantized weights, before it is built."""
+    """Whether a model that was given by its name or directory is known to have no quantized weights, before it is
+    built.
+    """
     folder = folder_of(model)
     if folder is None:
         return find(model) is not None

@@ -80,7 +80,8 @@ class Quantization:
         if not any(isinstance(module, PackedLinear) for module in model.modules()):
             return ()
         return (
-            f"{_STOOD_IN_FOR[method]} kernels were not traced: each product is counted as one that dequantizes its weight "
+            f"{_STOOD_IN_FOR[method]} kernels were not traced: each product is counted as one that dequantizes its "
+            f"weight "
             "whole, in forward and again in backward; what a kernel allocates besides, or spares, is an estimate.",
         )
 
@@ -88,8 +89,8 @@ class Quantization:
 def quantization_of(given: Any, dtype: torch.dtype) -> Quantization:
     """Return what was asked for: by one of :data:`NAMES`, by a dictionary, or by transformers' configuration of it.
 
-    ``dtype``: the model's, in which 4-bit products are computed where a name alone is given. Raises InputError for what is
-    not known or whose library is not there, ModelError for a method that cannot be planned.
+    ``dtype``: the model's, in which 4-bit products are computed where a name alone is given. Raises InputError for what
+    is not known or whose library is not there, ModelError for a method that cannot be planned.
     """
     import transformers
     from transformers.quantizers.auto import AutoHfQuantizer, AutoQuantizationConfig
@@ -100,7 +101,8 @@ def quantization_of(given: Any, dtype: torch.dtype) -> Quantization:
         method = _method(given)
         if method not in {*_LIBRARY, "gptq", "awq"}:
             raise ModelError(
-                f"the quantization is {method or 'of no method'}, of which no plan can be made without weights: load the "
+                f"the quantization is {method or 'of no method'}, of which no plan can be made without weights: load "
+                f"the "
                 "model and plan it as an nn.Module, or give the configuration without its quantization"
             )
         _require(method)
@@ -169,7 +171,8 @@ def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
         torch.set_default_dtype(before)
 
 
-# ---- by the libraries themselves ----------------------------------------------------------------------------------------
+# ---- by the libraries themselves
+# ----------------------------------------------------------------------------------------
 
 
 def _with_bitsandbytes(model: nn.Module) -> None:
@@ -194,7 +197,8 @@ def _with_torchao(model: nn.Module, quantizer: Any) -> None:
                 setattr(model.get_submodule(owner), own, nn.Parameter(tensor, requires_grad=False))
 
 
-# ---- stand-ins ----------------------------------------------------------------------------------------------------------
+# ---- stand-ins
+# ----------------------------------------------------------------------------------------------------------
 
 torch.library.define("memplan::dequantize", "(Tensor[] packed, int rows, int columns, ScalarType dtype) -> Tensor")
 
@@ -260,7 +264,8 @@ def _with_stand_ins(model: nn.Module, settings: Any, quantizer: Any) -> None:
             inputs, outputs = module.in_features, module.out_features
         elif any(parameter.dim() > 2 for parameter in module._parameters.values() if parameter is not None):
             raise ModelError(
-                f"{name} holds the weights of several layers in one, and {_STOOD_IN_FOR[method]} layout of such is not known: "
+                f"{name} holds the weights of several layers in one, and {_STOOD_IN_FOR[method]} layout of such is not "
+                f"known: "
                 "load the model and plan it as an nn.Module"
             )
         else:
@@ -271,7 +276,9 @@ def _with_stand_ins(model: nn.Module, settings: Any, quantizer: Any) -> None:
 
 
 def _gptq_takes(settings: Any) -> Callable[[str], bool]:
-    """Return whether a module of this name is taken: those in the repeated layers, or of them the ones that are named."""
+    """Return whether a module of this name is taken: those in the repeated layers, or of them the ones that are
+    named.
+    """
     named = settings.modules_in_block_to_quantize
     ends = (
         None

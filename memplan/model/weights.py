@@ -1,7 +1,8 @@
 """The tensors that frozen weights are made of. A parameter is one; a quantized one is several.
 
-They are what moves. Each is re-pointed by its ``.data``, so that whoever holds the tensor (a quantizer's state, autograd)
-sees what it points at. What a quantizer keeps besides (code tables, an offset: a few bytes each) stays on the device.
+They are what moves. Each is re-pointed by its ``.data``, so that whoever holds the tensor (a quantizer's state,
+autograd) sees what it points at. What a quantizer keeps besides (code tables, an offset: a few bytes each) stays on the
+device.
 
 Known by their form, without importing any quantizer: bitsandbytes' 4-bit and 8-bit parameters, tensors made of tensors
 (torchao's), and the buffers of GPTQ- and AWQ-like layers.
@@ -81,9 +82,9 @@ def mark_adapters(model: nn.Module) -> None:
 def _replaced_by_adapter(module: nn.Module) -> Iterator[nn.Module]:
     """Yield the modules whose frozen parameters an adapter replaces by new ones in every forward.
 
-    [Note: attention that is merged] PEFT's LoRA on ``nn.MultiheadAttention`` merges itself into ``in_proj_weight`` and into the
-    output's weight, and takes itself out again; and it makes new parameters whenever its modules are listed. No address
-    of theirs lasts, so they stay with the adapter.
+    [Note: attention that is merged] PEFT's LoRA on ``nn.MultiheadAttention`` merges itself into ``in_proj_weight`` and
+    into the output's weight, and takes itself out again; and it makes new parameters whenever its modules are listed.
+    No address of theirs lasts, so they stay with the adapter.
     """
     base: Any = module._modules.get("base_layer")
     if isinstance(base, nn.MultiheadAttention):
@@ -212,7 +213,9 @@ def unready(parameter: torch.Tensor, module: nn.Module) -> str | None:
 
 
 def kind_of(tensor: object) -> type:
-    """Return a tensor's own class: between its accesses a streamed weight is of another (:mod:`memplan.run.access.direct_access`)."""
+    """Return a tensor's own class: between its accesses a streamed weight is of another
+    (:mod:`memplan.run.access.direct_access`).
+    """
     kind = type(tensor)
     own: type = kind.__dict__.get("_memplan_kind", kind)
     return own
@@ -225,7 +228,8 @@ def is_wrapper(tensor: object) -> bool:
 
 
 def keep_layout(module: nn.Module) -> Callable[[], None] | None:
-    """Have bitsandbytes leave a module's 4-bit weights in their layout; return what undoes it, or None if it does anyway.
+    """Have bitsandbytes leave a module's 4-bit weights in their layout; return what undoes it, or None if it does
+    anyway.
 
     In an evaluation on some CPUs it repacks them into new tensors: no gradient goes through those, and an
     address of theirs would no longer hold what is read.

@@ -1,4 +1,6 @@
-"""What is tried where it is to be chosen: where the optimizer's state lies, and of how many modules activations are offloaded."""
+"""What is tried where it is to be chosen: where the optimizer's state lies, and of how many modules activations are
+offloaded.
+"""
 
 from __future__ import annotations
 
@@ -26,8 +28,8 @@ def state_away(table: CostTable, page_lock_bytes: int | None) -> CostTable:
 def tables_of(
     table: CostTable, optimizer_state: StateHome | None, page_lock_bytes: int | None
 ) -> tuple[CostTable, ...]:
-    """Return the cost rows with the optimizer's state where it may lie. ``optimizer_state``: None where that is to be chosen:
-    on a device whose memory is its own, since the CPU's is where it would go.
+    """Return the cost rows with the optimizer's state where it may lie. ``optimizer_state``: None where that is to be
+    chosen: on a device whose memory is its own, since the CPU's is where it would go.
     """
     away = state_away(table, page_lock_bytes)
     if optimizer_state == "host":

@@ -1,7 +1,7 @@
 """Other ways of placing, as arrangements: what each would take on the same timeline.
 
-As they are published or in use. Each has what the plan has: the same blocks, room, links and, between all activations kept
-and all recomputed, the better.
+As they are published or in use. Each has what the plan has: the same blocks, room, links and, between all activations
+kept and all recomputed, the better.
 """
 
 from __future__ import annotations
@@ -16,8 +16,9 @@ from memplan.place.problem import Problem, evenly
 Baseline = Literal["all streamed", "first resident", "spread in equal slots", "accelerate's device map"]
 """``all streamed``: two slots, nothing stays. ``first resident``: as many of the first blocks stay as there is room for
 beside two slots. ``spread in equal slots``: those that stay lie evenly between the others, which take two slots of the
-greatest one's size in turn. ``accelerate's device map``: the first blocks stay as in ``infer_auto_device_map``, which leaves
-room for the greatest; the others come when they are called, each time, with nothing ahead (accelerate's own hooks do so)."""
+greatest one's size in turn. ``accelerate's device map``: the first blocks stay as in ``infer_auto_device_map``, which
+leaves room for the greatest; the others come when they are called, each time, with nothing ahead (accelerate's own
+hooks do so)."""
 
 WAYS: tuple[Baseline, ...] = get_args(Baseline)
 

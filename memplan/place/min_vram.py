@@ -30,7 +30,8 @@ def least_vram_bytes(
     staging_bytes: int = STAGING_BYTES,
     optimizer_state: StateHome | None = None,
 ) -> int | None:
-    """Return the least vram for which :func:`memplan.place.solve.place` returns a plan; None where ``ram`` and ``disk`` are too little.
+    """Return the least vram for which :func:`memplan.place.solve.place` returns a plan; None where ``ram`` and ``disk``
+    are too little.
 
     Raises InputError as that does.
     """
@@ -48,7 +49,9 @@ def problems_of(
     activations: Mapping[str, Activations],
     optimizer_state: StateHome | None,
 ) -> Iterator[Problem]:
-    """Yield the problems that :func:`place` solves: with what was asked, with more offloaded, with the optimizer's state in RAM."""
+    """Yield the problems that :func:`place` solves: with what was asked, with more offloaded, with the optimizer's
+    state in RAM.
+    """
     for rows in tables_of(table, optimizer_state, budgets.page_lock_bytes):
         variants = Variants(rows, activations)
         for given in (activations, *variants.every, *map(variants.of, variants.counts)):
@@ -77,7 +80,9 @@ class Least:
 
 
 def _smallest(problem: Problem) -> tuple[int, Arrangement] | None:
-    """Return the least room for which there is an arrangement, and that; None where ``ram`` and ``disk`` are too little."""
+    """Return the least room for which there is an arrangement, and that; None where ``ram`` and ``disk`` are too
+    little.
+    """
     listed, made_in = list(rings(problem)), Rings(problem)
 
     def first(room_bytes: int) -> Arrangement | None:
@@ -129,7 +134,9 @@ _PLENTY = 1 << 60
 
 
 def least_ram_bytes(problems: Iterable[Least], budgets: Budgets) -> int | None:
-    """Return the least RAM with which something fits the other budgets, to a step of alignment; None where none would do."""
+    """Return the least RAM with which something fits the other budgets, to a step of alignment; None where none would
+    do.
+    """
     best: int | None = None
     for least in problems:
         spared = fitting(least, replace(budgets, ram_bytes=_PLENTY))
@@ -154,7 +161,9 @@ def least_ram_bytes(problems: Iterable[Least], budgets: Budgets) -> int | None:
 
 
 def least_disk_bytes(problems: Iterable[Least], budgets: Budgets) -> int | None:
-    """Return disk with which something fits the other budgets; None where none would do, or any amount may be used already."""
+    """Return disk with which something fits the other budgets; None where none would do, or any amount may be used
+    already.
+    """
     if budgets.disk_bytes is None:
         return None
     found = (fitting(least, replace(budgets, disk_bytes=None)) for least in problems)

@@ -109,8 +109,8 @@ class Problem:
         return 1 << free if free <= MOST_SUBSETS else 1 + min(free, MOST_LEVELS)
 
     def recomputed_at(self, level: int) -> tuple[str, ...]:
-        """Return the modules that are recomputed at a level: of a few every choice, by their number; of more as many as it
-        says, of many in even steps, spread evenly.
+        """Return the modules that are recomputed at a level: of a few every choice, by their number; of more as many as
+        it says, of many in even steps, spread evenly.
         """
         free = self.free_modules
         if len(free) <= MOST_SUBSETS:
@@ -128,7 +128,9 @@ class Problem:
         return self.table.blocks[block].size_bytes
 
     def needs(self, block: int, home: Tier) -> tuple[int, ...]:
-        """Return the accesses for which a streamed block must be on the device: rows are read in RAM where it is there."""
+        """Return the accesses for which a streamed block must be on the device: rows are read in RAM where it is
+        there.
+        """
         return self.whole_uses[block] if home == "host" else self.uses[block]
 
     def in_order(self, blocks: Iterable[int]) -> list[int]:
@@ -143,7 +145,9 @@ def make_problem(
     pins: Mapping[int, Tier],
     activations: Mapping[str, Activations] = MappingProxyType({}),
 ) -> Problem:
-    """Sort the blocks by what may become of them. Raises InputError for a pin or activations that cannot be as given."""
+    """Sort the blocks by what may become of them. Raises InputError for a pin or activations that cannot be as
+    given.
+    """
     for module in activations:
         if module not in table.recomputable:
             raise InputError(
@@ -161,7 +165,8 @@ def make_problem(
     for block in table.blocks:
         pin = pins.get(block.id)
         stays = block.pinned_because or ("it is read beside another streamed block" if block.id in beside else "")
-        # What no planned access reads may be pinned anywhere: a read beside the plan is served as any other. Else it stays.
+        # What no planned access reads may be pinned anywhere: a read beside the plan is served as any other. Else it
+        # stays.
         stays = stays or ("" if reads[block.id] or pin is not None else "no access reads it")
         if pin in ("host", "disk") and stays:
             raise InputError(

@@ -1,7 +1,8 @@
 """What is said where no plan keeps the budgets: which tier is short, and the cheapest change that makes it fit first.
 
-Each change is looked at with the rest as asked, and told only where something fits with it. What is cheap: a GiB of disk, of
-RAM and of vram are taken to cost as 1 to 20 to 200, a loss in chunks (a line of the training script) as half a GiB of RAM.
+Each change is looked at with the rest as asked, and told only where something fits with it. What is cheap: a GiB of
+disk, of RAM and of vram are taken to cost as 1 to 20 to 200, a loss in chunks (a line of the training script) as half a
+GiB of RAM.
 
 [Note: what scripts read] ``vram (N bytes)`` is the least vram with all else as asked, and stands nowhere else.
 """
@@ -75,7 +76,10 @@ def does_not_fit(
     tips = [change.text for change in changes]
     asked = f"a micro-batch of {workload.tokens} tokens was to be trained in {format_bytes(budgets.vram_bytes)} of vram"
     if least_ram is not None:  # with that much of it the vram that was asked for would do
-        asked += f" and {format_bytes(budgets.ram_bytes)} of ram, but that vram needs at least {_more(least_ram, budgets.ram_bytes)} of ram"
+        asked += (
+            f" and {format_bytes(budgets.ram_bytes)} of ram, but that vram needs at least "
+            f"{_more(least_ram, budgets.ram_bytes)} of ram"
+        )
         limited = _ram_limit(case, of)
     elif of.smallest is None:
         asked += ", but there is no room for the blocks that would leave it"
@@ -118,7 +122,8 @@ def _changes(
         price = _PRICES["disk"] * (least_disk - (budgets.disk_bytes or 0)) / GIB
         yield _Change(
             price,
-            f"give a disk budget of at least {format_bytes(least_disk)} ({least_disk} bytes), or the folder of a checkpoint that "
+            f"give a disk budget of at least {format_bytes(least_disk)} ({least_disk} bytes), or the folder of a "
+            f"checkpoint that "
             "blocks may be read from",
         )
     chunked = chunked_loss(case.table, case.workload.tokens)
@@ -157,7 +162,10 @@ def _ram_limit(case: _Case, of: Least) -> str:
         limited = f"ram of {format_bytes(budgets.ram_bytes)} and {disk} for the streamed blocks"
     if problem.is_pageable(frozen, reads_disk=False):
         lock = format_bytes(problem.page_lock_bytes or 0)
-        limited += f"; {lock} of ram may be page-locked, and what is not passes through {format_bytes(RING_BYTES)} of ram besides"
+        limited += (
+            f"; {lock} of ram may be page-locked, and what is not passes through {format_bytes(RING_BYTES)} of "
+            f"ram besides"
+        )
     if problem.saves.host_bytes:
         limited += f", beside {format_bytes(problem.saves.host_bytes)} of ram for offloaded activations"
     return limited
@@ -172,7 +180,8 @@ def _vram_limit(of: Least) -> str:
     again, all_of_them = len(problem.recomputed_at(level)), len(problem.table.recomputable)
     how = f", {again} of {all_of_them} modules recomputed" if level else ""
     return (
-        f"{format_bytes(int(of.nonweight.max()))} of activations, adapters and optimizer state at {where}{how}, beside weights "
+        f"{format_bytes(int(of.nonweight.max()))} of activations, adapters and optimizer state at {where}{how}, beside "
+        f"weights "
         f"of {format_bytes(room)} ({format_bytes(smallest.slots_bytes)} of it slots)"
     )
 

@@ -51,11 +51,13 @@ _STARTS = 24
 """Rings from whose best the climb begins where blocks are few."""
 
 _MOST_STACKED = 11_000
-"""Arrangements that are looked at where every one of a few blocks is: there are 10,000 of six blocks. A search for what is
-better than something looks at a fortieth of that."""
+"""Arrangements that are looked at where every one of a few blocks is: there are 10,000 of six blocks. A search for what
+is better than something looks at a fortieth of that."""
 
 _STACKED_LEVELS = 3
-"""Numbers of recomputed modules for which every arrangement is looked at, where there are few blocks; all of few modules."""
+"""Numbers of recomputed modules for which every arrangement is looked at, where there are few blocks; all of few
+modules.
+"""
 
 _PART = 0.25
 """Size of a tail in units of the middle bundle, where bundles are of several blocks."""
@@ -78,8 +80,8 @@ class Choice:
     """Bytes that cross the links in a pass."""
 
     def ties(self, percent_bytes: int) -> tuple[int, int, int, int, int]:
-        """What decides between equal passes: bytes moved (to the percent), recomputes, bytes on the disk, bytes off the device,
-        and blocks.
+        """What decides between equal passes: bytes moved (to the percent), recomputes, bytes on the disk, bytes off the
+        device, and blocks.
         """
         on_disk = self.arrangement.disk_bytes
         off_bytes = self.arrangement.host_bytes + on_disk
@@ -88,8 +90,8 @@ class Choice:
 
 
 def rings(problem: Problem, *, every: bool = True, tails: bool = False) -> Iterator[LayoutRecipe]:
-    """Yield the rings that are tried for a number of recomputed modules: what the least vram is the least of, too. Fewer,
-    where not ``every``, tell which numbers are worth the others. ``tails``: those with tails instead.
+    """Yield the rings that are tried for a number of recomputed modules: what the least vram is the least of, too.
+    Fewer, where not ``every``, tell which numbers are worth the others. ``tails``: those with tails instead.
     """
     in_parts = any(len(bundle) > 1 for bundle in problem.bundles)
     may_be_disk = problem.budgets.disk_bytes is None or problem.budgets.disk_bytes > 0
@@ -184,7 +186,8 @@ class Search:
                 tried = {roomiest: math.inf}
             while stride > 1:
                 stride = max(1, stride // 2)
-                # With more of them less streams and more is computed: the best lies beside the best, or where it begins to fit.
+                # With more of them less streams and more is computed: the best lies beside the best, or where it begins
+                # to fit.
                 around = sorted(tried, key=lambda level: (tried[level], level))[:2]
                 look(beside for top in around for beside in (top - stride, top + stride) if 0 <= beside < levels)
         tops = sorted(tried, key=lambda level: (tried[level], level))
@@ -227,7 +230,9 @@ class Search:
                     self._look_at(arrangement, level, ring)
 
     def _try_disk(self, levels: Sequence[int], rings_of: Sequence[LayoutRecipe]) -> None:
-        """Have more on the disk than RAM forces: both bring bytes at once, so that with fewer there a pass may be longer."""
+        """Have more on the disk than RAM forces: both bring bytes at once, so that with fewer there a pass may be
+        longer.
+        """
         choice = self.chosen()
         if choice is None:
             return
@@ -246,8 +251,8 @@ class Search:
                 self.time(level, ring._replace(disk_share=part / parts))
 
     def _climb(self) -> None:
-        """Change what stays, a bundle at a time, as long as that helps and is not too much work: from the best, and where
-        blocks are few from the best of other rings too, since where a climb ends depends on where it begins.
+        """Change what stays, a bundle at a time, as long as that helps and is not too much work: from the best, and
+        where blocks are few from the best of other rings too, since where a climb ends depends on where it begins.
         """
         for start, ring in self._starts():
             left = _MOST_CLIMBED // max(1, len(self._problem.movable))

@@ -1,4 +1,6 @@
-"""The solver: rings over all numbers of recomputed modules, judged by the timeline, and what it says where nothing fits."""
+"""The solver: rings over all numbers of recomputed modules, judged by the timeline, and what it says where nothing
+fits.
+"""
 
 from __future__ import annotations
 
@@ -73,12 +75,12 @@ def place(
     """Return the plan with the shortest step that keeps the budgets. Same input, same plan.
 
     ``pins``: tier by block id. ``activations``: what becomes of a module's, where that is not to be chosen here.
-    ``pieces``: whether blocks may be split into their natural parts where that buys time; the plan's table then has these
-    for blocks. ``elastic``: whether the device arena may have bytes beyond what the access with the least room allows, which
-    are given back around it; None: on the CPU alone, since no GPU has proven it. ``optimizer_state``: where that lies between
-    steps; None: where a step is shorter, but on the CPU alone on the device. Raises DoesNotFitError with the least
-    vram for which this returns a plan, InputError for a pin or activations that cannot be kept, and for budgets or a table
-    that cannot be (see :mod:`memplan.place.validate`).
+    ``pieces``: whether blocks may be split into their natural parts where that buys time; the plan's table then has
+    these for blocks. ``elastic``: whether the device arena may have bytes beyond what the access with the least room
+    allows, which are given back around it; None: on the CPU alone, since no GPU has proven it. ``optimizer_state``:
+    where that lies between steps; None: where a step is shorter, but on the CPU alone on the device. Raises
+    DoesNotFitError with the least vram for which this returns a plan, InputError for a pin or activations that cannot
+    be kept, and for budgets or a table that cannot be (see :mod:`memplan.place.validate`).
     """
     require_input(table, budgets, staging_bytes)
     asked = activations or {}
@@ -107,8 +109,8 @@ def pass_below_s(
     staging_bytes: int = STAGING_BYTES,
     elastic: bool | None = None,
 ) -> float | None:
-    """Return a pass in s that :func:`place` reaches at least, without splitting blocks or offloading more; None where that
-    does not fit, or takes ``below_s`` or longer.
+    """Return a pass in s that :func:`place` reaches at least, without splitting blocks or offloading more; None where
+    that does not fit, or takes ``below_s`` or longer.
     """
     given = _Given(table, budgets, staging_bytes, pins or {}, _is_elastic(table, elastic))
     choice = given.search(activations or {}, below_s)[1].best(climb=False)
@@ -208,8 +210,8 @@ def _best(given: _Given, asked: Mapping[str, Activations], pieces: bool) -> _Sol
 def _with_state_away(solution: _Solution, given: _Given, passes: int) -> _Solution:
     """Return what is better of the same blocks where the optimizer's state waits in RAM, its copies in a step included.
 
-    Its room spares a pass two loads of as many bytes at most, which is what those copies are, or what recomputing as many bytes
-    takes. It is looked at no further where that cannot win.
+    Its room spares a pass two loads of as many bytes at most, which is what those copies are, or what recomputing as
+    many bytes takes. It is looked at no further where that cannot win.
     """
     problem, choice = solution.problem, solution.choice
     assert choice is not None
@@ -230,7 +232,9 @@ def _with_state_away(solution: _Solution, given: _Given, passes: int) -> _Soluti
 
 
 def _recompute_s_a_byte(problem: Problem, level: int) -> float:
-    """Return the most that recomputing a module takes for each byte that it spares, in s; 0 where none is recomputed."""
+    """Return the most that recomputing a module takes for each byte that it spares, in s; 0 where none is
+    recomputed.
+    """
     table, again = problem.table, problem.recomputed_at(level)
     spared, taken = dict.fromkeys(again, 0), dict.fromkeys(again, 0.0)
     for life in table.lifetimes:
@@ -244,7 +248,9 @@ def _recompute_s_a_byte(problem: Problem, level: int) -> float:
 
 
 def _with_offloads(solution: _Solution, given: _Given, asked: Mapping[str, Activations]) -> _Solution:
-    """Return what is better where activations are offloaded too: of ever more modules, then of about as many as the best."""
+    """Return what is better where activations are offloaded too: of ever more modules, then of about as many as the
+    best.
+    """
     variants = Variants(given.table, asked)
     for chosen in variants.every:
         other = given.solve(chosen, solution.choice)

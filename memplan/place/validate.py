@@ -23,7 +23,8 @@ def require_input(table: CostTable, budgets: Budgets, staging_bytes: int) -> Non
     if faults:
         more = f"; and {len(faults) - 3} more" if len(faults) > 3 else ""
         raise InputError(
-            f"the cost table is not of a pass: {'; '.join(faults[:3])}{more}. Make it again from the model and a profile"
+            f"the cost table is not of a pass: {'; '.join(faults[:3])}{more}. Make it again from the model and a "
+            f"profile"
         )
 
 
@@ -64,7 +65,9 @@ def _rows(table: CostTable) -> Iterator[str]:
         if not {rows.block for rows in row.rows} <= set(row.blocks):
             yield f"access {number} reads rows of a block that it does not read"
         if not all(_is_time(time_s) for time_s in (row.time_s, row.recompute_s, row.offload_s)):
-            yield f"access {number} takes {row.time_s} s, {row.recompute_s} s to recompute, {row.offload_s} s to offload"
+            yield (
+                f"access {number} takes {row.time_s} s, {row.recompute_s} s to recompute, {row.offload_s} s to offload"
+            )
         if row.kind in ("forward", "backward") and not _has_forward(table, number, row):
             yield f"access {number}, a {row.kind}, belongs to access {row.forward}, which is no forward at or before it"
     kinds = {(row.kind, row.module) for row in table.accesses}

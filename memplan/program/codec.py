@@ -32,8 +32,8 @@ def encode(value: msgspec.Struct) -> bytes:
 
 
 def save(value: msgspec.Struct, path: str | Path) -> None:
-    """Write a plan or record, whole or not at all: :mod:`memplan.atomic_write` says what is written through. ``-`` is standard
-    output. Raises PlanFormatError where the file cannot be written.
+    """Write a plan or record, whole or not at all: :mod:`memplan.atomic_write` says what is written through. ``-`` is
+    standard output. Raises PlanFormatError where the file cannot be written.
     """
     write(path, encode(value), PlanFormatError)
 
@@ -62,7 +62,8 @@ def decode(data: bytes, kind: type[Value], where: str) -> Value:
         raise PlanFormatError(f"{where} is no {name}: it has no schema_version; give a file that memplan wrote")
     if version != SCHEMA_VERSION:
         raise PlanFormatError(
-            f"{where} has schema version {version!r}, this memplan reads {SCHEMA_VERSION}: make it again with this version"
+            f"{where} has schema version {version!r}, this memplan reads {SCHEMA_VERSION}: make it again with this "
+            f"version"
         )
     try:
         value = msgspec.json.decode(data, type=kind)

@@ -1,8 +1,8 @@
 """A link that is slower each way while it is busy both ways: its two channels, played together.
 
-A transfer goes at its own rate while the other direction is idle and at a share of it while that is busy, piece by piece: so
-what it takes is known only once what goes the other way meanwhile is. Both are played forward in time together, no
-further than somebody asks: what is asked for ends before anything can start that is not known yet.
+A transfer goes at its own rate while the other direction is idle and at a share of it while that is busy, piece by
+piece: so what it takes is known only once what goes the other way meanwhile is. Both are played forward in time
+together, no further than somebody asks: what is asked for ends before anything can start that is not known yet.
 """
 
 from __future__ import annotations

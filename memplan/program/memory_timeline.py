@@ -1,8 +1,8 @@
 """What lies in each tier at every access of a pass, by kind: the plan's own peaks, taken apart.
 
-Sums are those of the plan's check: of the arenas what is there, and beside the device's what is fixed, the lifetimes that are
-alive and the transient of the access. No kind is ever negative. Where a transient is (what is born and what dies in an access need
-not be alive at once), the lifetimes that begin or end in it are shown by so much less.
+Sums are those of the plan's check: of the arenas what is there, and beside the device's what is fixed, the lifetimes
+that are alive and the transient of the access. No kind is ever negative. Where a transient is (what is born and what
+dies in an access need not be alive at once), the lifetimes that begin or end in it are shown by so much less.
 """
 
 from __future__ import annotations
@@ -36,15 +36,15 @@ DEVICE_KINDS = (
 """What device bytes are counted by.
 
 ``weights``: frozen blocks that always lie there. ``streamed``: others, from the start of their load to their last use.
-``offloaded``: saved activations, in their slots. ``idle``: what nothing lies in of the arena.
-``kept``: what layers that keep save for their backward. ``boundaries``: what recomputed and offloaded layers leave there
-from their forward on. ``recomputed``: what a backward has made again. ``logits``: what the head and the loss make, their own
-workspace and the gradients of the logits included. ``passing``: what backwards hand on. ``activations``: those of modules in
-which memplan has no say. ``workspace``: what else an access needs for itself.
+``offloaded``: saved activations, in their slots. ``idle``: what nothing lies in of the arena. ``kept``: what layers
+that keep save for their backward. ``boundaries``: what recomputed and offloaded layers leave there from their forward
+on. ``recomputed``: what a backward has made again. ``logits``: what the head and the loss make, their own workspace and
+the gradients of the logits included. ``passing``: what backwards hand on. ``activations``: those of modules in which
+memplan has no say. ``workspace``: what else an access needs for itself.
 """
 HOST_KINDS = ("weights", "offloaded", "idle", "optimizer", "staging")
-"""What host bytes are counted by: blocks at home there, offloaded activations from when they leave the device, the room of the
-optimizer's state where it waits there between steps."""
+"""What host bytes are counted by: blocks at home there, offloaded activations from when they leave the device, the room
+of the optimizer's state where it waits there between steps."""
 
 _TAKEN_FIRST = ("passing", "recomputed", "kept", "boundaries", "activations", "logits", "gradients")
 """The order in which what meets in an access, but is not there at once, is taken from kinds."""
@@ -78,7 +78,9 @@ class Moment:
 
 
 def timeline(plan: Plan) -> tuple[Moment, ...]:
-    """Return the bytes at every access of a pass. The greatest ``vram_bytes`` and ``ram_bytes`` are the plan's peaks."""
+    """Return the bytes at every access of a pass. The greatest ``vram_bytes`` and ``ram_bytes`` are the plan's
+    peaks.
+    """
     rows = plan.table.accesses
     device, host = _arena(plan, "device"), _arena(plan, "host")
     beside = _beside(plan)
@@ -104,7 +106,9 @@ def timeline(plan: Plan) -> tuple[Moment, ...]:
 
 
 def _arena(plan: Plan, tier: Tier) -> _Sums:
-    """Return what lies in a tier's arenas. A stay lasts from the access after which its load may start to its last use."""
+    """Return what lies in a tier's arenas. A stay lasts from the access after which its load may start to its last
+    use.
+    """
     length = len(plan.table.accesses)
     arenas = {arena.id: arena for arena in plan.arenas if arena.tier == tier}
     always, spans = 0, dict[str, list[tuple[int, int, int]]]()
@@ -202,7 +206,9 @@ def _heads(table: CostTable) -> frozenset[int]:
 
 
 def _take(owed: int, index: int, found: _Sums, edges: _Sums) -> None:
-    """Take from an access what is not there at its peak: from what begins or ends in it, else from whatever there is."""
+    """Take from an access what is not there at its peak: from what begins or ends in it, else from whatever there
+    is.
+    """
     for limits in (edges, found):
         for kind in (*_TAKEN_FIRST, *found):
             if owed and kind in found and kind in limits:

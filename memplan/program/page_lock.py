@@ -20,14 +20,16 @@ def is_ring_locked(plan: Plan) -> bool:
 
 
 def is_state_locked(state_bytes: int, page_lock_bytes: int | None) -> bool:
-    """Whether the optimizer's state is page-locked where it waits in RAM: it is if there is room for it beside both rings,
-    be they used or not, since its copies are priced before anything is placed.
+    """Whether the optimizer's state is page-locked where it waits in RAM: it is if there is room for it beside both
+    rings, be they used or not, since its copies are priced before anything is placed.
     """
     return page_lock_bytes is None or state_bytes + 2 * RING_BYTES <= page_lock_bytes
 
 
 def pageable_items(plan: Plan) -> frozenset[int]:
-    """Return the items whose bytes pass through RAM that is not page-locked on their way to a CUDA device or from it."""
+    """Return the items whose bytes pass through RAM that is not page-locked on their way to a CUDA device or from
+    it.
+    """
     if plan.table.device == "cpu":
         return frozenset()
     arenas = {arena.id for arena in plan.arenas if arena.pageable}

@@ -79,7 +79,8 @@ class Frontier(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
         its = (plan.model, plan.hardware, plan.workload.tokens)
         if mine != its:
             raise PlanMismatchError(
-                f"the frontier is of {mine[0]} on {mine[1]} with {mine[2]} tokens a pass, the plan of {its[0]} on {its[1]} "
+                f"the frontier is of {mine[0]} on {mine[1]} with {mine[2]} tokens a pass, the plan of {its[0]} on "
+                f"{its[1]} "
                 f"with {its[2]}: make it with what the plan was made with"
             )
         return self.points
@@ -98,7 +99,9 @@ class Fit(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Everything on the device, whatever that takes."""
     slowdown: float
     most: dict[str, tuple[int, Point] | None]
-    """The greatest ``batch``, ``sequence`` and ``rank`` that fit, each with its plan; a key lacks where it was not asked."""
+    """The greatest ``batch``, ``sequence`` and ``rank`` that fit, each with its plan; a key lacks where it was not
+    asked.
+    """
     bounded: tuple[str, ...]
     """Those of them that more memory would not make greater."""
     quantized: dict[str, Point | None]

@@ -39,8 +39,8 @@ STAGING_BYTES = 16 << 20
 """Host bytes through which a runtime reads the disk; counted in ``ram`` where any block's home is there."""
 
 RING_BYTES = 16 << 20
-"""Host bytes through which a CUDA device gets what lies on the disk or in pageable memory; counted beside. Page-locked, where
-so much may be.
+"""Host bytes through which a CUDA device gets what lies on the disk or in pageable memory; counted beside. Page-locked,
+where so much may be.
 """
 
 Tier = Literal["device", "host", "disk"]
@@ -102,8 +102,8 @@ class Segment(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     offset_bytes: int
     size_bytes: int
     absent: tuple[tuple[int, int], ...] = ()
-    """First and last access of each stretch of a pass in which its bytes are given back; empty where they never are, as in
-    an arena's first segment. They go before the first access begins, and come back for a load after the last one."""
+    """First and last access of each stretch of a pass in which its bytes are given back; empty where they never are, as
+    in an arena's first segment. They go before the first access begins, and come back for a load after the last one."""
 
 
 class Arena(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -206,7 +206,9 @@ class Prediction(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Device bytes at that access: weights (always there), slots, adapters, gradients, optimizer, buffers, batch,
     context, activations, workspace. They sum to ``peaks.vram_bytes``."""
     ram_parts: dict[str, int]
-    """weights, activations (offloaded), optimizer (its state, where it waits there), staging. They sum to ``peaks.ram_bytes``."""
+    """weights, activations (offloaded), optimizer (its state, where it waits there), staging. They sum to
+    ``peaks.ram_bytes``.
+    """
 
 
 class Gain(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -278,7 +280,9 @@ class Plan(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
         raise KeyError(block)
 
     def save(self, path: str | Path) -> None:
-        """Write the plan as JSON, whole or not at all; ``-`` is standard output. Same plan, same bytes. Raises PlanFormatError."""
+        """Write the plan as JSON, whole or not at all; ``-`` is standard output. Same plan, same bytes. Raises
+        PlanFormatError.
+        """
         codec.save(self, path)
 
     @classmethod
@@ -294,4 +298,6 @@ class Plan(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
 
 
 JUDGES: list[Callable[[Plan], None]] = []
-"""Who looks at a plan that is read. The judge knows what a plan is, and not the other way round: it is put here by the package."""
+"""Who looks at a plan that is read. The judge knows what a plan is, and not the other way round: it is put here by the
+package.
+"""

@@ -270,7 +270,9 @@ def load_s(table: CostTable, size_bytes: int, channel: Channel, disk_used: bool,
 
 
 def slowed(table: CostTable, channels: Sequence[str]) -> BothWays | None:
-    """Return which of a plan's channels slow each other; None where it has not both, or the link does both at full rate."""
+    """Return which of a plan's channels slow each other; None where it has not both, or the link does both at full
+    rate.
+    """
     if table.duplex_factor == 1 or not {"h2d", "d2h"} <= set(channels):
         return None
     return BothWays((channels.index("h2d"), channels.index("d2h")), table.duplex_factor)

@@ -1,5 +1,5 @@
-"""What people ask before they train: ``frontier`` (memory against time), ``fit`` (the most that fits), ``gains`` (what a little more would
-bring), ``compare`` (other ways of placing).
+"""What people ask before they train: ``frontier`` (memory against time), ``fit`` (the most that fits), ``gains`` (what
+a little more would bring), ``compare`` (other ways of placing).
 """
 
 from __future__ import annotations

@@ -9,8 +9,8 @@ from memplan.program.schema import Plan
 
 
 def compare(plan: Plan) -> dict[str, Point | None]:
-    """Return the plan (``memplan``), and by name each other way (:mod:`memplan.place.baselines`); None where it does not
-    fit.
+    """Return the plan (``memplan``), and by name each other way (:mod:`memplan.place.baselines`); None where it does
+    not fit.
     """
     case = case_of_plan(plan)
     found: dict[str, Point | None] = {"memplan": point_of(plan)}

@@ -75,8 +75,8 @@ def ends_of(case: Case) -> tuple[Point, Point]:
 
 
 def least_for(case: Case, ends: tuple[Point, Point], step_s: float) -> Point | None:
-    """Return the least vram, to a 256th of its span, whose plan takes at most ``step_s`` seconds a step; None where none
-    does. ``ends``: those of :func:`ends_of`.
+    """Return the least vram, to a 256th of its span, whose plan takes at most ``step_s`` seconds a step; None where
+    none does. ``ends``: those of :func:`ends_of`.
     """
     cheapest, found = ends
     if cheapest.step_s <= step_s:
@@ -109,8 +109,10 @@ def require_speed(case: Case, plan: Plan, max_step_s: float) -> None:
         else "no vram would do on this hardware: use a smaller batch, fewer passes of a step, or a faster card"
     )
     raise TooSlowError(
-        f"a step was to take at most {format_seconds(max_step_s)}, but takes {format_seconds(said.step_s)} under the best plan "
-        f"in {format_bytes(plan.budgets.vram_bytes)} of vram, and no plan of these blocks and activations takes less than "
+        f"a step was to take at most {format_seconds(max_step_s)}, but takes {format_seconds(said.step_s)} under the "
+        f"best plan "
+        f"in {format_bytes(plan.budgets.vram_bytes)} of vram, and no plan of these blocks and activations takes less "
+        f"than "
         f"{format_seconds(bound_step_s)}: {way_out}",
         step_s=said.step_s,
         least_vram_bytes=None if enough is None else enough.vram_bytes,

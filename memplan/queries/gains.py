@@ -20,8 +20,8 @@ _WORTH = 2e-3
 def with_gains(plan: Plan) -> Plan:
     """Return the plan with the changes that would make its pass shorter, each alone, as the solver has it.
 
-    The blocks are those of the plan, what was asked of it holds, and what it offloads is offloaded; what is recomputed is
-    chosen anew.
+    The blocks are those of the plan, what was asked of it holds, and what it offloads is offloaded; what is recomputed
+    is chosen anew.
     """
     case, below_s = case_of_plan(plan), plan.prediction.pass_s * (1 - _WORTH)
     offloaded = {module: policy for module, policy in plan.policies().items() if policy == "offload"}

@@ -46,8 +46,8 @@ def attach(
     the bytes of each block that has come home or is the one on its way. ``checked``: poison each slot before it is
     loaded, check every saved weight at its use in backward, and the order of every load and read by vector clocks;
     slower, for tests and new kinds of models. ``traced``: note when each access and load of a pass takes place, for the
-    record's ``spans``, and name accesses in torch's profiler. ``replan``: gives the same plan for less vram, in bytes (see
-    ``Handle.micro_batch``).
+    record's ``spans``, and name accesses in torch's profiler. ``replan``: gives the same plan for less vram, in bytes
+    (see ``Handle.micro_batch``).
 
     Raises PlanCheckError, PlanMismatchError, ModelError, CheckpointError; the model then is as it was.
     """

@@ -121,7 +121,9 @@ class Handle:
 
     @contextlib.contextmanager
     def _counted_anew(self) -> Iterator[None]:
-        """Have ``watch_memory`` count the arena that comes inside in the place of the one before, and nothing of the way."""
+        """Have ``watch_memory`` count the arena that comes inside in the place of the one before, and nothing of the
+        way.
+        """
         ledger, parts = self._ledger, self._parts
         if ledger is None or parts is None:
             yield
@@ -135,21 +137,23 @@ class Handle:
         _count_arena(ledger, parts)
 
     def adopt(self, optimizer: torch.optim.Optimizer) -> None:
-        """Have an optimizer's state wait where the plan has it from now on, where it has a state already: one that was loaded
-        from a checkpoint before its first step. From its first step on that is seen to without being asked for.
+        """Have an optimizer's state wait where the plan has it from now on, where it has a state already: one that was
+        loaded from a checkpoint before its first step. From its first step on that is seen to without being asked for.
         """
         if self._parts is not None and self._parts.optimizer_state is not None:
             self._parts.optimizer_state.adopt(getattr(optimizer, "optimizer", optimizer))
 
     def micro_batch(self, run: Callable[[], Result], *, tries: int = 3) -> Result:
-        """Return ``run()``, a forward and backward of one micro-batch, repeated under a smaller plan if memory runs out.
+        """Return ``run()``, a forward and backward of one micro-batch, repeated under a smaller plan if memory runs
+        out.
 
         Gradients, buffers and random numbers are then as they were before it, so its result is the one it would have
-        been. ``run`` is called again, up to ``tries`` times, so it must not consume what it was given, and must not step
-        an optimizer: that cannot be undone. What a record counts begins anew with each plan; ``recoveries`` goes on.
+        been. ``run`` is called again, up to ``tries`` times, so it must not consume what it was given, and must not
+        step an optimizer: that cannot be undone. What a record counts begins anew with each plan; ``recoveries`` goes
+        on.
 
-        A copy of the gradients of what is trained is held meanwhile, beside what the plan counts (on CUDA in RAM). While
-        the plan is changed RAM holds what was on the device. Raises RunError where no smaller plan is left.
+        A copy of the gradients of what is trained is held meanwhile, beside what the plan counts (on CUDA in RAM).
+        While the plan is changed RAM holds what was on the device. Raises RunError where no smaller plan is left.
         """
         if self._parts is None or self.replan is None:
             return run()
@@ -183,7 +187,8 @@ class Handle:
             least = error.least_vram_bytes
             if least is None or least >= taken:
                 raise RunError(
-                    f"the device ran out of memory ({said}) under a plan for {format_bytes(taken)}, and no plan takes less: "
+                    f"the device ran out of memory ({said}) under a plan for {format_bytes(taken)}, and no plan takes "
+                    f"less: "
                     "end what else uses the device, or use a smaller micro-batch"
                 ) from None
             plan = self.replan(self.plan, least)
@@ -249,7 +254,9 @@ class Handle:
 
 
 def _count_arena(ledger: StorageLedger, parts: Runtime) -> None:
-    """Have the device arena counted from now on, as far as it is there, and nothing of what lies in RAM for the plan."""
+    """Have the device arena counted from now on, as far as it is there, and nothing of what lies in RAM for the
+    plan.
+    """
     arena = parts.arena
     for held in parts.on_host():
         ledger.ignore(held)

@@ -131,7 +131,8 @@ class Runtime:
         return [found[block.id] for block in self.plan.table.blocks if block.id in found]
 
     def own_home(self, block: int, *, bounded: bool = True) -> None:
-        """Give a block a home of its own in RAM, which may be written to: its home is files, or is someone else's by now.
+        """Give a block a home of its own in RAM, which may be written to: its home is files, or is someone else's by
+        now.
 
         Raises RunError where no budget has room.
         """
@@ -140,9 +141,12 @@ class Runtime:
         left = plan.budgets.ram_bytes - self.host_bytes
         if bounded and size_bytes > left:
             raise RunError(
-                f"a frozen weight of {home.block.name} was written to, whose home is {home.files or 'in use'}, which memplan does "
-                f"not write to; a home of its own in RAM takes {format_bytes(size_bytes)}, and {format_bytes(max(0, left))} of the "
-                f"ram budget ({format_bytes(plan.budgets.ram_bytes)}) are left: give more ram, or pin the block to the device"
+                f"a frozen weight of {home.block.name} was written to, whose home is {home.files or 'in use'}, which "
+                f"memplan does "
+                f"not write to; a home of its own in RAM takes {format_bytes(size_bytes)}, and "
+                f"{format_bytes(max(0, left))} of the "
+                f"ram budget ({format_bytes(plan.budgets.ram_bytes)}) are left: give more ram, or pin the block to the "
+                f"device"
             )
         home.source = HostSource(_on_host(home, self.device.type == "cuda"))
         self.own_homes.add(block)
@@ -153,7 +157,9 @@ class Runtime:
                 streamed.at_home = tuple(_views(self, home, as_seen_from(self.device, home.source.part)))
 
     def kept(self) -> dict[int, Callable[[], torch.Tensor]]:
-        """Return what reads each managed tensor from its home, by the tensor's id: for who may hold it and write to it."""
+        """Return what reads each managed tensor from its home, by the tensor's id: for who may hold it and write to
+        it.
+        """
 
         def reading(home: Home, index: int) -> Callable[[], torch.Tensor]:
             return lambda: self._read(home, home.block.tensors[index])

@@ -126,7 +126,8 @@ def compare_records(first: RunRecord, second: RunRecord) -> Compared:
     """Return what the second run did otherwise. Raises InputError where the two are of different models."""
     if first.fingerprint != second.fingerprint:
         raise InputError(
-            f"the records are of different models (fingerprints {first.fingerprint[:12]} and {second.fingerprint[:12]}): "
+            f"the records are of different models (fingerprints {first.fingerprint[:12]} and "
+            f"{second.fingerprint[:12]}): "
             "give two runs of one"
         )
     passes = (max(first.passes, 1), max(second.passes, 1))

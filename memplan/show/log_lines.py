@@ -1,4 +1,6 @@
-"""Lines for logs: three when a plan is put to work, one a step where it is asked for. Their form is fixed: people grep them."""
+"""Lines for logs: three when a plan is put to work, one a step where it is asked for. Their form is fixed: people grep
+them.
+"""
 
 from __future__ import annotations
 
@@ -14,16 +16,20 @@ if TYPE_CHECKING:
 
 
 def startup_lines(plan: Plan) -> tuple[str, str, str]:
-    """Return what a plan says, in three lines of ``key=value``: memory, speed, blocks. Bytes are whole, times are seconds."""
+    """Return what a plan says, in three lines of ``key=value``: memory, speed, blocks. Bytes are whole, times are
+    seconds.
+    """
     said, budgets, known = plan.prediction, plan.budgets, facts(plan)
     homes = {tier: [b for b in known.blocks if b.home == tier] for tier in ("device", "host", "disk")}
     policies = list(plan.policies().values())
     memory = (
-        f"memory: vram={said.peaks.vram_bytes} of={budgets.vram_bytes} ram={said.peaks.ram_bytes} of={budgets.ram_bytes} "
+        f"memory: vram={said.peaks.vram_bytes} of={budgets.vram_bytes} ram={said.peaks.ram_bytes} "
+        f"of={budgets.ram_bytes} "
         f"disk={said.peaks.disk_bytes}"
     )
     speed = (
-        f"speed: pass_s={said.pass_s:.6g} compute_s={said.compute_s:.6g} stall_s={said.stall_s:.6g} bound_s={said.bound_s:.6g} "
+        f"speed: pass_s={said.pass_s:.6g} compute_s={said.compute_s:.6g} stall_s={said.stall_s:.6g} "
+        f"bound_s={said.bound_s:.6g} "
         f"binds={said.binds}"
     )
     counts = " ".join(f"{tier}={len(blocks)}" for tier, blocks in homes.items())

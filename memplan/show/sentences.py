@@ -182,7 +182,9 @@ def notes(plan: Plan, record: RunRecord | None) -> tuple[str, ...]:
 
 
 def percent(value: float, sign: str = "") -> str:
-    """Return a fraction of 1 in percent, with a digit that is not 0; ``sign="+"`` writes the plus too. None is ``0%``."""
+    """Return a fraction of 1 in percent, with a digit that is not 0; ``sign="+"`` writes the plus too. None is
+    ``0%``.
+    """
     if abs(value) < _NOTHING:
         return "0%"
     digits = 1 if abs(value) >= 0.0005 else -math.floor(math.log10(100 * abs(value)))

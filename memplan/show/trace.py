@@ -1,7 +1,7 @@
 """A pass for chrome://tracing and Perfetto: what was planned and what was measured, side by side in one file.
 
-The format is Chrome's JSON trace: complete events (``ph: X``) with times in microseconds, one process for the plan and one
-for the run, one thread for the compute and one for each channel.
+The format is Chrome's JSON trace: complete events (``ph: X``) with times in microseconds, one process for the plan and
+one for the run, one thread for the compute and one for each channel.
 """
 
 from __future__ import annotations
@@ -44,7 +44,8 @@ def chrome_trace(plan: Plan, record: RunRecord | None = None) -> dict[str, Any]:
         check_pair(plan, record)
         if not record.spans:
             raise InputError(
-                "the record has no times of single accesses: train with memplan.attach(..., traced=True) and save the handle's "
+                "the record has no times of single accesses: train with memplan.attach(..., traced=True) and save the "
+                "handle's "
                 "record, or leave the record out for the planned pass alone"
             )
         events += [*_process(2, f"measured: {record.device}"), *_measured(record)]

@@ -1,10 +1,11 @@
-"""Writes to trained parameters of which their versions do not tell: through ``data``, and by optimizers with kernels of their own.
+"""Writes to trained parameters of which their versions do not tell: through ``data``, and by optimizers with kernels of
+their own.
 
 A layer that is run again in backward must have the parameters that it had. Operations in place count up a parameter's
-version, but torch's fused optimizers and bitsandbytes' do not, what ``parameter.data`` returns counts for itself, and what it
-is set to may lie where the last values did. While layers are run again each optimizer's step is counted, and ``nn.Parameter``
-has a ``data`` of its own, which counts what is written by it. (Optimizers ask for a parameter's exact class, so that cannot be
-another.)
+version, but torch's fused optimizers and bitsandbytes' do not, what ``parameter.data`` returns counts for itself, and
+what it is set to may lie where the last values did. While layers are run again each optimizer's step is counted, and
+``nn.Parameter`` has a ``data`` of its own, which counts what is written by it. (Optimizers ask for a parameter's exact
+class, so that cannot be another.)
 """
 
 from __future__ import annotations

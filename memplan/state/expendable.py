@@ -1,7 +1,8 @@
 """What a forward that is only looked at is given in place of what it would use up: iterators, files, cached functions.
 
-[Note: what cannot be put back] A generator function's iterator cannot be rewound, and a file that is read has no copy: in
-their places lie objects that raise ModelError with the name of what was asked. What is written to a file goes nowhere.
+[Note: what cannot be put back] A generator function's iterator cannot be rewound, and a file that is read has no copy:
+in their places lie objects that raise ModelError with the name of what was asked. What is written to a file goes
+nowhere.
 """
 
 from __future__ import annotations
@@ -64,7 +65,8 @@ class Unrepeatable:
 
     def __init__(self, where: str, what: str) -> None:
         self.__dict__["_message"] = (
-            f"the forward draws from {where}, {what}: planning would use up what training is to see. Draw from it outside "
+            f"the forward draws from {where}, {what}: planning would use up what training is to see. Draw from it "
+            f"outside "
             "of the model and hand the values in, or hold a list and a position"
         )
 

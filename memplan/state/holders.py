@@ -313,7 +313,9 @@ def of_slots(value: Any) -> Holder | None:
 
 
 def of_cells(function: FunctionType) -> Holder | None:
-    """Return the holder of the variables that a function shares with where it was defined; None where there are none."""
+    """Return the holder of the variables that a function shares with where it was defined; None where there are
+    none.
+    """
     cells: dict[str, CellType] = dict(zip(function.__code__.co_freevars, function.__closure__ or (), strict=True))
     if not cells:
         return None

@@ -81,7 +81,9 @@ def code_of(function: Any) -> object:
 
 
 def _tokens(owner: Any, kind: str, names: set[str] | None) -> Iterator[tuple[Hashable, object]]:
-    """Yield what an object's parts are known by: variables that functions share by themselves. ``names``: of these alone."""
+    """Yield what an object's parts are known by: variables that functions share by themselves. ``names``: of these
+    alone.
+    """
     if isinstance(owner, FunctionType) and kind == "Named":
         for name, cell in zip(owner.__code__.co_freevars, owner.__closure__ or (), strict=True):
             if names is None or name in names:

@@ -1,10 +1,10 @@
 """What a forward computes with beside its arguments, kept for the time that it runs once more in backward.
 
-A layer that memplan recomputes runs a second time when the script is elsewhere: a context that was around the forward is
-left (``sdpa_kernel``, ``disable_adapter``, ``torch.func.functional_call``), the model was switched to evaluation, an
-attribute, an adapter's scaling, a hook or a generator is another. Without memplan the layer runs once. So the second time it
-is given what it had the first, and what it changes is put back as the script left it; where that cannot be (a tensor that
-was written to in place), it is refused.
+A layer that memplan recomputes runs a second time when the script is elsewhere: a context that was around the forward
+is left (``sdpa_kernel``, ``disable_adapter``, ``torch.func.functional_call``), the model was switched to evaluation, an
+attribute, an adapter's scaling, a hook or a generator is another. Without memplan the layer runs once. So the second
+time it is given what it had the first, and what it changes is put back as the script left it; where that cannot be (a
+tensor that was written to in place), it is refused.
 """
 
 from __future__ import annotations
@@ -145,7 +145,9 @@ class Setting:
     def __init__(
         self, name: str, module: nn.Module, writes: Callable[[], int], apart: frozenset[int] = frozenset()
     ) -> None:
-        """``writes``: how often frozen weights of it were written to so far. ``apart``: ids of the tensors whose writes that counts."""
+        """``writes``: how often frozen weights of it were written to so far. ``apart``: ids of the tensors whose writes
+        that counts.
+        """
         self._name = name
         self._module = module
         self._apart = apart
@@ -156,7 +158,8 @@ class Setting:
         self._held = Held(self._module.modules())
         tuners = [module for module in self._held.modules if hasattr(type(module), "adapter_layer_names")]
         self._tuned = {part for tuner in tuners for part in tuner.modules()}
-        # Of parameters that PEFT adapts by parametrizations: those come and go in each forward, and set a tensor to itself.
+        # Of parameters that PEFT adapts by parametrizations: those come and go in each forward, and set a tensor to
+        # itself.
         self._set = {part for tuner in tuners if "parameter_name" in tuner.__dict__ for part in tuner.modules()}
         self._children = [(module._modules, module._modules.copy()) for module in self._held.modules if module._modules]
 
@@ -211,7 +214,8 @@ class Now:
         """Raise RunError where the forward, which ends, has written to what it would write to a second time."""
         if [tensor._version for tensor in self._others] != self._other_versions:
             raise RunError(
-                f"the forward of {self._name} wrote in place to a buffer or a frozen weight, which it did not as it was planned, "
+                f"the forward of {self._name} wrote in place to a buffer or a frozen weight, which it did not as it "
+                f"was planned, "
                 f"and the plan runs it a second time in backward: {_KEEP}, or plan anew where it does so at once"
             )
 
@@ -224,7 +228,8 @@ class Now:
             or self._count() != self._writes
         ):
             raise RunError(
-                f"weights of {self._name} were written to between its forward and its backward, in which the plan runs it once "
+                f"weights of {self._name} were written to between its forward and its backward, in which the plan runs "
+                f"it once "
                 f"more: write to them after backward(), or {_KEEP}"
             )
         had_kernels = _kernels()
@@ -242,8 +247,10 @@ class Now:
                 parameter.requires_grad_(not flag)
             if positions() != drawn:  # a recompute is left by an error once it has all that is wanted
                 raise RunError(
-                    f"the forward of {self._name} drew Python's or NumPy's random numbers, which it did not as it was planned, "
-                    f"and the plan runs it a second time in backward, with others: {_KEEP}, or plan anew where it does so at once"
+                    f"the forward of {self._name} drew Python's or NumPy's random numbers, which it did not as it was "
+                    f"planned, "
+                    f"and the plan runs it a second time in backward, with others: {_KEEP}, or plan anew where it does "
+                    f"so at once"
                 )
 
 

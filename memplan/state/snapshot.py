@@ -1,9 +1,10 @@
-"""What a model holds in depth, written down so that it can be put back: a forward that is only looked at leaves nothing.
+"""What a model holds in depth, written down so that it can be put back: a forward that is only looked at leaves
+nothing.
 
 A forward may write to more than parameters and buffers: counters, lists of tensors and random generators of plain
 objects, attributes of classes, global names that its functions use, caches, iterators. All of that is walked once, by
-the references that lead there, and put back in place: whoever else holds an object sees it as it was.
-What cannot be put back is not used up either (``expendable.py``). Large arrays are not copied: they are read-only meanwhile.
+the references that lead there, and put back in place: whoever else holds an object sees it as it was. What cannot be
+put back is not used up either (``expendable.py``). Large arrays are not copied: they are read-only meanwhile.
 """
 
 from __future__ import annotations
@@ -39,26 +40,105 @@ from memplan.state.expendable import Unrepeatable, expendable, reduced
 from memplan.state.process_state import random_states_kept, settings_kept
 
 _ATOMS = (
-    int, float, complex, str, bytes, type(None), type(...), Enum, CodeType, FrameType, TracebackType,
-    BuiltinFunctionType, ModuleType, range, slice, torch.dtype, torch.device, torch.layout, torch.memory_format, torch.Size,
+    int,
+    float,
+    complex,
+    str,
+    bytes,
+    type(None),
+    type(...),
+    Enum,
+    CodeType,
+    FrameType,
+    TracebackType,
+    BuiltinFunctionType,
+    ModuleType,
+    range,
+    slice,
+    torch.dtype,
+    torch.device,
+    torch.layout,
+    torch.memory_format,
+    torch.Size,
     torch.Tensor,
-)  # fmt: skip
+)
 _ATOM_TYPES = {
-    int, float, complex, str, bytes, bool, type(None), torch.dtype, torch.device, torch.Size, torch.Tensor, nn.Parameter,
-}  # fmt: skip
+    int,
+    float,
+    complex,
+    str,
+    bytes,
+    bool,
+    type(None),
+    torch.dtype,
+    torch.device,
+    torch.Size,
+    torch.Tensor,
+    nn.Parameter,
+}
 _EMPTY = {dict, OrderedDict, list, set, deque}
 _CLOSED = (
-    "torch._dynamo", "torch._inductor", "torch._functorch", "torch._ops", "torch._library", "torch._C", "torch.fx", "torch.jit",
-    "torch.distributed", "torch.cuda", "torch.utils.data", "torch.profiler", "torch.multiprocessing", "torch.library",
-    "logging", "threading", "queue", "multiprocessing", "concurrent", "asyncio", "subprocess", "socket", "ssl", "re",
-    "weakref", "importlib", "inspect", "typing", "abc", "pathlib", "accelerate", "datasets", "lightning",
-    "pytorch_lightning", "trl", "transformers.trainer", "tokenizers", "wandb", "tensorboard", "tensorboardX", "pandas",
-    "pyarrow", "matplotlib", "memplan", "triton",
-)  # fmt: skip
+    "torch._dynamo",
+    "torch._inductor",
+    "torch._functorch",
+    "torch._ops",
+    "torch._library",
+    "torch._C",
+    "torch.fx",
+    "torch.jit",
+    "torch.distributed",
+    "torch.cuda",
+    "torch.utils.data",
+    "torch.profiler",
+    "torch.multiprocessing",
+    "torch.library",
+    "logging",
+    "threading",
+    "queue",
+    "multiprocessing",
+    "concurrent",
+    "asyncio",
+    "subprocess",
+    "socket",
+    "ssl",
+    "re",
+    "weakref",
+    "importlib",
+    "inspect",
+    "typing",
+    "abc",
+    "pathlib",
+    "accelerate",
+    "datasets",
+    "lightning",
+    "pytorch_lightning",
+    "trl",
+    "transformers.trainer",
+    "tokenizers",
+    "wandb",
+    "tensorboard",
+    "tensorboardX",
+    "pandas",
+    "pyarrow",
+    "matplotlib",
+    "memplan",
+    "triton",
+)
 """Where objects come from that are not entered: they belong to the process, or to whoever trains, not to a forward."""
 _LIBRARIES = frozenset(
-    {*sys.stdlib_module_names, "torch", "numpy", "scipy", "transformers", "diffusers", "peft", "bitsandbytes", "torchao", "memplan"}
-) - {"__main__"}  # fmt: skip
+    {
+        *sys.stdlib_module_names,
+        "torch",
+        "numpy",
+        "scipy",
+        "transformers",
+        "diffusers",
+        "peft",
+        "bitsandbytes",
+        "torchao",
+        "memplan",
+    }
+) - {"__main__"}
 """Of their functions and classes the global names are not followed: what they keep is known (``fake.caches_empty``)."""
 _CONTAINERS = (dict, list, set, deque, bytearray)
 
@@ -68,7 +148,8 @@ Origin = Callable[[torch.Tensor], "int | None"]
 class Snapshot:
     """All that can be reached from ``roots`` (by name), as it is now.
 
-    ``restore`` puts it back; ``exchange`` puts other tensors in the place of those that are held; ``state`` describes it.
+    ``restore`` puts it back; ``exchange`` puts other tensors in the place of those that are held; ``state`` describes
+    it.
     """
 
     def __init__(self, **roots: object) -> None:
@@ -105,8 +186,8 @@ class Snapshot:
             raise failed[0]
 
     def exchange(self, other: Callable[[torch.Tensor], torch.Tensor], state_of: Callable[[Any], Any]) -> None:
-        """Put ``other(tensor)`` in the place of every tensor that is held, and of what cannot be put back what may be used
-        up. ``state_of``: from a quantizer's state to one that may be written to.
+        """Put ``other(tensor)`` in the place of every tensor that is held, and of what cannot be put back what may be
+        used up. ``state_of``: from a quantizer's state to one that may be written to.
         """
         made: dict[int, Any] = {}
 
@@ -149,7 +230,9 @@ class Snapshot:
         }
 
     def dropped(self, origin: Origin) -> Iterator[tuple[int, int, str]]:
-        """Yield the tensors that objects held and do not hold now: the ids of the object and of the tensor, and its name."""
+        """Yield the tensors that objects held and do not hold now: the ids of the object and of the tensor, and its
+        name.
+        """
         for holder in self._kept:
             before = [(name, tensor) for name, value in holder.items() for tensor in _tensors(value)]
             if before:
@@ -166,7 +249,8 @@ class Snapshot:
         """Return those of the ids that are of objects in here."""
         return keys.intersection(self._seen)
 
-    # ---- the walk ------------------------------------------------------------------------------------------------------
+    # ---- the walk
+    # ------------------------------------------------------------------------------------------------------
 
     def _add(self, value: object, parent: int, name: str) -> None:
         kind = type(value)
@@ -268,7 +352,8 @@ class Snapshot:
             whole = not _is_library(part.__module__)
             self._hold(holders.Class(part, None if whole else (*_CONTAINERS, bool, int, float, str, torch.Tensor)))
 
-    # ---- names and descriptions ----------------------------------------------------------------------------------------
+    # ---- names and descriptions
+    # ----------------------------------------------------------------------------------------
 
     def _path(self, value: object, name: str) -> str:
         parts = [name] if name else []
@@ -324,7 +409,9 @@ def _without_collector() -> Iterator[None]:
 
 @contextlib.contextmanager
 def unchanged(**roots: object) -> Iterator[None]:
-    """Have all that can be reached from ``roots``, and the process's random states and settings, as before afterwards."""
+    """Have all that can be reached from ``roots``, and the process's random states and settings, as before
+    afterwards.
+    """
     kept = Snapshot(**roots)
     try:
         with random_states_kept(), settings_kept():

@@ -67,18 +67,19 @@ def wrap(
 ) -> Trainer:
     """Put a plan to work on a trainer that exists. Return the same trainer, its handle as ``trainer.memplan``.
 
-    ``batch``: the largest micro-batch that will come; without it that of the longest rows of a dataset of ``datasets``, or
-    else the first that the trainer's loader gives (its random state is put back). A micro-batch that runs out of device
-    memory is done over under a smaller plan (:meth:`memplan.Handle.micro_batch`). ``plan``: one made before, in place of
-    ``options``. ``log``: add the scalars of :meth:`memplan.Handle.scalars` to what the trainer logs; ``lines``: say them after
-    each step, on standard error.
+    ``batch``: the largest micro-batch that will come; without it that of the longest rows of a dataset of ``datasets``,
+    or else the first that the trainer's loader gives (its random state is put back). A micro-batch that runs out of
+    device memory is done over under a smaller plan (:meth:`memplan.Handle.micro_batch`). ``plan``: one made before, in
+    place of ``options``. ``log``: add the scalars of :meth:`memplan.Handle.scalars` to what the trainer logs;
+    ``lines``: say them after each step, on standard error.
 
-    ``options``: those of :func:`memplan.plan` (:class:`memplan.PlanOptions`). Where they are left out the trainer's own hold:
-    its accumulation, steps, optimizer and loss, the autocast that ``bf16`` or ``fp16`` among its arguments will have it
-    run in, and the folder that its model came from; ``gains`` are not looked at.
+    ``options``: those of :func:`memplan.plan` (:class:`memplan.PlanOptions`). Where they are left out the trainer's own
+    hold: its accumulation, steps, optimizer and loss, the autocast that ``bf16`` or ``fp16`` among its arguments will
+    have it run in, and the folder that its model came from; ``gains`` are not looked at.
 
     Other models that the trainer holds (a reference, a teacher, a reward) take their part of the budgets
-    (:mod:`memplan.trainers.other_models`). Raises what ``plan`` and ``attach`` raise; trainer and model then are as they were.
+    (:mod:`memplan.trainers.other_models`). Raises what ``plan`` and ``attach`` raise; trainer and model then are as
+    they were.
     """
     wrap_within(Scope(), trainer, plan=plan, batch=batch, checked=checked, log=log, lines=lines, **options)
     return trainer
@@ -106,7 +107,8 @@ def wrap_within(
         raise InputError(f"memplan was to place the model of {type(trainer).__name__}, but {others}")
     if compiles(trainer):
         raise InputError(
-            "the trainer was asked to compile the model (torch_compile, or accelerate's own setting), which it would do as a "
+            "the trainer was asked to compile the model (torch_compile, or accelerate's own setting), which it would "
+            "do as a "
             f"whole once training starts, while memplan brings weights layer by layer: leave it out, and {WAY_OUT}"
         )
     with not_waiting(model), contextlib.ExitStack() as undo:
@@ -196,7 +198,8 @@ def models_beside(trainer: Trainer) -> list[nn.Module]:
 def put_under(
     model: nn.Module, plan: Plan, scope: Scope, *, checked: bool = False, checkpoint: str | Path | None = None
 ) -> Handle:
-    """Attach a plan to a model, mapped or not, and return the handle; what is mapped is mapped again once it is detached.
+    """Attach a plan to a model, mapped or not, and return the handle; what is mapped is mapped again once it is
+    detached.
 
     ``checkpoint``: else what the model was mapped from. Raises what ``attach`` raises; the model then is as it was.
     """
@@ -216,7 +219,9 @@ def put_under(
 
 
 def _done_over(trainer: Trainer, handle: Handle) -> Callable[..., torch.Tensor]:
-    """Have a trainer's forward and backward done over where memory runs out. It takes the inputs apart: a copy each time."""
+    """Have a trainer's forward and backward done over where memory runs out. It takes the inputs apart: a copy each
+    time.
+    """
     step = trainer.training_step
 
     def training_step(model: Any, inputs: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
@@ -290,8 +295,8 @@ def _steps(args: Any, loader: Any) -> int | None:
 def _first_call(trainer: Trainer) -> tuple[Mapping[str, Any], int | None]:
     """Return what the model will be called with in training, and the steps; every random state stays as it was.
 
-    That is what the trainer's loss makes of its loader's largest micro-batch, or of the first where no lengths are known:
-    TRL's batches name other things than the model knows.
+    That is what the trainer's loss makes of its loader's largest micro-batch, or of the first where no lengths are
+    known: TRL's batches name other things than the model knows.
     """
     loaders = getattr(trainer.accelerator, "_dataloaders", [])
     known = len(loaders)
@@ -307,8 +312,10 @@ def _first_call(trainer: Trainer) -> tuple[Mapping[str, Any], int | None]:
     if call is None:
         if not isinstance(batch, Mapping):
             raise CallUnknownError(
-                f"the data of {type(trainer).__name__} comes as {type(batch).__name__}, of which the trainer makes what it "
-                "calls the model with only while it trains: give wrap the largest such call with batch=, or have it planned "
+                f"the data of {type(trainer).__name__} comes as {type(batch).__name__}, of which the trainer makes "
+                f"what it "
+                "calls the model with only while it trains: give wrap the largest such call with batch=, or have it "
+                "planned "
                 "for at the first call by memplan.placing or memplan run"
             )
         call = {name: value for name, value in batch.items() if isinstance(value, torch.Tensor)}
@@ -337,7 +344,9 @@ def _call_of_loss(trainer: Trainer, batch: Mapping[str, Any]) -> Mapping[str, An
 
 
 def loss_may_be_asked(trainer: Trainer) -> bool:
-    """Whether a trainer's loss is its library's, which nobody notices the use of: one of a script's own may count or print."""
+    """Whether a trainer's loss is its library's, which nobody notices the use of: one of a script's own may count or
+    print.
+    """
     from transformers import Trainer
 
     return (

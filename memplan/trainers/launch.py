@@ -21,8 +21,8 @@ STARTUP = Path(__file__).with_name("startup")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Settings:
-    """What ``memplan run`` was asked for. ``options``: those of :class:`memplan.PlanOptions` that were given, which go before what
-    a script's trainer says; ``plan``, ``report``: files; ``log``, ``lines``: as in :func:`memplan.wrap`.
+    """What ``memplan run`` was asked for. ``options``: those of :class:`memplan.PlanOptions` that were given, which go
+    before what a script's trainer says; ``plan``, ``report``: files; ``log``, ``lines``: as in :func:`memplan.wrap`.
     """
 
     options: dict[str, Any] = field(default_factory=dict)

@@ -28,19 +28,20 @@ _AUTOCAST = {"bf16-mixed": "bf16", "16-mixed": "fp16"}
 
 
 class Placement(Callback):
-    """Plans for the model within a LightningModule that has frozen weights, and puts the plan to work before it is moved.
+    """Plans for the model within a LightningModule that has frozen weights, and puts the plan to work before it is
+    moved.
 
-    ``batch``: the keywords of the largest call of that model that will come; without it, what ``training_step`` calls it
-    with for the longest rows of a dataset of ``datasets``, or else for the loader's first batch (random states are put
-    back). ``plan``: one made before, in place of ``options``. ``log``: log the scalars of :meth:`memplan.Handle.scalars` after
-    each batch, as the module logs its own. The handle is ``handle``, once fitting has begun; the model stays under its plan
-    until ``handle.detach()``.
+    ``batch``: the keywords of the largest call of that model that will come; without it, what ``training_step`` calls
+    it with for the longest rows of a dataset of ``datasets``, or else for the loader's first batch (random states are
+    put back). ``plan``: one made before, in place of ``options``. ``log``: log the scalars of
+    :meth:`memplan.Handle.scalars` after each batch, as the module logs its own. The handle is ``handle``, once fitting
+    has begun; the model stays under its plan until ``handle.detach()``.
 
-    ``options``: those of :func:`memplan.plan` (:class:`memplan.PlanOptions`). Where they are left out the trainer's own hold:
-    its accumulation and precision, and the folder that the model came from; ``gains`` are not looked at.
+    ``options``: those of :func:`memplan.plan` (:class:`memplan.PlanOptions`). Where they are left out the trainer's own
+    hold: its accumulation and precision, and the folder that the model came from; ``gains`` are not looked at.
 
-    Raises InputError for options that cannot be used. Fitting raises what ``plan`` and ``attach`` raise; the model then is as it
-    was.
+    Raises InputError for options that cannot be used. Fitting raises what ``plan`` and ``attach`` raise; the model then
+    is as it was.
     """
 
     def __init__(
@@ -92,7 +93,9 @@ class Placement(Callback):
 
 
 class PlacementAtFirstCall(Callback):
-    """Under ``memplan run``: has the model of a module that makes it itself placed, when it is first called to be trained."""
+    """Under ``memplan run``: has the model of a module that makes it itself placed, when it is first called to be
+    trained.
+    """
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Have it wait for that, where it does not already."""
@@ -105,7 +108,9 @@ class PlacementAtFirstCall(Callback):
 
 
 def _first_call(trainer: Trainer, pl_module: LightningModule) -> tuple[nn.Module, Any]:
-    """Return what has the frozen weights, as ``training_step`` calls it, and with what. Random states stay as they were."""
+    """Return what has the frozen weights, as ``training_step`` calls it, and with what. Random states stay as they
+    were.
+    """
     seen: list[tuple[nn.Module, tuple[Any, ...], dict[str, Any]]] = []
 
     def called(module: nn.Module) -> Callable[..., None]:
@@ -131,13 +136,15 @@ def _first_call(trainer: Trainer, pl_module: LightningModule) -> tuple[nn.Module
                 put_back()
     if not seen:
         raise InputError(
-            f"the training_step of {type(pl_module).__name__} did not come to call a module that holds all frozen weights"
+            f"the training_step of {type(pl_module).__name__} did not come to call a module that holds all frozen "
+            f"weights"
             f"{f' ({type(why).__name__}: {why})' if why else ''}: attach that module with memplan.attach before fitting"
         )
     module, args, kwargs = seen[0]
     if args and kwargs:
         raise InputError(
-            f"the training_step of {type(pl_module).__name__} calls {type(module).__name__} with both positional arguments "
+            f"the training_step of {type(pl_module).__name__} calls {type(module).__name__} with both positional "
+            f"arguments "
             "and keywords: call it with keywords"
         )
     return module, kwargs or args

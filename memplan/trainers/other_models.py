@@ -49,10 +49,10 @@ class Scope:
     ) -> Plan:
         """Return the plan that is ``planned`` within what others leave of the budgets among ``options``.
 
-        A model under a plan takes what that predicts. One that is only read (a reference, a teacher, a reward) takes vram where
-        it lies on the compute device or was asked to, and RAM else, as much as there is: beyond that the kernel reads a mapped
-        one from its files again. One that waits to be trained takes nothing yet. ``more``: models that ``from_pretrained``
-        may not have given. Raises DoesNotFitError, which names the others.
+        A model under a plan takes what that predicts. One that is only read (a reference, a teacher, a reward) takes
+        vram where it lies on the compute device or was asked to, and RAM else, as much as there is: beyond that the
+        kernel reads a mapped one from its files again. One that waits to be trained takes nothing yet. ``more``: models
+        that ``from_pretrained`` may not have given. Raises DoesNotFitError, which names the others.
         """
         profile = profile_of(options.get("hardware", "auto"))
         sizes = Sizes.of(options)
@@ -88,10 +88,11 @@ class Scope:
         return {**options, "ram": ram_bytes * own // max(1, own + sum(map(frozen_bytes, others)))}
 
     def make_room(self, model: nn.Module, error: DoesNotFitError, options: Mapping[str, Any]) -> bool:
-        """Have the models that are under a plan take less, for one that did not fit beside them; return whether they do.
+        """Have the models that are under a plan take less, for one that did not fit beside them; return whether they
+        do.
 
-        Each keeps its share of the budgets by its weights, or what it needs at least. Only where none of them is at work: no
-        forward may have been before it whose backward comes after.
+        Each keeps its share of the budgets by its weights, or what it needs at least. Only where none of them is at
+        work: no forward may have been before it whose backward comes after.
         """
         if error.least_vram_bytes is None:
             return False

@@ -55,16 +55,17 @@ def placing(
     lines: bool = False,
     **options: Unpack[PlanOptions],
 ) -> Iterator[None]:
-    """Load a model that would not fit, and build its trainer, inside this context; arguments as for :func:`memplan.wrap`.
+    """Load a model that would not fit, and build its trainer, inside this context; arguments as for
+    :func:`memplan.wrap`.
 
-    ``PreTrainedModel.from_pretrained`` of safetensors maps the weights from their files: they are true from the start, and
-    take no RAM that the kernel cannot take back. Adapters are added as ever, whatever they begin with. The Trainer that is
-    built is wrapped before its constructor returns (one whose data does not say what its model is called with, such as
-    GRPO's: at the model's first call to be trained). Other models, and those whose Trainer is built elsewhere, are whole
-    and work as ever; all share the budgets (:mod:`memplan.trainers.other_models`).
+    ``PreTrainedModel.from_pretrained`` of safetensors maps the weights from their files: they are true from the start,
+    and take no RAM that the kernel cannot take back. Adapters are added as ever, whatever they begin with. The Trainer
+    that is built is wrapped before its constructor returns (one whose data does not say what its model is called with,
+    such as GRPO's: at the model's first call to be trained). Other models, and those whose Trainer is built elsewhere,
+    are whole and work as ever; all share the budgets (:mod:`memplan.trainers.other_models`).
 
-    Entering raises InputError for options that cannot be used. ``from_pretrained`` raises InputError for what is not served
-    here, CheckpointError; a Trainer what ``wrap`` raises.
+    Entering raises InputError for options that cannot be used. ``from_pretrained`` raises InputError for what is not
+    served here, CheckpointError; a Trainer what ``wrap`` raises.
     """
     check_early(plan, options)
     inside = _Inside(options, plan=plan, batch=batch, checked=checked, log=log, lines=lines)
@@ -225,7 +226,8 @@ class _Inside:
         def place(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             if args:
                 raise InputError(
-                    f"{type(trainer).__name__} calls its model with positional arguments, and memplan.placing plans for "
+                    f"{type(trainer).__name__} calls its model with positional arguments, and memplan.placing plans "
+                    f"for "
                     "keywords: give placing the largest call with batch="
                 )
             self._wrap_within(trainer, batch=kwargs)
@@ -239,14 +241,16 @@ def _mapped(cls: Any, name: Any, folder: Path, args: tuple[Any, ...], kwargs: di
     what = f"from_pretrained({str(name)!r})"
     if unknown:
         raise InputError(
-            f"{what} was called with {', '.join(unknown)}, which memplan.placing does not serve: leave it out, or load this "
+            f"{what} was called with {', '.join(unknown)}, which memplan.placing does not serve: leave it out, or load "
+            f"this "
             "model outside of placing, and use memplan.wrap where it is to be trained"
         )
     try:
         return mapped_from(cls, name, folder, kwargs)
     except QuantizedError as error:
         raise QuantizedError(
-            f"{what}: {error}: load this model outside of memplan.placing, and use memplan.wrap where it is to be trained"
+            f"{what}: {error}: load this model outside of memplan.placing, and use memplan.wrap where it is to be "
+            f"trained"
         ) from None
 
 

@@ -24,7 +24,9 @@ _CALLS = {
     **dict.fromkeys(MERGES, "merged"),
     "unmerge_adapter": "unmerged",
 }
-"""Methods that are refused under a plan, or would see placeholders, and what becomes of the model or its adapter by them."""
+"""Methods that are refused under a plan, or would see placeholders, and what becomes of the model or its adapter by
+them.
+"""
 
 
 def give_back(handle: Handle, why: str) -> None:
@@ -42,7 +44,9 @@ def give_back(handle: Handle, why: str) -> None:
 
 
 def let_go(handle: Handle) -> None:
-    """Have casts, moves, copies and merges be done as without memplan, to the whole model; without this they are refused."""
+    """Have casts, moves, copies and merges be done as without memplan, to the whole model; without this they are
+    refused.
+    """
     for module in handle.model.modules():
         guard = guard_of(module)
         if guard is None:

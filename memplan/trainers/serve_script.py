@@ -111,8 +111,8 @@ def _wait(model: nn.Module) -> None:
 def _place_for_loop(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     """Plan for a call that a loop of the script's own makes, and attach.
 
-    Where other models wait to be trained beside it, it gets the least vram that works and its share of the RAM: what the
-    others need is known once they are called.
+    Where other models wait to be trained beside it, it gets the least vram that works and its share of the RAM: what
+    the others need is known once they are called.
     """
     why = _nothing_to_do(model)
     if why is None and args and kwargs:

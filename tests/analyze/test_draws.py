@@ -1,4 +1,6 @@
-"""What a trace makes up where a forward decides by chance or by activations lies within the range it would come from."""
+"""What a trace makes up where a forward decides by chance or by activations lies within the range it would come
+from.
+"""
 
 from __future__ import annotations
 

@@ -39,8 +39,8 @@ def test_experts_attention_and_what_is_shared_are_blocks_of_their_own():
 
 @pytest.mark.parametrize("kind", ["nllb", "switch"])
 def test_experts_of_transformers(kind):
-    """Their layers without experts stay whole; the list that a layer is in Switch is taken apart. They move their router
-    to where it is in each forward, and name experts by numbers; the model is as it was.
+    """Their layers without experts stay whole; the list that a layer is in Switch is taken apart. They move their
+    router to where it is in each forward, and name experts by numbers; the model is as it was.
     """
     model = make(kind)
     before = {name: dict(vars(module)) for name, module in model.named_modules()}

@@ -103,7 +103,8 @@ def test_casts_of_a_layer_under_autocast_are_its_matrices_in_half():
     with torch.autocast("cpu", torch.bfloat16):
         within = analyze(model, batch)
     assert within == analyze(model, batch, autocast="bf16")
-    # What autocast keeps for a second use (casts of the adapter) goes when it is left: only the loss outlives the backward.
+    # What autocast keeps for a second use (casts of the adapter) goes when it is left: only the loss outlives the
+    # backward.
     last = len(within.accesses) - 1
     assert sum(life.size_bytes for life in within.lifetimes if life.kind == "activations" and life.last == last) == 4
     layer = next(block for block in within.blocks if block.name == "model.layers.1")

@@ -79,7 +79,8 @@ def test_all(group, record_property):
     assert not further
 
 
-# ---- from a configuration ----------------------------------------------------------------------------------------------
+# ---- from a configuration
+# ----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

@@ -262,7 +262,8 @@ def test_values_of_the_batch_are_known_and_those_of_activations_even():
     assert any("even choice" in note for note in graph.notes)
 
 
-# ---- refusals ----------------------------------------------------------------------------------------------------------
+# ---- refusals
+# ----------------------------------------------------------------------------------------------------------
 
 
 def test_nothing_frozen():

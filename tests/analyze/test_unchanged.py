@@ -159,7 +159,9 @@ class Iterated(Linear):
 
 
 class Reaching(Linear):
-    """Names of its module, variables of a hook, an attribute of a function, what a function is called with by default."""
+    """Names of its module, variables of a hook, an attribute of a function, what a function is called with by
+    default.
+    """
 
     def __init__(self):
         super().__init__()

@@ -1,4 +1,5 @@
-"""Every choice of what is held between uses, whole blocks in a byte pool: the optimum of the same timeline, tried one by one.
+"""Every choice of what is held between uses, whole blocks in a byte pool: the optimum of the same timeline, tried one
+by one.
 
 A pool has no addresses: bytes are bytes wherever they are free. So no plan with addresses has a shorter pass.
 """
@@ -20,8 +21,8 @@ def optimum(
     below: float = float("inf"),
     saves: tuple[Sequence[Load], Sequence[Load]] = ((), ()),
 ) -> float | None:
-    """Return the shortest pass below ``below``; None where there is none. ``rooms``: at each access. ``saves``: stores of
-    activations on a channel of their own, and their loads among those of the blocks.
+    """Return the shortest pass below ``below``; None where there is none. ``rooms``: at each access. ``saves``: stores
+    of activations on a channel of their own, and their loads among those of the blocks.
     """
     length = len(times)
     gaps: list[tuple[int, int, int]] = []  # block, use, next use

@@ -27,9 +27,13 @@ def random_problem(rng, device):
     count = 4 if offloads else rng.randint(2, 4)
     sizes = [rng.randint(1, 8) * UNIT for _ in range(count)]
     table = make_table(
-        sizes, boundary_bytes=UNIT // 4, transient_bytes=0, link=rng.choice([4, 8, 16] if offloads else [0.25, 0.5, 1, 2, 4]) * MIB,
-        device=device, offloadable=offloads,
-    )  # fmt: skip
+        sizes,
+        boundary_bytes=UNIT // 4,
+        transient_bytes=0,
+        link=rng.choice([4, 8, 16] if offloads else [0.25, 0.5, 1, 2, 4]) * MIB,
+        device=device,
+        offloadable=offloads,
+    )
     saved = [rng.randint(*((6, 12) if offloads else (0, 6))) * UNIT for _ in range(count)]
     again = [float(rng.randint(1, 16 if offloads else 6)) for _ in range(count)]
     rows, lives = [], []
@@ -79,7 +83,9 @@ def optimum(table, vram, *, varying=False):
 
 
 def best_of_addresses(table, vram, limit_s):
-    """Return the shortest pass over all choices of activations and all addresses, of those whose pool is below ``limit_s``."""
+    """Return the shortest pass over all choices of activations and all addresses, of those whose pool is below
+    ``limit_s``.
+    """
     sizes, reads = [block.size_bytes for block in table.blocks], [access.blocks for access in table.accesses]
     best = float("inf")
     for problem, times, rooms in problems_of(table, vram):

@@ -78,7 +78,9 @@ def test_as_the_longest_path_written_out():
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 @pytest.mark.parametrize("held", [0, 4, 7, 10])
 def test_host_and_disk_at_once(device, held):
-    """As fast as each other, both in use: on the CPU together they bring twice as much, to a card over its one link no more."""
+    """As fast as each other, both in use: on the CPU together they bring twice as much, to a card over its one link no
+    more.
+    """
     table = make_table([X] * 16, forward_s=1e-4, backward_s=1e-4, link=1e8, disk=1e8, device=device, **FLAT)
     said = place(table, budgets(rest_of(table) + 4 * X, ram=held * X + STAGING_BYTES), **NAMES).prediction
     assert said.bound_s <= said.pass_s * (1 + 1e-9)

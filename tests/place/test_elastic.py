@@ -1,4 +1,6 @@
-"""Plans whose device arena has bytes that come and go: shorter where activations leave room, never longer, and judged."""
+"""Plans whose device arena has bytes that come and go: shorter where activations leave room, never longer, and
+judged.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""More memory or a faster link is never slower: exactly for equal blocks, and for a few unequal ones within half a percent.
+"""More memory or a faster link is never slower: exactly for equal blocks, and for a few unequal ones within half a
+percent.
 
 Of seven to fourteen unequal ones too, but for a few lists: where a climb ends depends on where it begins.
 """

@@ -53,7 +53,9 @@ def best_with_addresses(table, room, policies=None):
 
 @pytest.mark.parametrize(("count", "most"), [(60, 4), pytest.param(300, 6, marks=pytest.mark.full)])
 def test_whole_blocks_beside_every_choice_of_what_is_held(count, most):
-    """Within 1% of the optimum over a byte pool; where a pool does what no addresses allow, of that over all addresses."""
+    """Within 1% of the optimum over a byte pool; where a pool does what no addresses allow, of that over all
+    addresses.
+    """
     rng = random.Random(most)
     beyond = 0
     for _ in range(count):

@@ -195,7 +195,9 @@ def test_more_page_locked_is_never_slower(seed):
 
 
 def test_beside_every_choice_of_what_is_locked():
-    """Of each arrangement and limit, beside the best of all choices that keep the limit: near in the median, never far."""
+    """Of each arrangement and limit, beside the best of all choices that keep the limit: near in the median, never
+    far.
+    """
     rng, gaps = random.Random(1), []
     while len(gaps) < 150:
         problem, arrangement, stays = arranged(rng)

@@ -1,4 +1,6 @@
-"""What is said where nothing fits: which tier is short, and changes that make it fit, the cheapest first, each of them true."""
+"""What is said where nothing fits: which tier is short, and changes that make it fit, the cheapest first, each of them
+true.
+"""
 
 from __future__ import annotations
 
@@ -32,8 +34,8 @@ def rest_of(table):
 
 
 def test_ram_that_lacks_is_asked_for_before_vram():
-    """Twelve blocks, room for four of them on the device: eight and what streams through it must be in RAM, of which there
-    is half.
+    """Twelve blocks, room for four of them on the device: eight and what streams through it must be in RAM, of which
+    there is half.
     """
     table = make_table([X] * 12, recomputable=False)
     asked = budgets(rest_of(table) + 4 * X, ram=5 * X, disk=0)

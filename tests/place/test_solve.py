@@ -417,8 +417,8 @@ def large_state(passes, **changes):
 
 
 def test_the_state_waits_in_ram_where_a_step_is_shorter():
-    """It costs two copies a step, and its room spares two loads of as many bytes a pass: to the solver of several passes it
-    is worth it, of one it is not, nor where nothing would be spared.
+    """It costs two copies a step, and its room spares two loads of as many bytes a pass: to the solver of several
+    passes it is worth it, of one it is not, nor where nothing would be spared.
     """
     for passes, link, expected in ((1, 2e8, "device"), (8, 2e8, "host"), (8, 1e12, "device")):
         table, said = large_state(passes, link=link)

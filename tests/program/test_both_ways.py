@@ -44,7 +44,9 @@ def test_what_can_never_move():
 
 
 def played(times, channels, share, passes):
-    """The oracle, in exact numbers: the whole world from one event to the next. The mean of the second half of the passes."""
+    """The oracle, in exact numbers: the whole world from one event to the next. The mean of the second half of the
+    passes.
+    """
     length, ends, done = len(times), [], [[] for _ in channels]
     now, way = Fraction(0), {}  # by channel, or -1 for the compute: what is left of it
     while len(ends) < length * passes:

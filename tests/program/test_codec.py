@@ -24,9 +24,25 @@ def plan():
 @pytest.fixture
 def record(plan):
     return RunRecord(
-        schema_version=1, fingerprint=plan.fingerprint, device="cpu", passes=3, wall_s=1.0, pass_s=0.3, stall_s=0.0,
-        loads=4, loaded_bytes=4 * MIB, misses=0, out_of_order=0, learned=0, offloaded_bytes=0, offload_skipped=0, recoveries=0, vram_peak_bytes=1, ram_peak_bytes=2, blocks=(),
-    )  # fmt: skip
+        schema_version=1,
+        fingerprint=plan.fingerprint,
+        device="cpu",
+        passes=3,
+        wall_s=1.0,
+        pass_s=0.3,
+        stall_s=0.0,
+        loads=4,
+        loaded_bytes=4 * MIB,
+        misses=0,
+        out_of_order=0,
+        learned=0,
+        offloaded_bytes=0,
+        offload_skipped=0,
+        recoveries=0,
+        vram_peak_bytes=1,
+        ram_peak_bytes=2,
+        blocks=(),
+    )
 
 
 def test_what_is_saved_is_loaded(plan, record, tmp_path):

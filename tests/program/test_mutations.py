@@ -152,7 +152,9 @@ MUTATIONS = {
     "a wait dropped": _dropped,
     "an other home": lambda rng, plan: replace(
         plan,
-        items=_one_of(rng, plan.items, home=lambda home: rng.choice([t for t in ("device", "host", "disk") if t != home])),
+        items=_one_of(
+            rng, plan.items, home=lambda home: rng.choice([t for t in ("device", "host", "disk") if t != home])
+        ),
     ),
     "an other item": lambda rng, plan: _load_changed(
         rng, plan, item=lambda item: (item + rng.randint(1, len(plan.items) - 1)) % len(plan.items)
@@ -168,10 +170,12 @@ MUTATIONS = {
     ),
     "an other figure": _said,
     "other pages": _pages_changed,
-    "less may be page-locked": lambda rng, plan: replace(
-        plan, budgets=replace(plan.budgets, page_lock_bytes=max(page_locked_bytes(plan) - 1, 0))
-    ) if plan.table.device == "cuda" and page_locked_bytes(plan) else plan,
-}  # fmt: skip
+    "less may be page-locked": lambda rng, plan: (
+        replace(plan, budgets=replace(plan.budgets, page_lock_bytes=max(page_locked_bytes(plan) - 1, 0)))
+        if plan.table.device == "cuda" and page_locked_bytes(plan)
+        else plan
+    ),
+}
 
 
 def _meaning(plan):

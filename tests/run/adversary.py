@@ -1,4 +1,6 @@
-"""Transfers that do their worst within what they promise: each load at the first or at the last moment that is legal."""
+"""Transfers that do their worst within what they promise: each load at the first or at the last moment that is
+legal.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,9 @@ class EarlyTransfers(CpuTransfers):
 
 
 class LateTransfers(CpuTransfers):
-    """A load begins when the compute waits for it: until then its slot is poison, and what is not waited for stays so."""
+    """A load begins when the compute waits for it: until then its slot is poison, and what is not waited for stays
+    so.
+    """
 
     def load(self, channel, block, source, destination):
         poison(destination)

@@ -1,4 +1,6 @@
-"""Every causal model type of transformers, small, whole against planned: the loss and every gradient to the last bit."""
+"""Every causal model type of transformers, small, whole against planned: the loss and every gradient to the last
+bit.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +28,8 @@ QUICK = (
     "phi3", "qwen3", "zamba2",
 )  # fmt: skip
 LEAST = 130
-# Each needs more of its configuration than a test of all types at once can know. None is memplan's: they fail before it.
+# Each needs more of its configuration than a test of all types at once can know. None is memplan's: they fail before
+# it.
 NOT_BUILT = json.loads((Path(causal_types.__file__).parent / "causal_types.json").read_text())
 
 

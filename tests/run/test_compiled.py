@@ -1,4 +1,6 @@
-"""Layers that torch.compile has compiled: as compiled in a whole run, to the last bit; what is compiled wider is refused."""
+"""Layers that torch.compile has compiled: as compiled in a whole run, to the last bit; what is compiled wider is
+refused.
+"""
 
 from __future__ import annotations
 
@@ -113,7 +115,9 @@ def test_compiled_layers_with_transfers_that_do_their_worst(transfers, tmp_path,
 
 @pytest.mark.full
 def test_compiled_layers_that_are_given_a_cache_are_compiled_no_more_often_than_whole():
-    """Past its limit of compiles a layer runs as it is, with other bits: the recompute must need no compiles of its own."""
+    """Past its limit of compiles a layer runs as it is, with other bits: the recompute must need no compiles of its
+    own.
+    """
     config = LlamaConfig(
         hidden_size=64,
         intermediate_size=128,

@@ -94,7 +94,8 @@ def test_under_pressure_layers_with_copies_are_recomputed(family, precision):
     assert plan.prediction.peaks.vram_bytes == pytest.approx(peak, rel=0.05)
 
 
-# ---- found in the run's first pass -------------------------------------------------------------------------------------
+# ---- found in the run's first pass
+# -------------------------------------------------------------------------------------
 
 
 def train_short(model, **options):
@@ -151,7 +152,9 @@ def test_a_plan_made_without_the_runs_autocast_is_told_once(caplog):
     ("autocast", "policy"), [("bf16", None), (None, None), (None, "recompute"), ("bf16", "offload"), (None, "offload")]
 )
 def test_results_and_hooks_are_as_ever(autocast, policy, caplog):
-    """Whatever the plan foresaw: the same bits, each forward looked at once and no hook left; no word where it is right."""
+    """Whatever the plan foresaw: the same bits, each forward looked at once and no hook left; no word where it is
+    right.
+    """
     whole, model = families.make("llama", "autocast"), families.make("llama", "autocast")
     plan = short_plan(model, autocast, policy)
     looked = []

@@ -1,4 +1,6 @@
-"""Streamed weights that are read or written outside of their modules' accesses: as in a run that holds the whole model."""
+"""Streamed weights that are read or written outside of their modules' accesses: as in a run that holds the whole
+model.
+"""
 
 from __future__ import annotations
 
@@ -54,8 +56,8 @@ def plan_of(model: nn.Module, ram: str = "64MiB", **options):
 
 
 def train(act, *, reads: bool, planned: bool, tmp_path=None, ram: str = "64MiB", steps: int = 4):
-    """Return losses, what a ``state_dict`` then holds, and the record. ``act(model, step)`` joins the loss, or follows the
-    step.
+    """Return losses, what a ``state_dict`` then holds, and the record. ``act(model, step)`` joins the loss, or follows
+    the step.
     """
     torch.manual_seed(0)
     model = Net().train()

@@ -1,4 +1,6 @@
-"""Runs whose device arena gives bytes back for part of a pass: the same bits, the memory that was said, any order of accesses."""
+"""Runs whose device arena gives bytes back for part of a pass: the same bits, the memory that was said, any order of
+accesses.
+"""
 
 from __future__ import annotations
 

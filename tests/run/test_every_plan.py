@@ -1,7 +1,8 @@
 """Whatever the solver makes, ``attach`` accepts, and training under it is bit-identical to the whole run.
 
 Plans for a GPU run on the CPU here: the same arenas, addresses, loads and stores in the same order, through the CPU's
-transfers. Rings, staging and pieces are of a few KiB: else nothing of small models would be pinned in part, or be split.
+transfers. Rings, staging and pieces are of a few KiB: else nothing of small models would be pinned in part, or be
+split.
 """
 
 from __future__ import annotations

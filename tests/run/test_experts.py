@@ -113,7 +113,8 @@ def test_activations_of_experts_recomputed_and_offloaded(kind, policy, tmp_path)
     compare(kind, plan_for(kind, policy=policy), tmp_path, checked=True)
 
 
-# ---- what is loaded ----------------------------------------------------------------------------------------------------
+# ---- what is loaded
+# ----------------------------------------------------------------------------------------------------
 
 
 class Uses:

@@ -48,7 +48,9 @@ def failing(of, at):
 
 
 def sweep(monkeypatch, tmp_path, target, name, errors, **options):
-    """Fail each call of one pass in turn: the error is heard, detach gives the model back, training then is a whole run's."""
+    """Fail each call of one pass in turn: the error is heard, detach gives the model back, training then is a whole
+    run's.
+    """
     expected = train(make("plain"), "plain", steps=1)
     model = make("plain")
     before = {key: value.clone() for key, value in model.state_dict().items()}
@@ -161,13 +163,16 @@ def test_an_arena_that_cannot_be_had_says_so(tmp_path):
         Runtime(replace(plan, arenas=arenas), torch.device("cpu"), {})
 
 
-# ---- Ctrl-C -------------------------------------------------------------------------------------------------------------
+# ---- Ctrl-C
+# -------------------------------------------------------------------------------------------------------------
 
 
 # One that comes while Python collects garbage is swallowed there, with a warning.
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_ctrl_c_at_any_time(tmp_path):
-    """It comes as it would, attach leaves the model as it was, a handle gives it back, and training can go on under it."""
+    """It comes as it would, attach leaves the model as it was, a handle gives it back, and training can go on under
+    it.
+    """
     expected = train(make("plain"), "plain")
     model = make("plain")
     before = {key: value.clone() for key, value in model.state_dict().items()}

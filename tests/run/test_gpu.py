@@ -1,4 +1,6 @@
-"""The CUDA path: streams, events, page-locked homes. Left out where there is no CUDA device. Unproven until one ran it."""
+"""The CUDA path: streams, events, page-locked homes. Left out where there is no CUDA device. Unproven until one ran
+it.
+"""
 
 from __future__ import annotations
 
@@ -27,7 +29,9 @@ CUDA = replace(CPU, name="test-cuda", device="cuda")
 
 @pytest.fixture(autouse=True)
 def same_bits():
-    """Bitwise equality holds with deterministic kernels. Only warned, attention's backward is not (see conftest.py too)."""
+    """Bitwise equality holds with deterministic kernels. Only warned, attention's backward is not (see conftest.py
+    too).
+    """
     with deterministic():
         yield
 

@@ -1,4 +1,6 @@
-"""Saving, loading, copying, merging and leaving while weights are streamed: right or refused, and nothing stays behind."""
+"""Saving, loading, copying, merging and leaving while weights are streamed: right or refused, and nothing stays
+behind.
+"""
 
 from __future__ import annotations
 

@@ -73,7 +73,9 @@ def planned(model, vram=None):
 
 
 def assert_alike(late, kind=Layer, *, before=False, vram=None, each=lambda model, step: None, checked=False):
-    """``late(model)`` changes a model, and returns what holds what came of that. ``before``: between plan and attach."""
+    """``late(model)`` changes a model, and returns what holds what came of that. ``before``: between plan and
+    attach.
+    """
     whole, model = Model(kind), Model(kind)
     kept = late(whole)
     expected = train(whole, each)
@@ -104,7 +106,8 @@ def inside(model, *names):
             yield getattr(layer, name) if name else layer
 
 
-# ---- hooks that nothing comes of ---------------------------------------------------------------------------------------
+# ---- hooks that nothing comes of
+# ---------------------------------------------------------------------------------------
 
 
 def counts(model):
@@ -220,9 +223,16 @@ def backward_hooks(model):
 
 
 ONCE = [
-    counts, averages, logs_and_returns_what_it_was_given, bound_methods, cells, one_shot_count, attributes, backward_hooks,
+    counts,
+    averages,
+    logs_and_returns_what_it_was_given,
+    bound_methods,
+    cells,
+    one_shot_count,
+    attributes,
+    backward_hooks,
     sums_that_autograd_saves_for,
-]  # fmt: skip
+]
 
 
 @pytest.mark.each_value
@@ -278,7 +288,8 @@ def test_global_hooks():
     assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
 
 
-# ---- hooks that the layer computes with --------------------------------------------------------------------------------
+# ---- hooks that the layer computes with
+# --------------------------------------------------------------------------------
 
 
 def returns_a_value(model):
@@ -367,7 +378,8 @@ def test_hooks_that_come_before_the_backward():
     assert_alike(lambda model: None, each=each)
 
 
-# ---- what is refused ---------------------------------------------------------------------------------------------------
+# ---- what is refused
+# ---------------------------------------------------------------------------------------------------
 
 
 def value_and_count(model):

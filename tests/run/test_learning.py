@@ -1,4 +1,6 @@
-"""A sequence that has changed for good is learned anew: then it is followed without a miss, and the bits stay the same."""
+"""A sequence that has changed for good is learned anew: then it is followed without a miss, and the bits stay the
+same.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""A long run as people have them: evaluation, generation, checkpoint and resume in between; the same adapters at the end."""
+"""A long run as people have them: evaluation, generation, checkpoint and resume in between; the same adapters at the
+end.
+"""
 
 from __future__ import annotations
 

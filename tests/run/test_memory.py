@@ -90,7 +90,9 @@ def test_the_handles_own_count_agrees(tmp_path):
 
 @pytest.mark.parametrize("kept", ["", "rkkkkk", "rrkkkk", "krkrkr", "kkkkkr", "rkrrrk"])
 def test_any_choice_of_recomputed_layers_is_foreseen(kept):
-    """What the first recomputed layer begins from lives to its backward: the embedding's output, which else goes early."""
+    """What the first recomputed layer begins from lives to its backward: the embedding's output, which else goes
+    early.
+    """
     model = make("llama")
     policies = {f"layers.{turn}": {"k": "keep", "r": "recompute"}[mark] for turn, mark in enumerate(kept)}
     given = {"vram": "1GiB", "ram": "1GiB", "hardware": CPU, "loss": loss_of, "gains": False}
@@ -120,7 +122,9 @@ FULL = pytest.mark.full
     ],
 )
 def test_what_a_recomputed_layer_is_handed_is_foreseen(kind, kept):
-    """A cache, a mask: whichever layer is recomputed holds what it was handed of them, those of layers that are not, too."""
+    """A cache, a mask: whichever layer is recomputed holds what it was handed of them, those of layers that are not,
+    too.
+    """
     torch.manual_seed(0)
     base, targets = _base(kind)
     model = get_peft_model(base, LoraConfig(r=4, target_modules=targets, fan_in_fan_out=kind == "gpt2")).train()

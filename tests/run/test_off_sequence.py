@@ -1,4 +1,6 @@
-"""What the plan did not foresee: whatever a program does with the model, its results are those of a whole run, or it raises."""
+"""What the plan did not foresee: whatever a program does with the model, its results are those of a whole run, or it
+raises.
+"""
 
 from __future__ import annotations
 

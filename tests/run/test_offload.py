@@ -1,4 +1,6 @@
-"""Saved activations that go to the host and come back: the same bits, the memory that was said, off the sequence too."""
+"""Saved activations that go to the host and come back: the same bits, the memory that was said, off the sequence
+too.
+"""
 
 from __future__ import annotations
 

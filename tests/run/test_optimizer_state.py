@@ -1,4 +1,6 @@
-"""An optimizer's state that waits in RAM: the same bits, the memory that was said, and whatever else is done with it."""
+"""An optimizer's state that waits in RAM: the same bits, the memory that was said, and whatever else is done with
+it.
+"""
 
 from __future__ import annotations
 
@@ -178,7 +180,9 @@ def test_a_step_with_a_closure_has_the_state_behind_the_pass(tmp_path):
 
 @pytest.mark.parametrize("adopted", [False, True], ids=["loaded", "adopted"])
 def test_a_state_from_a_checkpoint(adopted, tmp_path):
-    """Saved while it waits, loaded into an optimizer that has a state already or none yet: the run goes on to the same bits."""
+    """Saved while it waits, loaded into an optimizer that has a state already or none yet: the run goes on to the same
+    bits.
+    """
     whole = make("llama")
     optimizer = torch.optim.AdamW(trained(whole), lr=1e-2)
     for turn in range(4):

@@ -81,8 +81,8 @@ def compare(
 def assert_forwards(whole, planned, recomputed, steps):
     """Each layer ran as often as in the whole run, and once more a pass where memplan recomputes it.
 
-    Not each leaf of it: a recompute stops once it has all that is wanted, and the last leaf may save nothing but a frozen
-    weight, which the checked mode keeps out of the checkpoint's sight.
+    Not each leaf of it: a recompute stops once it has all that is wanted, and the last leaf may save nothing but a
+    frozen weight, which the checked mode keeps out of the checkpoint's sight.
     """
     from memplan.model.names import canonical
 

@@ -32,7 +32,8 @@ from tests.support.training import CPU, assert_equal, loss_of, train
 pytestmark = pytest.mark.filterwarnings("ignore")  # the quantizers' own, of versions and of float32 inputs
 
 HOMES = ("device", "host", "disk")
-# "Inside" and "around": where the checkpoint's own forward lies to a layer's hooks. Without one there are no two orders.
+# "Inside" and "around": where the checkpoint's own forward lies to a layer's hooks. Without one there are no two
+# orders.
 ACTIVATIONS = ("off", "inside-reentrant", "inside-other", "around-reentrant", "around-other", "offloaded")
 TRANSFERS = ("normal", "checked", *(kind.__name__ for kind in adversary.ALL))
 STEPS = 3
@@ -57,7 +58,9 @@ CHOICES = Case(FAMILIES, HOMES, ACTIVATIONS, PRECISIONS, TRANSFERS)
 
 
 def cover(choices, strength):
-    """Return values in which any ``strength`` choices of different kinds meet: greedily, the most new ones each time."""
+    """Return values in which any ``strength`` choices of different kinds meet: greedily, the most new ones each
+    time.
+    """
     every = list(product(*choices))
     kinds = list(combinations(range(len(choices)), strength))
     met_by = {case: {(kind, tuple(case[i] for i in kind)) for kind in kinds} for case in every}

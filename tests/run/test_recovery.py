@@ -1,4 +1,6 @@
-"""Out of memory in a micro-batch: it is done over under a smaller plan, and the result is the one it would have been."""
+"""Out of memory in a micro-batch: it is done over under a smaller plan, and the result is the one it would have
+been.
+"""
 
 from __future__ import annotations
 

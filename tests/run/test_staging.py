@@ -141,7 +141,9 @@ class NoStream:
 
 @pytest.mark.parametrize("is_ring_locked", [True, False])
 def test_each_source_goes_its_own_way(is_ring_locked, data, source_of, monkeypatch):
-    """The choice of way alone, with a device that is none: on one channel page-locked sources and pageable ones in turn."""
+    """The choice of way alone, with a device that is none: on one channel page-locked sources and pageable ones in
+    turn.
+    """
     for name in ("Stream", "Event"):
         monkeypatch.setattr(torch.cuda, name, NoStream)
     monkeypatch.setattr(torch.cuda, "current_stream", NoStream)

@@ -185,12 +185,24 @@ class Table(nn.Module):
 
 
 KINDS = {
-    "batch-norm": Norm, "instance-norm": Instance, "spectral": Spectral, "parametrized": Parametrized, "codebook": Codebook,
-    "rebound": Rebound, "plain": Plain, "counter": Counter, "recent": Recent, "torch": Drawn,
-    "numpy": lambda: Drawn("numpy"), "python": lambda: Drawn("python"), "global": lambda: Drawn("global"),
-    "projected": Projected, "pointed": Pointed, "max-norm": Table,
+    "batch-norm": Norm,
+    "instance-norm": Instance,
+    "spectral": Spectral,
+    "parametrized": Parametrized,
+    "codebook": Codebook,
+    "rebound": Rebound,
+    "plain": Plain,
+    "counter": Counter,
+    "recent": Recent,
+    "torch": Drawn,
+    "numpy": lambda: Drawn("numpy"),
+    "python": lambda: Drawn("python"),
+    "global": lambda: Drawn("global"),
+    "projected": Projected,
+    "pointed": Pointed,
+    "max-norm": Table,
     **{where: functools.partial(Counted, where) for where in ("counter-object", "order", "context", "environment")},
-}  # fmt: skip
+}
 PINNED = ("projected", "pointed", "max-norm")
 
 
@@ -294,7 +306,8 @@ def test_checkpointed_by_the_model_itself(kind):
 @pytest.mark.parametrize(
     ("kind", "reason"),
     [
-        ("batch-norm", r"layers\.2 cannot be recomputed: it writes to layers\.2\.norm\.num_batches_tracked \(by add_\)"),
+        ("batch-norm", r"layers\.2 cannot be recomputed: it writes to layers\.2\.norm\.num_batches_tracked \(by "
+                       r"add_\)"),
         ("counter", r"layers\.2 cannot be recomputed: it changes layers\.2\.calls"),
         ("rebound", r"layers\.2 cannot be recomputed: it reads layers\.2\.average and puts another in its place"),
         ("projected", r"layers\.2 cannot be recomputed: it writes to layers\.2\.up\.weight \(by mul_\)"),

@@ -1,4 +1,5 @@
-"""What memplan adds to a pass in the steady state, by counters: loads as planned, one copy each, and no operator at all.
+"""What memplan adds to a pass in the steady state, by counters: loads as planned, one copy each, and no operator at
+all.
 
 No operator means no allocation, no copy and no synchronisation by torch on the thread that computes: parameters are
 pointed, and the copies are a worker's. (On a CUDA device the profiler's proof is in test_gpu.)

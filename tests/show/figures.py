@@ -1,4 +1,5 @@
-"""What a report has to say, by arithmetic of its own on a plan and a record. Only sizes and times are written by ``units``.
+"""What a report has to say, by arithmetic of its own on a plan and a record. Only sizes and times are written by
+``units``.
 
 Nothing here comes from ``memplan.show``: a figure that the two disagree in is a fault of one of them.
 """
@@ -149,7 +150,9 @@ class Figures:
 
     @property
     def copies_bytes(self) -> int:
-        """Of the activations at the peak, copies of weights: of layers that keep, from their forward to their backward."""
+        """Of the activations at the peak, copies of weights: of layers that keep, from their forward to their
+        backward.
+        """
         alive, peak = 0, self.said.vram_peak_at
         for row in self.rows:
             ends = [other.index for other in self.rows if other.kind == "backward" and other.forward == row.index]
@@ -276,7 +279,8 @@ class Figures:
             found.append(f"the sequence learned anew {some(run.learned, 'time', 'times')}")
         if run.offload_skipped:
             found.append(
-                f"{some(run.offload_skipped, 'forward', 'forwards')} kept activations on the device that were to be offloaded"
+                f"{some(run.offload_skipped, 'forward', 'forwards')} kept activations on the device that were to be "
+                f"offloaded"
             )
         if run.recoveries:
             found.append(f"ran out of memory and went on smaller {some(run.recoveries, 'time', 'times')}")

@@ -470,7 +470,11 @@ def test_the_words_of_a_page(plan: Plan) -> None:
     assert texts("p", "alarm") == [over for over in [want.over()] if over]
     plain = [p.text() for p in main.all("p") if not p.attributes.get("class")]
     run = f"{want.run()}: {want.counts()}."
-    assert plain == [*filter(None, [want.whole_run()]), *([] if want.waits() or record.blocks else ["No block is waited for."]), run]  # fmt: skip
+    assert plain == [
+        *filter(None, [want.whole_run()]),
+        *([] if want.waits() or record.blocks else ["No block is waited for."]),
+        run,
+    ]
     line = want.line
     remarks = [want.peak(), want.locks_said(), want.bound(), want.why(), *want.gains()]
     waits = f"{want.time(line.pass_s)} long, of it {want.time(line.total_stall_s)} of waiting."
@@ -532,7 +536,11 @@ def test_the_titles_of_drawings(plan: Plan) -> None:
         drawn = limit is not None and peak <= limit <= 1.25 * peak
         if drawn:
             expected.append(f"budget: {want.size(limit)}")
-        along = f", the same along the whole pass: {want.size(peak)}" if level else f" along the pass: {want.size(peak)} at the peak"  # fmt: skip
+        along = (
+            f", the same along the whole pass: {want.size(peak)}"
+            if level
+            else (f" along the pass: {want.size(peak)} at the peak")
+        )
         budget = "" if limit is None else f", {'the line is' if drawn else 'below'} the budget of {want.size(limit)}"
         expected.append(f"{title} {along.lstrip() if along.startswith(' ') else along}{budget}.")
 

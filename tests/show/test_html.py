@@ -276,7 +276,8 @@ def test_a_notebook_shows_the_page(monkeypatch: pytest.MonkeyPatch, capsys: pyte
 def test_a_plan_and_a_record_are_a_line_elsewhere(plan: Plan) -> None:
     said, record = plan.prediction, record_of(plan)
     assert repr(plan) == (
-        f"<Plan of {plan.model!r} on {plan.hardware!r}: {size(said.peaks.vram_bytes)} of {size(plan.budgets.vram_bytes)} "
+        f"<Plan of {plan.model!r} on {plan.hardware!r}: {size(said.peaks.vram_bytes)} of "
+        f"{size(plan.budgets.vram_bytes)} "
         f"vram, a pass of {seconds(said.pass_s)}>"
     )
     assert repr(record) == (

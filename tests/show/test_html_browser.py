@@ -1,7 +1,8 @@
 """The page in headless Chromium: it opens quickly, nothing is cut at any width, and axe finds nothing serious.
 
-Chromium is ``MEMPLAN_CHROMIUM``, else what is on the path. axe-core is ``MEMPLAN_AXE`` or ``node_modules/axe-core/axe.min.js``
-(``npm install axe-core``): it is as large as all the rest, so it is not in the repository.
+Chromium is ``MEMPLAN_CHROMIUM``, else what is on the path. axe-core is ``MEMPLAN_AXE`` or
+``node_modules/axe-core/axe.min.js`` (``npm install axe-core``): it is as large as all the rest, so it is not in the
+repository.
 """
 
 from __future__ import annotations
@@ -50,7 +51,8 @@ OPTIONS = (
 MEASURE = """
 <script>
 function cut(frame) {
-  const page = frame.contentDocument, width = frame.clientWidth, found = [], scrolls = frame.name == "paper" ? ".none" : ".wide";
+  const page = frame.contentDocument, width = frame.clientWidth, found = [];
+  const scrolls = frame.name == "paper" ? ".none" : ".wide";
   const root = page.scrollingElement;
   if (root.scrollWidth > width) found.push(`the page is ${root.scrollWidth} wide`);
   for (const one of page.querySelectorAll("main *:not(svg, svg *, option)")) {
@@ -62,7 +64,8 @@ function cut(frame) {
   }
   for (const one of page.querySelectorAll("td, th, caption:not(.unseen), summary"))
     if (one.clientWidth && one.scrollWidth > one.clientWidth + 1) found.push(`cut: ${one.textContent}`);
-  const texts = [...page.querySelectorAll("p, dt, dd, caption, h1, h2, h3, li, figcaption, .lane, .axis, .drawing, .bar, .label, .marks")]
+  const kinds = "p, dt, dd, caption, h1, h2, h3, li, figcaption, .lane, .axis, .drawing, .bar, .label, .marks";
+  const texts = [...page.querySelectorAll(kinds)]
     .filter(one => !one.closest(".unseen, details, caption.unseen") && one.getBoundingClientRect().width > 1);
   for (let i = 0; i < texts.length; i++) for (let j = i + 1; j < texts.length; j++) {
     if (texts[i].contains(texts[j]) || texts[j].contains(texts[i])) continue;
@@ -76,7 +79,9 @@ addEventListener("load", () => {
   const result = {};
   for (const frame of document.querySelectorAll("iframe")) {
     const style = frame.contentWindow.getComputedStyle(frame.contentDocument.body);
-    result[frame.name || frame.width] = {cut: cut(frame), paper: style.backgroundColor, seen: frame.contentDocument.querySelectorAll("svg path").length};
+    result[frame.name || frame.width] = {
+      cut: cut(frame), paper: style.backgroundColor, seen: frame.contentDocument.querySelectorAll("svg path").length,
+    };
   }
   document.body.innerHTML = "<pre id=result></pre>";
   document.getElementById("result").textContent = JSON.stringify(result);
@@ -243,7 +248,9 @@ def test_what_is_folded_is_printed(tmp_path: Path) -> None:
     assert folded == opened
     assert 3 <= len(folded) <= 12
     if shutil.which("pdftotext"):
-        text = subprocess.run(["pdftotext", "-layout", tmp_path / "page.pdf", "-"], capture_output=True, text=True, check=True)  # fmt: skip
+        text = subprocess.run(
+            ["pdftotext", "-layout", tmp_path / "page.pdf", "-"], capture_output=True, text=True, check=True
+        )
         for caption in ("Device memory at every access", "The pass, access by access", "Every block"):
             assert caption in text.stdout
         assert re.search(r"^ *0 +forward ", text.stdout, re.MULTILINE)

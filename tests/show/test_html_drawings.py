@@ -30,7 +30,9 @@ def heights(path: str, count: int) -> list[float]:
 
 
 def holds(chart: memory.Chart, rows: list[dict[str, int]]) -> None:
-    """Check a chart against what it draws: its parts sum to the whole, its greatest is the peak, and all is to scale."""
+    """Check a chart against what it draws: its parts sum to the whole, its greatest is the peak, and all is to
+    scale.
+    """
     sums = [sum(row.values()) for row in rows]
     assert chart.peak_bytes == max(sums) == sums[chart.peak_at]
     for place_, row in enumerate(rows):
@@ -95,7 +97,9 @@ def test_charts_of_random_plans(sizes: list[int], share: float, offloadable: boo
         }
         holds(chart, held[chart.tier])
         peaks = plan.prediction.peaks
-        assert chart.peak_bytes == {"vram": peaks.vram_bytes, "ram": peaks.ram_bytes, "disk": peaks.disk_bytes}[chart.tier]  # fmt: skip
+        assert (
+            chart.peak_bytes == {"vram": peaks.vram_bytes, "ram": peaks.ram_bytes, "disk": peaks.disk_bytes}[chart.tier]
+        )
 
 
 def test_the_timeline_is_to_scale() -> None:

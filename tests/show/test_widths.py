@@ -1,4 +1,6 @@
-"""Text at 80 and 120 columns, piped and on a terminal: no line is wider, nothing is cut, no bytes are written as none."""
+"""Text at 80 and 120 columns, piped and on a terminal: no line is wider, nothing is cut, no bytes are written as
+none.
+"""
 
 from __future__ import annotations
 

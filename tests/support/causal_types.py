@@ -101,7 +101,20 @@ def config_of(kind: str, layers: int = LAYERS):
     """Return a small configuration of a type, without dropout."""
     config = CONFIG_MAPPING[kind]()
     shrink(config, layers)
-    for name in ("dropout", "attention_dropout", "activation_dropout", "hidden_dropout_prob", "attention_probs_dropout_prob", "resid_pdrop", "embd_pdrop", "attn_pdrop", "hidden_dropout", "dropout_rate", "layerdrop", "residual_dropout"):  # fmt: skip
+    for name in (
+        "dropout",
+        "attention_dropout",
+        "activation_dropout",
+        "hidden_dropout_prob",
+        "attention_probs_dropout_prob",
+        "resid_pdrop",
+        "embd_pdrop",
+        "attn_pdrop",
+        "hidden_dropout",
+        "dropout_rate",
+        "layerdrop",
+        "residual_dropout",
+    ):
         if hasattr(config, name):
             _put(config, name, 0.0)
     for name, value in OVERRIDES.get(kind, {}).items():

@@ -14,7 +14,9 @@ class LiveBytes(TorchDispatchMode):
     """Bytes of all storages that operators return or that were told, while they are alive."""
 
     def __init__(self, tensors=(), apart=(), arena=None):
-        """``apart``: tensors whose storages are no device bytes. ``arena``: a plan's, of which the kernel says what is there."""
+        """``apart``: tensors whose storages are no device bytes. ``arena``: a plan's, of which the kernel says what is
+        there.
+        """
         super().__init__()
         self.segments = []
         if arena is not None and arena.is_elastic:

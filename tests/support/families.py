@@ -1,4 +1,6 @@
-"""Families of models in every precision that a base may have: loaded from real files by transformers, with an adapter."""
+"""Families of models in every precision that a base may have: loaded from real files by transformers, with an
+adapter.
+"""
 
 from __future__ import annotations
 
@@ -61,7 +63,8 @@ def make(family: str, precision: str, checkpointing: str = "off") -> nn.Module:
     base.requires_grad_(False)
     for parameter in base.parameters():
         if type(parameter) is nn.Parameter:
-            # As torch itself would align them: read from a file they lie anywhere, and results differ in their last bits.
+            # As torch itself would align them: read from a file they lie anywhere, and results differ in their last
+            # bits.
             parameter.data = parameter.data.clone()
     torch.manual_seed(1)
     experts = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"] if family == "mixtral-experts" else None

@@ -16,8 +16,9 @@ _LEFT_OUT = ("torch", "logging", "numpy", "builtins", "threading")
 
 
 def fingerprint(*roots: object) -> dict[str, object]:
-    """Return values by path: of each tensor its identity, bytes, version, flags and gradient; of each object its identity,
-    attributes and state; of each function its shared variables and attributes; and the process's random states and settings.
+    """Return values by path: of each tensor its identity, bytes, version, flags and gradient; of each object its
+    identity, attributes and state; of each function its shared variables and attributes; and the process's random
+    states and settings.
     """
     found: dict[str, object] = {
         "torch": torch.get_rng_state().numpy().tobytes(),

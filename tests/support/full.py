@@ -137,8 +137,10 @@ def compatibility(parts: list[dict[str, Any]], about: dict[str, Any]) -> str:
     rows = [(p["properties"].get("versions", "?"), p["outcome"], p["properties"].get("result", "?")) for p in parts]
     table = "\n".join(f"| {' | '.join(row)} |" for row in (head, ("---",) * len(head), *rows))
     return (
-        "# Compatibility\n\nEach trainer as it is, under `memplan run` and with memplan's own lines, with these releases. "
-        f"Written by `make test-full` (`tests/test_compatibility.py`) on {about['date']}, commit {about['commit']}.\n\n{table}\n"
+        "# Compatibility\n\nEach trainer as it is, under `memplan run` and with memplan's own lines, with these "
+        "releases. "
+        f"Written by `make test-full` (`tests/test_compatibility.py`) on {about['date']}, commit "
+        f"{about['commit']}.\n\n{table}\n"
     )
 
 

@@ -1,4 +1,5 @@
-"""Graphs of models that several tests plan for, each traced once: a trace takes a second, a step of such a model far less.
+"""Graphs of models that several tests plan for, each traced once: a trace takes a second, a step of such a model far
+less.
 
 They lie in a folder too, for the workers that tests run in, named after the model, the code and the libraries.
 """

@@ -1,5 +1,5 @@
-"""Model types that are no causal language models, small, from their configurations: encoders and decoders, images, sound,
-images with text, and diffusion. Each with an adapter and a batch.
+"""Model types that are no causal language models, small, from their configurations: encoders and decoders, images,
+sound, images with text, and diffusion. Each with an adapter and a batch.
 
 A kind is called ``group/type``: ``image/vit``, ``speech/whisper``, ``diffusion/FluxTransformer2DModel``.
 """
@@ -41,7 +41,9 @@ _FILE = json.loads(Path(__file__).with_suffix(".json").read_text())
 _SETTINGS: dict[str, dict[str, object]] = _FILE["settings"]
 """What a kind needs beside the shrinking that all get; ``a.b`` is setting b of the configuration a."""
 NOT_BUILT: dict[str, str] = _FILE["not built"]
-"""Kinds that need more of their configuration or batch than a test of all at once can know, or a package that is not here."""
+"""Kinds that need more of their configuration or batch than a test of all at once can know, or a package that is
+not here.
+"""
 LEAST = 150
 
 _SMALL_LISTS = ("depths", "layers", "num_blocks", "encoder_depths")
@@ -87,7 +89,9 @@ def loss_of(output) -> torch.Tensor:
 
 
 def adapted(base: nn.Module) -> nn.Module:
-    """Return the model with a LoRA adapter on its linear layers, else on its convolutions, else with some biases trained."""
+    """Return the model with a LoRA adapter on its linear layers, else on its convolutions, else with some biases
+    trained.
+    """
     base.requires_grad_(False)
     without = type(base).__name__.startswith("MobileNet")  # it reads its convolutions' own settings
     for kinds in () if without else (("Linear", "Conv1D"), ("Conv2d",)):
@@ -111,7 +115,8 @@ def _adaptable(name: str, module: nn.Module, kinds: tuple[str, ...]) -> bool:
     return plain and ".experts" not in name and not name.endswith(left)
 
 
-# ---- configurations ----------------------------------------------------------------------------------------------------
+# ---- configurations
+# ----------------------------------------------------------------------------------------------------
 
 
 def config_of(group: str, name: str):
@@ -191,11 +196,14 @@ def _build(group: str, name: str) -> nn.Module:
     return cls._from_config(config, dtype=torch.float32)
 
 
-# ---- batches -----------------------------------------------------------------------------------------------------------
+# ---- batches
+# -----------------------------------------------------------------------------------------------------------
 
 
 def _batch(base: nn.Module, group: str) -> dict[str, object]:
-    """Return a batch of the shapes that memplan makes of a shape, of random values, with images or sound where it takes them."""
+    """Return a batch of the shapes that memplan makes of a shape, of random values, with images or sound where it
+    takes them.
+    """
     takes = inspect.signature(base.forward).parameters
     shapes = {"image": (ROWS,), "ctc": (ROWS, 4000 if "input_values" in takes else 64)}
     shape = shapes.get("ctc" if group in ("audio", "speech") and "input_ids" not in takes else group, (ROWS, LENGTH))
@@ -236,7 +244,10 @@ def _more(base: nn.Module, takes) -> Iterator[dict[str, torch.Tensor]]:
         if "image_grid_thw" in takes and type(patch) is int:
             values = channels * patch**2 * (_setting(vision, "temporal_patch_size") or 1)
             yield {"pixel_values": torch.randn(ROWS * 16, values), "image_grid_thw": torch.tensor([[1, 4, 4]] * ROWS)}
-            yield {"pixel_values": torch.randn(ROWS * 16, channels, patch, patch), "image_grid_thw": torch.tensor([[1, 4, 4]] * ROWS)}  # fmt: skip
+            yield {
+                "pixel_values": torch.randn(ROWS * 16, channels, patch, patch),
+                "image_grid_thw": torch.tensor([[1, 4, 4]] * ROWS),
+            }
         if "image_sizes" in takes:
             yield {"pixel_values": image, "image_sizes": sizes}
             yield {"pixel_values": image[:, None].expand(-1, 3, -1, -1, -1).clone(), "image_sizes": sizes}

@@ -95,8 +95,8 @@ class Routed(Decoder):
 
 
 def make(kind: str = "routed", *, checkpointing: str = "off", way: str = "in-order", never: tuple[int, ...] = ()):
-    """Return a model in training mode. ``checkpointing``: as in tests/support/training.py. Of a "routed": ``way``: how its
-    experts are visited; ``never``: experts that no token is sent to.
+    """Return a model in training mode. ``checkpointing``: as in tests/support/training.py. Of a "routed": ``way``: how
+    its experts are visited; ``never``: experts that no token is sent to.
     """
     torch.manual_seed(0)
     if kind == "routed":

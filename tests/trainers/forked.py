@@ -1,4 +1,5 @@
-"""Runs scripts as they stand, many from one Python that has imported the libraries once, which takes longer than they do.
+"""Runs scripts as they stand, many from one Python that has imported the libraries once, which takes longer than they
+do.
 
 ``python -m tests.trainers.forked`` reads jobs from its standard input, one JSON object a line, runs each in a fork, and
 answers with its exit code. What goes backward in a script is told to the last bit: its losses.
@@ -22,10 +23,17 @@ from typing import Any, NoReturn
 
 ROOT = Path(__file__).parents[2]
 LIBRARIES = (
-    "peft.peft_model", "transformers.trainer", "transformers.trainer_seq2seq", "transformers.models.llama.modeling_llama",
-    "transformers.models.auto.modeling_auto", "accelerate", "datasets", "trl.trainer.sft_trainer",
-    "trl.trainer.dpo_trainer", "trl.trainer.reward_trainer",
-)  # fmt: skip
+    "peft.peft_model",
+    "transformers.trainer",
+    "transformers.trainer_seq2seq",
+    "transformers.models.llama.modeling_llama",
+    "transformers.models.auto.modeling_auto",
+    "accelerate",
+    "datasets",
+    "trl.trainer.sft_trainer",
+    "trl.trainer.dpo_trainer",
+    "trl.trainer.reward_trainer",
+)
 
 
 class Forked:

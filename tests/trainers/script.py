@@ -1,10 +1,12 @@
 """A script that knows nothing of memplan: ``python script.py FOLDER OUT [MODE]``.
 
 MODE: ``lora`` (default), ``dora`` begins from the weights, ``resized`` has a new token, ``full`` trains all, ``hooks``
-has accelerate place a layer, ``unsloth`` has it imported, ``cast`` has the model in bfloat16, ``generate`` asks the model before it is trained, ``never`` trains nothing, ``fail`` raises;
-``written`` has a weight changed in its last bytes, ``reordered`` has its layers in another order,
-``swapped`` the weights of another model, ``adapters`` trains a second adapter after the first, and then the first again,
-those of ``ARGUMENTS`` are what their arguments say, ``counted`` has data and a loss that notice each use, ``merged`` merges its adapter at the end, ``saved`` saves each step and begins from what is saved, ``killed`` does so and is killed in the third step.
+has accelerate place a layer, ``unsloth`` has it imported, ``cast`` has the model in bfloat16, ``generate`` asks the
+model before it is trained, ``never`` trains nothing, ``fail`` raises; ``written`` has a weight changed in its last
+bytes, ``reordered`` has its layers in another order, ``swapped`` the weights of another model, ``adapters`` trains a
+second adapter after the first, and then the first again, those of ``ARGUMENTS`` are what their arguments say,
+``counted`` has data and a loss that notice each use, ``merged`` merges its adapter at the end, ``saved`` saves each
+step and begins from what is saved, ``killed`` does so and is killed in the third step.
 """
 
 from __future__ import annotations

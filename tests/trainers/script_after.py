@@ -1,7 +1,8 @@
-"""A script that knows nothing of memplan, and what it does with its model once it is trained: ``python script_after.py FOLDER HOW``.
+"""A script that knows nothing of memplan, and what it does with its model once it is trained: ``python script_after.py
+FOLDER HOW``.
 
-HOW: ``cast``, ``copied``, ``copied_part``, ``pickled``, ``merged``, ``merged_and_unmerged``, ``merged_layer``, ``unloaded``,
-``compiled``, ``trained_on`` (trained, cast, and trained again).
+HOW: ``cast``, ``copied``, ``copied_part``, ``pickled``, ``merged``, ``merged_and_unmerged``, ``merged_layer``,
+``unloaded``, ``compiled``, ``trained_on`` (trained, cast, and trained again).
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """A loop that knows nothing of memplan and has two models: ``python script_two.py FOLDER OTHER OUT HOW``.
 
-HOW: ``both`` trains an adapter of each, the second fed by the first; ``reference`` trains one beside a frozen reference;
-``one_after_the_other`` trains each with a Trainer of its own.
+HOW: ``both`` trains an adapter of each, the second fed by the first; ``reference`` trains one beside a frozen
+reference; ``one_after_the_other`` trains each with a Trainer of its own.
 """
 
 from __future__ import annotations

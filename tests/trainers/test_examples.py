@@ -1,4 +1,6 @@
-"""Each trainer, by its example: as it is, under ``memplan run``, and with memplan's own lines. The same, byte for byte."""
+"""Each trainer, by its example: as it is, under ``memplan run``, and with memplan's own lines. The same, byte for
+byte.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""Options of a plan reach it from each way in: through ``wrap``, ``placing``, Lightning's callback and ``memplan run``."""
+"""Options of a plan reach it from each way in: through ``wrap``, ``placing``, Lightning's callback and ``memplan
+run``.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""``memplan.placing``: true weights from the start, whatever is done to them before the trainer; other models stay whole."""
+"""``memplan.placing``: true weights from the start, whatever is done to them before the trainer; other models stay
+whole.
+"""
 
 from __future__ import annotations
 

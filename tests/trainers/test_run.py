@@ -259,7 +259,10 @@ def test_a_script_without_torch_stays_without(tmp_path):
 @pytest.mark.full
 def test_modules_keep_their_own_loaders():
     """Those who ask a module for its source or its loader find what they would without memplan."""
-    code = "import inspect, transformers.trainer as t; print(type(t.__spec__.loader).__name__, len(inspect.getsource(t)) > 9)"
+    code = (
+        "import inspect, transformers.trainer as t; print(type(t.__spec__.loader).__name__, "
+        "len(inspect.getsource(t)) > 9)"
+    )
     env = clean(str(STARTUP)) | {VARIABLE: json.dumps({})}
     env["PYTHONPATH"] = os.pathsep.join([str(STARTUP), str(ROOT)])
     done = subprocess.run(

@@ -1,4 +1,6 @@
-"""What a Trainer sets before its first step, and that plans from a configuration are for that: against real Trainer runs."""
+"""What a Trainer sets before its first step, and that plans from a configuration are for that: against real Trainer
+runs.
+"""
 
 from __future__ import annotations
 
@@ -48,9 +50,17 @@ def llama(**settings):
 
 def trainer_of(model, out, **arguments):
     args = TrainingArguments(
-        output_dir=str(out), max_steps=2, per_device_train_batch_size=BATCH, report_to=[], save_strategy="no", use_cpu=True,
-        disable_tqdm=True, max_grad_norm=0.0, dataloader_pin_memory=False, **arguments,
-    )  # fmt: skip
+        output_dir=str(out),
+        max_steps=2,
+        per_device_train_batch_size=BATCH,
+        report_to=[],
+        save_strategy="no",
+        use_cpu=True,
+        disable_tqdm=True,
+        max_grad_norm=0.0,
+        dataloader_pin_memory=False,
+        **arguments,
+    )
     return Trainer(model=model, args=args, train_dataset=Rows())
 
 
@@ -110,12 +120,20 @@ def test_a_module_is_planned_as_it_is_until_a_trainer_has_it(tmp_path):
 def test_a_cache_that_the_trainer_leaves_on_is_counted(tmp_path):
     """T5's decoder has a copy of the configuration, which the Trainer does not see."""
     config = T5Config(
-        d_model=HIDDEN, d_ff=96, d_kv=16, num_heads=4, num_layers=3, num_decoder_layers=3, vocab_size=96, dropout_rate=0.0,
+        d_model=HIDDEN,
+        d_ff=96,
+        d_kv=16,
+        num_heads=4,
+        num_layers=3,
+        num_decoder_layers=3,
+        vocab_size=96,
+        dropout_rate=0.0,
         decoder_start_token_id=0,
-    )  # fmt: skip
+    )
     plan = planned(config, activations="keep")
     assert [note for note in plan.notes if "cache" in note] == [
-        "decoder has a configuration of its own with use_cache=True, which transformers' Trainer leaves as it is: where it "
+        "decoder has a configuration of its own with use_cache=True, which transformers' Trainer leaves as it is: "
+        "where it "
         "keeps a key-value cache, that is counted. TRL's trainers keep none: for those, set it to False in the "
         "configuration and plan again."
     ]
@@ -128,8 +146,11 @@ def test_qlora_is_what_the_trainer_takes(tmp_path):
     """As PEFT documents it: a nested nf4 base that PEFT prepares, bf16=True, an 8-bit optimizer."""
     LlamaForCausalLM(llama(hidden_size=128, vocab_size=512)).save_pretrained(tmp_path / "base")
     settings = BitsAndBytesConfig(
-        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=torch.bfloat16
-    )  # fmt: skip
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.bfloat16,
+    )
     base = AutoModelForCausalLM.from_pretrained(
         tmp_path / "base", quantization_config=settings, device_map={"": "cpu"}, dtype=torch.bfloat16
     )

@@ -1,4 +1,6 @@
-"""A Trainer that exists, and one that is built while the model is placed: whole, wrapped and placed agree byte for byte."""
+"""A Trainer that exists, and one that is built while the model is placed: whole, wrapped and placed agree byte for
+byte.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""A mapped model that waits to be placed: what the script moves of it, and what it is called with before it is trained."""
+"""A mapped model that waits to be placed: what the script moves of it, and what it is called with before it is
+trained.
+"""
 
 from __future__ import annotations
 

@@ -86,8 +86,8 @@ def assemble(
     recomputable: tuple[str, ...],
 ) -> LayerGraph:
     """Return the graph of what was traced, without what :func:`complete` adds: ``kept`` is the model's trace as it is,
-    ``recomputed`` with ``recomputable`` checkpointed, ``offloaded`` with what those save offloaded. ``drafts``: with what
-    is pinned.
+    ``recomputed`` with ``recomputable`` checkpointed, ``offloaded`` with what those save offloaded. ``drafts``: with
+    what is pinned.
     """
     one, two, three = _Pass(kept), _Pass(recomputed), None if offloaded is None else _Pass(offloaded)
     moved = {} if offloaded is None else _once(one, offloaded.offload_bytes)
@@ -170,8 +170,8 @@ def complete(
     left_out: Multiplicity = once,
 ) -> LayerGraph:
     """Return the graph with what is of the model as a whole. ``kept``: its trace, or that of some of its layers;
-    ``ran_again``: how many of all its layers it checkpoints itself; ``times``: for how many modules a traced one stands.
-    ``left_out``: the same of those of ``model``, where it holds a part of the whole one only.
+    ``ran_again``: how many of all its layers it checkpoints itself; ``times``: for how many modules a traced one
+    stands. ``left_out``: the same of those of ``model``, where it holds a part of the whole one only.
     """
     trains = [(tuple(p.shape), p.element_size()) for p in trained(model, left_out)]
     workspace = workspace_bytes(optimizer, trains)
@@ -314,7 +314,8 @@ def _notes(model: nn.Module, graph: LayerGraph, kept: Traced, ran_again: int) ->
     if graph.stateful:
         one, count = graph.stateful[0], len(graph.stateful)
         found.append(
-            f"{count} {'layer is' if count == 1 else 'layers are'} never recomputed, since that would change their state twice: "
+            f"{count} {'layer is' if count == 1 else 'layers are'} never recomputed, since that would change their "
+            f"state twice: "
             f"{one.module}, for example: {one.reason}."
         )
     pinned = [block for block in blocks if block.pinned_because]
@@ -322,7 +323,8 @@ def _notes(model: nn.Module, graph: LayerGraph, kept: Traced, ran_again: int) ->
         found.append(
             f"{pinned[0].name} must stay on the device, since {pinned[0].pinned_because}."
             if len(pinned) == 1
-            else f"{len(pinned)} blocks must stay on the device: {pinned[0].name}, since {pinned[0].pinned_because}, and others."
+            else f"{len(pinned)} blocks must stay on the device: {pinned[0].name}, since {pinned[0].pinned_because}, "
+            f"and others."
         )
     read = {block for access in accesses for block in access.blocks}
     # A loss that takes the head's weight itself reads it outside of every access.
@@ -330,7 +332,8 @@ def _notes(model: nn.Module, graph: LayerGraph, kept: Traced, ran_again: int) ->
     unread_bytes = sum(block.size_bytes for block in unread)
     if unread_bytes > _UNREAD_SHARE * sum(block.size_bytes for block in blocks):
         found.append(
-            f"{format_bytes(unread_bytes)} of its weights ({unread[0].name}{' and others' if len(unread) > 1 else ''}) are never read with this batch, and "
+            f"{format_bytes(unread_bytes)} of its weights ({unread[0].name}{' and others' if len(unread) > 1 else ''}) "
+            f"are never read with this batch, and "
             "stay on the device: give a batch of all that the training gives it (images, sound), as tensors."
         )
     experts = sum(block.kind == "expert" for block in blocks)

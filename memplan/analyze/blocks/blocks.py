@@ -89,7 +89,8 @@ def refuse_moved(model: nn.Module) -> None:
     if isinstance(places, Mapping) and len({str(place) for place in places.values()}) > 1:
         spread = ", ".join(sorted({str(place) for place in places.values()}))
         raise ModelError(
-            f"the model is spread by accelerate's device map over {spread}: load it without device_map; memplan places it"
+            f"the model is spread by accelerate's device map over {spread}: load it without device_map; memplan places "
+            f"it"
         )
 
 

@@ -12,7 +12,8 @@ from memplan.analyze.blocks.blocks import Draft, Unit, expert_lists
 from memplan.analyze.trace.recorder import Recorder
 
 _MOST_PINNED = 0.1
-"""A layer stays whole where more than this share of its bytes would have to stay on the device once it is taken apart."""
+"""A layer stays whole where more than this share of its bytes would have to stay on the device once it is taken apart.
+"""
 
 
 def routed_layers(units: Sequence[Unit], recorder: Recorder) -> frozenset[str]:

@@ -1,8 +1,8 @@
 """A model on the device, some blocks' worth of memory -> how long each access takes there.
 
-The model runs as it trains, hooks and all, with random values in place of its weights. Those share a pool of memory that
-is as large as the largest block, or as the processor's caches are small beside it: frozen weights are only read, so what
-they hold is no matter. Of stacks whose layers are alike, a few layers run for all (``periodic.py``).
+The model runs as it trains, hooks and all, with random values in place of its weights. Those share a pool of memory
+that is as large as the largest block, or as the processor's caches are small beside it: frozen weights are only read,
+so what they hold is no matter. Of stacks whose layers are alike, a few layers run for all (``periodic.py``).
 """
 
 from __future__ import annotations
@@ -193,7 +193,9 @@ class _Pool:
 
 
 def _dense_strides(tensor: torch.Tensor) -> tuple[int, ...]:
-    """Return the tensor's strides where it is dense, else those of a dense one: of a placeholder, or a part of another."""
+    """Return the tensor's strides where it is dense, else those of a dense one: of a placeholder, or a part of
+    another.
+    """
     if torch.empty_like(tensor, device="meta").stride() == tensor.stride():  # it keeps the strides of what is dense
         return tensor.stride()
     return torch.empty(tensor.shape, device="meta").stride()

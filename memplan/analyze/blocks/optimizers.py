@@ -1,12 +1,12 @@
 """Bytes that an optimizer keeps for the trained parameters, and those it needs for a moment, by formula.
 
-Names are those of transformers' ``optim`` where it has one, settings its libraries' defaults: no weight decay outside of
-AdamW, no AMSGrad, SGD without momentum (``momentum`` is SGD with it). Both ways of torch count, its loop over single
+Names are those of transformers' ``optim`` where it has one, settings its libraries' defaults: no weight decay outside
+of AdamW, no AMSGrad, SGD without momentum (``momentum`` is SGD with it). Both ways of torch count, its loop over single
 tensors (the CPU) and ``foreach`` (CUDA), whichever needs more; ``adamw_foreach`` and ``adamw_fused`` are one way alone.
 
-Paged states (bitsandbytes, ``paged_…``) count as on the device, which is an upper bound: where memory is short the driver
-moves their pages to the host's, a few at a time. On the CPU bitsandbytes has no pages, and its 8-bit optimizers work on
-float32 copies of one parameter at a time, which do not count; its CUDA kernels need none.
+Paged states (bitsandbytes, ``paged_…``) count as on the device, which is an upper bound: where memory is short the
+driver moves their pages to the host's, a few at a time. On the CPU bitsandbytes has no pages, and its 8-bit optimizers
+work on float32 copies of one parameter at a time, which do not count; its CUDA kernels need none.
 """
 
 from __future__ import annotations
@@ -176,7 +176,8 @@ def check_optimizer(name: str) -> None:
     """Raise InputError where the optimizer is not known."""
     if name not in _OPTIMIZERS:
         raise InputError(
-            f"the optimizer {name!r} is not known: give one of {', '.join(sorted(_OPTIMIZERS))}{like(name, _OPTIMIZERS)}"
+            f"the optimizer {name!r} is not known: give one of "
+            f"{', '.join(sorted(_OPTIMIZERS))}{like(name, _OPTIMIZERS)}"
         )
 
 

@@ -1,7 +1,7 @@
 """The autocast that a trace runs under: one that is asked for, else the caller's own.
 
-[Note: a trace is on the CPU] So an autocast for CUDA is traced as the CPU's of the same dtype. Products are lowered alike;
-a few operators that CUDA keeps in float32 (norms, softmax) are not, and count for less than they will take.
+[Note: a trace is on the CPU] So an autocast for CUDA is traced as the CPU's of the same dtype. Products are lowered
+alike; a few operators that CUDA keeps in float32 (norms, softmax) are not, and count for less than they will take.
 """
 
 from __future__ import annotations

@@ -19,7 +19,8 @@ from memplan.hooks.nested import tensors_in
 _TOKENS = 512
 """Tokens of a sequence of which no length is given."""
 _SOUND_OF_A_TOKEN = 1000
-"""Samples, or frames, of sound that a token stands for where labels are made: fewer than any model makes positions of."""
+"""Samples, or frames, of sound that a token stands for where labels are made: fewer than any model makes positions of.
+"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -60,10 +60,10 @@ def prepare(
     """Return a traceable model of what the user gave: a module, a transformers configuration, or a directory.
 
     ``adapter``: a PEFT configuration, or ``{"rank": 16, "targets": "all-linear", "alpha": 32}``; None where the model
-    has its trainables. ``dtype``, ``attention`` and ``quantization`` are for a model that is built here, and so are ``kbit``
-    (PEFT's ``prepare_model_for_kbit_training``) and ``gradient_checkpointing``; ``buffers``: have its buffers hold their
-    values.
-    ``short``: leave out layers that are like others of models that are known, before the adapter is added, see ``periodic.py``.
+    has its trainables. ``dtype``, ``attention`` and ``quantization`` are for a model that is built here, and so are
+    ``kbit`` (PEFT's ``prepare_model_for_kbit_training``) and ``gradient_checkpointing``; ``buffers``: have its buffers
+    hold their values. ``short``: leave out layers that are like others of models that are known, before the adapter is
+    added, see ``periodic.py``.
 
     Raises InputError for anything that cannot be used, ModelError for a model that cannot be placed.
     """
@@ -75,13 +75,15 @@ def prepare(
             )
         if quantization is not None:
             raise InputError(
-                f"quantization was given with a {type(model).__name__} that is built already: load it quantized, or give "
+                f"quantization was given with a {type(model).__name__} that is built already: load it quantized, or "
+                f"give "
                 "its configuration"
             )
         if kbit or gradient_checkpointing is not None:
             what, call = ("kbit", "peft.prepare_model_for_kbit_training(model)") if kbit else _CHECKPOINTING
             raise InputError(
-                f"{what} was given with a {type(model).__name__} that is built already: call {call} before, or give its "
+                f"{what} was given with a {type(model).__name__} that is built already: call {call} before, or give "
+                f"its "
                 "configuration"
             )
         refuse_moved(model)

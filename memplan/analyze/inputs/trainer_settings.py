@@ -1,12 +1,12 @@
 """What trainers and PEFT set on a model before its first step, for models that are planned from their configuration.
 
-[Note: use_cache] transformers' Trainer sets ``model.config.use_cache`` to its argument of that name, False by default, and
-on that one configuration alone: what a model holds as a configuration of its own (the text part of a multimodal model, the
-copy of T5's decoder) keeps its value, and its key-value cache is kept in training. TRL's trainers call the model with
-``use_cache=False`` besides, so theirs keep none. A module that is given is planned as it is.
+[Note: use_cache] transformers' Trainer sets ``model.config.use_cache`` to its argument of that name, False by default,
+and on that one configuration alone: what a model holds as a configuration of its own (the text part of a multimodal
+model, the copy of T5's decoder) keeps its value, and its key-value cache is kept in training. TRL's trainers call the
+model with ``use_cache=False`` besides, so theirs keep none. A module that is given is planned as it is.
 
-[Note: k-bit preparation] It is PEFT's own function that prepares the model, on ``meta``: what it casts and what it leaves
-(GPTQ's, torchao's) is its own to say.
+[Note: k-bit preparation] It is PEFT's own function that prepares the model, on ``meta``: what it casts and what it
+leaves (GPTQ's, torchao's) is its own to say.
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ from torch import nn
 from memplan.errors import InputError, ModelError, first_line
 
 NO_CACHE = (
-    "Planned as transformers' Trainer trains it, without a key-value cache (it sets config.use_cache to False): a loop of "
+    "Planned as transformers' Trainer trains it, without a key-value cache (it sets config.use_cache to False): a loop "
+    "of "
     "your own must do the same, or needs more than is predicted."
 )
 
@@ -35,8 +36,10 @@ def as_in_training(model: nn.Module) -> tuple[str, ...]:
     parts = sorted({name for name, module in model.named_modules() if _has_own_cache(module, config)}, key=len)
     if parts:
         return (
-            f"{parts[0]} has a configuration of its own with use_cache=True, which transformers' Trainer leaves as it is: "
-            "where it keeps a key-value cache, that is counted. TRL's trainers keep none: for those, set it to False in the "
+            f"{parts[0]} has a configuration of its own with use_cache=True, which transformers' Trainer leaves as it "
+            f"is: "
+            "where it keeps a key-value cache, that is counted. TRL's trainers keep none: for those, set it to False "
+            "in the "
             "configuration and plan again.",
         )
     return (NO_CACHE,) if before else ()
@@ -58,7 +61,8 @@ def with_checkpointing(model: nn.Module, *, kbit: bool, wanted: bool | None) -> 
     held: Any = model
     if not hasattr(getattr(model, "config", None), "model_type"):
         raise InputError(
-            f"{type(model).__name__} is no model of transformers, which kbit and gradient_checkpointing are for: leave them "
+            f"{type(model).__name__} is no model of transformers, which kbit and gradient_checkpointing are for: leave "
+            f"them "
             "out, or give the nn.Module as it is trained"
         )
     if kbit:
@@ -96,13 +100,15 @@ def kbit_notes(model: nn.Module, *, kbit: bool, autocast: torch.dtype | None) ->
         cast = f"casts nothing of a {_text(method)} base" if halves else "what is not quantized is in float32"
         checkpointing = "with" if getattr(model, "is_gradient_checkpointing", False) else "without"
         return (
-            f"Planned as PEFT's prepare_model_for_kbit_training leaves it ({cast}), {checkpointing} gradient checkpointing, "
+            f"Planned as PEFT's prepare_model_for_kbit_training leaves it ({cast}), {checkpointing} gradient "
+            f"checkpointing, "
             f"{under}.",
         )
     if method is None:
         return ()
     return (
-        "Planned as its quantizer loads it, without PEFT's prepare_model_for_kbit_training (what is not quantized stays as it "
+        "Planned as its quantizer loads it, without PEFT's prepare_model_for_kbit_training (what is not quantized "
+        "stays as it "
         f"is), {under}: QLoRA as PEFT documents it needs more, see --qlora and --kbit (qlora=True, kbit=True).",
     )
 

@@ -1,13 +1,13 @@
 """Long stacks made short for a trace: of layers that are alike, a few are looked at; ``unroll.py`` counts them all.
 
-[Note: alike] Layers are alike where all that they are made of is equal (see ``structure.py``), a layer's own index in its
-stack apart, and where the lists of one entry a layer, or of indices of layers, that the model keeps say the same of them.
-That the trace of the short stack is periodic is looked at afterwards; where it is not, the whole model is traced.
+[Note: alike] Layers are alike where all that they are made of is equal (see ``structure.py``), a layer's own index in
+its stack apart, and where the lists of one entry a layer, or of indices of layers, that the model keeps say the same of
+them. That the trace of the short stack is periodic is looked at afterwards; where it is not, the whole model is traced.
 
-[Note: only what is known] A forward may treat layers otherwise by numbers that nothing shows from outside (the one in the
-middle, every one from the twelfth on). So stacks are made short in models alone that memplan built itself from a
-configuration, of types whose two graphs the tests compare, with settings under which nothing outside the layers is made of
-what each of them gives.
+[Note: only what is known] A forward may treat layers otherwise by numbers that nothing shows from outside (the one in
+the middle, every one from the twelfth on). So stacks are made short in models alone that memplan built itself from a
+configuration, of types whose two graphs the tests compare, with settings under which nothing outside the layers is made
+of what each of them gives.
 """
 
 from __future__ import annotations

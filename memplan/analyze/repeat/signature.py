@@ -1,6 +1,7 @@
 """What a module is made of, as a value that can be compared: classes, shapes, dtypes, settings; no weights' values.
 
-Two modules of equal description run the same operators on tensors of the same shapes, as far as their own state decides it.
+Two modules of equal description run the same operators on tensors of the same shapes, as far as their own state decides
+it.
 """
 
 from __future__ import annotations

@@ -1,8 +1,9 @@
-"""What was seen of a shortened stack -> what the whole one does: a period in the middle stands for all that were left out.
+"""What was seen of a shortened stack -> what the whole one does: a period in the middle stands for all that were left
+out.
 
-[Note: periodic] The periods between the first and the last of those that were traced must be alike: the same accesses and costs, the same blocks
-but for their names, the same lifetimes, from each to itself, to its neighbours, and to the same places outside. Then every
-period between would have been like them, and copies of period 1 are put in behind it.
+[Note: periodic] The periods between the first and the last of those that were traced must be alike: the same accesses
+and costs, the same blocks but for their names, the same lifetimes, from each to itself, to its neighbours, and to the
+same places outside. Then every period between would have been like them, and copies of period 1 are put in behind it.
 """
 
 from __future__ import annotations
@@ -164,7 +165,8 @@ class _Extension:
             recomputable=tuple(self._named.whole(self._graph.recomputable)),
         )
 
-    # ---- where things are ------------------------------------------------------------------------------------------------
+    # ---- where things are
+    # ------------------------------------------------------------------------------------------------
 
     def _spans(self, kind: str) -> list[tuple[int, int]]:
         """Return from where to where each period's accesses go: one run of them, the periods side by side."""
@@ -217,7 +219,8 @@ class _Extension:
         """Return the number in the whole run of a period of the short one."""
         return period if period <= _ONE else period + self._more
 
-    # ---- accesses --------------------------------------------------------------------------------------------------------
+    # ---- accesses
+    # --------------------------------------------------------------------------------------------------------
 
     def _check_accesses(self) -> None:
         for spans in (self._forward, self._backward):
@@ -278,7 +281,8 @@ class _Extension:
     def _copies(self, period: int | None) -> Sequence[int]:
         return range(self._more + 1) if period == _ONE else (0,)
 
-    # ---- blocks ----------------------------------------------------------------------------------------------------------
+    # ---- blocks
+    # ----------------------------------------------------------------------------------------------------------
 
     def _owners_of_blocks(self) -> list[int | None]:
         """Return the period that each block belongs to; None for those of none, or that several read."""
@@ -321,7 +325,8 @@ class _Extension:
                         add(self._graph.blocks[old], copy)
         return blocks, ids
 
-    # ---- lifetimes -------------------------------------------------------------------------------------------------------
+    # ---- lifetimes
+    # -------------------------------------------------------------------------------------------------------
 
     def _lifetimes(self) -> tuple[Lifetime, ...]:
         alike: dict[int, Counter[object]] = {period: Counter() for period in _BETWEEN}
@@ -348,8 +353,9 @@ class _Extension:
         )
 
     def _sets_the_peak(self, place: _Place, policy: str) -> bool:
-        """Whether an access outside has a peak of its own under the policy: as many as there are layers come or go there,
-        which that follows from. What is never recomputed has the one of the trace in which all is kept (see ``assemble``).
+        """Whether an access outside has a peak of its own under the policy: as many as there are layers come or go
+        there, which that follows from. What is never recomputed has the one of the trace in which all is kept (see
+        ``assemble``).
         """
         if place.period is not None or place.offset == len(self._places) - 1:
             return False

@@ -3,8 +3,8 @@
 Forward accesses in the order seen, the loss, backward accesses in the order seen, the optimizer. Code between the end
 of a trigger's forward and the next trigger counts toward the former, unless it was the last: then it is the loss.
 
-[Note: recomputed together] A checkpoint around several triggers runs the forwards of all before the backward of any goes
-on. So each then has two backward accesses, but for the last, whose recompute and backward are one.
+[Note: recomputed together] A checkpoint around several triggers runs the forwards of all before the backward of any
+goes on. So each then has two backward accesses, but for the last, whose recompute and backward are one.
 """
 
 from __future__ import annotations
@@ -124,8 +124,8 @@ class AccessLog:
     # ---- within ----------------------------------------------------------------------------------------------------
 
     def _recompute_begins(self, module: str) -> int:
-        """A forward in backward: the access under way if it is this module's, else another: of a forward that the backward
-        lacks yet, or of one whose backward had others run again first (see [Note: recomputed together]).
+        """A forward in backward: the access under way if it is this module's, else another: of a forward that the
+        backward lacks yet, or of one whose backward had others run again first (see [Note: recomputed together]).
         """
         now = self.now
         if now is not None and now.kind == "backward" and now.module == module and not now.recomputed:

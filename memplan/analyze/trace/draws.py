@@ -1,8 +1,8 @@
 """Random numbers that a trace makes up: each within the range that it is drawn from, the same in every trace.
 
-Where they decide (is this layer dropped, which block is left out) any of the range may come, so integers are spread evenly
-over it from its least on, and a permutation is the identity. A single fraction is the highest that there is: what is
-dropped by chance is kept.
+Where they decide (is this layer dropped, which block is left out) any of the range may come, so integers are spread
+evenly over it from its least on, and a permutation is the identity. A single fraction is the highest that there is:
+what is dropped by chance is kept.
 """
 
 from __future__ import annotations

@@ -52,7 +52,8 @@ def fake_of(tensor: torch.Tensor, mode: FakeTensorMode, *, valued: bool = True) 
             return nn.Parameter(made, requires_grad=tensor.requires_grad)
     if valued and not tensor.dtype.is_floating_point and not tensor.dtype.is_complex:
         known = tensor.device.type != "meta" and type(tensor) in (torch.Tensor, nn.Buffer)
-        # Of a tensor without values: ones, so that a mask is a mask of everything. Else a copy, which a forward may write to.
+        # Of a tensor without values: ones, so that a mask is a mask of everything. Else a copy, which a forward may
+        # write to.
         remember(made, tensor.detach().to("cpu", copy=True) if known else torch.ones(tensor.shape, dtype=tensor.dtype))
     return made
 

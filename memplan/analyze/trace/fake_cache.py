@@ -1,7 +1,7 @@
 """Fake results made from memory: an operator on tensors of the same shapes makes tensors of the same shapes again.
 
-A trace runs the same operators layer after layer. torch's own cache of fake results costs most of a trace: it asks far more
-of each argument than one device, no symbols and no subclasses need. Views are taken of the fake's own memory.
+A trace runs the same operators layer after layer. torch's own cache of fake results costs most of a trace: it asks far
+more of each argument than one device, no symbols and no subclasses need. Views are taken of the fake's own memory.
 """
 
 from __future__ import annotations
@@ -31,7 +31,8 @@ class Replay:
     def __init__(self) -> None:
         self._fit: dict[Any, bool] = {}
         self._known: dict[tuple[object, ...], tuple[bool, tuple[_Result, ...]] | None] = {}
-        """By operator and arguments: whether the result is a tuple, and its tensors; None where it cannot be made so."""
+        """By operator and arguments: whether the result is a tuple, and its tensors; None where it cannot be made so.
+        """
 
     def run(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run ``func`` under the fake tensor mode that is active."""

@@ -175,7 +175,9 @@ def _grouped_product(left: torch.Tensor, right: torch.Tensor, offsets: torch.Ten
 def _ctc_loss(
     log_probs: torch.Tensor, targets: torch.Tensor, input_lengths: torch.Tensor, target_lengths: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return a CTC loss and what its backward needs: for each position the target's tokens and the blanks about them."""
+    """Return a CTC loss and what its backward needs: for each position the target's tokens and the blanks about
+    them.
+    """
     lengths = value_of(target_lengths)
     with unset_fake_temporarily():
         longest = int(lengths.max()) if lengths is not None else targets.shape[-1]

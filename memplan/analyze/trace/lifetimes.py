@@ -1,13 +1,13 @@
 """Lifetimes of what outlives its access, by what becomes of whose activations.
 
-A trace says how long bytes live where every module keeps its activations, and another where every one is recomputed. A plan
-mixes them: what lives longer in the second trace belongs to whoever holds it. A recomputed module holds what it begins from
-until its backward.
+A trace says how long bytes live where every module keeps its activations, and another where every one is recomputed. A
+plan mixes them: what lives longer in the second trace belongs to whoever holds it. A recomputed module holds what it
+begins from until its backward.
 
-[Note: what all layers are handed] A key-value cache, masks and position embeddings go to every layer, so every recomputed one
-holds what it was handed of them, until the first of those in the order of forward has had its backward. A lifetime knows the
-policy of one module alone. So these count until then whatever is recomputed: never too little, and too much by them where
-nothing is.
+[Note: what all layers are handed] A key-value cache, masks and position embeddings go to every layer, so every
+recomputed one holds what it was handed of them, until the first of those in the order of forward has had its backward.
+A lifetime knows the policy of one module alone. So these count until then whatever is recomputed: never too little, and
+too much by them where nothing is.
 """
 
 from __future__ import annotations
@@ -67,14 +67,16 @@ class Lifetimes:
                 yield Lifetime(kind=kind, born=born, last=last, size_bytes=size_bytes, policy=here)
 
     def _next(self, index: int) -> tuple[int, int] | None:
-        """Return the next forward behind an access whose module has a choice, and its backward; None where there is none."""
+        """Return the next forward behind an access whose module has a choice, and its backward; None where there is
+        none.
+        """
         position = bisect_right(self._choices, index)
         found = self._choices[position] if position < len(self._choices) else None
         return (found, self._backward_of[found]) if found is not None and found in self._backward_of else None
 
     def _hand_on(self) -> dict[int, int]:
-        """Have each module with a choice hold what it was handed by the one before, and all what lies in a cache. Return the
-        bytes that each hands to the next alone, by its forward.
+        """Have each module with a choice hold what it was handed by the one before, and all what lies in a cache.
+        Return the bytes that each hands to the next alone, by its forward.
         """
         kept, again, handed = self._traced["keep"], self._traced["recompute"], dict[int, int]()
         for index in self._choices:
@@ -87,7 +89,8 @@ class Lifetimes:
             # Where all is kept a cache goes once the model has returned; nobody else holds anything so long.
             self._live_on("offload", index, holder, last, more)
             moved = self._live_on("keep", index, holder, last, more)
-            # What is kept no longer than the next one's forward is that one's alone; what else there is the module saves itself.
+            # What is kept no longer than the next one's forward is that one's alone; what else there is the module
+            # saves itself.
             alone = min(max(more - moved, 0), kept[_KIND, index, holder])
             again[here] -= alone
             again[_KIND, holder, last] += alone
@@ -95,8 +98,8 @@ class Lifetimes:
         return handed
 
     def _live_on(self, policy: Activations, index: int, holder: int, last: int, most: int) -> int:
-        """Have what a module made live on until ``last``, of what outlives the forward of ``holder`` and goes before any backward.
-        Return how much of ``most`` that was.
+        """Have what a module made live on until ``last``, of what outlives the forward of ``holder`` and goes before
+        any backward. Return how much of ``most`` that was.
         """
         spans, moved = self._traced.get(policy, Counter[Span]()), 0
         for end in sorted(self._forward_ends[policy, index]):
@@ -110,8 +113,8 @@ class Lifetimes:
         return moved
 
     def _hand_in(self, handed: Mapping[int, int]) -> Iterator[Lifetime]:
-        """Have the first module with a choice behind one without hold what it was handed, no more than it hands on itself.
-        Yield what else lives longer: every recomputed one holds that.
+        """Have the first module with a choice behind one without hold what it was handed, no more than it hands on
+        itself. Yield what else lives longer: every recomputed one holds that.
         """
         kept = self._traced["keep"]
         for policy, traced in self._traced.items():
@@ -134,7 +137,9 @@ class Lifetimes:
 
 
 def _longer(traced: Mapping[Span, int], kept: Mapping[Span, int], born: int) -> Iterator[tuple[int, int]]:
-    """Yield until when bytes of a module live in a trace that are gone by then where all is kept, and how many, the last first."""
+    """Yield until when bytes of a module live in a trace that are gone by then where all is kept, and how many, the
+    last first.
+    """
     told = 0
     for last in sorted({end for _, b, end in traced if b == born}, reverse=True):
         of_all, of_kept = (

@@ -18,9 +18,13 @@ _ATTENTION = "_scaled_dot_product_flash_attention_for_cpu"
 """Missing in torch's registry: a CPU stands in for every device in a trace."""
 _BITSANDBYTES = {"gemm_4bit", "gemv_4bit", "int8_scaled_mm", "int8_mixed_scaled_mm", "int8_linear_matmul"}
 _STATISTICS = {
-    "native_batch_norm": (3, 4), "cudnn_batch_norm": (3, 4), "miopen_batch_norm": (3, 4), "batch_norm_update_stats": (1, 2),
-    "batch_norm_gather_stats": (3, 4), "batch_norm_gather_stats_with_counts": (3, 4),
-}  # fmt: skip
+    "native_batch_norm": (3, 4),
+    "cudnn_batch_norm": (3, 4),
+    "miopen_batch_norm": (3, 4),
+    "batch_norm_update_stats": (1, 2),
+    "batch_norm_gather_stats": (3, 4),
+    "batch_norm_gather_stats_with_counts": (3, 4),
+}
 """Arguments that are written to without a word in the operator's schema; of the first three only in training."""
 _ONLY_IN_TRAINING = {"native_batch_norm", "cudnn_batch_norm", "miopen_batch_norm"}
 _TRAINING = 5
@@ -50,7 +54,8 @@ class Operator:
             for place, argument in enumerate(func._schema.arguments)
             if argument.alias_info is not None and argument.alias_info.is_write and self.name != "set_"
         ) + tuple((place, "") for place in _STATISTICS.get(self.name, ()))
-        """Places and names of the arguments that it writes to. ``set_`` points a tensor elsewhere, and writes nothing."""
+        """Places and names of the arguments that it writes to. ``set_`` points a tensor elsewhere, and writes nothing.
+        """
 
     def written(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[torch.Tensor]:
         """Yield the tensors that a call writes to."""

@@ -1,11 +1,11 @@
 """What a storage's contents were made of, followed from operator to operator through a trace.
 
-What is made of frozen weights alone, whatever the batch, is *derived*: autocast's casts, weights merged with an adapter,
-transposed copies, dequantized weights. Where autograd saves it, weights are held once more.
+What is made of frozen weights alone, whatever the batch, is *derived*: autocast's casts, weights merged with an
+adapter, transposed copies, dequantized weights. Where autograd saves it, weights are held once more.
 
-[Note: rows are no copies] What a lookup gathers (an embedding's rows, a table of positions) is as large as what was asked
-for, so it counts as the batch's, whoever made the indices. So does a product of frozen weights that is as large as none of
-them (queries of the model's own that go through its layers).
+[Note: rows are no copies] What a lookup gathers (an embedding's rows, a table of positions) is as large as what was
+asked for, so it counts as the batch's, whoever made the indices. So does a product of frozen weights that is as large
+as none of them (queries of the model's own that go through its layers).
 """
 
 from __future__ import annotations

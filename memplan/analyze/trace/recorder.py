@@ -55,7 +55,8 @@ class Recorder(StorageLedger):
         self.stray: dict[str, str] = {}
         """Names of blocks that were read outside their triggers, each with the operator."""
         self.rows: Counter[tuple[str, str, int]] = Counter()
-        """Bytes of the rows of a block that were read under one of its triggers, by the names of both and the segment."""
+        """Bytes of the rows of a block that were read under one of its triggers, by the names of both and the segment.
+        """
         self.whole: set[tuple[str, str]] = set()
         """Blocks and triggers under which an operator read more than rows."""
         self.deciding: set[str] = set()

@@ -28,7 +28,9 @@ if TYPE_CHECKING:
 
 
 def stateful_at_first(kept: Traced, units: Sequence[Unit], snapshot: Snapshot) -> dict[str, str]:
-    """Return the units of which one pass tells that their forward would do otherwise a second time, with the reasons."""
+    """Return the units of which one pass tells that their forward would do otherwise a second time, with the
+    reasons.
+    """
     replaced = {key: f"it reads {name} and puts another in its place" for key, name in kept.updated.items()}
     return {**_holders(replaced, units), **kept.stateful}
 
@@ -41,8 +43,8 @@ def stateful_twice(kept: Traced, again: Traced, units: Sequence[Unit], snapshot:
 
 
 def watch_draws(units: Sequence[Unit]) -> Mapping[str, str]:
-    """Hook the units, to see which draw Python's or NumPy's random numbers, or change what the process has. ``faked`` takes
-    the hooks away.
+    """Hook the units, to see which draw Python's or NumPy's random numbers, or change what the process has. ``faked``
+    takes the hooks away.
     """
     drawn: dict[str, str] = {}
 
@@ -79,7 +81,8 @@ def refuse_replaced(model: nn.Module, placed: Sequence[tuple[nn.Module, str, nn.
         name = next((name for name, part in model.named_modules() if part is module), "")
         raise ModelError(
             f"the forward of {canonical(name) or 'the model'} puts another tensor in the place of its frozen parameter "
-            f"{own}: a plan would lose it. Write to the parameter in place (under torch.no_grad()), or hold the tensor as "
+            f"{own}: a plan would lose it. Write to the parameter in place (under torch.no_grad()), or hold the tensor "
+            f"as "
             "a buffer"
         )
 

@@ -78,12 +78,13 @@ def analyze(
     """Return what a training pass of ``model`` on ``batch`` reads, keeps and costs.
 
     ``model``: on any device, ``meta`` included. ``batch``: see :func:`batch_for`. ``autocast``: a dtype or its name
-    ("bf16", "fp16"), where the forward will run so; None: as the caller's own autocast, which counts.
-    ``accumulation``: passes of a step; where there are several, gradients are there from the first access on.
-    ``loss``: from the model's output to a scalar, where the output holds none. ``offload``: look also at what would be
-    saved of each layer where that is offloaded (a trace more); ``"try"``: without a word where that cannot be. ``short``: of layers that are alike trace a few, see
-    ``periodic.py``; for models that were built from a configuration it knows. ``runs``: stacks of which the model holds what is
-    traced alone; then NotPeriodicError tells that the whole is needed. ``notes``: what to say of the model besides.
+    ("bf16", "fp16"), where the forward will run so; None: as the caller's own autocast, which counts. ``accumulation``:
+    passes of a step; where there are several, gradients are there from the first access on. ``loss``: from the model's
+    output to a scalar, where the output holds none. ``offload``: look also at what would be saved of each layer where
+    that is offloaded (a trace more); ``"try"``: without a word where that cannot be. ``short``: of layers that are
+    alike trace a few, see ``periodic.py``; for models that were built from a configuration it knows. ``runs``: stacks
+    of which the model holds what is traced alone; then NotPeriodicError tells that the whole is needed. ``notes``: what
+    to say of the model besides.
 
     Raises ModelError for a model that cannot be placed or traced, InputError for a batch or an optimizer that cannot
     be used. The model is unchanged.
@@ -136,7 +137,9 @@ class _Seen:
 
 
 def _looked_at_short(model: nn.Module, look: Callable[[], _Seen], *, accumulates: bool) -> _Seen | None:
-    """Trace a few layers of long stacks and count them for all; None where there are none, or what is seen does not repeat."""
+    """Trace a few layers of long stacks and count them for all; None where there are none, or what is seen does not
+    repeat.
+    """
     runs = find_runs(model)
     if not runs:
         return None
@@ -409,7 +412,9 @@ def _containers(units: Sequence[Unit], drafts: Sequence[Draft], recorder: Record
 
 
 def _recomputable(units: Sequence[Unit], kept: Traced) -> tuple[str, ...]:
-    """Return the layers and experts that a recompute could spare memory for: with a backward, and not checkpointed already."""
+    """Return the layers and experts that a recompute could spare memory for: with a backward, and not checkpointed
+    already.
+    """
     log = kept.recorder.log
     backward = {access.module for access in log.accesses if access.kind == "backward"}
     return tuple(

@@ -1,7 +1,7 @@
 """Rates of a CUDA device and of the link to it.
 
-[Note: CUDA unproven] No CUDA device has run this yet. Its calls are torch's documented ones, and its figures should be held
-against the card's datasheet before a plan rests on them.
+[Note: CUDA unproven] No CUDA device has run this yet. Its calls are torch's documented ones, and its figures should be
+held against the card's datasheet before a plan rests on them.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ def measure(say: Progress) -> Rates:
     torch.cuda.empty_cache()  # what stays reserved is not free to a plan
     torch._C._host_emptyCache()
     free, total = torch.cuda.mem_get_info()
-    # Only now: kernels are loaded, and cuBLAS has its workspaces (a forward's and a backward's, in torch's own pool), as in
-    # training. What else the driver counts as used is the context (and other processes, if there are any).
+    # Only now: kernels are loaded, and cuBLAS has its workspaces (a forward's and a backward's, in torch's own pool),
+    # as in training. What else the driver counts as used is the context (and other processes, if there are any).
     workspaces = torch.cuda.memory_allocated() - held_before
     rates.context = max(0, total - free - torch.cuda.memory_reserved() + workspaces)
     return rates
@@ -93,10 +93,11 @@ def _lock(size_bytes: int) -> object:
 
 
 def tried_page_locks(lock: Callable[[int], object], most_bytes: int) -> tuple[int, int | None]:
-    """Return how much RAM was page-locked at once, and the least that was refused; None where no more than ``most_bytes`` was
-    tried and nothing was refused.
+    """Return how much RAM was page-locked at once, and the least that was refused; None where no more than
+    ``most_bytes`` was tried and nothing was refused.
 
-    What is locked stays so until all was tried: each piece doubles it; once one is refused they are halved, down to COPY_BYTES.
+    What is locked stays so until all was tried: each piece doubles it; once one is refused they are halved, down to
+    COPY_BYTES.
     """
     held: list[object] = []
     locked, refused, piece = 0, None, COPY_BYTES

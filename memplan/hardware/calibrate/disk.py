@@ -23,7 +23,9 @@ DEPTHS = (1, 2, 4, 8)
 
 
 def disk_rate(folder: Path) -> tuple[float, int]:
-    """Return the rate at which threads read a cold file, in bytes/s, and with how many at once. Raises HardwareError where none can be made."""
+    """Return the rate at which threads read a cold file, in bytes/s, and with how many at once. Raises HardwareError
+    where none can be made.
+    """
     try:
         handle, name = tempfile.mkstemp(dir=folder, prefix="calibrate-", suffix=".tmp")
     except OSError as error:

@@ -1,7 +1,7 @@
 """What one operator of a training step costs the host: Python, dispatch, autograd. A tiny step, its operators counted.
 
-Kernels that take in no time what is in the caches leave only that. A bare operator in a loop takes a fraction of it: modules,
-adapters around them, views and the graph for backward come with each operator that computes something.
+Kernels that take in no time what is in the caches leave only that. A bare operator in a loop takes a fraction of it:
+modules, adapters around them, views and the graph for backward come with each operator that computes something.
 """
 
 from __future__ import annotations
@@ -80,7 +80,9 @@ class _Count(TorchDispatchMode):
 
 
 def operator_s(device: str) -> float:
-    """Return the host's time for each operator of a step whose kernels take none, in seconds: near the least of many passes."""
+    """Return the host's time for each operator of a step whose kernels take none, in seconds: near the least of many
+    passes.
+    """
     devices = [torch.cuda.current_device()] if device == "cuda" else []
     with torch.device(device), torch.inference_mode(False), torch.enable_grad(), torch.random.fork_rng(devices=devices):
         layers = nn.Sequential(*(_Layer() for _ in range(_LAYERS)))

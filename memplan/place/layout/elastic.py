@@ -1,8 +1,9 @@
 """Tails: bytes of the device arena beyond what every access has room for, there where activations leave room for them.
 
 The ring goes through the shared region and the tails that are there whenever a bundle is read. A block takes the bytes
-that were free the longest; of bytes that were never used those that soon nothing may use any more come first, else those
-that last the longest. So a tail holds what is read last before it goes, and what is read first lies where others follow.
+that were free the longest; of bytes that were never used those that soon nothing may use any more come first, else
+those that last the longest. So a tail holds what is read last before it goes, and what is read first lies where others
+follow.
 """
 
 from __future__ import annotations
@@ -40,8 +41,8 @@ def tails_of(spare_bytes: Bytes, step_bytes: int, most_bytes: int) -> tuple[Elas
 
     ``spare_bytes``: room at each access beyond the worst one's. ``most_bytes``: more are of no use.
 
-    An access has no more than the one before it: what that leaves behind may still be there as it begins, which the rows
-    of accesses other than the worst are not exact about.
+    An access has no more than the one before it: what that leaves behind may still be there as it begins, which the
+    rows of accesses other than the worst are not exact about.
     """
     spare_bytes = np.minimum(spare_bytes, np.roll(spare_bytes, 1))
     top = min(int(spare_bytes.max()), most_bytes)
@@ -104,7 +105,9 @@ def around_with_tails(
     region_bytes: int,
     tails: Sequence[ElasticSegment],
 ) -> tuple[dict[int, int], int, tuple[ElasticSegment, ...]] | None:
-    """Return addresses, the bytes of the shared region that are used, and the tails that are; None where they do not fit."""
+    """Return addresses, the bytes of the shared region that are used, and the tails that are; None where they do not
+    fit.
+    """
     sizes, among = problem.sizes_bytes, set(streamed)
     bundles = [kept for bundle in problem.bundles if (kept := [block for block in bundle if block in among])]
     bytes_of = [sum([sizes[block] for block in bundle]) for bundle in bundles]

@@ -1,4 +1,5 @@
-"""Arrangements: which blocks leave the device, whence they come back and to which bytes, and the residences that follow.
+"""Arrangements: which blocks leave the device, whence they come back and to which bytes, and the residences that
+follow.
 
 A block has one address. It stays there until another that overlaps it is read; so what lies there at a turn-around is
 used again, and what overlaps nothing never leaves.
@@ -31,7 +32,8 @@ class Arrangement:
     offsets: Mapping[int, int]
     """Of each block that has bytes of the shared region or of a tail behind it, from the region's beginning."""
     homes: Mapping[int, Tier]
-    """Home of each block that is not always on the device: host or disk. Of those without an offset only rows are read."""
+    """Home of each block that is not always on the device: host or disk. Of those without an offset only rows are read.
+    """
     device_bytes: int
     """Of the device arena: residents and the shared region, which are there all the time."""
     slots_bytes: int
@@ -127,9 +129,9 @@ def stays_of(problem: Problem, arrangement: Arrangement) -> list[Stay] | None:
     """Return the loaded stays by first use: the earliest deadline first, which cannot deadlock. None where blocks that
     one access reads overlap.
 
-    A tail's absence is as a rival that reads all its bytes: what lies there has left before, and comes back after its end.
-    Three passes are replayed on the bytes: in the first each block takes its own, the second is what comes again and
-    again, the third shows how long its last stays last.
+    A tail's absence is as a rival that reads all its bytes: what lies there has left before, and comes back after its
+    end. Three passes are replayed on the bytes: in the first each block takes its own, the second is what comes again
+    and again, the third shows how long its last stays last.
     """
     offsets, homes, length = arrangement.offsets, arrangement.homes, problem.length
     moving = [block for block in homes if block in offsets]

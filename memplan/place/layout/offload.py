@@ -1,7 +1,7 @@
 """Saved activations that are offloaded: two slots on the device in turn, a place of its own for each on the host.
 
-What autograd saves in a module's forward is set aside in the module's slot, goes to the host while the next modules run,
-and comes back into the same slot before the backward. What a slot holds at the turn-around stays in it.
+What autograd saves in a module's forward is set aside in the module's slot, goes to the host while the next modules
+run, and comes back into the same slot before the backward. What a slot holds at the turn-around stays in it.
 """
 
 from __future__ import annotations
@@ -84,7 +84,8 @@ def make_saves(table: CostTable, given: Mapping[str, Activations]) -> Saves:
     for module in modules:
         if not forwards[module].offload_bytes:
             raise InputError(
-                f"the activations of {module} were to be offloaded, but nothing of them can be: it runs more than once a "
+                f"the activations of {module} were to be offloaded, but nothing of them can be: it runs more than once "
+                f"a "
                 "pass, saves nothing of its own, or could not be traced so; keep or recompute them"
             )
     events: list[list[tuple[int, str]]] = [[] for _ in range(SLOTS)]

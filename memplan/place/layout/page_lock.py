@@ -1,10 +1,11 @@
 """What of RAM is page-locked, where no more than so many bytes may be.
 
-The staging rings come first, then the optimizer's state, where it waits in RAM, then offloaded activations, then blocks of
-which rows are read where they lie (the device reads them as it computes), then blocks by how often a pass loads them. Those
-that come equally often are taken in an order of which every beginning is spread evenly over the pass. It does not depend on how much may be locked, and what comes first is never
-passed over for what is smaller: so with more nothing that was locked is pageable, and no load takes longer (a block of which
-rows are read apart, which is passed over where it does not fit).
+The staging rings come first, then the optimizer's state, where it waits in RAM, then offloaded activations, then blocks
+of which rows are read where they lie (the device reads them as it computes), then blocks by how often a pass loads
+them. Those that come equally often are taken in an order of which every beginning is spread evenly over the pass. It
+does not depend on how much may be locked, and what comes first is never passed over for what is smaller: so with more
+nothing that was locked is pageable, and no load takes longer (a block of which rows are read apart, which is passed
+over where it does not fit).
 """
 
 from __future__ import annotations
@@ -33,8 +34,8 @@ NOTHING = Pageable()
 def pageable_of(
     problem: Problem, homes: Mapping[int, Tier], offsets: Mapping[int, int], loaded: Sequence[int]
 ) -> Pageable:
-    """Return what is not page-locked. ``homes``, ``offsets``: as an arrangement has them; ``loaded``: the block of each load
-    of a pass.
+    """Return what is not page-locked. ``homes``, ``offsets``: as an arrangement has them; ``loaded``: the block of each
+    load of a pass.
     """
     limit, sizes = problem.page_lock_bytes, problem.sizes_bytes
     on_host = [block for block, tier in homes.items() if tier == "host"]
@@ -77,6 +78,8 @@ def _less(left_bytes: int, size_bytes: int) -> int:
 
 
 def spread(blocks: Sequence[int]) -> list[int]:
-    """Return blocks in an order of which every beginning is spread evenly over them: by their places' bits, reversed."""
+    """Return blocks in an order of which every beginning is spread evenly over them: by their places' bits,
+    reversed.
+    """
     bits = len(blocks).bit_length()
     return [blocks[place] for place in sorted(range(len(blocks)), key=lambda place: f"{place:0{bits}b}"[::-1])]

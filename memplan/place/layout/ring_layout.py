@@ -1,9 +1,9 @@
-"""Rings: streamed blocks take the bytes of a region one after another in the order of their first access, and begin again
-at its start.
+"""Rings: streamed blocks take the bytes of a region one after another in the order of their first access, and begin
+again at its start.
 
-What is needed next then always waits for what was needed longest ago, forwards in forward and backwards in backward: the
-link is idle only where nothing may leave yet. What stays on the device for good is spread evenly over the order, which
-moves as many bytes (all but what there is room for, each sweep) and asks for less RAM.
+What is needed next then always waits for what was needed longest ago, forwards in forward and backwards in backward:
+the link is idle only where nothing may leave yet. What stays on the device for good is spread evenly over the order,
+which moves as many bytes (all but what there is room for, each sweep) and asks for less RAM.
 """
 
 from __future__ import annotations
@@ -32,7 +32,8 @@ class LayoutRecipe(NamedTuple):
     """How to make an arrangement in a given room."""
 
     times: float
-    """Bytes of the shared region at least, in units of the least that streaming takes; what is beyond is for residents."""
+    """Bytes of the shared region at least, in units of the least that streaming takes; what is beyond is for residents.
+    """
     grain: Grain
     """Residents are chosen block by block, or in bundles: blocks that are always read together."""
     disk_bundles: int
@@ -42,8 +43,8 @@ class LayoutRecipe(NamedTuple):
     tails: float = 0.0
     """Size of a tail at least, in units of the middle one of all bundles; 0: there are none."""
     most: float = 1.0
-    """Of the tails only those that last the longest, up to this share of what is streamed: what lies in others cannot be
-    brought ahead."""
+    """Of the tails only those that last the longest, up to this share of what is streamed: what lies in others cannot
+    be brought ahead."""
 
 
 class Rings:
@@ -64,8 +65,8 @@ class Rings:
         self._middle_bytes = by_size[len(by_size) // 2] if by_size else 0
 
     def arrange(self, ring: LayoutRecipe, room_bytes: int, spare_bytes: Bytes | None = None) -> Arrangement | None:
-        """Return the arrangement that takes at most ``room_bytes``; None where there is none, or ``ram`` and ``disk`` are
-        too little. ``spare_bytes``: room beside that, by access, for a ring with tails.
+        """Return the arrangement that takes at most ``room_bytes``; None where there is none, or ``ram`` and ``disk``
+        are too little. ``spare_bytes``: room beside that, by access, for a ring with tails.
         """
         problem = self._problem
         free_bytes = room_bytes - self._resident_bytes
@@ -112,7 +113,9 @@ class Rings:
     def beside(
         self, arrangement: Arrangement, ring: LayoutRecipe, room_bytes: int, spare_bytes: Bytes | None = None
     ) -> Iterator[Arrangement]:
-        """Yield the arrangements in which one bundle stays that did not, or does not that did, or one near it in its place."""
+        """Yield the arrangements in which one bundle stays that did not, or does not that did, or one near it in its
+        place.
+        """
         bundles = [kept for b in self._problem.bundles if (kept := tuple(x for x in b if x not in self._in_place))]
         bundles = [bundle for bundle in bundles if bundle[0] not in self._problem.pins]
         staying = {block for block in self._movable if block not in arrangement.homes}
@@ -229,7 +232,8 @@ def _around(problem: Problem, streamed: Sequence[int], region_bytes: int) -> dic
                 found[block] = top
                 top += sizes[block]
             continue
-        # It comes around: what fits before the end, the largest first; the rest from the start, if it ends before these.
+        # It comes around: what fits before the end, the largest first; the rest from the start, if it ends before
+        # these.
         begin, before = top, []
         for block in sorted(waiting, key=lambda block: (-sizes[block], block)):
             if top + sizes[block] <= region_bytes:

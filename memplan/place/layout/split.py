@@ -29,7 +29,9 @@ _TENSORS = ("weight", "bias", "qweight", "qzeros", "scales", "g_idx")
 
 
 def split(table: CostTable, pins: Mapping[int, Tier]) -> tuple[CostTable, dict[int, Tier]]:
-    """Return the table with streamable blocks in pieces, and the pins of these. Where nothing can be split: the same."""
+    """Return the table with streamable blocks in pieces, and the pins of these. Where nothing can be split: the
+    same.
+    """
     least_bytes = max(LEAST_BYTES, int(LATENCIES * table.load_latency_s * table.host_to_device_bytes_per_s))
     blocks: list[Block] = []
     pieces_of: list[tuple[int, ...]] = []

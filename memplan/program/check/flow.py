@@ -74,7 +74,8 @@ def flow_faults(plan: Plan) -> Iterator[str]:
             turn, index = divmod(len(ends), length)
             stay = next(stay for stay in needed[index] if not is_brought(stay, turn))
             yield (
-                f"access {index} waits for residence {stay.id} of block {plan.table.blocks[plan.items[stay.item].block].name}, "
+                f"access {index} waits for residence {stay.id} of block "
+                f"{plan.table.blocks[plan.items[stay.item].block].name}, "
                 f"whose load waits for its turn on {stay.channel}: nothing can move"
             )
             return
@@ -104,8 +105,8 @@ def flow_faults(plan: Plan) -> Iterator[str]:
 
 
 def _is_said(pass_s: float, ends: list[float], ended: Mapping[str, list[float]], turns: Mapping[str, int]) -> bool:
-    """Whether the last pass, or the mean of the last few that may take turns, is what was said, and comes again and again:
-    not its accesses alone but its loads too, since what is brought ahead less and less hides for many passes.
+    """Whether the last pass, or the mean of the last few that may take turns, is what was said, and comes again and
+    again: not its accesses alone but its loads too, since what is brought ahead less and less hides for many passes.
 
     ``turns``: by channel its loads in a pass, and under an empty name the accesses.
     """

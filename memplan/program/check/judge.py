@@ -97,7 +97,9 @@ def _references(plan: Plan) -> Iterator[str]:
         elif life.kind == "optimizer" and {table.accesses[life.born].kind, table.accesses[life.last].kind} != {
             "optimizer"
         }:
-            yield f"the optimizer's state is on the device from access {life.born} to {life.last}, not for its step alone"
+            yield (
+                f"the optimizer's state is on the device from access {life.born} to {life.last}, not for its step alone"
+            )
     rates = (
         ("host to device", table.host_to_device_bytes_per_s),
         ("device to host", table.device_to_host_bytes_per_s),
@@ -109,7 +111,9 @@ def _references(plan: Plan) -> Iterator[str]:
     if table.pageable_bytes_per_s is not None and not table.pageable_bytes_per_s > 0:
         yield f"the rate of pageable RAM is {table.pageable_bytes_per_s} bytes/s: nothing could ever be loaded from it"
     if not 0 < table.duplex_factor <= 1:
-        yield f"a direction of the link reaches {table.duplex_factor} of its rate while the other is busy: 0 to 1 can be"
+        yield (
+            f"a direction of the link reaches {table.duplex_factor} of its rate while the other is busy: 0 to 1 can be"
+        )
     if plan.workload.accumulation < 1:
         yield f"a step has {plan.workload.accumulation} passes"
     if not 0 <= plan.prediction.vram_peak_at < len(table.accesses):
@@ -144,7 +148,9 @@ def _homes(plan: Plan) -> Iterator[str]:
         if item.home == "device" and [stay.begins for stay in on_device] != ["always"]:
             yield f"the block {block.name} has its home on the device, but does not lie there always"
         if block.pinned_because and item.home != "device":
-            yield f"the block {block.name} must stay on the device ({block.pinned_because}), but its home is {item.home}"
+            yield (
+                f"the block {block.name} must stay on the device ({block.pinned_because}), but its home is {item.home}"
+            )
         if item.home == "host" and not any(stay.begins == "always" for stay in on_host):
             yield f"the block {block.name} has its home on the host, but does not lie there always"
         if item.home != "device" and any(stay.begins == "always" for stay in on_device):
@@ -158,7 +164,8 @@ def _homes(plan: Plan) -> Iterator[str]:
                 from_host = stay.channel == "h2d" and _is_copy_of(plan, stay)
                 if (stay.source, stay.channel) != expected and not from_host:
                     yield (
-                        f"residence {stay.id} brings {block.name} from {stay.source or 'nowhere'} over {stay.channel}, but "
+                        f"residence {stay.id} brings {block.name} from {stay.source or 'nowhere'} over {stay.channel}, "
+                        f"but "
                         f"its home is {item.home}: it comes from {expected[0]} over {expected[1]}"
                     )
     if any(item.home == "disk" for item in plan.items) and plan.staging_bytes <= 0:
@@ -200,7 +207,10 @@ def _layout(plan: Plan) -> Iterator[str]:
         if address.size_bytes != item.size_bytes:
             yield f"the address of {name} has {address.size_bytes} bytes, the item {item.size_bytes}"
         if address.offset_bytes % ALIGNMENT_BYTES or address.offset_bytes < 0:
-            yield f"the address of {name} in arena {address.arena} is {address.offset_bytes}: no multiple of {ALIGNMENT_BYTES}"
+            yield (
+                f"the address of {name} in arena {address.arena} is {address.offset_bytes}: no multiple of "
+                f"{ALIGNMENT_BYTES}"
+            )
         if not any(
             segment.offset_bytes <= address.offset_bytes
             and address.offset_bytes + address.size_bytes <= segment.offset_bytes + segment.size_bytes
@@ -245,7 +255,9 @@ def _order(plan: Plan) -> Iterator[str]:
         elif stay.begins == "made" and not 0 <= stay.first_use <= stay.last_use < length:
             yield f"residence {stay.id} of {name} is made at {stay.first_use} and used until {stay.last_use}"
         elif stay.begins == "always" and (stay.first_use > 0 or stay.last_use < length - 1):
-            yield f"residence {stay.id} of {name} is there always, but used from {stay.first_use} to {stay.last_use} only"
+            yield (
+                f"residence {stay.id} of {name} is there always, but used from {stay.first_use} to {stay.last_use} only"
+            )
     for channel, found in orders.items():
         if sorted(found) != list(range(len(found))):
             yield f"the orders on the channel {channel} are not 0 to {len(found) - 1}"
@@ -281,7 +293,8 @@ def _coverage(plan: Plan) -> Iterator[str]:
                 for stay in stays
             ):
                 yield (
-                    f"access {access.index} ({access.kind} of {access.module}) reads {plan.table.blocks[block].name}, which "
+                    f"access {access.index} ({access.kind} of {access.module}) reads {plan.table.blocks[block].name}, "
+                    f"which "
                     "no residence has on the device then"
                 )
 
@@ -298,7 +311,8 @@ def _overlaps(plan: Plan) -> Iterator[str]:
                 break
             if here.size_bytes and there.size_bytes and _meet(one, other, length):
                 yield (
-                    f"residences {one.id} of {_name(plan, one)} and {other.id} of {_name(plan, other)} lie on the same bytes "
+                    f"residences {one.id} of {_name(plan, one)} and {other.id} of {_name(plan, other)} lie on the same "
+                    f"bytes "
                     "at the same time"
                 )
 
@@ -356,16 +370,22 @@ def _peaks(plan: Plan) -> Iterator[str]:
         yield f"{format_bytes(on_disk)} of disk are needed, the budget is {format_bytes(budgets.disk_bytes)}"
     there = bytes_at(stated.vram_peak_at)
     if there != vram:
-        yield f"the prediction's vram peak is at access {stated.vram_peak_at}, where {there} bytes are needed, not {vram}"
+        yield (
+            f"the prediction's vram peak is at access {stated.vram_peak_at}, where {there} bytes are needed, not {vram}"
+        )
     moved = [(plan.items[stay.item], stay.channel) for stay in plan.residences if stay.begins == "load"]
     loads = [item.size_bytes for item, _ in moved if item.kind == "weights"]
     stored = sum(item.size_bytes for item, channel in moved if channel == "d2h")
     homes = {item.block: item.home for item in plan.items if item.kind == "weights"}
     rows = sum(r.size_bytes for access in table.accesses for r in access.rows if homes.get(r.block) == "host")
     if rows != stated.rows_bytes_per_pass:
-        yield f"the prediction says {stated.rows_bytes_per_pass} bytes of rows are read on the host, the rows are {rows}"
+        yield (
+            f"the prediction says {stated.rows_bytes_per_pass} bytes of rows are read on the host, the rows are {rows}"
+        )
     if stored != stated.offloaded_bytes_per_pass:
-        yield f"the prediction says {stated.offloaded_bytes_per_pass} bytes are offloaded, the residences store {stored}"
+        yield (
+            f"the prediction says {stated.offloaded_bytes_per_pass} bytes are offloaded, the residences store {stored}"
+        )
     if (len(loads), sum(loads)) != (stated.loads_per_pass, stated.loaded_bytes_per_pass):
         yield (
             f"the prediction says {stated.loads_per_pass} loads of {stated.loaded_bytes_per_pass} bytes a pass, the "

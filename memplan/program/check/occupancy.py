@@ -18,7 +18,10 @@ def absence_faults(plan: Plan) -> Iterator[str]:
             before = -1
             for first, last in absent:
                 if not before < first <= last < length:
-                    yield f"segment {position} of arena {arena.id} is absent from {first} to {last}: not in order, or not in a pass"
+                    yield (
+                        f"segment {position} of arena {arena.id} is absent from {first} to {last}: not in order, or "
+                        f"not in a pass"
+                    )
                 before = last
     places = {(address.item, address.arena): address for address in plan.addresses}
     for stay in plan.residences:
@@ -34,7 +37,8 @@ def absence_faults(plan: Plan) -> Iterator[str]:
             gone = [at % length for at in times if any(first <= at % length <= last for first, last in segment.absent)]
             if gone:
                 yield (
-                    f"residence {stay.id} of item {stay.item} lies in bytes that are given back in access {gone[0]}, within "
+                    f"residence {stay.id} of item {stay.item} lies in bytes that are given back in access {gone[0]}, "
+                    f"within "
                     "its stay"
                 )
 

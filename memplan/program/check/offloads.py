@@ -24,7 +24,10 @@ def offload_faults(plan: Plan) -> Iterator[str]:
             yield f"{name} is made {len(made)} and used {len(used)} times a pass: it cannot be offloaded"
             continue
         if item.size_bytes != made[0].offload_bytes or item.home != "host" or item.size_bytes <= 0:
-            yield f"{name} has {item.size_bytes} bytes to go to {item.home}, it is {made[0].offload_bytes} bytes for the host"
+            yield (
+                f"{name} has {item.size_bytes} bytes to go to {item.home}, it is {made[0].offload_bytes} bytes for "
+                f"the host"
+            )
         yield from _chain(plan, item, name, made[0].index, used[0])
 
 

@@ -12,7 +12,9 @@ from memplan.units import format_bytes
 
 
 def page_lock_faults(plan: Plan) -> Iterator[str]:
-    """Yield where pageable memory cannot be or is no use, more is page-locked than may be, and staging that is missing."""
+    """Yield where pageable memory cannot be or is no use, more is page-locked than may be, and staging that is
+    missing.
+    """
     pageable = [arena for arena in plan.arenas if arena.pageable]
     for arena in pageable:
         if arena.tier != "host" or plan.table.device == "cpu":
@@ -52,15 +54,17 @@ def stages(plan: Plan) -> bool:
 
 
 def _rings_bytes(plan: Plan) -> int:
-    """Return the bytes of the rings to a card: one for the disk, one for pageable RAM. They are page-locked before anything
-    else, where both can be.
+    """Return the bytes of the rings to a card: one for the disk, one for pageable RAM. They are page-locked before
+    anything else, where both can be.
     """
     to_card = (any(item.home == "disk" for item in plan.items), any(arena.pageable for arena in plan.arenas))
     return sum(to_card) * RING_BYTES if plan.table.device == "cuda" else 0
 
 
 def slow_items(plan: Plan) -> set[int]:
-    """Return the items that pass through pageable memory beside a card: where they wait, or in a ring that is not locked."""
+    """Return the items that pass through pageable memory beside a card: where they wait, or in a ring that is not
+    locked.
+    """
     if plan.table.device != "cuda":
         return set()
     slow = {address.item for address in plan.addresses if plan.arenas[address.arena].pageable}

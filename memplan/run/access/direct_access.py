@@ -1,17 +1,19 @@
-"""Streamed weights that are read or written where no trigger announces it: by a loss, a callback, an adapter's own layer.
+"""Streamed weights that are read or written where no trigger announces it: by a loss, a callback, an adapter's own
+layer.
 
-[Note: direct access] A weight that is not open (see :mod:`memplan.run.schedule.streamed`) has a class of the same name as its own,
-whose ``__torch_function__`` torch calls in place of any operator, method or property that it is given to. That
-call is given a stand-in with the weight's true values: on the CPU the very bytes of its home in RAM, else a copy of them on
-the compute device. What the call returns, and what autograd saves of it, refers to those and not to a slot
+[Note: direct access] A weight that is not open (see :mod:`memplan.run.schedule.streamed`) has a class of the same name
+as its own, whose ``__torch_function__`` torch calls in place of any operator, method or property that it is given to.
+That call is given a stand-in with the weight's true values: on the CPU the very bytes of its home in RAM, else a copy
+of them on the compute device. What the call returns, and what autograd saves of it, refers to those and not to a slot
 that another block will lie in. So reads are right without being foreseen; they are counted, and cost a transfer each.
 
-[Note: written weights] Frozen weights are only ever read by training, but scripts write to them between steps (ReLoRA, an
-adapter that takes its beginning out of the base), and a few models do in their forward. A write is taken to the block's
-home, and what lies in its slot is dropped, so that the next load has it: at once where a call writes to the weight itself
-or puts another tensor in its place; when the access is over, where it was under way; and for views and ``data`` that were
-handed out, before the block is loaded again. What only looks at raw addresses (``data_ptr`` handed to a kernel of one's
-own that writes) is not seen. A block that is homed in a file gets a home of its own, within the budgets.
+[Note: written weights] Frozen weights are only ever read by training, but scripts write to them between steps (ReLoRA,
+an adapter that takes its beginning out of the base), and a few models do in their forward. A write is taken to the
+block's home, and what lies in its slot is dropped, so that the next load has it: at once where a call writes to the
+weight itself or puts another tensor in its place; when the access is over, where it was under way; and for views and
+``data`` that were handed out, before the block is loaded again. What only looks at raw addresses (``data_ptr`` handed
+to a kernel of one's own that writes) is not seen. A block that is homed in a file gets a home of its own, within the
+budgets.
 """
 
 from __future__ import annotations
@@ -73,9 +75,9 @@ class DirectAccess:
         own_home: Callable[..., None],
         lent: dict[int, list[_HandedOut]],
     ) -> None:
-        """``own_home``: gives a block that is homed in a file a home that may be written to. Raises RunError where the budgets
-        have no room, unless called with ``bounded=False``. ``lent``: what was handed out under the plan before; what still is at
-        the end is put there.
+        """``own_home``: gives a block that is homed in a file a home that may be written to. Raises RunError where the
+        budgets have no room, unless called with ``bounded=False``. ``lent``: what was handed out under the plan before;
+        what still is at the end is put there.
         """
         self.reads = 0
         self.read_bytes = 0
@@ -167,8 +169,8 @@ class DirectAccess:
     def is_of_backward(self, tensor: torch.Tensor) -> bool:
         """Whether a weight is read by the backward of its own module, in which it lies where it is. It is open then.
 
-        By a function of its own that has kept it (bitsandbytes), or by a checkpoint of the script's that runs the module
-        again. What else reads it there with gradients may have autograd keep it for longer.
+        By a function of its own that has kept it (bitsandbytes), or by a checkpoint of the script's that runs the
+        module again. What else reads it there with gradients may have autograd keep it for longer.
         """
         found = self._places.get(id(tensor))
         if found is None:
@@ -181,7 +183,9 @@ class DirectAccess:
         return self._running().open_in_backward(streamed, for_good=not keeps_graph)
 
     def stand_in(self, tensor: torch.Tensor) -> _StandIn:
-        """Return what a call is given in a weight's place: its true values. Raises RunError where it is trained by now."""
+        """Return what a call is given in a weight's place: its true values. Raises RunError where it is trained by
+        now.
+        """
         with self._running().lock:
             parts = self._wrapped.get(id(tensor))
             if parts is None:
@@ -280,7 +284,8 @@ class DirectAccess:
         self.read_bytes += row.size_bytes
         if self.reads == 1:
             _LOG.warning(
-                "the weight %s was read outside of its module's forward and backward: what is read so is brought each time "
+                "the weight %s was read outside of its module's forward and backward: what is read so is brought each "
+                "time "
                 "that it is read, and is right; the run's record counts it",
                 row.name,
             )
@@ -290,24 +295,29 @@ class DirectAccess:
     def write(self, streamed: Streamed, row: Tensor, value: torch.Tensor, *, replaced: bool = False) -> None:
         """Have a weight be ``value`` from its next load on. Raises RunError where it cannot be.
 
-        ``replaced``: it is another tensor than before, which those who hold that one keep; who holds this one writes to it.
+        ``replaced``: it is another tensor than before, which those who hold that one keep; who holds this one writes to
+        it.
         """
         home = self._homes[streamed.block]
         if tuple(value.shape) != row.shape or value.dtype != dtype_of(row.dtype):
             raise RunError(
-                f"the frozen weight {row.name} ({row.dtype} {row.shape}) was to become {value.dtype} {tuple(value.shape)}, but "
+                f"the frozen weight {row.name} ({row.dtype} {row.shape}) was to become {value.dtype} "
+                f"{tuple(value.shape)}, but "
                 "memplan streams it as it was when it was placed: detach() first, change it, then plan and attach anew"
             )
         strides = home.strides[row.name]
         if replaced:
             if sum(one is row for one in streamed.rows) > 1:
                 raise RunError(
-                    f"the frozen weight {row.name} was given other data, but bitsandbytes computes with what its module keeps of it "
-                    "beside it, which stays the old: write to the weight in place, or detach() first and load the layer anew"
+                    f"the frozen weight {row.name} was given other data, but bitsandbytes computes with what its "
+                    f"module keeps of it "
+                    "beside it, which stays the old: write to the weight in place, or detach() first and load the "
+                    "layer anew"
                 )
             if strides_of(value) != strides or (strides is None and not value.is_contiguous()):
                 raise RunError(
-                    f"the frozen weight {row.name} was to become a tensor of another memory layout (strides {value.stride()}), but "
+                    f"the frozen weight {row.name} was to become a tensor of another memory layout (strides "
+                    f"{value.stride()}), but "
                     "memplan streams it as it was when it was placed: give it a contiguous copy, or detach() first"
                 )
             given, value = value, value.clone()  # it may be made of what lies at home
@@ -352,7 +362,8 @@ class DirectAccess:
         if values and streamed.is_recomputed:
             self._running().drop(streamed.block)
             raise RunError(
-                f"the frozen weights of {streamed.name} were written to in a forward of it, or in its backward by what reads them there, and "
+                f"the frozen weights of {streamed.name} were written to in a forward of it, or in its backward by what "
+                f"reads them there, and "
                 "the plan runs the forward a second time in backward, which would write twice: plan with "
                 'activations={...: "keep"} for it, or pin it to the device'
             )
@@ -381,8 +392,10 @@ class DirectAccess:
                         not _equal(o.tensor, home.tensor(o.row)) and not _equal(o.tensor, one.tensor) for o in others
                     ):
                         raise RunError(
-                            f"the frozen weight {one.row.name} was written to through two tensors that hold copies of it (its data, a "
-                            "view, or entries of a state_dict), and which came last is not known: write to the weight itself"
+                            f"the frozen weight {one.row.name} was written to through two tensors that hold copies of "
+                            f"it (its data, a "
+                            "view, or entries of a state_dict), and which came last is not known: write to the weight "
+                            "itself"
                         )
                     self.write(self._streamed[key], one.row, one.tensor)
             held[:] = [one for one in held if one.is_shared()]
@@ -401,7 +414,9 @@ class DirectAccess:
         self._running().drop(streamed.block)  # what is in the slot would not be what is written
 
     def settle_before(self, state: dict[str, Any]) -> None:
-        """Take home what was written, once for each ``state_dict`` that is being made: ``state``, which grows by each module."""
+        """Take home what was written, once for each ``state_dict`` that is being made: ``state``, which grows by each
+        module.
+        """
         if self._state is None or self._state[0] is not state or len(state) <= self._state[1]:
             self.settle()
             if self._device.type == "cuda":
@@ -420,7 +435,9 @@ class DirectAccess:
         return streamed.writes
 
     def hand_out(self, block: int, row: Tensor, value: torch.Tensor) -> None:
-        """Note that a weight's true values were given to someone who may write to them: an entry of a ``state_dict``."""
+        """Note that a weight's true values were given to someone who may write to them: an entry of a
+        ``state_dict``.
+        """
         streamed = self._streamed.get(block)
         if streamed is not None:
             self._homes[block].touched.add(row.name)
@@ -429,7 +446,9 @@ class DirectAccess:
             )
 
     def show_all(self) -> None:
-        """Have every streamed weight be its true values, and nothing served, until ``hide_all``. Nothing may be on its way."""
+        """Have every streamed weight be its true values, and nothing served, until ``hide_all``. Nothing may be on its
+        way.
+        """
         with self.locked():
             for streamed in self._streamed.values():
                 home = self._homes[streamed.block]
@@ -494,7 +513,9 @@ class DirectAccess:
                 self._streamed[block].has_late_hooks = True
 
     def taken(self, tensor: torch.Tensor, data: torch.Tensor, *, is_versioned: bool) -> None:
-        """Note that a hook takes hold of a weight that is open. ``is_versioned``: the weight tells if it is written to."""
+        """Note that a hook takes hold of a weight that is open. ``is_versioned``: the weight tells if it is written
+        to.
+        """
         if id(tensor) in self._places:
             streamed, place = self._places[id(tensor)]
             if streamed.is_open:
@@ -522,7 +543,8 @@ class _HandedOut:
     state: Literal["home", "copy", "mapped"]
     """The home's own bytes; a copy on the device; or a private mapping of the home's file."""
     checksum: int = 0
-    """Of the home's own bytes, of a block that is recomputed: who writes to them between forward and backward is heard."""
+    """Of the home's own bytes, of a block that is recomputed: who writes to them between forward and backward is heard.
+    """
     for_good: bool = False
     """Its storage itself was handed out, of which nobody tells who holds it."""
 
@@ -585,7 +607,8 @@ class _Lent:
 class _StandIn:
     """What a call is given in a weight's place.
 
-    Not the weight itself: autograd saves a tensor that was given to an operator as it is, whatever it is pointed at later.
+    Not the weight itself: autograd saves a tensor that was given to an operator as it is, whatever it is pointed at
+    later.
     """
 
     weight: torch.Tensor
@@ -653,7 +676,9 @@ def _serving(method: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _looking(attribute: Any) -> property:
-    """Return an attribute that is looked at of all parameters in each step, by the short way: nothing is read for it."""
+    """Return an attribute that is looked at of all parameters in each step, by the short way: nothing is read for
+    it.
+    """
 
     def get(tensor: torch.Tensor) -> Any:
         with torch._C.DisableTorchFunctionSubclass():
@@ -708,7 +733,8 @@ def _torch_function(
 def _serve(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     if func is torch.Tensor.detach and _is_for_a_parameter():
         raise RunError(
-            "nn.Parameter was given a frozen weight that memplan streams, and torch makes no parameter of such: give it "
+            "nn.Parameter was given a frozen weight that memplan streams, and torch makes no parameter of such: give "
+            "it "
             "weight.data, or detach() from memplan first"
         )
     held = {id(tensor): tensor for tensor in _away_in((args, kwargs))}
@@ -729,19 +755,22 @@ def _dispatched(operator: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
     held = {id(tensor): tensor for tensor in announced_in((args, kwargs))}
     if operator is torch.ops.aten._has_compatible_shallow_copy_type.default:
         raise RunError(
-            "a frozen weight that memplan streams was put in another tensor's place (other.data = weight), which would hold a "
+            "a frozen weight that memplan streams was put in another tensor's place (other.data = weight), which would "
+            "hold a "
             "placeholder: give it weight.data"
         )
     if torch._C._current_graph_task_id() != -1 and not torch.is_grad_enabled():
         # Of what autograd saved beside it, views lie in a slot that is another block's by now.
         raise RunError(
-            "a backward read a frozen weight that was not there: it entered a layer by a tensor that was made inside of it (taken by "
+            "a backward read a frozen weight that was not there: it entered a layer by a tensor that was made inside "
+            "of it (taken by "
             "a hook, or from a cache), not by what it returned, or a hook gave the weight to C++. Plan with "
             'activations="recompute", pin that layer to the device (pins={...: "device"}), or give weight.detach()'
         )
     if operator in _LOOK_AT_MEMORY:
         raise RunError(
-            "a frozen weight that memplan streams was read by C++ that looks at its memory next (tolist() where torch asks no class): "
+            "a frozen weight that memplan streams was read by C++ that looks at its memory next (tolist() where torch "
+            "asks no class): "
             "give it weight.detach()"
         )
     if any(_server_of(tensor) is None for tensor in held.values()):
@@ -805,7 +834,8 @@ def _refuse(block: int, **options: bool) -> None:
 
 def _gone() -> RunError:
     return RunError(
-        "a weight was read whose model ran under a plan and is gone: keep the model, or call detach() before it is dropped"
+        "a weight was read whose model ran under a plan and is gone: keep the model, or call detach() before it is "
+        "dropped"
     )
 
 

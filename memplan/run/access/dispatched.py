@@ -1,10 +1,11 @@
 """Placeholders that torch's dispatcher asks about: reads that pass by every Python function are served, or refused.
 
 [Note: a key of its own] ``__torch_function__`` is asked by torch's Python functions alone. C++ that is given a weight
-(``x.new_tensor(weight)``, ``torch.Tensor(weight)``, nested tensors, functions of ``torch.jit``, autograd's formulas) would read
-the placeholder. So a placeholder has a dispatch key that torch leaves to tests, above all others: each operator on it comes
-to what is registered here. A tensor that is pointed at a placeholder takes the key over, and loses it when it is pointed at
-its memory: an open weight pays nothing. Where no server is registered torch finds no kernel, and says so.
+(``x.new_tensor(weight)``, ``torch.Tensor(weight)``, nested tensors, functions of ``torch.jit``, autograd's formulas)
+would read the placeholder. So a placeholder has a dispatch key that torch leaves to tests, above all others: each
+operator on it comes to what is registered here. A tensor that is pointed at a placeholder takes the key over, and loses
+it when it is pointed at its memory: an open weight pays nothing. Where no server is registered torch finds no kernel,
+and says so.
 """
 
 from __future__ import annotations

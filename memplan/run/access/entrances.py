@@ -1,10 +1,10 @@
 """Backwards that enter a layer by a tensor that was made inside of it, of which no trigger tells.
 
-A backward comes to a layer by a gradient of what the layer returned, which its trigger sees. Where it comes by another tensor
-that was made in it (a hook's, a cache's), and by none of those, nothing brings the weights: autograd reads a placeholder, or
-where it has saved a view of a slot another block's bytes, which look like any others. Layers that are recomputed announce
-themselves, and quantized ones have triggers within. Of the rest their adapters tell: they have a gradient of that backward.
-Only where accesses are left out that the plan has is this looked for.
+A backward comes to a layer by a gradient of what the layer returned, which its trigger sees. Where it comes by another
+tensor that was made in it (a hook's, a cache's), and by none of those, nothing brings the weights: autograd reads a
+placeholder, or where it has saved a view of a slot another block's bytes, which look like any others. Layers that are
+recomputed announce themselves, and quantized ones have triggers within. Of the rest their adapters tell: they have a
+gradient of that backward. Only where accesses are left out that the plan has is this looked for.
 """
 
 from __future__ import annotations
@@ -21,7 +21,9 @@ _WAY_OUT = 'plan with activations="recompute", or pin that layer to the device (
 
 
 class Entrances:
-    """The gradients of one model's adapters. ``layers``: the trained parameters within each trigger whose blocks come and go."""
+    """The gradients of one model's adapters. ``layers``: the trained parameters within each trigger whose blocks come
+    and go.
+    """
 
     def __init__(self, trained: Sequence[nn.Parameter], layers: Mapping[str, Sequence[nn.Parameter]]) -> None:
         self._trained = tuple(trained)
@@ -55,7 +57,9 @@ class Entrances:
         self._announced.add(module)
 
     def backward_ends(self, *, left_out: bool) -> None:
-        """Raise RunError where a gradient was made of what lay in the place of a weight. ``left_out``: accesses were."""
+        """Raise RunError where a gradient was made of what lay in the place of a weight. ``left_out``: accesses
+        were.
+        """
         if left_out:
             self._refuse()
             _refuse_poison(self._trained)
@@ -82,7 +86,8 @@ def refuse_entrance(name: str) -> NoReturn:
 
 def _entered(where: str) -> RunError:
     return RunError(
-        "a backward entered a layer by a tensor that was made inside of it (taken by a hook, or from a cache), not by what it "
+        "a backward entered a layer by a tensor that was made inside of it (taken by a hook, or from a cache), not by "
+        "what it "
         f"returned: {where}. Do not step the optimizer; {_WAY_OUT}"
     )
 

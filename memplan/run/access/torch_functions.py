@@ -1,9 +1,9 @@
 """Functions of torch that its dispatcher does not ask in time: replaced while a model is under a plan.
 
-``as_subclass`` and its like make another tensor of the very one that they are given, which cannot be exchanged for its true
-values any more when the dispatcher asks (:mod:`memplan.run.access.dispatched`). Functions that make tensors (``torch.tensor`` and
-others) are never replaced: torch keeps tables of them, made when they are first asked for, by which ``torch.device("meta")``
-knows what to do.
+``as_subclass`` and its like make another tensor of the very one that they are given, which cannot be exchanged for its
+true values any more when the dispatcher asks (:mod:`memplan.run.access.dispatched`). Functions that make tensors
+(``torch.tensor`` and others) are never replaced: torch keeps tables of them, made when they are first asked for, by
+which ``torch.device("meta")`` knows what to do.
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
 """Arenas: one line of offsets in a tier. Items are byte ranges of it; parameters are views of those.
 
 [Note: bytes that come and go] A segment may be given back and brought back, while views of it live on (autograd's saved
-ones too). On the CPU all segments lie in one mapping at addresses that never change: the kernel takes the pages of what is
-given back, and reads there give zeros until it is filled again. On a CUDA device each is a storage of its own that is
-resized to nothing and back, which its views follow; it is allocated and freed in the order of the compute stream, behind
-which every copy into it waits. Unproven: no GPU has run it yet.
+ones too). On the CPU all segments lie in one mapping at addresses that never change: the kernel takes the pages of what
+is given back, and reads there give zeros until it is filled again. On a CUDA device each is a storage of its own that
+is resized to nothing and back, which its views follow; it is allocated and freed in the order of the compute stream,
+behind which every copy into it waits. Unproven: no GPU has run it yet.
 """
 
 from __future__ import annotations
@@ -52,7 +52,8 @@ class Addresses:
 
 
 class Arena:
-    """Bytes of one tier, all there at first. On the compute device, or on the host (page-locked where the device is a CUDA one).
+    """Bytes of one tier, all there at first. On the compute device, or on the host (page-locked where the device is a
+    CUDA one).
 
     [Note: alignment changes bits] torch aligns CPU allocations to 64 bytes and CUDA ones to 512, and addresses are
     multiples of 512: a weight's alignment here is that of a tensor of its own, so results are a whole run's to the bit.
@@ -189,9 +190,9 @@ def shaped(raw: torch.Tensor, tensor: Tensor, strides: tuple[int, ...] | None = 
 def strides_of(tensor: torch.Tensor) -> tuple[int, ...] | None:
     """Return a tensor's strides in elements; None where they are those of a contiguous one.
 
-    [Note: strides change bits] A transposed weight goes another way through matmul than a contiguous copy of it, and by the
-    strides of dimensions of size 1, which move nothing, torch tells a convolution in channels-last. So they are kept in an
-    arena. One with gaps (a column of a larger tensor) becomes contiguous.
+    [Note: strides change bits] A transposed weight goes another way through matmul than a contiguous copy of it, and by
+    the strides of dimensions of size 1, which move nothing, torch tells a convolution in channels-last. So they are
+    kept in an arena. One with gaps (a column of a larger tensor) becomes contiguous.
     """
     strides = tensor.stride()
     dims = sorted(range(tensor.ndim), key=lambda dim: (-strides[dim], dim))
@@ -216,7 +217,8 @@ def _allocate(size_bytes: int, device: torch.device, pinned: bool) -> torch.Tens
             return page_locked(size_bytes)
         except RuntimeError as error:
             _LOG.warning(
-                "%s of page-locked memory were refused (%s): pageable memory is taken, and what comes from there is copied once more",
+                "%s of page-locked memory were refused (%s): pageable memory is taken, and what comes from there is "
+                "copied once more",
                 format_bytes(size_bytes),
                 str(error).splitlines()[0],
             )

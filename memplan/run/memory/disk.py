@@ -205,7 +205,9 @@ _HEAD = re.compile(r"([0-9a-f]+)-([0-9a-f]+) ")
 
 
 def written_pages(mapped: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-    """Return those of tensors in private mappings of files that lie near a page that was written to; all where nobody says."""
+    """Return those of tensors in private mappings of files that lie near a page that was written to; all where nobody
+    says.
+    """
     try:
         lines = _SMAPS.read_text(errors="surrogateescape").splitlines()
     except OSError:

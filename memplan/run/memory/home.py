@@ -295,7 +295,8 @@ class Home:
             there = view(held, tensor, self.strides[tensor.name])
             if value.shape != there.shape or value.dtype != there.dtype:
                 raise RunError(
-                    f"the frozen weight {tensor.name} ({tensor.dtype} {tensor.shape}) was replaced by a tensor of another shape "
+                    f"the frozen weight {tensor.name} ({tensor.dtype} {tensor.shape}) was replaced by a tensor of "
+                    f"another shape "
                     "or dtype, and cannot be placed anew as the plan has it: detach() first, then plan and attach anew"
                 )
             with torch.inference_mode(False), torch.no_grad():

@@ -25,7 +25,9 @@ from memplan.run.transfer.worker import Worker
 
 
 def page_locked(size_bytes: int) -> torch.Tensor:
-    """Return so many page-locked bytes (uint8, one dimension), at least one. Raises RuntimeError where it is refused."""
+    """Return so many page-locked bytes (uint8, one dimension), at least one. Raises RuntimeError where it is
+    refused.
+    """
     if not torch.cuda.is_available():
         raise RuntimeError("torch sees no CUDA device")
     device = torch.cuda.current_device()
@@ -51,7 +53,9 @@ def _register(address: int, size_bytes: int, device: int) -> None:
 
 
 def _unregister(address: int, device: int, process: int) -> None:
-    """Let pages go, once no copy is under way: one of an optimizer's state may be, though transfers are closed before arenas go."""
+    """Let pages go, once no copy is under way: one of an optimizer's state may be, though transfers are closed before
+    arenas go.
+    """
     if os.getpid() == process:
         with torch.cuda.device(device):
             torch.cuda.synchronize()

@@ -1,9 +1,9 @@
 """The first touch of fresh memory, by a thread ahead of those that fill it.
 
 An arena's pages come from the kernel as each is first written, and that costs several times the copy into it, in the
-path of the threads that read the disk. Here they come beside it, while the disk reads. The kernel is asked for pieces of
-pages in one call each (Linux 5.14 on); a page that is there already is passed over as it is, so it does not matter who
-of the two is ahead. Where the kernel refuses, pages come as ever.
+path of the threads that read the disk. Here they come beside it, while the disk reads. The kernel is asked for pieces
+of pages in one call each (Linux 5.14 on); a page that is there already is passed over as it is, so it does not matter
+who of the two is ahead. Where the kernel refuses, pages come as ever.
 
 Only what is going to be filled is touched: no more memory is taken than without it.
 """

@@ -1,8 +1,9 @@
 """Who else holds the memory that frozen weights have before attach: they would part from the model without a word.
 
-A ``state_dict``, a ``weight.data`` or a view that was taken before refers to memory that is the model's no more once its blocks
-have homes: what is written to it does not reach the model, and it is not freed. Parameters and buffers that
-lie there are refused, since they may be what is trained; of what else holds it is told once. Memory of a file, or of NumPy, is shared by design.
+A ``state_dict``, a ``weight.data`` or a view that was taken before refers to memory that is the model's no more once
+its blocks have homes: what is written to it does not reach the model, and it is not freed. Parameters and buffers that
+lie there are refused, since they may be what is trained; of what else holds it is told once. Memory of a file, or of
+NumPy, is shared by design.
 """
 
 from __future__ import annotations
@@ -40,19 +41,25 @@ def refuse_shared(model: nn.Module, weights: Mapping[str, Weight]) -> None:
                 for other_begin, other_end, weight_name in ranges.get(key, ()):
                     if begin < other_end and other_begin < end:
                         raise ModelError(
-                            f"{name} lies in the memory of the frozen weight {weight_name}, which memplan is to move: it would "
-                            "not be the same memory any more. Give it memory of its own (tensor.clone()), or make both one parameter"
+                            f"{name} lies in the memory of the frozen weight {weight_name}, which memplan is to move: "
+                            f"it would "
+                            "not be the same memory any more. Give it memory of its own (tensor.clone()), or make both "
+                            "one parameter"
                         )
 
 
 def refuse_gaps(weights: Mapping[str, Weight]) -> None:
-    """Raise ModelError where a matrix lies in memory with gaps, or over itself: a copy of it goes another way through matmul."""
+    """Raise ModelError where a matrix lies in memory with gaps, or over itself: a copy of it goes another way through
+    matmul.
+    """
     for weight in weights.values():
         held = weight.tensor
         if held.ndim > 1 and not is_away(held) and strides_of(held) is None and not held.is_contiguous():
             raise ModelError(
-                f"the frozen weight {weight.name} lies in memory with gaps or over itself (shape {tuple(held.shape)}, strides "
-                f"{held.stride()}), and results of a copy of it may differ in their last bits: make it contiguous before plan() "
+                f"the frozen weight {weight.name} lies in memory with gaps or over itself (shape {tuple(held.shape)}, "
+                f"strides "
+                f"{held.stride()}), and results of a copy of it may differ in their last bits: make it contiguous "
+                f"before plan() "
                 "(weight.data = weight.data.contiguous())"
             )
 
@@ -78,8 +85,10 @@ class Watched:
         found = [seen for key, seen in self._alive().items() if key not in own]
         if found:
             _LOG.warning(
-                "%d frozen weights (%s; the first is %s) have their old memory still, which something holds that was taken of them before "
-                "attach (a state_dict, weight.data, a view, an output with its graph): it is not freed, and what is written to it does not reach the model. Drop it "
+                "%d frozen weights (%s; the first is %s) have their old memory still, which something holds that was "
+                "taken of them before "
+                "attach (a state_dict, weight.data, a view, an output with its graph): it is not freed, and what is "
+                "written to it does not reach the model. Drop it "
                 "before attach; a state_dict that is taken after attach follows the model",
                 len(found),
                 format_bytes(sum(size for _, _, size in found)),
@@ -102,7 +111,9 @@ def _registered(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
 
 
 def _range(tensor: torch.Tensor) -> Iterator[tuple[int, int, int]]:
-    """Yield the storage that a tensor lies in, and the bytes of it from the first to the last; nothing where it holds none."""
+    """Yield the storage that a tensor lies in, and the bytes of it from the first to the last; nothing where it holds
+    none.
+    """
     storage = None if tensor.device.type == "meta" or not tensor.numel() or is_away(tensor) else storage_of(tensor)
     if storage is not None and tensor.layout == torch.strided:
         begin = tensor.storage_offset() * tensor.element_size()

@@ -1,5 +1,6 @@
-"""What of the model is touched: ``match_model`` finds the plan's blocks in it, ``install`` hooks it, ``guard`` stands before moves and saves;
-``embedding_rows``, ``offloaded_activations`` and ``optimizer_state`` are what is not a whole block's weights.
+"""What of the model is touched: ``match_model`` finds the plan's blocks in it, ``install`` hooks it, ``guard`` stands
+before moves and saves; ``embedding_rows``, ``offloaded_activations`` and ``optimizer_state`` are what is not a whole
+block's weights.
 """
 
 from __future__ import annotations

@@ -2,8 +2,8 @@
 
 On the CPU the host's memory is the device's own. A CUDA device reads page-locked memory over the link, as it computes:
 the lookup is the very kernel of a whole run, on a tensor of the device whose memory is the host's, and nobody waits.
-Where they are not page-locked (it was refused, or is over the plan's limit) the rows are looked up on the host and sent,
-which waits for the indices. Both unproven: no GPU has run them yet.
+Where they are not page-locked (it was refused, or is over the plan's limit) the rows are looked up on the host and
+sent, which waits for the indices. Both unproven: no GPU has run them yet.
 """
 
 from __future__ import annotations
@@ -62,7 +62,8 @@ def look_up_on_host(module: nn.Module, device: torch.device) -> Callable[[], Non
     """
     if type(module).forward is not nn.Embedding.forward:
         raise RunError(
-            f"rows of a {type(module).__name__} were to be read in RAM, but that is not page-locked (it was refused, or is over "
+            f"rows of a {type(module).__name__} were to be read in RAM, but that is not page-locked (it was refused, "
+            f"or is over "
             "the plan's limit), and its forward does more than look them up: pin its block to the device "
             "(pins={...: 'device'}), or let more be page-locked"
         )

@@ -95,7 +95,8 @@ class Guard:
             if moved.dtype == dtype and moved.device == device:
                 if moved.stride() != like.stride() or not torch.equal(moved, like):
                     raise MovedWeightsError(
-                        f"the weights of {type(self._module).__name__} were to be changed (their values or their memory format), but "
+                        f"the weights of {type(self._module).__name__} were to be changed (their values or their "
+                        f"memory format), but "
                         "memplan streams them: do so before attach, or detach() first"
                     )
             else:
@@ -107,7 +108,9 @@ class Guard:
         return self._module
 
     def begin_save(self, *args: Any, **kwargs: Any) -> None:
-        """Stand for ``_save_to_state_dict``, which takes all weights: they are not read for that, ``save`` puts them in."""
+        """Stand for ``_save_to_state_dict``, which takes all weights: they are not read for that, ``save`` puts them
+        in.
+        """
         assert self._direct is not None
         held = [*(weight.tensor for weight in self._own), *(tensor for _, tensor in self._entries())]
         with self._direct.locked(), contextlib.ExitStack() as shown:  # another thread may train meanwhile
@@ -224,8 +227,10 @@ def guard_of(module: nn.Module) -> Guard | None:
 
 def _refuse_copy(*args: object) -> NoReturn:
     raise RunError(
-        "a module whose weights memplan streams was to be copied or pickled, which would keep placeholders (PEFT copies layers for "
-        "modules_to_save, and quantized ones for DoRA): add such adapters before plan(), save the state_dict(), or detach() first"
+        "a module whose weights memplan streams was to be copied or pickled, which would keep placeholders (PEFT "
+        "copies layers for "
+        "modules_to_save, and quantized ones for DoRA): add such adapters before plan(), save the state_dict(), or "
+        "detach() first"
     )
 
 

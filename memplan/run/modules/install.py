@@ -144,8 +144,9 @@ def _trained(module: nn.Module) -> list[nn.Parameter]:
 def _within_triggers(plan: Plan, triggers: Mapping[str, nn.Module], parts: Runtime) -> dict[str, list[nn.Module]]:
     """Return the modules of streamed weights within each trigger that must announce a backward, as nothing else may.
 
-    Those are all where the layer is not run again; else those whose functions keep weights of quantizers in ways of their own.
-    Of a module that an adapter wraps it is the wrapper: some read the weights and call no module, and warn of hooks there.
+    Those are all where the layer is not run again; else those whose functions keep weights of quantizers in ways of
+    their own. Of a module that an adapter wraps it is the wrapper: some read the weights and call no module, and warn
+    of hooks there.
     """
     streamed = {id(tensor) for one in parts.streamed.values() for tensor, _, _ in one.pointers}
     kept = _kept_reads(plan, triggers, parts)
@@ -173,7 +174,9 @@ def _wrappers(trigger: nn.Module) -> dict[nn.Module, nn.Module]:
 def _taps(
     within: Mapping[str, list[nn.Module]], kept: Mapping[str, nn.Module], entrances: Entrances
 ) -> dict[str, Taps]:
-    """Return what has those modules watched no more than they must be. Quantizers' functions keep views that nothing tells of."""
+    """Return what has those modules watched no more than they must be. Quantizers' functions keep views that nothing
+    tells of.
+    """
     return {
         name: Taps(kept[name], _wrappers(kept[name]), entrances.layers.get(name, ()), partial(refuse_entrance, name))
         for name, modules in within.items()
@@ -186,7 +189,9 @@ def _are_quantized(modules: Iterable[nn.Module]) -> bool:
 
 
 def _setting_kept(name: str, module: nn.Module, plan: Plan, parts: Runtime) -> recompute.Kept:
-    """Return what keeps the setting of a forward that the plan runs once more, and the hooks that came after the plan."""
+    """Return what keeps the setting of a forward that the plan runs once more, and the hooks that came after the
+    plan.
+    """
     reads = {block for access in plan.table.accesses if access.module == name for block in access.blocks}
     streamed = [parts.streamed[block] for block in reads if block in parts.streamed]
     apart = frozenset(id(tensor) for one in parts.streamed.values() for tensor, _, _ in one.pointers)

@@ -25,7 +25,8 @@ def require_supported(plan: Plan) -> None:
     devices = [arena.id for arena in plan.arenas if arena.tier == "device"]
     if len(devices) > 1:
         raise PlanMismatchError(
-            f"the plan has the arenas {', '.join(map(str, devices))} on the device, and this version runs one there: make the "
+            f"the plan has the arenas {', '.join(map(str, devices))} on the device, and this version runs one there: "
+            f"make the "
             "plan again with this version"
         )
     for arena in plan.arenas:  # of the host there may be several: one that is pinned, one that is not
@@ -33,7 +34,8 @@ def require_supported(plan: Plan) -> None:
         follow = all(segment.offset_bytes == end for segment, end in zip(arena.segments, ends, strict=False))
         if not follow or (arena.tier == "host" and len(arena.segments) > 1):
             raise PlanMismatchError(
-                f"arena {arena.id} of the plan ({arena.tier}) has {len(arena.segments)} segments, and this version runs one that "
+                f"arena {arena.id} of the plan ({arena.tier}) has {len(arena.segments)} segments, and this version "
+                f"runs one that "
                 "begins at 0, on the device several that follow one another: make the plan again with this version"
             )
     comes_and_goes = [
@@ -46,7 +48,8 @@ def require_supported(plan: Plan) -> None:
         item, offset = plan.items[address.item], address.offset_bytes
         if item.kind != "weights" and any(a == address.arena and b <= offset < e for a, b, e in comes_and_goes):
             raise PlanMismatchError(
-                f"the plan has what {item.module} saved lie in bytes that are given back for part of a pass, which this "
+                f"the plan has what {item.module} saved lie in bytes that are given back for part of a pass, which "
+                f"this "
                 "version does for weights alone: make the plan again with this version"
             )
     for stay in plan.residences:
@@ -94,7 +97,8 @@ def match_weights(model: nn.Module, plan: Plan) -> dict[str, Weight]:
             found = weights[tensor.name].tensor
             if kind_of(found) is not type(found):
                 raise ModelError(
-                    f"the weight {tensor.name} is streamed already, for a model that shares it and is under a plan: detach() that "
+                    f"the weight {tensor.name} is streamed already, for a model that shares it and is under a plan: "
+                    f"detach() that "
                     "one first"
                 )
             if tuple(found.shape) != tensor.shape or found.dtype != dtype_of(tensor.dtype):
@@ -138,7 +142,8 @@ def trigger_modules(model: nn.Module, plan: Plan) -> dict[str, nn.Module]:
     whole = whole_compiled(model, triggers.values())
     if whole is not None:
         raise ModelError(
-            f"{whole} is compiled as a whole, but memplan brings the weights of {next(iter(triggers))} and the rest one by "
+            f"{whole} is compiled as a whole, but memplan brings the weights of {next(iter(triggers))} and the rest "
+            f"one by "
             f"one: {WAY_OUT}"
         )
     return triggers

@@ -1,8 +1,8 @@
 """Saved activations that the plan offloads: set aside in their slot, stored over the link's way back, brought again.
 
 A slot's owner is a *call*: one forward whose activations autograd still holds. It lives exactly as long as anything may
-ask for them, so a second forward before the backward finds its place taken, and keeps what it saves on the device: right,
-and counted. What is asked for and is not in its slot is brought on demand; the plan's loads only make that rare.
+ask for them, so a second forward before the backward finds its place taken, and keeps what it saves on the device:
+right, and counted. What is asked for and is not in its slot is brought on demand; the plan's loads only make that rare.
 """
 
 from __future__ import annotations
@@ -67,9 +67,9 @@ def offloaded_activations(
     host: Mapping[int, Arena],
     rooms: dict[str, torch.Tensor],
 ) -> dict[int, Offloaded]:
-    """Return what the plan offloads, by key. ``modules``: its trigger modules by name. ``host``: the plan's host arenas;
-    where one is missing each has memory of its own there. ``rooms``: what they had there before, by module; what they have
-    is put there.
+    """Return what the plan offloads, by key. ``modules``: its trigger modules by name. ``host``: the plan's host
+    arenas; where one is missing each has memory of its own there. ``rooms``: what they had there before, by module;
+    what they have is put there.
     """
     tiers, slow = {arena.id: arena.tier for arena in plan.arenas}, pageable_items(plan)
     found: dict[int, Offloaded] = {}
@@ -230,7 +230,8 @@ class Offloads:
         """Have the slot free: see ``_clear``. Raises RunError where a forward is writing to it."""
         if key in self._making and self.by_key[key].is_owned():  # else it was interrupted as it began
             raise RunError(
-                f"the slot of what {self.by_key[key].module} saves is wanted while its forward still writes to it: the model "
+                f"the slot of what {self.by_key[key].module} saves is wanted while its forward still writes to it: the "
+                f"model "
                 "calls that block within another one's forward; do not offload its activations"
             )
         self._clear(self.by_key[key])
@@ -277,7 +278,9 @@ class Offloads:
         return sum(held.offload_skipped for held in self.by_key.values())
 
     def forget(self) -> None:
-        """Take all as empty: an error or a Ctrl-C came in the middle of something, and nothing is on its way any more."""
+        """Take all as empty: an error or a Ctrl-C came in the middle of something, and nothing is on its way any
+        more.
+        """
         self._making.clear()
         for held in self.by_key.values():
             held.owner = held.store = held.load = None

@@ -1,10 +1,11 @@
-"""The optimizer's state where a plan has it wait in RAM: brought for each of the optimizer's steps, sent back behind it.
+"""The optimizer's state where a plan has it wait in RAM: brought for each of the optimizer's steps, sent back behind
+it.
 
-[Note: whose optimizer] Nobody hands it over: torch tells of every optimizer's step, and one that steps a parameter of the
-model is the model's. So it may be built before the model is attached, or after.
+[Note: whose optimizer] Nobody hands it over: torch tells of every optimizer's step, and one that steps a parameter of
+the model is the model's. So it may be built before the model is attached, or after.
 
-[Note: a step that runs the pass] With a closure (Lightning's steps have one) forward and backward run inside the step. The
-state comes when the closure has returned.
+[Note: a step that runs the pass] With a closure (Lightning's steps have one) forward and backward run inside the step.
+The state comes when the closure has returned.
 """
 
 from __future__ import annotations
@@ -116,8 +117,8 @@ class _State:
         self._places, self.room = tuple(places), room
 
     def _tensors(self) -> list[torch.Tensor]:
-        """Return what moves, in the optimizer's own order. Numbers of steps stay where they are, as does what has gaps, or is the
-        same memory as another tensor.
+        """Return what moves, in the optimizer's own order. Numbers of steps stay where they are, as does what has gaps,
+        or is the same memory as another tensor.
         """
         optimizer = self._optimizer()
         parts: dict[int, torch.Tensor] = {}
@@ -156,7 +157,9 @@ class OptimizerState:
         yield from (state.room for state in self._states.values() if state.room is not None)
 
     def adopt(self, optimizer: Optimizer) -> None:
-        """Send the state of an optimizer of the model to RAM, where it has one already; nothing for one that is known."""
+        """Send the state of an optimizer of the model to RAM, where it has one already; nothing for one that is
+        known.
+        """
         if optimizer not in self._states and self._state_of(optimizer) is not None:
             self._send(optimizer)
 

@@ -48,8 +48,8 @@ class Conductor:
         direct: DirectAccess,
         entrances: Entrances,
     ) -> None:
-        """``arena``: the device's. ``direct``: who serves what reads weights that are not open. ``entrances``: who looks whether
-        a backward came to a layer unseen.
+        """``arena``: the device's. ``direct``: who serves what reads weights that are not open. ``entrances``: who
+        looks whether a backward came to a layer unseen.
         """
         self._plan = plan
         self._streamed = streamed
@@ -108,11 +108,15 @@ class Conductor:
             return call
 
     def _refuse_elsewhere(self, module: str, in_backward: bool) -> None:
-        """Raise RunError where two threads compute with the model at once, a process that was forked, or ``torch.func``."""
+        """Raise RunError where two threads compute with the model at once, a process that was forked, or
+        ``torch.func``.
+        """
         if os.getpid() != self._process:
             raise RunError(
-                f"{module} was called in a process that was forked from one in which memplan streams its weights: the threads that "
-                "bring them are not there. Start the process with the spawn method, or call the model in the main process"
+                f"{module} was called in a process that was forked from one in which memplan streams its weights: the "
+                f"threads that "
+                "bring them are not there. Start the process with the spawn method, or call the model in the main "
+                "process"
             )
         if in_backward:
             return  # autograd's own threads
@@ -120,7 +124,8 @@ class Conductor:
         thread = threading.get_ident()
         if self._used and self._forward_of not in (None, thread):
             raise RunError(
-                f"{module} was called in a thread while another one computes with the same model, whose weights memplan brings one "
+                f"{module} was called in a thread while another one computes with the same model, whose weights "
+                f"memplan brings one "
                 "after the other: let the calls take turns, or detach() first"
             )
         self._forward_of = thread
@@ -189,7 +194,8 @@ class Conductor:
             self._forward_of = None
             if self._closed or self._paused:
                 raise RunError(
-                    f"a backward came to {module} {self._paused or 'after detach()'}, but its forward was before: what it "
+                    f"a backward came to {module} {self._paused or 'after detach()'}, but its forward was before: what "
+                    f"it "
                     "read is no longer there. Finish the backward first"
                 )
             if torch.is_grad_enabled() and (self._streamed or self.offloads.by_key):
@@ -328,14 +334,18 @@ class Conductor:
                 self._close(opened)
 
     def _close(self, opened: Iterable[Streamed]) -> None:
-        """End forwards that ran again in a backward. The blocks stay: what they saved is read where it lies, in that backward."""
+        """End forwards that ran again in a backward. The blocks stay: what they saved is read where it lies, in that
+        backward.
+        """
         for streamed in opened:
             written = streamed.shut()
             if written:
                 self._direct.written_in_access(streamed, written)
 
     def open_in_backward(self, streamed: Streamed, *, for_good: bool) -> bool:
-        """Open a block of which a backward is under way, and return whether it is. ``for_good``: in each backward to come."""
+        """Open a block of which a backward is under way, and return whether it is. ``for_good``: in each backward to
+        come.
+        """
         with self._lock:
             if not streamed.usable or streamed.block not in self._pinned:
                 return False
@@ -364,7 +374,8 @@ class Conductor:
             self._direct.settle(streamed.block)
             if streamed.is_shared_out:  # who holds it may write to it at any time: have it read anew
                 self._evict(streamed)
-        # In backward autograd reads what it saved; and what nothing else ever lies in the place of may be kept by whoever reads it.
+        # In backward autograd reads what it saved; and what nothing else ever lies in the place of may be kept by
+        # whoever reads it.
         if streamed.usable and streamed.may_go and torch._C._current_graph_task_id() == -1:
             streamed.hide()
 
@@ -407,7 +418,9 @@ class Conductor:
                     self._elastic.leave(number)
 
     def _start(self, key: int) -> bool:
-        """Start a load unless it is there already, or nobody wants it. Returns False where it has to wait for its room."""
+        """Start a load unless it is there already, or nobody wants it. Returns False where it has to wait for its
+        room.
+        """
         streamed = self._streamed.get(key)
         wanted = self.offloads.is_due(key) if streamed is None else streamed.ticket is None
         if wanted:
@@ -472,7 +485,9 @@ class Conductor:
         self._measured.cycle_begins(self._sequence.passes)
 
     def drop(self, block: int) -> None:
-        """Have a streamed block be loaded anew before it is used: it was written to. It may be called with the lock in hand."""
+        """Have a streamed block be loaded anew before it is used: it was written to. It may be called with the lock in
+        hand.
+        """
         with self._lock:
             streamed = self._streamed[block]
             if streamed in self._used:  # its access goes on with what is there: another thread's may be under way

@@ -1,10 +1,10 @@
 """Segments of the device arena that are given back for part of a pass, and which of them are there.
 
-[Note: when a segment is there] It is given back as soon as an access without it is under way and reads nothing in it, and
-what the plan loads into it waits until one with it has begun. An access that needs one of its blocks all the same (off the
-sequence) brings it back at once and holds it no longer than itself: what is right does not rest on the plan's memory. In a
-sequence that was learned an access has the segments that the plan gives its module in all accesses of that kind; what lies
-in others then comes on demand.
+[Note: when a segment is there] It is given back as soon as an access without it is under way and reads nothing in it,
+and what the plan loads into it waits until one with it has begun. An access that needs one of its blocks all the same
+(off the sequence) brings it back at once and holds it no longer than itself: what is right does not rest on the plan's
+memory. In a sequence that was learned an access has the segments that the plan gives its module in all accesses of that
+kind; what lies in others then comes on demand.
 """
 
 from __future__ import annotations
@@ -62,8 +62,8 @@ class Elastic:
         self._arena.give_back(number)
 
     def absences(self, steps: Sequence[Step]) -> Mapping[int, frozenset[int]]:
-        """Return the steps of a learned sequence without each segment. Such a sequence has no steps between a forward and
-        a backward, so the last before a turn stands for what the plan has there.
+        """Return the steps of a learned sequence without each segment. Such a sequence has no steps between a forward
+        and a backward, so the last before a turn stands for what the plan has there.
         """
         found = {}
         for number, gone in self.planned.items():

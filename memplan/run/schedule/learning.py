@@ -1,8 +1,8 @@
 """Learning a sequence anew: what a program does instead of what the plan foresaw, once it does it always.
 
 What is right does not rest on the sequence; how early a block comes does. So as long as passes leave it, their accesses
-are written down, and what repeats itself becomes the sequence: the same blocks at the same addresses, loaded in the order
-in which they are really used. In the steady state nothing is written.
+are written down, and what repeats itself becomes the sequence: the same blocks at the same addresses, loaded in the
+order in which they are really used. In the steady state nothing is written.
 """
 
 from __future__ import annotations
@@ -140,8 +140,8 @@ def sequence_of(
 ) -> Sequence | None:
     """Return the sequence of a way; None where a backward's forward is not in it.
 
-    ``reads``: blocks by the module that reads them. ``movers``: what comes into slots, by key. ``absences``: says at which
-    steps segments are absent.
+    ``reads``: blocks by the module that reads them. ``movers``: what comes into slots, by key. ``absences``: says at
+    which steps segments are absent.
     """
     steps = []
     for index, one in enumerate(way.accesses):
@@ -156,8 +156,8 @@ def sequence_of(
 def loads_of(
     steps: Collection[Step], movers: Mapping[int, SlotUser], absent: Mapping[int, frozenset[int]]
 ) -> dict[Channel, tuple[PlannedLoad, ...]]:
-    """Return the loads of a cycle. A stay lasts from a use until a rival's, and is loaded once the rival before is over.
-    The absence of a segment is as a rival's use of all that lies there; what is read in one comes on demand.
+    """Return the loads of a cycle. A stay lasts from a use until a rival's, and is loaded once the rival before is
+    over. The absence of a segment is as a rival's use of all that lies there; what is read in one comes on demand.
     """
     length = len(steps)
     of_module = {mover.module: key for key, mover in movers.items() if mover.module}

@@ -44,7 +44,9 @@ Loads = Mapping[Channel, tuple[PlannedLoad, ...]]
 
 
 def offload_key(plan: Plan, item: int) -> int:
-    """Return what an offloaded item is called where blocks are called by their ids; the next number is its way back's."""
+    """Return what an offloaded item is called where blocks are called by their ids; the next number is its way
+    back's.
+    """
     return len(plan.table.blocks) + 2 * item
 
 
@@ -59,8 +61,8 @@ class Sequence:
         absent: Mapping[int, frozenset[int]],
         passes: int = 1,
     ) -> None:
-        """``experts``: blocks that are only read where they are chosen. ``absent``: by segment of the device arena that is
-        not always there, the steps without it. ``passes``: its number of outermost backwards.
+        """``experts``: blocks that are only read where they are chosen. ``absent``: by segment of the device arena that
+        is not always there, the steps without it. ``passes``: its number of outermost backwards.
         """
         self.steps = steps
         self.length = len(steps)
@@ -94,8 +96,8 @@ class Sequence:
     def passed_expert(self, module: str, now: int) -> int | None:
         """Return the linear position of the module's forward that the experts just called stand in place of, or None.
 
-        A router may call its experts in any order, and one more than once: as long as nothing but experts has come since
-        where the plan has this one, it is a call of this pass.
+        A router may call its experts in any order, and one more than once: as long as nothing but experts has come
+        since where the plan has this one, it is a call of this pass.
         """
         cycle, index = divmod(now, self.length)
         for candidate in self.forwards.get(module, ()) if self.experts else ():
@@ -113,8 +115,8 @@ class Sequence:
         return None
 
     def backward_at(self, module: str, call: int, now: int) -> int | None:
-        """Return the linear position of the next backward access of the module's forward at ``call``, now's included, or
-        None.
+        """Return the linear position of the next backward access of the module's forward at ``call``, now's included,
+        or None.
         """
         if call < 0:
             return None
@@ -139,8 +141,8 @@ class Sequence:
         return now >= end or not self.skipped_reads(now, end + 1)
 
     def lacks(self, segment: int, now: int, done: int) -> bool:
-        """Whether a segment is absent in the access ``now``, or in one that may be under way behind it since it is over:
-        no trigger tells of the loss and the optimizer. ``done``: accesses below it are over.
+        """Whether a segment is absent in the access ``now``, or in one that may be under way behind it since it is
+        over: no trigger tells of the loss and the optimizer. ``done``: accesses below it are over.
         """
         if now < 0:  # a sequence begins anew behind a pass: the optimizer step may be under way
             return self.length - 1 in self.absent[segment]

@@ -1,10 +1,12 @@
-"""A streamed block: its one address on the device, whether it is there, and whether its weights may be used as they are.
+"""A streamed block: its one address on the device, whether it is there, and whether its weights may be used as they
+are.
 
 What a weight is, by where its block is:
 
 - *away*: a placeholder, of the class that sends every operator to :mod:`memplan.run.access.direct_access`;
-- *there*, but no access of it under way: the same outside of backward; in backward, where autograd reads what it saved, a
-  view of the block's slot, of that class too. Who reads it then may go on reading it when another block lies in the slot;
+- *there*, but no access of it under way: the same outside of backward; in backward, where autograd reads what it saved,
+  a view of the block's slot, of that class too. Who reads it then may go on reading it when another block lies in the
+  slot;
 - *open*, while an access of it is under way: a view of the slot, of its own class. Nothing is paid for that.
 """
 
@@ -69,9 +71,11 @@ class Streamed:
     is_stale: bool = False
     """It was written to in an access that was under way: what is in the slot goes when that is over."""
     opens_in_backward: bool = False
-    """Its weights are read in backward by more than autograd's own formulas: by a recompute, or by functions that keep them.
+    """Its weights are read in backward by more than autograd's own formulas: by a recompute, or by functions that keep
+    them.
 
-    Else it stays shut there: what reads it then is something else, whose graph may outlive the block's stay in its slot.
+    Else it stays shut there: what reads it then is something else, whose graph may outlive the block's stay in its
+    slot.
     """
     is_shared_out: bool = False
     """Someone may still hold what was read of it directly."""
@@ -111,7 +115,9 @@ class Streamed:
     # This is done in every access: flat tuples, no call that can be spared.
 
     def bind(self) -> None:
-        """Point the parameters at the block. Raises RunError where one is trained by now: what it learned would be lost."""
+        """Point the parameters at the block. Raises RunError where one is trained by now: what it learned would be
+        lost.
+        """
         self.is_hidden = False
         with torch._C.DisableTorchFunctionSubclass(), unasked():
             for tensor, there, _ in self.pointers:
@@ -157,12 +163,16 @@ class Streamed:
     # This is not.
 
     def hide(self) -> None:
-        """Have placeholders in the parameters' place though the block is there: what asks no class may keep what it reads."""
+        """Have placeholders in the parameters' place though the block is there: what asks no class may keep what it
+        reads.
+        """
         self.unbind()
         self.is_hidden = True
 
     def announce(self, plain: frozenset[int] | None) -> None:
-        """Have placeholders that torch's dispatcher asks about, but of the tensors with ids in ``plain``. None: of no tensor."""
+        """Have placeholders that torch's dispatcher asks about, but of the tensors with ids in ``plain``. None: of no
+        tensor.
+        """
         elements = self._elements or tuple(away for _, _, away in self.pointers)
         self._elements = elements
         self.pointers = tuple(
@@ -195,7 +205,9 @@ class Streamed:
         return replaced, is_written
 
     def serve(self, kinds: tuple[Kinds, ...]) -> None:
-        """Have the weights be of these classes from now on: nothing of them is open. Without any they are as others are."""
+        """Have the weights be of these classes from now on: nothing of them is open. Without any they are as others
+        are.
+        """
         if not kinds:
             self.be_plain()
         self.kinds = kinds
@@ -233,8 +245,8 @@ class Streamed:
     def note_no_write(self, place: int) -> None:
         """Note that a weight's version rose in the access that is over, but its values are what they were.
 
-        So it is wherever parametrizations come and go in a forward (PEFT's on experts): they set a tensor to itself. What else
-        writes in a forward the trace has seen, and the block then stays; but for hooks that came later.
+        So it is wherever parametrizations come and go in a forward (PEFT's on experts): they set a tensor to itself.
+        What else writes in a forward the trace has seen, and the block then stays; but for hooks that came later.
         """
         self.no_writes.add((place, self.pointers[place][0]._version - self._versions[place]))
 
@@ -245,6 +257,7 @@ _address_of: Callable[[torch.Tensor], int] = torch._C.TensorBase.data_ptr
 def trained_by_now(block: str) -> RunError:
     """Return the error for a weight that was placed as a frozen one."""
     return RunError(
-        f"a weight of {block} was frozen when it was placed and is trained now, but memplan only ever reads it: detach() "
+        f"a weight of {block} was frozen when it was placed and is trained now, but memplan only ever reads it: "
+        f"detach() "
         "first, then plan and attach anew"
     )

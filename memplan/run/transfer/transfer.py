@@ -97,8 +97,10 @@ class DiskSource:
         if found != self.expected:
             path = self.extents[0][0].path
             raise TransferError(
-                f"the block {self.block} was read from {path}, whose bytes are not those that were written: the disk or "
-                "the file is damaged. Stop, run `memplan cache clear`, and resume from the last checkpoint of the adapter"
+                f"the block {self.block} was read from {path}, whose bytes are not those that were written: the disk "
+                f"or "
+                "the file is damaged. Stop, run `memplan cache clear`, and resume from the last checkpoint of the "
+                "adapter"
             )
         self.expected = None
 
@@ -147,7 +149,9 @@ class Transfers(Protocol):
 
 
 def _await(load: Job) -> float:
-    """Wait for a load; return the seconds that it took. Raises what the load raised, and TransferError past a deadline."""
+    """Wait for a load; return the seconds that it took. Raises what the load raised, and TransferError past a
+    deadline.
+    """
     began = time.perf_counter()
     if not load.wait(DEADLINE_S):
         raise TransferError(
@@ -233,9 +237,9 @@ class CudaTransfers:
     """Streams and events. Unproven: no GPU has run it yet.
 
     The host never synchronises with the device here, except in staging threads. What lies on the disk or in pageable
-    memory goes through a page-locked ring, one for each of the two, whose thread waits until its own piece of it is free
-    again. What goes back to pageable memory is waited for by another thread: one that waits for the compute must not hold
-    up loads.
+    memory goes through a page-locked ring, one for each of the two, whose thread waits until its own piece of it is
+    free again. What goes back to pageable memory is waited for by another thread: one that waits for the compute must
+    not hold up loads.
     """
 
     _TIMED = 256
@@ -248,7 +252,9 @@ class CudaTransfers:
         spans: Spans | None = None,
         is_ring_locked: bool = True,
     ) -> None:
-        """``is_ring_locked``: whether rings may be page-locked; else what is in pageable memory is left to the driver."""
+        """``is_ring_locked``: whether rings may be page-locked; else what is in pageable memory is left to the
+        driver.
+        """
         self._device = device
         self._spans = spans
         self._stream = torch.cuda.Stream(device)

@@ -16,9 +16,9 @@ _LOOK_S = 0.25
 class Job:
     """Something that one thread does and others may wait for.
 
-    [Note: waiting and Ctrl-C] A ``concurrent.futures.Future`` is waited for under a lock that Python code takes. A Ctrl-C
-    just then leaves it taken, and the thread that does the job waits for ever to say that it is done. Here that thread
-    waits for nobody.
+    [Note: waiting and Ctrl-C] A ``concurrent.futures.Future`` is waited for under a lock that Python code takes. A
+    Ctrl-C just then leaves it taken, and the thread that does the job waits for ever to say that it is done. Here that
+    thread waits for nobody.
     """
 
     __slots__ = ("_call", "_error", "_finished", "_lock")

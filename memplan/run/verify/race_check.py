@@ -2,8 +2,8 @@
 
 Each actor (the compute, and each channel) has a vector clock: what it knows to be over of every actor's doings. A load
 starts knowing what the compute had enqueued; a wait tells the compute what the load knew. A write that does not know of
-an earlier read or write of the same bytes, or a read that does not know of the last write, may go either way on a device
-that is slower or faster: it raises here, whichever way it went.
+an earlier read or write of the same bytes, or a read that does not know of the last write, may go either way on a
+device that is slower or faster: it raises here, whichever way it went.
 """
 
 from __future__ import annotations
@@ -46,7 +46,8 @@ class _ClockedTicket:
 
 
 class ClockedTransfers:
-    """A :class:`memplan.run.transfer.transfer.Transfers` around another one, which raises where an order is left to chance.
+    """A :class:`memplan.run.transfer.transfer.Transfers` around another one, which raises where an order is left to
+    chance.
 
     Raises TransferError naming both where a load may overtake what came before it, StrayReadError naming both where a
     read may come before its load.

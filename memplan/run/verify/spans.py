@@ -1,8 +1,8 @@
 """When each access and each load of a pass took place: the traced mode.
 
 Marks are taken where the triggers are told and where channels do their work. On the CPU a mark is the clock; on CUDA an
-event in the stream that does the work, so nothing waits for it and its time is known later (unproven: no GPU has run it).
-Each access is a range in torch's profiler too, named after what it reads.
+event in the stream that does the work, so nothing waits for it and its time is known later (unproven: no GPU has run
+it). Each access is a range in torch's profiler too, named after what it reads.
 """
 
 from __future__ import annotations

@@ -1,11 +1,11 @@
 """Copies of weights that autograd saves and the plan has no room for: looked for once, in a run's first pass.
 
-A plan that was made without the run's autocast, or for another kind of adapter, does not foresee the casts or the merged
-weights that a layer then saves for its backward, and a card runs out of memory that the plan says is free.
+A plan that was made without the run's autocast, or for another kind of adapter, does not foresee the casts or the
+merged weights that a layer then saves for its backward, and a card runs out of memory that the plan says is free.
 
-[Note: looked at, not hooked] Saved-tensor hooks would stand between a checkpoint and what it drops. So nothing is hooked:
-when a forward has ended, the graph that it left is walked, and what its nodes hold is looked at where it lies, without
-unpacking it. What others' hooks hold (a checkpoint's, an offload's) is theirs.
+[Note: looked at, not hooked] Saved-tensor hooks would stand between a checkpoint and what it drops. So nothing is
+hooked: when a forward has ended, the graph that it left is walked, and what its nodes hold is looked at where it lies,
+without unpacking it. What others' hooks hold (a checkpoint's, an offload's) is theirs.
 """
 
 from __future__ import annotations
@@ -46,7 +46,9 @@ class Copies:
         """Copies of weights that the first pass saved beyond what the plan has."""
 
     def look(self, module: str, call: int, given: object, output: object) -> bool:
-        """Look at a forward that has ended, and return whether all have been looked at. ``call``: its linear position."""
+        """Look at a forward that has ended, and return whether all have been looked at. ``call``: its linear
+        position.
+        """
         if call < 0 or in_backward() or not torch.is_grad_enabled():
             return False
         index = call % len(self._plan.table.accesses)
@@ -85,7 +87,9 @@ class Copies:
             self._report(row.module, unforeseen)
 
     def _shapes(self, blocks: Iterable[int]) -> set[tuple[tuple[int, ...], int]]:
-        """Return what copies of weights look like: their shape, dimensions in order, or one expert's of many; and elements."""
+        """Return what copies of weights look like: their shape, dimensions in order, or one expert's of many; and
+        elements.
+        """
         found = set()
         for block in blocks:
             for tensor in self._plan.table.blocks[block].tensors:
@@ -96,8 +100,10 @@ class Copies:
     def _report(self, module: str, size_bytes: int) -> None:
         if not self.unforeseen_bytes:  # at once: the next layers may be those for which there is no room
             _LOG.warning(
-                "%s saves %s of copies of its weights for backward that the plan does not have (casts or merged weights), "
-                "and others may too: make the plan inside the same autocast, or with autocast=, and with the same adapter; or "
+                "%s saves %s of copies of its weights for backward that the plan does not have (casts or merged "
+                "weights), "
+                "and others may too: make the plan inside the same autocast, or with autocast=, and with the same "
+                "adapter; or "
                 "plan with activations='recompute'",
                 module,
                 format_bytes(size_bytes),

@@ -40,8 +40,8 @@ _KINDS: dict[str, tuple[str, int, str]] = {
 """By kind, from the bottom of the chart: its family (a hue), its place there (a pattern), and what it is."""
 
 _NAMES = {"activations": "other activations", "workspace": "other workspace"}
-"""What a chart calls kinds that it takes apart further than the table of a plan's bytes, where the same words stand for more:
-there the logits and what is recomputed are activations or workspace too."""
+"""What a chart calls kinds that it takes apart further than the table of a plan's bytes, where the same words stand for
+more: there the logits and what is recomputed are activations or workspace too."""
 
 _TITLES = {"vram": "Device memory", "ram": "RAM", "disk": "Disk"}
 

@@ -33,7 +33,9 @@ def write(
     points: Sequence[Point] = (),
     machine: Machine | None = None,
 ) -> None:
-    """Write the page, whole or not at all; ``-`` is standard output. Raises InputError where the file cannot be written."""
+    """Write the page, whole or not at all; ``-`` is standard output. Raises InputError where the file cannot be
+    written.
+    """
     write_file(path, text(plan, record, points, machine).encode())
 
 
@@ -44,8 +46,8 @@ _THEMES = "".join(
         ("dark", "[data-jp-theme-light=false],.vscode-dark,html[theme=dark]"),
     )
 )
-"""The page goes with the colours of the notebook, where that says what they are (Jupyter, VS Code, Colab); else with the
-system's. Nothing but the frame is named."""
+"""The page goes with the colours of the notebook, where that says what they are (Jupyter, VS Code, Colab); else with
+the system's. Nothing but the frame is named."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

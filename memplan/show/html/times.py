@@ -149,7 +149,9 @@ def table(plan: Plan, line: Timeline, found: Sequence[Wait]) -> Table:
 
 
 def stalled(blocks: Sequence[BlockFact], found: Sequence[Wait], record: RunRecord | None) -> Table | None:
-    """Return what was waited for by layer, the longest first: predicted, and as it was measured. None where nothing was."""
+    """Return what was waited for by layer, the longest first: predicted, and as it was measured. None where nothing
+    was.
+    """
     said: dict[str, float] = {}
     causes: dict[str, set[str]] = {}
     for wait in found:

@@ -216,7 +216,8 @@ def _phases(plan: Plan) -> tuple[tuple[str, float], ...]:
 
 def _sources(plan: Plan, record: RunRecord | None, machine: Machine | None) -> tuple[tuple[str, str], ...]:
     found = [
-        ("predicted", "Bytes are counted on the model's own shapes. Times follow from its operators and the figures below, or from times that were measured where a note says so."),
+        ("predicted", "Bytes are counted on the model's own shapes. Times follow from its operators and the figures "
+                      "below, or from times that were measured where a note says so."),
     ]  # fmt: skip
     if record is not None:
         found.append(("measured", f"In a run on {record.device}: the medians of its passes, its greatest bytes."))

@@ -1,7 +1,8 @@
 """Models whose weights are never held whole.
 
-``from_pretrained`` and ``hf_diffusers`` are libraries' own ways in; ``stored``, ``conversion``, ``new_heads`` say what of a checkpoint a parameter
-is; ``mapped_weights`` are read where they are used until ``deferred_placement``; ``load`` goes the way in one call.
+``from_pretrained`` and ``hf_diffusers`` are libraries' own ways in; ``stored``, ``conversion``, ``new_heads`` say what
+of a checkpoint a parameter is; ``mapped_weights`` are read where they are used until ``deferred_placement``; ``load``
+goes the way in one call.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """A checkpoint's tensors under the names and in the form that the model has them.
 
 transformers renames keys and fuses or splits tensors while it loads (experts that are stored one by one, projections
-that are stored as one). Its own rules say what each parameter is made of, and its own operations make it, one at a time.
+that are stored as one). Its own rules say what each parameter is made of, and its own operations make it, one at a
+time.
 """
 
 from __future__ import annotations

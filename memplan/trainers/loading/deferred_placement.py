@@ -1,8 +1,8 @@
 """A mapped model that waits to be placed: at its first call to be trained, at the latest.
 
-Until then the weights of a model that is to be trained in part stay where they are mapped, on the host, though the script
-moves its model to a device: most of it is what would not fit there. What else the model has does move. A model of which
-nothing is frozen, or nothing trained, moves as ever.
+Until then the weights of a model that is to be trained in part stay where they are mapped, on the host, though the
+script moves its model to a device: most of it is what would not fit there. What else the model has does move. A model
+of which nothing is frozen, or nothing trained, moves as ever.
 """
 
 from __future__ import annotations

@@ -32,8 +32,8 @@ Then = Callable[[nn.Module, Mapping[str, Any]], None]
 
 
 def map_loaded(kind: Any, mapped: Mapped, loaded: Callable[[nn.Module], None], then: Then) -> None:
-    """Have ``from_pretrained`` of a class try ``mapped`` first, ``loaded`` be told of what it gives, and ``then`` of what is
-    mapped.
+    """Have ``from_pretrained`` of a class try ``mapped`` first, ``loaded`` be told of what it gives, and ``then`` of
+    what is mapped.
     """
     original = kind.__dict__["from_pretrained"]
 
@@ -141,7 +141,9 @@ def of_diffusers(cls: Any, name: Any, args: tuple[Any, ...], kwargs: dict[str, A
 
 
 def _folder_of(name: str | Path, asked: dict[str, Any]) -> Path | None:
-    """Return the folder of a model's files, which those of a hub are first brought to; None where it has no such files."""
+    """Return the folder of a model's files, which those of a hub are first brought to; None where it has no such
+    files.
+    """
     if Path(name).is_dir():
         return Path(name) if has_checkpoint(name) else None
     from transformers.utils.hub import cached_file, get_checkpoint_shard_files

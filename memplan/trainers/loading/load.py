@@ -53,7 +53,8 @@ def load(
     ``attention`` as for :func:`memplan.plan`. ``checked``, ``cache``, ``verify`` as for :func:`memplan.attach`.
     ``progress``: a bar on standard error (default: where that is a terminal). dtypes are the plan's; keys are renamed
     and experts fused as transformers does. The model is in evaluation mode, as ``from_pretrained`` leaves it;
-    :func:`memplan.handle_of` gives its handle. Detached it is whole, on the host: its weights are mapped from their files.
+    :func:`memplan.handle_of` gives its handle. Detached it is whole, on the host: its weights are mapped from their
+    files.
 
     Peak RAM: the plan's arenas, 16 MiB of staging, and a piece of 16 MiB; where transformers makes a tensor of others,
     that tensor and those. Raises CheckpointError, PlanError and its children, InputError, ModelError.
@@ -132,8 +133,10 @@ def fill_trainables(model: nn.Module) -> None:
 
 def _made_too_early(name: str) -> ModelError:
     return ModelError(
-        f"{name} was made of weights that were not there yet: an adapter whose beginning rests on the model's weights, in "
-        "another dtype than the checkpoint's. Load the model with its weights, add the adapter, and use memplan.wrap or "
+        f"{name} was made of weights that were not there yet: an adapter whose beginning rests on the model's weights, "
+        f"in "
+        "another dtype than the checkpoint's. Load the model with its weights, add the adapter, and use memplan.wrap "
+        "or "
         "memplan.attach"
     )
 
@@ -147,7 +150,8 @@ def _require_placeholders(model: nn.Module, buffers: set[int]) -> None:
     for name, parameter in frozen:
         if origin_of(parameter) is not None and parameter.numel() and not is_placeholder(parameter):
             raise ModelError(
-                f"{canonical(name)} was replaced, cast or copied before its weights were there: load the model with its "
+                f"{canonical(name)} was replaced, cast or copied before its weights were there: load the model with "
+                f"its "
                 "weights, change it, and use memplan.wrap or memplan.attach"
             )
     made: list[tuple[str, torch.Tensor]] = [(name, held) for name, held in frozen if origin_of(held) is None]

@@ -174,7 +174,9 @@ class _Area(NamedTuple):
 
 
 def _file_areas() -> list[_Area]:
-    """Return them as the kernel has them: a page of a private mapping becomes the process's own when it is written to."""
+    """Return them as the kernel has them: a page of a private mapping becomes the process's own when it is written
+    to.
+    """
     found: list[_Area] = []
     area: _Area | None = None
     for line in _SMAPS.read_text(errors="surrogateescape").splitlines():

@@ -42,8 +42,8 @@ def put_weights(
     """Put what ``data_of`` gives in the place of each parameter on ``meta``, and read the buffers.
 
     ``data_of``: from what reads the files, the parameter and what the checkpoint holds of it. ``heads``: begin those
-    that the checkpoint holds nothing for, on the CPU. Raises CheckpointError where the checkpoint is not the model's; the
-    model then is as it was.
+    that the checkpoint holds nothing for, on the CPU. Raises CheckpointError where the checkpoint is not the model's;
+    the model then is as it was.
     """
     stored = stored_for(model, folder)
     made: dict[int, nn.Parameter] = {}
@@ -79,7 +79,9 @@ def origin_of(parameter: nn.Parameter) -> Stored | None:
 
 
 def checkpoint_of(model: nn.Module) -> Checkpoint | None:
-    """Return what of a checkpoint the parameters of a model are, by their names of now; None where none was made here."""
+    """Return what of a checkpoint the parameters of a model are, by their names of now; None where none was made
+    here.
+    """
     found = {name: origin for parameter, names in names_of(model) if (origin := origin_of(parameter)) for name in names}
     return found or None
 

@@ -1,4 +1,6 @@
-"""What a Python that starts under ``memplan run`` reads first; it then hands on to the file of this name that it hides."""
+"""What a Python that starts under ``memplan run`` reads first; it then hands on to the file of this name that it
+hides.
+"""
 
 from __future__ import annotations
 
