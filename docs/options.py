@@ -32,7 +32,10 @@ def texts() -> dict[str, tuple[str, str]]:
     for field, text in zip(made.body[1::2], made.body[2::2], strict=True):
         assert isinstance(field, ast.AnnAssign)
         assert isinstance(text, ast.Expr)
-        found[ast.unparse(field.target)] = ast.unparse(field.annotation), ast.literal_eval(text.value)
+        found[ast.unparse(field.target)] = (
+            ast.unparse(field.annotation),
+            inspect.cleandoc(ast.literal_eval(text.value)).strip(),
+        )
     return found
 
 

@@ -47,6 +47,6 @@ def graph_of(model: nn.Module, batch, loss, **options) -> LayerGraph:
 @cache
 def code() -> str:
     """Return what tells this code and its libraries from others."""
-    files = sorted((ROOT / "memplan").rglob("*.py")) + [ROOT / "tests" / "training.py"]
+    files = sorted((ROOT / "memplan").rglob("*.py")) + [ROOT / "tests" / "support" / "training.py"]
     digest = hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()
     return " ".join([digest, *(version(name) for name in ("torch", "transformers", "peft"))])
