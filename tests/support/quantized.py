@@ -28,7 +28,7 @@ def folder() -> TemporaryDirectory[str]:
     return made
 
 
-def make(kind: str, *, dropout: float = 0.0, checkpointing: str = "off", seed: int = 0) -> nn.Module:
+def make(kind: str, *, dropout: float = 0.0, checkpointing: str = "off", seed: int = 0, **lora: object) -> nn.Module:
     """Return a Llama whose linear layers are quantized, with an adapter whose B is not zero, in training mode."""
     base = AutoModelForCausalLM.from_pretrained(folder().name, **_options(kind), dtype=torch.float32)
     base.requires_grad_(False)
@@ -36,11 +36,11 @@ def make(kind: str, *, dropout: float = 0.0, checkpointing: str = "off", seed: i
     if kind == "gptq-like":
         _pack(base)
     torch.manual_seed(seed)
-    lora = LoraConfig(
+    config = LoraConfig(
         r=4, lora_alpha=8, lora_dropout=dropout, init_lora_weights=False,
-        target_modules=["lm_head"] if kind == "gptq-like" else "all-linear",
+        target_modules=["lm_head"] if kind == "gptq-like" else "all-linear", **lora,
     )  # fmt: skip
-    model = get_peft_model(base, lora)
+    model = get_peft_model(base, config)
     if kind == "gptq-like":
         for layer in base.model.layers:  # PEFT knows no such layer: a gradient must go through the base all the same
             layer.input_layernorm.weight.requires_grad_(True)

@@ -9,10 +9,12 @@ from __future__ import annotations
 import contextlib
 import copy
 from collections.abc import Iterator
+from functools import cache
 from typing import Any, Protocol
 
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 from memplan.model.weights import Weight, frozen_weights, is_quantized, is_quantizer_state, is_wrapper, rewrapped
 from memplan.state.snapshot import Snapshot
@@ -72,6 +74,8 @@ class _StandIns:
             self.made[id(value)] = found
         if is_quantized(value) and id(value) not in self._states:
             self._states[id(value)] = found
+            if type(found) is FakeTensor:  # PEFT knows bitsandbytes' by the name of their class
+                found.__class__ = _named(type(value).__name__)
             self._hold(value, found)
         return found
 
@@ -96,6 +100,12 @@ class _StandIns:
                 stand_in.__dict__[name] = self.of(kept)
             elif isinstance(value, torch.Tensor):
                 stand_in.__dict__[name] = kept
+
+
+@cache
+def _named(name: str) -> type[FakeTensor]:
+    """Return a class of fake tensors of another name."""
+    return type(name, (FakeTensor,), {})
 
 
 def _refresh_recurrent(module: nn.Module) -> None:

@@ -64,6 +64,7 @@ def install(
         _rivals([*parts.streamed.values(), *offloaded.values()])
         parts.direct = DirectAccess(device, parts.homes, parts.streamed, parts.own_home, parts.lent)
         _note_recomputed(plan, parts)
+        _note_holders(model, parts)
         entrances = Entrances(
             _trained(model), {name: _trained(layer) for name, layer in _kept_reads(plan, triggers, parts).items()}
         )
@@ -242,6 +243,16 @@ def _compiled_weights(model: nn.Module) -> frozenset[int]:
     """Return the ids of the parameters that torch.compile sees, whose class its guards look at."""
     compiled = (module for module in model.modules() if is_compiled(module))
     return frozenset(id(parameter) for module in compiled for parameter in module.parameters())
+
+
+def _note_holders(model: nn.Module, parts: Runtime) -> None:
+    """Note where modules hold the weights of streamed blocks."""
+    places = {id(tensor): one for one in parts.streamed.values() for tensor, _, _ in one.pointers}
+    for module in model.modules():
+        for name, parameter in module._parameters.items():
+            one = places.get(id(parameter))
+            if one is not None and parameter is not None:
+                one.holders += ((module._parameters, name, parameter),)
 
 
 def _rivals(owners: Sequence[Streamed | Offloaded]) -> None:

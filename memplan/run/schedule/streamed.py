@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from typing import Any
 from weakref import ReferenceType
 
 import torch
@@ -54,6 +55,8 @@ class Streamed:
     """Beside each of ``pointers``: what the plan has of it."""
     at_home: tuple[tuple[torch.Tensor, torch.Tensor], ...] = ()
     """Each tensor, and the view of its home that it is where rows of it are read there; empty where they never are."""
+    holders: tuple[tuple[dict[str, Any], str, torch.Tensor], ...] = ()
+    """Where modules hold its weights: their parameters, the name there, and the weight."""
     overlapping: tuple[int, ...] = ()
     """Streamed blocks whose addresses overlap this one's."""
     ticket: Ticket | None = None
@@ -156,11 +159,22 @@ class Streamed:
             or (self.has_late_hooks and any(t.stride() != there.stride() for t, there, _ in self.pointers))
         ):
             written = tuple(self._written())
+        for held, name, tensor in self.holders:
+            if held.get(name) is not tensor:
+                self._hold_again(held, name, tensor)
         for tensor, kind in self._away:
             tensor.__class__ = kind
         return written
 
     # This is not.
+
+    def _hold_again(self, held: dict[str, Any], name: str, tensor: torch.Tensor) -> None:
+        """Put a weight back where another tensor over its bytes has taken its place. PEFT's DoRA does that to
+        bitsandbytes' on a CPU: it moves them to where they are. Of what lies elsewhere the script's own is kept.
+        """
+        found = held.get(name)
+        if isinstance(found, torch.Tensor) and found.data_ptr() == tensor.data_ptr() and found.shape == tensor.shape:
+            held[name] = tensor
 
     def hide(self) -> None:
         """Have placeholders in the parameters' place though the block is there: what asks no class may keep what it
