@@ -68,7 +68,7 @@ def _devices() -> list[Finding]:
         return _seen_by_torch()
     except Exception as error:  # of the driver, or of libraries that are not there: whatever it is, it is to be said
         reason = " ".join(str(error).split()) or type(error).__name__
-        return [Finding(what="GPU", found=f"torch cannot be asked: {reason}", is_problem=True)]
+        return [Finding(what="GPU", found=f"torch failed to query the GPU: {reason}", is_problem=True)]
 
 
 def _seen_by_torch() -> list[Finding]:

@@ -72,14 +72,15 @@ class PlanOptions(TypedDict, total=False):
     accumulation: int
     """Passes of a step: 1 unless it is given."""
     steps: int | None
-    """Of the whole run, for its time."""
+    """Total steps, to estimate run time."""
     examples: int | None
     """Of an epoch, to count the steps from, where the batch is a shape: each epoch ends with a step, however few are
     left for it."""
     epochs: int | None
     """Of the whole run, with ``examples``. None: one."""
     optimizer: str | None
-    """Its state counts: as transformers' ``optim``, or ``"adamw"`` (the default), ``"sgd"``, ``"momentum"`` and others.
+    """Optimizer whose state is counted: a transformers ``optim`` name, or ``"adamw"`` (the default), ``"sgd"``,
+    ``"momentum"`` and others.
     """
     loss: Callable[[Any], Any] | None
     """From the model's output to a scalar, where the output holds none."""

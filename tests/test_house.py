@@ -52,7 +52,9 @@ def test_a_folder_has_few_files_and_says_which(folder):
     if folder != PACKAGE and files:
         told = ast.get_docstring(ast.parse((folder / "__init__.py").read_text(encoding="utf-8"))) or ""
         untold = [name for name in files if not re.search(rf"``(?:\w+/)?{name}``", told)]
-        assert not untold or len(files) < 4, untold
+        assert not untold or len(files) < 4, (
+            f"name {untold} in {folder.relative_to(ROOT)}/__init__.py, and what it is for"
+        )
 
 
 JOURNEYS = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")

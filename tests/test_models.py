@@ -55,7 +55,7 @@ def test_found_by_either_name():
     [
         ("llama-3.1-9b", "near it: llama-3.1-8b"),
         ("nothing-like-it-at-all", "neither a directory with a config.json nor a model that memplan knows"),
-        ("someone/a-model", "the configuration of someone/a-model cannot be had from the hub"),
+        ("someone/a-model", "the configuration of someone/a-model could not be fetched from the Hub"),
         ("../elsewhere", "neither a directory"),
         ("a/b/c", "neither a directory"),
     ],

@@ -39,7 +39,7 @@ SLIPS = {
     "plan weights.gguf": "it is a file; give the directory",
     "plan broken": "config.json cannot be used",
     "plan listed": "config.json cannot be used: it holds no settings",
-    "plan someone/no-such-model": "the configuration of someone/no-such-model cannot be had from the hub",
+    "plan someone/no-such-model": "the configuration of someone/no-such-model could not be fetched from the Hub",
     PLAN + "--dtype bf61": "near it: bf16",
     PLAN + "--dtype int8": "the dtype was given as 'int8', which is a quantization: give --quantization int8",
     PLAN + "--lora-targets q_proj": "'q_proj', which no layer of a gpt2 model is called",

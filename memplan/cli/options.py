@@ -92,7 +92,8 @@ OPTIONS: dict[str, Row] = {
         _option(
             "--page-lock",
             metavar="SIZE",
-            help="Of RAM what a GPU may have page-locked.  [default: all, or where the profile saw a limit]",
+            help="Maximum RAM that may be page-locked (pinned) for the GPU.  [default: all, or where the profile saw a "
+            "limit]",
         ),
         _size("--page-lock"),
     ),
@@ -170,7 +171,7 @@ OPTIONS: dict[str, Row] = {
             "--steps",
             metavar="N",
             type=COUNT,
-            help="Of the whole run, for its time.  [default: none; with a script its trainer's]",
+            help="Total steps, to estimate run time.  [default: none; with a script its trainer's]",
         )
     ),
     "examples": Row(
@@ -184,7 +185,8 @@ OPTIONS: dict[str, Row] = {
         _option(
             "--optimizer",
             metavar="NAME",
-            help="Its state counts: as transformers' optim, or a name of memplan's.  [default: adamw; with a script "
+            help="Optimizer whose state is counted: a transformers optim name or one of memplan's.  [default: adamw; "
+            "with a script "
             "its trainer's]",
         )
     ),
@@ -196,14 +198,15 @@ OPTIONS: dict[str, Row] = {
         _option(
             "--activations",
             type=click.Choice([*ACTIVATIONS, ANY]),
-            help="Of every layer; any: chosen among all three, after one look more.  [default: kept or recomputed]",
+            help="Activation policy for every layer; any: picks one per layer (one extra trace).  [default: kept or "
+            "recomputed]",
         )
     ),
     "elastic": Row(
         _option(
             "--elastic/--no-elastic",
             default=None,
-            help="Weights have more room where activations leave it.  [default: on the CPU alone; no GPU has proven "
+            help="Let weights use memory that activations leave free.  [default: on the CPU alone; no GPU has proven "
             "it]",
         )
     ),

@@ -108,13 +108,22 @@ def frontier(
     return OK
 
 
-@group.command("fit", short_help="Say what the most is that fits.", params=training(without=("max_step_s", "gains")))
+@group.command(
+    "fit",
+    short_help="Find the largest batch, sequence and rank that fit.",
+    params=training(without=("max_step_s", "gains")),
+)
 @click.option(
-    "--slowdown", metavar="SHARE", type=float, default=0.05, show_default=True, help="That the least vram may cost."
+    "--slowdown",
+    metavar="SHARE",
+    type=float,
+    default=0.05,
+    show_default=True,
+    help="Slowdown accepted for the minimum vram.",
 )
 @JSON
 def fit(model: str, batch: int, seq: int | None, slowdown: float, as_json: bool, **said: Any) -> int:
-    """Say what the most is that fits: micro-batch, sequence, LoRA rank and quantization, each alone and the rest as
+    """Find the largest micro-batch, sequence, LoRA rank and quantization that fit, each alone and the rest as
     asked.
 
     And the least vram for what was asked. Exits with 0 if that fits, 1 if not.

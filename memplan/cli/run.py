@@ -21,7 +21,7 @@ from memplan.units import parse_size
 
 
 @group.command(
-    short_help="Train with a script as it is, under a plan.",
+    short_help="Run an unmodified script within a memory budget.",
     context_settings={"allow_interspersed_args": False},
     params=of_script(),
 )
@@ -41,7 +41,7 @@ def run(
     """Run COMMAND, such as -- python train.py, with its trainer's model under a plan.
 
     The script is not changed. What cannot be served runs as it would without memplan, and a line on standard error says
-    why. What is given here goes before what the script's trainer says. The exit code is the script's own, whatever it
+    why. Options here override the script's trainer settings. The exit code is the script's own, whatever it
     is: 1 may be the script's too. Where memplan cannot start it, 2.
     """
     options = _checked(given(said))

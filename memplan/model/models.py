@@ -99,7 +99,8 @@ def not_on_hub(name: str, error: Exception) -> InputError:
     found = near(name)
     known = f", or one of the names that memplan knows itself, such as {found[0]}" if found else ""
     return InputError(
-        f"the configuration of {name} cannot be had from the hub: {first_line(error).rstrip('. ')}. Check the name and "
+        f"the configuration of {name} could not be fetched from the Hub: {first_line(error).rstrip('. ')}. Check the "
+        f"name and "
         f"the network, or "
         f"give a directory with its config.json{known}"
     )

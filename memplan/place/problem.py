@@ -151,7 +151,7 @@ def make_problem(
     for module in activations:
         if module not in table.recomputable:
             raise InputError(
-                f"the activations of {module!r} were given as {activations[module]}, but memplan has no say in them: "
+                f"the activations of {module!r} were given as {activations[module]}, but memplan cannot set them: "
                 + (f"name modules such as {table.recomputable[0]}" if table.recomputable else "leave them out")
             )
     reads: list[list[int]] = [[] for _ in table.blocks]

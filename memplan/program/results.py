@@ -28,7 +28,7 @@ class Point(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     compute_s: float
     loaded_bytes_per_pass: int
     recomputed: int
-    """Layers whose activations are made again in backward."""
+    """Layers whose activations are recomputed in backward."""
     offloaded: int
     """Layers whose activations wait in RAM."""
     binds: str

@@ -37,7 +37,8 @@ def fit(
     slowdown: float = SLOWDOWN,
     **options: Unpack[PlanOptions],
 ) -> Fit:
-    """Say what the most is that fits. ``options``: those of :func:`memplan.plan` but for adapter, max_step_s and gains.
+    """Find the largest batch, sequence and rank that fit. ``options``: those of :func:`memplan.plan` but for adapter,
+    max_step_s and gains.
 
     Raises InputError for what cannot be asked at all.
     """

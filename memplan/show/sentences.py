@@ -46,8 +46,8 @@ def speed(facts: Facts) -> str:
     if facts.slowdown is None:
         return "The time is not known"
     if facts.slowdown < 0.0005:
-        return "No slower than holding everything"
-    return f"{percent(facts.slowdown)} slower than holding everything"
+        return "No slower than with all weights on the device"
+    return f"{percent(facts.slowdown)} slower than with all weights on the device"
 
 
 def binds(plan: Plan, glyphs: Glyphs) -> str:
@@ -62,7 +62,7 @@ def why_slower(facts: Facts) -> str:
         for part, name in ((facts.recompute_slowdown, "recompute"), (facts.stall_slowdown, "waiting"))
         if part is not None and part >= 0.0005
     ]
-    return f"Slower than holding everything by {' and '.join(why)}." if why else ""
+    return f"Slower than with all weights on the device by {' and '.join(why)}." if why else ""
 
 
 def gains(plan: Plan, glyphs: Glyphs) -> list[str]:

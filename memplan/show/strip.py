@@ -64,7 +64,7 @@ def legend(blocks: Sequence[BlockFact], glyphs: Glyphs) -> Table:
                 Text(meaning, style="dim"),
             )
     for policy, mark, name, meaning in (
-        ("recompute", glyphs.recomputed, "recomputed", "activations made again in backward"),
+        ("recompute", glyphs.recomputed, "recomputed", "activations recomputed in backward"),
         ("offload", glyphs.offloaded, "offloaded", "activations wait in ram for the backward"),
     ):
         count = sum(block.activations == policy for block in blocks)

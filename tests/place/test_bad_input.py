@@ -143,7 +143,7 @@ def test_a_pin_of_no_block(block):
 
 @pytest.mark.parametrize("policy", ["keep", "recompute", "offload"])
 def test_activations_of_no_module(policy):
-    refused(InputError, "memplan has no say in them", activations={"layers.9": policy})
+    refused(InputError, "memplan cannot set them", activations={"layers.9": policy})
 
 
 def test_nothing_but_an_optimizer_is_a_plan_of_no_loads():

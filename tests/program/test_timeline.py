@@ -57,7 +57,7 @@ def test_a_prefetch_that_runs_ahead_less_and_less():
 
 
 def mean_pass(times, channels, passes):
-    """The oracle: whatever can go, goes; the mean of the second half of many passes. None where nothing can move."""
+    """The oracle: whatever can go, goes; the mean of the second half of many passes. None where deadlock."""
     length, ends, finished, now = len(times), [], [[] for _ in channels], 0.0
     marks = []
     while len(ends) < length * passes:

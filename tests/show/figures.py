@@ -25,7 +25,7 @@ MEANING = {
     "host": "streamed from ram",
     "of it pageable": "not page-locked: slower",
     "disk": "streamed from disk",
-    "recomputed": "activations made again in backward",
+    "recomputed": "activations recomputed in backward",
     "offloaded": "activations wait in ram for the backward",
 }
 
@@ -202,12 +202,12 @@ class Figures:
         slower = self.said.pass_s / self.held_s - 1
         said = f"{percent(slower)} slower than" if slower >= 5e-4 else "No slower than"
         binds = {"compute": "compute binds", "link": "the link binds", "disk": "the disk binds"}[self.said.binds]
-        return f"{said} holding everything; {binds}."
+        return f"{said} with all weights on the device; {binds}."
 
     def why(self) -> str:
         shares = [(self.recompute_s / self.held_s, "recompute"), (self.said.stall_s / self.held_s, "waiting")]
         named = [f"{percent(share)} {what}" for share, what in shares if share >= 5e-4]
-        return f"Slower than holding everything by {' and '.join(named)}." if named else ""
+        return f"Slower than with all weights on the device by {' and '.join(named)}." if named else ""
 
     def gains(self) -> list[str]:
         found = []

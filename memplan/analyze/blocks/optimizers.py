@@ -41,16 +41,20 @@ class _Optimizer:
     tables: int = 0
     """Of ``_CODE_BYTES``, where any parameter's state is of 8 bits."""
     operators: int = 1
-    """Run for each parameter, in a loop over them."""
+    """Run for each parameter, in a loop over them: for Adam the two moments (``lerp_``; ``mul_``, ``addcmul_``), the
+    square root and its two operations, the step's own three: 9.
+    """
     moves: int = 8
-    """Times that those read or write a parameter's bytes."""
+    """Times that those read or write a parameter's bytes, each operand once: about two for each operator, 20 for Adam.
+    It only estimates the time of the step.
+    """
 
 
 # ---- what is kept ---------------------------------------------------------------------------------------------------
 
 
 def _moments(count: int, step_bytes: int = _STEP_BYTES) -> Callable[[tuple[int, ...], int], int]:
-    """torch's: as many as the parameter has elements, in its dtype."""
+    """torch's: ``count`` tensors like the parameter, in its dtype, and ``step_bytes`` for the number of the step."""
     return lambda shape, item_bytes: count * math.prod(shape) * item_bytes + step_bytes
 
 

@@ -76,7 +76,7 @@ def flow_faults(plan: Plan) -> Iterator[str]:
             yield (
                 f"access {index} waits for residence {stay.id} of block "
                 f"{plan.table.blocks[plan.items[stay.item].block].name}, "
-                f"whose load waits for its turn on {stay.channel}: nothing can move"
+                f"whose load waits for its turn on {stay.channel}: deadlock"
             )
             return
         both = plan.table.duplex_factor if {"h2d", "d2h"} <= under_way.keys() else 1.0

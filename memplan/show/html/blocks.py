@@ -16,7 +16,7 @@ TIERS: tuple[tuple[Tier, str], ...] = (
     ("disk", "streamed from disk"),
 )
 _POLICIES = {
-    "recompute": "activations made again in backward",
+    "recompute": "activations recomputed in backward",
     "offload": "activations wait in ram for the backward",
 }
 _CELL = 24
