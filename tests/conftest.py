@@ -36,10 +36,19 @@ def _thin_out(items: list[pytest.Item]) -> None:
     once.
     """
     cases: dict[str, list[pytest.Function]] = {}
+    named: dict[str, list[pytest.Item]] = {}
     for item in items:
+        if (quick := item.get_closest_marker("quick")) is not None:
+            named.setdefault(item.nodeid.split("[")[0], []).append(item)
+            if _case(item) not in quick.args:
+                item.add_marker(pytest.mark.full)
         marks = {mark.name for mark in item.iter_markers()}
         if isinstance(item, pytest.Function) and "each_value" in marks and "full" not in marks:
             cases.setdefault(item.nodeid.split("[")[0], []).append(item)
+    for name, all_cases in named.items():
+        missing = {*all_cases[0].get_closest_marker("quick").args} - {_case(item) for item in all_cases}
+        if missing and len(all_cases) > 1:  # else a single case was asked for
+            raise ValueError(f"{name} has no such cases as its mark names: {sorted(missing)}")
     for found in cases.values():
         values = {item.nodeid: {(name, repr(value)) for name, value in item.callspec.params.items()} for item in found}
         missing = set().union(*values.values())
@@ -51,6 +60,10 @@ def _thin_out(items: list[pytest.Item]) -> None:
         for item in found:
             if item.nodeid not in chosen:
                 item.add_marker(pytest.mark.full)
+
+
+def _case(item: pytest.Item) -> str:
+    return item.nodeid.partition("[")[2].removesuffix("]")
 
 
 def allowed_skips(text: str) -> tuple[str, ...]:

@@ -102,6 +102,7 @@ def test_a_plan_for_another_model(model):
     refused(other, PlanMismatchError, "for another model", lambda: memplan.attach(other, planned(model)))
 
 
+@pytest.mark.quick("truncated")
 @pytest.mark.parametrize(
     ("edit", "error"),
     [
@@ -123,6 +124,7 @@ def test_plan_files(model, tmp_path, edit, error, capsys):
     assert capsys.readouterr().err.startswith("memplan: ")
 
 
+@pytest.mark.quick("truncated")
 @pytest.mark.parametrize("broken", ["truncated", "unreadable", "changed"])
 def test_weights_on_disk(model, tmp_path, broken):
     """The plan reads the model's own files; what is wrong with one of them is said, with the file's name."""

@@ -140,6 +140,7 @@ def there(path: str) -> bool:
     return True
 
 
+@pytest.mark.full
 def test_what_messages_recommend_is_there() -> None:
     found = {where: wrong for where, text in texts() if (wrong := wrong_in(text))}
     assert found == {}

@@ -54,6 +54,7 @@ REAL = [kind for kind in quantized.QUANTIZED if kind != "gptq-like"]
 QUICK = ("nf4-nested", "torchao-int8")
 
 
+@pytest.mark.quick("nf4-nested")
 @pytest.mark.parametrize(
     "kind", [kind if kind in QUICK else pytest.param(kind, marks=pytest.mark.full) for kind in REAL]
 )
@@ -85,6 +86,7 @@ def prepared_for_kbit(kind, gradient_checkpointing=True):
 KBIT = [("nf4-nested", True), ("nf4-nested", False), ("int8", True), ("torchao-int8", True)]
 
 
+@pytest.mark.quick("nf4-nested-True")
 @pytest.mark.parametrize(
     ("kind", "checkpointing"),
     [case if case[0] == "nf4-nested" else pytest.param(*case, marks=pytest.mark.full) for case in KBIT],

@@ -126,6 +126,7 @@ def test_what_cannot_be_used_is_refused_before_a_trainer_is_there(name: str) -> 
             made_up(name, **options)
 
 
+@pytest.mark.quick("wrap", "Placement")
 @pytest.mark.parametrize("name", ["wrap", "placing", "Placement"])
 def test_options_beside_a_plan_are_not_ignored(name: str) -> None:
     plan = memplan.plan(config_of("llama"), (1, 8), vram="1GiB", ram="1GiB", hardware=CPU, adapter={"rank": 2})

@@ -25,6 +25,7 @@ def planned(**options):
     return memplan.plan(CONFIG, (4, 8), adapter={"rank": 2}, vram="1GiB", ram="1GiB", hardware=CPU, **options)
 
 
+@pytest.mark.quick("options0-None-None", "options2-3-1", "options3-6-3", "options4-2-2")
 @pytest.mark.parametrize(
     ("options", "steps", "epochs"),
     [

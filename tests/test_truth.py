@@ -57,6 +57,12 @@ def _rows():
             yield pytest.param(case, row["measured"], id=f"{path.stem}-{case.name}", marks=mark)
 
 
+@pytest.mark.quick(
+    "2026-11-26-amd-epyc-truth-llama",
+    "2026-11-26-amd-epyc-truth-qwen3 checkpointing=True dtype=bfloat16",
+    "2026-11-26-amd-epyc-truth-gpt2 adapter=dropout",
+    "2026-11-26-amd-epyc-truth-mixtral checkpointing=True",
+)
 @pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
 @pytest.mark.parametrize(("case", "measured"), list(_rows()))
 def test_it_is_predicted_today(case, measured):

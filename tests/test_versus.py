@@ -69,6 +69,7 @@ def assert_holds(rows):
     assert rows["accelerate-cpu"]["gradient_error"] == 1
 
 
+@pytest.mark.full
 def test_the_smallest_part(tmp_path):
     rows = run(tmp_path, "--only", *QUICK, "--rounds", "1")
     assert set(rows) == set(QUICK)

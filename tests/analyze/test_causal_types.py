@@ -26,6 +26,7 @@ def error_of(kind):
     return (weights + max(live_bytes(analyze(model, batch())))) / (weights + count_pass(model, batch())) - 1
 
 
+@pytest.mark.quick("bert", "gpt_neox", "opt")
 @pytest.mark.parametrize("kind", [kind for kind in QUICK if kind not in OUTSIDE])
 def test_some(kind):
     assert abs(error_of(kind)) <= WITHIN

@@ -50,7 +50,7 @@ class Chosen(nn.Module):
         return ways[index](self.adapter(x))
 
 
-@pytest.mark.each_value
+@pytest.mark.quick("randint-1")
 @pytest.mark.parametrize("count", [1, 3])
 @pytest.mark.parametrize("choose", CHOICES)
 def test_a_choice_is_one_of_those_that_there_are(choose, count):

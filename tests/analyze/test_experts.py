@@ -105,6 +105,7 @@ def test_other_layers_stay_whole(kind):
     assert [name for name, found in kinds_of(graph).items() if found == "layer"] == ["layers.0", "layers.1"]
 
 
+@pytest.mark.quick("inside-other")
 @pytest.mark.parametrize("checkpointing", ["inside-other", "around-reentrant"])
 def test_parts_of_a_checkpointed_layer_are_read_twice_in_backward(checkpointing):
     """All but the last, which runs again just before its backward; and so they are in a real step."""

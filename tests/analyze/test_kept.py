@@ -47,6 +47,7 @@ def test_once_for_all_plans_alike(model, traces):
     assert len(traces) == 1
 
 
+@pytest.mark.quick("batch", "optimizer")
 @pytest.mark.parametrize(
     "other",
     [
@@ -126,6 +127,7 @@ def test_a_folder_that_cannot_be_written(model, monkeypatch, tmp_path):
     assert memplan.plan(model, (1, 8), **GIVEN)
 
 
+@pytest.mark.full
 def test_the_command_opens_no_torch_then(model, tmp_path):
     save(CPU, tmp_path / "cpu.json")
     command = [

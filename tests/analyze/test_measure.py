@@ -49,6 +49,7 @@ def measured(config, **options):
     return prepared.model, graph, measure(prepared.model, SHAPE, graph, **options)
 
 
+@pytest.mark.quick("llama", "mixtral")
 @pytest.mark.parametrize("kind", CONFIGS)
 def test_every_access_has_its_time(kind):
     model, graph, times = measured(CONFIGS[kind])
@@ -133,6 +134,7 @@ def test_another_machine_cannot_be_measured():
         memplan.plan(CONFIGS["llama"], SHAPE, adapter=LORA, hardware="t4", measure=True)
 
 
+@pytest.mark.full
 def test_the_command_line(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(current, "current", lambda: CPU)
     monkeypatch.setattr(machine, "is_here", lambda profile: True)
@@ -143,6 +145,7 @@ def test_the_command_line(tmp_path, capsys, monkeypatch):
     assert any("were measured on this CPU" in note for note in notes)
 
 
+@pytest.mark.full
 def test_under_the_callers_own_autocast(monkeypatch):
     seen = []
     monkeypatch.setattr("memplan.analyze.blocks.measure._Passes.measured", lambda run: seen.append(run._lowered) or {})

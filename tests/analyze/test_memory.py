@@ -47,7 +47,7 @@ def live_bytes(graph, policy="keep", upto=None):
     return [table.device_bytes_at(index, policies) for index in range(len(rows) - 1)]
 
 
-@pytest.mark.each_value
+@pytest.mark.quick("llama-0.0", "gpt2-0.1", "mixtral-0.1", "plain-0.1")
 @pytest.mark.parametrize(("name", "dropout"), [("llama", 0.0), *((name, 0.1) for name in MAKERS)])
 def test_peak_of_a_pass(name, dropout):
     model, batch = MAKERS[name](dropout)
@@ -56,6 +56,7 @@ def test_peak_of_a_pass(name, dropout):
     assert 0.98 * counted <= predicted <= 1.03 * counted
 
 
+@pytest.mark.quick("llama", "gpt2", "mixtral", "plain")
 @pytest.mark.parametrize("name", MAKERS)
 def test_peak_where_all_is_recomputed(name):
     model, batch = MAKERS[name](0.1)
@@ -69,6 +70,7 @@ def test_peak_where_all_is_recomputed(name):
     assert max(live_bytes(graph, "recompute")) == pytest.approx(real, rel=0.05)
 
 
+@pytest.mark.quick("llama", "plain")
 @pytest.mark.parametrize("name", ["llama", "t5", "plain"])
 def test_peak_where_some_are_recomputed(name):
     model, batch = MAKERS[name](0.1)

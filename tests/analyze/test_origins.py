@@ -97,6 +97,7 @@ def test_what_ends_within_its_access_is_not_counted():
     assert found == [4 * WIDTH * WIDTH] * 3
 
 
+@pytest.mark.full
 def test_casts_of_a_layer_under_autocast_are_its_matrices_in_half():
     """The caller's autocast and the same by name. The norms are not cast."""
     model, batch = families.make("llama", "autocast"), batch_of("llama")
@@ -118,6 +119,7 @@ def test_casts_of_a_layer_under_autocast_are_its_matrices_in_half():
     assert "load the base in bfloat16" in note
 
 
+@pytest.mark.full
 def test_a_plan_from_a_configuration_knows_the_autocast_that_it_is_made_in():
     config = LlamaConfig(
         hidden_size=64, intermediate_size=96, num_hidden_layers=3, num_attention_heads=4, vocab_size=96, use_cache=False

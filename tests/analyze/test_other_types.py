@@ -51,6 +51,7 @@ def failure_of(kind):
     return "it can be built and run now"
 
 
+@pytest.mark.quick("masked/bert")
 @pytest.mark.parametrize("kind", QUICK)
 def test_some(kind):
     assert abs(error_of(kind)) <= WITHIN
@@ -115,6 +116,7 @@ def test_a_directory_of_images(tmp_path, capsys):
     assert "takes images" in capsys.readouterr().err
 
 
+@pytest.mark.quick("None")
 @pytest.mark.parametrize("dtype", [None, "bf16"])
 def test_a_directory_of_diffusers(tmp_path, dtype):
     name = "PixArtTransformer2DModel"

@@ -126,7 +126,7 @@ def _cases():
             yield pytest.param(make, options, id=f"{make.__name__}-{name}", marks=[pytest.mark.full] if slow else [])
 
 
-@pytest.mark.each_value
+@pytest.mark.quick("{}-targets1")
 @pytest.mark.parametrize("targets", [pytest.param("all-linear", marks=pytest.mark.full), ["q_proj", "v_proj"]])
 @pytest.mark.parametrize("options", [{}, {"accumulation": 2, "optimizer": "adafactor"}], ids=str)
 def test_layers_may_be_left_out_before_the_adapter_is_added(targets, options):
@@ -186,6 +186,7 @@ class Odd(Decoder):
         return self.head(x + sum(kept) if self.what != "far" else x)
 
 
+@pytest.mark.quick("second", "once more")
 @pytest.mark.parametrize("what", ["second", "third", "listed", "once more", "far"])
 def test_what_does_not_repeat_is_traced_whole(what):
     model = Odd(what)
@@ -295,6 +296,7 @@ def test_a_short_stack_is_left_whole_on_any_way_out():
     assert list(model.layers) == elements
 
 
+@pytest.mark.full
 def test_the_work_does_not_grow_with_the_layers(monkeypatch):
     """Ten times the layers are traced as few."""
     seen = []

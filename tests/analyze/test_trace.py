@@ -21,6 +21,7 @@ from tests.support import models
 MAKERS = {name: getattr(models, name) for name in ("llama", "gpt2", "t5", "mixtral", "plain")}
 
 
+@pytest.mark.quick("llama", "gpt2", "mixtral", "plain")
 @pytest.mark.parametrize("name", MAKERS)
 def test_the_order_is_that_of_a_real_step(name):
     model, batch = MAKERS[name]()
@@ -45,6 +46,7 @@ def test_the_order_where_layers_are_checkpointed(how):
     assert seen == real_order(model, batch, {n: modules_by_name(model)[n] for n in names})
 
 
+@pytest.mark.quick("llama", "gpt2", "mixtral", "plain")
 @pytest.mark.parametrize("name", MAKERS)
 def test_every_frozen_parameter_is_in_one_block(name):
     model, batch = MAKERS[name]()
@@ -102,6 +104,7 @@ def test_a_head_with_an_adapter_is_announced_by_what_wraps_it():
     assert modules_by_name(model)["lm_head"] is model.base_model.model.lm_head
 
 
+@pytest.mark.quick("llama")
 @pytest.mark.parametrize("name", ["llama", "gpt2", "t5", "plain"])
 def test_on_meta_and_from_a_shape_it_is_the_same(name):
     model, batch = MAKERS[name]()

@@ -261,6 +261,7 @@ def test_frontier_and_what_fails_leave_it_too():
     assert_same(before, fingerprint(model, batch))
 
 
+@pytest.mark.quick("llama", "plain")
 @pytest.mark.parametrize("family", families.FAMILIES)
 def test_every_family(family):
     model, batch = families.make(family, "float32"), families.batches(family)

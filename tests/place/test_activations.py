@@ -95,6 +95,7 @@ def best_of_addresses(table, vram, limit_s):
     return best
 
 
+@pytest.mark.quick("cpu-40")
 @pytest.mark.parametrize(
     ("device", "count"),
     [

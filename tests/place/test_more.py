@@ -115,7 +115,7 @@ def _ladder(rng, table, what):
             yield replace(table, **{name: getattr(table, name) * (1 + part / 4)}), budgets(vram, ram=ram)
 
 
-@pytest.mark.each_value
+@pytest.mark.quick("3-vram", "3-vram beside the disk", "3-link", "3-disk")
 @pytest.mark.parametrize("what", ["vram", "vram beside the disk", "ram", "link", "disk"])
 @pytest.mark.parametrize("count", [3, pytest.param(60, marks=pytest.mark.full)])
 def test_up_to_fourteen_unequal_blocks(what, count):

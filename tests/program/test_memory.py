@@ -44,7 +44,7 @@ def holds(plan):
     return moments
 
 
-@pytest.mark.each_value
+@pytest.mark.quick("llama-0.0", "plain-0.0")
 @pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_real_model(kind, share):

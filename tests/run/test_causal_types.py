@@ -71,6 +71,7 @@ def compare(kind, tmp_path):
     return sum(item.home != "device" for item in plan.items)
 
 
+@pytest.mark.quick("bert", "opt", "phi3")
 @pytest.mark.parametrize("kind", QUICK)
 def test_some(kind, tmp_path):
     assert compare(kind, tmp_path) >= 3

@@ -70,7 +70,7 @@ def compare(kind, way, backend, cache, *, checked=False, around_forward=torch.en
     return handle
 
 
-@pytest.mark.each_value
+@pytest.mark.quick("aot_eager-call-plain")
 @pytest.mark.parametrize("checked", [False, True], ids=["plain", "checked"])
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("backend", [pytest.param("eager", marks=pytest.mark.full), "aot_eager"])
@@ -101,12 +101,14 @@ def test_compiled_layers_that_are_checkpointed_within(tmp_path):
     compare("llama", "call", "aot_eager", tmp_path, checkpointing="native")
 
 
+@pytest.mark.quick("plain")
 @pytest.mark.parametrize("checked", [False, True], ids=["plain", "checked"])
 def test_compiled_layers_whose_activations_are_offloaded(tmp_path, checked):
     handle = compare("plain", "call", "aot_eager", tmp_path, checked=checked, offload="all")
     assert handle.record.offloaded_bytes > 0
 
 
+@pytest.mark.quick("EarlyTransfers")
 @pytest.mark.parametrize("transfers", ALL, ids=lambda kind: kind.__name__)
 def test_compiled_layers_with_transfers_that_do_their_worst(transfers, tmp_path, monkeypatch):
     monkeypatch.setattr("memplan.run.modules.install.CpuTransfers", transfers)
@@ -170,7 +172,7 @@ def test_the_model_compiled_as_a_whole_is_refused(tmp_path):
             attach(whole, plan, cache=tmp_path)
 
 
-@pytest.mark.each_value
+@pytest.mark.quick("after-None")
 @pytest.mark.parametrize("way", [None, *WAYS])
 @pytest.mark.parametrize("ran", [False, True], ids=["after", "before"])
 def test_a_compiled_region_around_layers_is_refused(way, ran, tmp_path):

@@ -147,7 +147,7 @@ def test_a_plan_made_without_the_runs_autocast_is_told_once(caplog):
     assert re.match(rf"{layers[0]} saves [0-9.]+ KiB of copies of its weights .* inside the same autocast", message)
 
 
-@pytest.mark.each_value
+@pytest.mark.quick("bf16-None")
 @pytest.mark.parametrize(
     ("autocast", "policy"), [("bf16", None), (None, None), (None, "recompute"), ("bf16", "offload"), (None, "offload")]
 )

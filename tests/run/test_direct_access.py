@@ -185,6 +185,7 @@ READS = [
 ]
 
 
+@pytest.mark.quick("under_transforms")
 @pytest.mark.filterwarnings("ignore:`torch.jit.script:DeprecationWarning")  # torch.func.jvp's own
 @pytest.mark.parametrize("act", READS)
 def test_reads_are_right(act, tmp_path):

@@ -217,6 +217,7 @@ def test_weights_made_of_others_are_read_and_written(tmp_path):
 # ---- recomputed layers -----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.full
 def test_a_recomputed_layer_runs_as_it_ran_before(tmp_path):
     """Contexts that are left, evaluation, other adapters and exchanged parameters between forward and backward."""
 
@@ -284,7 +285,7 @@ def test_a_write_between_forward_and_backward_of_a_recomputed_layer_is_refused(t
 # ---- other ways in ---------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.each_value
+@pytest.mark.quick("mlp-before")
 @pytest.mark.parametrize("when", ["before", "after", "late"])
 @pytest.mark.parametrize("inner", ["mlp", "self_attn.q_proj", "input_layernorm", "mlp.down_proj"])
 def test_a_backward_that_enters_a_layer_by_what_a_hook_took_is_right(inner, when, tmp_path):

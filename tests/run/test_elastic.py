@@ -37,7 +37,7 @@ def watched(arena):
     return gone, come
 
 
-@pytest.mark.each_value
+@pytest.mark.quick("llama-0.4-offload0-plain", "gpt2-0.2-offload2-plain", "t5-0.3-offload3-plain")
 @pytest.mark.parametrize("checked", [False, True], ids=["plain", "checked"])
 @pytest.mark.parametrize(("kind", "share", "offload"), CASES)
 def test_three_steps_to_the_bit(kind, share, offload, checked, tmp_path):
@@ -46,6 +46,7 @@ def test_three_steps_to_the_bit(kind, share, offload, checked, tmp_path):
         assert handle.record.misses == handle.record.out_of_order == 0
 
 
+@pytest.mark.quick("llama-0.4-offload0", "gpt2-0.2-offload2")
 @pytest.mark.parametrize(("kind", "share", "offload"), CASES)
 def test_segments_come_and_go_as_the_plan_says(kind, share, offload, tmp_path):
     model = make(kind)
@@ -74,6 +75,7 @@ def test_segments_come_and_go_as_the_plan_says(kind, share, offload, tmp_path):
     assert not seen
 
 
+@pytest.mark.quick("llama-0.4-offload0")
 @pytest.mark.parametrize(("kind", "share", "offload"), CASES)
 def test_the_handles_own_count_is_the_prediction(kind, share, offload, tmp_path):
     model = make(kind)
@@ -95,6 +97,7 @@ def test_the_handles_own_count_is_the_prediction(kind, share, offload, tmp_path)
     assert 0.9 * record.vram_peak_bytes <= count.peak <= record.vram_peak_bytes * 1.001
 
 
+@pytest.mark.full
 def test_an_access_where_its_segment_is_away_brings_it_back_for_itself(tmp_path):
     """The first layer is called once more at the end of the forward, where what it lies in is given back."""
     kind = "plain"

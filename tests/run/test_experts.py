@@ -65,7 +65,7 @@ def compare(kind, plan, tmp_path, *, checked=False, **options):
         return handle.record
 
 
-@pytest.mark.each_value
+@pytest.mark.quick("routed-off-plain")
 @pytest.mark.parametrize("checked", [False, True], ids=["plain", "checked"])
 @pytest.mark.parametrize(
     ("kind", "checkpointing"),
@@ -78,6 +78,7 @@ def test_a_run_is_a_whole_run(kind, checkpointing, checked, tmp_path):
     assert (record.out_of_order > 0) == (checkpointing != "off")
 
 
+@pytest.mark.quick("routed-inside-reentrant")
 @pytest.mark.parametrize(
     ("kind", "checkpointing"),
     [
@@ -92,7 +93,7 @@ def test_checkpoints_that_the_plan_knew(kind, checkpointing, tmp_path):
     assert record.out_of_order == 0
 
 
-@pytest.mark.each_value
+@pytest.mark.quick("off-reversed", "inside-other-twice")
 @pytest.mark.parametrize("way", ["reversed", "twice", "none"])
 @pytest.mark.parametrize("checkpointing", ["off", "inside-other", "around-reentrant"])
 def test_experts_in_any_order_more_than_once_or_none(way, checkpointing, tmp_path):
@@ -108,6 +109,7 @@ def test_transfers_that_do_their_worst(way, transfers, tmp_path, monkeypatch):
     compare("routed", plan_for("routed"), tmp_path, checked=True, way=way)
 
 
+@pytest.mark.quick("routed-recompute", "switch-recompute")
 @pytest.mark.parametrize(("kind", "policy"), [*((kind, "recompute") for kind in KINDS), ("routed", "offload")])
 def test_activations_of_experts_recomputed_and_offloaded(kind, policy, tmp_path):
     compare(kind, plan_for(kind, policy=policy), tmp_path, checked=True)
@@ -188,6 +190,7 @@ def test_what_is_always_chosen_is_loaded_ahead():
         assert records[turn].loads - records[turn - 1].loads == uses.loads(turn, turn)
 
 
+@pytest.mark.quick("0.0")
 @pytest.mark.parametrize("share", [0.0, 0.5])
 def test_peak_is_what_was_predicted(share, tmp_path):
     """With so many tokens that each expert gets some, for an adapter that was never used has no state. Not all get as

@@ -103,6 +103,7 @@ def test_each_copy_of_offloaded_activations_fails_once(monkeypatch, tmp_path):
     assert sweep(monkeypatch, tmp_path, transfer, "copy_bytes", OSError, offload="all") >= kept + 4
 
 
+@pytest.mark.full
 def test_each_allocation_fails_once(monkeypatch, tmp_path):
     """Of attach and of a pass: an error, and the model is as it was."""
     expected = train(make("plain"), "plain", steps=1)
@@ -168,6 +169,7 @@ def test_an_arena_that_cannot_be_had_says_so(tmp_path):
 
 
 # One that comes while Python collects garbage is swallowed there, with a warning.
+@pytest.mark.full
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_ctrl_c_at_any_time(tmp_path):
     """It comes as it would, attach leaves the model as it was, a handle gives it back, and training can go on under

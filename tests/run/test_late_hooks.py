@@ -346,6 +346,15 @@ def test_the_second_run_has_what_they_do(late):
     assert_alike(late)
 
 
+@pytest.mark.quick(
+    "scales_by_what_it_finds",
+    "returns_a_value",
+    "writes_in_place",
+    "writes_by_data",
+    "sets_what_the_forward_reads",
+    "counts",
+    "sums_that_autograd_saves_for",
+)
 @pytest.mark.parametrize("late", [*AGAIN, counts, sums_that_autograd_saves_for], ids=lambda late: late.__name__)
 def test_in_the_checked_mode(late):
     assert_alike(late, checked=True)

@@ -91,7 +91,7 @@ def plan():
     return plan_of(wandering("straight"), 0.9, "all")
 
 
-@pytest.mark.each_value
+@pytest.mark.quick("two_forwards-normal", "early_exit-normal")
 @pytest.mark.parametrize(("way", "transfers"), CASES, ids=lambda value: getattr(value, "__name__", value))
 def test_a_way_that_stays_is_learned_and_then_followed(way, transfers, plan, tmp_path, monkeypatch):
     whole, model = wandering("straight"), wandering("straight")
@@ -199,7 +199,7 @@ def movers_of(plan: Plan) -> dict[int, SlotUser]:
     return found
 
 
-@pytest.mark.each_value
+@pytest.mark.quick("llama-0.3-all", "t5-0.0-offload1")
 @pytest.mark.parametrize(
     ("kind", "share", "offload"),
     [("llama", 0.3, "all"), ("t5", 0.0, ()), ("plain", 0.0, "all"), ("plain", 0.3, ()), ("plain", 0.6, ())],

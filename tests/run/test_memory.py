@@ -38,7 +38,7 @@ def counted_step(model, kind, accumulation=1, batches=batch_of, apart=()):
     return count.peak
 
 
-@pytest.mark.each_value
+@pytest.mark.quick("llama-off-accumulation")
 @pytest.mark.parametrize(
     "options",
     [
@@ -59,7 +59,7 @@ def test_peak_is_within_budget_and_prediction(kind, checkpointing, options, tmp_
     assert plan.prediction.peaks.vram_bytes == pytest.approx(peak, rel=0.10)
 
 
-@pytest.mark.each_value
+@pytest.mark.quick("llama-0.0", "llama-1.0", "gpt2-0.1")
 @pytest.mark.parametrize("share", [0.0, 0.1, 0.2, 0.8, 1.0])
 @pytest.mark.parametrize("kind", KINDS)
 def test_all_budgets_from_the_least_on(kind, share, tmp_path):
@@ -88,6 +88,7 @@ def test_the_handles_own_count_agrees(tmp_path):
         assert handle.record.vram_peak_bytes == pytest.approx(count.peak, rel=0.001)
 
 
+@pytest.mark.quick("")
 @pytest.mark.parametrize("kept", ["", "rkkkkk", "rrkkkk", "krkrkr", "kkkkkr", "rkrrrk"])
 def test_any_choice_of_recomputed_layers_is_foreseen(kept):
     """What the first recomputed layer begins from lives to its backward: the embedding's output, which else goes
@@ -105,6 +106,7 @@ def test_any_choice_of_recomputed_layers_is_foreseen(kept):
 FULL = pytest.mark.full
 
 
+@pytest.mark.quick("llama-kkkkkk")
 @pytest.mark.parametrize(
     ("kind", "kept"),
     [

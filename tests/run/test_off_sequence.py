@@ -90,7 +90,7 @@ def plan_of_wandering(request):
     return lambda way: plan_of(wandering(way), *request.param)
 
 
-@pytest.mark.each_value
+@pytest.mark.quick("roomy-drop-checked", "roomy-half in inference_mode-checked", "least-repeat-checked")
 @pytest.mark.parametrize("checked", [pytest.param(False, marks=pytest.mark.full), True], ids=["plain", "checked"])
 @pytest.mark.parametrize("way", ["drop", "repeat", "again", "exit", "any", "twice", *PARTS])
 def test_layers_left_out_repeated_without_gradients_or_in_another_order(plan_of_wandering, way, checked, tmp_path):
@@ -149,7 +149,7 @@ def ways_of_autograd(model):
     return found
 
 
-@pytest.mark.each_value
+@pytest.mark.quick("roomy-plain", "from-disk-plain")
 @pytest.mark.parametrize("checked", [False, True], ids=["plain", "checked"])
 def test_ways_of_autograd(plan_of_wandering, checked, tmp_path):
     whole, planned = wandering("straight"), wandering("straight")
@@ -159,6 +159,7 @@ def test_ways_of_autograd(plan_of_wandering, checked, tmp_path):
         assert_equal(train(whole, "plain"), train(planned, "plain"))
 
 
+@pytest.mark.quick("roomy", "least")
 def test_a_backward_to_be_differentiated_is_refused(plan_of_wandering, tmp_path):
     whole, planned = wandering("straight"), wandering("straight")
     with attach(planned, plan_of_wandering("straight"), cache=tmp_path):
@@ -168,6 +169,7 @@ def test_a_backward_to_be_differentiated_is_refused(plan_of_wandering, tmp_path)
         assert_equal(train(whole, "plain"), train(planned, "plain"))
 
 
+@pytest.mark.quick("roomy", "least")
 def test_an_interrupt_while_waiting_for_a_block(plan_of_wandering, tmp_path, monkeypatch):
     """As Ctrl-C in a notebook, after which training goes on: the load under way must not write what came after it."""
     whole, planned = wandering("straight"), wandering("straight")

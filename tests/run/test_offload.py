@@ -25,7 +25,7 @@ from tests.run.test_parity import compare, plan_for
 from tests.support.training import CPU, KINDS, assert_equal, batch_of, loss_of, make, train
 
 
-@pytest.mark.each_value
+@pytest.mark.quick("t5-plain-plain")
 @pytest.mark.parametrize("checked", [False, True], ids=["plain", "checked"])
 @pytest.mark.parametrize(
     "options",
@@ -40,7 +40,7 @@ def test_three_steps(kind, options, checked, tmp_path):
         assert record.offloaded_bytes == record.passes * handle.plan.prediction.offloaded_bytes_per_pass > 0
 
 
-@pytest.mark.each_value
+@pytest.mark.quick("llama-0.0", "t5-1.0")
 @pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
 @pytest.mark.parametrize("kind", KINDS)
 def test_peak_is_within_budget_and_prediction(kind, share, tmp_path):
@@ -264,6 +264,7 @@ def planned(**options):
     return memplan.plan(model, batch_of("llama"), vram="1GiB", ram="1GiB", hardware=CPU, **options)
 
 
+@pytest.mark.full
 def test_activations_by_layer_and_for_all():
     plan = planned(activations={"layers.1": "offload", "layers.2": "recompute", "layers.3": "offload"})
     assert plan.policies() == {
@@ -272,6 +273,7 @@ def test_activations_by_layer_and_for_all():
     assert set(planned(activations="offload").policies().values()) == {"offload"}
 
 
+@pytest.mark.quick("away-give one of keep, recompute, offload", "given2-give one of")
 @pytest.mark.parametrize(
     ("given", "words"),
     [
@@ -292,6 +294,7 @@ def test_a_model_that_checkpoints_its_layers_itself_has_none_to_offload():
         memplan.plan(model, batch_of("llama"), vram="1GiB", ram="1GiB", hardware=CPU, activations="offload")
 
 
+@pytest.mark.full
 def test_host_room_for_activations_is_counted():
     plan = planned(activations="offload")
     assert plan.prediction.peaks.ram_bytes >= plan.prediction.ram_parts["activations"] > 0
@@ -323,6 +326,7 @@ def stays_of(plan):
     return made, away, back
 
 
+@pytest.mark.quick("0-fields0-is dropped after")
 @pytest.mark.parametrize(
     ("which", "fields", "words"),
     [
@@ -408,7 +412,7 @@ class ReturnsWhatItSaved(Base):
         return SavesItsGradient.apply(torch.sin(self.frozen(x)), self.trained.weight) + self.trained.bias
 
 
-@pytest.mark.each_value
+@pytest.mark.quick("Complex-plain")
 @pytest.mark.parametrize("checked", [False, True], ids=["plain", "checked"])
 @pytest.mark.parametrize("trick", [Complex, ReturnsWhatItSaved])
 def test_tricks(trick, checked):
@@ -449,6 +453,7 @@ class AddsInPlace(Base):
         return result
 
 
+@pytest.mark.quick("plain")
 @pytest.mark.parametrize("checked", [False, True], ids=["plain", "checked"])
 def test_an_input_that_is_written_to_is_heard(checked):
     batch = {"x": torch.randn(4, 16)}
@@ -473,6 +478,7 @@ def test_an_adapter_that_is_stepped_before_its_backward_is_heard(tmp_path):
             loss.backward()
 
 
+@pytest.mark.quick("plain")
 @pytest.mark.parametrize("checked", [False, True], ids=["plain", "checked"])
 def test_a_forward_that_fails_leaves_nothing(checked, tmp_path):
     """Its graph goes, its places are free again, and after detach so are the arenas."""

@@ -68,7 +68,7 @@ def assert_waits(handle, optimizer):
     assert all(held.untyped_storage().data_ptr() == room.untyped_storage().data_ptr() for held in state)
 
 
-@pytest.mark.each_value
+@pytest.mark.quick("llama-plain")
 @pytest.mark.parametrize("checked", [False, True], ids=["plain", "checked"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_three_steps(kind, checked, tmp_path):
@@ -88,6 +88,7 @@ def test_three_steps(kind, checked, tmp_path):
         assert handle.record.loads > 0
 
 
+@pytest.mark.quick("momentum", "amsgrad-fused", "foreach", "adagrad")
 @pytest.mark.parametrize(
     "kind",
     [

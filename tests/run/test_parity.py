@@ -97,7 +97,7 @@ def assert_forwards(whole, planned, recomputed, steps):
     assert all(as_often.values()), as_often
 
 
-@pytest.mark.each_value
+@pytest.mark.quick("llama-off-plain", "gpt2-around-other-checked")
 @pytest.mark.parametrize("checked", [False, True], ids=["plain", "checked"])
 @pytest.mark.parametrize(("kind", "checkpointing"), EVERY_WAY)
 def test_three_steps(kind, checkpointing, checked, tmp_path):
@@ -110,7 +110,7 @@ def test_three_steps(kind, checkpointing, checked, tmp_path):
             assert handle.checked_reads > 0
 
 
-@pytest.mark.each_value
+@pytest.mark.quick("llama-off-checked")
 @pytest.mark.parametrize("checked", [pytest.param(False, marks=pytest.mark.full), True], ids=["plain", "checked"])
 @pytest.mark.parametrize(("kind", "checkpointing"), EVERY_WAY)
 def test_dropout_and_accumulation(kind, checkpointing, checked, tmp_path):
@@ -120,7 +120,7 @@ def test_dropout_and_accumulation(kind, checkpointing, checked, tmp_path):
         assert handle.record.misses == 0
 
 
-@pytest.mark.each_value
+@pytest.mark.quick("llama-0.0", "gpt2-0.15", "plain-0.0")
 @pytest.mark.parametrize("share", [0.0, 0.15, 0.7])
 @pytest.mark.parametrize("kind", KINDS)
 def test_from_the_least_that_works(kind, share, tmp_path):
@@ -128,6 +128,7 @@ def test_from_the_least_that_works(kind, share, tmp_path):
     compare(kind, share=share, checked=True, tmp_path=tmp_path).detach()
 
 
+@pytest.mark.quick("llama")
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
 def test_transformers_own_checkpointing(kind, tmp_path):
     with compare(kind, checkpointing="native", checked=True, tmp_path=tmp_path) as handle:

@@ -84,6 +84,18 @@ def test_the_cover_is_one():
     assert not UNSUPPORTED
 
 
+@pytest.mark.quick(
+    "llama-device-off-float32-normal",
+    "qwen3-device-inside-reentrant-bfloat16-LateTransfers",
+    "gemma2-device-inside-other-autocast-LastTransfers",
+    "gpt2-device-around-reentrant-nf4-nested-EarlyTransfers",
+    "bloom-device-around-other-nf4-checked",
+    "t5-disk-around-other-int8-LastTransfers",
+    "mixtral-attention-host-around-other-torchao-int8-EarlyTransfers",
+    "vit-device-inside-reentrant-float32-LastTransfers",
+    "zamba2-device-around-reentrant-nf4-LastTransfers",
+    "plain-device-off-autocast-EarlyTransfers",
+)
 @pytest.mark.parametrize("case", QUICK, ids=str)
 def test_pairs(case, tmp_path, monkeypatch):
     run(case, tmp_path, monkeypatch)

@@ -76,6 +76,7 @@ def output(model):
         return model(**batch_of("llama")).logits
 
 
+@pytest.mark.quick("adalora")
 @pytest.mark.parametrize("kind", KINDS)
 def test_two_steps_and_what_is_read(kind, tmp_path):
     whole, model = make(kind), make(kind)

@@ -68,6 +68,7 @@ def train(model):
     return losses
 
 
+@pytest.mark.quick("attention", "attention-and-linear", "shira")
 @pytest.mark.filterwarnings("ignore:Sparse invariant checks")
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_least_vram(kind):

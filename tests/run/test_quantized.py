@@ -48,7 +48,7 @@ def assert_same(one, other):
         assert torch.equal(one[name], other[name]), name
 
 
-@pytest.mark.each_value
+@pytest.mark.quick("nf4-plain", "torchao-int8-plain", "gptq-like-plain")
 @pytest.mark.parametrize("checked", [False, True], ids=["plain", "checked"])
 @pytest.mark.parametrize("kind", QUANTIZED)
 def test_three_steps(kind, checked, tmp_path):
@@ -59,7 +59,7 @@ def test_three_steps(kind, checked, tmp_path):
         assert moved & {"absmax", "SCB", "qdata", "qweight"}
 
 
-@pytest.mark.each_value
+@pytest.mark.quick("nf4-nested-inside-reentrant", "nf4-nested-inside-other")
 @pytest.mark.parametrize("checkpointing", [c for c in CHECKPOINTING if c != "off"])
 @pytest.mark.parametrize(
     "kind", ["nf4-nested", *(pytest.param(kind, marks=pytest.mark.full) for kind in ("int8", "torchao-int8"))]
@@ -116,6 +116,7 @@ def test_memory(kind, tmp_path):
     assert 0.9 * (predicted - within) <= peak <= predicted
 
 
+@pytest.mark.quick("nf4", "torchao-int8", "torchao-int4", "gptq-like")
 @pytest.mark.parametrize("kind", QUANTIZED)
 def test_comes_back_as_it_was(kind, tmp_path):
     model = model_of(kind)
@@ -144,6 +145,7 @@ def test_attached_after_a_first_forward(kind, tmp_path):
     assert_equal(train(whole, "llama"), planned)
 
 
+@pytest.mark.quick("nf4", "fp4", "int8", "torchao-int8", "torchao-int4", "gptq-like")
 @pytest.mark.parametrize("kind", QUANTIZED)
 def test_what_others_read(kind, tmp_path):
     whole, model = model_of(kind), model_of(kind)

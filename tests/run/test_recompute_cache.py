@@ -41,6 +41,7 @@ def make(kind):
     return model, {"input_ids": ids, "labels": labels, "attention_mask": torch.ones_like(ids)}
 
 
+@pytest.mark.quick("llama", "prefix")
 @pytest.mark.parametrize("kind", ["llama", "t5", "prefix"])
 def test_the_same_as_whole(kind):
     results = []

@@ -80,7 +80,7 @@ def equal(one, other):
     assert all(torch.equal(a, b) for a, b in zip(one[1], other[1], strict=True))
 
 
-@pytest.mark.each_value
+@pytest.mark.quick("kept-1-plain")
 @pytest.mark.parametrize("checked", [False, True], ids=["plain", "checked"])
 @pytest.mark.parametrize("operator", [1, pytest.param(200, marks=pytest.mark.full), 700])
 @pytest.mark.parametrize("offload", [(), "all"], ids=["kept", "offloaded"])
@@ -240,6 +240,7 @@ def test_ram_is_counted_after_it_too(tmp_path):
         assert all(kept[name].data_ptr() == address for name, address in rooms.items())
 
 
+@pytest.mark.quick("plain-0.6")
 @pytest.mark.parametrize(("kind", "share"), [("plain", 0.6), ("llama", 0.4), ("llama", 0.9)])
 def test_inside_watch_memory_the_new_arena_counts_in_place_of_the_old(kind, share, tmp_path):
     """And nothing of the way there, on which RAM holds what was on the device."""

@@ -95,7 +95,7 @@ def table_of(graph):
     return next(b for b in graph.blocks if b.kind in ("embedding", "shared") and b.size_bytes == TABLE_BYTES)
 
 
-@pytest.mark.each_value
+@pytest.mark.quick("untied-normal", "tied-LateTransfers", "tied-LastTransfers")
 @pytest.mark.parametrize(("kind", "transfers"), CASES)
 def test_three_steps(kind, transfers, tmp_path, monkeypatch):
     whole = train(make(kind), kind, batches=batch_of)
@@ -134,7 +134,7 @@ def test_the_table_takes_no_room_on_the_device(kind, tmp_path):
     assert plan.prediction.peaks.vram_bytes == pytest.approx(peak, rel=0.05)  # the table is 14% of it
 
 
-@pytest.mark.each_value
+@pytest.mark.quick("untied-inside-reentrant")
 @pytest.mark.parametrize("checkpointing", ["inside-reentrant", "inside-other", "around-reentrant", "around-other"])
 @pytest.mark.parametrize("kind", ["untied", "tied"])
 def test_under_checkpoints(kind, checkpointing, tmp_path):
@@ -187,6 +187,7 @@ def test_from_the_disk_it_comes_whole(kind, tmp_path):
         assert any(row.block == table.id and row.loads for row in handle.record.blocks)
 
 
+@pytest.mark.quick("untied")
 @pytest.mark.parametrize("kind", ["untied", "tied"])
 def test_a_smaller_plan_after_running_out_of_memory(kind, tmp_path):
     whole = train(make(kind), kind, steps=4, batches=batch_of)

@@ -24,7 +24,7 @@ def one_pass(model, kind):
     loss_of(model(**batch_of(kind))).backward()
 
 
-@pytest.mark.each_value
+@pytest.mark.quick("llama-plain", "gpt2-checked")
 @pytest.mark.parametrize("checked", [False, True], ids=["plain", "checked"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_it_changes_nothing_and_every_access_and_load_is_there(kind, checked, tmp_path):

@@ -95,6 +95,7 @@ def with_small_rings(monkeypatch):
         monkeypatch.setattr(module, "RING_BYTES", 4096)
 
 
+@pytest.mark.quick("None")
 @pytest.mark.parametrize("limit", [None, 0, 400_000, 900_000])
 def test_what_the_plan_has_pageable_is_not_asked_to_be_page_locked(limit, monkeypatch):
     """The choice alone: what page-locking itself does only a GPU shows."""
@@ -175,6 +176,7 @@ def test_each_source_goes_its_own_way(is_ring_locked, data, source_of, monkeypat
     transfers.close()
 
 
+@pytest.mark.quick("cpu-0")
 @pytest.mark.parametrize(("device", "ring_bytes"), [("cpu", 0), ("cuda", RING_BYTES)])
 def test_the_ring_is_counted(device, ring_bytes):
     machine = replace(CPU, device=device)

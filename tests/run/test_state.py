@@ -272,6 +272,23 @@ def _environment(monkeypatch):
     monkeypatch.setenv("MEMPLAN_TEST", "0")
 
 
+@pytest.mark.quick(
+    "batch-norm",
+    "instance-norm",
+    "codebook",
+    "rebound",
+    "plain",
+    "counter",
+    "torch",
+    "numpy",
+    "python",
+    "global",
+    "projected",
+    "pointed",
+    "max-norm",
+    "context",
+    "environment",
+)
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_least_vram(kind):
     plan = assert_trains_alike(kind)

@@ -109,7 +109,7 @@ READS = {
 }
 
 
-@pytest.mark.each_value
+@pytest.mark.quick("new_tensor-0", "FloatTensor-0", "array-0", "dlpack-0", "numpy_dlpack-0", "ops-0")
 @pytest.mark.parametrize("more_bytes", [0, 60_000])
 @pytest.mark.parametrize("name", READS)
 def test_reads(name, more_bytes, tmp_path):
@@ -209,6 +209,7 @@ TRANSFORMS = {
 }
 
 
+@pytest.mark.quick("grad", "mapped_grad", "vjp", "jacrev", "jacfwd", "hessian")
 @pytest.mark.parametrize("name", TRANSFORMS)
 def test_transforms_of_a_forward_are_refused(name, tmp_path):
     model, handle = attached(tmp_path)
@@ -241,6 +242,7 @@ def test_a_mapped_forward_is_right_or_refused(tmp_path):
 TOLD = "old memory still"
 
 
+@pytest.mark.quick("<lambda>0")
 @pytest.mark.parametrize(
     "take", [lambda m: m.state_dict(), lambda m: m.linears[0].weight.data, lambda m: m.linears[0].weight[3:5]]
 )

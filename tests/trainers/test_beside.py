@@ -104,6 +104,7 @@ def test_what_is_under_a_plan_takes_what_that_predicts(model, checkpoint):
     assert given(scope, model, hardware=CPU)["ram"] == 8 * MIB - bytes_of(other)
 
 
+@pytest.mark.quick("both")
 @pytest.mark.parametrize("how", ["both", "reference", pytest.param("one_after_the_other", marks=pytest.mark.full)])
 def test_a_loop_with_two_models(checkpoint, alone, under, tmp_path, how):
     """At the least vram that the refusal says they need together, and above it, with a report."""

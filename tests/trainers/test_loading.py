@@ -142,7 +142,7 @@ def test_trains_as_from_pretrained(kind, checkpoints, tmp_path):
                 assert torch.equal(parameter, expected[name]), name
 
 
-@pytest.mark.each_value
+@pytest.mark.quick("dtype0-llama")
 @pytest.mark.parametrize(
     "kind", ["llama", *(pytest.param(kind, marks=pytest.mark.full) for kind in ("tied", "mixtral"))]
 )
@@ -206,6 +206,7 @@ def test_adapters_that_begin_with_the_models_weights(more, checkpoints, tmp_path
         loaded("llama", other, plan, adapter=adapter)
 
 
+@pytest.mark.quick("cast")
 @pytest.mark.parametrize("how", ["cast", "copied", "replaced", "added"])
 def test_nothing_is_made_of_a_placeholder(how, checkpoints, monkeypatch):
     """Whatever has become of it, it is not taken for weights: in a frozen weight or a buffer it would be NaN unseen."""

@@ -108,6 +108,7 @@ def test_lightning(checkpoint, vram, tmp_path):  # noqa: F811
     assert callback.handle.plan.workload.accumulation == 2
 
 
+@pytest.mark.full
 def test_run(checkpoint, vram, hardware, tmp_path):  # noqa: F811
     script = tmp_path / "script.py"
     script.write_text(SCRIPT)
@@ -120,6 +121,7 @@ def test_run(checkpoint, vram, hardware, tmp_path):  # noqa: F811
     assert plan.workload.steps == 9
 
 
+@pytest.mark.full
 def test_a_step_that_is_too_long_ends_the_script_as_the_command_plan(checkpoint, vram, hardware, tmp_path):  # noqa: F811
     script = tmp_path / "script.py"
     script.write_text(SCRIPT)

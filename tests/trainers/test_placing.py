@@ -75,6 +75,7 @@ BEGINNINGS = [
 ]
 
 
+@pytest.mark.quick("deepcopy")
 @pytest.mark.parametrize(
     "change", [pytest.param(c, marks=[] if c in (copy.deepcopy, cast) else pytest.mark.full) for c in CHANGES]
 )
@@ -144,6 +145,7 @@ def other(checkpoint, tmp_path):
     return folder
 
 
+@pytest.mark.full
 def test_trainers_of_one_context_share_its_budget(checkpoint, other, tmp_path):
     """The first gives way to the second."""
 

@@ -11,6 +11,7 @@ from tests.trainers.conftest import exact
 AFTER = Path(__file__).with_name("script_after.py")
 
 
+@pytest.mark.quick("cast")
 @pytest.mark.parametrize(
     "how",
     [

@@ -83,6 +83,11 @@ def test_the_same_as_without(checkpoint, alone, under, tmp_path, mode):
         assert (tmp_path / "run" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
 
 
+@pytest.mark.quick(
+    "full-2500KiB-nothing in the model is frozen",
+    "hooks-2500KiB-accelerate offloads the model already",
+    "unsloth-2500KiB-unsloth offloads by itself",
+)
 @pytest.mark.parametrize(
     ("mode", "vram", "why"),
     [
@@ -122,6 +127,7 @@ def test_who_else_places_the_model_does_so(flags, why):
     assert why in _why_not(SimpleNamespace(args=SimpleNamespace(**args), **given), torch.nn.Linear(2, 2))
 
 
+@pytest.mark.quick("never-0")
 @pytest.mark.parametrize(("mode", "code"), [("never", 0), ("fail", 7)])
 def test_a_script_that_never_trains_is_told_so_at_its_end(checkpoint, alone, under, tmp_path, mode, code):
     whole = alone(SCRIPT, checkpoint, tmp_path, mode)
@@ -175,6 +181,7 @@ def test_the_report_on_standard_output(checkpoint, hardware, tmp_path):
     assert not (tmp_path / "-").exists()
 
 
+@pytest.mark.full
 def test_what_does_not_fit_ends_with_one(checkpoint, hardware, tmp_path):
     done = command(checkpoint, tmp_path / "run", hardware, "100KiB")
     assert done.returncode == 1
@@ -185,6 +192,7 @@ def test_what_does_not_fit_ends_with_one(checkpoint, hardware, tmp_path):
     assert exact(done) == []
 
 
+@pytest.mark.quick("import torch-told0", "import torch, torch.distributed.run-told2")
 @pytest.mark.parametrize(
     ("code", "told"),
     [
@@ -271,6 +279,7 @@ def test_modules_keep_their_own_loaders():
     assert done.stdout == "SourceFileLoader True\n", done.stderr[-2000:]
 
 
+@pytest.mark.full
 def test_killed_and_resumed_under_another_budget(checkpoint, alone, under, tmp_path):
     whole = alone(SCRIPT, checkpoint, tmp_path / "whole", "saved")
     assert whole.returncode == 0, whole.stderr[-3000:]

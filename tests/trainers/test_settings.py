@@ -84,6 +84,7 @@ def planned(config, **options):
 WAYS = [{}, {"bf16": True}, {"gradient_checkpointing": True}]
 
 
+@pytest.mark.quick("{}")
 @pytest.mark.filterwarnings("ignore::FutureWarning")  # transformers 5.23 has another name for it, older ones have not
 @pytest.mark.parametrize("options", WAYS, ids=str)
 def test_a_plan_of_a_configuration_is_what_the_trainer_takes(options, tmp_path):

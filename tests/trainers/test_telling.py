@@ -30,6 +30,7 @@ class Seen(TrainerCallback):
         self.logs.append(dict(logs))
 
 
+@pytest.mark.full
 def test_scalars_are_logged_and_lines_said(checkpoint, tmp_path, capsys):  # noqa: F811
     whole = finish(build(checkpoint, tmp_path / "whole"), tmp_path / "whole")
     vram = budget(checkpoint, tmp_path / "budget")

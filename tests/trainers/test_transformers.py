@@ -333,6 +333,7 @@ with memplan.placing(vram="64MiB", ram="64MiB"):
 """
 
 
+@pytest.mark.full
 def test_a_step_that_runs_out_of_memory_is_done_over(checkpoint, tmp_path):
     """Twice, with accumulation: the losses and the adapter's file are the whole run's."""
     arguments = {"gradient_accumulation_steps": 2}
