@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fnmatch
 import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,8 @@ _unlisted = pytest.StashKey[dict[str, str]]()
 def pytest_configure(config: pytest.Config) -> None:
     # The user's own cache stays as it is. Subprocesses inherit this.
     os.environ.setdefault("MEMPLAN_CACHE", str(_ROOT / ".cache" / "memplan"))
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # started in the background; children inherit it
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS looks at it once, at its first product
     config.stash[_unlisted] = {}
     config.pluginmanager.register(_SkipGuard(config, allowed_skips(_ALLOWED_SKIPS.read_text())), "memplan-skips")

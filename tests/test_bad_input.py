@@ -107,7 +107,7 @@ def test_a_plan_for_another_model(model):
     ("edit", "error"),
     [
         (lambda text: text[: len(text) // 2], PlanFormatError),
-        (lambda text: text.replace('"schema_version": 1', '"schema_version": 99'), PlanFormatError),
+        (lambda text: text.replace('"schema_version": 2', '"schema_version": 99'), PlanFormatError),
         (lambda text: "[]", PlanFormatError),
         (
             lambda text: json.dumps(json.loads(text) | {"budgets": {"vram_bytes": 5, "ram_bytes": 5, "disk_bytes": 0}}),

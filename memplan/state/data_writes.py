@@ -71,15 +71,14 @@ _of_steps: list[RemovableHandle] = []
 """What ends the counting of optimizers' steps."""
 
 
-def watch() -> Callable[[], None]:
-    """Count writes through ``data`` from now on. Return what ends that."""
+def watch(module: nn.Module) -> Callable[[], None]:
+    """Count writes to parameters from now on, as long as there is a module. Return what ends that before."""
     global _watches
     if not _watches:
         nn.Parameter.data = property(_get, _set, doc=_data.__doc__)  # type: ignore[assignment]
         _of_steps.append(register_optimizer_step_post_hook(_stepped))
     _watches += 1
-    ends = [_unwatch]
-    return lambda: ends.pop()() if ends else None
+    return weakref.finalize(module, _unwatch)  # done once at most
 
 
 def _unwatch() -> None:

@@ -10,7 +10,7 @@ from msgspec.structs import replace
 
 from memplan.errors import PlanCheckError, PlanFormatError
 from memplan.place.solve import place
-from memplan.program.codec import decode, encode
+from memplan.program.codec import SCHEMA_VERSION, decode, encode
 from memplan.program.record import RunRecord
 from memplan.program.schema import Plan
 from tests.support.tables import MIB, NAMES, budgets, make_table
@@ -24,7 +24,7 @@ def plan():
 @pytest.fixture
 def record(plan):
     return RunRecord(
-        schema_version=1,
+        schema_version=SCHEMA_VERSION,
         fingerprint=plan.fingerprint,
         device="cpu",
         passes=3,
@@ -67,7 +67,7 @@ def edited(plan, tmp_path, edit):
 @pytest.mark.parametrize(
     ("edit", "message"),
     [
-        (lambda d: d.update(schema_version=2), "schema version 2, this memplan reads 1"),
+        (lambda d: d.update(schema_version=1), "schema version 1, this memplan reads 2: make it again"),
         (lambda d: d.pop("schema_version"), "no schema_version"),
         (lambda d: d.update(extra=1), "extra"),
         (lambda d: d.pop("items"), "items"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import random
 
 import numpy
@@ -217,13 +218,14 @@ def write_an_older_alias(_, older):
 def test_trained_parameters_that_are_written_to_by_data_before_backward_are_refused(write):
     model = Model(Layer)
     trained = next(p for p in model.layers[2].parameters() if p.requires_grad)
+    before = vars(torch.nn.Parameter).get("data")
     with memplan.attach(model, planned(model)):
         older = trained.data
         found = loss(model(torch.rand(ROWS, WIDTH)))
         write(trained, older)
         with pytest.raises(RunError, match="written to between its forward and its backward"):
             found.backward()
-    assert "data" not in vars(torch.nn.Parameter)
+    assert vars(torch.nn.Parameter).get("data") is before
 
 
 @pytest.mark.parametrize("kind", ["fused", "foreach", "bitsandbytes", "own"])
@@ -267,3 +269,13 @@ def test_what_is_read_of_trained_parameters_or_written_elsewhere_is_no_write():
                     copy = parameter.data.clone()
                 copy.zero_()
         found.backward()
+
+
+def test_nothing_is_watched_once_the_model_is_dropped():
+    before = vars(torch.nn.Parameter).get("data")
+    model = Model(Layer)
+    memplan.attach(model, planned(model))
+    assert isinstance(vars(torch.nn.Parameter)["data"], property)
+    del model
+    gc.collect()
+    assert vars(torch.nn.Parameter).get("data") is before

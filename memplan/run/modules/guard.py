@@ -17,7 +17,7 @@ from torch import nn
 from memplan.errors import MovedWeightsError, RunError
 from memplan.hooks.compiled import WAY_OUT, OptimizedModule
 from memplan.model.weights import frozen_weights, is_wrapper, own_weights, rewrapped, wrapped_parts
-from memplan.run.access.direct_access import plain
+from memplan.run.access.away import plain
 from memplan.run.access.dispatched import unasked
 
 if TYPE_CHECKING:

@@ -98,7 +98,7 @@ def _hook(
     for policy in plan.activations:
         if policy.activations == "recompute":
             layer = triggers[policy.module]
-            undo.callback(data_writes.watch())
+            undo.callback(data_writes.watch(layer))
             undo.callback(recompute.wrap(layer, _setting_kept(policy.module, layer, plan, parts)))
     offloads = parts.conductor.offloads
     for held in offloads.by_key.values():
