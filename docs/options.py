@@ -14,7 +14,7 @@ PAGE = Path(__file__).with_name("options.md")
 ABOVE = """# The options of a plan
 
 Written by `make docs` from `memplan.PlanOptions`. Each is a keyword of `memplan.plan`, `frontier`, `fit`, `wrap`,
-`placing` and `memplan.trainers.lightning_callback.Placement` alike; one that there is none of is refused with the
+`placing` and `memplan.trainers.lightning.Placement` alike; one that there is none of is refused with the
 names that are near it, and so is one that makes no sense where it is given, such as `dtype` for a model that is built
 already. The last column has the words of `memplan plan`, `frontier` and `fit`; those with a ∗ are also of `memplan
 run`, where what is given goes before what the script's trainer says.

@@ -16,7 +16,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, DataCollatorForLanguageModeling
 
 import memplan
-from memplan.trainers.lightning_callback import Placement
+from memplan.trainers.lightning import Placement
 
 
 class Adapted(lightning.LightningModule):

@@ -19,8 +19,7 @@ from memplan.errors import InputError, SizeError
 from memplan.queries import fit as fitting
 from memplan.request import NAMES, PlanOptions, Request, Sizes, completed
 from memplan.trainers import hf_trainer as transformers
-from memplan.trainers import lightning_callback as lightning
-from memplan.trainers import placing
+from memplan.trainers import lightning, placing
 from memplan.units import GIB
 from tests.queries.small import config_of
 from tests.support.training import CPU

@@ -6,3 +6,10 @@ of itself. ``cards``: names of cards as people write them. ``budgets``: what is 
 """
 
 from __future__ import annotations
+
+from memplan.hardware.profile import Figure as Figure
+from memplan.hardware.profile import HardwareProfile as HardwareProfile
+from memplan.hardware.profile import as_rows as as_rows
+from memplan.hardware.profile import load as load
+from memplan.hardware.profile import names as names
+from memplan.hardware.profile import save as save

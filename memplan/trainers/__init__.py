@@ -1,7 +1,7 @@
 """The trainers people already use, in the order of their way.
 
 ``launch`` starts a script, ``import_hooks`` waits for its libraries, ``serve_script`` serves it; ``loading`` are its
-models; ``hf_trainer``, ``lightning_callback`` and ``placing`` are for those who call memplan themselves;
+models; ``hf_trainer``, ``lightning`` and ``placing`` are for those who call memplan themselves;
 ``other_models`` share the budget, ``release`` gives a model back whole, ``log_callback`` and ``longest_batch`` are
 small parts.
 """

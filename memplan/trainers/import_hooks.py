@@ -66,7 +66,7 @@ def lightning_callbacks() -> list[Any]:
     """Return what Lightning is to add to each Trainer's callbacks: nothing but under ``memplan run``."""
     if VARIABLE not in os.environ:
         return []
-    from memplan.trainers.lightning_callback import PlacementAtFirstCall
+    from memplan.trainers.lightning import PlacementAtFirstCall
 
     return [PlacementAtFirstCall()]
 

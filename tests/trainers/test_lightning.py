@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from memplan.trainers import lightning_callback as trainers
+from memplan.trainers import lightning as trainers
 from tests.support.fingerprint import assert_same, fingerprint
 
 

@@ -14,7 +14,7 @@ import torch
 
 import memplan
 from memplan.errors import DoesNotFitError, InputError
-from memplan.trainers.lightning_callback import Placement
+from memplan.trainers.lightning import Placement
 from memplan.units import MIB
 from tests.support.training import CPU
 from tests.trainers.forked import clean

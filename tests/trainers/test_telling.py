@@ -14,7 +14,7 @@ import memplan
 from memplan.program.record import RunRecord
 from memplan.run.verify.scalars import Scalars
 from memplan.show.log_lines import startup_lines, step_line
-from memplan.trainers.lightning_callback import Placement
+from memplan.trainers.lightning import Placement
 from tests.show.plans import solve_plan
 from tests.support.training import CPU
 from tests.trainers.test_transformers import Rows, budget, build, checkpoint, finish  # noqa: F401
