@@ -198,7 +198,7 @@ class Triggers:
             if torch.is_grad_enabled():
                 produced = _produced(output, args, kwargs)
                 if len(produced) == 1:
-                    produced[0].register_hook(partial(_tell, self, name, call))
+                    produced[0].grad_fn.register_prehook(partial(_tell, self, name, call))  # type: ignore[union-attr]
                 elif produced:
                     register_multi_grad_hook(produced, partial(_tell, self, name, call), mode="any")
                 if (taps := self._taps.get(name)) is not None and taps.stops is not None:
@@ -212,14 +212,14 @@ class Triggers:
     def _inside_of(self, name: str) -> Any:
         taps = self._taps.get(name)
 
+        calls = self._calls
+
         def hook(module: nn.Module, args: object, output: object) -> None:
-            if not torch.is_grad_enabled() or in_backward():
-                return
-            made = (output,) if isinstance(output, torch.Tensor) else tuple(tensors_in(output))
+            made = (output,) if type(output) is torch.Tensor else tuple(tensors_in(output))
             for tensor in made:
-                if tensor.grad_fn is not None:
-                    # Of the node: that takes half of what one of the tensor does.
-                    tensor.grad_fn.register_prehook(partial(_tell_from_within, self, name, self._calls.get(name, -1)))
+                # Of the node: to put it there takes two thirds of what a tensor's hook does.
+                if (node := tensor.grad_fn) is not None and torch._C._current_graph_task_id() == -1:
+                    node.register_prehook(partial(_tell_from_within, self, name, calls.get(name, -1)))
             if taps is not None and taps.stops is not None:
                 taps.look(module, [tensor for tensor in made if tensor.grad_fn is not None])
 
@@ -289,7 +289,7 @@ def _produced(output: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> lis
 
 
 @untraced_deep
-def _tell(triggers: Triggers, name: str, call: int, gradient: torch.Tensor) -> None:
+def _tell(triggers: Triggers, name: str, call: int, gradients: object) -> None:
     triggers.backward_begins(name, call)
 
 

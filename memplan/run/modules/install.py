@@ -246,12 +246,12 @@ def _compiled_weights(model: nn.Module) -> frozenset[int]:
 
 
 def _note_holders(model: nn.Module, parts: Runtime) -> None:
-    """Note where modules hold the weights of streamed blocks."""
+    """Note where modules hold the weights of streamed blocks that quantizers made: see ``Streamed.holders``."""
     places = {id(tensor): one for one in parts.streamed.values() for tensor, _, _ in one.pointers}
     for module in model.modules():
         for name, parameter in module._parameters.items():
             one = places.get(id(parameter))
-            if one is not None and parameter is not None:
+            if one is not None and parameter is not None and is_quantized(parameter):
                 one.holders += ((module._parameters, name, parameter),)
 
 

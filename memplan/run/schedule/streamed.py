@@ -56,7 +56,9 @@ class Streamed:
     at_home: tuple[tuple[torch.Tensor, torch.Tensor], ...] = ()
     """Each tensor, and the view of its home that it is where rows of it are read there; empty where they never are."""
     holders: tuple[tuple[dict[str, Any], str, torch.Tensor], ...] = ()
-    """Where modules hold its weights: their parameters, the name there, and the weight."""
+    """Where modules hold its weights of quantizers, whose place others may take: the module's parameters, the name
+    there, and the weight.
+    """
     overlapping: tuple[int, ...] = ()
     """Streamed blocks whose addresses overlap this one's."""
     ticket: Ticket | None = None
