@@ -198,7 +198,8 @@ class Triggers:
             if torch.is_grad_enabled():
                 produced = _produced(output, args, kwargs)
                 if len(produced) == 1:
-                    produced[0].grad_fn.register_prehook(partial(_tell, self, name, call))  # type: ignore[union-attr]
+                    # A tensor's hook: it comes before those of the node, which an inner module may have made.
+                    produced[0].register_hook(partial(_tell, self, name, call))
                 elif produced:
                     register_multi_grad_hook(produced, partial(_tell, self, name, call), mode="any")
                 if (taps := self._taps.get(name)) is not None and taps.stops is not None:
