@@ -316,11 +316,10 @@ def main() -> int:
     for shape, found in {**by_shape, "all": joint_summary(joint)}.items():
         gain = "-" if found["gain_median"] is None else f"{found['gain_median']:.1%}"
         print(
-            f"kept, recomputed and offloaded together, {shape}: the better of all kept and all recomputed takes {gain} "
-            f"longer in "
-            f"the median of {found['cases']} cases; of {found['neither_fits']} budgets in which neither fits there is "
-            f"a plan for "
-            f"{found['only_joint_fits']}, for {found['only_offload_fits']} by offloading alone"
+            f"kept, recomputed and offloaded together, {shape}: the better of all kept and all recomputed takes "
+            f"{gain} longer in the median of {found['cases']} cases; of {found['neither_fits']} budgets in which "
+            f"neither fits there is a plan for {found['only_joint_fits']}, for {found['only_offload_fits']} by "
+            "offloading alone"
         )
     print(f"gap: median {result['median']:.2%}, worst {result['worst']:.2%}; slowest {result['slowest_s']:.2f} s")
     if given.keep:

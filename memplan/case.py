@@ -144,8 +144,7 @@ def case_of(request: Request) -> Case:
     if choices.measure and not machine.is_here(profile):
         raise InputError(
             f"the times are to be measured, but the hardware is {profile.name}, not this machine: leave measure out, "
-            f"or "
-            "hardware"
+            "or hardware"
         )
     if sizes.vram_bytes is not None:
         require_vram(profile, sizes.vram_bytes)
@@ -341,8 +340,7 @@ def _activations(wanted: Mapping[str, Activations], graph: LayerGraph) -> dict[s
     if "" in wanted and not layers and wanted[""] != "keep":
         raise InputError(
             f"all activations were to be {wanted['']}: memplan has no say in any of this model's layers (it "
-            f"checkpoints "
-            "them itself, or has no repeated stack); leave activations out"
+            "checkpoints them itself, or has no repeated stack); leave activations out"
         )
     return found
 
@@ -354,9 +352,8 @@ def _pins(pins: Mapping[str, Tier], blocks: Mapping[str, int]) -> dict[int, Tier
         matches = [block for full, block in blocks.items() if full == name or full.endswith("." + name)]
         if len(matches) != 1:
             raise InputError(
-                f"the pin {name}={tier} names {len(matches)} blocks: give one block (such as {next(iter(blocks))}) and "
-                f"one of "
-                f"{', '.join(TIERS)}"
+                f"the pin {name}={tier} names {len(matches)} blocks: give one block (such as {next(iter(blocks))}) "
+                f"and one of {', '.join(TIERS)}"
             )
         found[matches[0]] = tier
     return found

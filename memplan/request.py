@@ -275,8 +275,7 @@ def check_names(options: Iterable[str]) -> None:
         if name not in NAMES:
             raise InputError(
                 f"there is no option {name!r}{like(name, NAMES)}. memplan.PlanOptions has all that there are, each "
-                f"with what "
-                "it does"
+                "with what it does"
             )
 
 
@@ -331,9 +330,9 @@ def _require_description(model: Any) -> None:
     """Raise InputError for ``qlora`` with a module: what it stands for is done as a model is built."""
     if callable(getattr(model, "named_parameters", None)):
         raise InputError(
-            f"qlora was given with a {type(model).__name__} that is built already: give its configuration or name, or "
-            f"build it "
-            "as it is trained (prepare_model_for_kbit_training, then the adapter) and give autocast and optimizer"
+            f"qlora was given with a {type(model).__name__} that is built already: give its configuration or name, "
+            "or build it as it is trained (prepare_model_for_kbit_training, then the adapter) and give autocast and "
+            "optimizer"
         )
 
 
@@ -398,7 +397,6 @@ def _optimizer_state(given: str | None, optimizer: str) -> StateHome | None:
     if home == "host":
         raise InputError(
             f"the state of {optimizer} was to lie on the host between steps, but its pages go there by themselves: "
-            f"leave "
-            "optimizer_state out, or use an optimizer that is not paged"
+            "leave optimizer_state out, or use an optimizer that is not paged"
         )
     return "device"

@@ -27,14 +27,14 @@ def pytest_configure(config: pytest.Config) -> None:
 @pytest.hookimpl(tryfirst=True)  # before tests are chosen by their marks
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Leave out tests marked ``gpu`` where there is no CUDA device: they are not there, so they are not skipped."""
-    _thin_out(items)
+    _thin_out(items, are_picked=any("::" in argument for argument in config.args))
     gpu = [item for item in items if item.get_closest_marker("gpu")]
     if gpu and not _has_cuda():
         config.hook.pytest_deselected(items=gpu)
         items[:] = [item for item in items if item not in gpu]
 
 
-def _thin_out(items: list[pytest.Item]) -> None:
+def _thin_out(items: list[pytest.Item], *, are_picked: bool) -> None:
     """Of tests marked ``each_value`` leave the fewest cases to the quick suite that have each value of each parameter
     once.
     """
@@ -50,7 +50,7 @@ def _thin_out(items: list[pytest.Item]) -> None:
             cases.setdefault(item.nodeid.split("[")[0], []).append(item)
     for name, all_cases in named.items():
         missing = {*all_cases[0].get_closest_marker("quick").args} - {_case(item) for item in all_cases}
-        if missing and len(all_cases) > 1:  # else a single case was asked for
+        if missing and not are_picked:
             raise ValueError(f"{name} has no such cases as its mark names: {sorted(missing)}")
     for found in cases.values():
         values = {item.nodeid: {(name, repr(value)) for name, value in item.callspec.params.items()} for item in found}

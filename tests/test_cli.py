@@ -51,12 +51,10 @@ def refuse(monkeypatch: pytest.MonkeyPatch, error: BaseException) -> None:
 
 def test_plan_hands_on_what_was_asked(calls: list[Any], capsys: pytest.CaptureFixture[str], solved: Plan) -> None:
     arguments = (
-        "plan ./model --vram 6GiB --ram 24GiB --disk 100GB --page-lock 8GiB --lora-rank 8 --lora-targets q_proj,v_proj "
-        "--batch 4 "
-        "--seq 1024 --quantization nf4 --kbit --no-gradient-checkpointing --accumulation 2 --examples 100 --epochs 3 "
-        "--dtype fp32 --attention eager --autocast fp16 --optimizer sgd "
-        "--hardware rtx-3060 "
-        "--pin model.layers.3=device --pin lm_head=host --activations offload --no-elastic"
+        "plan ./model --vram 6GiB --ram 24GiB --disk 100GB --page-lock 8GiB --lora-rank 8 --lora-targets "
+        "q_proj,v_proj --batch 4 --seq 1024 --quantization nf4 --kbit --no-gradient-checkpointing --accumulation 2 "
+        "--examples 100 --epochs 3 --dtype fp32 --attention eager --autocast fp16 --optimizer sgd --hardware "
+        "rtx-3060 --pin model.layers.3=device --pin lm_head=host --activations offload --no-elastic"
     )
     assert main(arguments.split()) == 0
     assert calls == [

@@ -109,8 +109,7 @@ def test_prepared_for_kbit_training_equals_the_real_module(kind, checkpointing):
     how = "casts nothing of a torchao base" if kind.startswith("torchao") else "what is not quantized is in float32"
     assert plan.notes == (
         f"Planned as PEFT's prepare_model_for_kbit_training leaves it ({how}), "
-        f"{'with' if checkpointing else 'without'} "
-        "gradient checkpointing, under autocast to bfloat16.",
+        f"{'with' if checkpointing else 'without'} gradient checkpointing, under autocast to bfloat16.",
         *real.notes,
     )
 

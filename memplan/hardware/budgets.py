@@ -21,8 +21,7 @@ def require_vram(profile: HardwareProfile, vram_bytes: int) -> None:
     usual = format_bytes(max(0, int(profile.device_bytes.value) - DEVICE_RESERVE_BYTES))
     raise InputError(
         f"vram was given as {format_bytes(vram_bytes)}, but {profile.name} has {format_bytes(most)}, of which about "
-        f"{usual} "
-        f"are usually free: give at most {format_bytes(most)}, or leave it out"
+        f"{usual} are usually free: give at most {format_bytes(most)}, or leave it out"
     )
 
 
@@ -34,20 +33,17 @@ def beyond(profile: HardwareProfile, vram_bytes: int, ram_bytes: int) -> tuple[s
         if profile.device == "cpu":
             found.append(
                 f"The vram is more than the {format_bytes(usual)} of RAM of {profile.name}, whose CPU is the compute "
-                f"device: "
-                "it fits on another machine alone. Give that one's card (hardware) for its times."
+                "device: it fits on another machine alone. Give that one's card (hardware) for its times."
             )
         else:
             found.append(
-                f"The vram is all that {profile.name} can have: the driver, a display and other processes take a part "
-                f"of it, "
-                f"about {format_bytes(usual - DEVICE_RESERVE_BYTES)} are usually free."
+                f"The vram is all that {profile.name} can have: the driver, a display and other processes take a "
+                f"part of it, about {format_bytes(usual - DEVICE_RESERVE_BYTES)} are usually free."
             )
     if profile.host_bytes is not None and ram_bytes > _most_bytes(profile.host_bytes):
         found.append(
             f"The ram is more than the {format_bytes(int(profile.host_bytes.value))} of {profile.name}: it fits on "
-            f"another "
-            "machine alone."
+            "another machine alone."
         )
     return tuple(found)
 

@@ -19,7 +19,7 @@ import platformdirs
 import psutil
 
 from memplan.errors import HardwareError
-from memplan.hardware.profile import HardwareProfile, folder, read
+from memplan.hardware.profile import HardwareProfile, read, shipped_folder
 from memplan.units import GIB, MIB
 
 DEVICE_RESERVE_BYTES = 512 * MIB
@@ -142,9 +142,9 @@ def notes(profile: HardwareProfile, folder: str | Path | None) -> tuple[str, ...
     found = []
     if sys.platform == "win32":
         found.append(
-            "On Windows the driver lets a full card go on in the RAM that it shares, far slower and without an error: "
-            "such "
-            "bytes are over budget and memplan does not see them. Set CUDA's sysmem fallback policy to none. Untested."
+            "On Windows the driver lets a full card go on in the RAM that it shares, far slower and without an "
+            "error: such bytes are over budget and memplan does not see them. Set CUDA's sysmem fallback policy to "
+            "none. Untested."
         )
     if "microsoft" in platform.release().lower():
         if profile.device == "cuda":
@@ -155,8 +155,7 @@ def notes(profile: HardwareProfile, folder: str | Path | None) -> tuple[str, ...
         if folder and _file_system(Path(folder)) in ("9p", "drvfs"):
             found.append(
                 f"The checkpoint lies on a drive of Windows ({folder}), which WSL2 reads many times slower than its "
-                f"own: "
-                "copy it there, under ~."
+                "own: copy it there, under ~."
             )
     return tuple(found)
 
@@ -204,7 +203,7 @@ def profile_of_plan(name: str, rates_bytes_per_s: Sequence[float]) -> HardwarePr
     ``rates_bytes_per_s``: to the device, from it, of the disk. A profile may have been measured anew since a plan was
     made.
     """
-    for path in (*sorted(folder().glob("*.json")), *sorted((cache_path() / "profiles").glob("*.json"))):
+    for path in (*sorted(shipped_folder().glob("*.json")), *sorted((cache_path() / "profiles").glob("*.json"))):
         try:
             found = read(path)
         except HardwareError:

@@ -109,7 +109,7 @@ class HardwareProfile(Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
 
 def names() -> tuple[str, ...]:
     """Return the names of the shipped profiles, sorted."""
-    return tuple(sorted(path.stem for path in folder().glob("*.json")))
+    return tuple(sorted(path.stem for path in shipped_folder().glob("*.json")))
 
 
 def load(name_or_path: str | Path) -> HardwareProfile:
@@ -122,7 +122,7 @@ def load(name_or_path: str | Path) -> HardwareProfile:
     shipped = {name.lower(): name for name in names()}
     is_path = isinstance(name_or_path, Path) or "/" in text or os.sep in text or text.endswith(".json")
     if not is_path and text.lower() in shipped:
-        return read(folder() / f"{shipped[text.lower()]}.json")
+        return read(shipped_folder() / f"{shipped[text.lower()]}.json")
     if is_path or Path(text).is_file():
         return read(Path(text).expanduser())
     found = [profile for name in cards.matching(text, names()) if _has(profile := load(name), cards.size_of(text))]
@@ -176,7 +176,7 @@ def save(profile: HardwareProfile, path: str | Path) -> None:
     write_whole(Path(path), msgspec.json.format(msgspec.json.encode(profile), indent=2) + b"\n")
 
 
-def folder() -> Path:
+def shipped_folder() -> Path:
     """Return the folder of the shipped profiles: in the package in a wheel, beside it in a checkout."""
     packaged = _HERE / "_profiles"
     return packaged if packaged.is_dir() else _HERE.parent / "profiles"

@@ -91,9 +91,8 @@ class LateHooks:
                 if any(key >= since for key in (*module._forward_hooks, *module._forward_pre_hooks)):
                     # One on the layer itself comes a call too early: without memplan's the layer has no hooks yet.
                     raise RunError(
-                        f"the forward of {self._name} registered a hook within itself, which would be called too often "
-                        f"or too early "
-                        f"where the plan runs it a second time in backward: {_WAY_OUT}"
+                        f"the forward of {self._name} registered a hook within itself, which would be called too "
+                        f"often or too early where the plan runs it a second time in backward: {_WAY_OUT}"
                     )
 
     @contextmanager
@@ -213,8 +212,7 @@ class LateHooks:
         where = canonical(f"{self._name}.{name}".rstrip("."))
         return RunError(
             f"a hook on {where}, which came after the plan was made, {what}, and the plan runs {self._name} a second "
-            f"time in "
-            f"backward, where that would happen twice: {_WAY_OUT}"
+            f"time in backward, where that would happen twice: {_WAY_OUT}"
         )
 
 

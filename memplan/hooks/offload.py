@@ -96,8 +96,7 @@ def changed(name: str) -> RunError:
     """Return the error of a saved tensor that was written to."""
     return RunError(
         f"what {name} saved for backward was written to since (an inplace operation), so a gradient would be wrong: "
-        f"make "
-        "that operation out of place, or run the backward before it"
+        "make that operation out of place, or run the backward before it"
     )
 
 

@@ -173,9 +173,8 @@ class Triggers:
             refuse_region(name)
             if torch._C._get_tracing_state() is not None:
                 raise RunError(
-                    f"{name} was traced by torch.jit while memplan streams its weights, which the traced module would "
-                    f"read where they "
-                    "are not: detach() first"
+                    f"{name} was traced by torch.jit while memplan streams its weights, which the traced module "
+                    "would read where they are not: detach() first"
                 )
             backward = in_backward()
             if backward:

@@ -95,8 +95,7 @@ def understood(
         if isinstance(settings, Mapping) and settings.get("quantization_config"):
             raise InputError(
                 f"the quantization was given as 'none', but {given} is quantized by its configuration: give a model "
-                f"that is "
-                "not, or leave the quantization out"
+                "that is not, or leave the quantization out"
             )
         quantization = None
     return Understood(model, dtype, quantization, (*notes, *_targets(adapter, settings)))
@@ -114,8 +113,7 @@ def dtype_name(given: str) -> str:
     if found is None and _is_quantization(given):
         raise InputError(
             f"the dtype was given as {given!r}, which is a quantization: give --quantization {given} "
-            f"(quantization={given!r}), and "
-            "as dtype what products are computed in, such as bf16"
+            f"(quantization={given!r}), and as dtype what products are computed in, such as bf16"
         )
     if found is None:
         raise InputError(
@@ -236,8 +234,7 @@ def _targets(adapter: Any, settings: Any) -> tuple[str, ...]:
         wrong = (slips or missing)[0]
         raise InputError(
             f"the adapter's target was given as {wrong!r}, which no layer of a {kind} model is "
-            f"called{like(wrong, known)}; "
-            f"give of {', '.join(known)}, or {_ALL_LINEAR}"
+            f"called{like(wrong, known)}; give of {', '.join(known)}, or {_ALL_LINEAR}"
         )
     if not missing:
         return ()

@@ -89,9 +89,8 @@ def from_configuration(
         folder = Path(kept) if kept and Path(kept).is_dir() else None
     else:
         raise InputError(
-            f"the model is a {type(given).__name__}: give an nn.Module, a transformers configuration, a directory with "
-            f"a "
-            "config.json, or a model's name"
+            f"the model is a {type(given).__name__}: give an nn.Module, a transformers configuration, a directory "
+            "with a config.json, or a model's name"
         )
     _refuse_endless(config, name)
     options: dict[str, Any] = {"dtype": _dtype(dtype if dtype is not None else getattr(config, "dtype", None))}
@@ -158,8 +157,7 @@ def _untied_note(transformers: Any, model: Any) -> str:
     weight = model.get_output_embeddings().weight
     return (
         f"Its configuration parts head and embedding, but transformers {transformers.__version__} makes one of them: "
-        f"where "
-        f"the checkpoint holds both, count {format_bytes(weight.numel() * weight.element_size())} more."
+        f"where the checkpoint holds both, count {format_bytes(weight.numel() * weight.element_size())} more."
     )
 
 
@@ -198,8 +196,7 @@ def _of_diffusers(given: str | Path, dtype: Any, attention: str | None, quantiza
     except ImportError as error:
         raise InputError(
             f"{folder} holds a model of diffusers, which is not installed: pip install 'memplan[diffusers]', or give "
-            f"the "
-            "nn.Module"
+            "the nn.Module"
         ) from error
     if attention is not None or quantization is not None:
         raise InputError(f"attention or quantization was given with {name}: leave both out for models of diffusers")
@@ -266,8 +263,7 @@ def _named(transformers: Any, given: str | Path) -> tuple[Any, str, Path | None]
         except Exception as error:
             raise ModelError(
                 f"{folder / 'config.json'} cannot be used: {first_line(error)} (memplan runs no code from a "
-                f"checkpoint; for "
-                "such a model give the nn.Module)"
+                "checkpoint; for such a model give the nn.Module)"
             ) from error
         return config, folder.resolve().name, folder
     known = models.find(str(given)) if isinstance(given, str) else None
@@ -337,8 +333,7 @@ def _builder(transformers: Any, config: Any) -> Any:
     if build is None:
         raise ModelError(
             f"transformers has no model of language, images or sound for {type(config).__name__}, and its "
-            f"architectures "
-            "name no class of transformers: give the nn.Module"
+            "architectures name no class of transformers: give the nn.Module"
         )
     return lambda config, options: build(config, **options)
 

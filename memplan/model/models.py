@@ -100,9 +100,7 @@ def not_on_hub(name: str, error: Exception) -> InputError:
     known = f", or one of the names that memplan knows itself, such as {found[0]}" if found else ""
     return InputError(
         f"the configuration of {name} could not be fetched from the Hub: {first_line(error).rstrip('. ')}. Check the "
-        f"name and "
-        f"the network, or "
-        f"give a directory with its config.json{known}"
+        f"name and the network, or give a directory with its config.json{known}"
     )
 
 
@@ -118,8 +116,7 @@ def unknown(given: object) -> InputError:
         hint = ": it is a file; give the directory that holds its config.json"
     return InputError(
         f"{given} is neither a directory with a config.json nor a model that memplan knows{hint}. Give a directory, "
-        f"one of "
-        "the names in memplan/models.json, a name on the hub such as meta-llama/Llama-3.1-8B, a transformers "
+        "one of the names in memplan/models.json, a name on the hub such as meta-llama/Llama-3.1-8B, a transformers "
         "configuration or an nn.Module"
     )
 

@@ -81,8 +81,8 @@ class Quantization:
             return ()
         return (
             f"{_STOOD_IN_FOR[method]} kernels were not traced: each product is counted as one that dequantizes its "
-            f"weight "
-            "whole, in forward and again in backward; what a kernel allocates besides, or spares, is an estimate.",
+            "weight whole, in forward and again in backward; what a kernel allocates besides, or spares, is an "
+            "estimate.",
         )
 
 
@@ -102,8 +102,7 @@ def quantization_of(given: Any, dtype: torch.dtype) -> Quantization:
         if method not in {*_LIBRARY, "gptq", "awq"}:
             raise ModelError(
                 f"the quantization is {method or 'of no method'}, of which no plan can be made without weights: load "
-                f"the "
-                "model and plan it as an nn.Module, or give the configuration without its quantization"
+                "the model and plan it as an nn.Module, or give the configuration without its quantization"
             )
         _require(method)
         try:
@@ -264,9 +263,8 @@ def _with_stand_ins(model: nn.Module, settings: Any, quantizer: Any) -> None:
             inputs, outputs = module.in_features, module.out_features
         elif any(parameter.dim() > 2 for parameter in module._parameters.values() if parameter is not None):
             raise ModelError(
-                f"{name} holds the weights of several layers in one, and {_STOOD_IN_FOR[method]} layout of such is not "
-                f"known: "
-                "load the model and plan it as an nn.Module"
+                f"{name} holds the weights of several layers in one, and {_STOOD_IN_FOR[method]} layout of such is "
+                "not known: load the model and plan it as an nn.Module"
             )
         else:
             continue

@@ -123,8 +123,7 @@ def _changes(
         yield _Change(
             price,
             f"give a disk budget of at least {format_bytes(least_disk)} ({least_disk} bytes), or the folder of a "
-            f"checkpoint that "
-            "blocks may be read from",
+            "checkpoint that blocks may be read from",
         )
     chunked = chunked_loss(case.table, case.workload.tokens)
     if chunked is not None:
@@ -180,9 +179,8 @@ def _vram_limit(of: Least) -> str:
     again, all_of_them = len(problem.recomputed_at(level)), len(problem.table.recomputable)
     how = f", {again} of {all_of_them} modules recomputed" if level else ""
     return (
-        f"{format_bytes(int(of.nonweight.max()))} of activations, adapters and optimizer state at {where}{how}, beside "
-        f"weights "
-        f"of {format_bytes(room)} ({format_bytes(smallest.slots_bytes)} of it slots)"
+        f"{format_bytes(int(of.nonweight.max()))} of activations, adapters and optimizer state at {where}{how}, "
+        f"beside weights of {format_bytes(room)} ({format_bytes(smallest.slots_bytes)} of it slots)"
     )
 
 

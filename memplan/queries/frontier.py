@@ -110,10 +110,8 @@ def require_speed(case: Case, plan: Plan, max_step_s: float) -> None:
     )
     raise TooSlowError(
         f"a step was to take at most {format_seconds(max_step_s)}, but takes {format_seconds(said.step_s)} under the "
-        f"best plan "
-        f"in {format_bytes(plan.budgets.vram_bytes)} of vram, and no plan of these blocks and activations takes less "
-        f"than "
-        f"{format_seconds(bound_step_s)}: {way_out}",
+        f"best plan in {format_bytes(plan.budgets.vram_bytes)} of vram, and no plan of these blocks and activations "
+        f"takes less than {format_seconds(bound_step_s)}: {way_out}",
         step_s=said.step_s,
         least_vram_bytes=None if enough is None else enough.vram_bytes,
     )

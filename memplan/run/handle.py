@@ -187,9 +187,8 @@ class Handle:
             least = error.least_vram_bytes
             if least is None or least >= taken:
                 raise RunError(
-                    f"the device ran out of memory ({said}) under a plan for {format_bytes(taken)}, and no plan takes "
-                    f"less: "
-                    "end what else uses the device, or use a smaller micro-batch"
+                    f"the device ran out of memory ({said}) under a plan for {format_bytes(taken)}, and no plan "
+                    "takes less: end what else uses the device, or use a smaller micro-batch"
                 ) from None
             plan = self.replan(self.plan, least)
         gc.collect()

@@ -142,11 +142,9 @@ class Runtime:
         if bounded and size_bytes > left:
             raise RunError(
                 f"a frozen weight of {home.block.name} was written to, whose home is {home.files or 'in use'}, which "
-                f"memplan does "
-                f"not write to; a home of its own in RAM takes {format_bytes(size_bytes)}, and "
-                f"{format_bytes(max(0, left))} of the "
-                f"ram budget ({format_bytes(plan.budgets.ram_bytes)}) are left: give more ram, or pin the block to the "
-                f"device"
+                f"memplan does not write to; a home of its own in RAM takes {format_bytes(size_bytes)}, and "
+                f"{format_bytes(max(0, left))} of the ram budget ({format_bytes(plan.budgets.ram_bytes)}) are left: "
+                "give more ram, or pin the block to the device"
             )
         home.source = HostSource(_on_host(home, self.device.type == "cuda"))
         self.own_homes.add(block)

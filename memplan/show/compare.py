@@ -127,8 +127,7 @@ def compare_records(first: RunRecord, second: RunRecord) -> Compared:
     if first.fingerprint != second.fingerprint:
         raise InputError(
             f"the records are of different models (fingerprints {first.fingerprint[:12]} and "
-            f"{second.fingerprint[:12]}): "
-            "give two runs of one"
+            f"{second.fingerprint[:12]}): give two runs of one"
         )
     passes = (max(first.passes, 1), max(second.passes, 1))
     rows = (

@@ -24,13 +24,11 @@ def startup_lines(plan: Plan) -> tuple[str, str, str]:
     policies = list(plan.policies().values())
     memory = (
         f"memory: vram={said.peaks.vram_bytes} of={budgets.vram_bytes} ram={said.peaks.ram_bytes} "
-        f"of={budgets.ram_bytes} "
-        f"disk={said.peaks.disk_bytes}"
+        f"of={budgets.ram_bytes} disk={said.peaks.disk_bytes}"
     )
     speed = (
         f"speed: pass_s={said.pass_s:.6g} compute_s={said.compute_s:.6g} stall_s={said.stall_s:.6g} "
-        f"bound_s={said.bound_s:.6g} "
-        f"binds={said.binds}"
+        f"bound_s={said.bound_s:.6g} binds={said.binds}"
     )
     counts = " ".join(f"{tier}={len(blocks)}" for tier, blocks in homes.items())
     blocks = (

@@ -44,9 +44,8 @@ def chrome_trace(plan: Plan, record: RunRecord | None = None) -> dict[str, Any]:
         check_pair(plan, record)
         if not record.spans:
             raise InputError(
-                "the record has no times of single accesses: train with memplan.attach(..., traced=True) and save the "
-                "handle's "
-                "record, or leave the record out for the planned pass alone"
+                "the record has no times of single accesses: train with memplan.attach(..., traced=True) and save "
+                "the handle's record, or leave the record out for the planned pass alone"
             )
         events += [*_process(2, f"measured: {record.device}"), *_measured(record)]
     return {"displayTimeUnit": "ms", "traceEvents": events}

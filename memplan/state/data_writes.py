@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import sys
 import weakref
+from collections import deque
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -69,6 +70,9 @@ _taken: dict[int, _Taken] = {}
 _watches = 0
 _of_steps: list[RemovableHandle] = []
 """What ends the counting of optimizers' steps."""
+_steps = 0
+_stepped: deque[tuple[int, weakref.ref[torch.optim.Optimizer]]] = deque(maxlen=256)
+"""The last steps, by their numbers."""
 
 
 def watch(module: nn.Module) -> Callable[[], None]:
@@ -76,7 +80,7 @@ def watch(module: nn.Module) -> Callable[[], None]:
     global _watches
     if not _watches:
         nn.Parameter.data = property(_get, _set, doc=_data.__doc__)  # type: ignore[assignment]
-        _of_steps.append(register_optimizer_step_post_hook(_stepped))
+        _of_steps.append(register_optimizer_step_post_hook(_count_step))
     _watches += 1
     return weakref.finalize(module, _unwatch)  # done once at most
 
@@ -106,11 +110,27 @@ def _of(parameter: nn.Parameter) -> _Taken:
     return taken
 
 
-def _stepped(optimizer: torch.optim.Optimizer, *_: object) -> None:
-    for group in optimizer.param_groups:
-        for parameter in group["params"]:
-            if parameter.grad is not None:
-                _of(parameter).writes += 1
+def steps() -> int:
+    """Return how many steps optimizers have done since anybody watches."""
+    return _steps
+
+
+def are_stepped(since: int, parameters: Iterable[nn.Parameter]) -> bool:
+    """Whether any of the parameters is of an optimizer that has done a step since there were so many."""
+    if since == _steps:
+        return False
+    later = [optimizer() for number, optimizer in _stepped if number > since]
+    ids = {id(parameter) for parameter in parameters}
+    known = [one for one in later if one is not None]
+    if len(known) < _steps - since:
+        return True  # nobody knows of which parameters the others are
+    return any(id(p) in ids for optimizer in known for group in optimizer.param_groups for p in group["params"])
+
+
+def _count_step(optimizer: torch.optim.Optimizer, *_: object) -> None:
+    global _steps
+    _steps += 1
+    _stepped.append((_steps, weakref.ref(optimizer)))
 
 
 def _get(parameter: nn.Parameter) -> torch.Tensor:

@@ -66,8 +66,7 @@ class Unrepeatable:
     def __init__(self, where: str, what: str) -> None:
         self.__dict__["_message"] = (
             f"the forward draws from {where}, {what}: planning would use up what training is to see. Draw from it "
-            f"outside "
-            "of the model and hand the values in, or hold a list and a position"
+            "outside of the model and hand the values in, or hold a list and a position"
         )
 
     def __iter__(self) -> Any:

@@ -207,7 +207,7 @@ class Now:
             for buffer in module._buffers.values() if module._buffers else ():
                 if buffer is not None and id(buffer) not in apart and not buffer.is_inference():
                     self._others.append(buffer)
-        self._versions = data_writes.states(self._trained)
+        self._versions, self._steps = data_writes.states(self._trained), data_writes.steps()
         self._other_versions = [tensor._version for tensor in self._others]
 
     def refuse_written(self) -> None:
@@ -215,8 +215,8 @@ class Now:
         if [tensor._version for tensor in self._others] != self._other_versions:
             raise RunError(
                 f"the forward of {self._name} wrote in place to a buffer or a frozen weight, which it did not as it "
-                f"was planned, "
-                f"and the plan runs it a second time in backward: {_KEEP}, or plan anew where it does so at once"
+                f"was planned, and the plan runs it a second time in backward: {_KEEP}, or plan anew where it does "
+                "so at once"
             )
 
     @contextmanager
@@ -224,13 +224,13 @@ class Now:
         """Have all be as it was. Raises RunError where that cannot be."""
         if (
             data_writes.states(self._trained) != self._versions
+            or data_writes.are_stepped(self._steps, self._trained)
             or [tensor._version for tensor in self._others] != self._other_versions
             or self._count() != self._writes
         ):
             raise RunError(
-                f"weights of {self._name} were written to between its forward and its backward, in which the plan runs "
-                f"it once "
-                f"more: write to them after backward(), or {_KEEP}"
+                f"weights of {self._name} were written to between its forward and its backward, in which the plan "
+                f"runs it once more: write to them after backward(), or {_KEEP}"
             )
         had_kernels = _kernels()
         flags = [(parameter, flag) for parameter, flag in self._flags if parameter.requires_grad != flag]
@@ -247,10 +247,9 @@ class Now:
                 parameter.requires_grad_(not flag)
             if positions() != drawn:  # a recompute is left by an error once it has all that is wanted
                 raise RunError(
-                    f"the forward of {self._name} drew Python's or NumPy's random numbers, which it did not as it was "
-                    f"planned, "
-                    f"and the plan runs it a second time in backward, with others: {_KEEP}, or plan anew where it does "
-                    f"so at once"
+                    f"the forward of {self._name} drew Python's or NumPy's random numbers, which it did not as it "
+                    f"was planned, and the plan runs it a second time in backward, with others: {_KEEP}, or plan "
+                    "anew where it does so at once"
                 )
 
 

@@ -108,8 +108,8 @@ def wrap_within(
     if compiles(trainer):
         raise InputError(
             "the trainer was asked to compile the model (torch_compile, or accelerate's own setting), which it would "
-            "do as a "
-            f"whole once training starts, while memplan brings weights layer by layer: leave it out, and {WAY_OUT}"
+            "do as a whole once training starts, while memplan brings weights layer by layer: leave it out, and "
+            f"{WAY_OUT}"
         )
     with not_waiting(model), contextlib.ExitStack() as undo:
         if args.gradient_checkpointing:
@@ -313,10 +313,8 @@ def _first_call(trainer: Trainer) -> tuple[Mapping[str, Any], int | None]:
         if not isinstance(batch, Mapping):
             raise CallUnknownError(
                 f"the data of {type(trainer).__name__} comes as {type(batch).__name__}, of which the trainer makes "
-                f"what it "
-                "calls the model with only while it trains: give wrap the largest such call with batch=, or have it "
-                "planned "
-                "for at the first call by memplan.placing or memplan run"
+                "what it calls the model with only while it trains: give wrap the largest such call with batch=, or "
+                "have it planned for at the first call by memplan.placing or memplan run"
             )
         call = {name: value for name, value in batch.items() if isinstance(value, torch.Tensor)}
     return call, steps

@@ -137,15 +137,14 @@ def _first_call(trainer: Trainer, pl_module: LightningModule) -> tuple[nn.Module
     if not seen:
         raise InputError(
             f"the training_step of {type(pl_module).__name__} did not come to call a module that holds all frozen "
-            f"weights"
-            f"{f' ({type(why).__name__}: {why})' if why else ''}: attach that module with memplan.attach before fitting"
+            f"weights{f' ({type(why).__name__}: {why})' if why else ''}: attach that module with memplan.attach "
+            "before fitting"
         )
     module, args, kwargs = seen[0]
     if args and kwargs:
         raise InputError(
             f"the training_step of {type(pl_module).__name__} calls {type(module).__name__} with both positional "
-            f"arguments "
-            "and keywords: call it with keywords"
+            "arguments and keywords: call it with keywords"
         )
     return module, kwargs or args
 

@@ -227,8 +227,7 @@ class _Inside:
             if args:
                 raise InputError(
                     f"{type(trainer).__name__} calls its model with positional arguments, and memplan.placing plans "
-                    f"for "
-                    "keywords: give placing the largest call with batch="
+                    "for keywords: give placing the largest call with batch="
                 )
             self._wrap_within(trainer, batch=kwargs)
 
@@ -241,9 +240,8 @@ def _mapped(cls: Any, name: Any, folder: Path, args: tuple[Any, ...], kwargs: di
     what = f"from_pretrained({str(name)!r})"
     if unknown:
         raise InputError(
-            f"{what} was called with {', '.join(unknown)}, which memplan.placing does not serve: leave it out, or load "
-            f"this "
-            "model outside of placing, and use memplan.wrap where it is to be trained"
+            f"{what} was called with {', '.join(unknown)}, which memplan.placing does not serve: leave it out, or "
+            "load this model outside of placing, and use memplan.wrap where it is to be trained"
         )
     try:
         return mapped_from(cls, name, folder, kwargs)

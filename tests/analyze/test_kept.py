@@ -142,8 +142,8 @@ def test_the_command_opens_no_torch_then(model, tmp_path):
         "--json",
     ]
     code = (
-        "import sys; from memplan.cli import main; code = main(sys.argv[1:]); "
-        "print('torch' in sys.modules, file=sys.stderr); sys.exit(code)"
+        "import sys; from memplan.cli import main; code = main(sys.argv[1:]); print('torch' in sys.modules, "
+        "file=sys.stderr); sys.exit(code)"
     )
     runs = [subprocess.run([sys.executable, "-c", code, *command], capture_output=True, text=True) for _ in range(2)]
     assert [run.returncode for run in runs] == [0, 0], runs[0].stderr

@@ -206,8 +206,8 @@ def test_a_page_of_the_longest_plan_is_small() -> None:
 def test_a_report_in_a_terminal_opens_no_template(tmp_path: Path) -> None:
     solve_plan().save(tmp_path / "plan.json")
     code = (
-        "import sys; from memplan.cli import main; code = main(['report', sys.argv[1]]); "
-        "assert code == 0 and not {'jinja2', 'torch', 'memplan.show.html'} & set(sys.modules)"
+        "import sys; from memplan.cli import main; code = main(['report', sys.argv[1]]); assert code == 0 and not "
+        "{'jinja2', 'torch', 'memplan.show.html'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code, str(tmp_path / "plan.json")], check=True, stdout=subprocess.DEVNULL)
 
@@ -277,8 +277,7 @@ def test_a_plan_and_a_record_are_a_line_elsewhere(plan: Plan) -> None:
     said, record = plan.prediction, record_of(plan)
     assert repr(plan) == (
         f"<Plan of {plan.model!r} on {plan.hardware!r}: {size(said.peaks.vram_bytes)} of "
-        f"{size(plan.budgets.vram_bytes)} "
-        f"vram, a pass of {seconds(said.pass_s)}>"
+        f"{size(plan.budgets.vram_bytes)} vram, a pass of {seconds(said.pass_s)}>"
     )
     assert repr(record) == (
         f"<RunRecord of 40 passes of {seconds(record.pass_s)} on {record.device}: {record.loads:,} loads, 3 misses, "

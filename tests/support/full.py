@@ -138,8 +138,7 @@ def compatibility(parts: list[dict[str, Any]], about: dict[str, Any]) -> str:
     table = "\n".join(f"| {' | '.join(row)} |" for row in (head, ("---",) * len(head), *rows))
     return (
         "# Compatibility\n\nEach trainer as it is, under `memplan run` and with memplan's own lines, with these "
-        "releases. "
-        f"Written by `make test-full` (`tests/test_compatibility.py`) on {about['date']}, commit "
+        f"releases. Written by `make test-full` (`tests/test_compatibility.py`) on {about['date']}, commit "
         f"{about['commit']}.\n\n{table}\n"
     )
 

@@ -134,9 +134,8 @@ def test_a_cache_that_the_trainer_leaves_on_is_counted(tmp_path):
     plan = planned(config, activations="keep")
     assert [note for note in plan.notes if "cache" in note] == [
         "decoder has a configuration of its own with use_cache=True, which transformers' Trainer leaves as it is: "
-        "where it "
-        "keeps a key-value cache, that is counted. TRL's trainers keep none: for those, set it to False in the "
-        "configuration and plan again."
+        "where it keeps a key-value cache, that is counted. TRL's trainers keep none: for those, set it to False in "
+        "the configuration and plan again."
     ]
     real = peak_bytes(trainer_of(adapted(T5ForConditionalGeneration(config)), tmp_path))
     assert real <= plan.prediction.peaks.vram_bytes <= 1.03 * real

@@ -315,8 +315,7 @@ def _notes(model: nn.Module, graph: LayerGraph, kept: Traced, ran_again: int) ->
         one, count = graph.stateful[0], len(graph.stateful)
         found.append(
             f"{count} {'layer is' if count == 1 else 'layers are'} never recomputed, since that would change their "
-            f"state twice: "
-            f"{one.module}, for example: {one.reason}."
+            f"state twice: {one.module}, for example: {one.reason}."
         )
     pinned = [block for block in blocks if block.pinned_because]
     if pinned:
@@ -332,9 +331,9 @@ def _notes(model: nn.Module, graph: LayerGraph, kept: Traced, ran_again: int) ->
     unread_bytes = sum(block.size_bytes for block in unread)
     if unread_bytes > _UNREAD_SHARE * sum(block.size_bytes for block in blocks):
         found.append(
-            f"{format_bytes(unread_bytes)} of its weights ({unread[0].name}{' and others' if len(unread) > 1 else ''}) "
-            f"are never read with this batch, and "
-            "stay on the device: give a batch of all that the training gives it (images, sound), as tensors."
+            f"{format_bytes(unread_bytes)} of its weights "
+            f"({unread[0].name}{' and others' if len(unread) > 1 else ''}) are never read with this batch, and stay "
+            "on the device: give a batch of all that the training gives it (images, sound), as tensors."
         )
     experts = sum(block.kind == "expert" for block in blocks)
     if experts:
@@ -345,8 +344,8 @@ def _notes(model: nn.Module, graph: LayerGraph, kept: Traced, ran_again: int) ->
     assumed = sorted(kept.recorder.values.assumed)
     if assumed:
         found.append(
-            f"The model decides by values that a trace does not have ({', '.join(assumed)}): "
-            "an even choice was assumed."
+            f"The model decides by values that a trace does not have ({', '.join(assumed)}): an even choice was "
+            "assumed."
         )
     return found
 

@@ -23,9 +23,9 @@ def image(model: nn.Module, batch: int) -> torch.Tensor:
     channels = _setting(model, "num_channels", "in_channels", "in_chans")
     if len(sides) != 2 or not all(isinstance(side, int) and side > 0 for side in (*sides, channels)):
         raise InputError(
-            f"the batch was given as a shape, but {type(model).__name__} takes images, and its configuration does not "
-            f"say "
-            "of what size (image_size, num_channels): give a mapping of tensors, such as {'pixel_values': images}"
+            f"the batch was given as a shape, but {type(model).__name__} takes images, and its configuration does "
+            "not say of what size (image_size, num_channels): give a mapping of tensors, such as {'pixel_values': "
+            "images}"
         )
     return torch.zeros(batch, channels, *sides, dtype=_dtype_of(model))
 
@@ -51,8 +51,7 @@ def sound(model: nn.Module, batch: int, length: int | None) -> tuple[str, torch.
     if not samples and not (name == "input_features" and _is_size(width)):
         raise InputError(
             f"the batch was given as a shape, but {type(model).__name__} takes sound ({name}), and its configuration "
-            f"does "
-            f"not say of what shape: give a mapping of tensors, such as {{'{name}': sound}}"
+            f"does not say of what shape: give a mapping of tensors, such as {{'{name}': sound}}"
         )
     if length is None:
         raise InputError(

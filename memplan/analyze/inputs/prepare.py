@@ -76,15 +76,13 @@ def prepare(
         if quantization is not None:
             raise InputError(
                 f"quantization was given with a {type(model).__name__} that is built already: load it quantized, or "
-                f"give "
-                "its configuration"
+                "give its configuration"
             )
         if kbit or gradient_checkpointing is not None:
             what, call = ("kbit", "peft.prepare_model_for_kbit_training(model)") if kbit else _CHECKPOINTING
             raise InputError(
                 f"{what} was given with a {type(model).__name__} that is built already: call {call} before, or give "
-                f"its "
-                "configuration"
+                "its configuration"
             )
         refuse_moved(model)
         base = base_of(model)

@@ -20,9 +20,8 @@ from torch import nn
 from memplan.errors import InputError, ModelError, first_line
 
 NO_CACHE = (
-    "Planned as transformers' Trainer trains it, without a key-value cache (it sets config.use_cache to False): a loop "
-    "of "
-    "your own must do the same, or needs more than is predicted."
+    "Planned as transformers' Trainer trains it, without a key-value cache (it sets config.use_cache to False): a "
+    "loop of your own must do the same, or needs more than is predicted."
 )
 
 
@@ -36,11 +35,9 @@ def as_in_training(model: nn.Module) -> tuple[str, ...]:
     parts = sorted({name for name, module in model.named_modules() if _has_own_cache(module, config)}, key=len)
     if parts:
         return (
-            f"{parts[0]} has a configuration of its own with use_cache=True, which transformers' Trainer leaves as it "
-            f"is: "
-            "where it keeps a key-value cache, that is counted. TRL's trainers keep none: for those, set it to False "
-            "in the "
-            "configuration and plan again.",
+            f"{parts[0]} has a configuration of its own with use_cache=True, which transformers' Trainer leaves as "
+            "it is: where it keeps a key-value cache, that is counted. TRL's trainers keep none: for those, set it "
+            "to False in the configuration and plan again.",
         )
     return (NO_CACHE,) if before else ()
 
@@ -61,9 +58,8 @@ def with_checkpointing(model: nn.Module, *, kbit: bool, wanted: bool | None) -> 
     held: Any = model
     if not hasattr(getattr(model, "config", None), "model_type"):
         raise InputError(
-            f"{type(model).__name__} is no model of transformers, which kbit and gradient_checkpointing are for: leave "
-            f"them "
-            "out, or give the nn.Module as it is trained"
+            f"{type(model).__name__} is no model of transformers, which kbit and gradient_checkpointing are for: "
+            "leave them out, or give the nn.Module as it is trained"
         )
     if kbit:
         try:
@@ -101,15 +97,14 @@ def kbit_notes(model: nn.Module, *, kbit: bool, autocast: torch.dtype | None) ->
         checkpointing = "with" if getattr(model, "is_gradient_checkpointing", False) else "without"
         return (
             f"Planned as PEFT's prepare_model_for_kbit_training leaves it ({cast}), {checkpointing} gradient "
-            f"checkpointing, "
-            f"{under}.",
+            f"checkpointing, {under}.",
         )
     if method is None:
         return ()
     return (
         "Planned as its quantizer loads it, without PEFT's prepare_model_for_kbit_training (what is not quantized "
-        "stays as it "
-        f"is), {under}: QLoRA as PEFT documents it needs more, see --qlora and --kbit (qlora=True, kbit=True).",
+        f"stays as it is), {under}: QLoRA as PEFT documents it needs more, see --qlora and --kbit (qlora=True, "
+        "kbit=True).",
     )
 
 

@@ -80,10 +80,9 @@ def refuse_replaced(model: nn.Module, placed: Sequence[tuple[nn.Module, str, nn.
     for module, own in gone:
         name = next((name for name, part in model.named_modules() if part is module), "")
         raise ModelError(
-            f"the forward of {canonical(name) or 'the model'} puts another tensor in the place of its frozen parameter "
-            f"{own}: a plan would lose it. Write to the parameter in place (under torch.no_grad()), or hold the tensor "
-            f"as "
-            "a buffer"
+            f"the forward of {canonical(name) or 'the model'} puts another tensor in the place of its frozen "
+            f"parameter {own}: a plan would lose it. Write to the parameter in place (under torch.no_grad()), or "
+            "hold the tensor as a buffer"
         )
 
 

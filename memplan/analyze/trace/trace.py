@@ -325,8 +325,8 @@ def _trace(
             raise
         except Exception as error:
             raise ModelError(
-                f"the model could not be traced with this batch ({type_and_line(error)}): "
-                f"check that one training step of it runs"
+                f"the model could not be traced with this batch ({type_and_line(error)}): check that one training "
+                "step of it runs"
             ) from error
         recorder.finish()
         refuse_replaced(model, placed)

@@ -75,8 +75,8 @@ def flow_faults(plan: Plan) -> Iterator[str]:
             stay = next(stay for stay in needed[index] if not is_brought(stay, turn))
             yield (
                 f"access {index} waits for residence {stay.id} of block "
-                f"{plan.table.blocks[plan.items[stay.item].block].name}, "
-                f"whose load waits for its turn on {stay.channel}: deadlock"
+                f"{plan.table.blocks[plan.items[stay.item].block].name}, whose load waits for its turn on "
+                f"{stay.channel}: deadlock"
             )
             return
         both = plan.table.duplex_factor if {"h2d", "d2h"} <= under_way.keys() else 1.0

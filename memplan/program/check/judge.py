@@ -164,9 +164,8 @@ def _homes(plan: Plan) -> Iterator[str]:
                 from_host = stay.channel == "h2d" and _is_copy_of(plan, stay)
                 if (stay.source, stay.channel) != expected and not from_host:
                     yield (
-                        f"residence {stay.id} brings {block.name} from {stay.source or 'nowhere'} over {stay.channel}, "
-                        f"but "
-                        f"its home is {item.home}: it comes from {expected[0]} over {expected[1]}"
+                        f"residence {stay.id} brings {block.name} from {stay.source or 'nowhere'} over "
+                        f"{stay.channel}, but its home is {item.home}: it comes from {expected[0]} over {expected[1]}"
                     )
     if any(item.home == "disk" for item in plan.items) and plan.staging_bytes <= 0:
         yield "blocks have their home on disk, but no staging bytes are set aside to read them"
@@ -293,9 +292,8 @@ def _coverage(plan: Plan) -> Iterator[str]:
                 for stay in stays
             ):
                 yield (
-                    f"access {access.index} ({access.kind} of {access.module}) reads {plan.table.blocks[block].name}, "
-                    f"which "
-                    "no residence has on the device then"
+                    f"access {access.index} ({access.kind} of {access.module}) reads "
+                    f"{plan.table.blocks[block].name}, which no residence has on the device then"
                 )
 
 
@@ -311,9 +309,8 @@ def _overlaps(plan: Plan) -> Iterator[str]:
                 break
             if here.size_bytes and there.size_bytes and _meet(one, other, length):
                 yield (
-                    f"residences {one.id} of {_name(plan, one)} and {other.id} of {_name(plan, other)} lie on the same "
-                    f"bytes "
-                    "at the same time"
+                    f"residences {one.id} of {_name(plan, one)} and {other.id} of {_name(plan, other)} lie on the "
+                    "same bytes at the same time"
                 )
 
 

@@ -38,8 +38,7 @@ def absence_faults(plan: Plan) -> Iterator[str]:
             if gone:
                 yield (
                     f"residence {stay.id} of item {stay.item} lies in bytes that are given back in access {gone[0]}, "
-                    f"within "
-                    "its stay"
+                    "within its stay"
                 )
 
 

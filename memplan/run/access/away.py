@@ -152,8 +152,7 @@ def _serve(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, An
     if func is torch.Tensor.detach and is_for_a_parameter():
         raise RunError(
             "nn.Parameter was given a frozen weight that memplan streams, and torch makes no parameter of such: give "
-            "it "
-            "weight.data, or detach() from memplan first"
+            "it weight.data, or detach() from memplan first"
         )
     held = {id(tensor): tensor for tensor in away_in((args, kwargs))}
     # Of its ``data`` nothing tells whether a hook of the backward writes to it where it is open.
@@ -173,9 +172,8 @@ def serve_operator(operator: Any, args: tuple[Any, ...], kwargs: dict[str, Any])
     held = {id(tensor): tensor for tensor in announced_in((args, kwargs))}
     if operator is torch.ops.aten._has_compatible_shallow_copy_type.default:
         raise RunError(
-            "a frozen weight that memplan streams was put in another tensor's place (other.data = weight), which would "
-            "hold a "
-            "placeholder: give it weight.data"
+            "a frozen weight that memplan streams was put in another tensor's place (other.data = weight), which "
+            "would hold a placeholder: give it weight.data"
         )
     if torch._C._current_graph_task_id() != -1 and not torch.is_grad_enabled():
         # Of what autograd saved beside it, views lie in a slot that is another block's by now.
@@ -187,9 +185,8 @@ def serve_operator(operator: Any, args: tuple[Any, ...], kwargs: dict[str, Any])
         )
     if operator in _LOOK_AT_MEMORY:
         raise RunError(
-            "a frozen weight that memplan streams was read by C++ that looks at its memory next (tolist() where torch "
-            "asks no class): "
-            "give it weight.detach()"
+            "a frozen weight that memplan streams was read by C++ that looks at its memory next (tolist() where "
+            "torch asks no class): give it weight.detach()"
         )
     if any(server_of(tensor) is None for tensor in held.values()):
         raise gone()

@@ -295,9 +295,8 @@ class DirectAccess:
         self.read_bytes += row.size_bytes
         if self.reads == 1:
             _LOG.warning(
-                "the weight %s was read outside of its module's forward and backward: what is read so is brought each "
-                "time "
-                "that it is read, and is right; the run's record counts it",
+                "the weight %s was read outside of its module's forward and backward: what is read so is brought "
+                "each time that it is read, and is right; the run's record counts it",
                 row.name,
             )
 
@@ -313,23 +312,22 @@ class DirectAccess:
         if tuple(value.shape) != row.shape or value.dtype != dtype_of(row.dtype):
             raise RunError(
                 f"the frozen weight {row.name} ({row.dtype} {row.shape}) was to become {value.dtype} "
-                f"{tuple(value.shape)}, but "
-                "memplan streams it as it was when it was placed: detach() first, change it, then plan and attach anew"
+                f"{tuple(value.shape)}, but memplan streams it as it was when it was placed: detach() first, change "
+                "it, then plan and attach anew"
             )
         strides = home.strides[row.name]
         if replaced:
             if sum(one is row for one in streamed.rows) > 1:
                 raise RunError(
                     f"the frozen weight {row.name} was given other data, but bitsandbytes computes with what its "
-                    f"module keeps of it "
-                    "beside it, which stays the old: write to the weight in place, or detach() first and load the "
-                    "layer anew"
+                    "module keeps of it beside it, which stays the old: write to the weight in place, or detach() "
+                    "first and load the layer anew"
                 )
             if strides_of(value) != strides or (strides is None and not value.is_contiguous()):
                 raise RunError(
                     f"the frozen weight {row.name} was to become a tensor of another memory layout (strides "
-                    f"{value.stride()}), but "
-                    "memplan streams it as it was when it was placed: give it a contiguous copy, or detach() first"
+                    f"{value.stride()}), but memplan streams it as it was when it was placed: give it a contiguous "
+                    "copy, or detach() first"
                 )
             given, value = value, value.clone()  # it may be made of what lies at home
         self._running().drop(streamed.block)
@@ -404,10 +402,9 @@ class DirectAccess:
                         for o in others
                     ):
                         raise RunError(
-                            f"the frozen weight {one.row.name} was written to through two tensors that hold copies of "
-                            f"it (its data, a "
-                            "view, or entries of a state_dict), and which came last is not known: write to the weight "
-                            "itself"
+                            f"the frozen weight {one.row.name} was written to through two tensors that hold copies "
+                            "of it (its data, a view, or entries of a state_dict), and which came last is not known: "
+                            "write to the weight itself"
                         )
                     self.write(self._streamed[key], one.row, one.tensor)
             held[:] = [one for one in held if one.is_shared()]

@@ -3,8 +3,9 @@
 A backward comes to a layer by a gradient of what the layer returned, which its trigger sees. Where it comes by another
 tensor that was made in it (a hook's, a cache's), and by none of those, nothing brings the weights: autograd reads a
 placeholder, or where it has saved a view of a slot another block's bytes, which look like any others. Layers that are
-recomputed announce themselves, and quantized ones have triggers within. Of the rest their adapters tell: they have a
-gradient of that backward. Only where accesses are left out that the plan has is this looked for.
+recomputed announce themselves, and quantized ones have triggers within. Of the rest their adapters tell, which have a
+gradient of that backward, and inner modules that no adapter tells of (``hooks/taps.py``). Only where accesses are left
+out that the plan has is this looked for.
 """
 
 from __future__ import annotations
@@ -86,9 +87,8 @@ def refuse_entrance(name: str) -> NoReturn:
 
 def _entered(where: str) -> RunError:
     return RunError(
-        "a backward entered a layer by a tensor that was made inside of it (taken by a hook, or from a cache), not by "
-        "what it "
-        f"returned: {where}. Do not step the optimizer; {_WAY_OUT}"
+        "a backward entered a layer by a tensor that was made inside of it (taken by a hook, or from a cache), not "
+        f"by what it returned: {where}. Do not step the optimizer; {_WAY_OUT}"
     )
 
 

@@ -19,9 +19,8 @@ def refuse_transforms(module: str, recomputed: frozenset[str]) -> None:
     if kinds & {"Grad", "Jvp"}:
         raise RunError(
             f"{module} was called within torch.func (grad, vjp, jvp, jacrev or the like), which reads weights again "
-            f"where no trigger "
-            "of memplan sees it: use loss.backward() or torch.autograd.grad, pin all blocks to the device, or detach() "
-            "first"
+            "where no trigger of memplan sees it: use loss.backward() or torch.autograd.grad, pin all blocks to the "
+            "device, or detach() first"
         )
     if "Vmap" in kinds and torch.is_grad_enabled() and module in recomputed:
         raise RunError(

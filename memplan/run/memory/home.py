@@ -296,8 +296,8 @@ class Home:
             if value.shape != there.shape or value.dtype != there.dtype:
                 raise RunError(
                     f"the frozen weight {tensor.name} ({tensor.dtype} {tensor.shape}) was replaced by a tensor of "
-                    f"another shape "
-                    "or dtype, and cannot be placed anew as the plan has it: detach() first, then plan and attach anew"
+                    "another shape or dtype, and cannot be placed anew as the plan has it: detach() first, then plan "
+                    "and attach anew"
                 )
             with torch.inference_mode(False), torch.no_grad():
                 there.copy_(value)

@@ -41,10 +41,9 @@ def refuse_shared(model: nn.Module, weights: Mapping[str, Weight]) -> None:
                 for other_begin, other_end, weight_name in ranges.get(key, ()):
                     if begin < other_end and other_begin < end:
                         raise ModelError(
-                            f"{name} lies in the memory of the frozen weight {weight_name}, which memplan is to move: "
-                            f"it would "
-                            "not be the same memory any more. Give it memory of its own (tensor.clone()), or make both "
-                            "one parameter"
+                            f"{name} lies in the memory of the frozen weight {weight_name}, which memplan is to "
+                            "move: it would not be the same memory any more. Give it memory of its own "
+                            "(tensor.clone()), or make both one parameter"
                         )
 
 
@@ -56,11 +55,9 @@ def refuse_gaps(weights: Mapping[str, Weight]) -> None:
         held = weight.tensor
         if held.ndim > 1 and not is_away(held) and strides_of(held) is None and not held.is_contiguous():
             raise ModelError(
-                f"the frozen weight {weight.name} lies in memory with gaps or over itself (shape {tuple(held.shape)}, "
-                f"strides "
-                f"{held.stride()}), and results of a copy of it may differ in their last bits: make it contiguous "
-                f"before plan() "
-                "(weight.data = weight.data.contiguous())"
+                f"the frozen weight {weight.name} lies in memory with gaps or over itself (shape "
+                f"{tuple(held.shape)}, strides {held.stride()}), and results of a copy of it may differ in their "
+                "last bits: make it contiguous before plan() (weight.data = weight.data.contiguous())"
             )
 
 
@@ -86,10 +83,9 @@ class Watched:
         if found:
             _LOG.warning(
                 "%d frozen weights (%s; the first is %s) have their old memory still, which something holds that was "
-                "taken of them before "
-                "attach (a state_dict, weight.data, a view, an output with its graph): it is not freed, and what is "
-                "written to it does not reach the model. Drop it "
-                "before attach; a state_dict that is taken after attach follows the model",
+                "taken of them before attach (a state_dict, weight.data, a view, an output with its graph): it is "
+                "not freed, and what is written to it does not reach the model. Drop it before attach; a state_dict "
+                "that is taken after attach follows the model",
                 len(found),
                 format_bytes(sum(size for _, _, size in found)),
                 found[0][1],

@@ -63,8 +63,7 @@ def look_up_on_host(module: nn.Module, device: torch.device) -> Callable[[], Non
     if type(module).forward is not nn.Embedding.forward:
         raise RunError(
             f"rows of a {type(module).__name__} were to be read in RAM, but that is not page-locked (it was refused, "
-            f"or is over "
-            "the plan's limit), and its forward does more than look them up: pin its block to the device "
+            "or is over the plan's limit), and its forward does more than look them up: pin its block to the device "
             "(pins={...: 'device'}), or let more be page-locked"
         )
     original = call_of(module)

@@ -96,8 +96,7 @@ class Guard:
                 if moved.stride() != like.stride() or not torch.equal(moved, like):
                     raise MovedWeightsError(
                         f"the weights of {type(self._module).__name__} were to be changed (their values or their "
-                        f"memory format), but "
-                        "memplan streams them: do so before attach, or detach() first"
+                        "memory format), but memplan streams them: do so before attach, or detach() first"
                     )
             else:
                 raise MovedWeightsError(
@@ -228,9 +227,8 @@ def guard_of(module: nn.Module) -> Guard | None:
 def _refuse_copy(*args: object) -> NoReturn:
     raise RunError(
         "a module whose weights memplan streams was to be copied or pickled, which would keep placeholders (PEFT "
-        "copies layers for "
-        "modules_to_save, and quantized ones for DoRA): add such adapters before plan(), save the state_dict(), or "
-        "detach() first"
+        "copies layers for modules_to_save, and quantized ones for DoRA): add such adapters before plan(), save the "
+        "state_dict(), or detach() first"
     )
 
 

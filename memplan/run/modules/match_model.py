@@ -26,8 +26,7 @@ def require_supported(plan: Plan) -> None:
     if len(devices) > 1:
         raise PlanMismatchError(
             f"the plan has the arenas {', '.join(map(str, devices))} on the device, and this version runs one there: "
-            f"make the "
-            "plan again with this version"
+            "make the plan again with this version"
         )
     for arena in plan.arenas:  # of the host there may be several: one that is pinned, one that is not
         ends = [0, *accumulate(segment.size_bytes for segment in arena.segments)]
@@ -35,8 +34,8 @@ def require_supported(plan: Plan) -> None:
         if not follow or (arena.tier == "host" and len(arena.segments) > 1):
             raise PlanMismatchError(
                 f"arena {arena.id} of the plan ({arena.tier}) has {len(arena.segments)} segments, and this version "
-                f"runs one that "
-                "begins at 0, on the device several that follow one another: make the plan again with this version"
+                "runs one that begins at 0, on the device several that follow one another: make the plan again with "
+                "this version"
             )
     comes_and_goes = [
         (arena.id, segment.offset_bytes, segment.offset_bytes + segment.size_bytes)
@@ -49,8 +48,7 @@ def require_supported(plan: Plan) -> None:
         if item.kind != "weights" and any(a == address.arena and b <= offset < e for a, b, e in comes_and_goes):
             raise PlanMismatchError(
                 f"the plan has what {item.module} saved lie in bytes that are given back for part of a pass, which "
-                f"this "
-                "version does for weights alone: make the plan again with this version"
+                "this version does for weights alone: make the plan again with this version"
             )
     for stay in plan.residences:
         item = plan.items[stay.item]
@@ -98,8 +96,7 @@ def match_weights(model: nn.Module, plan: Plan) -> dict[str, Weight]:
             if kind_of(found) is not type(found):
                 raise ModelError(
                     f"the weight {tensor.name} is streamed already, for a model that shares it and is under a plan: "
-                    f"detach() that "
-                    "one first"
+                    "detach() that one first"
                 )
             if tuple(found.shape) != tensor.shape or found.dtype != dtype_of(tensor.dtype):
                 raise PlanMismatchError(
@@ -143,8 +140,7 @@ def trigger_modules(model: nn.Module, plan: Plan) -> dict[str, nn.Module]:
     if whole is not None:
         raise ModelError(
             f"{whole} is compiled as a whole, but memplan brings the weights of {next(iter(triggers))} and the rest "
-            f"one by "
-            f"one: {WAY_OUT}"
+            f"one by one: {WAY_OUT}"
         )
     return triggers
 

@@ -230,9 +230,8 @@ class Offloads:
         """Have the slot free: see ``_clear``. Raises RunError where a forward is writing to it."""
         if key in self._making and self.by_key[key].is_owned():  # else it was interrupted as it began
             raise RunError(
-                f"the slot of what {self.by_key[key].module} saves is wanted while its forward still writes to it: the "
-                f"model "
-                "calls that block within another one's forward; do not offload its activations"
+                f"the slot of what {self.by_key[key].module} saves is wanted while its forward still writes to it: "
+                "the model calls that block within another one's forward; do not offload its activations"
             )
         self._clear(self.by_key[key])
 

@@ -113,10 +113,9 @@ class Conductor:
         """
         if os.getpid() != self._process:
             raise RunError(
-                f"{module} was called in a process that was forked from one in which memplan streams its weights: the "
-                f"threads that "
-                "bring them are not there. Start the process with the spawn method, or call the model in the main "
-                "process"
+                f"{module} was called in a process that was forked from one in which memplan streams its weights: "
+                "the threads that bring them are not there. Start the process with the spawn method, or call the "
+                "model in the main process"
             )
         if in_backward:
             return  # autograd's own threads
@@ -125,8 +124,7 @@ class Conductor:
         if self._used and self._forward_of not in (None, thread):
             raise RunError(
                 f"{module} was called in a thread while another one computes with the same model, whose weights "
-                f"memplan brings one "
-                "after the other: let the calls take turns, or detach() first"
+                "memplan brings one after the other: let the calls take turns, or detach() first"
             )
         self._forward_of = thread
 
@@ -194,9 +192,8 @@ class Conductor:
             self._forward_of = None
             if self._closed or self._paused:
                 raise RunError(
-                    f"a backward came to {module} {self._paused or 'after detach()'}, but its forward was before: what "
-                    f"it "
-                    "read is no longer there. Finish the backward first"
+                    f"a backward came to {module} {self._paused or 'after detach()'}, but its forward was before: "
+                    "what it read is no longer there. Finish the backward first"
                 )
             if torch.is_grad_enabled() and (self._streamed or self.offloads.by_key):
                 raise RunError(

@@ -274,6 +274,5 @@ def trained_by_now(block: str) -> RunError:
     """Return the error for a weight that was placed as a frozen one."""
     return RunError(
         f"a weight of {block} was frozen when it was placed and is trained now, but memplan only ever reads it: "
-        f"detach() "
-        "first, then plan and attach anew"
+        "detach() first, then plan and attach anew"
     )

@@ -98,8 +98,7 @@ class DiskSource:
             path = self.extents[0][0].path
             raise TransferError(
                 f"the block {self.block} was read from {path}, whose bytes are not those that were written: the disk "
-                f"or "
-                "the file is damaged. Stop, run `memplan cache clear`, and resume from the last checkpoint of the "
+                "or the file is damaged. Stop, run `memplan cache clear`, and resume from the last checkpoint of the "
                 "adapter"
             )
         self.expected = None

@@ -101,10 +101,8 @@ class Copies:
         if not self.unforeseen_bytes:  # at once: the next layers may be those for which there is no room
             _LOG.warning(
                 "%s saves %s of copies of its weights for backward that the plan does not have (casts or merged "
-                "weights), "
-                "and others may too: make the plan inside the same autocast, or with autocast=, and with the same "
-                "adapter; or "
-                "plan with activations='recompute'",
+                "weights), and others may too: make the plan inside the same autocast, or with autocast=, and with "
+                "the same adapter; or plan with activations='recompute'",
                 module,
                 format_bytes(size_bytes),
             )

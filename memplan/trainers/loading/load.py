@@ -133,11 +133,9 @@ def fill_trainables(model: nn.Module) -> None:
 
 def _made_too_early(name: str) -> ModelError:
     return ModelError(
-        f"{name} was made of weights that were not there yet: an adapter whose beginning rests on the model's weights, "
-        f"in "
-        "another dtype than the checkpoint's. Load the model with its weights, add the adapter, and use memplan.wrap "
-        "or "
-        "memplan.attach"
+        f"{name} was made of weights that were not there yet: an adapter whose beginning rests on the model's "
+        "weights, in another dtype than the checkpoint's. Load the model with its weights, add the adapter, and use "
+        "memplan.wrap or memplan.attach"
     )
 
 
@@ -151,8 +149,7 @@ def _require_placeholders(model: nn.Module, buffers: set[int]) -> None:
         if origin_of(parameter) is not None and parameter.numel() and not is_placeholder(parameter):
             raise ModelError(
                 f"{canonical(name)} was replaced, cast or copied before its weights were there: load the model with "
-                f"its "
-                "weights, change it, and use memplan.wrap or memplan.attach"
+                "its weights, change it, and use memplan.wrap or memplan.attach"
             )
     made: list[tuple[str, torch.Tensor]] = [(name, held) for name, held in frozen if origin_of(held) is None]
     made += [(name, buffer) for name, buffer in model.named_buffers() if id(buffer) not in buffers]
