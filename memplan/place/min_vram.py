@@ -12,10 +12,10 @@ from msgspec.structs import replace
 from memplan.analyze.graph import Activations
 from memplan.cost.table import CostTable
 from memplan.place.alternatives import Variants, tables_of
+from memplan.place.candidates import rings
 from memplan.place.layout.layout import Arrangement
 from memplan.place.layout.ring_layout import Rings
 from memplan.place.problem import Problem, make_problem, nonweight_bytes
-from memplan.place.search import rings
 from memplan.place.validate import require_input
 from memplan.program.schema import STAGING_BYTES, Budgets, StateHome, Tier
 from memplan.units import ALIGNMENT_BYTES

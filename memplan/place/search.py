@@ -7,18 +7,16 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from memplan.place.baselines import Baseline, arrange_as
+from memplan.place.candidates import rings
 from memplan.place.layout.layout import Arrangement, Key, Stay, channel_of, stays_of
 from memplan.place.layout.page_lock import NOTHING, Pageable, pageable_of
 from memplan.place.layout.ring_layout import LayoutRecipe, Rings
 from memplan.place.problem import MOST_SUBSETS, Bytes, Problem, policies_for
 from memplan.program.timeline import Load, durations, load_s, simulate, slowed
-
-_TIMES = (2.0, 1.0, 3.0, 5.0, 8.0)
-"""Sizes of the shared region that are tried first, in units of the least."""
 
 _FINER = (0.5, 0.75, 1.25, 1.5)
 """The best of them is multiplied by these."""
@@ -59,11 +57,6 @@ _STACKED_LEVELS = 3
 modules.
 """
 
-_PART = 0.25
-"""Size of a tail in units of the middle bundle, where bundles are of several blocks."""
-
-_HALF = 0.5
-"""Share of what is streamed up to which there are tails, beside all of it."""
 
 _TIE = 1e-4
 """Passes that differ by less are the same: no cost row is known so well. Then fewer bytes moved win."""
@@ -87,32 +80,6 @@ class Choice:
         off_bytes = self.arrangement.host_bytes + on_disk
         moved = self.moved_bytes // max(percent_bytes, 1)
         return (moved, self.recomputed, on_disk, off_bytes, len(self.arrangement.homes))
-
-
-def rings(problem: Problem, *, every: bool = True, tails: bool = False) -> Iterator[LayoutRecipe]:
-    """Yield the rings that are tried for a number of recomputed modules: what the least vram is the least of, too.
-    Fewer, where not ``every``, tell which numbers are worth the others. ``tails``: those with tails instead.
-    """
-    in_parts = any(len(bundle) > 1 for bundle in problem.bundles)
-    may_be_disk = problem.budgets.disk_bytes is None or problem.budgets.disk_bytes > 0
-    total = sum(problem.sizes_bytes[block] for block in (*problem.movable, *problem.forced))
-    mixed = may_be_disk and problem.ram_bytes < total + problem.staging_bytes
-    mixed = mixed or "disk" in problem.pins.values()
-    for times in _TIMES if every else _TIMES[:2]:
-        ring = LayoutRecipe(times, "bundle", 0)
-        if tails:
-            yield ring._replace(tails=1.0)
-            if every:
-                yield ring._replace(tails=1.0, most=_HALF)
-            if every and in_parts:
-                yield ring._replace(tails=_PART)
-            continue
-        yield ring
-        if in_parts:
-            yield ring._replace(grain="block")
-        if mixed:
-            yield ring._replace(disk_bundles=1)
-            yield ring._replace(disk_bundles=2)
 
 
 class Search:

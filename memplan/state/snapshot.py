@@ -12,134 +12,36 @@ from __future__ import annotations
 import contextlib
 import functools
 import gc
-import io
-import sys
 from collections import OrderedDict, deque
-from collections.abc import Callable, Iterable, Iterator
-from enum import Enum
+from collections.abc import Callable, Iterator
 from types import (
-    BuiltinFunctionType,
-    CodeType,
-    FrameType,
     FunctionType,
     GeneratorType,
     MappingProxyType,
     MethodType,
     ModuleType,
-    TracebackType,
 )
 from typing import Any
 
 import torch
-from torch import nn
 
 from memplan.model.names import canonical
 from memplan.model.weights import is_quantizer_state
 from memplan.state import holders
+from memplan.state.closed import (
+    ATOM_TYPES,
+    ATOMS,
+    is_closed,
+    is_closed_name,
+    is_library,
+    is_used_up,
+    keeps_cache,
+    names_in,
+)
 from memplan.state.expendable import Unrepeatable, expendable, reduced
 from memplan.state.process_state import random_states_kept, settings_kept
 
-_ATOMS = (
-    int,
-    float,
-    complex,
-    str,
-    bytes,
-    type(None),
-    type(...),
-    Enum,
-    CodeType,
-    FrameType,
-    TracebackType,
-    BuiltinFunctionType,
-    ModuleType,
-    range,
-    slice,
-    torch.dtype,
-    torch.device,
-    torch.layout,
-    torch.memory_format,
-    torch.Size,
-    torch.Tensor,
-)
-_ATOM_TYPES = {
-    int,
-    float,
-    complex,
-    str,
-    bytes,
-    bool,
-    type(None),
-    torch.dtype,
-    torch.device,
-    torch.Size,
-    torch.Tensor,
-    nn.Parameter,
-}
 _EMPTY = {dict, OrderedDict, list, set, deque}
-_CLOSED = (
-    "torch._dynamo",
-    "torch._inductor",
-    "torch._functorch",
-    "torch._ops",
-    "torch._library",
-    "torch._C",
-    "torch.fx",
-    "torch.jit",
-    "torch.distributed",
-    "torch.cuda",
-    "torch.utils.data",
-    "torch.profiler",
-    "torch.multiprocessing",
-    "torch.library",
-    "logging",
-    "threading",
-    "queue",
-    "multiprocessing",
-    "concurrent",
-    "asyncio",
-    "subprocess",
-    "socket",
-    "ssl",
-    "re",
-    "weakref",
-    "importlib",
-    "inspect",
-    "typing",
-    "abc",
-    "pathlib",
-    "accelerate",
-    "datasets",
-    "lightning",
-    "pytorch_lightning",
-    "trl",
-    "transformers.trainer",
-    "tokenizers",
-    "wandb",
-    "tensorboard",
-    "tensorboardX",
-    "pandas",
-    "pyarrow",
-    "matplotlib",
-    "memplan",
-    "triton",
-)
-"""Where objects come from that are not entered: they belong to the process, or to whoever trains, not to a forward."""
-_LIBRARIES = frozenset(
-    {
-        *sys.stdlib_module_names,
-        "torch",
-        "numpy",
-        "scipy",
-        "transformers",
-        "diffusers",
-        "peft",
-        "bitsandbytes",
-        "torchao",
-        "memplan",
-    }
-) - {"__main__"}
-"""Of their functions and classes the global names are not followed: what they keep is known (``fake.caches_empty``)."""
 _CONTAINERS = (dict, list, set, deque, bytearray)
 
 Origin = Callable[[torch.Tensor], "int | None"]
@@ -204,7 +106,7 @@ class Snapshot:
             if id(value) not in made:
                 where = self._path(owner, name)
                 made[id(value)] = (
-                    state_of(value) if is_quantizer_state(value) else expendable(value, where, _keeps_cache)
+                    state_of(value) if is_quantizer_state(value) else expendable(value, where, keeps_cache)
                 )
             return made[id(value)]
 
@@ -254,14 +156,14 @@ class Snapshot:
 
     def _add(self, value: object, parent: int, name: str) -> None:
         kind = type(value)
-        if kind in _ATOM_TYPES or id(value) in self._seen:
+        if kind in ATOM_TYPES or id(value) in self._seen:
             return
         self._seen[id(value)] = value
         self._paths[id(value)] = (parent, name)
         if kind in _EMPTY and not value:
             self._empty.append(value)
             return
-        if isinstance(value, _ATOMS):
+        if isinstance(value, ATOMS):
             return
         self._waiting.append(value)
 
@@ -270,7 +172,7 @@ class Snapshot:
         if holder is not None:
             self._kept.append(holder)
             for name, value in holder.items():
-                if not (is_global and isinstance(value, (FunctionType, type)) and _is_library(value.__module__)):
+                if not (is_global and isinstance(value, (FunctionType, type)) and is_library(value.__module__)):
                     self._add(value, id(holder.owner), name)
 
     def _enter(self, value: Any) -> None:
@@ -308,12 +210,12 @@ class Snapshot:
         elif isinstance(value, type):
             self._enter_class(value)
             return
-        elif _is_used_up(value):
+        elif is_used_up(value):
             self._used_up.add(id(value))
             return
         elif (numbers := holders.of_numbers(value)) is not None:
             self._hold(numbers)
-        elif _is_closed(kind):
+        elif is_closed(kind):
             return
         attributes = getattr(value, "__dict__", None)
         if type(attributes) is dict:
@@ -323,33 +225,29 @@ class Snapshot:
         self._add(kind, id(value), "")
 
     def _enter_function(self, function: FunctionType) -> None:
-        if _is_closed_name(function.__module__ or ""):
+        if is_closed_name(function.__module__ or ""):
             return
         self._hold(holders.of_cells(function))
         self._add(function.__defaults__, id(function), "")
         self._add(function.__kwdefaults__, id(function), "")
         self._add(function.__dict__, id(function), "")
-        if _is_library(function.__module__):
+        if is_library(function.__module__):
             return
-        names = set(_names(function.__code__))
+        names = set(names_in(function.__code__))
         self._hold(holders.Globals(function, names), is_global=True)
         for name in names:  # a module of counters: ``state.count += 1``
             module = function.__globals__.get(name)
-            if isinstance(module, ModuleType) and not _is_library(module.__name__):
+            if isinstance(module, ModuleType) and not is_library(module.__name__):
                 self._hold(holders.Globals(module, names), is_global=True)
 
     def _enter_class(self, kind: type) -> None:
         for part in kind.__mro__:
-            if (
-                part is object
-                or _is_closed(part)
-                or part.__module__.partition(".")[0] in ("builtins", "torch", "numpy")
-            ):
+            if part is object or is_closed(part) or part.__module__.partition(".")[0] in ("builtins", "torch", "numpy"):
                 continue
             if part is not kind:
                 self._add(part, id(kind), "")
                 continue
-            whole = not _is_library(part.__module__)
+            whole = not is_library(part.__module__)
             self._hold(holders.Class(part, None if whole else (*_CONTAINERS, bool, int, float, str, torch.Tensor)))
 
     # ---- names and descriptions
@@ -390,7 +288,7 @@ class Snapshot:
             except (TypeError, AttributeError):
                 return type(value).__name__
         attributes = getattr(value, "__dict__", None)
-        if isinstance(attributes, dict) and not _is_closed(type(value)):
+        if isinstance(attributes, dict) and not is_closed(type(value)):
             return (type(value).__qualname__, *((str(name), within(part)) for name, part in attributes.items()))
         return type(value).__qualname__
 
@@ -432,38 +330,3 @@ def _tensors(value: object) -> Iterator[torch.Tensor]:
     elif isinstance(value, tuple):
         for part in value:
             yield from _tensors(part)
-
-
-def _names(code: CodeType) -> Iterable[str]:
-    """Yield the names that a function's code, and what is defined in it, looks up."""
-    yield from code.co_names
-    for constant in code.co_consts:
-        if isinstance(constant, CodeType):
-            yield from _names(constant)
-
-
-@functools.cache
-def _is_closed_name(module: str) -> bool:
-    return any(module == closed or module.startswith((closed + ".", closed + "_")) for closed in _CLOSED)
-
-
-def _is_closed(kind: type) -> bool:
-    return not issubclass(kind, nn.Module) and _is_closed_name(kind.__module__ or "")
-
-
-def _is_library(module: str | None) -> bool:
-    return (module or "").partition(".")[0] in _LIBRARIES
-
-
-def _keeps_cache(function: Any) -> bool:
-    return _is_library(function.__wrapped__.__module__)
-
-
-def _is_used_up(value: Any) -> bool:
-    """Whether an object is another one after its use, and nothing that it holds could put it back."""
-    kind = type(value)
-    if is_quantizer_state(value) or isinstance(value, io.IOBase):
-        return True
-    return hasattr(kind, "__next__") and (
-        _is_closed(kind) or holders.of_slots(value) is None is getattr(value, "__dict__", None)
-    )
