@@ -26,6 +26,7 @@ from memplan.run.runtime import Runtime
 from memplan.run.transfer import transfer
 from memplan.run.transfer.interrupts import defer_sigint
 from tests.run.test_parity import plan_for
+from tests.support.leftovers import started_since, threads
 from tests.support.training import assert_equal, assert_only_whole_blocks, make, train
 
 pytestmark = pytest.mark.timeout(120)
@@ -59,7 +60,7 @@ def sweep(monkeypatch, tmp_path, target, name, errors, **options):
     heard = set()
     while True:
         at += 1
-        threads = threading.active_count()
+        alive = threads()
         handle = attach(model, plan, cache=tmp_path)
         with monkeypatch.context() as patch:
             call, calls = failing(getattr(target, name), at)
@@ -76,7 +77,7 @@ def sweep(monkeypatch, tmp_path, target, name, errors, **options):
             handle.detach()
         except TransferError:  # the last load that was under way failed with nobody left to wait for it
             pass
-        assert threading.active_count() == threads
+        assert not started_since(alive)
         assert_only_whole_blocks(tmp_path)
         model.load_state_dict({key: value for key, value in before.items() if "lora" in key}, strict=False)
         model.zero_grad()
@@ -114,7 +115,7 @@ def test_each_allocation_fails_once(monkeypatch, tmp_path):
     where, heard = set(), set()
     while not ended:
         at += 1
-        calls, handle, threads = 0, None, threading.active_count()
+        calls, handle, alive = 0, None, threads()
 
         def empty(*args, at=at, **options):
             nonlocal calls
@@ -137,7 +138,7 @@ def test_each_allocation_fails_once(monkeypatch, tmp_path):
                 ended = calls < at
         if handle is not None:
             handle.detach()
-        assert threading.active_count() == threads
+        assert not started_since(alive)
         assert_only_whole_blocks(tmp_path)
         model.load_state_dict({key: value for key, value in before.items() if "lora" in key}, strict=False)
         model.zero_grad()
@@ -185,7 +186,7 @@ def test_ctrl_c_at_any_time(tmp_path):
     phases = Counter()
     gc.collect()  # what others left
     for turn in range(120):
-        threads, handle, phase = threading.active_count(), None, "attach"
+        alive, handle, phase = threads(), None, "attach"
         delay_s = attach_s * turn / 40 if turn < 40 else attach_s + 0.0007 * (turn - 40)
         try:
             try:
@@ -216,7 +217,7 @@ def test_ctrl_c_at_any_time(tmp_path):
             model.load_state_dict({key: value for key, value in before.items() if "lora" in key}, strict=False)
             model.zero_grad()
         assert torch.is_grad_enabled()
-        assert threading.active_count() == threads
+        assert not started_since(alive)
         assert torch._C._autograd._top_saved_tensors_default_hooks(True) is None
         assert_only_whole_blocks(tmp_path)
         assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())

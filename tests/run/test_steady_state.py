@@ -7,7 +7,6 @@ pointed, and the copies are a worker's. (On a CUDA device the profiler's proof i
 
 from __future__ import annotations
 
-import threading
 from collections import Counter
 
 import pytest
@@ -16,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from memplan.run.attach import attach
 from memplan.run.transfer import transfer
 from tests.run.test_parity import plan_for
+from tests.support.leftovers import started_since, threads
 from tests.support.training import KINDS, batch_of, loss_of, make
 
 
@@ -70,13 +70,13 @@ def test_loads_and_copies_and_threads_are_as_planned(kind, tmp_path, monkeypatch
     with attach(model, plan, cache=tmp_path) as handle:
         one_pass(model, kind)
         one_pass(model, kind)
-        before, threads = handle.record.loads, threading.active_count()
+        before, alive = handle.record.loads, threads()
         for _ in range(4):
             one_pass(model, kind)
         record = handle.record
         assert record.loads - before == 4 * plan.prediction.loads_per_pass
         assert record.misses == record.out_of_order == 0
-        assert threading.active_count() == threads
+        assert not started_since(alive)
     host = {item.size_bytes for item in plan.items if item.home == "host"}
     assert len(fills) == record.loads
     assert len(pieces) == sum(block.loads for block in record.blocks if plan.home_of(block.block) == "host"), (

@@ -6,7 +6,6 @@ import gc
 import itertools
 import json
 import shutil
-import threading
 import weakref
 
 import pytest
@@ -26,6 +25,7 @@ from transformers import (
 import memplan
 from memplan.errors import CheckpointError, InputError, ModelError, PlanMismatchError, TransferError
 from memplan.run.memory.disk import DiskReader
+from tests.support.leftovers import started_since, threads
 from tests.support.training import CPU, assert_equal, batch_of, train
 
 SMALL = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2}
@@ -172,7 +172,7 @@ def test_a_read_that_fails_in_a_load(checkpoints, monkeypatch):
     plan, piece = plan_of("llama", folder), DiskReader._piece
     reads = sum(len(block.tensors) for block in plan.table.blocks if plan.home_of(block.id) != "disk")
     for at in range(0, reads, 3):
-        calls, threads = itertools.count(), threading.active_count()
+        calls, before = itertools.count(), threads()
 
         def failing(self, *given, at=at, calls=calls):
             if next(calls) == at:
@@ -183,7 +183,7 @@ def test_a_read_that_fails_in_a_load(checkpoints, monkeypatch):
             patch.setattr(DiskReader, "_piece", failing)
             with pytest.raises(TransferError, match=r"the block .* could not be read: .*Input/output error"):
                 loaded("llama", folder, plan)
-        assert threading.active_count() == threads
+        assert not started_since(before)
 
 
 @pytest.mark.parametrize(

@@ -11,9 +11,10 @@ from contextlib import ExitStack
 import pytest
 import torch
 
-from memplan.run.memory import prefault as first_touch
+from memplan.run.memory import prefault
 from memplan.run.memory.prefault import touch_ahead
 from memplan.units import MIB
+from tests.support.leftovers import started_since, threads
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the kernel's call is Linux's own")
 
@@ -28,21 +29,21 @@ def faults(array):
 def test_pages_are_there_and_what_they_hold_stays():
     fresh, touched = (torch.empty(32 * MIB + 100, dtype=torch.uint8) for _ in range(2))
     touched[5 * MIB : 6 * MIB] = 7
-    first_touch._touch([touched[:MIB], touched[MIB + 3 :]], threading.Event())
+    prefault._touch([touched[:MIB], touched[MIB + 3 :]], threading.Event())
     assert bool((touched[5 * MIB : 6 * MIB] == 7).all())
     assert faults(fresh.numpy()) > 1000
     assert faults(touched.numpy()) < 10
 
 
 def test_what_the_kernel_refuses_is_no_error():
-    assert not first_touch._populate(0, mmap.PAGESIZE)
+    assert not prefault._populate(0, mmap.PAGESIZE)
 
 
 def test_the_thread_ends_with_what_it_is_for():
     part = torch.empty(1024 * MIB, dtype=torch.uint8)
-    threads = threading.active_count()
+    before = threads()
     with ExitStack() as undo:
         touch_ahead([part], undo)
-        assert threading.active_count() == threads + 1
-    assert threading.active_count() == threads
+        assert len(started_since(before)) == 1
+    assert not started_since(before)
     assert faults(part.numpy()[-4 * MIB :]) > 1000  # it had not come that far
