@@ -1,7 +1,7 @@
 """The main job on real parts: a Llama-style model, LoRA, real text, transformers' Trainer; whole, then under a plan.
 
 The weights are random (nothing is downloaded), everything else is what a user has: sharded safetensors on disk, PEFT,
-a Trainer. The two runs must agree to the last bit.
+a Trainer. The two runs must be bit-identical.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ class Outcome:
 
 
 def run(vram: str | None = None, steps: int | None = None, folder: Path | None = None, as_json: bool = False) -> int:
-    """Run the demo; print what came of it. Return 0 where both runs agree to the last bit and the budget was kept, else
+    """Run the demo; print what came of it. Return 0 where both runs are bit-identical and the budget was kept, else
     DIFFERS.
     """
     for package in ("transformers", "peft"):

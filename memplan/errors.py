@@ -91,7 +91,7 @@ class PlanCheckError(PlanError):
     def __init__(self, faults: tuple[str, ...]) -> None:
         self.faults = faults
         shown = "; ".join(faults[:5]) + (f"; and {len(faults) - 5} more" if len(faults) > 5 else "")
-        super().__init__(f"the plan does not hold: {shown}. Make it again with memplan.plan, or mend what was edited")
+        super().__init__(f"the plan is invalid: {shown}. Re-create it with memplan.plan, or undo the edit")
 
 
 class DoesNotFitError(MemplanError):
@@ -126,7 +126,7 @@ class TooSlowError(MemplanError):
     """No plan within the budgets is as fast as was asked.
 
     ``step_s``: of the best plan; ``least_vram_bytes``: the least ``vram`` at which a plan is as fast, to a 256th of the
-    span from the least that works to what holds everything, or None where no ``vram`` would do.
+    span from the least that works to all weights on the device, or None where no ``vram`` would do.
     """
 
     def __init__(self, message: str, *, step_s: float, least_vram_bytes: int | None) -> None:

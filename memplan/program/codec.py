@@ -56,23 +56,23 @@ def decode(data: bytes, kind: type[Value], where: str) -> Value:
     try:
         head = json.loads(data)
     except (ValueError, RecursionError) as error:
-        raise PlanFormatError(f"{where} is no {name}: not JSON, or truncated ({error}); make it again") from None
+        raise PlanFormatError(f"{where} is no {name}: not JSON, or truncated ({error}); re-create it") from None
     version = head.get("schema_version") if isinstance(head, dict) else None
     if version is None:
         raise PlanFormatError(f"{where} is no {name}: it has no schema_version; give a file that memplan wrote")
     if version != SCHEMA_VERSION:
         raise PlanFormatError(
-            f"{where} has schema version {version!r}, this memplan reads {SCHEMA_VERSION}: make it again with this "
+            f"{where} has schema version {version!r}, this memplan reads {SCHEMA_VERSION}: re-create it with this "
             f"version"
         )
     try:
         value = msgspec.json.decode(data, type=kind)
     except (msgspec.DecodeError, UnicodeDecodeError) as error:  # also what json takes and JSON has not: NaN, UTF-16
-        raise PlanFormatError(f"{where} is no {name}: {error}; make it again, or mend what was edited") from None
+        raise PlanFormatError(f"{where} is no {name}: {error}; re-create it, or undo the edit") from None
     negative = _negative(head).lstrip(".")
     if negative:
         raise PlanFormatError(
-            f"{where} has a negative size or time at {negative}: make it again, or mend what was edited"
+            f"{where} has a negative size or time at {negative}: re-create it, or undo the edit"
         )
     return value
 

@@ -38,9 +38,9 @@ DEVICE_KINDS = (
 ``weights``: frozen blocks that always lie there. ``streamed``: others, from the start of their load to their last use.
 ``offloaded``: saved activations, in their slots. ``idle``: what nothing lies in of the arena. ``kept``: what layers
 that keep save for their backward. ``boundaries``: what recomputed and offloaded layers leave there from their forward
-on. ``recomputed``: what a backward has made again. ``logits``: what the head and the loss make, their own workspace and
-the gradients of the logits included. ``passing``: what backwards hand on. ``activations``: those of modules in which
-memplan has no say. ``workspace``: what else an access needs for itself.
+on. ``recomputed``: what a backward has recomputed. ``logits``: what the head and the loss make, their own workspace and
+the gradients of the logits included. ``passing``: gradients between layers. ``activations``: those of modules whose
+policy memplan cannot set. ``workspace``: what else an access needs for itself.
 """
 HOST_KINDS = ("weights", "offloaded", "idle", "optimizer", "staging")
 """What host bytes are counted by: blocks at home there, offloaded activations from when they leave the device, the room

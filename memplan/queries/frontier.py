@@ -22,7 +22,7 @@ _CLOSE = 1 / 256
 
 
 def budgets_of(case: Case, points: int = POINTS) -> list[int]:
-    """Return vram budgets in bytes from the least that works to what holds everything.
+    """Return vram budgets in bytes from the least that works to all weights on the device.
 
     Raises DoesNotFitError where no vram would do.
     """
@@ -65,11 +65,11 @@ def _best(points: Sequence[Point]) -> Iterator[Point]:
 
 
 def ends_of(case: Case) -> tuple[Point, Point]:
-    """Return the plan in the least vram that works, and the one that holds everything.
+    """Return the plan in the least vram that works, and the one with all weights on the device.
 
     Raises DoesNotFitError where no vram would do.
     """
-    budgets = budgets_of(case, 2)  # one where the least holds everything
+    budgets = budgets_of(case, 2)  # one where the least keeps all of them
     low, high = (point_of(case.place(vram_bytes=vram_bytes)) for vram_bytes in (budgets[0], budgets[-1]))
     return low, high
 

@@ -144,7 +144,7 @@ def compare_records(first: RunRecord, second: RunRecord) -> Compared:
             unit="bytes",
         ),
         Row(what="misses", first=first.misses, second=second.misses, unit=""),
-        Row(what="off the sequence", first=first.out_of_order, second=second.out_of_order, unit=""),
+        Row(what="out of order", first=first.out_of_order, second=second.out_of_order, unit=""),
         Row(what="direct reads", first=first.direct_reads, second=second.direct_reads, unit=""),
         Row(what="recoveries", first=first.recoveries, second=second.recoveries, unit=""),
     )

@@ -42,7 +42,7 @@ def fits(plan: Plan) -> str:
 
 
 def speed(facts: Facts) -> str:
-    """Return how much slower a pass is than one that holds everything."""
+    """Return how much slower a pass is than one with all weights on the device."""
     if facts.slowdown is None:
         return "The time is not known"
     if facts.slowdown < 0.0005:
@@ -56,7 +56,7 @@ def binds(plan: Plan, glyphs: Glyphs) -> str:
 
 
 def why_slower(facts: Facts) -> str:
-    """Return what makes a pass slower than one that holds everything; empty where nothing does."""
+    """Return what makes a pass slower than one with all weights on the device; empty where nothing does."""
     why = [
         f"{percent(part)} {name}"
         for part, name in ((facts.recompute_slowdown, "recompute"), (facts.stall_slowdown, "waiting"))
@@ -152,7 +152,7 @@ def run(record: RunRecord, glyphs: Glyphs) -> str:
 def counts(record: RunRecord) -> str:
     """Return what was counted in a run."""
     found = [f"{record.loads:,} loads", plural(record.misses, "miss", "misses")]
-    found.append(f"{plural(record.out_of_order, 'access', 'accesses')} off the sequence")
+    found.append(f"{plural(record.out_of_order, 'access', 'accesses')} out of order")
     if record.learned:
         found.append(f"the sequence learned anew {plural(record.learned, 'time', 'times')}")
     if record.direct_reads:

@@ -67,7 +67,7 @@ def edited(plan, tmp_path, edit):
 @pytest.mark.parametrize(
     ("edit", "message"),
     [
-        (lambda d: d.update(schema_version=1), "schema version 1, this memplan reads 2: make it again"),
+        (lambda d: d.update(schema_version=1), "schema version 1, this memplan reads 2: re-create it"),
         (lambda d: d.pop("schema_version"), "no schema_version"),
         (lambda d: d.update(extra=1), "extra"),
         (lambda d: d.pop("items"), "items"),

@@ -273,7 +273,7 @@ class Figures:
         found = [
             f"{run.loads:,} loads",
             some(run.misses, "miss", "misses"),
-            f"{some(run.out_of_order, 'access', 'accesses')} off the sequence",
+            f"{some(run.out_of_order, 'access', 'accesses')} out of order",
         ]
         if run.learned:
             found.append(f"the sequence learned anew {some(run.learned, 'time', 'times')}")

@@ -740,7 +740,7 @@ def test_two_runs_as_text(capsys: pytest.CaptureFixture[str]) -> None:
         ("loads/pass", count(per_pass[0]), count(per_pass[1]), percent(per_pass[1] / per_pass[0] - 1, "+")),
         ("loaded/pass", whole(loaded[0]), whole(loaded[1])),
         ("misses", "3", "0", "-100.0%"),
-        ("off the sequence", "1", "1"),
+        ("out of order", "1", "1"),
     ]
 
 

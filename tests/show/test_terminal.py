@@ -165,7 +165,7 @@ def test_run_stands_beside_the_prediction() -> None:
     assert cells(report, "pass", "Time")[2] == "-20.0%"
     assert cells(report, "stall", "Time")[1] == "30.0 ms"
     assert cells(report, "loads/pass")[1] == f"{(40 * 12 + 8) / 40:.1f}"
-    assert "3 misses, 1 access off the sequence; 48.0 ms of waiting." in report
+    assert "3 misses, 1 access out of order; 48.0 ms of waiting." in report
     stalled = report[report.index("most waited for") :].splitlines()[1:]
     assert [line.split()[0] for line in stalled[:5]] == [f"model.layers.{i}" for i in (10, 9, 7, 6, 4)]
     assert stalled[5].split()[:2] == ["3", "others"]

@@ -31,10 +31,10 @@ _KINDS: dict[str, tuple[str, int, str]] = {
     "offloaded": (_SAVED, 5, "saved activations that wait for their backward"),
     "boundaries": (_SAVED, 0, "left by recomputed layers"),
     "kept": (_SAVED, 1, "saved by layers for their backward"),
-    "recomputed": (_SAVED, 2, "made again by a backward"),
+    "recomputed": (_SAVED, 2, "recomputed in backward"),
     "logits": (_SAVED, 3, "what the head and the loss make"),
-    "passing": (_SAVED, 4, "what backwards hand on"),
-    "activations": (_SAVED, 6, "of modules in which memplan has no say"),
+    "passing": (_SAVED, 4, "gradients between layers"),
+    "activations": (_SAVED, 6, "of modules whose policy memplan cannot set"),
     "workspace": (_OTHER, 4, "what an access needs for itself"),
 }
 """By kind, from the bottom of the chart: its family (a hue), its place there (a pattern), and what it is."""
