@@ -14,6 +14,7 @@ from memplan.errors import SizeError
 KIB = 1 << 10
 MIB = 1 << 20
 GIB = 1 << 30
+TIB = 1 << 40
 
 ALIGNMENT_BYTES = 512
 """Each tensor of a block starts at a multiple of this in its slot. [Note: alignment changes bits]"""
@@ -23,11 +24,11 @@ _FACTORS = {
     **dict.fromkeys(("k", "ki"), KIB),
     **dict.fromkeys(("m", "mi"), MIB),
     **dict.fromkeys(("g", "gi"), GIB),
-    **dict.fromkeys(("t", "ti"), 1 << 40),
+    **dict.fromkeys(("t", "ti"), TIB),
     "kib": KIB,
     "mib": MIB,
     "gib": GIB,
-    "tib": 1 << 40,
+    "tib": TIB,
     "kb": 10**3,
     "mb": 10**6,
     "gb": 10**9,
@@ -64,10 +65,12 @@ def align_up(size_bytes: int, alignment_bytes: int = ALIGNMENT_BYTES) -> int:
 
 
 def format_bytes(size_bytes: int) -> str:
-    """Return a size for people: ``"1.50 GiB"``, ``"12.0 MiB"``, ``"512 B"``; never ``0.0`` where there are bytes."""
+    """Return a size for people: ``"1.50 GiB"``, ``"0.98 GiB"``, ``"12.0 MiB"``; never ``0.0`` where there are bytes."""
     sign = "-" if size_bytes < 0 else ""
     size = abs(size_bytes)
-    if size >= GIB:
+    if size >= 1000 * GIB:
+        return f"{sign}{size / TIB:.2f} TiB"
+    if size >= 1000 * MIB:
         return f"{sign}{size / GIB:.2f} GiB"
     if size >= MIB:
         return f"{sign}{size / MIB:.1f} MiB"

@@ -56,6 +56,8 @@ def test_there_are_never_zero_bytes_where_there_are_some():
     assert format_bytes(1) == "1 B"
     assert format_bytes(1536) == "1.5 KiB"
     assert format_bytes(3 * GIB) == "3.00 GiB"
+    assert format_bytes(1002 << 20) == "0.98 GiB"
+    assert format_bytes(1482 * GIB) == "1.45 TiB"
     assert format_seconds(11400) == "3 h 10 min"
     assert format_seconds(4e-5) == "40 µs"
     assert format_seconds(4.2e-7) == "420 ns"

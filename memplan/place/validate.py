@@ -23,8 +23,7 @@ def require_input(table: CostTable, budgets: Budgets, staging_bytes: int) -> Non
     if faults:
         more = f"; and {len(faults) - 3} more" if len(faults) > 3 else ""
         raise InputError(
-            f"the cost table is not of a pass: {'; '.join(faults[:3])}{more}. Re-create it from the model and a "
-            f"profile"
+            f"the cost table is not of a pass: {'; '.join(faults[:3])}{more}. Re-create it from the model and a profile"
         )
 
 

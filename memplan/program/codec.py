@@ -71,9 +71,7 @@ def decode(data: bytes, kind: type[Value], where: str) -> Value:
         raise PlanFormatError(f"{where} is no {name}: {error}; re-create it, or undo the edit") from None
     negative = _negative(head).lstrip(".")
     if negative:
-        raise PlanFormatError(
-            f"{where} has a negative size or time at {negative}: re-create it, or undo the edit"
-        )
+        raise PlanFormatError(f"{where} has a negative size or time at {negative}: re-create it, or undo the edit")
     return value
 
 

@@ -201,7 +201,7 @@ class Prediction(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Of rows that are read from blocks on the host where they lie (embeddings)."""
     peaks: Peaks
     vram_peak_at: int
-    """Access at which the device peak stands."""
+    """Access at which device memory peaks."""
     vram_parts: dict[str, int]
     """Device bytes at that access: weights (always there), slots, adapters, gradients, optimizer, buffers, batch,
     context, activations, workspace. They sum to ``peaks.vram_bytes``."""

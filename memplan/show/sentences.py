@@ -47,6 +47,8 @@ def speed(facts: Facts) -> str:
         return "The time is not known"
     if facts.slowdown < 0.0005:
         return "No slower than with all weights on the device"
+    if facts.slowdown >= 1:
+        return f"{1 + facts.slowdown:.1f} times as long as with all weights on the device"
     return f"{percent(facts.slowdown)} slower than with all weights on the device"
 
 
@@ -84,13 +86,13 @@ _CHANGED: dict[str, Callable[[int], str]] = {
 
 
 def bound(plan: Plan, facts: Facts, glyphs: Glyphs) -> str:
-    """Return how far a pass is from the least time of any plan of these blocks."""
+    """Return how far a pass is above the lower bound: the least time of any plan of these blocks."""
     gap, least = facts.bound_gap, glyphs.seconds(plan.prediction.bound_s)
     if gap is None:
         return "No bound is known for these blocks."
     if gap < _NOTHING:
         return f"At the bound ({least}): no plan of these blocks is faster."
-    return f"Within {gap_up(gap)} of any plan of these blocks (bound {least})."
+    return f"At most {gap_up(gap)} above the lower bound of these blocks ({least})."
 
 
 def gap_up(gap: float) -> str:

@@ -187,7 +187,7 @@ class _Page:
             table.add_row("  measured", self.size(seen.vram_bytes), self.size(seen.ram_bytes), "", style="bold")
             extra = (seen.unaccounted_vram_bytes, seen.unaccounted_ram_bytes)
             table.add_row("  unaccounted", *(self.size(part, signed=True) for part in extra), "")
-        remarks = [f"The vram peak stands in {words.place(plan, prediction.vram_peak_at, self.glyphs)}."]
+        remarks = [f"VRAM peaks in {words.place(plan, prediction.vram_peak_at, self.glyphs)}."]
         return Group(table, *map(_remark, [*remarks, *words.page_locks(plan, self.facts)]))
 
     def time(self) -> RenderableType:

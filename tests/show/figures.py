@@ -191,7 +191,7 @@ class Figures:
         gap, least = self.said.pass_s / self.said.bound_s - 1, self.time(self.said.bound_s)
         if gap < 1e-9:
             return f"At the bound ({least}): no plan of these blocks is faster."
-        return f"Within {self.gap()} of any plan of these blocks (bound {least})."
+        return f"At most {self.gap()} above the lower bound of these blocks ({least})."
 
     def gap(self) -> str:
         """How far a pass is above the bound, rounded up."""
@@ -201,6 +201,7 @@ class Figures:
     def speed(self) -> str:
         slower = self.said.pass_s / self.held_s - 1
         said = f"{percent(slower)} slower than" if slower >= 5e-4 else "No slower than"
+        said = f"{1 + slower:.1f} times as long as" if slower >= 1 else said
         binds = {"compute": "compute binds", "link": "the link binds", "disk": "the disk binds"}[self.said.binds]
         return f"{said} with all weights on the device; {binds}."
 
@@ -260,7 +261,7 @@ class Figures:
     def peak(self) -> str:
         row = self.rows[self.said.vram_peak_at]
         named = {"loss": "the loss", "optimizer": "the optimizer step"}
-        return f"The vram peak stands in {named.get(row.kind, f'the {row.kind} of {row.module}')}."
+        return f"VRAM peaks in {named.get(row.kind, f'the {row.kind} of {row.module}')}."
 
     def run(self) -> str:
         assert self.record is not None

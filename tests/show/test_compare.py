@@ -55,7 +55,7 @@ def test_other_settings_are_told():
     other = replace(SECOND, hardware="another", budgets=replace(SECOND.budgets, vram_bytes=1 << 40))
     settings = {what: (one, two) for what, one, two in compare_plans(FIRST, other).settings}
     assert settings["hardware"] == (f"{FIRST.hardware} (cuda)", "another (cuda)")
-    assert settings["vram budget"][1] == "1024.00 GiB"
+    assert settings["vram budget"][1] == "1.00 TiB"
 
 
 def test_what_is_page_locked_in_one_alone():

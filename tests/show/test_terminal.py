@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import io
 import json
 import math
@@ -16,7 +17,7 @@ from rich.console import Console
 from memplan.errors import DoesNotFitError, PlanMismatchError
 from memplan.program.page_lock import page_locked_bytes, pageable_items
 from memplan.program.schema import Plan
-from memplan.show import terminal
+from memplan.show import sentences, summary, terminal
 from memplan.show.csv import write_csv
 from memplan.units import GIB, MIB, format_bytes
 from tests.show.plans import (
@@ -85,6 +86,8 @@ def test_verdict_is_derived_from_the_plan() -> None:
     assert f"{slower:.1%} slower than with all weights on the device; the link binds." in report
     assert f"by {4 * RECOMPUTE_S / held_s:.1%} recompute and {0.03 / held_s:.1%} waiting." in report
     assert "No slower than with all weights on the device; compute binds." in terminal.text(make_plan("dddd"))
+    tenfold = dataclasses.replace(summary.facts(plan), slowdown=9.168)
+    assert sentences.speed(tenfold) == "10.2 times as long as with all weights on the device"
 
 
 def test_memory_shows_each_part_the_budget_and_what_is_free() -> None:
@@ -115,7 +118,7 @@ def test_time_shows_rates_loads_and_the_bound() -> None:
     assert cells(report, "loads/pass") == [str(2 * 8 - 4)]
     assert cells(report, "loaded/pass") == [format_bytes(12 * LAYER_BYTES)]
     # 0.301% is not within 0.3%.
-    assert "Within 0.4% of any plan of these blocks" in report
+    assert "At most 0.4% above the lower bound of these blocks" in report
     assert "At the bound" in terminal.text(make_plan(SMALL))
 
 

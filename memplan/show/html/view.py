@@ -85,7 +85,7 @@ def page(plan: Plan, record: RunRecord | None, points: Sequence[Point], machine:
         alarm=words.over_budget(plan, seen),
         budget=_budget(plan, known, seen, machine),
         budget_remarks=(
-            f"The vram peak stands in {words.place(plan, plan.prediction.vram_peak_at, RICH)}.",
+            f"VRAM peaks in {words.place(plan, plan.prediction.vram_peak_at, RICH)}.",
             *words.page_locks(plan, known),
         ),
         time=_time(plan, known, seen),
