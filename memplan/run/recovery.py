@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import random
-import sys
-from typing import Any, overload
+from typing import overload
 
 import torch
 from torch import nn
 
 from memplan.model.weights import frozen_weights
+from memplan.state.process_state import RandomStates
 
 _WORDS = ("can't allocate memory", "not enough memory", "out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
 
@@ -33,11 +32,7 @@ class Before:
             for name, buffer in module._buffers.items()
             if buffer is not None and id(buffer) not in managed
         ]
-        self._torch = torch.get_rng_state()
-        self._cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
-        self._python = random.getstate()
-        numpy: Any = sys.modules.get("numpy")
-        self._numpy = None if numpy is None else (numpy.random.set_state, numpy.random.get_state())
+        self._random = RandomStates()
 
     def restore(self) -> None:
         """Have all of it as it was."""
@@ -52,13 +47,7 @@ class Before:
             for module, name, buffer, value in self._buffers:
                 buffer.copy_(value)
                 module._buffers[name] = buffer  # a forward may have put another in its place
-        torch.set_rng_state(self._torch)
-        if self._cuda:
-            torch.cuda.set_rng_state_all(self._cuda)
-        random.setstate(self._python)
-        if self._numpy is not None:
-            put, state = self._numpy
-            put(state)
+        self._random.restore()
 
 
 @overload

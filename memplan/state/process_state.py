@@ -14,23 +14,35 @@ from typing import Any
 import torch
 
 
+class RandomStates:
+    """The states of torch's generators, an accelerator's among them, NumPy's and Python's, when this is made."""
+
+    def __init__(self) -> None:
+        self._python = random.getstate()
+        numpy: Any = sys.modules.get("numpy")
+        self._numpy = None if numpy is None else (numpy.random.set_state, numpy.random.get_state())
+        self._cpu = torch.get_rng_state()
+        devices: Any = torch.get_device_module() if torch.accelerator.is_available() else None
+        is_used = hasattr(devices, "get_rng_state_all") and devices.is_initialized()
+        self._devices = (devices.set_rng_state_all, devices.get_rng_state_all()) if is_used else None
+
+    def restore(self) -> None:
+        random.setstate(self._python)
+        torch.set_rng_state(self._cpu)
+        for kept in (self._numpy, self._devices):
+            if kept is not None:
+                put, states = kept
+                put(states)
+
+
 @contextlib.contextmanager
 def random_states_kept() -> Iterator[None]:
     """Leave torch's, NumPy's and Python's random states as they were."""
-    python = random.getstate()
-    numpy: Any = sys.modules.get("numpy")
-    numpys = numpy.random.get_state() if numpy is not None else None
-    cpu = torch.get_rng_state()
-    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else None
+    states = RandomStates()
     try:
         yield
     finally:
-        random.setstate(python)
-        if numpy is not None:
-            numpy.random.set_state(numpys)
-        torch.set_rng_state(cpu)
-        if cuda is not None:
-            torch.cuda.set_rng_state_all(cuda)
+        states.restore()
 
 
 _HEADER_BYTES = object.__basicsize__

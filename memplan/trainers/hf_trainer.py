@@ -5,12 +5,10 @@ from __future__ import annotations
 import contextlib
 import copy
 import math
-import random
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Unpack
 
-import numpy as np
 import torch
 from torch import nn
 
@@ -25,6 +23,7 @@ from memplan.request import PlanOptions, Request, completed, refuse_beside_plan
 from memplan.run.attach import attach
 from memplan.run.handle import Handle
 from memplan.run.memory.arena import dtype_of
+from memplan.state.process_state import random_states_kept
 from memplan.state.snapshot import unchanged
 from memplan.trainers.loading.deferred_placement import arrived, not_waiting
 from memplan.trainers.loading.load import at_detach
@@ -264,21 +263,6 @@ class CallUnknownError(InputError):
 
 class Called(Exception):
     """A model was called, and that is all that was to be known."""
-
-
-@contextlib.contextmanager
-def random_states_kept() -> Iterator[None]:
-    """Put the random states back that were drawn from inside: torch's, of the devices too, numpy's and Python's."""
-    states = (torch.get_rng_state(), np.random.get_state(), random.getstate())
-    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else None
-    try:
-        yield
-    finally:
-        torch.set_rng_state(states[0])
-        np.random.set_state(states[1])
-        random.setstate(states[2])
-        if cuda is not None:
-            torch.cuda.set_rng_state_all(cuda)
 
 
 def _steps(args: Any, loader: Any) -> int | None:

@@ -17,8 +17,9 @@ from memplan.program.schema import Plan
 from memplan.request import PlanOptions, completed
 from memplan.run.attach import attach
 from memplan.run.handle import Handle, handle_of
+from memplan.state.process_state import random_states_kept
 from memplan.state.snapshot import unchanged
-from memplan.trainers.hf_trainer import Called, check_early, loss_of, random_states_kept
+from memplan.trainers.hf_trainer import Called, check_early, loss_of
 from memplan.trainers.loading.deferred_placement import waits
 from memplan.trainers.loading.mapped_weights import folder_of
 from memplan.trainers.loading.stored import checkpoint_of
