@@ -1,6 +1,7 @@
 """Plan + RunRecord -> report.
 
-``summary`` derives all numbers; ``sentences`` and ``glyphs`` are how they are said, ``strip`` draws a placement;
+``summary`` derives all numbers, ``rows`` sets them in tables; ``sentences`` and ``glyphs`` are how they are said;
+``strip`` draws a placement;
 ``terminal`` and ``html`` set the report; ``compare``, ``query_tables``, ``tables``, ``csv``, ``log_lines``, ``trace``
 are the other outputs.
 """

@@ -93,10 +93,10 @@ def compare_plans(first: Plan, second: Plan) -> Compared:
         ),
         Row(what="compute", first=first.prediction.compute_s, second=second.prediction.compute_s, unit="s"),
         Row(what="  recompute", first=one.recompute_s, second=other.recompute_s, unit="s"),
-        Row(what="stall", first=first.prediction.stall_s, second=second.prediction.stall_s, unit="s"),
+        Row(what="waiting", first=first.prediction.stall_s, second=second.prediction.stall_s, unit="s"),
         Row(what="pass", first=first.prediction.pass_s, second=second.prediction.pass_s, unit="s"),
         Row(what="step", first=first.prediction.step_s, second=second.prediction.step_s, unit="s"),
-        Row(what="bound of a pass", first=first.prediction.bound_s, second=second.prediction.bound_s, unit="s"),
+        Row(what="lower bound", first=first.prediction.bound_s, second=second.prediction.bound_s, unit="s"),
         Row(what="tokens/s", first=one.tokens_per_s, second=other.tokens_per_s, unit="tokens/s"),
         Row(what="loads/pass", first=first.prediction.loads_per_pass, second=second.prediction.loads_per_pass, unit=""),
         Row(
@@ -133,7 +133,7 @@ def compare_records(first: RunRecord, second: RunRecord) -> Compared:
     rows = (
         Row(what="passes", first=first.passes, second=second.passes, unit=""),
         Row(what="pass", first=first.pass_s, second=second.pass_s, unit="s"),
-        Row(what="stall", first=first.stall_s, second=second.stall_s, unit="s"),
+        Row(what="waiting", first=first.stall_s, second=second.stall_s, unit="s"),
         Row(what="vram peak", first=first.vram_peak_bytes, second=second.vram_peak_bytes, unit="bytes"),
         Row(what="ram peak", first=first.ram_peak_bytes, second=second.ram_peak_bytes, unit="bytes"),
         Row(what="loads/pass", first=first.loads / passes[0], second=second.loads / passes[1], unit=""),

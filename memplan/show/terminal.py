@@ -1,6 +1,6 @@
 """The report as text: calm on a terminal, plain ASCII everywhere else, so that it can be pasted into an issue.
 
-Every number is taken from the plan and the record (facts.py); here they only get their places.
+Every number is taken from the plan and the record (``summary``, ``rows``); here they only get their places.
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from __future__ import annotations
 import io
 import os
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import IO, TYPE_CHECKING
 
 from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
@@ -16,10 +16,10 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from memplan.program.schema import RAM_KINDS, VRAM_KINDS
 from memplan.show import sentences as words
 from memplan.show import summary as said
 from memplan.show.glyphs import PLAIN, RICH, Glyphs
+from memplan.show.rows import MemoryRow, TimeRow, memory_rows, time_rows
 from memplan.show.strip import legend, ranges, strip
 from memplan.show.summary import as_dict, failure_dict
 from memplan.units import format_bytes
@@ -38,6 +38,7 @@ _WIDE = 112
 _LABEL = 14
 _VALUE = 11
 _MOST_STALLED = 5
+_STYLES = {"": "", "part": "dim", "sum": "bold"}
 
 
 def render(plan: Plan, record: RunRecord | None = None) -> Report:
@@ -158,72 +159,33 @@ class _Page:
     # ── memory and time ───────────────────────────────────────────────────────────────────────────────────────────
 
     def memory(self) -> RenderableType:
-        plan = self.plan
-        prediction, budgets, peaks = plan.prediction, plan.budgets, plan.prediction.peaks
         table = _table("Memory", "vram", "ram", "disk")
-        known = dict.fromkeys((*VRAM_KINDS, *RAM_KINDS, *prediction.vram_parts, *prediction.ram_parts))
-        for kind in known:
-            row = (
-                prediction.vram_parts.get(kind, 0),
-                prediction.ram_parts.get(kind, 0),
-                peaks.disk_bytes if kind == "weights" else 0,
+        for row in memory_rows(self.plan, self.facts, self.seen):
+            if row.begins:
+                self.line(table)
+            cells = (
+                "" if cell is None and row.rank == "part" else self.size(cell, signed=row.is_difference)
+                for cell in row.cells
             )
-            if any(row):
-                table.add_row(Text(f"  {self.glyphs.safe(kind)}"), *(self.size(part or None) for part in row))
-            if kind == "activations" and self.facts.weight_copy_bytes:
-                table.add_row(Text("  of it copies"), self.size(self.facts.weight_copy_bytes), "", "", style="dim")
-        self.line(table)
-        tops = (peaks.vram_bytes, peaks.ram_bytes, peaks.disk_bytes)
-        limits = (budgets.vram_bytes, budgets.ram_bytes, budgets.disk_bytes)
-        table.add_row("  peak", *(self.size(top or None) for top in tops), style="bold")
-        for name, part in words.ram_by_lock(plan, self.facts):
-            table.add_row(f"  of it {name}", "", self.size(part), "", style="dim")
-        table.add_row("  budget", *(self.size(limit) for limit in limits))
-        free = [None if limit is None else limit - top for top, limit in zip(tops, limits, strict=True)]
-        table.add_row("  free", *(self.size(part) for part in free))
-        if self.seen is not None:
-            seen = self.seen
-            self.line(table)
-            table.add_row("  measured", self.size(seen.vram_bytes), self.size(seen.ram_bytes), "", style="bold")
-            extra = (seen.unaccounted_vram_bytes, seen.unaccounted_ram_bytes)
-            table.add_row("  unaccounted", *(self.size(part, signed=True) for part in extra), "")
-        remarks = [f"VRAM peaks in {words.place(plan, prediction.vram_peak_at, self.glyphs)}."]
-        return Group(table, *map(_remark, [*remarks, *words.page_locks(plan, self.facts)]))
+            table.add_row(self.label(row), *cells, style=_STYLES[row.rank])
+        remarks = [f"VRAM peaks in {words.place(self.plan, self.plan.prediction.vram_peak_at, self.glyphs)}."]
+        return Group(table, *map(_remark, [*remarks, *words.page_locks(self.plan, self.facts)]))
 
     def time(self) -> RenderableType:
-        prediction, facts, seen = self.plan.prediction, self.facts, self.seen
-        seconds = self.glyphs.seconds
-        table = _table("Time", "predicted", *(("measured", "error") if seen is not None else ()))
-        beside = {} if seen is None else asdict(seen)
-
-        def row(label: str, value: float, form: Callable[..., str], key: str = "", style: str = "") -> None:
-            cells = [f"  {label}", form(value)]
-            if seen is not None:
-                there, error = beside.get(key), seen.errors.get(key)
-                cells.append(form(there) if there is not None else "-" if key else "")
-                cells.append("" if error is None else words.percent(error, "+"))
-            table.add_row(*cells, style=style)
-
-        row("compute", prediction.compute_s, seconds)
-        if facts.recompute_s > 0:
-            row("  recompute", facts.recompute_s, seconds)
-        # Without an error, though measured: the ratio of two times near nothing says nothing.
-        row("stall", prediction.stall_s, seconds, "stall_s")
-        row("pass", prediction.pass_s, seconds, "pass_s", "bold")
-        row("step", prediction.step_s, seconds)
-        if facts.tokens_per_s is not None:
-            row("tokens/s", facts.tokens_per_s, words.rate, "tokens_per_s")
-        row("loads/pass", prediction.loads_per_pass, words.number, "loads_per_pass")
-        row("loaded/pass", prediction.loaded_bytes_per_pass, format_bytes, "loaded_bytes_per_pass")
-        if prediction.offloaded_bytes_per_pass:
-            row("offloaded/pass", prediction.offloaded_bytes_per_pass, format_bytes)
-        if prediction.rows_bytes_per_pass:
-            row("rows/pass", prediction.rows_bytes_per_pass, format_bytes)
-        remarks = [words.bound(self.plan, facts, self.glyphs)]
-        if why := words.why_slower(facts):
+        table = _table("Time", "predicted", *(("measured", "error") if self.seen is not None else ()))
+        for row in time_rows(self.plan, self.facts, self.seen):
+            show = row.show or self.glyphs.seconds
+            cells = [self.label(row), show(row.predicted)]
+            if self.seen is not None:
+                unknown = "-" if row.is_measured else ""
+                cells.append(unknown if row.measured is None else show(row.measured))
+                cells.append("" if row.error is None else words.percent(row.error, "+"))
+            table.add_row(*cells, style=_STYLES[row.rank])
+        remarks = [words.bound(self.plan, self.facts, self.glyphs)]
+        if why := words.why_slower(self.facts):
             remarks.append(why)
         remarks += words.gains(self.plan, self.glyphs)
-        if seen is not None:
+        if self.seen is not None:
             remarks.append("Error: predicted against measured.")
         return Group(table, *map(_remark, remarks))
 
@@ -280,6 +242,9 @@ class _Page:
         if size_bytes is None:
             return Text("-", style="dim")
         return Text(("+" if signed and size_bytes > 0 else "") + format_bytes(size_bytes))
+
+    def label(self, row: TimeRow | MemoryRow) -> str:
+        return f"  {self.glyphs.safe(row.label)}"
 
     def line(self, table: Table) -> None:
         dashes = Text(self.glyphs.rule * (_VALUE - 1), style="dim")

@@ -23,7 +23,7 @@ def test_what_changed_and_what_it_cost():
     rows = {row.what.strip(): row for row in found.rows}
     assert rows["pass"].first == FIRST.prediction.pass_s
     assert rows["pass"].second == SECOND.prediction.pass_s
-    assert rows["stall"].second == 0.01
+    assert rows["waiting"].second == 0.01
     assert rows["vram peak"].first == FIRST.prediction.peaks.vram_bytes
     for tier in ("vram", "ram"):
         parts = [row for row in found.rows if row.what.startswith(f"  {tier} ")]
@@ -44,11 +44,11 @@ def test_the_same_has_no_changes():
 def test_what_rounding_leaves_is_nothing_to_compare_with(capsys):
     few = replace(FIRST, prediction=replace(FIRST.prediction, stall_s=3e-18))
     rows = {row.what: row for row in compare_plans(few, SECOND).rows}
-    assert rows["stall"].share is None
+    assert rows["waiting"].share is None
     write_compared_files(compare_plans(few, SECOND), ("first", "second"))
     shown = {line.split()[0]: line.split()[1:] for line in capsys.readouterr().out.splitlines() if line.strip()}
-    assert shown["stall"] == ["0", "s", "10.0", "ms", "new"]
-    assert "stall" not in {row.what for row in compare_plans(few, few).rows}
+    assert shown["waiting"] == ["0", "s", "10.0", "ms", "new"]
+    assert "waiting" not in {row.what for row in compare_plans(few, few).rows}
 
 
 def test_other_settings_are_told():

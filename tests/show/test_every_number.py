@@ -127,12 +127,12 @@ def test_the_text(plan: Plan, measured: bool) -> None:
         dashes,
         ("peak", *(want.size(top or None) for top in want.tops)),
         *((name, want.size(part)) for name, part in want.locks()),
-        ("budget", *map(want.size, want.limits)),
         ("free", *want.free()),
+        ("budget", *map(want.size, want.limits)),
     ]
     if record is not None:
         seen = (want.size(record.vram_peak_bytes), want.size(record.ram_peak_bytes or None))
-        expected += [dashes, ("measured", *seen), ("unaccounted", *want.unaccounted())]
+        expected += [dashes, ("measured", *seen, want.none), ("unaccounted", *want.unaccounted(), want.none)]
     assert [row for row in rows if row not in inside and row not in copies] == expected
 
     # Time.
@@ -191,10 +191,11 @@ def text_times(want: Figures, record: RunRecord | None) -> list[tuple[str, ...]]
     rows: list[tuple[str, ...]] = [("Time", "predicted", *(("measured", "error") if record else ()))]
     rows.append(("compute", want.time(said.compute_s)))
     if want.recompute_s:
-        rows.append(("recompute", want.time(want.recompute_s)))
-    rows.append(("stall", want.time(said.stall_s), *((want.time(record.stall_s),) if record else ())))
+        rows.append(("of it recompute", want.time(want.recompute_s)))
+    rows.append(("waiting", want.time(said.stall_s), *((want.time(record.stall_s),) if record else ())))
     if record is None:
         rows.append(("pass", want.time(said.pass_s)))
+        rows.append(("lower bound", want.time(said.bound_s)))
         rows.append(("step", want.time(said.step_s)))
         rows.append(("tokens/s", rate(want.tokens_per_s)))
         rows.append(("loads/pass", count(said.loads_per_pass)))
@@ -202,6 +203,7 @@ def text_times(want: Figures, record: RunRecord | None) -> list[tuple[str, ...]]
     else:
         loaded, loads = record.loaded_bytes / record.passes, record.loads / record.passes
         rows.append(("pass", *want.compared(said.pass_s, record.pass_s, want.time)))
+        rows.append(("lower bound", want.time(said.bound_s)))
         rows.append(("step", want.time(said.step_s)))
         rows.append(("tokens/s", *want.compared(want.tokens_per_s, want.tokens_per_s_seen, rate)))
         rows.append(("loads/pass", *want.compared(said.loads_per_pass, loads, count)))
@@ -263,13 +265,13 @@ def test_the_tables_of_a_page(plan: Plan, measured: bool) -> None:
     expected = dict(want.parts())
     if want.copies_bytes:
         expected["of it copies"] = (want.size(want.copies_bytes), want.none, want.none)
-    expected["peak, predicted"] = tuple(map(want.size, want.tops))
+    expected["peak"] = tuple(want.size(top or None) for top in want.tops)
     for name, part in want.locks():
         expected[name] = (want.none, want.size(part), want.none)
     expected["free"] = want.free()
     expected["budget"] = tuple(map(want.size, want.limits))
     if record is not None:
-        expected["peak, measured"] = (want.size(record.vram_peak_bytes), want.size(record.ram_peak_bytes), want.none)
+        expected["measured"] = (want.size(record.vram_peak_bytes), want.size(record.ram_peak_bytes), want.none)
         expected["unaccounted"] = (*want.unaccounted(), want.none)
     assert {row[0]: row[1:] for row in rows} == expected
     assert len(rows) == len(expected)
@@ -352,7 +354,7 @@ def page_times(want: Figures, record: RunRecord | None) -> list[tuple[str, ...]]
     row("compute", want.time(said.compute_s))
     if want.recompute_s:
         row("of it recompute", want.time(want.recompute_s))
-    row("stall", want.time(said.stall_s), *([want.time(record.stall_s)] if record else []))
+    row("waiting", want.time(said.stall_s), *([want.time(record.stall_s)] if record else []))
     seen = [said.pass_s, want.tokens_per_s, said.loads_per_pass, said.loaded_bytes_per_pass, *want.tops[:2]]
     if record:
         per_pass = [record.loads / record.passes, record.loaded_bytes / record.passes]
@@ -364,15 +366,15 @@ def page_times(want: Figures, record: RunRecord | None) -> list[tuple[str, ...]]
         row(name, *cells)
 
     beside("pass", said.pass_s, seen[0], want.time)
-    row("bound of a pass", want.time(said.bound_s))
+    row("lower bound", want.time(said.bound_s))
     row("step", want.time(said.step_s))
     beside("tokens/s", want.tokens_per_s, seen[1], rate)
-    beside("loads a pass", said.loads_per_pass, seen[2], count)
-    beside("loaded a pass", said.loaded_bytes_per_pass, seen[3], whole)
+    beside("loads/pass", said.loads_per_pass, seen[2], count)
+    beside("loaded/pass", said.loaded_bytes_per_pass, seen[3], whole)
     if said.offloaded_bytes_per_pass:
-        row("offloaded a pass", format_bytes(said.offloaded_bytes_per_pass))
+        row("offloaded/pass", format_bytes(said.offloaded_bytes_per_pass))
     if said.rows_bytes_per_pass:
-        row("rows a pass", format_bytes(said.rows_bytes_per_pass))
+        row("rows/pass", format_bytes(said.rows_bytes_per_pass))
     if record:
         beside("vram peak", want.tops[0], seen[4], whole)
         beside("ram peak", want.tops[1], seen[5], whole)
@@ -704,9 +706,9 @@ def test_two_plans_as_text(capsys: pytest.CaptureFixture[str]) -> None:
     sizes("disk", one.tops[2], two.tops[2])
     others("compute", one.said.compute_s, two.said.compute_s, one.time)
     others("recompute", one.recompute_s, two.recompute_s, one.time)
-    for key in ("stall", "pass", "step"):
-        others(key, getattr(one.said, f"{key}_s"), getattr(two.said, f"{key}_s"), one.time)
-    others("bound of a pass", one.said.bound_s, two.said.bound_s, one.time)
+    for name, key in (("waiting", "stall_s"), ("pass", "pass_s"), ("step", "step_s")):
+        others(name, getattr(one.said, key), getattr(two.said, key), one.time)
+    others("lower bound", one.said.bound_s, two.said.bound_s, one.time)
     others("tokens/s", one.tokens_per_s, two.tokens_per_s, rate)
     others("loads/pass", one.said.loads_per_pass, two.said.loads_per_pass, count)
     sizes("loaded/pass", one.said.loaded_bytes_per_pass, two.said.loaded_bytes_per_pass)
@@ -734,7 +736,7 @@ def test_two_runs_as_text(capsys: pytest.CaptureFixture[str]) -> None:
         ("one", "two", "change"),
         ("passes", "40", "50", "+25.0%"),
         ("pass", "200.0 ms", "300.0 ms", "+50.0%"),
-        ("stall", "30.0 ms", "100 ns", "-100.0%"),
+        ("waiting", "30.0 ms", "100 ns", "-100.0%"),
         ("vram peak", want.size(first.vram_peak_bytes), want.size(second.vram_peak_bytes), "+1.0 MiB"),
         ("ram peak", want.size(first.ram_peak_bytes), want.size(second.ram_peak_bytes)),
         ("loads/pass", count(per_pass[0]), count(per_pass[1]), percent(per_pass[1] / per_pass[0] - 1, "+")),

@@ -164,9 +164,9 @@ def test_run_stands_beside_the_prediction() -> None:
     report = terminal.text(plan, record)
     peak = plan.prediction.peaks.vram_bytes
     assert cells(report, "measured", "Memory")[0] == format_bytes(peak + 77 * MIB)
-    assert cells(report, "unaccounted") == ["+77.0 MiB", "0 B"]
+    assert cells(report, "unaccounted") == ["+77.0 MiB", "0 B", "-"]
     assert cells(report, "pass", "Time")[2] == "-20.0%"
-    assert cells(report, "stall", "Time")[1] == "30.0 ms"
+    assert cells(report, "waiting", "Time")[1] == "30.0 ms"
     assert cells(report, "loads/pass")[1] == f"{(40 * 12 + 8) / 40:.1f}"
     assert "3 misses, 1 access out of order; 48.0 ms of waiting." in report
     stalled = report[report.index("most waited for") :].splitlines()[1:]
@@ -184,7 +184,7 @@ def test_run_in_which_nothing_was_measured() -> None:
     plan = make_plan(SMALL)
     record = make_record(plan, pass_s=0.0, passes=0, vram_peak_bytes=0, ram_peak_bytes=0, blocks=(), device="cpu")
     report = terminal.text(plan, record)
-    assert cells(report, "measured", "Memory") == ["-", "-"]
+    assert cells(report, "measured", "Memory") == ["-", "-", "-"]
     assert cells(report, "pass", "Time")[1:] == ["-"]
     assert "no block was waited for" in report
     assert "The run was on cpu, the plan is for cuda" in report

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 from memplan import __version__
 from memplan.program.memory_timeline import timeline
 from memplan.program.record import RunRecord
 from memplan.program.results import Point
-from memplan.program.schema import RAM_KINDS, VRAM_KINDS, Plan
+from memplan.program.schema import Plan
 from memplan.program.timeline import timeline_of
 from memplan.show import sentences as words
 from memplan.show import summary as said
@@ -17,6 +17,7 @@ from memplan.show.glyphs import RICH
 from memplan.show.html import blocks, memory, times
 from memplan.show.html.frontier import Frontier, frontier
 from memplan.show.html.tables import NONE, Row, Table, size, time
+from memplan.show.rows import memory_rows, time_rows
 from memplan.show.summary import Facts, Measured
 from memplan.units import format_bytes
 
@@ -138,72 +139,32 @@ def _remarks(plan: Plan, known: Facts) -> tuple[str, ...]:
 
 
 def _budget(plan: Plan, known: Facts, seen: Measured | None, machine: Machine | None) -> Table:
-    """Return bytes by tier and kind: the budget is what is used and what is free, a device's all that and others'."""
-    prediction, budgets, peaks = plan.prediction, plan.budgets, plan.prediction.peaks
-    rows = []
-    for kind in dict.fromkeys((*VRAM_KINDS, *RAM_KINDS, *prediction.vram_parts, *prediction.ram_parts)):
-        parts = (
-            prediction.vram_parts.get(kind, 0),
-            prediction.ram_parts.get(kind, 0),
-            peaks.disk_bytes if kind == "weights" else 0,
-        )
-        if any(parts):
-            rows.append(Row(name=kind, cells=tuple(size(part or None) for part in parts)))
-        if kind == "activations" and known.weight_copy_bytes:
-            rows.append(Row(name="of it copies", cells=(size(known.weight_copy_bytes), NONE, NONE), style="part"))
-    tops = (peaks.vram_bytes, peaks.ram_bytes, peaks.disk_bytes)
-    limits = (budgets.vram_bytes, budgets.ram_bytes, budgets.disk_bytes)
-    free = (None if limit is None else limit - top for top, limit in zip(tops, limits, strict=True))
-    rows.append(Row(name="peak, predicted", cells=tuple(map(size, tops)), style="sum"))
-    for name, part in words.ram_by_lock(plan, known):
-        rows.append(Row(name=f"of it {name}", cells=(NONE, size(part), NONE), style="part"))
-    rows.append(Row(name="free", cells=tuple(map(size, free))))
-    rows.append(Row(name="budget", cells=tuple(map(size, limits)), style="sum"))
-    if machine is not None:
-        others = machine.device_bytes - budgets.vram_bytes
-        name = "left to others" if others >= 0 else "more than there is"
-        rows.append(Row(name=name, cells=(size(abs(others)), NONE, NONE)))
-        rows.append(Row(name="memory of the device", cells=(size(machine.device_bytes), NONE, NONE), style="sum"))
-    if seen is not None:
-        rows.append(Row(name="peak, measured", cells=(size(seen.vram_bytes), size(seen.ram_bytes), NONE), style="sum"))
-        extra = (seen.unaccounted_vram_bytes, seen.unaccounted_ram_bytes)
-        rows.append(Row(name="unaccounted", cells=(*(size(part, signed=True) for part in extra), NONE)))
-    return Table(id="budget", caption="Bytes by tier and kind", head=("kind", "vram", "ram", "disk"), rows=tuple(rows))
+    device_bytes = None if machine is None else machine.device_bytes
+    rows = tuple(
+        Row(name=row.label, cells=tuple(size(cell, signed=row.is_difference) for cell in row.cells), style=row.rank)
+        for row in memory_rows(plan, known, seen, device_bytes)
+    )
+    return Table(id="budget", caption="Bytes by tier and kind", head=("kind", "vram", "ram", "disk"), rows=rows)
 
 
 def _time(plan: Plan, known: Facts, seen: Measured | None) -> Table:
-    prediction = plan.prediction
-    beside = {} if seen is None else asdict(seen)
     rows = []
-
-    def row(name: str, value: float, form: Callable[..., str], key: str = "", style: str = "") -> None:
-        cells = [form(value)]
+    for row in time_rows(plan, known, seen):
+        show = row.show or time
+        cells = [show(row.predicted)]
         if seen is not None:
-            there, error = beside.get(key), seen.errors.get(key)
-            cells += [NONE if there is None else form(there), NONE if error is None else words.percent(error, "+")]
-        rows.append(Row(name=name, cells=tuple(cells), style=style))
-
-    row("compute", prediction.compute_s, time)
-    if known.recompute_s > 0:
-        row("of it recompute", known.recompute_s, time, style="part")
-    row("stall", prediction.stall_s, time, "stall_s")
-    row("pass", prediction.pass_s, time, "pass_s", "sum")
-    row("bound of a pass", prediction.bound_s, time)
-    row("step", prediction.step_s, time, style="sum")
-    if known.tokens_per_s is not None:
-        row("tokens/s", known.tokens_per_s, words.rate, "tokens_per_s")
-    row("loads a pass", prediction.loads_per_pass, words.number, "loads_per_pass")
-    row("loaded a pass", prediction.loaded_bytes_per_pass, format_bytes, "loaded_bytes_per_pass")
-    if prediction.offloaded_bytes_per_pass:
-        row("offloaded a pass", prediction.offloaded_bytes_per_pass, format_bytes)
-    if prediction.rows_bytes_per_pass:
-        row("rows a pass", prediction.rows_bytes_per_pass, format_bytes)
+            cells.append(NONE if row.measured is None else show(row.measured))
+            cells.append(NONE if row.error is None else words.percent(row.error, "+"))
+        rows.append(Row(name=row.label, cells=tuple(cells), style=row.rank))
     if seen is not None:
-        for name, key, value in (
-            ("vram peak", "vram_bytes", prediction.peaks.vram_bytes),
-            ("ram peak", "ram_bytes", prediction.peaks.ram_bytes),
+        peaks = plan.prediction.peaks
+        for kind, predicted, there in (
+            ("vram", peaks.vram_bytes, seen.vram_bytes),
+            ("ram", peaks.ram_bytes, seen.ram_bytes),
         ):
-            row(name, value, format_bytes, key)
+            error = seen.errors.get(f"{kind}_bytes")
+            shown = NONE if error is None else words.percent(error, "+")
+            rows.append(Row(name=f"{kind} peak", cells=(format_bytes(predicted), size(there), shown)))
     head = ("what", "predicted", *(("measured", "error") if seen is not None else ()))
     return Table(id="time", caption="Times and traffic of a pass", head=head, rows=tuple(rows))
 
