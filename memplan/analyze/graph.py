@@ -6,7 +6,6 @@ of each trigger module in the order seen, the loss, the backwards in the order s
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import TYPE_CHECKING, Literal
 
 from msgspec import Struct
@@ -169,10 +168,3 @@ class LayerGraph(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
                 held = graph.get_edge_data(life.born, life.last, {"saved_bytes": 0})["saved_bytes"]
                 graph.add_edge(life.born, life.last, saved_bytes=held + life.size_bytes)
         return graph
-
-    def needs_backward(self) -> frozenset[int]:
-        """Return the ids of the blocks whose weights a backward reads."""
-        return frozenset(block for access in self._backwards() for block in access.blocks)
-
-    def _backwards(self) -> Iterator[Access]:
-        return (access for access in self.accesses if access.kind == "backward")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import networkx
 import pytest
 import torch
 
@@ -161,3 +162,17 @@ def test_fixed_bytes():
     assert fixed["batch"] == 3 * models.BATCH * models.SEQUENCE * 8
     placeholder = 4  # one float32 element, expanded, stands for what is away
     assert fixed["buffers"] == sum(b.numel() * b.element_size() for b in model.buffers()) + placeholder
+
+
+def test_the_graph_for_networkx_holds_every_access_and_every_saved_byte():
+    graph = analyze(*models.llama(0.0))
+    drawn = graph.to_networkx()
+    assert networkx.is_directed_acyclic_graph(drawn)
+    assert list(networkx.topological_sort(drawn)) == [access.index for access in graph.accesses]
+    assert {node: tuple(drawn.nodes[node]["blocks"]) for node in drawn} == {
+        a.index: tuple(a.blocks) for a in graph.accesses
+    }
+    for at in range(len(graph.accesses)):
+        across = sum(size for born, last, size in drawn.edges(data="saved_bytes") if born < at <= last)
+        alive = [life for life in graph.lifetimes if life.policy != "recompute" and life.born < at <= life.last]
+        assert across == sum(life.size_bytes for life in alive)
