@@ -86,10 +86,12 @@ class Triggers:
         within: Mapping[str, Sequence[nn.Module]] = MappingProxyType({}),
         around: Sequence[nn.Module] | None = None,
         taps: Mapping[str, Taps] = MappingProxyType({}),
+        look: Callable[[str, int, object, object], bool] | None = None,
     ) -> None:
         """``within``: modules inside of some, each of whose outputs announces the backward too; as long as it needs to,
         where there are ``taps`` of that trigger. ``around``: those that call some, from which an error comes out as
-        well: so failed forwards are told, at no cost to those that do not fail. None: they are not told.
+        well: so failed forwards are told, at no cost to those that do not fail. None: they are not told. ``look``: is
+        shown each forward as it ends (module, call, what went in, what came out) until it says that it has seen all.
 
         [Note: entered from within] A backward that comes to a layer by a tensor that was made inside of it, and by none
         that it returned, is announced by nothing else. Functions that keep views of weights (torch's linear,
@@ -104,9 +106,7 @@ class Triggers:
         """The call whose backward was announced last."""
         self._calls: dict[str, int] = {}
         self._outermost = -1
-        self.look: Callable[[str, int, object, object], bool] | None = None
-        """Shown each forward as it ends (module, call, what went in, what came out) until it says that it has seen all.
-        """
+        self._look = look
         self._undo: list[Callable[[], None]] = []
         self._inside: list[str] = []
         """Compiled modules whose calls are under way."""
@@ -203,8 +203,8 @@ class Triggers:
                     register_multi_grad_hook(produced, partial(_tell, self, name, call), mode="any")
                 if (taps := self._taps.get(name)) is not None and taps.stops is not None:
                     taps.ends()
-            if self.look is not None and self.look(name, call, (args, kwargs), output):
-                self.look = None
+            if self._look is not None and self._look(name, call, (args, kwargs), output):
+                self._look = None
             self._watcher.forward_ends(name, call, in_backward=in_backward())
 
         return untraced(post_hook)

@@ -109,7 +109,7 @@ class Measured:
             weight_copy_bytes=weight_copy_bytes,
             direct_reads=direct.reads,
             direct_read_bytes=direct.read_bytes,
-            direct_writes=direct.writes,
+            direct_writes=direct.written.count,
             vram_peak_bytes=vram_peak_bytes,
             ram_peak_bytes=ram_peak_bytes,
             blocks=blocks,
