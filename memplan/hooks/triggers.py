@@ -29,6 +29,7 @@ from memplan.hooks.compiled import (
     OptimizedModule,
     call_of,
     hides_hooks,
+    in_region,
     keep_call,
     refuse_beside,
     refuse_region,
@@ -176,7 +177,7 @@ class Triggers:
                     f"{name} was traced by torch.jit while memplan streams its weights, which the traced module "
                     "would read where they are not: detach() first"
                 )
-            backward = in_backward()
+            backward = torch._C._current_graph_task_id() != -1
             if backward:
                 self._watch_end()
             else:
@@ -185,8 +186,8 @@ class Triggers:
             if self._tells_failures and not self._around and name not in self._alone and not hides_hooks(module):
                 self._alone.add(name)
                 self._watch_failure(module, self._ends_alone)
-            if (taps := self._taps.get(name)) is not None:
-                self._watch_within(name, taps.begins(args, kwargs))
+            if (taps := self._taps.get(name)) is not None and (again := taps.begins(args, kwargs)):
+                self._watch_within(name, again)
             self._calls[name] = self._watcher.forward_begins(name, in_backward=backward)
 
         return untraced(pre_hook)
@@ -205,7 +206,7 @@ class Triggers:
                     taps.ends()
             if self._look is not None and self._look(name, call, (args, kwargs), output):
                 self._look = None
-            self._watcher.forward_ends(name, call, in_backward=in_backward())
+            self._watcher.forward_ends(name, call, in_backward=torch._C._current_graph_task_id() != -1)
 
         return untraced(post_hook)
 
@@ -215,7 +216,7 @@ class Triggers:
         calls = self._calls
 
         def hook(module: nn.Module, args: object, output: object) -> None:
-            made = (output,) if type(output) is torch.Tensor else tuple(tensors_in(output))
+            made = (output,) if type(output) is torch.Tensor else tensors_in(output)
             for tensor in made:
                 # Of the node: to put it there takes two thirds of what a tensor's hook does.
                 if (node := tensor.grad_fn) is not None and torch._C._current_graph_task_id() == -1:
@@ -288,8 +289,16 @@ def _produced(output: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> lis
 # A backward may be called from within a compiled region: dynamo leaves alone what is disabled, and what that calls.
 
 
-@untraced_deep
+@untraced
 def _tell(triggers: Triggers, name: str, call: int, gradients: object) -> None:
+    if in_region():
+        _tell_in_region(triggers, name, call)
+    else:
+        triggers.backward_begins(name, call)
+
+
+@untraced_deep
+def _tell_in_region(triggers: Triggers, name: str, call: int) -> None:
     triggers.backward_begins(name, call)
 
 

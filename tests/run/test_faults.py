@@ -18,7 +18,6 @@ import torch
 from msgspec.structs import replace
 
 from memplan.errors import InputError, RunError, TransferError
-from memplan.program.schema import Segment
 from memplan.run.attach import attach, attach_on
 from memplan.run.handle import handle_of
 from memplan.run.memory.disk import DiskReader
@@ -155,9 +154,7 @@ def test_an_arena_that_cannot_be_had_says_so(tmp_path):
     model = make("plain")
     plan = plan_for(model, "plain", share=0.2)
     arenas = tuple(
-        replace(arena, segments=(*arena.segments, Segment(offset_bytes=1 << 40, size_bytes=1 << 60)))
-        if arena.tier == "device"
-        else arena
+        replace(arena, segments=(replace(arena.segments[0], size_bytes=1 << 60),)) if arena.tier == "device" else arena
         for arena in plan.arenas
     )
     with pytest.raises(RunError, match=r"GiB of memory for the plan's blocks could not be had .* smaller budget"):

@@ -97,7 +97,8 @@ class Conductor:
                 self._position.forward_seen(module, call)
                 if torch.is_grad_enabled():
                     self.entrances.called(module)
-            self.loader.read_at_home(module)
+            if module in self.loader.at_home:
+                self.loader.read_at_home(module)
             return call
 
     def _refuse_elsewhere(self, module: str, in_backward: bool) -> None:
@@ -125,14 +126,14 @@ class Conductor:
         with self._lock:
             if self._closed:
                 return
-            self.loader.leave_home(module)
+            if module in self.loader.at_home:
+                self.loader.leave_home(module)
             if in_backward:
                 self.loader.shut_recomputed(self.loader.used)
                 return
             self.loader.shut_all()
             if self._position.forward_ends(call):
-                self.loader.is_over()
-                self.loader.start_loads()
+                self.loader.start_loads(is_over=True)
 
     def forward_failed(self) -> None:
         """A forward was left by an error: nothing of it goes on."""
@@ -160,14 +161,13 @@ class Conductor:
 
     def backward_ends(self) -> None:
         with self._lock:
-            self.loader.is_over()
             self.loader.shut_all()
             if self._closed or self._position.now < 0:
                 return
             self.entrances.backward_ends(left_out=self._position.backward_ends())
             self._position.backward_ended()
             self._position.learn(self.loader.sequence_of)
-            self.loader.start_loads()
+            self.loader.start_loads(is_over=True)
 
     def _cycle_begins(self) -> None:
         self.entrances.pass_begins()

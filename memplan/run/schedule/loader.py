@@ -48,7 +48,7 @@ class Loader:
         self.used: tuple[Streamed, ...] = ()
         """What the access under way reads, open or not."""
         self.offloads = Offloads(offloaded, transfers, self.lock, self._clear, arena)
-        self._at_home = {module: held for module, held in at_home.items() if held}
+        self.at_home = {module: held for module, held in at_home.items() if held}
         self._transfers = transfers
         self._elastic = elastic
         self._written = written
@@ -89,18 +89,14 @@ class Loader:
             used.append(streamed)
         self.used = tuple(used)
 
-    def is_over(self) -> None:
-        """The access under way is over: what it read may go."""
-        self._pinned = frozenset()
-
     def read_at_home(self, module: str) -> None:
-        """A forward begins that reads rows of some blocks where they lie on the host."""
-        for streamed in self._at_home.get(module, ()):
+        """A forward begins of a module in ``at_home``."""
+        for streamed in self.at_home[module]:
             streamed.point_home()
 
     def leave_home(self, module: str) -> None:
         """It is over."""
-        for streamed in self._at_home.get(module, ()):
+        for streamed in self.at_home[module]:
             replaced, is_written = streamed.leave_home()
             for place, value in replaced.items():
                 self._written.write(streamed, streamed.rows[place], value, replaced=True)
@@ -164,7 +160,8 @@ class Loader:
                 self._evict(streamed)
         # In backward autograd reads what it saved; and what nothing else ever lies in the place of may be kept by
         # whoever reads it.
-        if streamed.state is SHUT and streamed.may_go and torch._C._current_graph_task_id() == -1:
+        may_go = streamed.overlapping or streamed.comes_and_goes
+        if may_go and streamed.state is SHUT and torch._C._current_graph_task_id() == -1:
             streamed.hide()
 
     def _wait(self, streamed: Streamed) -> None:
@@ -181,8 +178,12 @@ class Loader:
 
     # ---- loads ------------------------------------------------------------------------------------------------------
 
-    def start_loads(self) -> None:
-        """Start every planned load whose room is free, in each channel's order."""
+    def start_loads(self, *, is_over: bool = False) -> None:
+        """Start every planned load whose room is free, in each channel's order. ``is_over``: the access under way is,
+        and what it read may go.
+        """
+        if is_over:
+            self._pinned = frozenset()
         if self._elastic.planned:
             self._give_back()
         position = self._position
@@ -306,5 +307,5 @@ class Loader:
     def close(self) -> None:
         """Hold nothing any more."""
         del self._elastic
-        self.used, self.streamed, self._at_home = (), {}, {}  # a graph that is alive must not keep the arenas
+        self.used, self.streamed, self.at_home = (), {}, {}  # a graph that is alive must not keep the arenas
         self.lock.mend = None  # no circle is left

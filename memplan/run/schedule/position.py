@@ -111,7 +111,8 @@ class Position:
 
     def _go_to(self, position: int) -> Reads:
         self.now = position
-        self.done = max(self.done, position)
+        if position > self.done:
+            self.done = position
         return self.sequence.steps[position % self.sequence.length].blocks
 
     def _beside(self, module: str) -> Reads:

@@ -128,11 +128,6 @@ class Streamed:
     _addresses: list[int] = field(default_factory=list)
 
     @property
-    def may_go(self) -> bool:
-        """Whether another block, or nothing, is ever in its slot."""
-        return bool(self.overlapping) or self.comes_and_goes
-
-    @property
     def key(self) -> int:
         return self.block
 
@@ -155,7 +150,7 @@ class Streamed:
         self.state = SHUT
         with torch._C.DisableTorchFunctionSubclass(), unasked():
             for tensor, there, _ in self.pointers:
-                if tensor.requires_grad:
+                if _is_trained(tensor):  # its class may have the attribute looked up in Python
                     raise trained_by_now(self.name)
                 tensor.data = there
 
@@ -173,7 +168,7 @@ class Streamed:
             self.state = OPEN
             for tensor, kind in self._noting if self.has_late_hooks else self._own:
                 tensor.__class__ = kind
-            self._versions = [tensor._version for tensor in self._tensors]
+            self._versions = list(map(_version_of, self._tensors))
             if self.comes_and_goes or not self._addresses:
                 self._addresses = [there.data_ptr() for _, there, _ in self.pointers]
 
@@ -185,7 +180,7 @@ class Streamed:
         written: tuple[int, ...] = ()
         if (
             self.values
-            or [tensor._version for tensor in self._tensors] != self._versions
+            or list(map(_version_of, self._tensors)) != self._versions
             or list(map(_address_of, self._tensors)) != self._addresses
             or (self.has_late_hooks and any(t.stride() != there.stride() for t, there, _ in self.pointers))
         ):
@@ -314,6 +309,8 @@ class Streamed:
 
 
 _address_of: Callable[[torch.Tensor], int] = torch._C.TensorBase.data_ptr
+_version_of: Callable[[torch.Tensor], int] = torch._C.TensorBase._version.__get__  # type: ignore[attr-defined]
+_is_trained: Callable[[torch.Tensor], bool] = torch._C.TensorBase.requires_grad.__get__  # type: ignore[attr-defined]
 
 
 def trained_by_now(block: str) -> RunError:
