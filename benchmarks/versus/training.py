@@ -158,10 +158,10 @@ class Training:
         if self.setting.device != "cuda":
             return 0
         found = int(torch.cuda.host_memory_stats().get("allocated_bytes.peak", 0))
-        if self.handle is not None and (parts := self.handle._parts) is not None:
-            locked = [held.untyped_storage() for held in parts.on_host() if held.is_pinned()]
+        if self.handle is not None and (runtime := self.handle._runtime) is not None:
+            locked = [held.untyped_storage() for held in runtime.tiers.on_host() if held.is_pinned()]
             found += sum({storage.data_ptr(): storage.nbytes() for storage in locked}.values())
-            found += self.handle.record.ram_peak_bytes - parts.host_bytes  # the rings
+            found += self.handle.record.ram_peak_bytes - runtime.tiers.host_bytes  # the rings
         return found
 
     # ---- what came of it

@@ -86,6 +86,12 @@ def untraced_deep(function: _Function) -> _Function:
 
 
 @untraced
+def in_region() -> bool:
+    """Whether the thread is inside a compiled region. To be called from an :func:`untraced` function."""
+    return torch._C._dynamo.eval_frame.get_eval_frame_callback() not in (None, False)
+
+
+@untraced
 def refuse_region(name: str) -> None:
     """Raise RunError where the thread is inside a compiled region. To be called from an :func:`untraced` function."""
     if torch._C._dynamo.eval_frame.get_eval_frame_callback() not in (None, False):

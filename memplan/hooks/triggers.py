@@ -29,6 +29,7 @@ from memplan.hooks.compiled import (
     OptimizedModule,
     call_of,
     hides_hooks,
+    in_region,
     keep_call,
     refuse_beside,
     refuse_region,
@@ -86,10 +87,12 @@ class Triggers:
         within: Mapping[str, Sequence[nn.Module]] = MappingProxyType({}),
         around: Sequence[nn.Module] | None = None,
         taps: Mapping[str, Taps] = MappingProxyType({}),
+        look: Callable[[str, int, object, object], bool] | None = None,
     ) -> None:
         """``within``: modules inside of some, each of whose outputs announces the backward too; as long as it needs to,
         where there are ``taps`` of that trigger. ``around``: those that call some, from which an error comes out as
-        well: so failed forwards are told, at no cost to those that do not fail. None: they are not told.
+        well: so failed forwards are told, at no cost to those that do not fail. None: they are not told. ``look``: is
+        shown each forward as it ends (module, call, what went in, what came out) until it says that it has seen all.
 
         [Note: entered from within] A backward that comes to a layer by a tensor that was made inside of it, and by none
         that it returned, is announced by nothing else. Functions that keep views of weights (torch's linear,
@@ -104,9 +107,7 @@ class Triggers:
         """The call whose backward was announced last."""
         self._calls: dict[str, int] = {}
         self._outermost = -1
-        self.look: Callable[[str, int, object, object], bool] | None = None
-        """Shown each forward as it ends (module, call, what went in, what came out) until it says that it has seen all.
-        """
+        self._look = look
         self._undo: list[Callable[[], None]] = []
         self._inside: list[str] = []
         """Compiled modules whose calls are under way."""
@@ -176,7 +177,7 @@ class Triggers:
                     f"{name} was traced by torch.jit while memplan streams its weights, which the traced module "
                     "would read where they are not: detach() first"
                 )
-            backward = in_backward()
+            backward = torch._C._current_graph_task_id() != -1
             if backward:
                 self._watch_end()
             else:
@@ -185,8 +186,8 @@ class Triggers:
             if self._tells_failures and not self._around and name not in self._alone and not hides_hooks(module):
                 self._alone.add(name)
                 self._watch_failure(module, self._ends_alone)
-            if (taps := self._taps.get(name)) is not None:
-                self._watch_within(name, taps.begins(args, kwargs))
+            if (taps := self._taps.get(name)) is not None and (again := taps.begins(args, kwargs)):
+                self._watch_within(name, again)
             self._calls[name] = self._watcher.forward_begins(name, in_backward=backward)
 
         return untraced(pre_hook)
@@ -203,9 +204,9 @@ class Triggers:
                     register_multi_grad_hook(produced, partial(_tell, self, name, call), mode="any")
                 if (taps := self._taps.get(name)) is not None and taps.stops is not None:
                     taps.ends()
-            if self.look is not None and self.look(name, call, (args, kwargs), output):
-                self.look = None
-            self._watcher.forward_ends(name, call, in_backward=in_backward())
+            if self._look is not None and self._look(name, call, (args, kwargs), output):
+                self._look = None
+            self._watcher.forward_ends(name, call, in_backward=torch._C._current_graph_task_id() != -1)
 
         return untraced(post_hook)
 
@@ -215,7 +216,7 @@ class Triggers:
         calls = self._calls
 
         def hook(module: nn.Module, args: object, output: object) -> None:
-            made = (output,) if type(output) is torch.Tensor else tuple(tensors_in(output))
+            made = (output,) if type(output) is torch.Tensor else tensors_in(output)
             for tensor in made:
                 # Of the node: to put it there takes two thirds of what a tensor's hook does.
                 if (node := tensor.grad_fn) is not None and torch._C._current_graph_task_id() == -1:
@@ -288,8 +289,16 @@ def _produced(output: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> lis
 # A backward may be called from within a compiled region: dynamo leaves alone what is disabled, and what that calls.
 
 
-@untraced_deep
+@untraced
 def _tell(triggers: Triggers, name: str, call: int, gradients: object) -> None:
+    if in_region():
+        _tell_in_region(triggers, name, call)
+    else:
+        triggers.backward_begins(name, call)
+
+
+@untraced_deep
+def _tell_in_region(triggers: Triggers, name: str, call: int) -> None:
     triggers.backward_begins(name, call)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -12,16 +13,13 @@ from memplan.errors import ModelError, PlanMismatchError
 from memplan.hooks.compiled import forget_compiled
 from memplan.model.weights import mark_adapters
 from memplan.program.check.judge import require
-from memplan.program.page_lock import is_state_locked
 from memplan.program.schema import Plan
 from memplan.run.handle import Handle, handle_of
 from memplan.run.memory.home import Checkpoint
-from memplan.run.memory.prefault import touch_ahead
 from memplan.run.memory.storage_aliases import Watched, refuse_gaps, refuse_shared
 from memplan.run.modules.install import install
 from memplan.run.modules.match_model import match_weights, require_supported, stored_tensors, trigger_modules
-from memplan.run.modules.optimizer_state import OptimizerState
-from memplan.run.runtime import Files, Runtime, resettle, settle
+from memplan.run.tiers import Files, Tiers
 from memplan.run.transfer.interrupts import Undo, defer_sigint
 
 
@@ -101,36 +99,12 @@ def attach_on(
     with Undo() as modes, Undo() as undo:
         # A Ctrl-C on the way in or out of a no_grad leaves it on.
         modes.callback(torch.set_grad_enabled, torch.is_grad_enabled())
-        parts = Runtime(plan, device, weights, poisoned=checked)
-        undo.callback(parts.reader.close)
-        with Undo() as ahead:
-            touch_ahead(parts.to_be_filled(), ahead)
-            settle(model, parts, files, undo, progress)
-        handle = Handle(model, parts)
-        if plan.optimizer_state == "host":
-            is_locked = is_state_locked(plan.table.state_on_host_bytes, plan.budgets.page_lock_bytes)
-            with defer_sigint():
-                parts.optimizer_state = OptimizerState(model, device, is_pageable=not is_locked)
-                undo.callback(parts.optimizer_state.close)
-
-        def change(other: Plan) -> None:
-            """Have the same blocks run under another plan. On failure the model is detached."""
-            try:
-                with defer_sigint():
-                    parts.installed.close()
-                    resettle(parts, other, files)
-                    install(model, parts, handle, triggers, checked=checked, traced=traced)
-            except BaseException:
-                handle.detach()
-                raise
-
+        tiers = Tiers(model, plan, device, weights, files, undo, poisoned=checked, progress=progress)
         with defer_sigint():
             undo.callback(forget_compiled)
             forget_compiled()
-            undo.callback(lambda: parts.installed.close())
-            install(model, parts, handle, triggers, checked=checked, traced=traced)
-            handle.change, handle.replan = change, replan
-            handle.undo.enter_context(undo.pop_all())
+            runs = partial(install, model, tiers, triggers, checked=checked, traced=traced)
+            handle = Handle(model, runs, undo, replan)
     watched.tell(model)
     return handle
 

@@ -23,6 +23,7 @@ from memplan.program.schema import Plan
 from memplan.run.modules.guard import guard_of
 from memplan.run.recovery import Before, is_out_of_memory
 from memplan.run.runtime import Runtime
+from memplan.run.tiers import Tiers
 from memplan.run.transfer.interrupts import defer_sigint
 from memplan.run.verify.scalars import Scalars
 from memplan.units import format_bytes
@@ -37,29 +38,36 @@ _SMALLER = 0.9
 class Handle:
     """A model under a plan. ``detach`` gives it back; so does leaving the ``with`` block."""
 
-    def __init__(self, model: nn.Module, parts: Runtime) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        install: Callable[[Handle], Runtime],
+        undo: ExitStack,
+        replan: Callable[[Plan, int], Plan] | None,
+    ) -> None:
+        """``install``: has the model run, at once and wherever the plan changes. ``undo``: what ``detach`` unwinds; it
+        is taken over once the model runs. ``replan``: as for ``attach``.
+        """
         self.model = model
-        self.plan = parts.plan
-        """The one at work: another than was given once a micro-batch ran out of memory."""
         self.recoveries = 0
-        self._parts: Runtime | None = parts
-        """None once detached: the arenas go, though the handle may stay for its record."""
-        self.undo = ExitStack()
-        """What ``detach`` unwinds."""
-        self.change: Callable[[Plan], None] | None = None
-        """Has the same blocks run under another plan."""
-        self.replan: Callable[[Plan, int], Plan] | None = None
+        self._install: Callable[[Handle], Runtime] | None = install
+        self._replan = replan
         self._vram_peak_bytes = 0
         self._ledger: StorageLedger | None = None
         """Counts live device bytes, inside ``watch_memory``."""
         self._readers = 0
         self._last: tuple[RunRecord, int] | None = None
         self._scalars = Scalars()
+        self._runtime: Runtime | None = install(self)
+        """None once detached: the arenas go, though the handle may stay for its record."""
+        self.plan = self._runtime.tiers.plan
+        """The one at work: another than was given once a micro-batch ran out of memory."""
+        self.undo = undo.pop_all()
 
     @property
     def is_attached(self) -> bool:
         """Whether the model is under the plan still."""
-        return self._parts is not None
+        return self._runtime is not None
 
     @property
     def record(self) -> RunRecord:
@@ -78,22 +86,22 @@ class Handle:
         return self._measured()[1]
 
     def _measured(self) -> tuple[RunRecord, int]:
-        parts = self._parts
-        if parts is None:
+        runtime = self._runtime
+        if runtime is None:
             assert self._last is not None
             return self._last
         peak = self._vram_peak_bytes
-        if parts.device.type == "cuda":
-            peak = torch.cuda.max_memory_allocated(parts.device)
-        record = parts.conductor.record(
+        if runtime.tiers.device.type == "cuda":
+            peak = torch.cuda.max_memory_allocated(runtime.tiers.device)
+        record = runtime.conductor.record(
             vram_peak_bytes=peak,
-            ram_peak_bytes=parts.host_bytes,
+            ram_peak_bytes=runtime.tiers.host_bytes,
             recoveries=self.recoveries,
-            weight_copy_bytes=parts.copies.unforeseen_bytes if parts.copies else 0,
+            weight_copy_bytes=runtime.copies.unforeseen_bytes if runtime.copies else 0,
         )
-        if parts.spans is not None:
-            record = replace(record, spans=parts.spans.last())
-        return record, parts.checked.checked if parts.checked else 0
+        if runtime.spans is not None:
+            record = replace(record, spans=runtime.spans.last())
+        return record, runtime.checked.checked if runtime.checked else 0
 
     @contextlib.contextmanager
     def watch_memory(self, optimizer: torch.optim.Optimizer | None = None) -> Iterator[None]:
@@ -101,22 +109,22 @@ class Handle:
 
         The state of ``optimizer`` that exists already counts too.
         """
-        parts = self._parts
-        if parts is None or parts.device.type == "cuda":
+        if self._runtime is None or self._runtime.tiers.device.type == "cuda":
             yield
             return
-        apart = [*parts.on_host(), *([parts.arena.bytes] if parts.arena.is_elastic else [])]
+        tiers = self._runtime.tiers
+        apart = [*tiers.on_host(), *([tiers.arena.bytes] if tiers.arena.is_elastic else [])]
         with StorageLedger.of_training(self.model, optimizer, ignore=apart) as ledger:
-            _count_arena(ledger, parts)
+            _count_arena(ledger, tiers)
             self._ledger = ledger
-            if parts.optimizer_state is not None:
-                parts.optimizer_state.watch = ledger.ignore
+            if tiers.optimizer_state is not None:
+                tiers.optimizer_state.watch = ledger.ignore
             try:
                 yield
             finally:
-                self._ledger = parts.arena.watch = None
-                if parts.optimizer_state is not None:
-                    parts.optimizer_state.watch = None
+                self._ledger = tiers.arena.watch = None
+                if tiers.optimizer_state is not None:
+                    tiers.optimizer_state.watch = None
         self._vram_peak_bytes = max(self._vram_peak_bytes, ledger.peak_bytes)
 
     @contextlib.contextmanager
@@ -124,24 +132,40 @@ class Handle:
         """Have ``watch_memory`` count the arena that comes inside in the place of the one before, and nothing of the
         way.
         """
-        ledger, parts = self._ledger, self._parts
-        if ledger is None or parts is None:
+        ledger = self._ledger
+        if ledger is None or self._runtime is None:
             yield
             return
-        if parts.arena.is_elastic:
-            parts.arena.watch = None
-            ledger.hold(-parts.arena.there_bytes)
-            ledger.regard(parts.arena.bytes)
+        tiers = self._runtime.tiers
+        if tiers.arena.is_elastic:
+            tiers.arena.watch = None
+            ledger.hold(-tiers.arena.there_bytes)
+            ledger.regard(tiers.arena.bytes)
         with ledger.looking_away():
             yield
-        _count_arena(ledger, parts)
+        _count_arena(ledger, tiers)
 
     def adopt(self, optimizer: torch.optim.Optimizer) -> None:
         """Have an optimizer's state wait where the plan has it from now on, where it has a state already: one that was
         loaded from a checkpoint before its first step. From its first step on that is seen to without being asked for.
         """
-        if self._parts is not None and self._parts.optimizer_state is not None:
-            self._parts.optimizer_state.adopt(getattr(optimizer, "optimizer", optimizer))
+        if self._runtime is not None and self._runtime.tiers.optimizer_state is not None:
+            self._runtime.tiers.optimizer_state.adopt(getattr(optimizer, "optimizer", optimizer))
+
+    def change(self, plan: Plan) -> None:
+        """Have the same blocks run under another plan. On failure the model is detached."""
+        assert self._runtime is not None
+        assert self._install is not None
+        tiers = self._runtime.tiers
+        try:
+            with defer_sigint():
+                self._runtime.undo.close()
+                tiers.change_plan(plan)
+                self._runtime = self._install(self)
+                self.plan = plan
+        except BaseException:
+            self.detach()
+            raise
 
     def micro_batch(self, run: Callable[[], Result], *, tries: int = 3) -> Result:
         """Return ``run()``, a forward and backward of one micro-batch, repeated under a smaller plan if memory runs
@@ -155,7 +179,7 @@ class Handle:
         A copy of the gradients of what is trained is held meanwhile, beside what the plan counts (on CUDA in RAM).
         While the plan is changed RAM holds what was on the device. Raises RunError where no smaller plan is left.
         """
-        if self._parts is None or self.replan is None:
+        if self._runtime is None or self._replan is None:
             return run()
         before = Before(self.model)
         while True:
@@ -176,13 +200,11 @@ class Handle:
 
     def _take_less(self, said: str) -> None:
         """Go on under a plan that takes less vram. Raises RunError where there is none."""
-        parts = self._parts
-        assert parts is not None
-        assert self.replan is not None
-        assert self.change is not None
+        assert self._runtime is not None
+        assert self._replan is not None
         taken = self.plan.prediction.peaks.vram_bytes
         try:
-            plan = self.replan(self.plan, int(taken * _SMALLER))
+            plan = self._replan(self.plan, int(taken * _SMALLER))
         except DoesNotFitError as error:
             least = error.least_vram_bytes
             if least is None or least >= taken:
@@ -190,13 +212,12 @@ class Handle:
                     f"the device ran out of memory ({said}) under a plan for {format_bytes(taken)}, and no plan "
                     "takes less: end what else uses the device, or use a smaller micro-batch"
                 ) from None
-            plan = self.replan(self.plan, least)
+            plan = self._replan(self.plan, least)
         gc.collect()
         with self._counted_anew():
             self.change(plan)
-        if parts.device.type == "cuda":
+        if self._runtime.tiers.device.type == "cuda":
             torch.cuda.empty_cache()
-        self.plan = plan
         self.recoveries += 1
         _LOG.warning(
             "the device ran out of memory (%s) under a plan for %s; the micro-batch is repeated under one for %s",
@@ -211,35 +232,37 @@ class Handle:
 
         On exit what is streamed is away again.
         """
-        parts = self._parts
-        if parts is None:
+        runtime = self._runtime
+        if runtime is None:
             yield self.model
             return
         if not self._readers:
-            parts.conductor.pause("inside materialise")
+            runtime.conductor.pause("inside materialise")
         self._readers += 1
         try:
             if self._readers == 1:
-                parts.direct.show_all()
+                runtime.direct.show_all()
             yield self.model
         finally:
             self._readers -= 1
-            if not self._readers and self._parts is not None:
+            if not self._readers and self._runtime is not None:
                 try:
-                    parts.direct.hide_all()
+                    runtime.direct.hide_all()
                 finally:
-                    parts.conductor.resume()
+                    runtime.conductor.resume()
 
     def detach(self) -> nn.Module:
         """Give the model back as it was and return it: the same parameters with their weights, no hooks.
 
         A forward before it can have no backward after it. Raises TransferError where a block cannot be read from disk.
         """
-        if self._parts is not None:
+        runtime = self._runtime
+        if runtime is not None:
             with defer_sigint():
                 self._last = self._measured()
-                self._parts = self.change = self.replan = None
-                self.undo.close()
+                self._runtime = self._install = self._replan = None
+                with self.undo:
+                    runtime.undo.close()
                 drop_hooks_that_stayed()
         return self.model
 
@@ -252,12 +275,12 @@ class Handle:
         self.detach()
 
 
-def _count_arena(ledger: StorageLedger, parts: Runtime) -> None:
+def _count_arena(ledger: StorageLedger, tiers: Tiers) -> None:
     """Have the device arena counted from now on, as far as it is there, and nothing of what lies in RAM for the
     plan.
     """
-    arena = parts.arena
-    for held in parts.on_host():
+    arena = tiers.arena
+    for held in tiers.on_host():
         ledger.ignore(held)
     if arena.is_elastic:  # of its storage not all is there
         ledger.ignore(arena.bytes)

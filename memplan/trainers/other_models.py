@@ -101,7 +101,7 @@ class Scope:
         own = frozen_bytes(model)
         smaller = False
         for handle in list(self.placed):
-            if short <= 0 or handle.change is None:
+            if short <= 0 or not handle.is_attached:
                 continue
             case, peaks = case_of_plan(handle.plan), handle.plan.prediction.peaks
             its = sum(block.size_bytes for block in handle.plan.table.blocks)
@@ -114,7 +114,6 @@ class Scope:
             taken = max(least, min(peaks.vram_bytes - short, int(vram_bytes * share)))
             plan = case.place(pieces=False, vram_bytes=taken)
             handle.change(plan)
-            handle.plan = plan
             short -= peaks.vram_bytes - plan.prediction.peaks.vram_bytes
             smaller = True
         return smaller

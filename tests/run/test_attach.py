@@ -27,6 +27,7 @@ from memplan.model.names import canonical
 from memplan.run.attach import attach
 from memplan.run.memory.disk import DiskReader
 from tests.run.test_parity import plan_for
+from tests.support import inside
 from tests.support.training import CPU, as_it_lies, assert_equal, assert_only_whole_blocks, batch_of, make, train
 
 
@@ -235,10 +236,10 @@ def test_what_is_away_is_loud(model, tmp_path):
         away = next(b for b in plan.table.blocks if plan.home_of(b.id) != "device")
         parameters = {canonical(n): p for n, p in model.named_parameters()}
         assert as_it_lies(parameters[away.tensors[0].name]).isnan().all()
-        handle._parts.conductor.pause("here")
-        handle._parts.conductor.resume()
+        inside.conductor(handle).pause("here")
+        inside.conductor(handle).resume()
         loss = model(**batch_of("llama")).loss
-        handle._parts.conductor.backward_begins = lambda module, call: None
+        inside.conductor(handle).backward_begins = lambda module, call: None
         with pytest.raises((StrayReadError, RunError), match=r"while the block was away|that was not there"):
             loss.backward()
 
@@ -260,7 +261,7 @@ def test_optimizer_built_before_attach_trains_the_same(tmp_path):
 def test_a_loss_that_is_kept_does_not_keep_the_arenas(tmp_path):
     model = make("llama")
     with attach(model, plan_for(model, "llama"), cache=tmp_path) as handle:
-        arena = weakref.ref(handle._parts.arena.bytes.untyped_storage())
+        arena = weakref.ref(inside.device_arena(handle).bytes.untyped_storage())
         loss = model(**batch_of("llama")).loss
         loss.backward()
         loads = handle.record.loads

@@ -21,7 +21,7 @@ from memplan.run.handle import handle_of
 from memplan.run.verify import unplanned_copies as copies
 from memplan.units import GIB
 from tests.run.test_parity import plan_for
-from tests.support import families
+from tests.support import families, inside
 from tests.support.counting import LiveBytes, held_by
 from tests.support.graphs import graph_of
 from tests.support.training import CPU, Plain, assert_equal, batch_of, loss_of, make, train
@@ -61,7 +61,7 @@ def counted_step(model, family, precision):
         optimizer.zero_grad()
 
     step()
-    with LiveBytes(held_by(model, optimizer), arena=handle_of(model)._parts.arena) as count:
+    with LiveBytes(held_by(model, optimizer), arena=inside.device_arena(handle_of(model))) as count:
         step()
     return count.peak
 

@@ -17,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 import memplan
 from memplan.errors import DoesNotFitError, RunError
+from tests.support import inside
 
 WIDTH, DEPTH = 64, 6
 
@@ -480,7 +481,7 @@ def test_a_write_that_ram_has_no_room_for_is_refused(tmp_path):
     with handle:
         weight = model.linears[2].weight
         before = weight.detach().clone()
-        handle._parts.plan = replace(plan, budgets=replace(plan.budgets, ram_bytes=handle.record.ram_peak_bytes))
+        inside.tiers(handle).plan = replace(plan, budgets=replace(plan.budgets, ram_bytes=handle.record.ram_peak_bytes))
         with pytest.raises(RunError, match=r"layers\.2 was written to.*give more ram"):
             weight.data = before * 0.5
         assert torch.equal(weight, before)

@@ -17,6 +17,7 @@ from memplan.run.memory.arena import Arena
 from memplan.run.transfer.transfer import CpuTransfers, HostSource
 from memplan.run.verify.race_check import ClockedTransfers
 from tests.run.test_parity import compare, plan_for
+from tests.support import inside
 from tests.support.counting import LiveBytes, held_by, resident_bytes
 from tests.support.training import batch_of, loss_of, make
 
@@ -52,16 +53,13 @@ def test_segments_come_and_go_as_the_plan_says(kind, share, offload, tmp_path):
     model = make(kind)
     plan = plan_for(model, kind, share=share, offload=offload)
     with attach(model, plan, cache=tmp_path) as handle:
-        arena = handle._parts.arena
+        arena = inside.device_arena(handle)
         loss_of(model(**batch_of(kind))).backward()
         gone, come = watched(arena)
         seen = []
-        conductor, length = handle._parts.conductor, len(plan.table.accesses)
-        start_loads = conductor._start_loads
 
-        def looked():
-            start_loads()
-            index = conductor._now % length
+        def look():
+            index = inside.index_of_access(handle)
             seen.extend(
                 (number, index)
                 for number in elastic(plan)
@@ -69,8 +67,8 @@ def test_segments_come_and_go_as_the_plan_says(kind, share, offload, tmp_path):
                 and any(first <= index <= last for first, last in plan.arenas[0].segments[number].absent)
             )
 
-        conductor._start_loads = looked
-        loss_of(model(**batch_of(kind))).backward()
+        with inside.after_each(handle, "start_loads", look):
+            loss_of(model(**batch_of(kind))).backward()
     assert set(gone) == set(come) == set(elastic(plan))
     assert not seen
 
@@ -85,7 +83,7 @@ def test_the_handles_own_count_is_the_prediction(kind, share, offload, tmp_path)
         for _ in range(2):
             with (
                 handle.watch_memory(optimizer),
-                LiveBytes(held_by(model, optimizer), arena=handle._parts.arena) as count,
+                LiveBytes(held_by(model, optimizer), arena=inside.device_arena(handle)) as count,
             ):
                 loss_of(model(**batch_of(kind))).backward()
                 optimizer.step()
@@ -137,7 +135,7 @@ def test_an_access_where_its_segment_is_away_brings_it_back_for_itself(tmp_path)
 
     for checked in (False, True):
         with attach(model, plan, cache=tmp_path, checked=checked) as handle:
-            gone, come = watched(handle._parts.arena)
+            gone, come = watched(inside.device_arena(handle))
             found = run(model)
             assert handle.record.out_of_order > 0
             assert number in gone
@@ -224,4 +222,4 @@ def test_a_plan_without_them_has_one_allocation():
     model = make("plain")
     plan = plan_for(model, "plain", share=1.0, tiers="host")
     with attach(model, plan):
-        assert not handle_of(model)._parts.arena.is_elastic
+        assert not inside.device_arena(handle_of(model)).is_elastic

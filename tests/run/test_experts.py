@@ -16,7 +16,7 @@ from memplan.run.attach import attach
 from memplan.run.schedule.expected_loads import HABIT
 from memplan.units import GIB
 from tests.run.adversary import ALL
-from tests.support import graphs
+from tests.support import graphs, inside
 from tests.support.counting import LiveBytes, held_by
 from tests.support.routed import KINDS, batch_of, make
 from tests.support.training import CHECKPOINTING, CPU, assert_equal, loss_of, train
@@ -201,7 +201,7 @@ def test_peak_is_what_was_predicted(share, tmp_path):
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
     with attach(model, plan, cache=tmp_path) as handle:
         for turn in range(2):
-            with LiveBytes(held_by(model, optimizer), arena=handle._parts.arena) as count:
+            with LiveBytes(held_by(model, optimizer), arena=inside.device_arena(handle)) as count:
                 loss_of(model(**batch_of("routed", seed=turn, shape=shape))).backward()
                 optimizer.step()
             assert all(p.grad is not None for p in model.parameters() if p.requires_grad)

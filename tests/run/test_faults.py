@@ -18,11 +18,9 @@ import torch
 from msgspec.structs import replace
 
 from memplan.errors import InputError, RunError, TransferError
-from memplan.program.schema import Segment
-from memplan.run.attach import attach
+from memplan.run.attach import attach, attach_on
 from memplan.run.handle import handle_of
 from memplan.run.memory.disk import DiskReader
-from memplan.run.runtime import Runtime
 from memplan.run.transfer import transfer
 from memplan.run.transfer.interrupts import defer_sigint
 from tests.run.test_parity import plan_for
@@ -156,13 +154,11 @@ def test_an_arena_that_cannot_be_had_says_so(tmp_path):
     model = make("plain")
     plan = plan_for(model, "plain", share=0.2)
     arenas = tuple(
-        replace(arena, segments=(*arena.segments, Segment(offset_bytes=1 << 40, size_bytes=1 << 60)))
-        if arena.tier == "device"
-        else arena
+        replace(arena, segments=(replace(arena.segments[0], size_bytes=1 << 60),)) if arena.tier == "device" else arena
         for arena in plan.arenas
     )
     with pytest.raises(RunError, match=r"GiB of memory for the plan's blocks could not be had .* smaller budget"):
-        Runtime(replace(plan, arenas=arenas), torch.device("cpu"), {})
+        attach_on(model, replace(plan, arenas=arenas), torch.device("cpu"), cache=tmp_path)
 
 
 # ---- Ctrl-C
@@ -278,7 +274,7 @@ SCRIPT = """
 import sys, torch
 torch.set_num_threads(1)
 from pathlib import Path
-from memplan.run.attach import attach
+from memplan.run.attach import attach, attach_on
 from memplan.program.schema import Plan
 from tests.support.training import make, train, loss_of, batch_of
 model = make("plain")

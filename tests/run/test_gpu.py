@@ -20,6 +20,7 @@ from memplan.run.attach import attach
 from memplan.run.memory import arena, page_lock
 from tests.run.test_parity import assert_forwards
 from tests.run.test_staging import with_small_rings
+from tests.support import inside
 from tests.support.training import CPU, assert_equal, batch_of, loss_of, make, train
 
 pytestmark = pytest.mark.gpu
@@ -104,8 +105,8 @@ def test_a_stray_read_raises(tmp_path, monkeypatch):
     plan = plan_on_cuda(model, "llama", 0.4, monkeypatch)
     with attach(model, plan, checked=True, cache=tmp_path) as handle:
         loss = model(**{name: value.cuda() for name, value in batch_of("llama").items()}).loss
-        handle._parts.conductor._quiesce()
-        handle._parts.conductor.backward_begins = lambda module, call: None
+        inside.quiesce(handle)
+        inside.conductor(handle).backward_begins = lambda module, call: None
         with pytest.raises(StrayReadError):
             loss.backward()
 
@@ -125,7 +126,7 @@ def test_where_page_locking_is_refused(checked, offload, tmp_path, monkeypatch, 
     with attach(model, plan, checked=checked, cache=tmp_path) as handle:
         assert_equal(whole, train_on_cuda(model, "llama", monkeypatch))
         assert handle.record.loads > 0
-        assert handle.record.ram_peak_bytes == handle._parts.host_bytes + RING_BYTES
+        assert handle.record.ram_peak_bytes == inside.tiers(handle).host_bytes + RING_BYTES
     assert sum("page-locked memory were refused" in record.message for record in caplog.records) == 2
 
 
@@ -137,7 +138,7 @@ def test_a_ring_between_pageable_memory_and_the_device(tmp_path, monkeypatch):
     lock = page_lock.page_locked
     monkeypatch.setattr(arena, "page_locked", lambda size: lock(size) if size == RING_BYTES else refused())
     with attach(model, plan, checked=True, cache=tmp_path) as handle:
-        assert not any(held.bytes.is_pinned() for held in handle._parts.host.values())
+        assert not any(held.bytes.is_pinned() for held in inside.host_arenas(handle).values())
         assert_equal(whole, train_on_cuda(model, "llama", monkeypatch))
 
 
@@ -156,7 +157,7 @@ def test_what_the_plan_has_pageable_is_pageable(offload, share, tmp_path, monkey
     assert pageable_items(plan)
     with attach(model, plan, checked=True, cache=tmp_path) as handle:
         for arena in plan.arenas[1:]:
-            assert handle._parts.host[arena.id].bytes.is_pinned() != arena.pageable
+            assert inside.host_arenas(handle)[arena.id].bytes.is_pinned() != arena.pageable
         assert_equal(whole, train_on_cuda(model, "llama", monkeypatch))
 
 

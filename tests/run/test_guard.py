@@ -18,6 +18,7 @@ import memplan
 from memplan.errors import MovedWeightsError, RunError
 from memplan.run.attach import attach
 from tests.run.test_parity import plan_for
+from tests.support import inside
 from tests.support.leftovers import started_since, threads
 from tests.support.training import (
     CPU,
@@ -130,7 +131,7 @@ def test_nothing_is_left_after_detach(model, plan, tmp_path):
     gc.collect()  # what others left
     gc.disable()
     try:
-        held = [weakref.ref(arena.bytes) for arena in (handle._parts.arena, *handle._parts.host.values())]
+        held = [weakref.ref(arena.bytes) for arena in inside.arenas(handle)]
         handle.detach()
         assert [reference() for reference in held] == [None, None]
     finally:
@@ -148,7 +149,7 @@ def test_a_model_that_is_dropped_goes_with_all_it_had(tmp_path):
     before, files = threads(), len(os.listdir("/proc/self/fd"))
     handle = attach(model, plan, cache=tmp_path)
     train(model, "llama", steps=1)
-    held = [weakref.ref(model), weakref.ref(handle._parts.arena.bytes)]
+    held = [weakref.ref(model), weakref.ref(inside.device_arena(handle).bytes)]
     pools = [t for t in threading.enumerate() if t.name.startswith("memplan-")]
     assert pools
     del model, handle
@@ -268,7 +269,7 @@ def test_what_is_unfrozen_in_mid_training_is_told_before_it_is_lost(tmp_path):
     model = make("llama")
     with attach(model, plan_for(model, "llama"), cache=tmp_path) as handle:
         train(model, "llama", steps=1)
-        streamed = [block.name for block in handle._parts.streamed.values()]
+        streamed = [block.name for block in inside.streamed(handle)]
         layer = next(name for name in streamed if ".layers." in f".{name}")
         for module_name, module in model.named_modules():
             if module_name.endswith(layer):

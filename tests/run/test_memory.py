@@ -16,6 +16,7 @@ from memplan.run.attach import attach
 from memplan.run.handle import handle_of
 from memplan.units import GIB
 from tests.run.test_parity import plan_for
+from tests.support import inside
 from tests.support.counting import LiveBytes, held_by
 from tests.support.graphs import graph_of
 from tests.support.training import CPU, EVERY_WAY, KINDS, _base, batch_of, loss_of, make
@@ -33,7 +34,7 @@ def counted_step(model, kind, accumulation=1, batches=batch_of, apart=()):
 
     step()
     handle = handle_of(model)
-    with LiveBytes(held_by(model, optimizer), apart, handle and handle._parts.arena) as count:
+    with LiveBytes(held_by(model, optimizer), apart, handle and inside.device_arena(handle)) as count:
         step()
     return count.peak
 
@@ -80,7 +81,7 @@ def test_the_handles_own_count_agrees(tmp_path):
         for _ in range(2):
             with (
                 handle.watch_memory(optimizer),
-                LiveBytes(held_by(model, optimizer), arena=handle._parts.arena) as count,
+                LiveBytes(held_by(model, optimizer), arena=inside.device_arena(handle)) as count,
             ):
                 model(**batch_of("llama")).loss.backward()
                 optimizer.step()
@@ -144,5 +145,5 @@ def test_what_a_recomputed_layer_is_handed_is_foreseen(kind, kept):
         hardware=CPU.name,
     )
     with attach(model, plan) as handle:
-        peak = counted_step(model, kind, batches=batches, apart=[*handle._parts.on_host()])
+        peak = counted_step(model, kind, batches=batches, apart=inside.on_host(handle))
     assert 0.97 * plan.prediction.peaks.vram_bytes <= peak <= plan.prediction.peaks.vram_bytes

@@ -22,6 +22,7 @@ from memplan.run.modules.match_model import require_supported
 from tests.run import adversary
 from tests.run.test_memory import counted_step
 from tests.run.test_parity import compare, plan_for
+from tests.support import inside
 from tests.support.training import CPU, KINDS, assert_equal, batch_of, loss_of, make, train
 
 
@@ -243,7 +244,7 @@ def test_nothing_is_left_on_the_device_in_between(tmp_path):
     from memplan.model.live_storages import StorageLedger
 
     model, handle = attached(tmp_path)
-    arenas = (handle._parts.arena.bytes, *(arena.bytes for arena in handle._parts.host.values()))
+    arenas = [arena.bytes for arena in inside.arenas(handle)]
     with handle, StorageLedger((*arenas, *model.parameters())) as ledger:
         loss = loss_of(model(**batch_of("llama")))
         gc.collect()
@@ -487,9 +488,9 @@ def test_a_forward_that_fails_leaves_nothing(checked, tmp_path):
         raise ValueError("not ours")
 
     model, handle = attached(tmp_path, checked=checked)
-    arena = weakref.ref(handle._parts.arena.bytes.untyped_storage())
-    for inside in ("mlp", "mlp.down_proj"):
-        hook = model.get_base_model().model.layers[3].get_submodule(inside).register_forward_hook(fail)
+    arena = weakref.ref(inside.device_arena(handle).bytes.untyped_storage())
+    for part in ("mlp", "mlp.down_proj"):
+        hook = model.get_base_model().model.layers[3].get_submodule(part).register_forward_hook(fail)
         with pytest.raises(ValueError, match="not ours"):
             model(**batch_of("llama"))
         hook.remove()

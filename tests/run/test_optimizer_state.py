@@ -24,6 +24,7 @@ from memplan.program.schema import Budgets, Workload
 from memplan.run.attach import attach
 from memplan.run.modules.optimizer_state import _State
 from memplan.units import GIB, MIB
+from tests.support import inside
 from tests.support.counting import LiveBytes, held_by
 from tests.support.graphs import graph_of
 from tests.support.training import CPU, KINDS, LENGTH, _base, assert_equal, batch_of, loss_of, make, train
@@ -62,7 +63,7 @@ def step(model, optimizer, seed=0, length=LENGTH):
 
 
 def assert_waits(handle, optimizer):
-    (room,) = handle._parts.optimizer_state.rooms()
+    (room,) = inside.optimizer_rooms(handle)
     state = state_of(optimizer)
     assert state
     assert all(held.untyped_storage().data_ptr() == room.untyped_storage().data_ptr() for held in state)
@@ -126,10 +127,10 @@ def test_the_device_has_room_for_something_else(tmp_path):
         optimizer = torch.optim.AdamW(trained(model))
         with attach(model, plan, cache=tmp_path) as handle:
             step(model, optimizer, length=64)
-            apart = [*handle._parts.on_host()]
+            apart = inside.on_host(handle)
             with (
                 handle.watch_memory(optimizer),
-                LiveBytes(held_by(model, optimizer), apart, handle._parts.arena) as count,
+                LiveBytes(held_by(model, optimizer), apart, inside.device_arena(handle)) as count,
             ):
                 for _ in range(2):
                     step(model, optimizer, length=64)
@@ -200,7 +201,7 @@ def test_a_state_from_a_checkpoint(adopted, tmp_path):
             second = torch.optim.AdamW(trained(model), lr=1e-2)
             second.load_state_dict(torch.load(file))
             handle.adopt(second)
-            assert len([*handle._parts.optimizer_state.rooms()]) == 2
+            assert len(inside.optimizer_rooms(handle)) == 2
         else:
             second = first
             for held in state_of(first):
@@ -218,7 +219,7 @@ def test_given_back_with_the_model(tmp_path):
     step(whole, optimizers[0])
     with attach(model, plan_for(model), cache=tmp_path) as handle:
         step(model, optimizers[1])
-        (room,) = handle._parts.optimizer_state.rooms()
+        (room,) = inside.optimizer_rooms(handle)
     room.fill_(0xFF)  # nobody reads it any more
     for turn in (1, 2):
         for m, optimizer in zip((whole, model), optimizers, strict=True):
@@ -233,7 +234,7 @@ def test_an_optimizer_of_something_else_is_left_alone(tmp_path):
         other(torch.ones(2, 64)).sum().backward()
         theirs.step()
         handle.adopt(theirs)
-        assert [*handle._parts.optimizer_state.rooms()] == []
+        assert inside.optimizer_rooms(handle) == []
 
 
 def test_a_step_that_fails_loses_nothing(tmp_path):
@@ -298,7 +299,7 @@ def test_one_that_cannot_come_back_keeps_no_other(tmp_path, monkeypatch):
     loss_of(model(**batch_of("llama"))).backward()
     for optimizer in optimizers:
         optimizer.step()
-    rooms = [*handle._parts.optimizer_state.rooms()]
+    rooms = inside.optimizer_rooms(handle)
     first, brings = [], _State.bring
 
     def bring(state):
@@ -310,12 +311,12 @@ def test_one_that_cannot_come_back_keeps_no_other(tmp_path, monkeypatch):
     monkeypatch.setattr(_State, "bring", bring)
     with pytest.raises(MemoryError, match="none left"):
         handle.detach()
-    inside = [
+    in_ram = [
         any(held.untyped_storage().data_ptr() == room.untyped_storage().data_ptr() for room in rooms)
         for optimizer in optimizers
         for held in state_of(optimizer)[:1]
     ]
-    assert sorted(inside) == [False, True]
+    assert sorted(in_ram) == [False, True]
 
 
 def test_pages_are_left_to_go_by_themselves(tmp_path):
@@ -325,12 +326,12 @@ def test_pages_are_left_to_go_by_themselves(tmp_path):
     with attach(model, plan_for(model), cache=tmp_path) as handle:
         loss_of(model(**batch_of("llama"))).backward()
         optimizer.step()
-        (room,) = handle._parts.optimizer_state.rooms()
+        (room,) = inside.optimizer_rooms(handle)
     marked = state_of(optimizer)[0]
     marked.is_paged = True
     with attach(model, plan_for(model), cache=tmp_path) as handle:
         handle.adopt(optimizer)
-        (room,) = handle._parts.optimizer_state.rooms()
+        (room,) = inside.optimizer_rooms(handle)
         away = [held.untyped_storage().data_ptr() == room.untyped_storage().data_ptr() for held in state_of(optimizer)]
         assert away == [False] + [True] * (len(away) - 1)
     with pytest.raises(memplan.InputError, match="by themselves"):

@@ -13,7 +13,7 @@ from memplan.model.weights import is_wrapper, own_weights, wrapped_parts
 from memplan.run.attach import attach
 from tests.run.test_memory import counted_step
 from tests.run.test_parity import compare, plan_for
-from tests.support import quantized
+from tests.support import inside, quantized
 from tests.support.quantized import QUANTIZED
 from tests.support.training import CHECKPOINTING, CPU, as_it_lies, assert_equal, batch_of, train
 
@@ -165,7 +165,7 @@ def test_what_is_away_is_loud(kind, tmp_path):
     model = model_of(kind)
     with attach(model, plan_for(model, "llama", share=0.0), cache=tmp_path) as handle:
         train(model, "llama", steps=1)
-        away = [s for s in handle._parts.streamed.values() if not s.usable]
+        away = inside.away(handle)
         assert away
         for streamed in away:
             for tensor, _, _ in streamed.pointers:
@@ -252,7 +252,7 @@ def test_nothing_is_left_of_a_dropped_model(tmp_path):
     model = model_of("torchao-int8")
     assert any(is_wrapper(p) for p in model.parameters())
     handle = attach(model, plan_for(model, "llama"), cache=tmp_path)
-    arena = handle._parts.arena.bytes.untyped_storage()._weak_ref()
+    arena = inside.device_arena(handle).bytes.untyped_storage()._weak_ref()
     handle.detach()
     del handle, model
     gc.collect()

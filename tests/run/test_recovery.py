@@ -21,6 +21,7 @@ from memplan.place.solve import place
 from memplan.run.attach import attach
 from memplan.run.recovery import is_out_of_memory
 from tests.run.test_parity import plan_for
+from tests.support import inside
 from tests.support.counting import LiveBytes, held_by
 from tests.support.training import CPU, assert_equal, batch_of, loss_of, make, train
 
@@ -135,7 +136,7 @@ def test_it_goes_down_until_it_fits(tmp_path):
 
         def limited(run):
             def on_the_card():
-                with Card(free, held_by(model, optimizer), handle._parts.arena):
+                with Card(free, held_by(model, optimizer), inside.device_arena(handle)):
                     return run()
 
             return handle.micro_batch(on_the_card)
@@ -229,14 +230,14 @@ def test_ram_is_counted_after_it_too(tmp_path):
     model = make("llama")
     with attach(model, plan_for(model, "llama", share=0.6, offload="all"), cache=tmp_path, replan=smaller) as handle:
         before = handle.record.ram_peak_bytes
-        arena = weakref.ref(handle._parts.arena.bytes.untyped_storage())
+        arena = weakref.ref(inside.device_arena(handle).bytes.untyped_storage())
         change, gone = handle.change, []
         handle.change = lambda plan: (change(plan), gone.append(arena() is None))
-        rooms = {name: room.data_ptr() for name, room in handle._parts.rooms.items()}
+        rooms = {name: room.data_ptr() for name, room in inside.activation_rooms(handle).items()}
         trained(model, handle, at={0: 200})
         assert gone == [True]
         assert handle.record.ram_peak_bytes >= before
-        kept = handle._parts.rooms
+        kept = inside.activation_rooms(handle)
         assert all(kept[name].data_ptr() == address for name, address in rooms.items())
 
 

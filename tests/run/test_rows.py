@@ -24,6 +24,7 @@ from memplan.run.modules.embedding_rows import look_up_on_host
 from memplan.units import GIB
 from tests.run import adversary
 from tests.run.test_memory import counted_step
+from tests.support import inside
 from tests.support.graphs import graph_of
 from tests.support.training import CPU, assert_equal, checkpoint_layer, loss_of, train
 
@@ -122,7 +123,9 @@ def test_the_table_takes_no_room_on_the_device(kind, tmp_path):
     assert not [a for a in plan.addresses if a.item == table.id and plan.arenas[a.arena].tier == "device"]
     assert plan.prediction.rows_bytes_per_pass == ROWS * LENGTH * WIDTH * 4
     with attach(model, plan, cache=tmp_path) as handle:
-        peak = counted_step(model, kind, batches=batch_of, apart=[arena.bytes for arena in handle._parts.host.values()])
+        peak = counted_step(
+            model, kind, batches=batch_of, apart=[arena.bytes for arena in inside.host_arenas(handle).values()]
+        )
         optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
         for _ in range(2):
             with handle.watch_memory(optimizer):

@@ -23,7 +23,7 @@ from memplan.program.page_lock import is_ring_locked, page_locked_bytes, pageabl
 from memplan.program.schema import RING_BYTES, STAGING_BYTES
 from memplan.run.memory.arena import Arena
 from memplan.run.memory.disk import DiskReader, Extent
-from memplan.run.runtime import host_arenas, locked_blocks
+from memplan.run.tiers import host_arenas, locked_blocks
 from memplan.run.transfer import transfer
 from memplan.run.transfer.transfer import DiskSource, HostSource, is_staged
 from tests.support.training import CPU, batch_of, make

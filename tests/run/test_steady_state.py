@@ -10,8 +10,11 @@ from __future__ import annotations
 from collections import Counter
 
 import pytest
+import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import memplan
+from benchmarks import overhead
 from memplan.run.attach import attach
 from memplan.run.transfer import transfer
 from tests.run.test_parity import plan_for
@@ -83,3 +86,16 @@ def test_loads_and_copies_and_threads_are_as_planned(kind, tmp_path, monkeypatch
         "one copy a load"
     )
     assert set(pieces) <= host
+
+
+def test_calls_a_block_and_sweep():
+    """Time is another's on a machine that others use; the calls that memplan's own code makes are not."""
+    model, batch = overhead.build(), torch.randn(overhead.ROWS, overhead.WIDTH)
+    with memplan.attach(model, overhead.planned(model, batch)) as handle:
+        for _ in range(6):
+            overhead.step(model, batch)
+        calls = overhead.calls_of(model, batch)
+        assert handle.record.misses == 0
+    sweeps = 2 * overhead.DEPTH
+    assert calls["call"] <= 37 * sweeps
+    assert calls["c_call"] <= 41 * sweeps

@@ -8,12 +8,12 @@ import torch
 from memplan.errors import StrayReadError, TransferError
 from memplan.run.attach import attach
 from memplan.run.modules import install as installing
-from memplan.run.schedule.conductor import Conductor
 from memplan.run.transfer.transfer import CpuTransfers, HostSource
 from memplan.run.verify.race_check import ClockedTransfers
 from tests.run import adversary
 from tests.run.test_off_sequence import plan_of, wandering, ways_of_autograd
 from tests.run.test_parity import compare
+from tests.support import inside
 from tests.support.training import KINDS, assert_equal, train
 
 
@@ -47,24 +47,13 @@ def test_off_the_sequence_too(way, tmp_path):
 
 def test_a_conductor_that_does_not_wait_is_found(tmp_path, monkeypatch):
     """Even where the load happens to be over in time."""
-
-    def make_usable(self, streamed):
-        streamed.ticket.inner.result()
-        streamed.bind()
-        streamed.usable = True
-
-    monkeypatch.setattr(Conductor, "_make_usable", make_usable)
+    inside.never_wait(monkeypatch)
     with pytest.raises(StrayReadError, match=r"may come before the load of .*: nothing waited"):
         compare("llama", checked=True, tmp_path=tmp_path)
 
 
 def test_a_conductor_that_lets_two_channels_write_one_slot_is_found(tmp_path, monkeypatch):
-    def evict(self, streamed):
-        if streamed.usable:
-            streamed.unbind()
-        streamed.ticket, streamed.usable = None, False
-
-    monkeypatch.setattr(Conductor, "_evict", evict)
+    inside.never_wait_to_evict(monkeypatch)
     planned = wandering("any")
     plan = plan_of(wandering("any"), 0.9, "all")
     assert {item.home for item in plan.items} >= {"host", "disk"}

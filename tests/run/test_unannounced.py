@@ -21,7 +21,7 @@ from memplan.run.attach import attach
 from tests.run.test_direct_access import X, plan_of
 from tests.run.test_direct_access_corners import assert_alike, attached, step, whole
 from tests.run.test_parity import plan_for
-from tests.support import families, quantized
+from tests.support import families, inside, quantized
 from tests.support.training import batch_of
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # torch's own, of nested tensors and of torch.jit
@@ -389,7 +389,7 @@ def test_int8_weights_that_are_given_other_data_are_refused(tmp_path):
     model = quantized.make("int8")
     with attach(model, plan_for(model, "llama", share=0.0), cache=tmp_path) as handle:
         model(**batch_of("llama"))
-        names = {row.name for one in handle._parts.streamed.values() for row in one.rows}
+        names = {row.name for one in inside.streamed(handle) for row in one.rows}
         weights = [p for p in model.parameters() if p.dtype == torch.int8]
         assert names
         assert weights

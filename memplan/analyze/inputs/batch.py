@@ -52,7 +52,7 @@ class Batch:
         named = [*enumerate(self.args), *self.kwargs.items()]
         found: dict[str, tuple[int, ...]] = {}
         for name, value in named:
-            held = list(tensors_in(value))
+            held = tensors_in(value)
             for place, tensor in enumerate(held):
                 found[str(name) if len(held) == 1 else f"{name}.{place}"] = tuple(tensor.shape)
         return found

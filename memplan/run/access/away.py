@@ -17,6 +17,7 @@ from memplan.hooks.nested import tensors_in
 from memplan.model.weights import kind_of
 from memplan.run.access.dispatched import announced_in, unasked
 from memplan.run.access.lent import StandIn
+from memplan.run.access.metadata import DESCRIBE, LAYOUT, STORAGES
 from memplan.run.schedule.streamed import Kinds
 
 if TYPE_CHECKING:
@@ -142,7 +143,7 @@ def _torch_function(
     kwargs: dict[str, Any] | None = None,
 ) -> Any:
     kwargs = kwargs or {}
-    if func in _DESCRIBE or (func is torch.Tensor.type and len(args) == 1 and not kwargs):
+    if func in DESCRIBE or (func is torch.Tensor.type and len(args) == 1 and not kwargs):
         with torch._C.DisableTorchFunctionSubclass(), unasked():
             return func(*args, **kwargs)
     return _serve(func, args, kwargs)
@@ -160,7 +161,7 @@ def _serve(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, An
         servers = [(server_of(tensor), tensor) for tensor in held.values()]
         if all(server is not None and server.is_of_backward(tensor) for server, tensor in servers):
             return func(*args, **kwargs)
-    if func in _LAYOUT and len(held) == 1 and args and id(args[0]) in held:
+    if func in LAYOUT and len(held) == 1 and args and id(args[0]) in held:
         like = like_of(args[0])
         if like is not None:
             return func(like, *args[1:], **kwargs)
@@ -205,7 +206,7 @@ def serve_call(func: Callable[..., Any], args: Any, kwargs: Any, tensors: Sequen
                 given.append((server, server.stand_in(tensor)))
         shown = {id(one.weight): one.shown for _, one in given}
         result = func(*_exchanged(args, shown), **_exchanged(kwargs, shown))
-        if func in _STORAGES:
+        if func in STORAGES:
             for _, one in given:
                 for lent in one.lent:
                     lent.held.for_good = True
@@ -306,106 +307,3 @@ class plain:
 
     def __exit__(self, *error: object) -> None:
         self._tensor.__class__ = self._kind
-
-
-def _descriptors() -> Iterator[Any]:
-    """Yield what says of a tensor what a placeholder says as well."""
-    for name in [
-        "shape",
-        "dtype",
-        "device",
-        "layout",
-        "requires_grad",
-        "grad",
-        "grad_fn",
-        "is_leaf",
-        "retains_grad",
-        "output_nr",
-        "_version",
-        "ndim",
-        "nbytes",
-        "itemsize",
-        "is_cpu",
-        "is_cuda",
-        "is_xpu",
-        "is_mps",
-        "is_meta",
-        "is_sparse",
-        "is_sparse_csr",
-        "is_quantized",
-        "is_nested",
-        "is_mkldnn",
-        "is_ipu",
-        "is_vulkan",
-        "is_mtia",
-        "is_maia",
-        "name",
-        "names",
-        "volatile",
-        "_backward_hooks",
-        "_post_accumulate_grad_hooks",
-        "_grad",
-        "grad_dtype",
-        "_base",
-    ]:
-        held = getattr(torch.Tensor, name, None)
-        for way in ("__get__", "__set__", "__delete__"):
-            if hasattr(held, way):
-                yield getattr(held, way)
-    for name in [
-        "size",
-        "dim",
-        "ndimension",
-        "numel",
-        "nelement",
-        "element_size",
-        "get_device",
-        "is_floating_point",
-        "is_complex",
-        "is_signed",
-        "requires_grad_",
-        "register_hook",
-        "register_post_accumulate_grad_hook",
-        "retain_grad",
-        "new_empty",
-        "new_zeros",
-        "new_ones",
-        "new_full",
-        "is_inference",
-        "is_neg",
-        "is_conj",
-        "__len__",
-        "__hash__",
-        "__dir__",
-        "is_pinned",
-        "is_shared",
-        "is_coalesced",
-        "_is_view",
-        "is_same_size",
-        "is_distributed",
-        "has_names",
-    ]:
-        if hasattr(torch.Tensor, name):
-            yield getattr(torch.Tensor, name)
-    for name in [
-        "numel",
-        "is_floating_point",
-        "is_complex",
-        "is_signed",
-        "is_conj",
-        "is_neg",
-        "is_inference",
-        "is_same_size",
-    ]:
-        yield getattr(torch, name)
-
-
-_DESCRIBE = frozenset(_descriptors())
-
-
-_LAYOUT = frozenset(
-    {torch.Tensor.stride, torch.Tensor.is_contiguous, torch.Tensor.storage_offset, torch.Tensor.dim_order}
-)
-
-
-_STORAGES = frozenset({torch.Tensor.untyped_storage, torch.Tensor.storage, torch.Tensor._typed_storage})

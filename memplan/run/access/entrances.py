@@ -10,7 +10,7 @@ out that the plan has is this looked for.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import NoReturn
 
 import torch
@@ -35,13 +35,14 @@ class Entrances:
         # One that several layers share tells of none.
         alone = {name: tuple(p for p in held if seen[id(p)] == 1) for name, held in layers.items()}
         self.layers = {name: held for name, held in alone.items() if held}
-        self._marks: dict[str, list[tuple[int, int]]] = {}
+        self._watched = tuple((name, parameter) for name, held in self.layers.items() for parameter in held)
+        self._marks = self._now()
         self._called: set[str] = set()
         self._announced: set[str] = set()
 
     def mark(self) -> None:
         """Note what gradients there are: a pass begins, or a backward has ended."""
-        self._marks = {name: _marks(held) for name, held in self.layers.items()}
+        self._marks = self._now()
 
     def pass_begins(self) -> None:
         """Note that nothing was called yet."""
@@ -68,16 +69,14 @@ class Entrances:
         self.mark()
 
     def _refuse(self) -> None:
-        for name in sorted(self._called - self._announced):
-            held = self.layers.get(name, ())
-            for parameter, mark, now in zip(held, self._marks.get(name, ()), _marks(held), strict=True):
-                # Zeroed in between, it is another as well.
-                if mark != now and parameter.grad is not None and bool(parameter.grad.any()):
-                    refuse_entrance(name)
+        unseen = self._called - self._announced
+        for (name, parameter), mark, now in zip(self._watched, self._marks, self._now(), strict=True):
+            # Zeroed in between, it is another as well.
+            if name in unseen and mark != now and parameter.grad is not None and bool(parameter.grad.any()):
+                refuse_entrance(name)
 
-
-def _marks(parameters: Iterable[nn.Parameter]) -> list[tuple[int, int]]:
-    return [(0, 0) if (grad := p.grad) is None else (id(grad), grad._version) for p in parameters]
+    def _now(self) -> list[tuple[int, int]]:
+        return [(0, 0) if (grad := p.grad) is None else (id(grad), grad._version) for _, p in self._watched]
 
 
 def refuse_entrance(name: str) -> NoReturn:

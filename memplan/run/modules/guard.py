@@ -37,7 +37,8 @@ _LAYER_MERGES = ("merge", "unmerge")
 
 class Guard:
     """Stands before one module. ``kept``: what reads each managed tensor from its home, by the tensor's id. ``device``:
-    where they are for whoever would move them, though one may be read on the host.
+    where they are for whoever would move them, though one may be read on the host. ``handle``: the
+    :class:`memplan.Handle` that the model is under.
     """
 
     def __init__(
@@ -46,12 +47,12 @@ class Guard:
         kept: Mapping[int, Callable[[], torch.Tensor]],
         device: torch.device,
         direct: DirectAccess,
+        handle: object,
     ) -> None:
         self._module = module
         self._direct: DirectAccess | None = direct
         self._kept = kept
-        self.handle: object | None = None
-        """The :class:`memplan.Handle` that the model is under."""
+        self.handle = handle
         within = [weight.tensor for weight in frozen_weights("", module, deep=True) if id(weight.tensor) in kept]
         self._kinds = tuple(sorted({(tensor.dtype, device) for tensor in within}, key=str))
         self._own = tuple(weight for weight in own_weights(module) if id(weight.tensor) in kept)
@@ -112,7 +113,7 @@ class Guard:
         """
         assert self._direct is not None
         held = [*(weight.tensor for weight in self._own), *(tensor for _, tensor in self._entries())]
-        with self._direct.locked(), contextlib.ExitStack() as shown:  # another thread may train meanwhile
+        with self._direct.written.loader().lock, contextlib.ExitStack() as shown:  # another thread may train meanwhile
             for tensor in {id(tensor): tensor for tensor in held}.values():
                 shown.enter_context(plain(tensor))
             shown.enter_context(unasked())
@@ -128,8 +129,8 @@ class Guard:
                 entries[name] = now  # under whatever name it goes by now (pruning, spectral norm)
         if self._direct is None or not entries:
             return
-        with self._direct.locked():
-            self._direct.settle_before(state)
+        with self._direct.written.loader().lock:
+            self._direct.written.settle_before(state)
             for name, held in entries.items():
                 if prefix + name in state and not isinstance(state[prefix + name], nn.Parameter):
                     state[prefix + name] = rewrapped(held, self._read)

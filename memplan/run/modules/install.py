@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from typing import Any
 
+import torch
 from torch import nn
 
+from memplan.analyze.graph import Tensor
 from memplan.hooks import offload, recompute
 from memplan.hooks.compiled import hides_hooks, is_compiled
 from memplan.hooks.late_hooks import Calls, LateHooks
@@ -20,6 +22,7 @@ from memplan.program.schema import Plan
 from memplan.run.access.direct_access import DirectAccess
 from memplan.run.access.entrances import Entrances, refuse_entrance
 from memplan.run.handle import Handle
+from memplan.run.memory.home import Home
 from memplan.run.modules.embedding_rows import look_up_on_host, read_in_place
 from memplan.run.modules.guard import Guard
 from memplan.run.modules.offloaded_activations import Offloaded, offloaded_activations
@@ -27,6 +30,7 @@ from memplan.run.runtime import Runtime
 from memplan.run.schedule.conductor import Conductor
 from memplan.run.schedule.sequence import offload_key
 from memplan.run.schedule.streamed import Streamed
+from memplan.run.tiers import Tiers
 from memplan.run.transfer.interrupts import Undo
 from memplan.run.transfer.transfer import CpuTransfers, CudaTransfers, Transfers
 from memplan.run.verify.race_check import ClockedTransfers
@@ -38,59 +42,67 @@ from memplan.state.setting import Setting
 
 
 def install(
-    model: nn.Module, parts: Runtime, handle: Handle, triggers: Mapping[str, nn.Module], *, checked: bool, traced: bool
-) -> None:
-    """Have ``model`` run on ``parts``; ``parts.installed`` undoes it. On failure nothing is left.
+    model: nn.Module,
+    tiers: Tiers,
+    triggers: Mapping[str, nn.Module],
+    handle: Handle,
+    *,
+    checked: bool,
+    traced: bool,
+) -> Runtime:
+    """Have ``model`` run on ``tiers``, and return what serves it. On failure nothing is left.
 
     ``triggers``: the plan's trigger modules by name. ``checked``, ``traced``: as for ``attach``.
     """
-    plan, device = parts.plan, parts.device
+    plan, device = tiers.plan, tiers.device
     with Undo() as undo:
-        parts.spans = Spans(device, _names(plan)) if traced else None
+        spans = Spans(device, _names(plan)) if traced else None
         transfers: Transfers = (
             CudaTransfers(
                 device,
                 poisoned=checked,
-                spans=parts.spans,
+                spans=spans,
                 is_ring_locked=is_ring_locked(plan),
             )
             if device.type == "cuda"
-            else CpuTransfers(poisoned=checked, spans=parts.spans)
+            else CpuTransfers(poisoned=checked, spans=spans)
         )
         undo.callback(transfers.close)
-        if checked:
-            transfers = ClockedTransfers(transfers, _names(plan))
-        offloaded = offloaded_activations(plan, triggers, parts.arena, parts.host, parts.rooms)
-        _rivals([*parts.streamed.values(), *offloaded.values()])
-        parts.direct = DirectAccess(device, parts.homes, parts.streamed, parts.own_home, parts.lent)
-        _note_recomputed(plan, parts)
-        _note_holders(model, parts)
+        clocked = ClockedTransfers(transfers, _names(plan)) if checked else None
+        transfers = clocked or transfers
+        offloaded = offloaded_activations(plan, triggers, tiers.arena, tiers.host, tiers.rooms)
+        _rivals([*tiers.streamed.values(), *offloaded.values()])
+        direct = DirectAccess(device, tiers.homes, tiers.streamed, tiers.own_home, tiers.lent)
+        _note_recomputed(plan, tiers)
+        _note_holders(model, tiers)
         entrances = Entrances(
-            _trained(model), {name: _trained(layer) for name, layer in _kept_reads(plan, triggers, parts).items()}
+            _trained(model), {name: _trained(layer) for name, layer in _kept_reads(plan, triggers, tiers).items()}
         )
-        parts.conductor = Conductor(plan, parts.streamed, transfers, offloaded, parts.arena, parts.direct, entrances)
-        undo.callback(parts.conductor.close)
-        parts.direct.begin(model, parts.conductor, _compiled_weights(model), _within(plan, triggers))
-        for guard in _hook(model, plan, parts, triggers, undo, transfers):
-            guard.handle = handle
-        parts.conductor.begin()
-        parts.installed = undo.pop_all()
+        conductor = Conductor(plan, tiers.streamed, transfers, offloaded, tiers.arena, direct, entrances)
+        undo.callback(conductor.close)
+        direct.begin(model, conductor.loader, _compiled_weights(model), _within(plan, triggers))
+        runtime = Runtime(
+            tiers=tiers,
+            conductor=conductor,
+            direct=direct,
+            checked=CheckedReads(tiers.arena, tiers.streamed, conductor.loader, clocked) if clocked else None,
+            copies=None if checked else Copies(plan, triggers, tiers.arena),
+            spans=spans,
+            undo=Undo(),
+        )
+        _hook(model, runtime, triggers, handle, undo)
+        conductor.begin()
+        runtime.undo.enter_context(undo.pop_all())
+    return runtime
 
 
-def _hook(
-    model: nn.Module,
-    plan: Plan,
-    parts: Runtime,
-    triggers: Mapping[str, nn.Module],
-    undo: Undo,
-    transfers: Transfers,
-) -> list[Guard]:
+def _hook(model: nn.Module, runtime: Runtime, triggers: Mapping[str, nn.Module], handle: Handle, undo: Undo) -> None:
     """Hook the model's modules, and note how to unhook them."""
-    device = parts.device
-    if isinstance(transfers, ClockedTransfers):
-        parts.checked = CheckedReads(parts.arena, parts.streamed, parts.conductor, transfers)
-        undo.callback(parts.checked.remove)
-        _check_reads(model, triggers, plan, parts)
+    tiers, plan, device = runtime.tiers, runtime.tiers.plan, runtime.tiers.device
+    conductor, checked = runtime.conductor, runtime.checked
+    if checked is not None:
+        undo.callback(checked.remove)
+        _check_reads(checked, model, triggers, tiers)
     for module in model.modules():
         undone = keep_layout(module)
         if undone is not None:
@@ -99,29 +111,44 @@ def _hook(
         if policy.activations == "recompute":
             layer = triggers[policy.module]
             undo.callback(data_writes.watch(layer))
-            undo.callback(recompute.wrap(layer, _setting_kept(policy.module, layer, plan, parts)))
-    offloads = parts.conductor.offloads
+            undo.callback(recompute.wrap(layer, _setting_kept(policy.module, layer, runtime)))
+    offloads = conductor.loader.offloads
     for held in offloads.by_key.values():
         undo.callback(offload.wrap(triggers[held.module], held.module, offloads.beginning(held.key)))
     for trigger, blocks in read_in_place(plan).items():
-        if any(parts.is_beyond_the_device(block) for block in blocks):
-            for owner in parts.owners(triggers[trigger], blocks):
+        if any(tiers.is_beyond_the_device(block) for block in blocks):
+            for owner in tiers.owners(triggers[trigger], blocks):
                 undo.callback(look_up_on_host(owner, device))
-    watcher = parts.conductor if parts.spans is None else TracedWatcher(parts.conductor, parts.spans)
-    within = _within_triggers(plan, triggers, parts)
-    taps = _taps(within, _kept_reads(plan, triggers, parts), parts.conductor.entrances)
-    hooks = Triggers(triggers, watcher, within, _around(model, triggers), taps)
+    watcher = conductor if runtime.spans is None else TracedWatcher(conductor, runtime.spans)
+    within = _within_triggers(plan, triggers, tiers)
+    taps = _taps(within, _kept_reads(plan, triggers, tiers), conductor.entrances)
+    look = None if runtime.copies is None else runtime.copies.look
+    hooks = Triggers(triggers, watcher, within, _around(model, triggers), taps, look)
     undo.callback(hooks.remove)
-    if parts.checked is None:
-        parts.copies = Copies(plan, triggers, parts.arena)
-        hooks.look = parts.copies.look
-    kept = parts.kept()
-    guards = []
+    kept = _readers(tiers, runtime.direct)
     for module in model.modules():
         if any(id(weight.tensor) in kept for weight in frozen_weights("", module, deep=True)):
-            guards.append(Guard(module, kept, device, parts.direct))
-            undo.callback(guards[-1].remove)
-    return guards
+            undo.callback(Guard(module, kept, device, runtime.direct, handle).remove)
+
+
+def _readers(tiers: Tiers, direct: DirectAccess) -> dict[int, Callable[[], torch.Tensor]]:
+    """Return what reads each managed tensor from its home, by the tensor's id: for who may hold it and write to it."""
+
+    def reading(home: Home, row: Tensor) -> Callable[[], torch.Tensor]:
+        def read() -> torch.Tensor:
+            value = direct.put_in(tiers.weights[row.name].tensor)
+            if value is None:
+                value = home.tensor(row)
+                direct.written.hand_out(home.block.id, row, value)
+            return value
+
+        return read
+
+    return {
+        id(tiers.weights[row.name].tensor): reading(home, row)
+        for home in tiers.homes.values()
+        for row in home.block.tensors
+    }
 
 
 def _around(model: nn.Module, triggers: Mapping[str, nn.Module]) -> list[nn.Module]:
@@ -131,10 +158,10 @@ def _around(model: nn.Module, triggers: Mapping[str, nn.Module]) -> list[nn.Modu
     return [m for m in others if any(id(part) in ids for part in m.modules())]
 
 
-def _kept_reads(plan: Plan, triggers: Mapping[str, nn.Module], parts: Runtime) -> dict[str, nn.Module]:
+def _kept_reads(plan: Plan, triggers: Mapping[str, nn.Module], tiers: Tiers) -> dict[str, nn.Module]:
     """Return the triggers that read streamed blocks, and are not run again in backward."""
     again = {policy.module for policy in plan.activations if policy.activations == "recompute"}
-    reads = {a.module for a in plan.table.accesses if any(block in parts.streamed for block in a.blocks)} - again
+    reads = {a.module for a in plan.table.accesses if any(block in tiers.streamed for block in a.blocks)} - again
     return {name: trigger for name, trigger in triggers.items() if name in reads}
 
 
@@ -142,15 +169,15 @@ def _trained(module: nn.Module) -> list[nn.Parameter]:
     return [p for p in module.parameters() if p.requires_grad]
 
 
-def _within_triggers(plan: Plan, triggers: Mapping[str, nn.Module], parts: Runtime) -> dict[str, list[nn.Module]]:
+def _within_triggers(plan: Plan, triggers: Mapping[str, nn.Module], tiers: Tiers) -> dict[str, list[nn.Module]]:
     """Return the modules of streamed weights within each trigger that must announce a backward, as nothing else may.
 
     Those are all where the layer is not run again; else those whose functions keep weights of quantizers in ways of
     their own. Of a module that an adapter wraps it is the wrapper: some read the weights and call no module, and warn
     of hooks there.
     """
-    streamed = {id(tensor) for one in parts.streamed.values() for tensor, _, _ in one.pointers}
-    kept = _kept_reads(plan, triggers, parts)
+    streamed = {id(tensor) for one in tiers.streamed.values() for tensor, _, _ in one.pointers}
+    kept = _kept_reads(plan, triggers, tiers)
     found: dict[str, list[nn.Module]] = {}
     for name, trigger in triggers.items():
         wrappers = _wrappers(trigger)
@@ -189,15 +216,16 @@ def _are_quantized(modules: Iterable[nn.Module]) -> bool:
     return any(p is not None and is_quantized(p) for module in modules for p in module._parameters.values())
 
 
-def _setting_kept(name: str, module: nn.Module, plan: Plan, parts: Runtime) -> recompute.Kept:
+def _setting_kept(name: str, module: nn.Module, runtime: Runtime) -> recompute.Kept:
     """Return what keeps the setting of a forward that the plan runs once more, and the hooks that came after the
     plan.
     """
-    reads = {block for access in plan.table.accesses if access.module == name for block in access.blocks}
-    streamed = [parts.streamed[block] for block in reads if block in parts.streamed]
-    apart = frozenset(id(tensor) for one in parts.streamed.values() for tensor, _, _ in one.pointers)
-    direct, conductor = parts.direct, parts.conductor
-    setting = Setting(name, module, lambda: sum(direct.writes_to(one) for one in streamed), apart)
+    tiers = runtime.tiers
+    reads = {block for access in tiers.plan.table.accesses if access.module == name for block in access.blocks}
+    streamed = [tiers.streamed[block] for block in reads if block in tiers.streamed]
+    apart = frozenset(id(tensor) for one in tiers.streamed.values() for tensor, _, _ in one.pointers)
+    written, loader = runtime.direct.written, runtime.conductor.loader
+    setting = Setting(name, module, lambda: sum(written.writes_to(one) for one in streamed), apart)
     hooks = LateHooks(name, module, apart)
 
     def kept(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[AbstractContextManager[None], recompute.Again]:
@@ -212,7 +240,7 @@ def _setting_kept(name: str, module: nn.Module, plan: Plan, parts: Runtime) -> r
 
         @contextmanager
         def again() -> Iterator[None]:
-            with now.again(), hooks.again(calls), conductor.recomputing(name):
+            with now.again(), hooks.again(calls), loader.recomputing(name):
                 yield
 
         return first(), again
@@ -220,14 +248,14 @@ def _setting_kept(name: str, module: nn.Module, plan: Plan, parts: Runtime) -> r
     return kept
 
 
-def _note_recomputed(plan: Plan, parts: Runtime) -> None:
+def _note_recomputed(plan: Plan, tiers: Tiers) -> None:
     """Note which blocks' forwards the plan runs a second time in backward."""
     again = {policy.module for policy in plan.activations if policy.activations == "recompute"}
     for access in plan.table.accesses:
         if access.module in again:
             for block in access.blocks:
-                if block in parts.streamed:
-                    parts.streamed[block].is_recomputed = True
+                if block in tiers.streamed:
+                    tiers.streamed[block].is_recomputed = True
 
 
 def _within(plan: Plan, triggers: Mapping[str, nn.Module]) -> dict[int, frozenset[int]]:
@@ -245,9 +273,9 @@ def _compiled_weights(model: nn.Module) -> frozenset[int]:
     return frozenset(id(parameter) for module in compiled for parameter in module.parameters())
 
 
-def _note_holders(model: nn.Module, parts: Runtime) -> None:
+def _note_holders(model: nn.Module, tiers: Tiers) -> None:
     """Note where modules hold the weights of streamed blocks that quantizers made: see ``Streamed.holders``."""
-    places = {id(tensor): one for one in parts.streamed.values() for tensor, _, _ in one.pointers}
+    places = {id(tensor): one for one in tiers.streamed.values() for tensor, _, _ in one.pointers}
     for module in model.modules():
         for name, parameter in module._parameters.items():
             one = places.get(id(parameter))
@@ -278,10 +306,9 @@ def _names(plan: Plan) -> dict[int, str]:
     return names
 
 
-def _check_reads(model: nn.Module, triggers: Mapping[str, nn.Module], plan: Plan, parts: Runtime) -> None:
+def _check_reads(checked: CheckedReads, model: nn.Module, triggers: Mapping[str, nn.Module], tiers: Tiers) -> None:
     """Wrap every module with streamed weights of its own, and every trigger module; a compiled one as a whole."""
-    assert parts.checked is not None
-    block_of = {id(p): s.block for s in parts.streamed.values() for p, _, _ in s.pointers}
+    block_of = {id(p): s.block for s in tiers.streamed.values() for p, _, _ in s.pointers}
     compiled = [module for module in model.modules() if is_compiled(module)]
     within = {inner for module in compiled for inner in module.modules() if inner is not module}
     own = {
@@ -289,16 +316,16 @@ def _check_reads(model: nn.Module, triggers: Mapping[str, nn.Module], plan: Plan
         for module in model.modules()
         if module not in within
     }
-    in_place = read_in_place(plan)
+    in_place = read_in_place(tiers.plan)
     for trigger, rows in in_place.items():
         for module in triggers[trigger].modules():
             if module in own:
                 own[module].difference_update(rows)
     reads = {module: set(blocks) for module, blocks in own.items()}
-    for access in plan.table.accesses:
+    for access in tiers.plan.table.accesses:
         if access.module:
             here = set(access.blocks) - set(in_place.get(access.module, ()))
-            reads[triggers[access.module]].update(b for b in here if b in parts.streamed)
+            reads[triggers[access.module]].update(b for b in here if b in tiers.streamed)
     for module, blocks in reads.items():
         if blocks:
-            parts.checked.wrap(module, frozenset(own[module]), frozenset(blocks))
+            checked.wrap(module, frozenset(own[module]), frozenset(blocks))

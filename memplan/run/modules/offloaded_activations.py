@@ -11,6 +11,7 @@ import weakref
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from enum import Enum, auto
 
 import torch
 from torch import nn
@@ -27,9 +28,28 @@ from memplan.run.verify.race_check import ClockedTransfers
 from memplan.units import align_up
 
 
+class SavedState(Enum):
+    """Where the bytes are that a call has saved, and who may write to the slot and to the room on the host."""
+
+    NOWHERE = auto()
+    """There are none. Slot and room are free."""
+    FILLING = auto()
+    """In the slot alone, to which the call's forward still writes."""
+    IN_SLOT = auto()
+    """In the slot alone. Nobody writes."""
+    STORING = auto()
+    """In the slot, and a transfer writes them to the room. Nobody writes to the slot, nor reads the room."""
+    ON_HOST = auto()
+    """In the room alone. The slot is free."""
+    LOADING = auto()
+    """In the room, and a transfer writes them to the slot. Nobody reads the slot, nor writes to the room."""
+    IN_BOTH = auto()
+    """In both. Nobody writes; the slot may be had without a store."""
+
+
 @dataclass(slots=True, kw_only=True)
 class Offloaded:
-    """One module's saved activations: where they lie and where they are."""
+    """One module's saved activations: their addresses, and where they are."""
 
     key: int
     """Its name to the transfers on its way to the device; ``key + 1`` on its way to the host."""
@@ -44,14 +64,10 @@ class Offloaded:
     overlapping: tuple[int, ...] = ()
     """Keys of what lies on the same bytes."""
     owner: weakref.ref[_Call] | None = None
-    in_slot: bool = False
-    """The owner's bytes are in the slot, as far as the compute goes."""
-    store: Ticket | None = None
-    """They are on their way to the host."""
-    on_host: bool = False
-    """They are there."""
-    load: Ticket | None = None
-    """They are on their way back."""
+    """The call. What is left of one that is gone is nobody's."""
+    state: SavedState = SavedState.NOWHERE
+    ticket: Ticket | None = None
+    """Of the transfer that is under way, while they are storing or loading."""
     stored: int = 0
     offload_skipped: int = 0
     """Forwards whose activations stayed on the device: their place was taken, or too small for all of them."""
@@ -142,7 +158,7 @@ class _Call:
 
     def ended(self) -> None:
         self._held.offload_skipped += self._crowded
-        self._offloads.ended(self._held)
+        self._offloads.ended(self, self._held)
 
 
 def _nothing(key: int) -> None:
@@ -167,7 +183,6 @@ class Offloads:
         self._lock = lock
         self._evict = evict
         self._weights = arena.addresses
-        self._making: set[int] = set()
         self._closed = False
 
     def is_outside(self, held: Offloaded, address: int) -> bool:
@@ -191,64 +206,63 @@ class Offloads:
             if self._clocks is not None:
                 self._clocks.write(held.key, held.part, f"what {held.module} saves")
             call = _Call(self, held)
-            held.owner, held.in_slot, held.on_host = weakref.ref(call), True, False
-            self._making.add(held.key)
+            held.owner, held.state = weakref.ref(call), SavedState.FILLING
             return call
 
-    def ended(self, held: Offloaded) -> None:
+    def ended(self, call: _Call, held: Offloaded) -> None:
         """A forward is over: what it saved goes to the host if the plan says so."""
         with self._lock:
-            self._making.discard(held.key)
-            if not self._closed and held.host is not None and held.is_owned():
-                self._store(held)
+            if not self._closed and held.owner is not None and held.owner() is call:
+                held.state = SavedState.IN_SLOT
+                if held.host is not None:
+                    self._store(held)
 
     def _store(self, held: Offloaded) -> None:
         if held.host is None:  # the plan leaves it in its slot, and something off the sequence wants that
             with torch.inference_mode(False):
                 held.host = torch.empty(held.part.numel(), dtype=torch.uint8)
-        held.store = self._transfers.load("d2h", held.key + 1, HostSource(held.part), held.host)
+        held.ticket = self._transfers.load("d2h", held.key + 1, HostSource(held.part), held.host)
+        held.state = SavedState.STORING
         held.stored += 1
 
     def _clear(self, held: Offloaded) -> None:
         """Have the slot free for anybody: what it holds is on the host, or nobody's."""
-        if held.load is not None:
-            ticket, held.load = held.load, None
-            self._transfers.wait(ticket, held.key)
-        if held.is_owned() and held.in_slot and held.store is None and not held.on_host:
+        if held.state is SavedState.IN_SLOT and held.is_owned():
             self._store(held)
-        self._wait_for_store(held)
-        held.in_slot = False
+        on_host = held.state in (SavedState.ON_HOST, SavedState.IN_BOTH) or held.ticket is not None
+        self._wait(held)
+        held.state = SavedState.ON_HOST if on_host else SavedState.NOWHERE
 
-    def _wait_for_store(self, held: Offloaded) -> None:
-        """Have the compute wait until what was sent to the host is there."""
-        if held.store is not None:
-            ticket, held.store = held.store, None
-            self._transfers.wait(ticket, held.key + 1)
-            held.on_host = True
+    def _wait(self, held: Offloaded) -> None:
+        """Make the compute wait for the transfer that is under way, where one is."""
+        if held.ticket is not None:
+            ticket, held.ticket = held.ticket, None
+            self._transfers.wait(ticket, held.key + 1 if held.state is SavedState.STORING else held.key)
 
     def clear(self, key: int) -> None:
         """Have the slot free: see ``_clear``. Raises RunError where a forward is writing to it."""
-        if key in self._making and self.by_key[key].is_owned():  # else it was interrupted as it began
+        held = self.by_key[key]
+        if held.state is SavedState.FILLING and held.is_owned():  # else it was interrupted as it began
             raise RunError(
-                f"the slot of what {self.by_key[key].module} saves is wanted while its forward still writes to it: "
+                f"the slot of what {held.module} saves is wanted while its forward still writes to it: "
                 "the model calls that block within another one's forward; do not offload its activations"
             )
-        self._clear(self.by_key[key])
+        self._clear(held)
 
     def is_due(self, key: int) -> bool:
         """Whether a planned load has anything to bring."""
         held = self.by_key[key]
-        return held.is_owned() and not held.in_slot and held.load is None
+        return held.state is SavedState.ON_HOST and held.is_owned()
 
     def load(self, key: int) -> None:
         """Start bringing what is on the host back into its slot, whose bytes are evicted first."""
         held = self.by_key[key]
         for rival in held.overlapping:
             self._evict(rival)
-        self._wait_for_store(held)
         assert held.host is not None
-        assert held.on_host
-        held.load = self._transfers.load("h2d", held.key, HostSource(held.host), held.part)
+        assert held.state is SavedState.ON_HOST
+        held.ticket = self._transfers.load("h2d", held.key, HostSource(held.host), held.part)
+        held.state = SavedState.LOADING
 
     def bring(self, call: _Call, held: Offloaded) -> None:
         """Have the compute wait until a call's bytes are in their slot. Raises RunError after detach()."""
@@ -258,13 +272,11 @@ class Offloads:
                     f"a backward wants what {held.module} saved, but memplan was detached or interrupted since its "
                     "forward: run the forward again"
                 )
-            if not held.in_slot:
-                if held.load is None:
-                    self.load(held.key)
-                assert held.load is not None
-                ticket, held.load = held.load, None
-                self._transfers.wait(ticket, held.key)
-                held.in_slot = True
+            if held.state is SavedState.ON_HOST:
+                self.load(held.key)
+            if held.state is SavedState.LOADING:
+                self._wait(held)
+                held.state = SavedState.IN_BOTH
             if self._clocks is not None:
                 self._clocks.read(held.key, "asked for in backward")
 
@@ -280,19 +292,16 @@ class Offloads:
         """Take all as empty: an error or a Ctrl-C came in the middle of something, and nothing is on its way any
         more.
         """
-        self._making.clear()
         for held in self.by_key.values():
-            held.owner = held.store = held.load = None
-            held.in_slot = held.on_host = False
+            held.owner = held.ticket = None
+            held.state = SavedState.NOWHERE
 
     def close(self) -> None:
         """Bring and take nothing any more; what is on its way is waited for."""
         self._closed = True
         for held in self.by_key.values():
-            for ticket, key in ((held.load, held.key), (held.store, held.key + 1)):
-                if ticket is not None:
-                    self._transfers.wait(ticket, key)
-            held.load = held.store = None
+            self._wait(held)
+            held.state = SavedState.NOWHERE
             held.part = held.part.new_empty(0)  # a graph that is still alive must not keep the arenas
             held.host = None
         self._evict = _nothing  # it belongs to who owns this: no circle is left

@@ -26,6 +26,8 @@ class Choices:
         """A forward was seen."""
         cycle, index = divmod(position, self._sequence.length)
         self._seen.add(position)
+        if not self._sequence.experts:
+            return
         for block in self._sequence.experts.intersection(self._sequence.steps[index].blocks):
             last, row = self._habits.get(block, (-1, 0))
             if last < cycle:

@@ -131,6 +131,8 @@ class Sequence:
         """Whether accesses that read weights lie strictly between the two. Experts may be passed over: so they are
         meant.
         """
+        if position <= now + 1:
+            return False
         if position - now > self.length:
             return True
         return not all(self._is_left(linear % self.length) for linear in range(now + 1, position))

@@ -1,19 +1,12 @@
-"""A streamed block: its one address on the device, whether it is there, and whether its weights may be used as they
-are.
-
-What a weight is, by where its block is:
-
-- *away*: a placeholder, of the class that sends every operator to :mod:`memplan.run.access.direct_access`;
-- *there*, but no access of it under way: the same outside of backward; in backward, where autograd reads what it saved,
-  a view of the block's slot, of that class too. Who reads it then may go on reading it when another block lies in the
-  slot;
-- *open*, while an access of it is under way: a view of the slot, of its own class. Nothing is paid for that.
+"""A streamed block: its one address on the device, and its state, which says whether it is there and whether its
+weights may be used as they are.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from enum import Enum, auto
 from typing import Any
 from weakref import ReferenceType
 
@@ -26,22 +19,50 @@ from memplan.run.access.dispatched import announced, unasked
 from memplan.run.transfer.transfer import Source, Ticket
 
 
+class BlockState(Enum):
+    """Where a block's bytes are, who may write to its slot, and what its weights are meanwhile.
+
+    But for ``OPEN`` they are of the class that sends every operator to :mod:`memplan.run.access.direct_access`.
+    """
+
+    AWAY = auto()
+    """At home alone. Weights are placeholders. The slot is free: what overlaps it may be loaded or made there."""
+    LOADING = auto()
+    """On their way: the transfer of ``Streamed.ticket`` writes to the slot, where nobody else may write or read.
+    Weights are placeholders.
+    """
+    HIDDEN = auto()
+    """In the slot, to which nobody writes. Weights are placeholders all the same, as no access is under way: who reads
+    a view then may go on reading it when another block lies there.
+    """
+    SHUT = auto()
+    """In the slot, to which nobody writes. Weights are views of it, as autograd reads in backward what it saved."""
+    OPEN = auto()
+    """In the slot, and an access is under way: weights are views of it, of their own class, for which nothing is paid.
+    A write to one is a write to the slot, and goes home when the access is over.
+    """
+
+
+AWAY, LOADING, HIDDEN, SHUT, OPEN = BlockState  # an Enum's attribute costs eight times what a name does
+IN_SLOT = (HIDDEN, SHUT, OPEN)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Kinds:
     """The classes of one tensor of a block's weights, or of what wraps some."""
 
     tensor: torch.Tensor
     own: type
-    """While it is open."""
+    """While its block is open."""
     away: type
     """While it is not; of the same name."""
     noting: type
-    """While it is open and its module has hooks that came after the plan: it notes who takes hold of its ``data``."""
+    """While it is, and its module has hooks that came after the plan: it notes who takes hold of its ``data``."""
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
 class Streamed:
-    """One streamed block: where it comes from, where it goes, and whether it is there."""
+    """One streamed block: where it comes from, where it goes, and its state."""
 
     block: int
     name: str
@@ -61,14 +82,12 @@ class Streamed:
     """
     overlapping: tuple[int, ...] = ()
     """Streamed blocks whose addresses overlap this one's."""
+    state: BlockState = AWAY
+    """Its own methods alone change it. While rows are read at home (:meth:`point_home`) weights are views of that, of
+    their own class, whatever the state.
+    """
     ticket: Ticket | None = None
-    """There or on its way; None: away."""
-    usable: bool = False
-    """The compute has waited for it, and the parameters point at it unless it is hidden."""
-    is_hidden: bool = False
-    """It is usable, but placeholders are in the parameters' place till it is used again."""
-    is_open: bool = False
-    """An access of it is under way."""
+    """Of the transfer that is under way, while it is loading."""
     is_recomputed: bool = False
     """Its module's forward runs a second time in backward, because the plan says so."""
     has_late_hooks: bool = False
@@ -109,24 +128,29 @@ class Streamed:
     _addresses: list[int] = field(default_factory=list)
 
     @property
-    def may_go(self) -> bool:
-        """Whether another block, or nothing, is ever in its slot."""
-        return bool(self.overlapping) or self.comes_and_goes
-
-    @property
     def key(self) -> int:
         return self.block
 
     # This is done in every access: flat tuples, no call that can be spared.
 
+    def start(self, ticket: Ticket) -> None:
+        """A load into the slot was started."""
+        self.state, self.ticket = LOADING, ticket
+        self.loads += 1
+
+    def arrive(self) -> None:
+        """The compute has waited for the load: point the parameters at the block. Raises RunError as ``bind``."""
+        self.ticket = None
+        self.bind()
+
     def bind(self) -> None:
         """Point the parameters at the block. Raises RunError where one is trained by now: what it learned would be
         lost.
         """
-        self.is_hidden = False
+        self.state = SHUT
         with torch._C.DisableTorchFunctionSubclass(), unasked():
             for tensor, there, _ in self.pointers:
-                if tensor.requires_grad:
+                if _is_trained(tensor):  # its class may have the attribute looked up in Python
                     raise trained_by_now(self.name)
                 tensor.data = there
 
@@ -138,25 +162,25 @@ class Streamed:
 
     def open(self) -> None:
         """Have the weights be as any others: an access of them begins."""
-        if not self.is_open and self.kinds:
-            if self.is_hidden:
+        if self.state is not OPEN and self.kinds:
+            if self.state is HIDDEN:
                 self.bind()
-            self.is_open = True
+            self.state = OPEN
             for tensor, kind in self._noting if self.has_late_hooks else self._own:
                 tensor.__class__ = kind
-            self._versions = [tensor._version for tensor in self._tensors]
+            self._versions = list(map(_version_of, self._tensors))
             if self.comes_and_goes or not self._addresses:
                 self._addresses = [there.data_ptr() for _, there, _ in self.pointers]
 
     def shut(self) -> tuple[int, ...]:
         """Have the weights seen by nobody unnoticed: the access is over. Return which were written to, by place."""
-        if not self.is_open:
+        if self.state is not OPEN:
             return ()
-        self.is_open = False
+        self.state = SHUT
         written: tuple[int, ...] = ()
         if (
             self.values
-            or [tensor._version for tensor in self._tensors] != self._versions
+            or list(map(_version_of, self._tensors)) != self._versions
             or list(map(_address_of, self._tensors)) != self._addresses
             or (self.has_late_hooks and any(t.stride() != there.stride() for t, there, _ in self.pointers))
         ):
@@ -168,7 +192,32 @@ class Streamed:
             tensor.__class__ = kind
         return written
 
+    def hide(self) -> None:
+        """Have placeholders in the parameters' place though the block is there: what asks no class may keep what it
+        reads.
+        """
+        self.unbind()
+        self.state = HIDDEN
+
+    def leave(self) -> Ticket | None:
+        """Have the block away, once it is shut. Return the load where it is still on its way: the slot is free when
+        that was waited for.
+        """
+        state, ticket = self.state, self.ticket
+        self.state, self.ticket = AWAY, None
+        if state is SHUT or state is OPEN:
+            self.unbind()
+        if self.at_home and state in IN_SLOT:  # a forward that raised has left it there
+            self.be_away()
+        return ticket
+
     # This is not.
+
+    def forget(self) -> None:
+        """Have the block away, whatever was under way: nothing is any more."""
+        self.state, self.ticket = AWAY, None
+        self.unbind()
+        self.be_away()
 
     def _hold_again(self, held: dict[str, Any], name: str, tensor: torch.Tensor) -> None:
         """Put a weight back where another tensor over its bytes has taken its place. PEFT's DoRA does that to
@@ -177,13 +226,6 @@ class Streamed:
         found = held.get(name)
         if isinstance(found, torch.Tensor) and found.data_ptr() == tensor.data_ptr() and found.shape == tensor.shape:
             held[name] = tensor
-
-    def hide(self) -> None:
-        """Have placeholders in the parameters' place though the block is there: what asks no class may keep what it
-        reads.
-        """
-        self.unbind()
-        self.is_hidden = True
 
     def announce(self, plain: frozenset[int] | None) -> None:
         """Have placeholders that torch's dispatcher asks about, but of the tensors with ids in ``plain``. None: of no
@@ -216,7 +258,7 @@ class Streamed:
             if (tensor.data_ptr(), tensor.stride()) != (there.data_ptr(), there.stride())
         }
         is_written = [tensor._version for tensor, _ in self.at_home] != self._versions
-        (self.bind if self.usable else self.unbind)()
+        (self.bind if self.state in (SHUT, OPEN) else self.unbind)()
         self.be_away()
         return replaced, is_written
 
@@ -243,7 +285,6 @@ class Streamed:
         """Have the weights be read by nobody unnoticed."""
         for tensor, kind in self._away:
             tensor.__class__ = kind
-        self.is_open = False
 
     def _written(self) -> Iterator[int]:
         for place, ((tensor, there, _), version) in enumerate(zip(self.pointers, self._versions, strict=True)):
@@ -268,6 +309,8 @@ class Streamed:
 
 
 _address_of: Callable[[torch.Tensor], int] = torch._C.TensorBase.data_ptr
+_version_of: Callable[[torch.Tensor], int] = torch._C.TensorBase._version.__get__  # type: ignore[attr-defined]
+_is_trained: Callable[[torch.Tensor], bool] = torch._C.TensorBase.requires_grad.__get__  # type: ignore[attr-defined]
 
 
 def trained_by_now(block: str) -> RunError:

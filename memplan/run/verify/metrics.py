@@ -42,17 +42,14 @@ class Measured:
         self.learned = 0
         self.stalled_s = 0.0
         """Of the pass that is under way."""
-        self._first: float | None = None
+        self.has_begun = False
+        """There was an access."""
+        self._first = 0.0
         self._last = 0.0
         self._began: float | None = None
         self._complete = False
         self._times_s: deque[float] = deque(maxlen=_MOST_TIMES)
         self._stalls_s: deque[float] = deque(maxlen=_MOST_TIMES)
-
-    @property
-    def has_begun(self) -> bool:
-        """Whether there was an access."""
-        return self._first is not None
 
     def cycle_begins(self, passes: int) -> None:
         """The first access of a cycle begins. ``passes``: how many the one before had."""
@@ -61,8 +58,8 @@ class Measured:
             self._times_s.append((now - self._began) / passes)
             self._stalls_s.append(self.stalled_s / passes)
         self._began, self._complete, self.stalled_s = now, False, 0.0
-        if self._first is None:
-            self._first = now
+        if not self.has_begun:
+            self.has_begun, self._first = True, now
         self._last = now
 
     def backward_ends(self, passes: int) -> None:
@@ -95,7 +92,7 @@ class Measured:
             fingerprint=plan.fingerprint,
             device=plan.table.device,
             passes=self.passes,
-            wall_s=0.0 if self._first is None else self._last - self._first,
+            wall_s=self._last - self._first,
             pass_s=statistics.median(times_s[1:] or times_s or [0.0]),
             stall_s=statistics.median(stalls_s[1:] or stalls_s or [0.0]),
             loads=sum(b.loads for b in blocks),
@@ -109,7 +106,7 @@ class Measured:
             weight_copy_bytes=weight_copy_bytes,
             direct_reads=direct.reads,
             direct_read_bytes=direct.read_bytes,
-            direct_writes=direct.writes,
+            direct_writes=direct.written.count,
             vram_peak_bytes=vram_peak_bytes,
             ram_peak_bytes=ram_peak_bytes,
             blocks=blocks,

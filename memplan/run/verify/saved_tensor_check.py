@@ -19,7 +19,7 @@ from memplan.hooks.offload import changed, version_of
 from memplan.hooks.recompute import drop_hooks_that_stayed, hooks_around, run_hooked, without_graph
 from memplan.model.weights import plain_parts
 from memplan.run.memory.arena import Arena
-from memplan.run.schedule.conductor import Conductor
+from memplan.run.schedule.loader import Loader
 from memplan.run.schedule.streamed import Streamed
 from memplan.run.verify.race_check import ClockedTransfers
 
@@ -28,10 +28,10 @@ class CheckedReads:
     """Wraps forwards so that what they read of the device arena is noted, and what they save is checked at unpack."""
 
     def __init__(
-        self, arena: Arena, streamed: Mapping[int, Streamed], conductor: Conductor, transfers: ClockedTransfers
+        self, arena: Arena, streamed: Mapping[int, Streamed], loader: Loader, transfers: ClockedTransfers
     ) -> None:
         self._addresses = arena.addresses
-        self._conductor = conductor
+        self._loader = loader
         self._transfers = transfers
         self._names = {block: s.name for block, s in streamed.items()}
         self._streamed = streamed
@@ -62,7 +62,7 @@ class CheckedReads:
         def pack(tensor: torch.Tensor) -> Any:
             block = self._block_of(tensor, blocks)
             if block is not None:
-                if not self._conductor.is_there(block):
+                if not self._loader.is_there(block):
                     raise StrayReadError(self._message(block, "saved for backward"))
                 return ("ours", tensor, block, tensor._version)
             if around is not None:
@@ -83,7 +83,7 @@ class CheckedReads:
                 return kept
             _, tensor, block, version = packed
             self.checked += 1
-            if not self._conductor.is_there(block):
+            if not self._loader.is_there(block):
                 raise StrayReadError(self._message(block, "read in backward"))
             if tensor._version != version:
                 raise StrayReadError(self._message(block, "written to since forward and read in backward"))

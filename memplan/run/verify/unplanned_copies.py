@@ -56,7 +56,7 @@ class Copies:
             return True  # the second pass has begun; what is left was never trained
         if index in self._left:
             self._left.discard(index)
-            self._compare(index, self._modules[module], list(tensors_in(given)), list(tensors_in(output)))
+            self._compare(index, self._modules[module], tensors_in(given), tensors_in(output))
         return not self._left
 
     def _compare(self, index: int, module: nn.Module, given: list[torch.Tensor], output: list[torch.Tensor]) -> None:

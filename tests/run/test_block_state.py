@@ -1,0 +1,111 @@
+"""A block's state is what memory is: after each access of a run, forward and backward, on the sequence and off it."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+
+from memplan.run.access.dispatched import unasked
+from memplan.run.attach import attach
+from memplan.run.modules.offloaded_activations import SavedState
+from memplan.run.schedule.streamed import AWAY, HIDDEN, IN_SLOT, LOADING, OPEN, SHUT, BlockState, Streamed
+from tests.run import test_rows
+from tests.run.test_off_sequence import plan_of, wandering
+from tests.run.test_parity import plan_for
+from tests.support import inside
+from tests.support.training import make, train
+
+IN_ITS_SLOT = (SavedState.FILLING, SavedState.IN_SLOT, SavedState.STORING, SavedState.LOADING, SavedState.IN_BOTH)
+
+
+def address_of(tensor: torch.Tensor) -> int:
+    with torch._C.DisableTorchFunctionSubclass(), unasked():
+        return tensor.data_ptr()
+
+
+def assert_is_as_memory_is(one: Streamed) -> None:
+    assert (one.ticket is not None) == (one.state is LOADING)
+    begin, end = one.part.data_ptr(), one.part.data_ptr() + one.part.numel()
+    for tensor, there, _ in one.pointers:
+        if one.state in (SHUT, OPEN):
+            assert address_of(tensor) == there.data_ptr()
+        else:
+            assert not begin <= address_of(tensor) < end
+    for kinds in one.kinds:
+        assert type(kinds.tensor) is (kinds.own if one.state is OPEN else kinds.away)
+
+
+def assert_nothing_shares_bytes(handle) -> None:
+    blocks = {one.block: one for one in inside.streamed(handle)}
+    saved = inside.loader(handle).offloads.by_key
+    users = {key for key, one in blocks.items() if one.state is not AWAY}
+    users |= {key for key, one in saved.items() if one.is_owned() and one.state in IN_ITS_SLOT}
+    for key in users:
+        assert users.isdisjoint(blocks[key].overlapping if key in blocks else saved[key].overlapping)
+
+
+@pytest.mark.parametrize("case", ["streamed", "offloaded", "off the sequence", "rows at home"])
+def test_states_are_what_memory_is(case, tmp_path):
+    if case == "off the sequence":
+        model, kind = wandering("any"), "plain"
+        plan = plan_of(wandering("any"), 0.9, "all")
+    elif case == "rows at home":
+        model, kind = test_rows.make("tied"), None
+        plan = test_rows.plan_of("tied")
+    else:
+        model, kind = make("plain"), "plain"
+        plan = plan_for(model, "plain", share=0.2, offload="all" if case == "offloaded" else ())
+    seen: set[BlockState] = set()
+    saved: set[SavedState] = set()
+    with attach(model, plan, cache=tmp_path) as handle:
+
+        def look() -> None:
+            for one in inside.streamed(handle):
+                assert_is_as_memory_is(one)
+                seen.add(one.state)
+            assert_nothing_shares_bytes(handle)
+            saved.update(one.state for one in inside.loader(handle).offloads.by_key.values())
+
+        with inside.after_each(handle, "use", look), inside.after_each(handle, "shut_all", look):
+            if kind is None:
+                for _ in range(2):
+                    test_rows.loss_of(model(**test_rows.batch_of())).backward()
+            else:
+                train(model, kind, steps=2)
+        assert handle.record.direct_reads == 0
+    assert seen >= {AWAY, LOADING, HIDDEN, OPEN, SHUT}
+    if case == "offloaded":
+        assert saved >= {SavedState.STORING, SavedState.ON_HOST, SavedState.IN_BOTH}
+
+
+def test_every_way_from_a_state_to_the_next():
+    """Without a run: each method leaves the state that it says, and a ticket only while there is a load."""
+    weight = torch.nn.Parameter(torch.zeros(4), requires_grad=False)
+    part = torch.ones(16, dtype=torch.uint8)
+    there = part.view(torch.float32)
+    for ways in itertools.product(("arrive", "leave", "forget"), ("hide", "leave", "forget")):
+        one = Streamed(
+            block=0,
+            name="a",
+            channel="h2d",
+            source=None,  # type: ignore[arg-type]
+            part=part,
+            pointers=((weight, there, torch.full((4,), torch.nan)),),
+            rows=(),
+        )
+        assert one.state is AWAY
+        ticket = object()
+        one.start(ticket)
+        assert (one.state, one.ticket) == (LOADING, ticket)
+        left = getattr(one, ways[0])()
+        assert one.state is (SHUT if ways[0] == "arrive" else AWAY)
+        assert left is (ticket if ways[0] == "leave" else None)
+        if one.state is SHUT:
+            assert weight.data_ptr() == part.data_ptr()
+            assert getattr(one, ways[1])() is None
+            assert one.state is (HIDDEN if ways[1] == "hide" else AWAY)
+            assert (one.state in IN_SLOT) == (ways[1] == "hide")
+        assert weight.isnan().all() or ways[0] == "leave"
+        assert one.ticket is None
