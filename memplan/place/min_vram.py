@@ -12,7 +12,7 @@ from msgspec.structs import replace
 from memplan.analyze.graph import Activations
 from memplan.cost.table import CostTable
 from memplan.place.alternatives import Variants, tables_of
-from memplan.place.candidates import rings
+from memplan.place.generators import recipes
 from memplan.place.layout.layout import Arrangement
 from memplan.place.layout.ring_layout import Rings
 from memplan.place.problem import Problem, make_problem, nonweight_bytes
@@ -83,7 +83,7 @@ def _smallest(problem: Problem) -> tuple[int, Arrangement] | None:
     """Return the least room for which there is an arrangement, and that; None where ``ram`` and ``disk`` are too
     little.
     """
-    listed, made_in = list(rings(problem)), Rings(problem)
+    listed, made_in = list(recipes(problem)), Rings(problem)
 
     def first(room_bytes: int) -> Arrangement | None:
         made = (made_in.arrange(ring, room_bytes) for ring in listed)
@@ -118,7 +118,7 @@ def fitting(least: Least, budgets: Budgets) -> list[Spared]:
     if room < 0 or problem.ram_bytes < 0:
         return []
     made_in = Rings(problem)
-    found = [made for ring in rings(problem) if (made := made_in.arrange(ring, room)) is not None]
+    found = [made for ring in recipes(problem) if (made := made_in.arrange(ring, room)) is not None]
     beside = budgets.ram_bytes - problem.ram_bytes
     return [
         Spared(

@@ -14,12 +14,13 @@ from memplan.model.weights import mark_adapters
 from memplan.program.check.judge import require
 from memplan.program.page_lock import is_state_locked
 from memplan.program.schema import Plan
+from memplan.program.support import require_supported
 from memplan.run.handle import Handle, handle_of
 from memplan.run.memory.home import Checkpoint
 from memplan.run.memory.prefault import touch_ahead
 from memplan.run.memory.storage_aliases import Watched, refuse_gaps, refuse_shared
 from memplan.run.modules.install import install
-from memplan.run.modules.match_model import match_weights, require_supported, stored_tensors, trigger_modules
+from memplan.run.modules.match_model import match_weights, stored_tensors, trigger_modules
 from memplan.run.modules.optimizer_state import OptimizerState
 from memplan.run.runtime import Files, Runtime, resettle, settle
 from memplan.run.transfer.interrupts import Undo, defer_sigint

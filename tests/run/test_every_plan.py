@@ -19,9 +19,7 @@ from msgspec.structs import replace
 
 from memplan.cost.build import cost_table
 from memplan.errors import DoesNotFitError
-from memplan.place import problem
 from memplan.place.alternatives import state_away
-from memplan.place.layout import page_lock as pages
 from memplan.place.layout import split as pieces
 from memplan.place.layout.split import split
 from memplan.place.solve import place
@@ -44,7 +42,7 @@ CHOICES = ("choose", "keep", "recompute", "offload", "any")
 @pytest.fixture(autouse=True, scope="module")
 def small_sizes():
     with pytest.MonkeyPatch.context() as patch:
-        for module in (problem, pages, page_lock, check_page_locks, transfer):
+        for module in (page_lock, check_page_locks, transfer):
             patch.setattr(module, "RING_BYTES", RING_BYTES)
         patch.setattr(pieces, "LEAST_BYTES", RING_BYTES)
         patch.setattr(pieces, "LATENCIES", 0)

@@ -14,7 +14,8 @@ from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 from memplan.place.problem import Problem
-from memplan.program.schema import RING_BYTES, Tier
+from memplan.program.page_lock import are_rings_locked, rings_bytes
+from memplan.program.schema import Tier
 from memplan.units import align_up
 
 
@@ -43,11 +44,12 @@ def pageable_of(
     reads_disk = "disk" in homes.values()
     if limit is None:
         return NOTHING
-    if not problem.is_pageable(host_bytes, reads_disk=reads_disk):
-        return Pageable(rings=reads_disk and limit < RING_BYTES)
-    left = limit - RING_BYTES * (1 + reads_disk)  # below 0 where not even the rings can be: then nothing is
-    rings = left < 0
-    left -= problem.locked_state_bytes
+    is_pageable = problem.is_pageable(host_bytes, reads_disk=reads_disk)
+    rings_size = rings_bytes(reads_disk=reads_disk, is_pageable=is_pageable)
+    rings = not are_rings_locked(rings_size, limit)
+    if not is_pageable:
+        return Pageable(rings=rings)
+    left = limit - rings_size - problem.locked_state_bytes  # below 0 where not even the rings can be: then nothing is
     modules: set[str] = set()
     for save in problem.saves.items:
         if not save.stays:
