@@ -72,7 +72,7 @@ def cases(graphs: Path | None, only: str = "") -> Iterator[Case]:
 
 
 def _of_table(name: str, table: CostTable, names: dict[str, Any], thirds: int) -> Iterator[Case]:
-    least, whole = least_and_whole(table, **names)
+    least, whole = least_and_whole(table)
     held = sum(block.size_bytes for block in table.blocks)
     for share in SHARES:
         vram = int(least + share * (whole - least))

@@ -116,12 +116,9 @@ def flux(rows: int) -> tuple[Any, dict[str, Any]]:
     }
 
 
-def least_and_whole(table: CostTable, **names: Any) -> tuple[int, int]:
+def least_and_whole(table: CostTable) -> tuple[int, int]:
     """Return the least vram that works, and the least that holds everything with all activations kept."""
-    try:
-        place(table, Budgets(vram_bytes=1, ram_bytes=RAM_BYTES, disk_bytes=0), **names)
-    except DoesNotFitError as error:
-        least = error.least_vram_bytes or 0
+    least = least_vram_bytes(table, Budgets(vram_bytes=1, ram_bytes=RAM_BYTES, disk_bytes=0)) or 0
     peak = max(table.device_bytes_at(access.index, {}) for access in table.accesses)
     return least, peak + sum(-(-block.size_bytes // 512) * 512 for block in table.blocks)
 
@@ -251,7 +248,7 @@ def main() -> int:
                     with_offload = cost_table(graph, profiles.load(card))
                     table = without_offload(with_offload)
                     names = {"model": name, "fingerprint": graph.fingerprint, "workload": workload, "hardware": card}
-                    least, whole = least_and_whole(table, **names)
+                    least, whole = least_and_whole(table)
                     labels = {
                         "model": name,
                         "dtype": quantization or "bf16",

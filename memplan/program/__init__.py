@@ -6,7 +6,6 @@ it takes place; ``duplex`` where a link is busy both ways), ``memory_timeline`` 
 amount to), ``codec`` and ``reading`` (files).
 """
 
-
 from __future__ import annotations
 
 from memplan.program.check.judge import require
