@@ -2,9 +2,9 @@
 
 Kinds of cases: ``real``, the 504 of ``benchmarks.place`` in one arena; ``elastic``, some of them in an elastic one;
 ``disk``, some with RAM for a half to a tenth of the blocks; ``lists``, random unequal blocks (``benchmarks.unequal``),
-few of them in every other one. A generator is applicable in a case where it proposes anything; ``gain``: how much
-longer a pass is without it, of those cases. ``coarse_grid`` is what the others begin from, so it is never left out;
-``split``: blocks are not split. Solver times are of the process.
+few of them in every other one; ``whole lists``, such that may not be split. A generator is applicable in a case where
+it proposes anything; ``gain``: how much longer a pass is without it, of those cases. ``coarse_grid`` is what the others
+begin from, so it is never left out; ``split``: blocks are not split. Solver times are of the process.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from memplan.place.evaluator import Evaluator
 from memplan.program.schema import Budgets, Workload
 from memplan.units import MIB
 
-LISTS = 60
+LISTS = 160
 MATTERS = 1e-3
 """A gain from which on a generator matters in a case."""
 
@@ -68,7 +68,9 @@ def cases(graphs: Path | None, only: str = "") -> Iterator[Case]:
     for turn in range(0 if only else LISTS):
         table, vram_bytes = unequal.random_list(rng, *((3, 6) if turn % 2 else (8, 14)))
         within = Budgets(vram_bytes=vram_bytes, ram_bytes=RAM_BYTES, disk_bytes=0)
-        yield Case("lists", f"list {turn}", table, within, unequal.NAMES)
+        whole = turn % 4 > 1
+        options = unequal.NAMES | {"pieces": not whole}
+        yield Case("whole lists" if whole else "lists", f"list {turn}", table, within, options)
 
 
 def _of_table(name: str, table: CostTable, names: dict[str, Any], thirds: int) -> Iterator[Case]:
@@ -105,11 +107,12 @@ def placed(case: Case, left_out: str | None = None) -> dict[str, Any]:
 
         return count
 
+    options = case.options | ({"pieces": False} if left_out == "split" else {})
     run = tuple(counting(one) for one in generators.GENERATORS if one.__name__ != left_out)
     with patch.object(generators, "GENERATORS", run):
         began = time.process_time()
         try:
-            plan = solve.place(case.table, case.budgets, **{"pieces": left_out != "split"} | case.options)
+            plan = solve.place(case.table, case.budgets, **options)
         except DoesNotFitError:
             plan = None
         took = time.process_time() - began
