@@ -110,10 +110,6 @@ class Evaluator:
         """Whether a choice's pass is shorter by more than a tie."""
         return choice.pass_s < than.pass_s * (1 - _TIE)
 
-    def waits(self, choice: Choice) -> bool:
-        """Whether a choice's pass takes longer than its compute."""
-        return choice.pass_s > self.compute_s(choice.level) * (1 + _TIE)
-
     @property
     def least_of_all_s(self) -> float:
         """The least of :meth:`least_s`."""

@@ -14,16 +14,13 @@ from contextlib import suppress
 
 from memplan.place.evaluator import Candidate, Choice, Evaluator
 from memplan.place.layout.ring_layout import LayoutRecipe
-from memplan.place.problem import MOST_SUBSETS, Problem
+from memplan.place.problem import FEW_BLOCKS, MOST_SUBSETS, Problem
 
 Candidates = Generator[Candidate, Choice | None, None]
 CandidateGenerator = Callable[[Evaluator], Candidates]
 
 _REGIONS = (2.0, 1.0, 3.0, 5.0, 8.0)
 """Sizes of the shared region that are tried first, in units of the least."""
-
-_FINER = (0.5, 0.75, 1.25, 1.5)
-"""The best of them is multiplied by these."""
 
 _PART = 0.25
 """Size of a tail in units of the middle bundle, where bundles are of several blocks."""
@@ -40,15 +37,6 @@ _NEAR = 2
 _THOROUGH = 2
 """Of them, those for which every recipe is tried."""
 
-_FEW = 20
-"""Blocks up to which less room is tried than there is:"""
-
-_ROOMS = 64
-"""in steps of this part of all blocks"""
-
-_LESS_ROOM = 0.25
-"""down to this share less."""
-
 _DISK_SHARES = 4
 """Parts of the streamed blocks, by number, that lie on the disk where RAM would hold more: every number of few."""
 
@@ -61,11 +49,6 @@ _STARTS = 24
 _MOST_STACKED = 11_000
 """Arrangements that are looked at where every one of a few blocks is: there are 10,000 of six blocks. A search for what
 is better than something looks at a fortieth of that."""
-
-_STACKED_LEVELS = 3
-"""Numbers of recomputed modules for which every arrangement is looked at, where there are few blocks; all of few
-modules.
-"""
 
 
 def search(evaluator: Evaluator, generators: Iterable[CandidateGenerator] | None = None) -> Choice | None:
@@ -165,37 +148,6 @@ def every_recipe(evaluator: Evaluator) -> Candidates:
             yield Candidate(level, recipe)
 
 
-def less_room(evaluator: Evaluator) -> Candidates:
-    """Less room than there is, where blocks are few and unequal: which of them fit together is a matter of chance."""
-    if len(evaluator.problem.movable) > _FEW:
-        return
-    total = sum(evaluator.problem.sizes_bytes)
-    step = max(1, total // _ROOMS)
-    every = list(recipes(evaluator.problem, tails=evaluator.tails))
-    for level in evaluator.levels()[:_THOROUGH]:
-        if evaluator.is_best(level):
-            continue
-        spare, room = evaluator.spare_bytes(level), evaluator.rooms[level]
-        top = min(room, total) // step
-        for less in range(top * step, int(top * step * (1 - _LESS_ROOM)), -step):
-            for recipe in every:
-                arrangement = evaluator.rings.arrange(recipe, less, spare + room - less)
-                if arrangement is not None:
-                    yield Candidate(level, recipe, arrangement)
-
-
-def finer_region(evaluator: Evaluator) -> Candidates:
-    """The best recipe with a shared region a little smaller and larger, twice."""
-    for _ in range(2):
-        best = evaluator.chosen()
-        if best is None or best.recipe is None or not evaluator.waits(best):
-            return
-        for factor in _FINER:
-            yield Candidate(best.level, best.recipe._replace(times=best.recipe.times * factor))
-            if best.recipe.tails:
-                yield Candidate(best.level, best.recipe._replace(most=best.recipe.most * factor))
-
-
 def more_on_disk(evaluator: Evaluator) -> Candidates:
     """More on the disk than RAM forces: both bring bytes at once, so that with fewer there a pass may be longer."""
     best, problem = evaluator.chosen(), evaluator.problem
@@ -207,7 +159,7 @@ def more_on_disk(evaluator: Evaluator) -> Candidates:
             return
         tried = [recipe._replace(disk_bundles=bundles) for recipe in tried for bundles in range(3)]
     count, levels, parts = len(problem.movable), evaluator.levels()[:_THOROUGH], _DISK_SHARES
-    if count > _FEW:
+    if count > FEW_BLOCKS:
         levels, tried = [best.level], [best.recipe or tried[0]]
     else:
         parts = count
@@ -221,18 +173,10 @@ def every_stacking(evaluator: Evaluator) -> Candidates:
     """Every arrangement in which each block lies on another or at the start, where there are few blocks."""
     if evaluator.tails:
         return
-    levels = evaluator.levels()
-    if len(evaluator.problem.free_modules) > MOST_SUBSETS:
-        levels = levels[:_STACKED_LEVELS]
     left = _MOST_STACKED if math.isinf(evaluator.below_s) else _MOST_STACKED // 40
-    for level in levels:
-        if evaluator.is_best():
-            return
-        if evaluator.is_best(level):
-            continue
-        for arrangement in evaluator.rings.stacked(evaluator.rooms[level]):
-            if left <= 0:
-                return
+    for level in evaluator.levels():
+        stacked = () if evaluator.is_best(level) else evaluator.rings.stacked(evaluator.rooms[level])
+        for arrangement in itertools.islice(stacked, left):
             left -= 1
             yield Candidate(level, None, arrangement)
 
@@ -265,7 +209,7 @@ def _starts(evaluator: Evaluator) -> list[tuple[Choice, LayoutRecipe]]:
     if best is None:
         return []
     starts = {best.recipe or LayoutRecipe(1.0, "bundle", 0): best}
-    if len(evaluator.problem.movable) <= _FEW:
+    if len(evaluator.problem.movable) <= FEW_BLOCKS:
         for choice in sorted(evaluator.timed, key=lambda choice: choice.pass_s):
             if len(starts) < _STARTS and choice.recipe is not None:
                 starts.setdefault(choice.recipe, choice)
@@ -276,8 +220,6 @@ GENERATORS: tuple[CandidateGenerator, ...] = (
     coarse_grid,
     finer_grid,
     every_recipe,
-    less_room,
-    finer_region,
     more_on_disk,
     every_stacking,
     climb,

@@ -29,6 +29,9 @@ Bytes = NDArray[np.int64]
 MOST_SUBSETS = 4
 """Free modules up to which every choice of them is looked at, not their number alone."""
 
+FEW_BLOCKS = 20
+"""Movable blocks up to which the search is thorough: each changes a pass by much, and there are few choices."""
+
 _POLICIES: tuple[Activations, ...] = ("keep", "recompute", "offload")
 
 

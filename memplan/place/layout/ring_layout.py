@@ -13,14 +13,11 @@ from typing import Literal, NamedTuple
 
 from memplan.place.layout.elastic import around_with_tails, tails_of
 from memplan.place.layout.layout import Arrangement, arrangement_of
-from memplan.place.problem import Bytes, Problem, evenly
+from memplan.place.problem import FEW_BLOCKS, Bytes, Problem, evenly
 from memplan.program.schema import Tier
 
 _NEAR = 3
-"""Bundles before and after one that may stay in its place, where there are more than"""
-
-_FEW = 20
-"""of them; else any may."""
+"""Bundles before and after one that may stay in its place, where they are not few: more are more changes to time."""
 
 MOST_STACKED = 6
 """Blocks of which every arrangement is looked at."""
@@ -120,7 +117,7 @@ class Rings:
         bundles = [bundle for bundle in bundles if bundle[0] not in self._problem.pins]
         staying = {block for block in self._movable if block not in arrangement.homes}
         free_bytes = room_bytes - self._resident_bytes
-        reach = _NEAR if len(bundles) > _FEW else len(bundles)
+        reach = _NEAR if len(bundles) > FEW_BLOCKS else len(bundles)
         for turn, bundle in enumerate(bundles):
             partners: list[tuple[int, ...]] = [()]
             if bundle[0] in staying:
