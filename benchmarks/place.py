@@ -221,7 +221,7 @@ def main() -> int:
     )
     options.add_argument("--keep", action="store_true", help="keep the result in benchmarks/results")
     options.add_argument("--ablate", type=Path, help="leave out each generator in turn; the file that keeps results")
-    options.add_argument("--every", type=int, default=1, help="with --ablate: of the cases every so many-th alone")
+    options.add_argument("--every", type=int, default=1, help="with --ablate: every so many-th case alone")
     given = options.parse_args()
     warnings.simplefilter("ignore")
     if given.ablate is not None:
