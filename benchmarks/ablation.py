@@ -181,9 +181,9 @@ def _summary(pairs: list[dict[str, Any]]) -> dict[str, Any]:
 
 def as_markdown(result: dict[str, Any]) -> str:
     """Return the table for people."""
+    counts = ", ".join(f"{count} {kind}" for kind, count in result["cases"].items())
     lines = [
-        f"Of every {result['every']} cases of models one: "
-        f"{', '.join(f'{n} {kind}' for kind, n in result['cases'].items())}. A gain: how much longer a pass is without.",
+        f"Of every {result['every']} cases of models one: {counts}. A gain: how much longer a pass is without.",
         "",
         "| cases | generator | applicable | matters (> 0.1%) | gain, median | mean | most | least | no longer fit "
         "| solver, all | without |",

@@ -41,12 +41,11 @@ def generator_of(way: Baseline) -> CandidateGenerator:
 
 def _arrange_as(way: Baseline, problem: Problem, room_bytes: int) -> Arrangement | None:
     """Return the arrangement of a way of placing in a room; None where it needs more, or more RAM and disk."""
-    sizes = problem.sizes_bytes
     on_demand = way == "accelerate's device map"
     in_place = set() if on_demand else read_in_place(problem)
     bundles = [bundle for bundle in problem.bundles if in_place.isdisjoint(bundle)]
-    free_bytes = room_bytes - sum(sizes[block] for block in problem.resident)
-    bytes_of = [sum(sizes[block] for block in bundle) for bundle in bundles]
+    free_bytes = room_bytes - problem.room(problem.resident)
+    bytes_of = [problem.room(bundle) for bundle in bundles]
     if free_bytes >= sum(bytes_of):
         return _arranged(problem, bundles, range(len(bundles)), 0, in_place, on_demand=False)
     greatest = max(bytes_of, default=0)

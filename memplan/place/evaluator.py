@@ -242,5 +242,5 @@ def _sweeps(problem: Problem) -> tuple[tuple[int, int], ...]:
     backwards = [access.index for access in accesses if access.kind == "backward"]
     if not forwards or not backwards or max(forwards) > min(backwards):
         return ()  # they are no two windows
-    swept = [sum(problem.sizes_bytes[block] for block in read[kind]) for kind in ("forward", "backward")]
+    swept = [problem.room(read[kind]) for kind in ("forward", "backward")]
     return ((min(forwards) - 1, swept[0]), (min(backwards) - 1, swept[1]))

@@ -10,7 +10,6 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Generator, Iterable, Iterator
-from contextlib import suppress
 
 from memplan.place.evaluator import Candidate, Choice, Evaluator
 from memplan.place.layout.ring_layout import LayoutRecipe
@@ -65,9 +64,12 @@ def search(evaluator: Evaluator, generators: Iterable[CandidateGenerator] | None
 
 def _run(candidates: Candidates, evaluator: Evaluator) -> None:
     found: Choice | None = None
-    with suppress(StopIteration):
-        while True:
-            found = evaluator.judge(candidates.send(found))
+    while True:
+        try:
+            candidate = candidates.send(found)
+        except StopIteration:
+            return
+        found = evaluator.judge(candidate)
 
 
 def recipes(problem: Problem, *, every: bool = True, tails: bool = False) -> Iterator[LayoutRecipe]:
@@ -76,7 +78,7 @@ def recipes(problem: Problem, *, every: bool = True, tails: bool = False) -> Ite
     """
     in_parts = any(len(bundle) > 1 for bundle in problem.bundles)
     may_be_disk = problem.budgets.disk_bytes is None or problem.budgets.disk_bytes > 0
-    total = sum(problem.sizes_bytes[block] for block in (*problem.movable, *problem.forced))
+    total = problem.room((*problem.movable, *problem.forced))
     mixed = may_be_disk and problem.ram_bytes < total + problem.staging_bytes
     mixed = mixed or "disk" in problem.pins.values()
     for times in _REGIONS if every else _REGIONS[:2]:

@@ -131,6 +131,15 @@ class Problem:
         """Bytes of a block that a load moves."""
         return self.table.blocks[block].size_bytes
 
+    def room(self, blocks: Iterable[int]) -> int:
+        """Bytes that blocks take in an arena."""
+        return sum(map(self.sizes_bytes.__getitem__, blocks))
+
+    def bundles_of(self, blocks: Iterable[int]) -> list[tuple[int, ...]]:
+        """Return the bundles of these blocks alone, in order of first access."""
+        among = set(blocks)
+        return [kept for bundle in self.bundles if (kept := tuple([block for block in bundle if block in among]))]
+
     def needs(self, block: int, home: Tier) -> tuple[int, ...]:
         """Return the accesses for which a streamed block must be on the device: rows are read in RAM where it is
         there.

@@ -40,7 +40,7 @@ def pageable_of(
     """
     limit, sizes = problem.page_lock_bytes, problem.sizes_bytes
     on_host = [block for block, tier in homes.items() if tier == "host"]
-    host_bytes = sum([sizes[block] for block in on_host])
+    host_bytes = problem.room(on_host)
     reads_disk = "disk" in homes.values()
     if limit is None:
         return NOTHING
