@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import cache, partial
 from typing import NamedTuple
 
 from memplan.place.layout.layout import Arrangement, Key, Stay, channel_of, stays_of
@@ -84,7 +85,7 @@ class Evaluator:
         }
         self._known: dict[tuple[Key, int], Choice | None] = {}
         self._stays: dict[Key, tuple[list[Stay], Pageable] | None] = {}
-        self._saves: dict[tuple[bool, frozenset[str]], tuple[list[Load], list[Load]]] = {}
+        self._saves = cache(partial(problem.saves.loads, problem.table))
 
     # ---- what generators ask -----------------------------------------------------------------------------------------
 
@@ -162,11 +163,9 @@ class Evaluator:
             self._times[level] = (times, sum(times))
         return self._times[level]
 
-    def _durations_with_rows(
-        self, arrangement: Arrangement, level: int, pageable: Pageable
-    ) -> tuple[list[float], float]:
-        on_host = {block for block, tier in arrangement.homes.items() if tier == "host"}
-        times = durations(self.problem.table, policies_for(self.problem, level), on_host, pageable.blocks)
+    def _durations_with_rows(self, arrangement: Arrangement, level: int, slow: Pageable) -> tuple[list[float], float]:
+        on_host = arrangement.key[1]
+        times = durations(self.problem.table, policies_for(self.problem, level), on_host, slow.blocks)
         return times, sum(times)
 
     def _time(self, arrangement: Arrangement, level: int, recipe: LayoutRecipe | None) -> Choice | None:
@@ -186,7 +185,7 @@ class Evaluator:
         if reads_rows and pageable.blocks:
             times, compute_s = self._durations_with_rows(arrangement, level, pageable)
         disk_used = arrangement.reads_disk
-        stores, back = self._saves_of(disk_used, pageable.modules)
+        stores, back = self._saves(disk_used, pageable.modules)
         loads: dict[str, list[Load]] = {"d2h": stores} if stores else {}
         moved_bytes = arrangement.rows_bytes
         for stay in stays:
@@ -208,17 +207,10 @@ class Evaluator:
     def _moved(self, arrangement: Arrangement) -> tuple[list[Stay], Pageable] | None:
         """Return what an arrangement loads, and what of it is not page-locked; None where it cannot be."""
         stays = stays_of(self.problem, arrangement)
-        if stays is None or self.problem.page_lock_bytes is None:
-            return None if stays is None else (stays, NOTHING)
+        if stays is None:
+            return None
         loaded = [stay.block for stay in stays]
         return stays, pageable_of(self.problem, arrangement.homes, arrangement.offsets, loaded)
-
-    def _saves_of(self, disk_used: bool, pageable: frozenset[str]) -> tuple[list[Load], list[Load]]:
-        """Return the stores of offloaded activations, and what comes back."""
-        key = (disk_used, pageable)
-        if key not in self._saves:
-            self._saves[key] = self.problem.saves.loads(self.problem.table, disk_used, pageable)
-        return self._saves[key]
 
     def _least_loads_s(self, arrangement: Arrangement) -> float:
         """Return what its loads take at least: each streamed block comes once a pass."""

@@ -19,35 +19,31 @@ Candidates = Generator[Candidate, Choice | None, None]
 CandidateGenerator = Callable[[Evaluator], Candidates]
 
 _REGIONS = (2.0, 1.0, 3.0, 5.0, 8.0)
-"""Sizes of the shared region that are tried first, in units of the least."""
-
-_PART = 0.25
-"""Size of a tail in units of the middle bundle, where bundles are of several blocks."""
-
-_HALF = 0.5
-"""Share of what is streamed up to which there are tails, beside all of it."""
+"""Sizes of the shared region, in units of the least: small ones leave more to residents, large ones bring further
+ahead. At first the first two alone are tried.
+"""
 
 _LEVELS = 9
-"""Numbers of recomputed modules that are tried first."""
+"""Numbers of recomputed modules in the coarse grid: more of them cost time, fewer may miss where the best lies."""
 
 _NEAR = 2
-"""How many more or fewer are tried where the best is about known."""
+"""How many more or fewer are tried where the best is about known: of split blocks it is nearly that of whole ones."""
 
 _THOROUGH = 2
-"""Of them, those for which every recipe is tried."""
+"""Of them, those for which every recipe is tried: each costs as much, and the second is the best now and then."""
 
 _DISK_SHARES = 4
-"""Parts of the streamed blocks, by number, that lie on the disk where RAM would hold more: every number of few."""
+"""Parts of the streamed blocks, by number, that lie on the disk where RAM would hold more: each number of few."""
 
 _MOST_CLIMBED = 6000
-"""Changes of what stays that are looked at, times the blocks there are."""
+"""Changes of what stays that are looked at, times the blocks there are: about a second of a climb."""
 
 _STARTS = 24
-"""Recipes from whose best the climb begins where blocks are few."""
+"""Recipes from whose best the climb begins where blocks are few: where it ends depends on where it begins."""
 
 _MOST_STACKED = 11_000
-"""Arrangements that are looked at where every one of a few blocks is: there are 10,000 of six blocks. A search for what
-is better than something looks at a fortieth of that."""
+"""Arrangements that are looked at where every one of a few blocks is: the 10,000 of six blocks take a second. A search
+for what is better than something looks at a fortieth of that."""
 
 
 def search(evaluator: Evaluator, generators: Iterable[CandidateGenerator] | None = None) -> Choice | None:
@@ -82,15 +78,10 @@ def recipes(problem: Problem, *, every: bool = True, tails: bool = False) -> Ite
     mixed = may_be_disk and problem.ram_bytes < total + problem.staging_bytes
     mixed = mixed or "disk" in problem.pins.values()
     for times in _REGIONS if every else _REGIONS[:2]:
-        recipe = LayoutRecipe(times, "bundle", 0)
-        if tails:
-            yield recipe._replace(tails=1.0)
-            if every:
-                yield recipe._replace(tails=1.0, most=_HALF)
-            if every and in_parts:
-                yield recipe._replace(tails=_PART)
-            continue
+        recipe = LayoutRecipe(times, "bundle", 0, tails=tails)
         yield recipe
+        if tails:
+            continue
         if in_parts:
             yield recipe._replace(grain="block")
         if mixed:
@@ -196,7 +187,7 @@ def climb(evaluator: Evaluator) -> Candidates:
                 return
             higher = False
             for arrangement in evaluator.rings.beside(top.arrangement, recipe, room, spare):
-                left -= 1 + (recipe.tails > 0)  # tails are twice the work
+                left -= 1 + recipe.tails  # which are twice the work
                 found = yield Candidate(start.level, recipe, arrangement)
                 if found is not None and evaluator.is_shorter(found, top):
                     top, higher = found, True

@@ -39,11 +39,11 @@ def pageable_of(
     load of a pass.
     """
     limit, sizes = problem.page_lock_bytes, problem.sizes_bytes
+    if limit is None:
+        return NOTHING
     on_host = [block for block, tier in homes.items() if tier == "host"]
     host_bytes = problem.room(on_host)
     reads_disk = "disk" in homes.values()
-    if limit is None:
-        return NOTHING
     is_pageable = problem.is_pageable(host_bytes, reads_disk=reads_disk)
     rings_size = rings_bytes(reads_disk=reads_disk, is_pageable=is_pageable)
     rings = not are_rings_locked(rings_size, limit)

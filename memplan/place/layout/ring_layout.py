@@ -37,11 +37,8 @@ class LayoutRecipe(NamedTuple):
     """What comes from the disk has a region of its own for so many of its greatest bundles; 0: all share one."""
     disk_share: float = 0.0
     """Of the streamed blocks at least so many lie on the disk, by number, where RAM would hold more."""
-    tails: float = 0.0
-    """Size of a tail at least, in units of the middle one of all bundles; 0: there are none."""
-    most: float = 1.0
-    """Of the tails only those that last the longest, up to this share of what is streamed: what lies in others cannot
-    be brought ahead."""
+    tails: bool = False
+    """Whether there are tails, each as large as the middle one of all bundles at least."""
 
 
 class Rings:
@@ -96,8 +93,7 @@ class Rings:
         if homes is None:
             return None
         if ring.tails and spare_bytes is not None:
-            streamed_bytes = int(ring.most * problem.room(streamed))
-            tails = tails_of(spare_bytes, int(ring.tails * self._middle_bytes), streamed_bytes)
+            tails = tails_of(spare_bytes, self._middle_bytes, problem.room(streamed))
             around = around_with_tails(problem, streamed, homes, region, tails)
             return None if around is None else arrangement_of(problem, around[0], homes, around[1], tails=around[2])
         offsets = _offsets(problem, streamed, homes, region, ring.disk_bundles)
