@@ -23,7 +23,7 @@ from unittest.mock import patch
 from msgspec.structs import replace
 
 from benchmarks import unequal
-from benchmarks.about import keep
+from benchmarks.about import about, keep
 from benchmarks.place import CARDS, MODELS, RAM_BYTES, SHAPES, SHARES, graph_of, least_and_whole, without_offload
 from memplan.cost.build import cost_table
 from memplan.cost.table import CostTable
@@ -162,8 +162,9 @@ def ablate(graphs: Path | None, only: str, state: Path, every: int, *, kept: boo
     text = as_markdown(result)
     print(text)
     if kept:
-        path = keep(result, "place-ablation")
-        path.with_suffix(".md").write_text(text + "\n")
+        path, by = keep(result, "place-ablation"), about()
+        head = f"{by['date']}, commit {by['commit']}, {by['processor']}, {by['cpus']} CPUs. "
+        path.with_suffix(".md").write_text(f"{head}{text}\n")
         print(path)
 
 
