@@ -35,9 +35,6 @@ _NEAR = 2
 _THOROUGH = 2
 """Of them, those for which every recipe is tried: each costs as much, and the second is the best now and then."""
 
-_DISK_SHARES = 4
-"""Parts of the streamed blocks, by number, that lie on the disk where RAM would hold more: each number of few."""
-
 _MOST_CLIMBED = 6000
 """Changes of what stays that are looked at, times the blocks there are: about a second of a climb."""
 
@@ -145,32 +142,31 @@ def every_recipe(evaluator: Evaluator) -> Candidates:
 
 
 def finer_region(evaluator: Evaluator) -> Candidates:
-    """The best recipe with a shared region a little smaller and larger."""
-    best = evaluator.chosen()
-    if best is not None and best.recipe is not None and not evaluator.is_best(best.level):
+    """The best recipe with a shared region a little smaller and larger, twice."""
+    for _ in range(2):
+        best = evaluator.chosen()
+        if best is None or best.recipe is None or evaluator.is_best(best.level):
+            return
         for factor in _FINER:
             yield Candidate(best.level, best.recipe._replace(times=best.recipe.times * factor))
 
 
 def more_on_disk(evaluator: Evaluator) -> Candidates:
-    """More on the disk than RAM forces: both bring bytes at once, so that with fewer there a pass may be longer."""
-    best, problem = evaluator.chosen(), evaluator.problem
-    if best is None or evaluator.tails:
+    """More on the disk than RAM forces, where blocks are few: both bring bytes at once, so that with fewer there a pass
+    may be longer.
+    """
+    problem, count = evaluator.problem, len(evaluator.problem.movable)
+    if count > FEW_BLOCKS or evaluator.tails:
         return
     tried = list(recipes(problem))
     if not any(recipe.disk_bundles for recipe in tried):  # RAM holds all
         if not problem.disk_may_help:
             return
         tried = [recipe._replace(disk_bundles=bundles) for recipe in tried for bundles in range(3)]
-    count, levels, parts = len(problem.movable), evaluator.levels()[:_THOROUGH], _DISK_SHARES
-    if count > FEW_BLOCKS:
-        levels, tried = [best.level], [best.recipe or tried[0]]
-    else:
-        parts = count
-    for level in levels:
-        for part, recipe in itertools.product(range(1, parts + 1), tried):
+    for level in evaluator.levels()[:_THOROUGH]:
+        for on_disk, recipe in itertools.product(range(1, count + 1), tried):
             if not evaluator.is_best(level):
-                yield Candidate(level, recipe._replace(disk_share=part / parts))
+                yield Candidate(level, recipe._replace(disk_share=on_disk / count))
 
 
 def every_stacking(evaluator: Evaluator) -> Candidates:
