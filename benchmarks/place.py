@@ -1,13 +1,14 @@
 """Plans of real models beside the bound: how far each is from what any plan could do, and how long it takes to find it.
 
     python -m benchmarks.place [--only TEXT] [--tokens N] [--graphs FOLDER] [--elastic] [--keep]
+    python -m benchmarks.place --ablate FILE [--every N] [--only TEXT] [--graphs FOLDER] [--keep]
 
 Models (from shapes alone) x dtypes x cards x tokens x budgets from the least feasible to all. ``bound``: the window
 bound at the plan's granularity, room as it is at each access. ``--graphs``: where analyses are kept from one run to the
 next. ``one arena``: the same bound where the room is that of the access with the least. ``all kept``, ``all
 recomputed``: the same solver without that choice. ``joint``: the same solver with the choice of offloading too; for it
 there are budgets besides from where both of those fit to all, and two at and above the least that works with it where
-nothing else fits. A table for people; the last line is JSON.
+nothing else fits. A table for people; the last line is JSON. ``--ablate``: see ``benchmarks/ablation.py``.
 """
 
 from __future__ import annotations
@@ -115,12 +116,9 @@ def flux(rows: int) -> tuple[Any, dict[str, Any]]:
     }
 
 
-def least_and_whole(table: CostTable, **names: Any) -> tuple[int, int]:
+def least_and_whole(table: CostTable) -> tuple[int, int]:
     """Return the least vram that works, and the least that holds everything with all activations kept."""
-    try:
-        place(table, Budgets(vram_bytes=1, ram_bytes=RAM_BYTES, disk_bytes=0), **names)
-    except DoesNotFitError as error:
-        least = error.least_vram_bytes or 0
+    least = least_vram_bytes(table, Budgets(vram_bytes=1, ram_bytes=RAM_BYTES, disk_bytes=0)) or 0
     peak = max(table.device_bytes_at(access.index, {}) for access in table.accesses)
     return least, peak + sum(-(-block.size_bytes // 512) * 512 for block in table.blocks)
 
@@ -222,8 +220,15 @@ def main() -> int:
         "--elastic", action="store_true", help="plans whose device arena gives bytes back for part of a pass"
     )
     options.add_argument("--keep", action="store_true", help="keep the result in benchmarks/results")
+    options.add_argument("--ablate", type=Path, help="leave out each generator in turn; the file that keeps results")
+    options.add_argument("--every", type=int, default=1, help="with --ablate: every so many-th case alone")
     given = options.parse_args()
     warnings.simplefilter("ignore")
+    if given.ablate is not None:
+        from benchmarks.ablation import ablate
+
+        ablate(given.graphs, given.only, given.ablate, given.every, kept=given.keep)
+        return 0
     rows: list[dict[str, Any]] = []
     joint: list[dict[str, Any]] = []
     shown = Table(
@@ -243,7 +248,7 @@ def main() -> int:
                     with_offload = cost_table(graph, profiles.load(card))
                     table = without_offload(with_offload)
                     names = {"model": name, "fingerprint": graph.fingerprint, "workload": workload, "hardware": card}
-                    least, whole = least_and_whole(table, **names)
+                    least, whole = least_and_whole(table)
                     labels = {
                         "model": name,
                         "dtype": quantization or "bf16",

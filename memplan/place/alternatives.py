@@ -1,17 +1,18 @@
-"""What is tried where it is to be chosen: where the optimizer's state lies, and of how many modules activations are
-offloaded.
+"""What was asked, and what is tried where it is to be chosen: where the optimizer's state lies, and of how many modules
+activations are offloaded.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from typing import NamedTuple
 
 from memplan.analyze.graph import Activations
 from memplan.cost.optimizer_state import state_on_host
 from memplan.cost.table import CostTable
-from memplan.place.problem import MOST_SUBSETS, evenly, subsets
+from memplan.place.problem import MOST_SUBSETS, Problem, evenly, make_problem, subsets
 from memplan.program.page_lock import is_state_locked
-from memplan.program.schema import StateHome
+from memplan.program.schema import Budgets, StateHome, Tier
 
 _PARTS = 6
 """So many different numbers of modules are tried first, beside none."""
@@ -25,16 +26,41 @@ def state_away(table: CostTable, page_lock_bytes: int | None) -> CostTable:
     return state_on_host(table, is_pageable=True)
 
 
-def tables_of(
-    table: CostTable, optimizer_state: StateHome | None, page_lock_bytes: int | None
-) -> tuple[CostTable, ...]:
-    """Return the cost rows with the optimizer's state where it may lie. ``optimizer_state``: None where that is to be
-    chosen: on a device whose memory is its own, since the CPU's is where it would go.
-    """
-    away = state_away(table, page_lock_bytes)
-    if optimizer_state == "host":
-        return (away,)
-    return (table,) if optimizer_state == "device" or away is table or table.device == "cpu" else (table, away)
+class Task(NamedTuple):
+    """What was asked."""
+
+    table: CostTable
+    budgets: Budgets
+    staging_bytes: int
+    pins: Mapping[int, Tier]
+    activations: Mapping[str, Activations]
+    """Of the modules for which they are not to be chosen."""
+    optimizer_state: StateHome | None = None
+    """None: where that is to be chosen."""
+    elastic: bool = False
+
+    def problem(self) -> Problem:
+        """Return the problem with these rows and activations. Raises InputError as :func:`make_problem` does."""
+        return make_problem(self.table, self.budgets, self.staging_bytes, self.pins, self.activations)
+
+    def tables(self) -> tuple[CostTable, ...]:
+        """Return the cost rows with the optimizer's state where it may lie; both where it is to be chosen, on a device
+        whose memory is its own, since the CPU's is where it would go.
+        """
+        away = state_away(self.table, self.budgets.page_lock_bytes)
+        if self.optimizer_state == "host":
+            return (away,)
+        is_one = self.optimizer_state == "device" or away is self.table or self.table.device == "cpu"
+        return (self.table,) if is_one else (self.table, away)
+
+    def problems(self) -> Iterator[Problem]:
+        """Yield the problems that are solved: with what was asked, with more offloaded, with the optimizer's state in
+        RAM.
+        """
+        for rows in self.tables():
+            variants = Variants(rows, self.activations)
+            for given in (self.activations, *variants.every, *map(variants.of, variants.counts)):
+                yield self._replace(table=rows, activations=given).problem()
 
 
 class Variants:

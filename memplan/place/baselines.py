@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Literal, get_args
 
+from memplan.place.evaluator import Candidate, Evaluator
+from memplan.place.generators import CandidateGenerator, Candidates
 from memplan.place.layout.layout import Arrangement, arrangement_of
 from memplan.place.layout.ring_layout import homes_of, read_in_place
 from memplan.place.problem import Problem, evenly
@@ -25,14 +27,25 @@ WAYS: tuple[Baseline, ...] = get_args(Baseline)
 _SLOTS = 2
 
 
-def arrange_as(way: Baseline, problem: Problem, room_bytes: int) -> Arrangement | None:
+def generator_of(way: Baseline) -> CandidateGenerator:
+    """Return what proposes a way of placing alone: with all activations kept, and with all recomputed."""
+
+    def propose(evaluator: Evaluator) -> Candidates:
+        for level in (0, len(evaluator.rooms) - 1):
+            arrangement = _arrange_as(way, evaluator.problem, evaluator.rooms[level])
+            if arrangement is not None:
+                yield Candidate(level, None, arrangement)
+
+    return propose
+
+
+def _arrange_as(way: Baseline, problem: Problem, room_bytes: int) -> Arrangement | None:
     """Return the arrangement of a way of placing in a room; None where it needs more, or more RAM and disk."""
-    sizes = problem.sizes_bytes
     on_demand = way == "accelerate's device map"
     in_place = set() if on_demand else read_in_place(problem)
     bundles = [bundle for bundle in problem.bundles if in_place.isdisjoint(bundle)]
-    free_bytes = room_bytes - sum(sizes[block] for block in problem.resident)
-    bytes_of = [sum(sizes[block] for block in bundle) for bundle in bundles]
+    free_bytes = room_bytes - problem.room(problem.resident)
+    bytes_of = [problem.room(bundle) for bundle in bundles]
     if free_bytes >= sum(bytes_of):
         return _arranged(problem, bundles, range(len(bundles)), 0, in_place, on_demand=False)
     greatest = max(bytes_of, default=0)

@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
 from msgspec.structs import replace
 
 from memplan.analyze.graph import Activations
 from memplan.cost.table import CostTable
-from memplan.place.alternatives import Variants, tables_of
-from memplan.place.candidates import rings
+from memplan.place.alternatives import Task
+from memplan.place.generators import recipes
 from memplan.place.layout.layout import Arrangement
 from memplan.place.layout.ring_layout import Rings
-from memplan.place.problem import Problem, make_problem, nonweight_bytes
+from memplan.place.problem import Problem, nonweight_bytes
 from memplan.place.validate import require_input
 from memplan.program.schema import STAGING_BYTES, Budgets, StateHome, Tier
 from memplan.units import ALIGNMENT_BYTES
@@ -36,26 +36,9 @@ def least_vram_bytes(
     Raises InputError as that does.
     """
     require_input(table, budgets, staging_bytes)
-    problems = problems_of(table, budgets, staging_bytes, pins or {}, activations or {}, optimizer_state)
-    least = min(Least(problem).vram_bytes for problem in problems)
+    task = Task(table, budgets, staging_bytes, pins or {}, activations or {}, optimizer_state)
+    least = min(Least(problem).vram_bytes for problem in task.problems())
     return None if math.isinf(least) else int(least)
-
-
-def problems_of(
-    table: CostTable,
-    budgets: Budgets,
-    staging_bytes: int,
-    pins: Mapping[int, Tier],
-    activations: Mapping[str, Activations],
-    optimizer_state: StateHome | None,
-) -> Iterator[Problem]:
-    """Yield the problems that :func:`place` solves: with what was asked, with more offloaded, with the optimizer's
-    state in RAM.
-    """
-    for rows in tables_of(table, optimizer_state, budgets.page_lock_bytes):
-        variants = Variants(rows, activations)
-        for given in (activations, *variants.every, *map(variants.of, variants.counts)):
-            yield make_problem(rows, budgets, staging_bytes, pins, given)
 
 
 class Least:
@@ -83,7 +66,7 @@ def _smallest(problem: Problem) -> tuple[int, Arrangement] | None:
     """Return the least room for which there is an arrangement, and that; None where ``ram`` and ``disk`` are too
     little.
     """
-    listed, made_in = list(rings(problem)), Rings(problem)
+    listed, made_in = list(recipes(problem)), Rings(problem)
 
     def first(room_bytes: int) -> Arrangement | None:
         made = (made_in.arrange(ring, room_bytes) for ring in listed)
@@ -118,7 +101,7 @@ def fitting(least: Least, budgets: Budgets) -> list[Spared]:
     if room < 0 or problem.ram_bytes < 0:
         return []
     made_in = Rings(problem)
-    found = [made for ring in rings(problem) if (made := made_in.arrange(ring, room)) is not None]
+    found = [made for ring in recipes(problem) if (made := made_in.arrange(ring, room)) is not None]
     beside = budgets.ram_bytes - problem.ram_bytes
     return [
         Spared(

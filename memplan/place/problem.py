@@ -14,8 +14,8 @@ from memplan.analyze.graph import Activations
 from memplan.cost.table import CostTable
 from memplan.errors import InputError
 from memplan.place.layout.offload import Saves, make_saves
-from memplan.program.page_lock import is_state_locked
-from memplan.program.schema import RING_BYTES, Budgets, Tier
+from memplan.program.page_lock import is_state_locked, rings_bytes
+from memplan.program.schema import Budgets, Tier
 from memplan.units import KIB, align_up
 
 TINY_BYTES = 64 * KIB
@@ -28,6 +28,9 @@ Bytes = NDArray[np.int64]
 
 MOST_SUBSETS = 4
 """Free modules up to which every choice of them is looked at, not their number alone."""
+
+FEW_BLOCKS = 20
+"""Movable blocks up to which the search is thorough: each changes a pass by much, and there are few choices."""
 
 _POLICIES: tuple[Activations, ...] = ("keep", "recompute", "offload")
 
@@ -84,7 +87,8 @@ class Problem:
         if limit is None:
             return False
         held = host_bytes + self.saves.host_bytes
-        return held > 0 and held + self.locked_state_bytes + (RING_BYTES if reads_disk else 0) > limit
+        rings = rings_bytes(reads_disk=reads_disk, is_pageable=False)
+        return held > 0 and held + self.locked_state_bytes + rings > limit
 
     @property
     def locked_state_bytes(self) -> int:
@@ -94,8 +98,8 @@ class Problem:
 
     def staged_bytes(self, host_bytes: int, *, reads_disk: bool) -> int:
         """Return the bytes of RAM for staging beside so many of weights."""
-        ring = RING_BYTES if self.is_pageable(host_bytes, reads_disk=reads_disk) else 0
-        return ring + (self.staging_bytes if reads_disk else 0)
+        is_pageable = self.is_pageable(host_bytes, reads_disk=reads_disk)
+        return rings_bytes(reads_disk=False, is_pageable=is_pageable) + (self.staging_bytes if reads_disk else 0)
 
     @property
     def free_modules(self) -> list[str]:
@@ -126,6 +130,15 @@ class Problem:
     def size(self, block: int) -> int:
         """Bytes of a block that a load moves."""
         return self.table.blocks[block].size_bytes
+
+    def room(self, blocks: Iterable[int]) -> int:
+        """Bytes that blocks take in an arena."""
+        return sum(map(self.sizes_bytes.__getitem__, blocks))
+
+    def bundles_of(self, blocks: Iterable[int]) -> list[tuple[int, ...]]:
+        """Return the bundles of these blocks alone, in order of first access."""
+        among = set(blocks)
+        return [kept for bundle in self.bundles if (kept := tuple([block for block in bundle if block in among]))]
 
     def needs(self, block: int, home: Tier) -> tuple[int, ...]:
         """Return the accesses for which a streamed block must be on the device: rows are read in RAM where it is

@@ -9,18 +9,16 @@ GiB of RAM.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import NamedTuple
 
 from msgspec.structs import replace
 
-from memplan.analyze.graph import Activations
 from memplan.cost.chunked import CHUNK_TOKENS, chunked_loss
-from memplan.cost.table import CostTable
 from memplan.errors import DoesNotFitError
-from memplan.place.alternatives import tables_of
-from memplan.place.min_vram import Least, fitting, least_disk_bytes, least_ram_bytes, problems_of
-from memplan.program.schema import RING_BYTES, Budgets, StateHome, Tier, Workload
+from memplan.place.alternatives import Task
+from memplan.place.min_vram import Least, fitting, least_disk_bytes, least_ram_bytes
+from memplan.program.schema import RING_BYTES, Budgets, Workload
 from memplan.units import GIB, format_bytes
 
 _MOST_TIPS = 4
@@ -39,40 +37,14 @@ class _Change(NamedTuple):
     text: str
 
 
-class _Case(NamedTuple):
-    """What was asked, and the problems that it is, each with the least vram."""
-
-    table: CostTable
-    budgets: Budgets
-    pins: Mapping[int, Tier]
-    activations: Mapping[str, Activations]
-    staging_bytes: int
-    optimizer_state: StateHome | None
-    workload: Workload
-
-    def problems(self) -> list[Least]:
-        """Return the problems that were solved, none of which fits."""
-        table, budgets, pins, activations, staging_bytes, state, _ = self
-        return [Least(problem) for problem in problems_of(table, budgets, staging_bytes, pins, activations, state)]
-
-
-def does_not_fit(
-    table: CostTable,
-    budgets: Budgets,
-    pins: Mapping[int, Tier],
-    activations: Mapping[str, Activations],
-    staging_bytes: int,
-    optimizer_state: StateHome | None,
-    workload: Workload,
-) -> DoesNotFitError:
+def does_not_fit(task: Task, workload: Workload) -> DoesNotFitError:
     """Return what to raise where no plan keeps the budgets: what would do of each tier, what is short, what helps."""
-    case = _Case(table, budgets, pins, activations, staging_bytes, optimizer_state, workload)
-    problems = case.problems()
+    budgets, problems = task.budgets, _least_of(task)
     of = min(problems, key=lambda least: least.vram_bytes)
     least_vram = None if of.smallest is None else int(of.vram_bytes)
     least_ram = least_ram_bytes(problems, budgets)
     least_disk = least_disk_bytes(problems, budgets)
-    changes = sorted(_changes(case, problems, least_vram, least_ram, least_disk))
+    changes = sorted(_changes(task, workload, problems, least_vram, least_ram, least_disk))
     tips = [change.text for change in changes]
     asked = f"a micro-batch of {workload.tokens} tokens was to be trained in {format_bytes(budgets.vram_bytes)} of vram"
     if least_ram is not None:  # with that much of it the vram that was asked for would do
@@ -80,14 +52,14 @@ def does_not_fit(
             f" and {format_bytes(budgets.ram_bytes)} of ram, but that vram needs at least "
             f"{_more(least_ram, budgets.ram_bytes)} of ram"
         )
-        limited = _ram_limit(case, of)
+        limited = _ram_limit(task, of)
     elif of.smallest is None:
         asked += ", but there is no room for the blocks that would leave it"
-        limited = _ram_limit(case, of)
+        limited = _ram_limit(task, of)
     else:
         asked += f", but the least that works is {_more(int(of.vram_bytes), budgets.vram_bytes)}"
         limited = _vram_limit(of)
-    tips += _more_tips(case, of, bool(changes), is_ram=least_ram is not None)
+    tips += _more_tips(task, workload, of, bool(changes), is_ram=least_ram is not None)
     return DoesNotFitError(
         asked,
         least_vram_bytes=least_vram,
@@ -98,11 +70,21 @@ def does_not_fit(
     )
 
 
+def _least_of(task: Task) -> list[Least]:
+    """Return the problems that were solved, each with its least vram."""
+    return [Least(problem) for problem in task.problems()]
+
+
 def _changes(
-    case: _Case, problems: list[Least], least_vram: int | None, least_ram: int | None, least_disk: int | None
+    task: Task,
+    workload: Workload,
+    problems: list[Least],
+    least_vram: int | None,
+    least_ram: int | None,
+    least_disk: int | None,
 ) -> Iterator[_Change]:
     """Yield what makes it fit alone."""
-    budgets = case.budgets
+    budgets = task.budgets
     if least_vram is not None:
         price = _PRICES["vram"] * (least_vram - budgets.vram_bytes) / GIB
         yield _Change(price, f"give at least {format_bytes(least_vram)} of vram ({least_vram} bytes)")
@@ -116,7 +98,7 @@ def _changes(
             )
     if least_ram is not None:
         price = _PRICES["ram"] * (least_ram - budgets.ram_bytes) / GIB
-        why = ", so that blocks may be read from the disk" if _lacks_staging(case) else ""
+        why = ", so that blocks may be read from the disk" if _lacks_staging(task) else ""
         yield _Change(price, f"give at least {format_bytes(least_ram)} of ram ({least_ram} bytes){why}")
     if least_disk is not None and any(fitting(least, replace(budgets, disk_bytes=least_disk)) for least in problems):
         price = _PRICES["disk"] * (least_disk - (budgets.disk_bytes or 0)) / GIB
@@ -125,9 +107,9 @@ def _changes(
             f"give a disk budget of at least {format_bytes(least_disk)} ({least_disk} bytes), or the folder of a "
             "checkpoint that blocks may be read from",
         )
-    chunked = chunked_loss(case.table, case.workload.tokens)
+    chunked = chunked_loss(task.table, workload.tokens)
     if chunked is not None:
-        needed = min(least.vram_bytes for least in case._replace(table=chunked).problems())
+        needed = min(least.vram_bytes for least in _least_of(task._replace(table=chunked)))
         short = least_ram is None and least_vram is not None and needed < (1 - _WORTH) * least_vram
         if needed <= budgets.vram_bytes or short:
             more = max(0, int(needed) - budgets.vram_bytes)
@@ -149,11 +131,11 @@ def _vram_and_ram(problems: list[Least], budgets: Budgets) -> tuple[int, int] | 
     return None if ram is None else (int(vram), ram)
 
 
-def _ram_limit(case: _Case, of: Least) -> str:
+def _ram_limit(task: Task, of: Least) -> str:
     """Return what of RAM stands in the way."""
-    budgets, problem = case.budgets, of.problem
+    budgets, problem = task.budgets, of.problem
     frozen = sum(block.size_bytes for block in problem.table.blocks)
-    if _lacks_staging(case):
+    if _lacks_staging(task):
         staging = format_bytes(problem.staging_bytes)
         limited = f"the disk is read through {staging} of ram, and there are {format_bytes(budgets.ram_bytes)}"
     else:
@@ -184,10 +166,9 @@ def _vram_limit(of: Least) -> str:
     )
 
 
-def _more_tips(case: _Case, of: Least, is_found: bool, *, is_ram: bool) -> Iterator[str]:
+def _more_tips(task: Task, workload: Workload, of: Least, is_found: bool, *, is_ram: bool) -> Iterator[str]:
     """Yield what helps besides: by how much was not looked at."""
-    problem, budgets = of.problem, case.budgets
-    table = problem.table
+    problem, table = of.problem, of.problem.table
     if problem.is_pageable(sum(block.size_bytes for block in table.blocks), reads_disk=False):
         yield "let more ram be page-locked, if the machine does"
     if of.smallest is None or is_ram:
@@ -206,8 +187,8 @@ def _more_tips(case: _Case, of: Least, is_found: bool, *, is_ram: bool) -> Itera
     if smallest.device_bytes > 4 * smallest.slots_bytes and len(smallest.homes) < len(problem.movable):
         yield "give more ram or a disk budget, so that more blocks may leave the device"
     state = sum(row.size_bytes for row in table.fixed if row.kind == "optimizer")
-    is_choice = len(tables_of(case.table, case.optimizer_state, budgets.page_lock_bytes)) > 1  # then it was tried
-    if state > least // 8 and not is_choice and not case.workload.optimizer.startswith("paged_"):
+    is_choice = len(task.tables()) > 1  # then it was tried
+    if state > least // 8 and not is_choice and not workload.optimizer.startswith("paged_"):
         yield 'let the optimizer\'s state wait in ram between steps (optimizer_state "host")'
     if fixed <= least // 4 or peak - fixed > smallest.device_bytes // 4:
         yield "use a smaller micro-batch with more accumulation, or shorter sequences: activations shrink with them"
@@ -216,8 +197,8 @@ def _more_tips(case: _Case, of: Least, is_found: bool, *, is_ram: bool) -> Itera
         yield 'let activations wait in ram too (activations "any"), which may need less vram'
 
 
-def _lacks_staging(case: _Case) -> bool:
-    return case.budgets.disk_bytes != 0 and case.budgets.ram_bytes < case.staging_bytes
+def _lacks_staging(task: Task) -> bool:
+    return task.budgets.disk_bytes != 0 and task.budgets.ram_bytes < task.staging_bytes
 
 
 def _more(least_bytes: int, budget_bytes: int) -> str:

@@ -6,20 +6,21 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import NamedTuple, NotRequired, TypedDict, Unpack
+from typing import NotRequired, TypedDict, Unpack
 
 import numpy as np
 
 from memplan.analyze.graph import Activations
 from memplan.cost.table import CostTable
-from memplan.place.alternatives import Variants, state_away, tables_of
-from memplan.place.baselines import Baseline
+from memplan.place.alternatives import Task, Variants, state_away
+from memplan.place.baselines import Baseline, generator_of
 from memplan.place.bound import window_bound
+from memplan.place.evaluator import Choice, Evaluator
+from memplan.place.generators import GENERATORS, climb, search
 from memplan.place.layout.layout import lay_out
 from memplan.place.layout.split import split
-from memplan.place.problem import Memory, Problem, make_problem, nonweight_bytes, policies_for
+from memplan.place.problem import Memory, Problem, make_problem, policies_for
 from memplan.place.refusal import does_not_fit
-from memplan.place.search import Choice, Search
 from memplan.place.validate import require_input
 from memplan.program.check.judge import require
 from memplan.program.schema import (
@@ -35,6 +36,7 @@ from memplan.program.schema import (
     Tier,
     Workload,
 )
+from memplan.program.support import ELASTIC_DEVICES, require_supported
 from memplan.program.timeline import Timeline, durations, replay
 
 _BINDS_SHARE = 0.01
@@ -83,20 +85,18 @@ def place(
     be kept, and for budgets or a table that cannot be (see :mod:`memplan.place.validate`).
     """
     require_input(table, budgets, staging_bytes)
-    asked = activations or {}
-    elastic = _is_elastic(table, elastic)
-    tables = tables_of(table, optimizer_state, budgets.page_lock_bytes)
-    given = _Given(tables[0], budgets, staging_bytes, pins or {}, elastic)
-    solution = _best(given, asked, pieces)
-    if solution.choice is None and len(tables) > 1:
-        solution = _best(given._replace(table=tables[1]), asked, pieces)
-    elif len(tables) > 1:
-        solution = _with_state_away(solution, given, said["workload"].accumulation)
+    elastic = table.device in ELASTIC_DEVICES if elastic is None else elastic
+    task = Task(table, budgets, staging_bytes, pins or {}, activations or {}, optimizer_state, elastic)
+    first, *others = task.tables()
+    solution = _best(task._replace(table=first), pieces)
+    for away in others:
+        if solution.choice is None:
+            solution = _best(task._replace(table=away), pieces)
+        else:
+            solution = _with_state_away(solution, task, said["workload"].accumulation)
     if solution.choice is None:
-        raise does_not_fit(table, budgets, pins or {}, asked, staging_bytes, optimizer_state, said["workload"])
-    plan = _plan(solution, asked, said, elastic=elastic)
-    require(plan)  # the judge shares no code with what made it
-    return plan
+        raise does_not_fit(task, said["workload"])
+    return _plan(solution, task.activations, said, elastic=elastic)
 
 
 def pass_below_s(
@@ -112,8 +112,9 @@ def pass_below_s(
     """Return a pass in s that :func:`place` reaches at least, without splitting blocks or offloading more; None where
     that does not fit, or takes ``below_s`` or longer.
     """
-    given = _Given(table, budgets, staging_bytes, pins or {}, _is_elastic(table, elastic))
-    choice = given.search(activations or {}, below_s)[1].best(climb=False)
+    elastic = table.device in ELASTIC_DEVICES if elastic is None else elastic
+    task = Task(table, budgets, staging_bytes, pins or {}, activations or {}, elastic=elastic)
+    choice = search(_evaluator(task, below_s), [generator for generator in GENERATORS if generator is not climb])
     return None if choice is None else choice.pass_s
 
 
@@ -132,13 +133,11 @@ def place_as(
     """
     require_input(table, budgets, staging_bytes)
     problem = make_problem(table, budgets, staging_bytes, {}, activations or {})
-    search = Search(problem, nonweight_bytes(problem))
-    solution = _Solution(problem=problem, choice=search.as_others(way), least_s=0.0)
+    choice = search(Evaluator(problem), [generator_of(way)])
+    solution = _Solution(problem=problem, choice=choice, least_s=0.0)
     if solution.choice is None:
         return None
-    plan = _plan(solution, activations or {}, said, elastic=False)
-    require(plan)
-    return plan
+    return _plan(solution, activations or {}, said, elastic=False)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -160,54 +159,37 @@ class _Solution:
         return self.choice is None or self.choice.pass_s > kept_s * (1 + _MUCH)
 
 
-def _is_elastic(table: CostTable, asked: bool | None) -> bool:
-    """No GPU has proven what gives bytes back, so it must be asked for there."""
-    return table.device == "cpu" if asked is None else asked
+def _evaluator(task: Task, below_s: float | None = None, near: int | None = None) -> Evaluator:
+    return Evaluator(task.problem(), below_s=below_s, elastic=task.elastic, near=near)
 
 
-class _Given(NamedTuple):
-    """What every search has in common, beside the activations."""
-
-    table: CostTable
-    budgets: Budgets
-    staging_bytes: int
-    pins: Mapping[int, Tier]
-    elastic: bool
-
-    def search(self, activations: Mapping[str, Activations], below_s: float | None = None) -> tuple[Problem, Search]:
-        """Return the problem with these activations, and a search for what is shorter than ``below_s``."""
-        problem = make_problem(self.table, self.budgets, self.staging_bytes, self.pins, activations)
-        return problem, Search(problem, nonweight_bytes(problem), below_s, elastic=self.elastic)
-
-    def solve(
-        self, activations: Mapping[str, Activations], than: Choice | None = None, near: int | None = None
-    ) -> _Solution:
-        """``than``: what is not better is no choice. ``near``: about the best number of recomputed modules, where it is
-        known.
-        """
-        problem, search = self.search(activations, None if than is None else than.pass_s * (1 - _WORTH))
-        choice = search.best(near)
-        return _Solution(problem=problem, choice=choice, least_s=search.least_of_all_s)
+def _solve(task: Task, than: Choice | None = None, near: int | None = None) -> _Solution:
+    """Return the best there is of these rows and activations. ``than``: what is not better is no choice. ``near``:
+    about the best number of recomputed modules, where it is known.
+    """
+    evaluator = _evaluator(task, None if than is None else than.pass_s * (1 - _WORTH), near)
+    choice = search(evaluator)
+    return _Solution(problem=evaluator.problem, choice=choice, least_s=evaluator.least_of_all_s)
 
 
-def _best(given: _Given, asked: Mapping[str, Activations], pieces: bool) -> _Solution:
+def _best(task: Task, pieces: bool) -> _Solution:
     """Return the best there is of these rows, blocks split where ``pieces`` lets them be."""
-    solution = plain = given.solve(asked)
+    solution = plain = _solve(task)
     if plain.may_gain_by_offloading:
-        solution = _with_offloads(plain, given, asked)
+        solution = _with_offloads(plain, task)
     # What is offloaded may be better as long as blocks are whole, and worse than what is not where they are split.
     for whole in dict.fromkeys((plain, solution)) if pieces else ():
         if whole.choice is None or not whole.leaves_much:
             continue
-        finer, finer_pins = split(given.table, given.pins)
-        if finer is not given.table:
-            in_pieces = given._replace(table=finer, pins=finer_pins)
-            other = in_pieces.solve(whole.problem.activations, solution.choice, whole.choice.recomputed)
+        finer, finer_pins = split(task.table, task.pins)
+        if finer is not task.table:
+            in_pieces = task._replace(table=finer, pins=finer_pins, activations=whole.problem.activations)
+            other = _solve(in_pieces, solution.choice, whole.choice.level)
             solution = other if other.choice is not None else solution
     return solution
 
 
-def _with_state_away(solution: _Solution, given: _Given, passes: int) -> _Solution:
+def _with_state_away(solution: _Solution, task: Task, passes: int) -> _Solution:
     """Return what is better of the same blocks where the optimizer's state waits in RAM, its copies in a step included.
 
     Its room spares a pass two loads of as many bytes at most, which is what those copies are, or what recomputing as
@@ -220,13 +202,13 @@ def _with_state_away(solution: _Solution, given: _Given, passes: int) -> _Soluti
     link = away.host_to_device_bytes_per_s
     slowest = link if limit is None else min(link, away.pageable_bytes_per_s or link)
     spared_s = min(
-        away.state_on_host_bytes * max(2 / slowest, _recompute_s_a_byte(problem, choice.recomputed)),
+        away.state_on_host_bytes * max(2 / slowest, _recompute_s_a_byte(problem, choice.level)),
         choice.pass_s - sum(durations(problem.table, policies_for(problem, 0))),
     )
     if passes * spared_s - copies_s <= _WORTH * passes * choice.pass_s:
         return solution
-    there = given._replace(table=away, pins=problem.pins)
-    other = there.solve(problem.activations, choice)  # its room may be that of many layers
+    there = task._replace(table=away, pins=problem.pins, activations=problem.activations)
+    other = _solve(there, choice)  # its room may be that of many layers
     won = other.choice is not None and passes * (choice.pass_s - other.choice.pass_s) > copies_s
     return other if won else solution
 
@@ -247,13 +229,13 @@ def _recompute_s_a_byte(problem: Problem, level: int) -> float:
     return max((taken[module] / max(spared[module], 1) for module in again), default=0.0)
 
 
-def _with_offloads(solution: _Solution, given: _Given, asked: Mapping[str, Activations]) -> _Solution:
+def _with_offloads(solution: _Solution, task: Task) -> _Solution:
     """Return what is better where activations are offloaded too: of ever more modules, then of about as many as the
     best.
     """
-    variants = Variants(given.table, asked)
+    variants = Variants(task.table, task.activations)
     for chosen in variants.every:
-        other = given.solve(chosen, solution.choice)
+        other = _solve(task._replace(activations=chosen), solution.choice)
         solution = other if other.choice is not None else solution
     found, tried = {0: solution}, {0}
     best = 0
@@ -262,7 +244,7 @@ def _with_offloads(solution: _Solution, given: _Given, asked: Mapping[str, Activ
         nonlocal best
         for count in sorted({count for count in counts if 0 < count <= variants.most} - tried):
             tried.add(count)
-            other = given.solve(variants.of(count), found[best].choice)
+            other = _solve(task._replace(activations=variants.of(count)), found[best].choice)
             if other.choice is not None:
                 found[count], best = other, count
 
@@ -281,7 +263,7 @@ def _plan(solution: _Solution, asked: Mapping[str, Activations], said: PlanInfo,
     problem, choice = solution.problem, solution.choice
     assert choice is not None
     table, arrangement = problem.table, choice.arrangement
-    policies = policies_for(problem, choice.recomputed)
+    policies = policies_for(problem, choice.level)
     saves = problem.saves
     nonweight = Memory(table).at(policies) + saves.device_bytes
     layout = lay_out(problem, arrangement)
@@ -325,7 +307,7 @@ def _plan(solution: _Solution, asked: Mapping[str, Activations], said: PlanInfo,
             "staging": staging,
         },
     )
-    return Plan(
+    plan = Plan(
         schema_version=SCHEMA_VERSION,
         **said,
         budgets=problem.budgets,
@@ -341,6 +323,9 @@ def _plan(solution: _Solution, asked: Mapping[str, Activations], said: PlanInfo,
         asked=dict(asked),
         elastic=elastic,
     )
+    require(plan)  # the judge shares no code with what made it
+    require_supported(plan)
+    return plan
 
 
 def _vram_parts(table: CostTable, policies: Mapping[str, Activations], at: int) -> dict[str, int]:

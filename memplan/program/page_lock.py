@@ -5,25 +5,34 @@ from __future__ import annotations
 from memplan.program.schema import RING_BYTES, Plan
 
 
-def ring_bytes(plan: Plan) -> int:
+def rings_bytes(*, reads_disk: bool, is_pageable: bool) -> int:
     """Return the bytes of the rings to a CUDA device: one for what lies on the disk, one for what is pageable."""
+    return RING_BYTES * (reads_disk + is_pageable)
+
+
+def are_rings_locked(rings: int, page_lock_bytes: int | None) -> bool:
+    """Whether rings of so many bytes are page-locked: all, or where so much may not be none."""
+    return page_lock_bytes is None or rings <= page_lock_bytes
+
+
+def ring_bytes(plan: Plan) -> int:
+    """Return the bytes of a plan's rings."""
     if plan.table.device == "cpu":
         return 0
-    reads_disk = any(item.home == "disk" for item in plan.items)
-    return RING_BYTES * (reads_disk + any(arena.pageable for arena in plan.arenas))
+    reads_disk, is_pageable = (any(item.home == "disk" for item in plan.items), any(a.pageable for a in plan.arenas))
+    return rings_bytes(reads_disk=reads_disk, is_pageable=is_pageable)
 
 
 def is_ring_locked(plan: Plan) -> bool:
-    """Whether the rings are page-locked: all, or where so much may not be none."""
-    limit = plan.budgets.page_lock_bytes
-    return limit is None or limit >= ring_bytes(plan)
+    """Whether a plan's rings are page-locked."""
+    return are_rings_locked(ring_bytes(plan), plan.budgets.page_lock_bytes)
 
 
 def is_state_locked(state_bytes: int, page_lock_bytes: int | None) -> bool:
     """Whether the optimizer's state is page-locked where it waits in RAM: it is if there is room for it beside both
     rings, be they used or not, since its copies are priced before anything is placed.
     """
-    return page_lock_bytes is None or state_bytes + 2 * RING_BYTES <= page_lock_bytes
+    return are_rings_locked(state_bytes + rings_bytes(reads_disk=True, is_pageable=True), page_lock_bytes)
 
 
 def pageable_items(plan: Plan) -> frozenset[int]:

@@ -14,11 +14,12 @@ from memplan.hooks.compiled import forget_compiled
 from memplan.model.weights import mark_adapters
 from memplan.program.check.judge import require
 from memplan.program.schema import Plan
+from memplan.program.support import require_supported
 from memplan.run.handle import Handle, handle_of
 from memplan.run.memory.home import Checkpoint
 from memplan.run.memory.storage_aliases import Watched, refuse_gaps, refuse_shared
 from memplan.run.modules.install import install
-from memplan.run.modules.match_model import match_weights, require_supported, stored_tensors, trigger_modules
+from memplan.run.modules.match_model import match_weights, stored_tensors, trigger_modules
 from memplan.run.tiers import Files, Tiers
 from memplan.run.transfer.interrupts import Undo, defer_sigint
 

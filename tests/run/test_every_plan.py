@@ -19,12 +19,11 @@ from msgspec.structs import replace
 
 from memplan.cost.build import cost_table
 from memplan.errors import DoesNotFitError
-from memplan.place import problem
 from memplan.place.alternatives import state_away
-from memplan.place.layout import page_lock as pages
+from memplan.place.baselines import WAYS
 from memplan.place.layout import split as pieces
 from memplan.place.layout.split import split
-from memplan.place.solve import place
+from memplan.place.solve import place, place_as
 from memplan.program import page_lock
 from memplan.program.check import page_locks as check_page_locks
 from memplan.program.check.judge import require
@@ -44,7 +43,7 @@ CHOICES = ("choose", "keep", "recompute", "offload", "any")
 @pytest.fixture(autouse=True, scope="module")
 def small_sizes():
     with pytest.MonkeyPatch.context() as patch:
-        for module in (problem, pages, page_lock, check_page_locks, transfer):
+        for module in (page_lock, check_page_locks, transfer):
             patch.setattr(module, "RING_BYTES", RING_BYTES)
         patch.setattr(pieces, "LEAST_BYTES", RING_BYTES)
         patch.setattr(pieces, "LATENCIES", 0)
@@ -111,12 +110,20 @@ def plans(draw, models):
     }
     if budgets.disk_bytes == 0 or budgets.ram_bytes == 0:
         options["pins"] = {block: tier for block, tier in options["pins"].items() if tier == "device"}
+    way = draw(st.sampled_from([None, None, None, *WAYS]))
     try:
         plan = place(table, budgets, **options)
     except DoesNotFitError as error:
         if error.least_vram_bytes is None:
             return kind, checkpointing, accumulation, None
         plan = place(table, replace(budgets, vram_bytes=error.least_vram_bytes), **options)
+    if way is not None:
+        more = {
+            name: value
+            for name, value in options.items()
+            if name not in ("pins", "elastic", "optimizer_state", "pieces")
+        }
+        plan = place_as(way, table, plan.budgets, **more) or plan
     return kind, checkpointing, accumulation, plan
 
 

@@ -16,9 +16,9 @@ import memplan
 from memplan.errors import InputError, PlanCheckError, PlanMismatchError, RunError
 from memplan.program.check.judge import check
 from memplan.program.schema import Arena
+from memplan.program.support import require_supported
 from memplan.run.attach import attach
 from memplan.run.modules import install as install_module
-from memplan.run.modules.match_model import require_supported
 from tests.run import adversary
 from tests.run.test_memory import counted_step
 from tests.run.test_parity import compare, plan_for

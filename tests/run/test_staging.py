@@ -15,8 +15,6 @@ from msgspec.structs import replace
 import memplan
 from memplan.cache import checksum
 from memplan.errors import TransferError
-from memplan.place import problem
-from memplan.place.layout import page_lock as pages
 from memplan.program import page_lock
 from memplan.program.check import page_locks as check_page_locks
 from memplan.program.page_lock import is_ring_locked, page_locked_bytes, pageable_items, ring_bytes
@@ -91,7 +89,7 @@ def test_page_locked_where_there_is_a_device_that_can_do_it(source_of, caplog):
 
 def with_small_rings(monkeypatch):
     """Have rings of 4 KiB: those of the tests' models would be larger than all that is on the host."""
-    for module in (problem, pages, page_lock, check_page_locks, transfer):
+    for module in (page_lock, check_page_locks, transfer):
         monkeypatch.setattr(module, "RING_BYTES", 4096)
 
 

@@ -108,9 +108,8 @@ def around_with_tails(
     """Return addresses, the bytes of the shared region that are used, and the tails that are; None where they do not
     fit.
     """
-    sizes, among = problem.sizes_bytes, set(streamed)
-    bundles = [kept for bundle in problem.bundles if (kept := [block for block in bundle if block in among])]
-    bytes_of = [sum([sizes[block] for block in bundle]) for bundle in bundles]
+    sizes, bundles = problem.sizes_bytes, problem.bundles_of(streamed)
+    bytes_of = [problem.room(bundle) for bundle in bundles]
     needs = [problem.needs(bundle[0], homes[bundle[0]]) for bundle in bundles]
     spaces = []
     for size_bytes, tail in ((region_bytes, None), *((tail.size_bytes, tail) for tail in tails)):

@@ -86,7 +86,6 @@ def arrangement_of(
     """Return the arrangement of blocks in a shared region of the device arena, and in tails behind it. What overlaps
     nothing in the region stays there, unless it is pinned elsewhere.
     """
-    sizes = problem.sizes_bytes
     alone = _alone(problem, {block: offset for block, offset in offsets.items() if offset < region_bytes})
     homes = {block: tier for block, tier in homes.items() if block not in alone or block in problem.pins}
     on_host = [block for block, tier in homes.items() if tier == "host"]
@@ -95,9 +94,9 @@ def arrangement_of(
     return Arrangement(
         offsets=offsets,
         homes=homes,
-        device_bytes=sum(sizes) - sum([sizes[block] for block in away]) + region_bytes,
+        device_bytes=sum(problem.sizes_bytes) - problem.room(away) + region_bytes,
         slots_bytes=region_bytes,
-        host_bytes=sum([sizes[block] for block in on_host]),
+        host_bytes=problem.room(on_host),
         disk_bytes=sum([problem.size(block) for block, tier in homes.items() if tier == "disk"]),
         rows_bytes=sum([size for block, size in problem.rows if block in reads_rows]),
         tails=tails,

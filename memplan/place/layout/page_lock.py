@@ -14,7 +14,8 @@ from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 from memplan.place.problem import Problem
-from memplan.program.schema import RING_BYTES, Tier
+from memplan.program.page_lock import are_rings_locked, rings_bytes
+from memplan.program.schema import Tier
 from memplan.units import align_up
 
 
@@ -38,16 +39,17 @@ def pageable_of(
     load of a pass.
     """
     limit, sizes = problem.page_lock_bytes, problem.sizes_bytes
-    on_host = [block for block, tier in homes.items() if tier == "host"]
-    host_bytes = sum([sizes[block] for block in on_host])
-    reads_disk = "disk" in homes.values()
     if limit is None:
         return NOTHING
-    if not problem.is_pageable(host_bytes, reads_disk=reads_disk):
-        return Pageable(rings=reads_disk and limit < RING_BYTES)
-    left = limit - RING_BYTES * (1 + reads_disk)  # below 0 where not even the rings can be: then nothing is
-    rings = left < 0
-    left -= problem.locked_state_bytes
+    on_host = [block for block, tier in homes.items() if tier == "host"]
+    host_bytes = problem.room(on_host)
+    reads_disk = "disk" in homes.values()
+    is_pageable = problem.is_pageable(host_bytes, reads_disk=reads_disk)
+    rings_size = rings_bytes(reads_disk=reads_disk, is_pageable=is_pageable)
+    rings = not are_rings_locked(rings_size, limit)
+    if not is_pageable:
+        return Pageable(rings=rings)
+    left = limit - rings_size - problem.locked_state_bytes  # below 0 where not even the rings can be: then nothing is
     modules: set[str] = set()
     for save in problem.saves.items:
         if not save.stays:

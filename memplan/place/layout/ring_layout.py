@@ -13,14 +13,11 @@ from typing import Literal, NamedTuple
 
 from memplan.place.layout.elastic import around_with_tails, tails_of
 from memplan.place.layout.layout import Arrangement, arrangement_of
-from memplan.place.problem import Bytes, Problem, evenly
+from memplan.place.problem import FEW_BLOCKS, Bytes, Problem, evenly
 from memplan.program.schema import Tier
 
 _NEAR = 3
-"""Bundles before and after one that may stay in its place, where there are more than"""
-
-_FEW = 20
-"""of them; else any may."""
+"""Bundles before and after one that may stay in its place, where they are not few: more are more changes to time."""
 
 MOST_STACKED = 6
 """Blocks of which every arrangement is looked at."""
@@ -40,28 +37,24 @@ class LayoutRecipe(NamedTuple):
     """What comes from the disk has a region of its own for so many of its greatest bundles; 0: all share one."""
     disk_share: float = 0.0
     """Of the streamed blocks at least so many lie on the disk, by number, where RAM would hold more."""
-    tails: float = 0.0
-    """Size of a tail at least, in units of the middle one of all bundles; 0: there are none."""
-    most: float = 1.0
-    """Of the tails only those that last the longest, up to this share of what is streamed: what lies in others cannot
-    be brought ahead."""
+    tails: bool = False
+    """Whether there are tails, each as large as the middle one of all bundles at least."""
 
 
 class Rings:
     """What all rings of a problem have in common."""
 
     def __init__(self, problem: Problem) -> None:
-        sizes = problem.sizes_bytes
         self._problem = problem
         self._in_place = read_in_place(problem)
         self._movable = [block for block in problem.movable if block not in self._in_place]
         self._forced = [block for block in problem.forced if block not in self._in_place]
-        self._resident_bytes = sum([sizes[block] for block in problem.resident])
-        self._total_bytes = sum([sizes[block] for block in self._movable])
-        self._all_bytes = sum([sizes[block] for block in problem.movable])
+        self._resident_bytes = problem.room(problem.resident)
+        self._total_bytes = problem.room(self._movable)
+        self._all_bytes = problem.room(problem.movable)
         self._least = _least_region(problem, [*self._movable, *self._forced])
         self._least_forced = _least_region(problem, self._forced)
-        by_size = sorted([sum([sizes[block] for block in bundle]) for bundle in problem.bundles])
+        by_size = sorted(map(problem.room, problem.bundles))
         self._middle_bytes = by_size[len(by_size) // 2] if by_size else 0
 
     def arrange(self, ring: LayoutRecipe, room_bytes: int, spare_bytes: Bytes | None = None) -> Arrangement | None:
@@ -92,7 +85,7 @@ class Rings:
     ) -> Arrangement | None:
         problem, sizes = self._problem, self._problem.sizes_bytes
         staying = [block for block in problem.movable if block in residents]
-        region = free_bytes - sum([sizes[block] for block in staying])
+        region = free_bytes - problem.room(staying)
         if region < 0:
             return None
         streamed = problem.in_order([*(block for block in self._movable if block not in residents), *self._forced])
@@ -100,8 +93,7 @@ class Rings:
         if homes is None:
             return None
         if ring.tails and spare_bytes is not None:
-            streamed_bytes = int(ring.most * sum([sizes[block] for block in streamed]))
-            tails = tails_of(spare_bytes, int(ring.tails * self._middle_bytes), streamed_bytes)
+            tails = tails_of(spare_bytes, self._middle_bytes, problem.room(streamed))
             around = around_with_tails(problem, streamed, homes, region, tails)
             return None if around is None else arrangement_of(problem, around[0], homes, around[1], tails=around[2])
         offsets = _offsets(problem, streamed, homes, region, ring.disk_bundles)
@@ -120,7 +112,7 @@ class Rings:
         bundles = [bundle for bundle in bundles if bundle[0] not in self._problem.pins]
         staying = {block for block in self._movable if block not in arrangement.homes}
         free_bytes = room_bytes - self._resident_bytes
-        reach = _NEAR if len(bundles) > _FEW else len(bundles)
+        reach = _NEAR if len(bundles) > FEW_BLOCKS else len(bundles)
         for turn, bundle in enumerate(bundles):
             partners: list[tuple[int, ...]] = [()]
             if bundle[0] in staying:
@@ -169,30 +161,26 @@ def _stacks(blocks: Sequence[int], sizes: Sequence[int], region_bytes: int) -> I
 
 def _least_region(problem: Problem, streamed: Sequence[int]) -> int:
     """Return the fewest bytes through which blocks can pass."""
-    sizes, among = problem.sizes_bytes, set(streamed)
-    return max([sum([sizes[b] for b in bundle if b in among]) for bundle in problem.bundles], default=0)
+    return max(map(problem.room, problem.bundles_of(streamed)), default=0)
 
 
 def _residents(problem: Problem, movable: Sequence[int], target_bytes: int, grain: Grain) -> set[int]:
     """Return blocks that take at most ``target_bytes``, spread evenly over the order by their bytes."""
     sizes = problem.sizes_bytes
-    among = set(movable)
-    groups: list[tuple[int, ...]] = [(block,) for block in movable]
-    if grain == "bundle":
-        groups = [kept for bundle in problem.bundles if (kept := tuple(b for b in bundle if b in among))]
-    total = sum(sizes[block] for block in movable)
+    groups = problem.bundles_of(movable) if grain == "bundle" else [(block,) for block in movable]
+    total = problem.room(movable)
     found: set[int] = set()
     left = min(target_bytes, total)
     share, owed = left / total if total else 0.0, 0.0
     for group in groups:
-        size = sum([sizes[block] for block in group])
+        size = problem.room(group)
         owed += share * size
         if owed >= size / 2 and size <= left:
             found.update(group)
             owed -= size
             left -= size
     # What is left over takes what it can, the largest first.
-    for block in sorted(among - found, key=lambda block: (-sizes[block], problem.ranks[block])):
+    for block in sorted(set(movable) - found, key=lambda block: (-sizes[block], problem.ranks[block])):
         if sizes[block] <= left:
             found.add(block)
             left -= sizes[block]
@@ -205,9 +193,8 @@ def _offsets(
     on_disk = [block for block in streamed if homes[block] == "disk"]
     if not disk_bundles or not on_disk or len(on_disk) == len(streamed):
         return None if disk_bundles else _around(problem, streamed, region_bytes)
-    sizes, apart = problem.sizes_bytes, set(on_disk)
-    bundles = [sum([sizes[block] for block in bundle if block in apart]) for bundle in problem.bundles]
-    own = sum(sorted(bundles, reverse=True)[:disk_bundles])
+    apart = set(on_disk)
+    own = sum(sorted(map(problem.room, problem.bundles_of(on_disk)), reverse=True)[:disk_bundles])
     first = _around(problem, on_disk, own)
     second = _around(problem, [block for block in streamed if block not in apart], region_bytes - own)
     if first is None or second is None:
@@ -217,14 +204,11 @@ def _offsets(
 
 def _around(problem: Problem, streamed: Sequence[int], region_bytes: int) -> dict[int, int] | None:
     """Return addresses one after another; at the end of the region they begin again at its start."""
-    sizes, among = problem.sizes_bytes, set(streamed)
+    sizes = problem.sizes_bytes
     found: dict[int, int] = {}
     top = 0
-    for bundle in problem.bundles:
-        waiting = [block for block in bundle if block in among]
-        if not waiting:
-            continue
-        size = sum([sizes[block] for block in waiting])
+    for waiting in problem.bundles_of(streamed):
+        size = problem.room(waiting)
         if size > region_bytes:
             return None
         if top + size <= region_bytes:
@@ -241,8 +225,8 @@ def _around(problem: Problem, streamed: Sequence[int], region_bytes: int) -> dic
                 top += sizes[block]
         placed = {block for block, _ in before}
         rest = [block for block in waiting if block not in placed]
-        if sum([sizes[block] for block in rest]) > begin:
-            before, rest = [], waiting
+        if problem.room(rest) > begin:
+            before, rest = [], list(waiting)
         found.update(before)
         top = 0
         for block in rest:
@@ -260,9 +244,9 @@ def read_in_place(problem: Problem) -> set[int]:
         return set()
     pinned = [block for block in away if pins.get(block) == "host"]
     on_disk = any(pins.get(block) == "disk" for block in away)
-    on_disk = on_disk or (problem.budgets.disk_bytes != 0 and sum(sizes[block] for block in away) > problem.ram_bytes)
-    most = min(sum(sizes[block] for block in away), problem.ram_bytes)
-    left = problem.ram_bytes - sum(sizes[block] for block in pinned) - problem.staged_bytes(most, reads_disk=on_disk)
+    on_disk = on_disk or (problem.budgets.disk_bytes != 0 and problem.room(away) > problem.ram_bytes)
+    most = min(problem.room(away), problem.ram_bytes)
+    left = problem.ram_bytes - problem.room(pinned) - problem.staged_bytes(most, reads_disk=on_disk)
     found = {block for block in rows_only if block in pinned}
     for block in rows_only:
         if block not in pins and sizes[block] <= left:
@@ -278,23 +262,23 @@ def homes_of(
 
     ``disk_share``: of those that are free to lie in either at least so many lie on the disk.
     """
-    sizes, disk_room = problem.sizes_bytes, problem.budgets.disk_bytes
-    read_there = sum(sizes[block] for block in in_place)
+    disk_room = problem.budgets.disk_bytes
+    read_there = problem.room(in_place)
     pins = dict(problem.pins)
     # Of the others only rows are read; they come whole since RAM has no room for them.
     pins |= {block: "disk" for block in streamed if not problem.whole_uses[block]}
     free = [block for block in streamed if block not in pins]
     pinned: dict[int, Tier] = {block: pins[block] for block in streamed if block in pins}
     disk_pinned = sum(problem.size(block) for block, tier in pinned.items() if tier == "disk")
-    host_pinned = sum(sizes[block] for block, tier in pinned.items() if tier == "host")
-    all_free = sum([sizes[block] for block in free])
+    host_pinned = problem.room(block for block, tier in pinned.items() if tier == "host")
+    all_free = problem.room(free)
 
     def to_disk(count: int) -> set[int]:
         return {free[index] for index in evenly(count, len(free))} if count else set()
 
     def short(count: int) -> bool:
         """Whether ``ram`` is too little with that many of the free blocks on disk."""
-        host = read_there + host_pinned + all_free - sum([sizes[block] for block in to_disk(count)])
+        host = read_there + host_pinned + all_free - problem.room(to_disk(count))
         return host + problem.staged_bytes(host, reads_disk=bool(count or disk_pinned)) > problem.ram_bytes
 
     low = round(disk_share * len(free))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from itertools import accumulate
 from pathlib import Path
 
 from torch import nn
@@ -18,45 +17,6 @@ from memplan.program.schema import Plan
 from memplan.run.memory.arena import dtype_of, is_placeholder
 from memplan.run.memory.home import Checkpoint, Stored
 from memplan.units import format_bytes
-
-
-def require_supported(plan: Plan) -> None:
-    """Refuse what the contract allows and this runtime does not do yet."""
-    devices = [arena.id for arena in plan.arenas if arena.tier == "device"]
-    if len(devices) > 1:
-        raise PlanMismatchError(
-            f"the plan has the arenas {', '.join(map(str, devices))} on the device, and this version runs one there: "
-            "make the plan again with this version"
-        )
-    for arena in plan.arenas:  # of the host there may be several: one that is pinned, one that is not
-        ends = [0, *accumulate(segment.size_bytes for segment in arena.segments)]
-        follow = all(segment.offset_bytes == end for segment, end in zip(arena.segments, ends, strict=False))
-        if not follow or (arena.tier == "host" and len(arena.segments) > 1):
-            raise PlanMismatchError(
-                f"arena {arena.id} of the plan ({arena.tier}) has {len(arena.segments)} segments, and this version "
-                "runs one that begins at 0, on the device several that follow one another: make the plan again with "
-                "this version"
-            )
-    comes_and_goes = [
-        (arena.id, segment.offset_bytes, segment.offset_bytes + segment.size_bytes)
-        for arena in plan.arenas
-        for segment in arena.segments
-        if segment.absent
-    ]
-    for address in plan.addresses:
-        item, offset = plan.items[address.item], address.offset_bytes
-        if item.kind != "weights" and any(a == address.arena and b <= offset < e for a, b, e in comes_and_goes):
-            raise PlanMismatchError(
-                f"the plan has what {item.module} saved lie in bytes that are given back for part of a pass, which "
-                "this version does for weights alone: make the plan again with this version"
-            )
-    for stay in plan.residences:
-        item = plan.items[stay.item]
-        if item.kind == "boundary" or (item.kind == "weights" and stay.source.startswith("residence:")):
-            raise PlanMismatchError(
-                f"residence {stay.id} of the plan (begins {stay.begins}, from {stay.source or 'nowhere'}, ends "
-                f"{stay.ends}) is of a kind that this version cannot run: make the plan again with this version"
-            )
 
 
 def match_weights(model: nn.Module, plan: Plan) -> dict[str, Weight]:

@@ -38,7 +38,7 @@ class Elastic:
                 for address in plan.addresses:
                     item = plan.items[address.item]
                     inside = address.arena == held.id and segment.offset_bytes <= address.offset_bytes < end
-                    if inside and item.kind == "weights":  # others are refused: matching.require_supported
+                    if inside and item.kind == "weights":  # others are refused: program.support
                         self.segment_of[item.block] = number
         self.blocks: dict[int, tuple[int, ...]] = {
             number: tuple(block for block, within in self.segment_of.items() if within == number)
