@@ -36,7 +36,7 @@ test: $(INSTALLED)
 
 quick: $(INSTALLED)
 	OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(TEST_ENV) \
-	    $(BIN)/python -m pytest -n 2 --timeout=300 -m "not gpu and not full"
+	    $(BIN)/python -m pytest -n 2 --dist worksteal --durations=10 --timeout=300 -m "not gpu and not full"
 
 test-full: $(INSTALLED)
 	$(TEST_ENV) $(BIN)/python tests/support/full.py

@@ -17,7 +17,7 @@ from memplan.errors import InputError, TransferError
 from memplan.run.attach import attach
 from memplan.run.handle import handle_of
 from tests.run.test_parity import plan_for
-from tests.support.training import assert_equal, make, train
+from tests.support.training import assert_equal, make, train, whole_run
 
 
 def files(folder):
@@ -105,7 +105,7 @@ def test_strange_files_are_left_alone(cache, tmp_path):
 
 
 def test_a_second_run_finds_the_first_ones_files(tmp_path):
-    whole = train(make("llama"), "llama")
+    whole = whole_run("llama")
     model = make("llama")
     plan = plan_for(model, "llama")
     for _ in range(2):
@@ -160,7 +160,7 @@ def test_a_flipped_bit_is_found(tmp_path):
 
 
 def test_clearing_does_not_touch_a_run(tmp_path):
-    whole = train(make("llama"), "llama")
+    whole = whole_run("llama")
     model = make("llama")
     with attach(model, plan_for(model, "llama"), cache=tmp_path):
         assert BlockCache(tmp_path).clear() > 0

@@ -102,6 +102,7 @@ def test_an_internal_error() -> None:
     assert json.loads(out)["error"] == "OSError"
 
 
+@pytest.mark.quick("KeyboardInterrupt()-130", "SystemExit(1)-70", "MemoryError()-70")
 @pytest.mark.parametrize(
     ("raised", "code"),
     [

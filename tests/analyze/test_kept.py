@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from memplan.analyze import graph_cache as kept
 from memplan.analyze.trace import trace
 from memplan.errors import ModelError
 from memplan.hardware.profile import save
+from tests.support.graphs import analyze_once
 from tests.support.training import CPU
 
 SMALL = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 2, "vocab_size": 64}
@@ -25,16 +27,16 @@ GIVEN = {"adapter": {"rank": 2}, "vram": "1GiB", "ram": "1GiB", "hardware": CPU}
 def model(tmp_path, monkeypatch):
     monkeypatch.setenv("MEMPLAN_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(kept, "ours", True)
-    LlamaConfig(**SMALL).save_pretrained(tmp_path / "model")
-    return tmp_path / "model"
+    monkeypatch.chdir(tmp_path)  # where a model lies is part of it
+    LlamaConfig(**SMALL).save_pretrained("model")
+    return Path("model")
 
 
-@pytest.fixture
+@pytest.fixture(autouse=True)
 def traces(monkeypatch):
-    """How often a model was traced."""
+    """How often a graph was asked for: which one it is, is for other tests."""
     seen = []
-    analyze = trace.analyze
-    monkeypatch.setattr(trace, "analyze", lambda *args, **options: seen.append(args) or analyze(*args, **options))
+    monkeypatch.setattr(trace, "analyze", lambda *args, **options: seen.append(args) or analyze_once(*args, **options))
     return seen
 
 

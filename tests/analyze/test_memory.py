@@ -6,12 +6,12 @@ import networkx
 import pytest
 import torch
 
-from memplan.analyze.trace.trace import analyze
 from memplan.cost.table import AccessRow, CostTable
 from memplan.hooks import recompute
 from memplan.hooks.triggers import modules_by_name
 from tests.analyze.steps import count_pass
 from tests.support import models
+from tests.support.graphs import analyze_once
 
 MAKERS = {name: getattr(models, name) for name in ("llama", "gpt2", "t5", "mixtral", "plain")}
 
@@ -52,7 +52,7 @@ def live_bytes(graph, policy="keep", upto=None):
 @pytest.mark.parametrize(("name", "dropout"), [("llama", 0.0), *((name, 0.1) for name in MAKERS)])
 def test_peak_of_a_pass(name, dropout):
     model, batch = MAKERS[name](dropout)
-    predicted, counted = max(live_bytes(analyze(model, batch))), count_pass(model, batch)
+    predicted, counted = max(live_bytes(analyze_once(model, batch))), count_pass(model, batch)
     # What a recomputed layer would hold of a cache and of masks counts, though here is none.
     assert 0.98 * counted <= predicted <= 1.03 * counted
 
@@ -61,7 +61,7 @@ def test_peak_of_a_pass(name, dropout):
 @pytest.mark.parametrize("name", MAKERS)
 def test_peak_where_all_is_recomputed(name):
     model, batch = MAKERS[name](0.1)
-    graph = analyze(model, batch)
+    graph = analyze_once(model, batch)
     by_name = modules_by_name(model)
     undo = [recompute.wrap(by_name[module]) for module in graph.recomputable]
     assert len(undo) >= 2
@@ -75,7 +75,7 @@ def test_peak_where_all_is_recomputed(name):
 @pytest.mark.parametrize("name", ["llama", "t5", "plain"])
 def test_peak_where_some_are_recomputed(name):
     model, batch = MAKERS[name](0.1)
-    graph = analyze(model, batch)
+    graph = analyze_once(model, batch)
     some = graph.recomputable[1::2]
     by_name = modules_by_name(model)
     undo = [recompute.wrap(by_name[module]) for module in some]
@@ -98,7 +98,7 @@ def test_peak_where_the_model_checkpoints_itself(name, reentrant):
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
             model.enable_input_require_grads()
         model.config.use_cache = False
-    graph = analyze(model, batch)
+    graph = analyze_once(model, batch)
     assert graph.recomputable == ()
     assert any("checkpoints" in note for note in graph.notes)
     assert max(live_bytes(graph)) == pytest.approx(count_pass(model, batch), rel=0.05)
@@ -106,7 +106,7 @@ def test_peak_where_the_model_checkpoints_itself(name, reentrant):
 
 def test_lifetimes_and_transients_are_consistent():
     model, batch = models.llama()
-    graph = analyze(model, batch)
+    graph = analyze_once(model, batch)
     last = len(graph.accesses) - 1
     assert all(0 <= life.born < life.last <= last for life in graph.lifetimes)
     gradients = sum(
@@ -119,7 +119,7 @@ def test_lifetimes_and_transients_are_consistent():
 
 def test_with_accumulation_gradients_are_there_from_the_first_access():
     model, batch = models.llama()
-    graph = analyze(model, batch, accumulation=4)
+    graph = analyze_once(model, batch, accumulation=4)
     gradients = [life for life in graph.lifetimes if life.kind == "gradients"]
     assert {(life.born, life.last) for life in gradients} == {(0, len(graph.accesses) - 1)}
     assert sum(life.size_bytes for life in gradients) == graph.trainable_bytes
@@ -127,7 +127,7 @@ def test_with_accumulation_gradients_are_there_from_the_first_access():
 
 def test_recomputing_spares_memory_and_adds_work():
     model, batch = models.llama()
-    graph = analyze(model, batch)
+    graph = analyze_once(model, batch)
     assert max(live_bytes(graph, "recompute")) < max(live_bytes(graph)) / 2
     for access in graph.accesses:
         if access.kind == "backward" and access.module in graph.recomputable:
@@ -143,7 +143,7 @@ def test_a_half_precision_base_with_float32_adapters_is_noted():
     for name, parameter in model.named_parameters():
         if "lora" not in name:
             parameter.data = parameter.data.to(torch.bfloat16)
-    graph = analyze(model, batch)
+    graph = analyze_once(model, batch)
     assert any("float32" in note for note in graph.notes)
     assert graph.matmul_dtype == "bfloat16"
     assert max(live_bytes(graph)) == pytest.approx(count_pass(model, batch), rel=0.05)
@@ -151,7 +151,7 @@ def test_a_half_precision_base_with_float32_adapters_is_noted():
 
 def test_fixed_bytes():
     model, batch = models.llama()
-    fixed = {row.kind: row.size_bytes for row in analyze(model, batch).fixed}
+    fixed = {row.kind: row.size_bytes for row in analyze_once(model, batch).fixed}
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained)
     model(**batch).loss.backward()

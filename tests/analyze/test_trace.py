@@ -17,6 +17,7 @@ from memplan.model.names import canonical
 from memplan.units import align_up
 from tests.analyze.steps import real_order
 from tests.support import models
+from tests.support.graphs import analyze_once
 
 MAKERS = {name: getattr(models, name) for name in ("llama", "gpt2", "t5", "mixtral", "plain")}
 
@@ -25,7 +26,7 @@ MAKERS = {name: getattr(models, name) for name in ("llama", "gpt2", "t5", "mixtr
 @pytest.mark.parametrize("name", MAKERS)
 def test_the_order_is_that_of_a_real_step(name):
     model, batch = MAKERS[name]()
-    graph = analyze(model, batch)
+    graph = analyze_once(model, batch)
     names = {access.module for access in graph.accesses if access.module}
     modules = {module: modules_by_name(model)[module] for module in names}
     seen = [(a.kind, a.module) for a in graph.accesses if a.module]
@@ -40,7 +41,7 @@ def test_the_order_is_that_of_a_real_step(name):
 @pytest.mark.parametrize("how", ["off", "reentrant", "other"])
 def test_the_order_where_layers_are_checkpointed(how):
     model, batch = models.plain(checkpointing=how)
-    graph = analyze(model, batch)
+    graph = analyze_once(model, batch)
     names = {access.module for access in graph.accesses if access.module}
     seen = [(a.kind, a.module) for a in graph.accesses if a.module]
     assert seen == real_order(model, batch, {n: modules_by_name(model)[n] for n in names})
@@ -50,7 +51,7 @@ def test_the_order_where_layers_are_checkpointed(how):
 @pytest.mark.parametrize("name", MAKERS)
 def test_every_frozen_parameter_is_in_one_block(name):
     model, batch = MAKERS[name]()
-    graph = analyze(model, batch)
+    graph = analyze_once(model, batch)
     placed = [tensor.name for block in graph.blocks for tensor in block.tensors]
     assert len(placed) == len(set(placed))
     frozen = {canonical(full): p for full, p in model.named_parameters() if not p.requires_grad}
@@ -72,7 +73,7 @@ def blocks_of(graph):
 
 def test_blocks_of_a_llama():
     model, batch = models.llama()
-    assert blocks_of(analyze(model, batch)) == {
+    assert blocks_of(analyze_once(model, batch)) == {
         "model.embed_tokens": "embedding",
         "model.layers.0": "layer",
         "model.layers.1": "layer",
@@ -84,7 +85,7 @@ def test_blocks_of_a_llama():
 
 def test_what_is_tied_is_one_block_that_all_its_readers_fetch():
     model, batch = models.t5()
-    graph = analyze(model, batch)
+    graph = analyze_once(model, batch)
     (shared,) = (block for block in graph.blocks if block.kind == "shared")
     readers = {access.module for access in graph.accesses if shared.id in access.blocks}
     assert readers == {"encoder.embed_tokens", "decoder.embed_tokens", "lm_head"}
@@ -120,7 +121,7 @@ def test_on_meta_and_from_a_shape_it_is_the_same(name):
 
 def test_a_padded_batch_makes_a_mask():
     model, batch = models.llama()
-    whole = analyze(model, batch)
+    whole = analyze_once(model, batch)
     batch["attention_mask"][0, :5] = 0
     assert analyze(model, batch).lifetimes != whole.lifetimes
 

@@ -222,9 +222,7 @@ def test_beside_every_choice_of_what_is_locked():
     assert gaps[-1] < 0.25
 
 
-@settings(max_examples=60, deadline=None, derandomize=True)
-@given(st.data())
-def test_plans_pass_the_judge(data):
+def passes_the_judge(data):
     sizes = data.draw(st.lists(st.integers(1, 24).map(lambda n: n * MIB), min_size=2, max_size=7))
     table = make_table(
         sizes,
@@ -257,6 +255,19 @@ def test_plans_pass_the_judge(data):
     assert said.peaks.ram_bytes <= given_budgets.ram_bytes
     assert page_locked_bytes(plan) <= (1 << 50 if limit is None else limit)
     assert limit is not None or not pageable_items(plan)
+
+
+@settings(max_examples=20, deadline=None, derandomize=True)
+@given(st.data())
+def test_plans_pass_the_judge(data):
+    passes_the_judge(data)
+
+
+@pytest.mark.full
+@settings(max_examples=200, deadline=None, derandomize=True)
+@given(st.data())
+def test_many_plans_pass_the_judge(data):
+    passes_the_judge(data)
 
 
 @pytest.mark.parametrize("seed", range(8))

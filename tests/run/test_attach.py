@@ -28,7 +28,16 @@ from memplan.run.attach import attach
 from memplan.run.memory.disk import DiskReader
 from tests.run.test_parity import plan_for
 from tests.support import inside
-from tests.support.training import CPU, as_it_lies, assert_equal, assert_only_whole_blocks, batch_of, make, train
+from tests.support.training import (
+    CPU,
+    as_it_lies,
+    assert_equal,
+    assert_only_whole_blocks,
+    batch_of,
+    make,
+    train,
+    whole_run,
+)
 
 
 def state(model):
@@ -74,7 +83,7 @@ def test_detach_gives_the_model_back(model, plan, tmp_path):
     assert_unchanged(model, before)
     assert_only_whole_blocks(tmp_path)
     handle.detach()
-    assert_equal(train(model, "llama"), train(make("llama"), "llama"))
+    assert_equal(train(model, "llama"), whole_run("llama"))
 
 
 def test_training_goes_on_after_detach(model, plan, tmp_path):
@@ -161,7 +170,7 @@ def test_reads_from_the_checkpoints_own_files(model, tmp_path):
     tensors = {canonical(n): p.detach().clone() for n, p in model.named_parameters() if not p.requires_grad}
     save_file(tensors, tmp_path / "model.safetensors")
     with attach(model, plan, checkpoint=tmp_path, checked=True):
-        assert_equal(train(make("llama"), "llama"), train(model, "llama"))
+        assert_equal(whole_run("llama"), train(model, "llama"))
     name = next(t.name for b in plan.table.blocks if plan.home_of(b.id) == "disk" for t in b.tensors)
     tensors[name] += 1
     save_file(tensors, tmp_path / "model.safetensors")
@@ -200,7 +209,7 @@ def test_moves_that_change_nothing_go_through_and_others_are_refused(model, plan
         for move in (lambda: model.to(torch.float64), model.half, lambda: model.to("meta"), model.bfloat16):
             with pytest.raises(MovedWeightsError, match="memplan streams its weights"):
                 move()
-        assert_equal(train(make("llama"), "llama"), train(model, "llama"))
+        assert_equal(whole_run("llama"), train(model, "llama"))
 
 
 def test_copies_are_refused(model, plan, tmp_path):
@@ -220,7 +229,7 @@ def test_materialise_makes_all_weights_readable(model, plan, tmp_path):
                 if name in expected:
                     assert torch.equal(tensor, expected[name]), name
         assert any(as_it_lies(p).isnan().any() for p in model.parameters())
-        assert_equal(train(make("llama"), "llama"), train(model, "llama"))
+        assert_equal(whole_run("llama"), train(model, "llama"))
     with memplan.materialise(model):
         pass
 

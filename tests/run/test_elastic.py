@@ -38,7 +38,7 @@ def watched(arena):
     return gone, come
 
 
-@pytest.mark.quick("llama-0.4-offload0-plain", "gpt2-0.2-offload2-plain", "t5-0.3-offload3-plain")
+@pytest.mark.quick("llama-0.4-offload0-plain", "t5-0.3-offload3-plain")
 @pytest.mark.parametrize("checked", [False, True], ids=["plain", "checked"])
 @pytest.mark.parametrize(("kind", "share", "offload"), CASES)
 def test_three_steps_to_the_bit(kind, share, offload, checked, tmp_path):

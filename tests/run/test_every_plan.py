@@ -32,7 +32,7 @@ from memplan.run.attach import attach_on
 from memplan.run.transfer import transfer
 from memplan.units import GIB
 from tests.support.graphs import graph_of
-from tests.support.training import CPU, KINDS, assert_equal, batch_of, loss_of, make, train
+from tests.support.training import CPU, KINDS, assert_equal, batch_of, loss_of, make, train, whole_run
 
 STEPS = 2
 MACHINES = {"cpu": CPU, "cuda": replace(CPU, device="cuda", name="a GPU")}
@@ -48,11 +48,6 @@ def small_sizes():
         patch.setattr(pieces, "LEAST_BYTES", RING_BYTES)
         patch.setattr(pieces, "LATENCIES", 0)
         yield
-
-
-@cache
-def whole(kind, checkpointing, accumulation):
-    return train(make(kind, checkpointing=checkpointing), kind, steps=STEPS, accumulation=accumulation)
 
 
 @cache
@@ -139,7 +134,8 @@ def trains_bit_identically(kind, checkpointing, accumulation, plan, *others):
             handle.change(other)
         planned = train(model, kind, steps=STEPS, accumulation=accumulation)
         assert handle.record.misses == 0
-    assert_equal(whole(kind, checkpointing, accumulation), planned)
+    whole = whole_run(kind, checkpointing=checkpointing, steps=STEPS, accumulation=accumulation)
+    assert_equal(whole, planned)
 
 
 FEW = [("llama", "off", 1), ("plain", "inside-other", 2)]
@@ -147,7 +143,7 @@ MANY = [(kind, how, count) for kind in KINDS for how in ("off", "inside-other", 
 EXAMPLES = {"deadline": None, "suppress_health_check": list(HealthCheck), "derandomize": True}
 
 
-@settings(max_examples=12, **EXAMPLES)
+@settings(max_examples=8, **EXAMPLES)
 @given(plans(FEW))
 def test_attach_takes_every_plan(drawn):
     *how, plan = drawn

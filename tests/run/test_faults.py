@@ -25,7 +25,7 @@ from memplan.run.transfer import transfer
 from memplan.run.transfer.interrupts import defer_sigint
 from tests.run.test_parity import plan_for
 from tests.support.leftovers import started_since, threads
-from tests.support.training import assert_equal, assert_only_whole_blocks, make, train
+from tests.support.training import assert_equal, assert_only_whole_blocks, make, train, whole_run
 
 pytestmark = pytest.mark.timeout(120)
 
@@ -50,7 +50,7 @@ def sweep(monkeypatch, tmp_path, target, name, errors, **options):
     """Fail each call of one pass in turn: the error is heard, detach gives the model back, training then is a whole
     run's.
     """
-    expected = train(make("plain"), "plain", steps=1)
+    expected = whole_run("plain", steps=1)
     model = make("plain")
     before = {key: value.clone() for key, value in model.state_dict().items()}
     plan = plan_for(model, "plain", share=0.2, **options)
@@ -105,7 +105,7 @@ def test_each_copy_of_offloaded_activations_fails_once(monkeypatch, tmp_path):
 @pytest.mark.full
 def test_each_allocation_fails_once(monkeypatch, tmp_path):
     """Of attach and of a pass: an error, and the model is as it was."""
-    expected = train(make("plain"), "plain", steps=1)
+    expected = whole_run("plain", steps=1)
     model = make("plain")
     before = {key: value.clone() for key, value in model.state_dict().items()}
     plan = plan_for(model, "plain", share=0.2, offload="all")
@@ -172,7 +172,7 @@ def test_ctrl_c_at_any_time(tmp_path):
     """It comes as it would, attach leaves the model as it was, a handle gives it back, and training can go on under
     it.
     """
-    expected = train(make("plain"), "plain")
+    expected = whole_run("plain")
     model = make("plain")
     before = {key: value.clone() for key, value in model.state_dict().items()}
     plan = plan_for(model, "plain", share=0.1, offload=["layers.0", "layers.1", "layers.2", "layers.4"])
@@ -236,7 +236,7 @@ def alarm():
 
 def test_hooks_that_stayed_hand_on_what_they_get_and_are_dropped(tmp_path, monkeypatch):
     """As after a Ctrl-C in the moment in which they come off."""
-    expected = train(make("plain"), "plain", steps=1)
+    expected = whole_run("plain", steps=1)
     model = make("plain")
     handle = attach(model, plan_for(model, "plain", share=0.2, offload="all"), cache=tmp_path, checked=True)
     with monkeypatch.context() as patch:
@@ -311,7 +311,7 @@ def test_a_disk_that_fills_while_blocks_are_packed(monkeypatch, tmp_path):
             attach(model, plan, cache=tmp_path)
     assert_only_whole_blocks(tmp_path)
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
-    assert_equal(train(make("plain"), "plain"), train(model, "plain"))
+    assert_equal(whole_run("plain"), train(model, "plain"))
 
 
 def test_a_load_that_hangs_is_heard(monkeypatch, tmp_path):

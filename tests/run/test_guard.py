@@ -30,6 +30,7 @@ from tests.support.training import (
     loss_of,
     make,
     train,
+    whole_run,
 )
 
 
@@ -110,7 +111,7 @@ def test_materialise_reads_and_does_not_run(model, plan, weights, tmp_path):
                 model(**batch_of("llama"))
         with memplan.materialise(model):
             pass
-        assert_equal(train(make("llama"), "llama"), train(model, "llama"))
+        assert_equal(whole_run("llama"), train(model, "llama"))
 
 
 def test_a_backward_after_detach_is_refused(model, plan, tmp_path):
@@ -120,7 +121,7 @@ def test_a_backward_after_detach_is_refused(model, plan, tmp_path):
     with pytest.raises(RunError, match="Finish the backward first"):
         loss.backward()
     model.zero_grad()
-    assert_equal(train(make("llama"), "llama"), train(model, "llama"))
+    assert_equal(whole_run("llama"), train(model, "llama"))
 
 
 def test_nothing_is_left_after_detach(model, plan, tmp_path):

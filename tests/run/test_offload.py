@@ -23,7 +23,7 @@ from tests.run import adversary
 from tests.run.test_memory import counted_step
 from tests.run.test_parity import compare, plan_for
 from tests.support import inside
-from tests.support.training import CPU, KINDS, assert_equal, batch_of, loss_of, make, train
+from tests.support.training import CPU, KINDS, assert_equal, batch_of, loss_of, make, train, whole_run
 
 
 @pytest.mark.quick("t5-plain-plain")
@@ -66,7 +66,7 @@ def test_it_takes_less_of_the_device_than_keeping():
 def test_some_layers_only_beside_recomputed_ones(tmp_path):
     model = make("llama")
     layers = [f"model.layers.{index}" for index in (0, 2, 3, 5)]
-    whole = train(make("llama"), "llama")
+    whole = whole_run("llama")
     plan = plan_for(model, "llama", share=0.0, offload=layers)
     assert set(plan.policies().values()) == {"offload", "recompute"}
     with attach(model, plan, checked=True, cache=tmp_path) as handle:
@@ -176,7 +176,7 @@ def test_a_backward_after_detach_is_refused(tmp_path):
     handle.detach()
     with pytest.raises(RunError, match="Finish the backward first"):
         loss.backward()
-    assert_equal(train(make("llama"), "llama"), train(model, "llama"))
+    assert_equal(whole_run("llama"), train(model, "llama"))
 
 
 def test_autocast_and_saved_tensor_hooks_of_others(tmp_path):

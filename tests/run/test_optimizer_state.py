@@ -27,7 +27,7 @@ from memplan.units import GIB, MIB
 from tests.support import inside
 from tests.support.counting import LiveBytes, held_by
 from tests.support.graphs import graph_of
-from tests.support.training import CPU, KINDS, LENGTH, _base, assert_equal, batch_of, loss_of, make, train
+from tests.support.training import CPU, KINDS, LENGTH, _base, assert_equal, batch_of, loss_of, make, train, whole_run
 
 
 def plan_for(model, kind="llama", vram=None, home="host", accumulation=1, length=LENGTH):
@@ -73,7 +73,7 @@ def assert_waits(handle, optimizer):
 @pytest.mark.parametrize("checked", [False, True], ids=["plain", "checked"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_three_steps(kind, checked, tmp_path):
-    whole = train(make(kind), kind, accumulation=4)
+    whole = whole_run(kind, accumulation=4)
     model = make(kind)
     plan = plan_for(model, kind, accumulation=4)
     assert plan.optimizer_state == "host"

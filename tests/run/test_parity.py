@@ -13,21 +13,32 @@ import pytest
 from memplan.cost.build import cost_table
 from memplan.errors import DoesNotFitError
 from memplan.place.solve import place
-from memplan.program.schema import Budgets, Workload
+from memplan.program.schema import Budgets, Plan, Workload
 from memplan.run.attach import attach
 from memplan.units import GIB
 from tests.support.graphs import graph_of
-from tests.support.training import CPU, EVERY_WAY, KINDS, assert_equal, batch_of, loss_of, make, train
+from tests.support.training import CPU, EVERY_WAY, KINDS, assert_equal, batch_of, loss_of, make, train, whole_run
 
 
 def plan_for(model, kind, *, share=0.4, accumulation=1, tiers="all", offload=()):
-    """A plan with ``share`` of the way from the least vram to all of it, homes on every tier.
+    """A plan with ``share`` of the way from the least vram to all of it, homes on every tier; made once in a process.
 
     The stages are called one by one, so that the model is traced once. ``offload``: layers whose activations are
     offloaded, or ``"all"``.
     """
     graph = graph_of(model, batch_of(kind), loss_of, accumulation=accumulation, offload=bool(offload))
-    activations = dict.fromkeys(graph.recomputable if offload == "all" else offload, "offload")
+    offloaded = tuple(graph.recomputable if offload == "all" else offload)
+    key = (id(graph), CPU.name, share, accumulation, tiers, offloaded)  # graphs stay to the end
+    if key not in _plans:
+        _plans[key] = _plan_for(graph, share, accumulation, tiers, offloaded)
+    return _plans[key]
+
+
+_plans: dict[tuple[object, ...], Plan] = {}
+
+
+def _plan_for(graph, share, accumulation, tiers, offloaded):
+    activations = dict.fromkeys(offloaded, "offload")
     table = cost_table(graph, CPU)
     workload = Workload(batch={}, tokens=graph.tokens, accumulation=accumulation, optimizer="adamw", adapter="")
 
@@ -67,7 +78,7 @@ def compare(
 ):
     """Train whole and planned; return the handle of the planned run, which is still attached."""
     options = {"checkpointing": checkpointing, "dropout": dropout}
-    whole = train(make(kind, **options), kind, accumulation=accumulation)
+    whole = whole_run(kind, make=make, accumulation=accumulation, **options)
     model = make(kind, **options)
     plan = plan_for(model, kind, accumulation=accumulation, share=share, offload=offload)
     handle = attach(model, plan, checked=checked, cache=tmp_path)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+from functools import cache
 
 import pytest
 import torch
@@ -24,6 +25,7 @@ def model_of(kind, **options):
     return quantized.make(kind, **options)
 
 
+@cache
 def maker(name):
     return lambda kind, **options: quantized.make(name, **options)
 
@@ -69,6 +71,7 @@ def test_checkpointed(kind, checkpointing, tmp_path):
     compare("llama", make=maker(kind), **options, tmp_path=tmp_path).detach()
 
 
+@pytest.mark.quick("nf4-nested-keep", "torchao-int8-recompute")
 @pytest.mark.parametrize("activations", ["keep", "recompute"])
 @pytest.mark.parametrize("kind", ["nf4-nested", "torchao-int8"])  # int8 fails at its second step without a plan too
 def test_dora(kind, activations, tmp_path):
@@ -97,11 +100,13 @@ def test_dora(kind, activations, tmp_path):
     assert_same(tensors_of(planned), tensors_of(whole))
 
 
+@pytest.mark.quick("int8", "torchao-int4")
 @pytest.mark.parametrize("kind", ["nf4-nested", "int8", "torchao-int4", "gptq-like"])
 def test_from_the_least_that_works(kind, tmp_path):
     compare("llama", make=maker(kind), share=0.0, checked=True, tmp_path=tmp_path).detach()
 
 
+@pytest.mark.quick("nf4-nested", "int8", "torchao-int8", "gptq-like")
 @pytest.mark.parametrize("kind", QUANTIZED)
 def test_memory(kind, tmp_path):
     """What a trace on fake tensors says of dequantized weights is what a run holds."""
@@ -116,7 +121,7 @@ def test_memory(kind, tmp_path):
     assert 0.9 * (predicted - within) <= peak <= predicted
 
 
-@pytest.mark.quick("nf4", "torchao-int8", "torchao-int4", "gptq-like")
+@pytest.mark.quick("nf4", "torchao-int8", "gptq-like")
 @pytest.mark.parametrize("kind", QUANTIZED)
 def test_comes_back_as_it_was(kind, tmp_path):
     model = model_of(kind)
@@ -145,7 +150,7 @@ def test_attached_after_a_first_forward(kind, tmp_path):
     assert_equal(train(whole, "llama"), planned)
 
 
-@pytest.mark.quick("nf4", "fp4", "int8", "torchao-int8", "torchao-int4", "gptq-like")
+@pytest.mark.quick("fp4", "int8", "torchao-int4", "gptq-like")
 @pytest.mark.parametrize("kind", QUANTIZED)
 def test_what_others_read(kind, tmp_path):
     whole, model = model_of(kind), model_of(kind)
@@ -178,6 +183,7 @@ def test_what_is_away_is_loud(kind, tmp_path):
                     )
 
 
+@pytest.mark.quick("nf4-nested", "torchao-int8")
 @pytest.mark.parametrize("kind", ["nf4-nested", "int8", "torchao-int8"])
 def test_a_move_to_where_it_is(kind, tmp_path):
     """[Trap] ``QuantState.to`` changes a shared object in place, and torchao's ``.data`` cannot be set."""
@@ -192,6 +198,7 @@ def test_a_move_to_where_it_is(kind, tmp_path):
     assert_equal(train(whole, "llama"), planned)
 
 
+@pytest.mark.quick("nf4", "int8", "torchao-int8")
 @pytest.mark.parametrize("kind", ["nf4", "nf4-nested", "int8", "torchao-int8", "gptq-like"])
 def test_evaluation_in_mid_training(kind, tmp_path):
     """[Trap] In an evaluation bitsandbytes repacks 4-bit weights on some CPUs; training could not go on."""

@@ -23,7 +23,7 @@ from memplan.run.recovery import is_out_of_memory
 from tests.run.test_parity import plan_for
 from tests.support import inside
 from tests.support.counting import LiveBytes, held_by
-from tests.support.training import CPU, assert_equal, batch_of, loss_of, make, train
+from tests.support.training import CPU, assert_equal, batch_of, loss_of, make, train, whole_run
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 
@@ -99,7 +99,7 @@ def test_done_over_it_is_the_same(offload, operator, checked, tmp_path, caplog):
     assert caplog.text.count("the micro-batch is repeated under one for") == 2
     after = {name: tensor for name, tensor in model.state_dict().items() if "lora" not in name}
     assert all(torch.equal(before[name], after[name]) for name in before)
-    assert_equal(train(make("llama"), "llama"), train(reset(model), "llama"))
+    assert_equal(whole_run("llama"), train(reset(model), "llama"))
 
 
 def reset(model):
@@ -154,7 +154,7 @@ def test_where_nothing_smaller_is_left_it_says_so(tmp_path):
         trained(model, handle, at={0: 50})
     handle.detach()
     model.zero_grad()
-    assert_equal(train(make("llama"), "llama"), train(model, "llama"))
+    assert_equal(whole_run("llama"), train(model, "llama"))
 
 
 def test_tries_are_bounded_and_other_errors_are_not_ours(tmp_path):
@@ -287,7 +287,7 @@ def test_a_block_that_may_not_go_to_the_disk(tmp_path):
     with pytest.raises(CheckpointError, match="would have to go to the disk"):
         trained(model, handle, at={0: 50})
     model.zero_grad()
-    assert_equal(train(make("llama"), "llama"), train(model, "llama"))
+    assert_equal(whole_run("llama"), train(model, "llama"))
 
 
 def test_by_the_public_way():

@@ -14,7 +14,7 @@ from memplan.program.record import RunRecord
 from memplan.run.attach import attach
 from memplan.show.trace import LANES, chrome_trace, write_trace
 from tests.run.test_parity import plan_for
-from tests.support.training import KINDS, assert_equal, batch_of, loss_of, make, train
+from tests.support.training import KINDS, assert_equal, batch_of, loss_of, make, train, whole_run
 
 AT_THE_TURN = 2
 """Loads that may end in the pass before or after: one on each channel."""
@@ -28,7 +28,7 @@ def one_pass(model, kind):
 @pytest.mark.parametrize("checked", [False, True], ids=["plain", "checked"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_it_changes_nothing_and_every_access_and_load_is_there(kind, checked, tmp_path):
-    whole = train(make(kind), kind)
+    whole = whole_run(kind)
     model = make(kind)
     plan = plan_for(model, kind, tiers="all", share=0.3)
     with attach(model, plan, cache=tmp_path, traced=True, checked=checked) as handle:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import cache, partial
@@ -233,6 +233,20 @@ def train(
     if handle is not None:
         assert handle.record.direct_reads == direct_reads, "a weight was read that no trigger had brought"
     return run
+
+
+@cache
+def whole_run(
+    kind: str,
+    *,
+    make: Callable[..., nn.Module] = make,
+    dropout: float = 0.0,
+    checkpointing: str = "off",
+    steps: int = 3,
+    accumulation: int = 1,
+) -> Run:
+    """What training computes where the whole model is there; trained once in a process, and not to be changed."""
+    return train(make(kind, dropout=dropout, checkpointing=checkpointing), kind, steps=steps, accumulation=accumulation)
 
 
 def as_it_lies(tensor: torch.Tensor) -> torch.Tensor:

@@ -11,6 +11,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from memplan.trainers.launch import VARIABLE, Settings, environment
+from tests.support.graphs import traced_once
 from tests.support.training import CPU
 from tests.trainers.forked import Forked
 from tests.trainers.small import (
@@ -22,6 +23,13 @@ from tests.trainers.small import (
     save_texts,
     save_tokenizer,
 )
+
+
+@pytest.fixture(autouse=True)
+def planned_again_it_is_not_traced_again():
+    """Within a test: for the least that works, and for what is between that and all."""
+    with traced_once({}):
+        yield
 
 
 @pytest.fixture(scope="session")
