@@ -165,7 +165,7 @@ def test_fixed_bytes():
 
 
 def test_the_graph_for_networkx_holds_every_access_and_every_saved_byte():
-    graph = analyze(*models.llama(0.0))
+    graph = analyze_once(*models.llama(0.0))
     drawn = graph.to_networkx()
     assert networkx.is_directed_acyclic_graph(drawn)
     assert list(networkx.topological_sort(drawn)) == [access.index for access in graph.accesses]
