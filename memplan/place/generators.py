@@ -11,7 +11,7 @@ import itertools
 import math
 from collections.abc import Callable, Generator, Iterable, Iterator
 
-from memplan.place.evaluator import Candidate, Choice, Evaluator
+from memplan.place.evaluator import TIE, Candidate, Choice, Evaluator
 from memplan.place.layout.ring_layout import LayoutRecipe
 from memplan.place.problem import FEW_BLOCKS, MOST_SUBSETS, Problem
 
@@ -89,9 +89,6 @@ def recipes(problem: Problem, *, every: bool = True, tails: bool = False) -> Ite
             yield recipe._replace(disk_bundles=2)
 
 
-# ---- which numbers of recomputed modules ----------------------------------------------------------------------------
-
-
 def coarse_grid(evaluator: Evaluator) -> Candidates:
     """A few recipes at some numbers of recomputed modules: spread evenly, or near what is known to be about the
     best.
@@ -129,9 +126,6 @@ def _at(evaluator: Evaluator, levels: Iterable[int]) -> Candidates:
     for level in sorted(fresh, key=lambda level: (evaluator.least_s(level), level)):
         for recipe in few:
             yield Candidate(level, recipe)
-
-
-# ---- which arrangements ---------------------------------------------------------------------------------------------
 
 
 def every_recipe(evaluator: Evaluator) -> Candidates:
@@ -189,14 +183,12 @@ def climb(evaluator: Evaluator) -> Candidates:
         left = _MOST_CLIMBED // max(1, len(evaluator.problem.movable))
         room, spare = evaluator.rooms[start.level], evaluator.spare_bytes(start.level)
         top, higher = start, True
-        while higher and left > 0:
-            if evaluator.is_best(start.level):
-                return
+        while higher and left > 0 and not evaluator.is_best(start.level):
             higher = False
             for arrangement in evaluator.rings.beside(top.arrangement, recipe, room, spare):
                 left -= 1 + recipe.tails  # which are twice the work
                 found = yield Candidate(start.level, recipe, arrangement)
-                if found is not None and evaluator.is_shorter(found, top):
+                if found is not None and found.pass_s < top.pass_s * (1 - TIE):
                     top, higher = found, True
                     break
                 if left <= 0:
