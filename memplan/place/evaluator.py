@@ -16,7 +16,7 @@ from memplan.place.layout.ring_layout import LayoutRecipe, Rings
 from memplan.place.problem import Bytes, Problem, nonweight_bytes, policies_for
 from memplan.program.timeline import Load, durations, load_s, simulate, slowed
 
-_TIE = 1e-4
+TIE = 1e-4
 """Passes that differ by less are the same: no cost row is known so well. Then fewer bytes moved win."""
 
 
@@ -105,11 +105,7 @@ class Evaluator:
     def is_best(self, level: int | None = None) -> bool:
         """Whether nothing can be shorter: of a level, or of all."""
         least_s = self.least_of_all_s if level is None else self.least_s(level)
-        return self.best_s <= least_s * (1 + _TIE)
-
-    def is_shorter(self, choice: Choice, than: Choice) -> bool:
-        """Whether a choice's pass is shorter by more than a tie."""
-        return choice.pass_s < than.pass_s * (1 - _TIE)
+        return self.best_s <= least_s * (1 + TIE)
 
     @property
     def least_of_all_s(self) -> float:
@@ -129,7 +125,7 @@ class Evaluator:
 
     def chosen(self) -> Choice | None:
         """Return the best of what was timed."""
-        equal = self.best_s * (1 + _TIE)
+        equal = self.best_s * (1 + TIE)
         percent_bytes = sum(self.problem.sizes_bytes) // 100
         return min(
             (choice for choice in self.timed if choice.pass_s <= equal),
@@ -143,7 +139,7 @@ class Evaluator:
         """Return the candidate with what its pass takes, or None where it does not fit or cannot be the best."""
         level, recipe, arrangement = candidate
         self._level_s.setdefault(level, math.inf)
-        if self.least_s(level) > self.best_s * (1 + _TIE) or (self.tails and self.is_best(level)):
+        if self.least_s(level) > self.best_s * (1 + TIE) or (self.tails and self.is_best(level)):
             return None
         if arrangement is None and recipe is not None:
             arrangement = self.rings.arrange(recipe, self.rooms[level], self.spare_bytes(level))
@@ -173,7 +169,7 @@ class Evaluator:
         reads_rows = arrangement.rows_bytes and self.problem.table.device != "cpu"
         if reads_rows:
             times, compute_s = self._durations_with_rows(arrangement, level, NOTHING)
-        too_long_s = self.best_s * (1 + _TIE)
+        too_long_s = self.best_s * (1 + TIE)
         if compute_s > too_long_s or self._least_loads_s(arrangement) > too_long_s:
             return None
         if arrangement.key not in self._stays:

@@ -11,7 +11,7 @@ import itertools
 import math
 from collections.abc import Callable, Generator, Iterable, Iterator
 
-from memplan.place.evaluator import Candidate, Choice, Evaluator
+from memplan.place.evaluator import TIE, Candidate, Choice, Evaluator
 from memplan.place.layout.ring_layout import LayoutRecipe
 from memplan.place.problem import FEW_BLOCKS, MOST_SUBSETS, Problem
 
@@ -20,8 +20,7 @@ CandidateGenerator = Callable[[Evaluator], Candidates]
 
 _REGIONS = (2.0, 1.0, 3.0, 5.0, 8.0)
 """Sizes of the shared region, in units of the least: small ones leave more to residents, large ones bring further
-ahead. At first the first two alone are tried.
-"""
+ahead. At first the first two alone are tried."""
 
 _FINER = (0.5, 0.75, 1.25, 1.5)
 """The best of them is multiplied by these: beside the disk what lies between two of them may be 4% better."""
@@ -35,6 +34,9 @@ _NEAR = 2
 _THOROUGH = 2
 """Of them, those for which every recipe is tried: each costs as much, and the second is the best now and then."""
 
+_DISK_SHARES = 4
+"""Parts of the streamed blocks, by number, that lie on the disk where RAM would hold more: each number of few."""
+
 _MOST_CLIMBED = 6000
 """Changes of what stays that are looked at, times the blocks there are: about a second of a climb."""
 
@@ -42,8 +44,7 @@ _STARTS = 24
 """Recipes from whose best the climb begins where blocks are few: where it ends depends on where it begins."""
 
 _MOST_STACKED = 11_000
-"""Arrangements that are looked at where every one of a few blocks is: the 10,000 of six blocks take a second. A search
-for what is better than something looks at a fortieth of that."""
+"""Arrangements of a few blocks: the 10,000 of six take a second. To beat something a fortieth of them is looked at."""
 
 
 def search(evaluator: Evaluator, generators: Iterable[CandidateGenerator] | None = None) -> Choice | None:
@@ -89,9 +90,6 @@ def recipes(problem: Problem, *, every: bool = True, tails: bool = False) -> Ite
             yield recipe._replace(disk_bundles=2)
 
 
-# ---- which numbers of recomputed modules ----------------------------------------------------------------------------
-
-
 def coarse_grid(evaluator: Evaluator) -> Candidates:
     """A few recipes at some numbers of recomputed modules: spread evenly, or near what is known to be about the
     best.
@@ -131,9 +129,6 @@ def _at(evaluator: Evaluator, levels: Iterable[int]) -> Candidates:
             yield Candidate(level, recipe)
 
 
-# ---- which arrangements ---------------------------------------------------------------------------------------------
-
-
 def every_recipe(evaluator: Evaluator) -> Candidates:
     """Every recipe at the best numbers of recomputed modules."""
     for level in evaluator.levels()[:_THOROUGH]:
@@ -152,21 +147,22 @@ def finer_region(evaluator: Evaluator) -> Candidates:
 
 
 def more_on_disk(evaluator: Evaluator) -> Candidates:
-    """More on the disk than RAM forces, where blocks are few: both bring bytes at once, so that with fewer there a pass
-    may be longer.
-    """
-    problem, count = evaluator.problem, len(evaluator.problem.movable)
-    if count > FEW_BLOCKS or evaluator.tails:
+    """More on the disk than RAM forces: both bring bytes at once, so that with fewer there a pass may be longer."""
+    best, problem = evaluator.chosen(), evaluator.problem
+    if best is None or evaluator.tails:
         return
     tried = list(recipes(problem))
     if not any(recipe.disk_bundles for recipe in tried):  # RAM holds all
         if not problem.disk_may_help:
             return
         tried = [recipe._replace(disk_bundles=bundles) for recipe in tried for bundles in range(3)]
-    for level in evaluator.levels()[:_THOROUGH]:
-        for on_disk, recipe in itertools.product(range(1, count + 1), tried):
+    levels, parts = evaluator.levels()[:_THOROUGH], len(problem.movable)
+    if parts > FEW_BLOCKS:
+        levels, parts, tried = [best.level], _DISK_SHARES, [best.recipe or tried[0]]
+    for level in levels:
+        for part, recipe in itertools.product(range(1, parts + 1), tried):
             if not evaluator.is_best(level):
-                yield Candidate(level, recipe._replace(disk_share=on_disk / count))
+                yield Candidate(level, recipe._replace(disk_share=part / parts))
 
 
 def every_stacking(evaluator: Evaluator) -> Candidates:
@@ -189,14 +185,12 @@ def climb(evaluator: Evaluator) -> Candidates:
         left = _MOST_CLIMBED // max(1, len(evaluator.problem.movable))
         room, spare = evaluator.rooms[start.level], evaluator.spare_bytes(start.level)
         top, higher = start, True
-        while higher and left > 0:
-            if evaluator.is_best(start.level):
-                return
+        while higher and left > 0 and not evaluator.is_best(start.level):
             higher = False
             for arrangement in evaluator.rings.beside(top.arrangement, recipe, room, spare):
                 left -= 1 + recipe.tails  # which are twice the work
                 found = yield Candidate(start.level, recipe, arrangement)
-                if found is not None and evaluator.is_shorter(found, top):
+                if found is not None and found.pass_s < top.pass_s * (1 - TIE):
                     top, higher = found, True
                     break
                 if left <= 0:

@@ -114,7 +114,8 @@ def pass_below_s(
     """
     elastic = table.device in ELASTIC_DEVICES if elastic is None else elastic
     task = Task(table, budgets, staging_bytes, pins or {}, activations or {}, elastic=elastic)
-    choice = search(_evaluator(task, below_s), [generator for generator in GENERATORS if generator is not climb])
+    evaluator = Evaluator(task.problem(), below_s=below_s, elastic=elastic)
+    choice = search(evaluator, [generator for generator in GENERATORS if generator is not climb])
     return None if choice is None else choice.pass_s
 
 
@@ -159,15 +160,12 @@ class _Solution:
         return self.choice is None or self.choice.pass_s > kept_s * (1 + _MUCH)
 
 
-def _evaluator(task: Task, below_s: float | None = None, near: int | None = None) -> Evaluator:
-    return Evaluator(task.problem(), below_s=below_s, elastic=task.elastic, near=near)
-
-
 def _solve(task: Task, than: Choice | None = None, near: int | None = None) -> _Solution:
     """Return the best there is of these rows and activations. ``than``: what is not better is no choice. ``near``:
     about the best number of recomputed modules, where it is known.
     """
-    evaluator = _evaluator(task, None if than is None else than.pass_s * (1 - _WORTH), near)
+    below_s = None if than is None else than.pass_s * (1 - _WORTH)
+    evaluator = Evaluator(task.problem(), below_s=below_s, elastic=task.elastic, near=near)
     choice = search(evaluator)
     return _Solution(problem=evaluator.problem, choice=choice, least_s=evaluator.least_of_all_s)
 
