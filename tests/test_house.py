@@ -57,6 +57,13 @@ def test_a_folder_has_few_files_and_says_which(folder):
         )
 
 
+def test_tests_look_inside_a_handle_by_one_file():
+    """So that what memplan renames within is renamed there alone."""
+    reach = re.compile(r"\bhandle(_of\(\w+\))?\._[a-z]")
+    files = [file for file in (ROOT / "tests").rglob("*.py") if reach.search(file.read_text(encoding="utf-8"))]
+    assert [file.name for file in files] == ["inside.py"]
+
+
 JOURNEYS = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
 
 

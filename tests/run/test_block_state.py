@@ -7,6 +7,7 @@ import itertools
 import pytest
 import torch
 
+from memplan.run.access.away import kinds_of
 from memplan.run.access.dispatched import unasked
 from memplan.run.attach import attach
 from memplan.run.modules.offloaded_activations import SavedState
@@ -80,21 +81,35 @@ def test_states_are_what_memory_is(case, tmp_path):
         assert saved >= {SavedState.STORING, SavedState.ON_HOST, SavedState.IN_BOTH}
 
 
+def streamed_block() -> tuple[Streamed, torch.nn.Parameter]:
+    """Return a block, away, and its one weight."""
+    weight, part = torch.nn.Parameter(torch.zeros(4), requires_grad=False), torch.ones(16, dtype=torch.uint8)
+    placeholder = torch.full((4,), torch.nan)
+    pointers = ((weight, part.view(torch.float32), placeholder),)
+    one = Streamed(block=0, name="a", channel="h2d", source=None, part=part, pointers=pointers, rows=())  # type: ignore[arg-type]
+    return one, weight
+
+
+def test_what_is_written_is_known_though_an_open_block_is_bound_again():
+    """As where two accesses in turn read a block, rows of which a third one reads at home."""
+    one, weight = streamed_block()
+    one.serve((kinds_of(weight, is_plain=False),))
+    one.start(object())
+    one.arrive()
+    one.open()
+    weight.add_(1.0)
+    one.bind()
+    assert one.state is OPEN
+    one.open()
+    assert one.shut() == (0,)
+    assert one.state is SHUT
+    one.serve(())
+
+
 def test_every_way_from_a_state_to_the_next():
     """Without a run: each method leaves the state that it says, and a ticket only while there is a load."""
-    weight = torch.nn.Parameter(torch.zeros(4), requires_grad=False)
-    part = torch.ones(16, dtype=torch.uint8)
-    there = part.view(torch.float32)
     for ways in itertools.product(("arrive", "leave", "forget"), ("hide", "leave", "forget")):
-        one = Streamed(
-            block=0,
-            name="a",
-            channel="h2d",
-            source=None,  # type: ignore[arg-type]
-            part=part,
-            pointers=((weight, there, torch.full((4,), torch.nan)),),
-            rows=(),
-        )
+        one, weight = streamed_block()
         assert one.state is AWAY
         ticket = object()
         one.start(ticket)
@@ -103,7 +118,7 @@ def test_every_way_from_a_state_to_the_next():
         assert one.state is (SHUT if ways[0] == "arrive" else AWAY)
         assert left is (ticket if ways[0] == "leave" else None)
         if one.state is SHUT:
-            assert weight.data_ptr() == part.data_ptr()
+            assert weight.data_ptr() == one.part.data_ptr()
             assert getattr(one, ways[1])() is None
             assert one.state is (HIDDEN if ways[1] == "hide" else AWAY)
             assert (one.state in IN_SLOT) == (ways[1] == "hide")

@@ -257,10 +257,10 @@ def test_inside_watch_memory_the_new_arena_counts_in_place_of_the_old(kind, shar
 
         with handle.watch_memory(optimizer):
             handle.micro_batch(run)
-            counted = handle._ledger.live_bytes
+            counted = inside.counted_bytes(handle)
         assert handle.recoveries == 1
         with handle.watch_memory(optimizer):
-            anew = handle._ledger.live_bytes
+            anew = inside.counted_bytes(handle)
         assert counted == anew
         assert handle.record.vram_peak_bytes <= plan.budgets.vram_bytes
 

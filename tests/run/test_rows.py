@@ -202,7 +202,7 @@ def test_a_smaller_plan_after_running_out_of_memory(kind, tmp_path):
 
         def stepped(**batch):
             if next(steps) == 1:
-                handle._take_less("the test")
+                inside.take_less(handle)
             return model(**batch)
 
         planned = train(_Called(model, stepped), kind, steps=4, batches=batch_of)
@@ -210,7 +210,7 @@ def test_a_smaller_plan_after_running_out_of_memory(kind, tmp_path):
         assert handle.record.recoveries == 1
         held = [handle.record.ram_peak_bytes]
         for _ in range(2):
-            handle._take_less("the test")
+            inside.take_less(handle)
             held.append(handle.record.ram_peak_bytes)
         assert len(set(held)) == 1  # what lies in RAM is not copied there again
     assert_equal(whole, replace_names(planned))

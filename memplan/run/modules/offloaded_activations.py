@@ -272,6 +272,7 @@ class Offloads:
                     f"a backward wants what {held.module} saved, but memplan was detached or interrupted since its "
                     "forward: run the forward again"
                 )
+            assert held.state is not SavedState.NOWHERE
             if held.state is SavedState.ON_HOST:
                 self.load(held.key)
             if held.state is SavedState.LOADING:

@@ -147,7 +147,8 @@ class Streamed:
         """Point the parameters at the block. Raises RunError where one is trained by now: what it learned would be
         lost.
         """
-        self.state = SHUT
+        if self.state is not OPEN:
+            self.state = SHUT
         with torch._C.DisableTorchFunctionSubclass(), unasked():
             for tensor, there, _ in self.pointers:
                 if _is_trained(tensor):  # its class may have the attribute looked up in Python
@@ -285,6 +286,8 @@ class Streamed:
         """Have the weights be read by nobody unnoticed."""
         for tensor, kind in self._away:
             tensor.__class__ = kind
+        if self.state is OPEN:
+            self.state = SHUT
 
     def _written(self) -> Iterator[int]:
         for place, ((tensor, there, _), version) in enumerate(zip(self.pointers, self._versions, strict=True)):
