@@ -30,7 +30,7 @@ check: $(INSTALLED)
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-# Side by side: mypy, which knows nothing yet on a fresh machine, takes minutes of one processor.
+# Side by side: mypy, which knows nothing yet on a fresh machine, takes most of a minute of one processor.
 test: $(INSTALLED)
 	$(MAKE) --no-print-directory -j2 check quick
 

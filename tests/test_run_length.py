@@ -9,6 +9,7 @@ from transformers import LlamaConfig
 
 import memplan
 from memplan.show import terminal
+from tests.support.graphs import traced_once
 from tests.support.training import CPU
 
 CONFIG = LlamaConfig(
@@ -19,6 +20,12 @@ CONFIG = LlamaConfig(
     num_attention_heads=4,
     num_key_value_heads=2,
 )
+
+
+@pytest.fixture(autouse=True, scope="module")
+def it_is_traced_once():
+    with traced_once():
+        yield
 
 
 def planned(**options):

@@ -23,7 +23,7 @@ from memplan.units import GIB
 from tests.run.test_parity import plan_for
 from tests.support import families, inside
 from tests.support.counting import LiveBytes, held_by
-from tests.support.graphs import graph_of
+from tests.support.graphs import analyze_once, graph_of
 from tests.support.training import CPU, Plain, assert_equal, batch_of, loss_of, make, train
 
 CASES = [("llama", "autocast"), ("mixtral-experts", "float32")]
@@ -108,7 +108,7 @@ def short(kind, seed=3):
 
 
 def short_plan(model, autocast=None, policy=None):
-    graph = analyze(model, short("llama"), autocast=autocast, offload=policy == "offload")
+    graph = analyze_once(model, short("llama"), autocast=autocast, offload=policy == "offload")
     workload = Workload(batch={}, tokens=graph.tokens, accumulation=1, optimizer="adamw", adapter="")
     return place(
         cost_table(graph, CPU),

@@ -20,7 +20,7 @@ from memplan.cost.build import cost_table
 from memplan.place.min_vram import least_vram_bytes
 from memplan.place.solve import place
 from memplan.program.check.judge import check
-from memplan.program.schema import Budgets, Workload
+from memplan.program.schema import Budgets, Plan, Workload
 from memplan.run.attach import attach
 from memplan.run.modules.optimizer_state import _State
 from memplan.units import GIB, MIB
@@ -33,6 +33,16 @@ from tests.support.training import CPU, KINDS, LENGTH, _base, assert_equal, batc
 def plan_for(model, kind="llama", vram=None, home="host", accumulation=1, length=LENGTH):
     """A plan under which something streams and the state waits in RAM."""
     graph = graph_of(model, batch_of(kind, length=length), loss_of, accumulation=accumulation)
+    key = (id(graph), vram, home, accumulation)  # graphs stay to the end
+    if key not in _plans:
+        _plans[key] = _plan_for(graph, vram, home, accumulation)
+    return _plans[key]
+
+
+_plans: dict[tuple[object, ...], Plan] = {}
+
+
+def _plan_for(graph, vram, home, accumulation):
     table = cost_table(graph, CPU)
     names = {"model": graph.model, "fingerprint": graph.fingerprint, "hardware": CPU.name}
     work = Workload(batch={}, tokens=graph.tokens, accumulation=accumulation, optimizer="adamw", adapter="")
