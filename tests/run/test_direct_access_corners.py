@@ -422,7 +422,7 @@ def test_a_backward_that_enters_where_views_were_saved(tmp_path, losses, is_refu
     plan = memplan.plan(
         model,
         {"x": x},
-        vram="64MiB",
+        vram="256KiB",
         ram="64MiB",
         pins=pins,
         activations="keep",

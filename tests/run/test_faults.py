@@ -157,7 +157,7 @@ def test_an_arena_that_cannot_be_had_says_so(tmp_path):
         replace(arena, segments=(replace(arena.segments[0], size_bytes=1 << 60),)) if arena.tier == "device" else arena
         for arena in plan.arenas
     )
-    with pytest.raises(RunError, match=r"GiB of memory for the plan's blocks could not be had .* smaller budget"):
+    with pytest.raises(RunError, match=r"TiB of memory for the plan's blocks could not be had .* smaller budget"):
         attach_on(model, replace(plan, arenas=arenas), torch.device("cpu"), cache=tmp_path)
 
 
