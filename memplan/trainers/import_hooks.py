@@ -25,7 +25,7 @@ def _tell_of_none() -> None:
     is_command = os.environ.get(PROCESS) == str(os.getpid())
     might = is_command and "torch" in sys.modules and not any(name in sys.modules for name in _LAUNCHERS)
     if not Seen.training and not Seen.error and (Seen.model or might):
-        say("no training was seen: no model that memplan serves was called in training mode with gradients")
+        say("no training was seen: no model that memplan serves was called with gradients")
 
 
 def _without_traceback(before: Callable[..., Any]) -> Callable[..., Any]:

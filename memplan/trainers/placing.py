@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from memplan.errors import DoesNotFitError, InputError
+from memplan.model.calls import Call
 from memplan.program.schema import Plan
 from memplan.request import PlanOptions
 from memplan.run.handle import handle_of
@@ -49,7 +50,7 @@ if TYPE_CHECKING:
 def placing(
     *,
     plan: Plan | None = None,
-    batch: Mapping[str, torch.Tensor] | None = None,
+    batch: Mapping[str, torch.Tensor] | Call | None = None,
     checked: bool = False,
     log: bool = False,
     lines: bool = False,
@@ -224,12 +225,7 @@ class _Inside:
         """Have a model planned for and placed as its trainer first calls it to be trained."""
 
         def place(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            if args:
-                raise InputError(
-                    f"{type(trainer).__name__} calls its model with positional arguments, and memplan.placing plans "
-                    "for keywords: give placing the largest call with batch="
-                )
-            self._wrap_within(trainer, batch=kwargs)
+            self._wrap_within(trainer, batch=Call(*args, **kwargs))
 
         self._for_trainers.add(model)
         wait(model, place)

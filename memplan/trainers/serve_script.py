@@ -22,6 +22,7 @@ from memplan import api
 from memplan.atomic_write import write
 from memplan.errors import DoesNotFitError, MemplanError, TooSlowError
 from memplan.hooks.compiled import WAY_OUT
+from memplan.model.calls import Call, Step
 from memplan.program.schema import Plan
 from memplan.request import completed
 from memplan.run.handle import Handle, handle_of
@@ -115,8 +116,6 @@ def _place_for_loop(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, A
     the others need is known once they are called.
     """
     why = _nothing_to_do(model)
-    if why is None and args and kwargs:
-        why = "the model is called with both positional arguments and keywords: call it with keywords"
     if why is None:
         from accelerate.state import GradientState
 
@@ -127,7 +126,7 @@ def _place_for_loop(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, A
         unplaced = _UNPLACED.take(model)
 
         def planned(within: dict[str, Any]) -> Plan:
-            return api.plan(model, kwargs or args, **within)
+            return api.plan(model, Step(calls=(Call(*args, **kwargs),)), **within)
 
         def shared() -> Plan:
             options = completed(

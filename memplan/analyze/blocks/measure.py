@@ -26,7 +26,7 @@ from memplan.analyze.repeat.periodic import Run, find_runs, shortened
 from memplan.analyze.repeat.unroll import short_name
 from memplan.analyze.trace.accesses import AccessLog
 from memplan.analyze.trace.swap_tensors import exchanged
-from memplan.analyze.trace.trace import loss_of
+from memplan.analyze.trace.trace import loss_of_pass
 from memplan.errors import InputError, MemplanError, ModelError, type_and_line
 from memplan.hooks import recompute
 from memplan.hooks.triggers import Triggers, modules_by_name
@@ -113,8 +113,8 @@ def measure(
             undo.enter_context(shortened(runs))
             pool = _Pool(there, graph)
             inputs = _placed(random_tokens(model, call) if is_shape(batch) else call, there)
-            snapshot = Snapshot(model=model, loss=loss, args=call.args, kwargs=call.kwargs)
-            undo.enter_context(exchanged(model, pool.make, snapshot))
+            snapshot = Snapshot(model=model, loss=loss, calls=call.calls)
+            undo.enter_context(exchanged(model, pool.make, snapshot, as_it_is=call.as_it_is))
             modules = modules_by_name(model)
             names = {access.module: short_name(access.module, runs) for access in graph.accesses if access.module}
             watched = {name: modules[name] for name in names.values()}
@@ -239,7 +239,7 @@ class _Passes:
         try:
             clock.mark()
             with torch.autocast(self._device.type, self._lowered) if self._lowered is not None else nullcontext():
-                value = loss_of(self._model(*self._inputs.args, **self._inputs.kwargs), self._loss)
+                value = loss_of_pass(self._model, self._inputs, self._loss)
             log.loss_begins()
             value.backward()
             log.optimizer_begins()

@@ -177,7 +177,7 @@ def _look(
     offload: bool | Literal["try"],
 ) -> _Seen:
     """Trace the model as it is, and with its layers' activations under the other policies."""
-    snapshot = Snapshot(model=model, loss=loss, args=call.args, kwargs=call.kwargs)
+    snapshot = Snapshot(model=model, loss=loss, calls=call.calls)
     # In a context of its own: what a forward sets of the context variables stays there.
     trace = partial(
         _trace_apart, model, call, snapshot=snapshot, accumulates=accumulates, loss=loss, autocast_dtype=autocast_dtype
@@ -283,7 +283,7 @@ def _trace(
         if torch.get_default_device().type != "cpu":
             undo.enter_context(torch.device("cpu"))
         inputs = batch.faked(mode)
-        fakes = undo.enter_context(faked(model, mode, snapshot))
+        fakes = undo.enter_context(faked(model, mode, snapshot, as_it_is=batch.as_it_is))
         frozen = {fakes[id(w.tensor)].untyped_storage()._cdata: draft for draft in drafts for w in draft.weights}
         recorder = Recorder((*fakes.values(), *inputs.tensors()), frozen, inputs.tensors())
         undo.callback(recorder.put_back)
@@ -317,7 +317,7 @@ def _trace(
         try:
             with mode, recorder:
                 with torch.autocast("cpu", autocast_dtype) if autocast_dtype is not None else nullcontext():
-                    value = loss_of(model(*inputs.args, **inputs.kwargs), loss)
+                    value = loss_of_pass(model, inputs, loss)
                 recorder.log.loss_begins()
                 value.backward()
                 recorder.log.optimizer_begins()
@@ -359,6 +359,21 @@ def _trace(
             state=state,
             updated=updated,
         )
+
+
+def loss_of_pass(model: nn.Module, batch: Batch, loss: Callable[[Any], torch.Tensor] | None) -> torch.Tensor:
+    """Return the scalar that is differentiated: the sum of what :func:`loss_of` makes of the calls of a pass. Of
+    several, those from which no gradient comes back are called for what they cost alone.
+    """
+    if len(batch.calls) == 1:
+        return loss_of(batch.calls[0].run(model), loss)
+    found = []
+    for call in batch.calls:
+        output = call.run(model)
+        if any(tensor.requires_grad for tensor in tensors_in(output)):
+            found.append(loss_of(output, loss).float())
+        del output
+    return loss_of(tuple(found), None)
 
 
 def loss_of(output: Any, loss: Callable[[Any], torch.Tensor] | None) -> torch.Tensor:

@@ -139,7 +139,7 @@ def _watched_call(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any
         arrived(model)
         return nn.Module._call_impl(model, *args, **kwargs)
     device = asked_device(model)
-    if model.training and torch.is_grad_enabled():
+    if torch.is_grad_enabled() and _is_trained(model):
         place = model.__dict__[_PLACE]
         with not_waiting(model):  # where it fails the script may try again with less
             place(model, args, kwargs)
@@ -148,7 +148,7 @@ def _watched_call(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any
         return nn.Module._call_impl(model, *args, **kwargs)
     if device is None:
         return nn.Module._call_impl(model, *args, **kwargs)
-    if torch.is_grad_enabled() or not is_trained_in_part(model):
+    if not is_trained_in_part(model):
         forget(model)
         move(model)
         return nn.Module._call_impl(model, *args, **kwargs)
@@ -214,6 +214,13 @@ def _staying(module: nn.Module, fn: Callable[[torch.Tensor], torch.Tensor], aske
 def is_trained_in_part(model: nn.Module) -> bool:
     """Whether some of a model is frozen and some is trained."""
     return len({parameter.requires_grad for parameter in model.parameters()}) == 2
+
+
+def _is_trained(model: nn.Module) -> bool:
+    """Whether a call with gradients is one to be trained: in whichever mode, but a model as it was loaded, of which
+    nothing is frozen yet, may just be looked at.
+    """
+    return is_trained_in_part(model) or (model.training and any(p.requires_grad for p in model.parameters()))
 
 
 def _moved(fn: Callable[[torch.Tensor], torch.Tensor], dtype: torch.dtype) -> torch.Tensor | None:

@@ -1,0 +1,30 @@
+"""Loops of a script's own under ``memplan run``, whatever way they call their model in: streamed, and bit-identical."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.trainers.conftest import exact
+
+LOOP = Path(__file__).with_name("script_loop.py")
+
+
+def trained(out):
+    return (out / "trained.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize("way", ["mixed", "positions", "evaluating"])
+def test_the_same_as_without(checkpoint, alone, under, tmp_path, way):
+    for name in ("whole", "run"):
+        (tmp_path / name).mkdir()
+    whole = alone(LOOP, checkpoint, tmp_path / "whole", way)
+    assert whole.returncode == 0, whole.stderr[-3000:]
+    done = under("2500KiB", LOOP, checkpoint, tmp_path / "run", way)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert exact(done) == exact(whole)
+    assert len(exact(done)) == 3
+    assert trained(tmp_path / "run") == trained(tmp_path / "whole")
+    assert "stands aside" not in done.stderr
+    assert "streamed from" in done.stderr
