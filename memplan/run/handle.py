@@ -155,8 +155,8 @@ class Handle:
         A copy of the gradients of what is trained is held meanwhile, beside what the plan counts (on CUDA in RAM).
         While the plan is changed RAM holds what was on the device. Raises RunError where no smaller plan is left.
         """
-        if self._parts is None or self.replan is None:
-            return run()
+        if self._parts is None or self.replan is None or not any(p.requires_grad for p in self.model.parameters()):
+            return run()  # of what is trained beside the model the gradients are not known
         before = Before(self.model)
         while True:
             try:

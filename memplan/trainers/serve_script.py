@@ -20,7 +20,7 @@ from torch import nn
 
 from memplan import api
 from memplan.atomic_write import write
-from memplan.errors import DoesNotFitError, MemplanError, TooSlowError
+from memplan.errors import DoesNotFitError, MemplanError, TooSlowError, first_line
 from memplan.hooks.compiled import WAY_OUT
 from memplan.model.calls import Call, Step
 from memplan.program.schema import Plan
@@ -39,10 +39,18 @@ from memplan.trainers.hf_trainer import (
     wrap_within,
 )
 from memplan.trainers.launch import saw_model, saw_training, say, settings
-from memplan.trainers.loading.deferred_placement import ask, move, not_waiting, tell_device, wait, waits
+from memplan.trainers.loading.deferred_placement import (
+    ask,
+    is_trained_in_part,
+    move,
+    not_waiting,
+    tell_device,
+    wait,
+    waits,
+)
 from memplan.trainers.loading.from_pretrained import device_asked, map_loaded, of_diffusers, of_transformers
 from memplan.trainers.loading.mapped_weights import folder_of, is_mapped
-from memplan.trainers.other_models import Scope, plan_of_least, together
+from memplan.trainers.other_models import Scope, name_of, plan_of_least, together
 from memplan.trainers.release import give_back, let_go
 
 if TYPE_CHECKING:
@@ -151,6 +159,10 @@ def _place_for_loop(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, A
         try:
             why = _served(model, shared, attach)
         except DoesNotFitError as error:
+            if not is_trained_in_part(model) and any(handle.is_attached for handle in _SCOPE.placed):
+                move(model)  # what it takes was counted as that of a model that is read
+                _say_aside(f"{name_of(model)} is wholly frozen, and beside what is under a plan {first_line(error)}")
+                return
             if unplaced is not None:
                 raise together(unplaced.error, unplaced.model, error, model) from None
             if not others or _UNPLACED.is_known(model) or torch.cuda.is_available():
@@ -230,8 +242,10 @@ def _place(trainer: Trainer) -> None:
     if not isinstance(model, nn.Module) or handle_of(model) is not None:
         return
     why = _why_not(trainer, model)
-    if why is None and is_mapped(model) and not _may_be_asked(trainer):
+    if why is None and is_mapped(model) and not (is_trained_in_part(model) and _may_be_asked(trainer)):
         return  # placed at its first call, as for a loop
+    if why is None and not is_trained_in_part(model):
+        why = "nothing in the model is trained"
     with not_waiting(model):
         if why is None:
             asked = settings()
@@ -281,8 +295,6 @@ def _nothing_to_do(model: nn.Module) -> str | None:
     frozen = [not parameter.requires_grad for parameter in model.parameters()]
     if not any(frozen):
         return "nothing in the model is frozen, so there is nothing to stream"
-    if all(frozen):
-        return "nothing in the model is trained"
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         return "it serves one process, and this is one of several"
     if any(hasattr(module, "_hf_hook") for module in model.modules()):

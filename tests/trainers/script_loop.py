@@ -1,7 +1,7 @@
-"""A loop that knows nothing of memplan, and calls its model in one of many ways.
+"""A loop that knows nothing of memplan, and calls its model in one of many ways: ``python script_loop.py FOLDER OUT
+WAY``.
 
-``python script_loop.py FOLDER OUT WAY``. Each way is a function of this module: from a model with its adapter and a
-batch to a loss.
+Each way is a function of this module that makes a model and returns what is trained, and what makes a loss of a batch.
 """
 
 from __future__ import annotations
@@ -11,7 +11,10 @@ import sys
 import torch
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import save_file
+from torch import nn
 from transformers import AutoModelForCausalLM, BatchEncoding
+
+LORA = {"r": 4, "lora_dropout": 0.1, "target_modules": "all-linear"}
 
 
 def batches(count=3):
@@ -20,31 +23,83 @@ def batches(count=3):
         yield {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids.clone()}
 
 
-def mixed(model, batch):
-    return model(batch["input_ids"], attention_mask=batch["attention_mask"], labels=batch["labels"]).loss
+def named(model):
+    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
-def positions(model, batch):
-    logits = model(batch["input_ids"], batch["attention_mask"], return_dict=False)[0]
-    return torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), batch["labels"][:, 1:].flatten())
+def adapted(folder, **lora):
+    return get_peft_model(AutoModelForCausalLM.from_pretrained(folder), LoraConfig(**LORA | lora)).train()
 
 
-def evaluating(model, batch):
+def frozen(folder):
+    return AutoModelForCausalLM.from_pretrained(folder).requires_grad_(False)
+
+
+def cross_entropy(logits, labels):
+    return nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
+
+
+def mixed(folder):
+    model = adapted(folder)
+    return named(model), lambda b: model(b["input_ids"], attention_mask=b["attention_mask"], labels=b["labels"]).loss
+
+
+def positions(folder):
+    model = adapted(folder)
+    return named(model), lambda b: cross_entropy(
+        model(b["input_ids"], b["attention_mask"], return_dict=False)[0], b["labels"]
+    )
+
+
+def evaluating(folder):
     """It never says ``train()``: as ``from_pretrained`` leaves it, dropout does nothing."""
-    return model.eval()(**BatchEncoding(batch)).loss
+    model = adapted(folder).eval()
+    return named(model), lambda b: model(**BatchEncoding(b)).loss
+
+
+class Side(nn.Module):
+    """As kohya's: trained beside a layer whose forward it takes over."""
+
+    def __init__(self, layer):
+        super().__init__()
+        self.down = nn.Linear(layer.in_features, 4, bias=False)
+        self.up = nn.Linear(4, layer.out_features, bias=False)
+        self.before = [layer.forward]
+        layer.forward = self.forward
+
+    def forward(self, x):
+        return self.before[0](x) + self.up(self.down(x))
+
+
+def beside(folder):
+    """Of a model that is wholly frozen, layers' forwards are taken over by a network of its own."""
+    model = frozen(folder)
+    layers = [module for name, module in model.named_modules() if name.endswith(("q_proj", "down_proj"))]
+    network = nn.ModuleList(map(Side, layers))
+    return named(network), lambda b: model(**b).loss
+
+
+def prompt(folder):
+    """A prompt is trained, and goes through a model that is wholly frozen."""
+    model = frozen(folder)
+    soft = nn.Parameter(torch.randn(1, 5, model.config.hidden_size) * 0.02)
+
+    def loss(b):
+        embeds = torch.cat([soft.expand(2, -1, -1), model.get_input_embeddings()(b["input_ids"])], 1)
+        labels = torch.cat([torch.full((2, 5), -100), b["labels"]], 1)
+        return model(inputs_embeds=embeds, labels=labels).loss
+
+    return {"soft": soft}, loss
 
 
 def main():
     folder, out, way = sys.argv[1:]
     torch.set_num_threads(1)
     torch.manual_seed(6)
-    lora = LoraConfig(r=4, lora_dropout=0.1, target_modules="all-linear")
-    model = get_peft_model(AutoModelForCausalLM.from_pretrained(folder), lora).train()
-    trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    trained, loss = globals()[way](folder)
     optimizer = torch.optim.AdamW(trained.values(), lr=1e-2)
     for batch in batches():
-        loss = globals()[way](model, batch)
-        loss.backward()
+        loss(batch).backward()
         optimizer.step()
         optimizer.zero_grad()
     save_file({name: parameter.detach().clone() for name, parameter in trained.items()}, f"{out}/trained.safetensors")

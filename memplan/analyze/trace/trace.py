@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextvars
 import dataclasses
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -49,6 +49,7 @@ from memplan.analyze.trace.traced import Traced
 from memplan.errors import InputError, MemplanError, ModelError, type_and_line
 from memplan.hooks import offload as offloading
 from memplan.hooks import recompute
+from memplan.hooks.flows import leaves_behind
 from memplan.hooks.late_hooks import note_traced
 from memplan.hooks.nested import tensors_in
 from memplan.hooks.triggers import Triggers, in_backward
@@ -93,8 +94,8 @@ def analyze(
         raise InputError(f"accumulation was given as {accumulation!r}: give a whole number of passes, at least 1")
     check_optimizer(optimizer)
     autocast_dtype = dtype_of_autocast(autocast)
-    check_model(model)
     call = batch_for(model, batch)
+    check_model(model, [(one.args, one.kwargs) for one in call.calls])
     note_traced(model)
     look = partial(
         _look, model, call, accumulates=accumulation > 1, loss=loss, autocast_dtype=autocast_dtype, offload=offload
@@ -120,8 +121,17 @@ def analyze(
         optimizer=optimizer,
         name=name or type(base_of(model)).__name__,
         notes=(*notes, *seen.notes),
+        outside=(*seen.kept.outside, *_outside(model, call)),
         left_out=left_out,
     )
+
+
+def _outside(model: nn.Module, call: Batch) -> Iterator[tuple[tuple[int, ...], int]]:
+    """Yield shape and bytes an element of what is trained before a model of which nothing is: a prompt, a network."""
+    if any(parameter.requires_grad for parameter in model.parameters()):
+        return  # what it is given may come of a model with a plan of its own
+    for leaf in leaves_behind(tensor for tensor in call.tensors() if tensor.requires_grad):
+        yield tuple(leaf.shape), leaf.element_size()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -300,6 +310,12 @@ def _trace(
         recorder.names = {addresses[id(tensor)]: name for name, tensor in snapshot.tensors() if id(tensor) in addresses}
         placed = [(m, n, p) for m in model.modules() for n, p in m._parameters.items() if p is not None]
         trainables = [fakes[id(parameter)] for parameter in trained]
+        own = {id(parameter) for parameter in model.parameters()}
+        others = [fake for real, fake in fakes.items() if real not in own and _is_trained(fake)]
+        with mode:
+            for parameter in others:  # counted by themselves: see Traced.outside
+                parameter.grad = torch.empty_like(parameter)
+        versions = [parameter.grad._version for parameter in others if parameter.grad is not None]
         if accumulates:
             with mode:
                 for parameter in trainables:
@@ -347,6 +363,8 @@ def _trace(
             ("gradients" if id(held) in gradients else "activations", held.born, held.size_bytes)
             for held in recorder.alive()
         ]
+        outside = [other for other, version in zip(others, versions, strict=True) if _was_written(other.grad, version)]
+        outside += [parameter for parameter, _ in recorder.strangers.values() if parameter.grad is not None]
         # Copies: what is left dies as soon as this returns, which is no part of the step.
         return Traced(
             recorder=recorder,
@@ -357,8 +375,17 @@ def _trace(
             offload_bytes=dict(offloads.size_bytes),
             stateful={**drawn, **recorder.stateful},
             state=state,
+            outside=tuple((tuple(parameter.shape), parameter.element_size()) for parameter in outside),
             updated=updated,
         )
+
+
+def _is_trained(tensor: torch.Tensor) -> bool:
+    return isinstance(tensor, nn.Parameter) and tensor.requires_grad and tensor.is_leaf
+
+
+def _was_written(gradient: torch.Tensor | None, version: int) -> bool:
+    return gradient is not None and gradient._version != version
 
 
 def loss_of_pass(model: nn.Module, batch: Batch, loss: Callable[[Any], torch.Tensor] | None) -> torch.Tensor:

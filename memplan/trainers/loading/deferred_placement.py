@@ -19,6 +19,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor
 
 from memplan.hooks.compiled import untraced_deep
+from memplan.hooks.flows import gradients_flow
 from memplan.run.handle import handle_of
 from memplan.run.modules.guard import without
 from memplan.trainers.loading.stored import origin_of
@@ -139,7 +140,7 @@ def _watched_call(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any
         arrived(model)
         return nn.Module._call_impl(model, *args, **kwargs)
     device = asked_device(model)
-    if torch.is_grad_enabled() and _is_trained(model):
+    if torch.is_grad_enabled() and _is_trained(model, (args, kwargs)):
         place = model.__dict__[_PLACE]
         with not_waiting(model):  # where it fails the script may try again with less
             place(model, args, kwargs)
@@ -216,11 +217,14 @@ def is_trained_in_part(model: nn.Module) -> bool:
     return len({parameter.requires_grad for parameter in model.parameters()}) == 2
 
 
-def _is_trained(model: nn.Module) -> bool:
+def _is_trained(model: nn.Module, given: object) -> bool:
     """Whether a call with gradients is one to be trained: in whichever mode, but a model as it was loaded, of which
-    nothing is frozen yet, may just be looked at.
+    nothing is frozen yet, may just be looked at; and one that is wholly frozen may be read.
     """
-    return is_trained_in_part(model) or (model.training and any(p.requires_grad for p in model.parameters()))
+    kinds = {parameter.requires_grad for parameter in model.parameters()}
+    if kinds == {True}:
+        return model.training
+    return kinds == {True, False} or gradients_flow(model, given)
 
 
 def _moved(fn: Callable[[torch.Tensor], torch.Tensor], dtype: torch.dtype) -> torch.Tensor | None:
