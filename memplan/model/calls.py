@@ -37,3 +37,7 @@ class Step:
     """
 
     calls: tuple[Call, ...]
+    reads_rest: bool = False
+    """Whether what the calls do not come to is read as well, where nobody knows how: none of them is the model's
+    own, or not all are known yet.
+    """

@@ -136,6 +136,12 @@ class Handle:
             yield
         _count_arena(ledger, parts)
 
+    def read_directly(self) -> tuple[str, ...]:
+        """Return the names of the streamed blocks that were read outside of their modules' forward and backward."""
+        names = self._parts.direct.read_names if self._parts is not None else set()
+        blocks = self.plan.table.blocks
+        return tuple(block.name for block in blocks if any(tensor.name in names for tensor in block.tensors))
+
     def adopt(self, optimizer: torch.optim.Optimizer) -> None:
         """Have an optimizer's state wait where the plan has it from now on, where it has a state already: one that was
         loaded from a checkpoint before its first step. From its first step on that is seen to without being asked for.

@@ -18,7 +18,7 @@ from memplan import api
 from memplan.errors import CheckpointError, InputError
 from memplan.hooks.compiled import WAY_OUT, call_of, replace_call
 from memplan.hooks.nested import tensors_in
-from memplan.model.calls import Call
+from memplan.model.calls import Call, Step
 from memplan.model.checkpoint import StoredTensor, read_checkpoint
 from memplan.model.meta_model import keep_in_float32
 from memplan.program.schema import Plan
@@ -91,7 +91,7 @@ def wrap_within(
     trainer: Trainer,
     *,
     plan: Plan | None = None,
-    batch: Mapping[str, torch.Tensor] | Call | None = None,
+    batch: Mapping[str, torch.Tensor] | Call | Step | None = None,
     checked: bool = False,
     log: bool = False,
     lines: bool = False,
@@ -164,7 +164,10 @@ def plan_for(trainer: Trainer, scope: Scope | None = None, **options: Unpack[Pla
 
 
 def _plan(
-    trainer: Trainer, scope: Scope, batch: Mapping[str, torch.Tensor] | Call | None, **options: Unpack[PlanOptions]
+    trainer: Trainer,
+    scope: Scope,
+    batch: Mapping[str, torch.Tensor] | Call | Step | None,
+    **options: Unpack[PlanOptions],
 ) -> Plan:
     """Return a plan of what the trainer will do, but for what the options say."""
     args = trainer.args

@@ -24,6 +24,8 @@ def _tell_of_none() -> None:
     """Say at the end that nothing was trained, in a process that might have."""
     is_command = os.environ.get(PROCESS) == str(os.getpid())
     might = is_command and "torch" in sys.modules and not any(name in sys.modules for name in _LAUNCHERS)
+    if Seen.training and Seen.model and not Seen.served and not Seen.error:
+        say("nothing was placed: a trainer trained, but no call with gradients of a model that memplan serves was seen")
     if not Seen.training and not Seen.error and (Seen.model or might):
         say("no training was seen: no model that memplan serves was called with gradients")
 

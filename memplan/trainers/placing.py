@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from memplan.errors import DoesNotFitError, InputError
-from memplan.model.calls import Call
+from memplan.model.calls import Call, Step
 from memplan.program.schema import Plan
 from memplan.request import PlanOptions
 from memplan.run.handle import handle_of
@@ -147,7 +147,7 @@ class _Inside:
     def _wait(self, model: nn.Module) -> None:
         """Have the frozen weights of what may be placed stay mapped, and a call to be trained find it whole."""
         self._scope.loaded.add(model)
-        wait(model, lambda model, args, kwargs: move(model))
+        wait(model, lambda model, step: move(model))
 
     def _adapted(self, original: Callable[..., None]) -> Callable[..., None]:
         """A model with its adapter is what is placed, not the one within it, which it does not even call."""
@@ -224,8 +224,8 @@ class _Inside:
     def _wait_for_call(self, trainer: Trainer, model: nn.Module) -> None:
         """Have a model planned for and placed as its trainer first calls it to be trained."""
 
-        def place(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            self._wrap_within(trainer, batch=Call(*args, **kwargs))
+        def place(model: nn.Module, step: Step) -> None:
+            self._wrap_within(trainer, batch=step)
 
         self._for_trainers.add(model)
         wait(model, place)

@@ -92,6 +92,48 @@ def prompt(folder):
     return {"soft": soft}, loss
 
 
+def within(folder):
+    """The backbone alone, and a loss in chunks that reads the head's weight itself."""
+    model = adapted(folder, target_modules=["q_proj", "v_proj"])
+    inner = model.get_base_model()
+
+    def loss(b):
+        hidden = inner.model(input_ids=b["input_ids"]).last_hidden_state[:, :-1].flatten(0, 1)
+        labels = b["labels"][:, 1:].flatten()
+        parts = zip(hidden.chunk(3), labels.chunk(3), strict=True)
+        return sum(nn.functional.cross_entropy(h @ inner.lm_head.weight.T, y, reduction="sum") for h, y in parts) / len(
+            labels
+        )
+
+    return named(model), loss
+
+
+def forward(folder):
+    """``forward`` itself, which no hook of the model sees."""
+    model = adapted(folder)
+    return named(model), lambda b: model.get_base_model().forward(**b).loss
+
+
+def twice(folder):
+    """Two calls a step, of different lengths."""
+    model = adapted(folder)
+
+    def loss(b):
+        one = model(**b).logits
+        other = model(input_ids=b["input_ids"][:, :9]).logits
+        return (one.mean(1) - other.mean(1)).square().mean()
+
+    return named(model), loss
+
+
+def looked_at(folder):
+    """Called once in evaluation mode with gradients, which nobody wants, and then trained."""
+    model = adapted(folder).eval()
+    print("made", model(**next(batches())).loss.item().hex())
+    model.train()
+    return named(model), lambda b: model(**b).loss
+
+
 def main():
     folder, out, way = sys.argv[1:]
     torch.set_num_threads(1)

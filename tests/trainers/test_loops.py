@@ -9,14 +9,19 @@ import pytest
 from tests.trainers.conftest import exact
 
 LOOP = Path(__file__).with_name("script_loop.py")
-VRAM = {"prompt": "1300KiB"}
+VRAM = {"prompt": "1300KiB", "within": "900KiB"}
 
 
 def trained(out):
     return (out / "trained.safetensors").read_bytes()
 
 
-@pytest.mark.parametrize("way", ["mixed", "positions", "evaluating", "beside", "prompt"])
+WAYS = ["mixed", "positions", "evaluating", "beside", "prompt", "within", "forward", "twice", "looked_at"]
+AGAIN = {"forward", "twice", "looked_at"}
+"""Ways of which the first call does not say all."""
+
+
+@pytest.mark.parametrize("way", WAYS)
 def test_the_same_as_without(checkpoint, alone, under, tmp_path, way):
     for name in ("whole", "run"):
         (tmp_path / name).mkdir()
@@ -25,7 +30,8 @@ def test_the_same_as_without(checkpoint, alone, under, tmp_path, way):
     done = under(VRAM.get(way, "2500KiB"), LOOP, checkpoint, tmp_path / "run", way)
     assert done.returncode == 0, done.stderr[-3000:]
     assert exact(done) == exact(whole)
-    assert len(exact(done)) == 3
+    assert len(exact(done)) == 3 + (way == "looked_at")
     assert trained(tmp_path / "run") == trained(tmp_path / "whole")
     assert "stands aside" not in done.stderr
     assert "streamed from" in done.stderr
+    assert ("planned anew" in done.stderr) == (way in AGAIN)

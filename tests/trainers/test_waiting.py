@@ -32,7 +32,7 @@ def calls():
 
 
 def waiting(model, calls):
-    wait(model, lambda *given: calls.append(given))
+    wait(model, lambda *given: calls.append(given))  # which returns None: nothing is to be done again
     return model
 
 
@@ -49,7 +49,9 @@ def test_it_is_placed_before_its_first_call_to_be_trained_and_then_no_more(model
         model(IDS)
     assert (calls, waits(model)) == ([], True)
     model(input_ids=IDS)
-    assert calls == [(model, (), {"input_ids": IDS})]
+    ((placed, step),) = calls
+    assert placed is model
+    assert [(call.entry, call.args, call.kwargs) for call in step.calls] == [("", (), {"input_ids": IDS})]
     assert not waits(model)
     model(IDS)
     assert len(calls) == 1

@@ -207,6 +207,7 @@ def complete(
             *notes,
             *_notes(model, graph, kept, ran_again),
             *_derived_notes(graph, kept),
+            *_entry_notes(batch),
             *_outside_notes(model, outside, beside),
         ),
     )
@@ -357,6 +358,18 @@ def _notes(model: nn.Module, graph: LayerGraph, kept: Traced, ran_again: int) ->
             "assumed."
         )
     return found
+
+
+def _entry_notes(batch: Batch) -> list[str]:
+    """Say what a plan of calls of modules within the model leaves out."""
+    within = dict.fromkeys(call.entry for call in batch.calls if call.entry)
+    if not within:
+        return []
+    others = f" and {len(within) - 1} others" if len(within) > 1 else ""
+    return [
+        f"Planned for calls of {canonical(next(iter(within)))}{others}, which the script makes itself: what it "
+        "computes with their results is not counted."
+    ]
 
 
 def _outside_notes(model: nn.Module, outside: Sequence[object], size_bytes: int) -> list[str]:

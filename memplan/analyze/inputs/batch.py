@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import copy
-import dataclasses
 import inspect
-from collections.abc import Callable, Mapping, MutableMapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -16,7 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from memplan.analyze.inputs.modalities import SOUNDS, image, sound
 from memplan.analyze.trace.fake import fake_of
 from memplan.errors import InputError
-from memplan.hooks.nested import tensors_in
+from memplan.hooks.nested import changed, tensors_in
 from memplan.model.calls import Call, Step
 
 _TOKENS = 512
@@ -33,6 +31,8 @@ class Batch:
     calls: tuple[Call, ...]
     as_it_is: bool = False
     """Whether the model is in the mode that it will be called in: else that is training mode."""
+    reads_rest: bool = False
+    """Whether what the calls do not come to is read as well, where nobody knows how."""
 
     def tensors(self) -> tuple[torch.Tensor, ...]:
         """Return its tensors, each once."""
@@ -68,33 +68,12 @@ class Batch:
     def changed(self, change: Callable[[torch.Tensor], torch.Tensor]) -> Batch:
         """Return the same with each tensor changed; what required a gradient does so again."""
 
-        def changed(value: Any) -> Any:
-            other: Any
-            if isinstance(value, torch.Tensor):
-                made = change(value.detach())
-                return made.requires_grad_() if value.requires_grad else made
-            if isinstance(value, tuple) and hasattr(value, "_fields"):
-                return type(value)(*(changed(part) for part in value))
-            if isinstance(value, (tuple, list)):
-                return type(value)(changed(part) for part in value)
-            if type(value) is dict or (isinstance(value, Mapping) and not isinstance(value, MutableMapping)):
-                return {name: changed(part) for name, part in value.items()}
-            if isinstance(value, MutableMapping):  # a tokenizer's batch has attributes besides
-                other = copy.copy(value)
-                for name, part in value.items():
-                    other[name] = changed(part)
-                return other
-            if dataclasses.is_dataclass(value) and not isinstance(value, type):
-                other = copy.copy(value)
-                for field in dataclasses.fields(value):
-                    object.__setattr__(other, field.name, changed(getattr(value, field.name)))
-                return other
-            return value
+        def other(tensor: torch.Tensor) -> torch.Tensor:
+            made = change(tensor.detach())
+            return made.requires_grad_() if tensor.requires_grad else made
 
-        return Batch(
-            calls=tuple(Call.of(call.entry, changed(call.args), changed(call.kwargs)) for call in self.calls),
-            as_it_is=self.as_it_is,
-        )
+        calls = (Call.of(c.entry, changed(c.args, other), changed(c.kwargs, other)) for c in self.calls)
+        return replace(self, calls=tuple(calls))
 
 
 def _tokens_of(call: Call) -> int:
@@ -119,7 +98,7 @@ def batch_for(model: nn.Module, given: object) -> Batch:
     if is_shape(given):
         return _from_shape(model, *given)  # type: ignore[misc]
     if isinstance(given, Step):
-        batch = Batch(calls=given.calls, as_it_is=True)
+        batch = Batch(calls=given.calls, as_it_is=True, reads_rest=given.reads_rest)
     elif isinstance(given, Call):
         batch = Batch(calls=(given,))
     elif isinstance(given, Mapping):

@@ -334,6 +334,8 @@ def _trace(
             with mode, recorder:
                 with torch.autocast("cpu", autocast_dtype) if autocast_dtype is not None else nullcontext():
                     value = loss_of_pass(model, inputs, loss)
+                if batch.reads_rest:
+                    recorder.log.assume([unit.name for unit in units if unit.name not in recorder.log.called()])
                 recorder.log.loss_begins()
                 value.backward()
                 recorder.log.optimizer_begins()
