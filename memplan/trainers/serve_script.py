@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import atexit
 import functools
+import gc
 import inspect
 import io
 import os
@@ -105,6 +106,29 @@ def serve_model(model: nn.Module) -> None:
     """Have a model placed when it is first called to be trained, where that has not happened by then."""
     _SCOPE.loaded.add(model)
     wait(model, _place_for_loop)
+
+
+def serve_optimizer(optimizer: torch.optim.Optimizer) -> None:
+    """Have models wait whose weights were not mapped: a script's own, or such as were filled by ``load_state_dict``.
+
+    Those that the optimizer trains in part, and those that are wholly frozen, of which it may train something beside.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        return
+    trained = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    modules = [held for held in gc.get_objects() if issubclass(type(held), nn.Module)]
+    within = {id(part) for module in modules for part in module.__dict__.get("_modules", {}).values()}
+    for model in modules:
+        if id(model) in within or isinstance(model, torch.jit.ScriptModule) or "_modules" not in model.__dict__:
+            continue
+        parameters = list(model.parameters())
+        kinds = {parameter.requires_grad for parameter in parameters}
+        is_trained = kinds == {True, False} and any(id(parameter) in trained for parameter in parameters)
+        if not (is_trained or kinds == {False}) or waits(model) or handle_of(model) is not None:
+            continue
+        if is_trained:
+            _SCOPE.loaded.add(model)
+        wait(model, _place_for_loop)
 
 
 def _mapped(model: nn.Module, kwargs: Mapping[str, Any]) -> None:

@@ -6,13 +6,18 @@ Each way is a function of this module that makes a model and returns what is tra
 
 from __future__ import annotations
 
+import io
+import json
+import shutil
 import sys
+from pathlib import Path
 
 import torch
+import torch.nn.utils.parametrize
 from peft import LoraConfig, get_peft_model
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import AutoModelForCausalLM, BatchEncoding
+from transformers import AutoConfig, AutoModelForCausalLM, BatchEncoding
 
 LORA = {"r": 4, "lora_dropout": 0.1, "target_modules": "all-linear"}
 
@@ -131,6 +136,73 @@ def looked_at(folder):
     model = adapted(folder).eval()
     print("made", model(**next(batches())).loss.item().hex())
     model.train()
+    return named(model), lambda b: model(**b).loss
+
+
+class Low(nn.Module):
+    """A parametrization: a weight and a small product."""
+
+    def __init__(self, weight):
+        super().__init__()
+        self.a = nn.Parameter(torch.randn(4, weight.shape[1]) * 0.05)
+        self.b = nn.Parameter(torch.zeros(weight.shape[0], 4))
+
+    def forward(self, weight):
+        return weight + self.b @ self.a
+
+
+class Own(nn.Module):
+    """No library's, its head tied by hand."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed = nn.Embedding(96, 64)
+        self.layers = nn.ModuleList(nn.Sequential(nn.LayerNorm(64), nn.Linear(64, 256), nn.GELU()) for _ in range(8))
+        self.down = nn.ModuleList(nn.Linear(256, 64) for _ in range(8))
+
+    def forward(self, ids, labels=None):
+        x = self.embed(ids)
+        for up, down in zip(self.layers, self.down, strict=True):
+            x = x + down(up(x))
+        logits = x @ self.embed.weight.T
+        return logits, None if labels is None else cross_entropy(logits, labels)
+
+
+def own(folder):
+    """A module of the script's own, filled from a file of ``torch.save``."""
+    torch.manual_seed(5)
+    held = io.BytesIO()
+    torch.save(Own().state_dict(), held)
+    held.seek(0)
+    model = Own()
+    model.load_state_dict(torch.load(held))
+    model.requires_grad_(False)
+    for layer in model.down:
+        nn.utils.parametrize.register_parametrization(layer, "weight", Low(layer.weight))
+    return named(model), lambda b: model(b["input_ids"], labels=b["labels"])[1]
+
+
+def filled(folder):
+    """Built from its configuration, and then filled."""
+    model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder))
+    for shard in Path(folder).glob("*.safetensors"):
+        model.load_state_dict(load_file(shard), strict=False)
+    model = get_peft_model(model, LoraConfig(**LORA)).train()
+    return named(model), lambda b: model(**b).loss
+
+
+def custom(folder):
+    """Code of its own that comes with the checkpoint."""
+    here = Path(sys.argv[2]) / "custom"
+    shutil.copytree(folder, here)
+    config = json.loads((here / "config.json").read_text())
+    config |= {"auto_map": {"AutoModelForCausalLM": "modeling_own.OwnForCausalLM"}}
+    (here / "config.json").write_text(json.dumps(config))
+    (here / "modeling_own.py").write_text(
+        "from transformers import LlamaForCausalLM\n\n\nclass OwnForCausalLM(LlamaForCausalLM):\n    pass\n"
+    )
+    model = AutoModelForCausalLM.from_pretrained(here, trust_remote_code=True)
+    model = get_peft_model(model, LoraConfig(**LORA)).train()
     return named(model), lambda b: model(**b).loss
 
 

@@ -9,7 +9,7 @@ import pytest
 from tests.trainers.conftest import exact
 
 LOOP = Path(__file__).with_name("script_loop.py")
-VRAM = {"prompt": "1300KiB", "within": "900KiB"}
+VRAM = {"prompt": "1300KiB", "within": "900KiB", "own": "1500KiB"}
 
 
 def trained(out):
@@ -17,17 +17,19 @@ def trained(out):
 
 
 WAYS = ["mixed", "positions", "evaluating", "beside", "prompt", "within", "forward", "twice", "looked_at"]
+UNMAPPED = ["own", "filled", "custom"]
 AGAIN = {"forward", "twice", "looked_at"}
 """Ways of which the first call does not say all."""
 
 
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("way", [*WAYS, *UNMAPPED])
 def test_the_same_as_without(checkpoint, alone, under, tmp_path, way):
     for name in ("whole", "run"):
         (tmp_path / name).mkdir()
-    whole = alone(LOOP, checkpoint, tmp_path / "whole", way)
+    modules = {"HF_MODULES_CACHE": str(tmp_path / "modules")}
+    whole = alone(LOOP, checkpoint, tmp_path / "whole", way, **modules)
     assert whole.returncode == 0, whole.stderr[-3000:]
-    done = under(VRAM.get(way, "2500KiB"), LOOP, checkpoint, tmp_path / "run", way)
+    done = under(VRAM.get(way, "2500KiB"), LOOP, checkpoint, tmp_path / "run", way, **modules)
     assert done.returncode == 0, done.stderr[-3000:]
     assert exact(done) == exact(whole)
     assert len(exact(done)) == 3 + (way == "looked_at")

@@ -110,6 +110,49 @@ def test_it_says_that_it_is_where_it_was_asked_to_be(checkpoint):
     assert model.device == torch.device("meta")
 
 
+def test_a_module_within_is_called_where_its_weights_are(model, calls):
+    """A script that has moved its model finds what it gets from a part of it there."""
+    model = waiting(get_peft_model(model, LoraConfig(r=4, target_modules="all-linear")), calls).to("meta")
+    with torch.no_grad():
+        assert model.get_base_model().model.embed_tokens(IDS).device.type == "meta"
+    assert model.get_input_embeddings()(IDS).device.type == "meta"  # nothing of it is trained
+    assert (calls, waits(model)) == ([], True)
+
+
+def test_it_is_placed_for_the_module_that_is_called(model, calls):
+    model = waiting(get_peft_model(model, LoraConfig(r=4, target_modules="all-linear")), calls)
+    model.get_base_model().model.embed_tokens(IDS)
+    model.get_base_model().model(input_ids=IDS)
+    ((_, step),) = calls
+    names = [call.entry.removeprefix("base_model.model.") for call in step.calls]
+    assert (names, step.reads_rest) == (["model.embed_tokens", "model"], True)
+    assert not any("_call_impl" in module.__dict__ for module in model.modules())
+
+
+def test_a_part_that_is_copied_or_pickled_is_called_as_ever(model, calls):
+    waiting(model, calls)
+    held = io.BytesIO()
+    torch.save(model.lm_head, held)
+    held.seek(0)
+    x = torch.randn(1, 64)
+    for other in (copy.deepcopy(model.lm_head), torch.load(held, weights_only=False)):
+        assert torch.equal(other(x), model.lm_head(x))
+    assert (calls, waits(model)) == ([], True)
+
+
+def test_the_first_pass_is_all_that_is_called_until_its_backward_is_over(model):
+    told = []
+    wait(model, lambda model, step: lambda *given: told.append(given))
+    model.lm_head.requires_grad_(False)
+    for _ in range(3):
+        one, other = model(IDS).logits, model(IDS[:, :2]).logits
+        (one.mean() + other.mean()).backward()
+    ((step, differs),) = told
+    assert differs
+    assert [call.args[0].shape for call in step.calls] == [(1, 3), (1, 2)]
+    assert not any("_call_impl" in module.__dict__ for module in model.modules())
+
+
 def test_a_plan_that_the_script_makes_places_nothing(model, calls):
     model = waiting(get_peft_model(model, LoraConfig(r=4, target_modules="all-linear")), calls).train()
     memplan.plan(model, {"input_ids": IDS, "labels": IDS}, vram="64MiB", ram="64MiB", hardware=CPU)
