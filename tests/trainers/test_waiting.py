@@ -15,6 +15,7 @@ from transformers import AutoConfig, LlamaForCausalLM
 import memplan
 from memplan.trainers.hf_trainer import skeleton_of
 from memplan.trainers.loading.deferred_placement import ask, asked_device, forget, move, tell_device, wait, waits
+from memplan.trainers.loading.entries import MOST_CALLS
 from memplan.trainers.loading.mapped_weights import folder_of, is_mapped, map_weights
 from tests.support.training import CPU
 
@@ -151,6 +152,16 @@ def test_the_first_pass_is_all_that_is_called_until_its_backward_is_over(model):
     assert differs
     assert [call.args[0].shape for call in step.calls] == [(1, 3), (1, 2)]
     assert not any("_call_impl" in module.__dict__ for module in model.modules())
+
+
+@pytest.mark.parametrize("trained", [True, False])
+def test_what_is_only_ever_called_otherwise_is_looked_at_no_more(calls, trained):
+    model = waiting(torch.nn.Linear(2, 2), calls).requires_grad_(trained).eval()
+    for _ in range(MOST_CALLS):
+        model(torch.zeros(1, 2))
+    assert waits(model)
+    model(torch.zeros(1, 2))
+    assert (calls, waits(model), "_call_impl" in model.__dict__) == ([], False, False)
 
 
 def test_a_plan_that_the_script_makes_places_nothing(model, calls):

@@ -137,6 +137,8 @@ class _Waiting:
     def __init__(self, model: nn.Module) -> None:
         self._model = ref(model)
         self._calls = Calls(model)
+        self._untrained = 0
+        """Calls with gradients of a model that is not trained in part."""
         self.entries = Entries(model, self.enter)
 
     @untraced_deep
@@ -157,14 +159,19 @@ class _Waiting:
             move(model)
             device = None
         if device is None:
-            return self._run(module, args, kwargs)
+            return self._run(model, module, args, kwargs)
         with _Together(module):
             args, kwargs = _sent((args, kwargs), torch.device("cpu"))
-            return _sent(self._run(module, args, kwargs), device)
+            return _sent(self._run(model, module, args, kwargs), device)
 
-    def _run(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def _run(self, model: nn.Module, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if not torch.is_grad_enabled():
             return self.entries.run(module, args, kwargs)
+        if not is_trained_in_part(model):
+            self._untrained += 1
+            if self._untrained > MOST_CALLS:  # it is trained whole, or only ever read: looked at no more
+                forget(model)
+                return self.entries.run(module, args, kwargs)
         seen = self._calls.see(module, args, kwargs)
         output = self.entries.run(module, args, kwargs)
         self._calls.made(seen, output)
