@@ -155,7 +155,7 @@ def _place_for_loop(model: nn.Module, step: Step) -> Again | None:
         unplaced = _UNPLACED.take(model)
         more = {} if unplaced is None else {"vram": 0}  # to know what both need
         try:
-            why = _served(model, lambda: _planned(model, step, more), partial(_attached, model))
+            why = _served(model, lambda: _planned(model, step, more, is_first=True), partial(_attached, model))
         except DoesNotFitError as error:
             if not is_trained_in_part(model) and any(handle.is_attached for handle in _SCOPE.placed):
                 move(model)  # what it takes was counted as that of a model that is read
@@ -182,8 +182,12 @@ def _others(model: nn.Module) -> list[nn.Module]:
     return [other for other in _SCOPE.trained_beside(model) if not _TRAINING or other in models_beside(_TRAINING[-1])]
 
 
-def _planned(model: nn.Module, step: Step, more: Mapping[str, Any]) -> Plan:
-    """Return the plan of a model for what a script calls. ``more``: options in place of those that were given."""
+def _planned(model: nn.Module, step: Step, more: Mapping[str, Any], *, is_first: bool = False) -> Plan:
+    """Return the plan of a model for what a script calls. ``more``: options in place of those that were given.
+
+    ``is_first``: not all calls may be known yet. Where a module within is called first, the activations of the rest
+    get all the room that there can be.
+    """
     from accelerate.state import GradientState
 
     options = completed(
@@ -196,7 +200,7 @@ def _planned(model: nn.Module, step: Step, more: Mapping[str, Any]) -> Plan:
     others = _others(model)
     within = _SCOPE.share_of_ram(model, others, {**options, **more})
     plan = _SCOPE.plan(model, lambda within: api.plan(model, step, **within), within)
-    return plan_of_least(plan) if others else plan
+    return plan_of_least(plan) if others or (is_first and step.reads_rest) else plan
 
 
 def _attached(model: nn.Module, plan: Plan) -> Handle:
@@ -208,19 +212,20 @@ def _attached(model: nn.Module, plan: Plan) -> Handle:
 
 
 def _place_again(model: nn.Module, step: Step, differs: bool) -> None:
-    """Have a model placed for all that its first pass has called, where that ``differs`` from what it was placed for.
+    """Have a model placed for all that its first pass has called, where that ``differs`` from what it was placed for,
+    or was not known.
 
     What was read in the pass by none of its modules, such as a head by a loss in chunks, then stays on the device where
     that fits. Where no plan for all of it does, the first one stays.
     """
     handle = handle_of(model)
-    read = handle.read_directly() if handle is not None and step.reads_rest else ()
-    if handle is None or not (differs or read):
+    if handle is None or not (differs or step.reads_rest):
         return
+    read = handle.read_directly() if step.reads_rest else ()
     pins = {**dict.fromkeys(read, "device"), **(settings().options.get("pins") or {})}
     taken_back(handle)
     plan = handle.plan
-    for more in [{"pins": pins}] * bool(read) + [{}] * differs:
+    for more in ({"pins": pins}, {}) if read else ({},):
         try:
             plan = _planned(model, step, more)
             break

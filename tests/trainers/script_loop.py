@@ -17,6 +17,7 @@ import torch.nn.utils.parametrize
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, AutoModelForCausalLM, BatchEncoding
 
 LORA = {"r": 4, "lora_dropout": 0.1, "target_modules": "all-linear"}
@@ -109,6 +110,18 @@ def within(folder):
         return sum(nn.functional.cross_entropy(h @ inner.lm_head.weight.T, y, reduction="sum") for h, y in parts) / len(
             labels
         )
+
+    return named(model), loss
+
+
+def checkpointed(folder):
+    """The backbone within a checkpoint of the script's own, which counts what autograd saves there."""
+    model = adapted(folder)
+    inner = model.get_base_model()
+
+    def loss(b):
+        hidden = checkpoint(lambda ids: inner.model(ids).last_hidden_state, b["input_ids"], use_reentrant=False)
+        return cross_entropy(inner.lm_head(hidden), b["labels"])
 
     return named(model), loss
 

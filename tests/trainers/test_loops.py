@@ -16,12 +16,24 @@ def trained(out):
     return (out / "trained.safetensors").read_bytes()
 
 
-WAYS = ["mixed", "positions", "evaluating", "beside", "prompt", "within", "forward", "twice", "looked_at"]
+WAYS = [
+    "mixed",
+    "positions",
+    "evaluating",
+    "beside",
+    "prompt",
+    "within",
+    "forward",
+    "twice",
+    "looked_at",
+    "checkpointed",
+]
 UNMAPPED = ["own", "filled", "custom"]
-AGAIN = {"forward", "twice", "looked_at"}
+AGAIN = {"within", "forward", "checkpointed", "twice", "looked_at"}
 """Ways of which the first call does not say all."""
 
 
+@pytest.mark.quick("beside", "within", "twice", "own")
 @pytest.mark.parametrize("way", [*WAYS, *UNMAPPED])
 def test_the_same_as_without(checkpoint, alone, under, tmp_path, way):
     for name in ("whole", "run"):

@@ -20,7 +20,7 @@ from msgspec import Struct
 from torch import nn
 
 from memplan.analyze.graph import Access, LayerGraph
-from memplan.analyze.inputs.autocast import dtype_of_autocast, outside_autocast
+from memplan.analyze.inputs.autocast import dtype_of_autocast, outside_autocast, outside_saving
 from memplan.analyze.inputs.batch import Batch, batch_for, is_shape, random_tokens
 from memplan.analyze.repeat.periodic import Run, find_runs, shortened
 from memplan.analyze.repeat.unroll import short_name
@@ -107,6 +107,7 @@ def measure(
             undo.enter_context(unchanged(model=model, batch=batch, loss=loss))
             undo.enter_context(torch.inference_mode(False))
             undo.enter_context(torch.enable_grad())
+            undo.enter_context(outside_saving())
             undo.enter_context(outside_autocast())
             undo.enter_context(torch.compiler.set_stance("force_eager"))
             whole = sum(parameter.requires_grad for parameter in model.parameters())

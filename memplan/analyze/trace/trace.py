@@ -24,7 +24,7 @@ from memplan.analyze.blocks.blocks import Draft, Unit, check_model, draft_blocks
 from memplan.analyze.blocks.experts import pinned_layers, routed_layers
 from memplan.analyze.blocks.optimizers import check_optimizer
 from memplan.analyze.graph import Activations, LayerGraph, LifetimeKind, Stateful
-from memplan.analyze.inputs.autocast import dtype_of_autocast, outside_autocast
+from memplan.analyze.inputs.autocast import dtype_of_autocast, outside_autocast, outside_saving
 from memplan.analyze.inputs.batch import Batch, base_of, batch_for
 from memplan.analyze.repeat.periodic import Run, find_runs, shortened
 from memplan.analyze.repeat.unroll import (
@@ -288,6 +288,7 @@ def _trace(
         undo.enter_context(caches_empty(model))
         undo.enter_context(torch.inference_mode(False))
         undo.enter_context(torch.enable_grad())
+        undo.enter_context(outside_saving())
         undo.enter_context(outside_autocast())  # it is for the forward alone
         undo.enter_context(torch.compiler.set_stance("force_eager"))
         if torch.get_default_device().type != "cpu":
