@@ -34,6 +34,7 @@ from memplan.errors import (
 
 if TYPE_CHECKING:
     from memplan.api import attach, fit, frontier, materialise, memory_timeline, plan, report
+    from memplan.model.calls import Call
     from memplan.program.record import RunRecord
     from memplan.program.schema import Plan
     from memplan.request import PlanOptions
@@ -45,6 +46,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "Call",
     "CheckpointError",
     "DoesNotFitError",
     "Handle",
@@ -80,6 +82,7 @@ __all__ = [
 ]
 
 _HOMES = {
+    "Call": "memplan.model.calls",
     "Handle": "memplan.run.handle",
     "Plan": "memplan.program.schema",
     "PlanOptions": "memplan.request",

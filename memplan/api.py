@@ -26,7 +26,8 @@ def plan(model: Any, batch: Any, **options: Unpack[PlanOptions]) -> Plan:
 
     ``model``: an ``nn.Module`` on any device (``meta`` included), a transformers configuration, a directory with
     ``config.json`` (of transformers or diffusers), or a name: of ``memplan/models.json``, or on the hub. ``batch``: a
-    mapping of tensors (one micro-batch), or a shape: (batch, sequence), or (batch,) for images. ``options``: budgets
+    mapping of tensors (one micro-batch, given as keywords), a tuple of tensors (as positions), ``memplan.Call(ids,
+    attention_mask=mask)`` (as both), or a shape: (batch, sequence), or (batch,) for images. ``options``: budgets
     and the machine (``vram``, ``ram``, ``disk``, ``page_lock``, ``hardware``); how a model that is given by its
     configuration is built (``adapter``, ``dtype``, ``attention``, ``quantization``, ``qlora``, ``kbit``,
     ``gradient_checkpointing``); the training (``autocast``, ``accumulation``, ``steps``, or ``examples`` and

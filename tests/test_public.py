@@ -16,6 +16,7 @@ from memplan import errors
 ROOT = Path(__file__).parents[1]
 
 PUBLIC = [
+    "Call",
     "CheckpointError",
     "DoesNotFitError",
     "Handle",

@@ -145,6 +145,12 @@ class Handle:
             yield
         _count_arena(ledger, tiers)
 
+    def read_directly(self) -> tuple[str, ...]:
+        """Return the names of the streamed blocks that were read outside of their modules' forward and backward."""
+        names = self._runtime.direct.read_names if self._runtime is not None else set()
+        blocks = self.plan.table.blocks
+        return tuple(block.name for block in blocks if any(tensor.name in names for tensor in block.tensors))
+
     def adopt(self, optimizer: torch.optim.Optimizer) -> None:
         """Have an optimizer's state wait where the plan has it from now on, where it has a state already: one that was
         loaded from a checkpoint before its first step. From its first step on that is seen to without being asked for.
@@ -179,8 +185,8 @@ class Handle:
         A copy of the gradients of what is trained is held meanwhile, beside what the plan counts (on CUDA in RAM).
         While the plan is changed RAM holds what was on the device. Raises RunError where no smaller plan is left.
         """
-        if self._runtime is None or self._replan is None:
-            return run()
+        if self._runtime is None or self._replan is None or not any(p.requires_grad for p in self.model.parameters()):
+            return run()  # of what is trained beside the model the gradients are not known
         before = Before(self.model)
         while True:
             try:

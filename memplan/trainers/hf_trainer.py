@@ -16,6 +16,7 @@ from memplan import api
 from memplan.errors import CheckpointError, InputError
 from memplan.hooks.compiled import WAY_OUT, call_of, replace_call
 from memplan.hooks.nested import tensors_in
+from memplan.model.calls import Call, Step
 from memplan.model.checkpoint import StoredTensor, read_checkpoint
 from memplan.model.meta_model import keep_in_float32
 from memplan.program.schema import Plan
@@ -58,7 +59,7 @@ def wrap(
     trainer: Trainer,
     *,
     plan: Plan | None = None,
-    batch: Mapping[str, torch.Tensor] | None = None,
+    batch: Mapping[str, torch.Tensor] | Call | None = None,
     checked: bool = False,
     log: bool = False,
     lines: bool = False,
@@ -66,11 +67,11 @@ def wrap(
 ) -> Trainer:
     """Put a plan to work on a trainer that exists. Return the same trainer, its handle as ``trainer.memplan``.
 
-    ``batch``: the largest micro-batch that will come; without it that of the longest rows of a dataset of ``datasets``,
-    or else the first that the trainer's loader gives (its random state is put back). A micro-batch that runs out of
-    device memory is done over under a smaller plan (:meth:`memplan.Handle.micro_batch`). ``plan``: one made before, in
-    place of ``options``. ``log``: add the scalars of :meth:`memplan.Handle.scalars` to what the trainer logs;
-    ``lines``: say them after each step, on standard error.
+    ``batch``: the largest micro-batch that will come (a :class:`memplan.Call` where the model takes positions too);
+    without it that of the longest rows of a dataset of ``datasets``, or else the first that the trainer's loader gives
+    (its random state is put back). A micro-batch that runs out of device memory is done over under a smaller plan
+    (:meth:`memplan.Handle.micro_batch`). ``plan``: one made before, in place of ``options``. ``log``: add the scalars
+    of :meth:`memplan.Handle.scalars` to what the trainer logs; ``lines``: say them after each step, on standard error.
 
     ``options``: those of :func:`memplan.plan` (:class:`memplan.PlanOptions`). Where they are left out the trainer's own
     hold: its accumulation, steps, optimizer and loss, the autocast that ``bf16`` or ``fp16`` among its arguments will
@@ -89,7 +90,7 @@ def wrap_within(
     trainer: Trainer,
     *,
     plan: Plan | None = None,
-    batch: Mapping[str, torch.Tensor] | None = None,
+    batch: Mapping[str, torch.Tensor] | Call | Step | None = None,
     checked: bool = False,
     log: bool = False,
     lines: bool = False,
@@ -162,7 +163,10 @@ def plan_for(trainer: Trainer, scope: Scope | None = None, **options: Unpack[Pla
 
 
 def _plan(
-    trainer: Trainer, scope: Scope, batch: Mapping[str, torch.Tensor] | None, **options: Unpack[PlanOptions]
+    trainer: Trainer,
+    scope: Scope,
+    batch: Mapping[str, torch.Tensor] | Call | Step | None,
+    **options: Unpack[PlanOptions],
 ) -> Plan:
     """Return a plan of what the trainer will do, but for what the options say."""
     args = trainer.args
@@ -276,7 +280,7 @@ def _steps(args: Any, loader: Any) -> int | None:
     return math.ceil(args.num_train_epochs * max(1, -(-batches // args.gradient_accumulation_steps))) or None
 
 
-def _first_call(trainer: Trainer) -> tuple[Mapping[str, Any], int | None]:
+def _first_call(trainer: Trainer) -> tuple[Call, int | None]:
     """Return what the model will be called with in training, and the steps; every random state stays as it was.
 
     That is what the trainer's loss makes of its loader's largest micro-batch, or of the first where no lengths are
@@ -300,18 +304,18 @@ def _first_call(trainer: Trainer) -> tuple[Mapping[str, Any], int | None]:
                 "what it calls the model with only while it trains: give wrap the largest such call with batch=, or "
                 "have it planned for at the first call by memplan.placing or memplan run"
             )
-        call = {name: value for name, value in batch.items() if isinstance(value, torch.Tensor)}
+        call = Call(**{name: value for name, value in batch.items() if isinstance(value, torch.Tensor)})
     return call, steps
 
 
-def _call_of_loss(trainer: Trainer, batch: Mapping[str, Any]) -> Mapping[str, Any] | None:
-    """Return the keywords that the trainer's loss first calls the model with, or None where that cannot be seen."""
+def _call_of_loss(trainer: Trainer, batch: Mapping[str, Any]) -> Call | None:
+    """Return how the trainer's loss first calls the model, or None where that cannot be seen."""
     if not loss_may_be_asked(trainer):
         return None
-    seen: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+    seen: list[Call] = []
 
     def called(*args: Any, **kwargs: Any) -> None:
-        seen.append((args, kwargs))
+        seen.append(Call(*args, **kwargs))
         raise Called
 
     model: Any = trainer.model
@@ -322,7 +326,7 @@ def _call_of_loss(trainer: Trainer, batch: Mapping[str, Any]) -> Mapping[str, An
         pass
     finally:
         undo()
-    return seen[0][1] if seen and not seen[0][0] else None
+    return seen[0] if seen else None
 
 
 def loss_may_be_asked(trainer: Trainer) -> bool:

@@ -6,12 +6,13 @@ Nothing but the standard library is imported here: every Python under ``memplan 
 from __future__ import annotations
 
 import atexit
+import functools
 import os
 import sys
 from collections.abc import Callable, Sequence
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
-from types import ModuleType
+from types import FrameType, ModuleType
 from typing import Any
 
 from memplan.trainers.launch import PROCESS, VARIABLE, Seen, say
@@ -24,8 +25,10 @@ def _tell_of_none() -> None:
     """Say at the end that nothing was trained, in a process that might have."""
     is_command = os.environ.get(PROCESS) == str(os.getpid())
     might = is_command and "torch" in sys.modules and not any(name in sys.modules for name in _LAUNCHERS)
+    if Seen.training and Seen.model and not Seen.served and not Seen.error:
+        say("nothing was placed: a trainer trained, but no call with gradients of a model that memplan serves was seen")
     if not Seen.training and not Seen.error and (Seen.model or might):
-        say("no training was seen: no model that memplan serves was called in training mode with gradients")
+        say("no training was seen: no model that memplan serves was called with gradients")
 
 
 def _without_traceback(before: Callable[..., Any]) -> Callable[..., Any]:
@@ -58,6 +61,7 @@ def install() -> None:
             "transformers.trainer": _trainer,
             "peft.peft_model": _adapters,
             "diffusers.models.modeling_utils": _diffusers,
+            "torch.optim.optimizer": _optimizers,
         }
         sys.meta_path.insert(0, _Finder(after))
 
@@ -93,6 +97,34 @@ def _adapters(module: ModuleType) -> None:
     from memplan.trainers.serve_script import serve_adapters
 
     serve_adapters(module.PeftModel)
+
+
+def _optimizers(module: ModuleType) -> None:
+    """Have every optimizer told of as it is made: then a loop of the script's own is about to train."""
+    kind = module.Optimizer
+    original = kind.__init__
+
+    @functools.wraps(original)
+    def init(optimizer: Any, *args: Any, **kwargs: Any) -> None:
+        original(optimizer, *args, **kwargs)
+        if _is_of_script(sys._getframe(1)):
+            try:
+                from memplan.trainers.serve_script import serve_optimizer  # torch is all there only by now
+
+                serve_optimizer(optimizer)
+            except Exception as error:  # the script is to run all the same
+                say(f"stands aside: its optimizer cannot be looked at ({type(error).__name__}: {error})")
+
+    kind.__init__ = init
+
+
+def _is_of_script(frame: FrameType | None) -> bool:
+    """Whether nothing of memplan, which has its own ways with trainers and makes optimizers to measure, is at work."""
+    while frame is not None:
+        if frame.f_globals.get("__name__", "").startswith("memplan."):
+            return False
+        frame = frame.f_back
+    return True
 
 
 class _Finder(MetaPathFinder):

@@ -63,9 +63,15 @@ def saw_training() -> None:
     Seen.training = True
 
 
+def served() -> None:
+    """Note that a model was placed, or was said not to be."""
+    Seen.training = Seen.served = True
+
+
 class Seen:
     """What this process was seen to do."""
 
     model = False
     training = False
+    served = False
     error = False

@@ -13,6 +13,7 @@ from torch import nn
 from memplan import api
 from memplan.errors import InputError
 from memplan.hooks.compiled import replace_call
+from memplan.model.calls import Call
 from memplan.program.schema import Plan
 from memplan.request import PlanOptions, completed
 from memplan.run.attach import attach
@@ -32,11 +33,11 @@ class Placement(Callback):
     """Plans for the model within a LightningModule that has frozen weights, and puts the plan to work before it is
     moved.
 
-    ``batch``: the keywords of the largest call of that model that will come; without it, what ``training_step`` calls
-    it with for the longest rows of a dataset of ``datasets``, or else for the loader's first batch (random states are
-    put back). ``plan``: one made before, in place of ``options``. ``log``: log the scalars of
-    :meth:`memplan.Handle.scalars` after each batch, as the module logs its own. The handle is ``handle``, once fitting
-    has begun; the model stays under its plan until ``handle.detach()``.
+    ``batch``: the keywords of the largest call of that model that will come, or a :class:`memplan.Call`; without it,
+    what ``training_step`` calls it with for the longest rows of a dataset of ``datasets``, or else for the loader's
+    first batch (random states are put back). ``plan``: one made before, in place of ``options``. ``log``: log the
+    scalars of :meth:`memplan.Handle.scalars` after each batch, as the module logs its own. The handle is ``handle``,
+    once fitting has begun; the model stays under its plan until ``handle.detach()``.
 
     ``options``: those of :func:`memplan.plan` (:class:`memplan.PlanOptions`). Where they are left out the trainer's own
     hold: its accumulation and precision, and the folder that the model came from; ``gains`` are not looked at.
@@ -49,7 +50,7 @@ class Placement(Callback):
         self,
         *,
         plan: Plan | None = None,
-        batch: Mapping[str, torch.Tensor] | None = None,
+        batch: Mapping[str, torch.Tensor] | Call | None = None,
         checked: bool = False,
         log: bool = False,
         **options: Unpack[PlanOptions],
@@ -108,7 +109,7 @@ class PlacementAtFirstCall(Callback):
                 break
 
 
-def _first_call(trainer: Trainer, pl_module: LightningModule) -> tuple[nn.Module, Any]:
+def _first_call(trainer: Trainer, pl_module: LightningModule) -> tuple[nn.Module, Call]:
     """Return what has the frozen weights, as ``training_step`` calls it, and with what. Random states stay as they
     were.
     """
@@ -142,12 +143,7 @@ def _first_call(trainer: Trainer, pl_module: LightningModule) -> tuple[nn.Module
             "before fitting"
         )
     module, args, kwargs = seen[0]
-    if args and kwargs:
-        raise InputError(
-            f"the training_step of {type(pl_module).__name__} calls {type(module).__name__} with both positional "
-            "arguments and keywords: call it with keywords"
-        )
-    return module, kwargs or args
+    return module, Call(*args, **kwargs)
 
 
 @contextlib.contextmanager

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 from weakref import WeakSet
 
 import torch
@@ -156,6 +156,33 @@ class Scope:
 
     def _in_order(self) -> list[nn.Module]:
         return sorted(self.loaded, key=id)
+
+
+class Unplaced:
+    """The first of several models that did not fit, until the next is called: an error then says what both need."""
+
+    class Refused(NamedTuple):
+        """A model and why it has no plan."""
+
+        model: nn.Module
+        error: DoesNotFitError
+
+    def __init__(self) -> None:
+        self._held: Unplaced.Refused | None = None
+
+    def put(self, model: nn.Module, error: DoesNotFitError) -> None:
+        self._held = self.Refused(model, error)
+
+    def is_known(self, model: nn.Module) -> bool:
+        return self._held is not None and self._held.model is model
+
+    def take(self, model: nn.Module) -> Refused | None:
+        """Return what is held of another model, and hold it no more."""
+        held = self._held
+        if held is None or held.model is model:
+            return None
+        self._held = None
+        return held
 
 
 def name_of(model: nn.Module) -> str:

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from memplan.errors import DoesNotFitError, InputError
+from memplan.model.calls import Call, Step
 from memplan.program.schema import Plan
 from memplan.request import PlanOptions
 from memplan.run.handle import handle_of
@@ -49,7 +50,7 @@ if TYPE_CHECKING:
 def placing(
     *,
     plan: Plan | None = None,
-    batch: Mapping[str, torch.Tensor] | None = None,
+    batch: Mapping[str, torch.Tensor] | Call | None = None,
     checked: bool = False,
     log: bool = False,
     lines: bool = False,
@@ -146,7 +147,7 @@ class _Inside:
     def _wait(self, model: nn.Module) -> None:
         """Have the frozen weights of what may be placed stay mapped, and a call to be trained find it whole."""
         self._scope.loaded.add(model)
-        wait(model, lambda model, args, kwargs: move(model))
+        wait(model, lambda model, step: move(model))
 
     def _adapted(self, original: Callable[..., None]) -> Callable[..., None]:
         """A model with its adapter is what is placed, not the one within it, which it does not even call."""
@@ -223,13 +224,8 @@ class _Inside:
     def _wait_for_call(self, trainer: Trainer, model: nn.Module) -> None:
         """Have a model planned for and placed as its trainer first calls it to be trained."""
 
-        def place(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            if args:
-                raise InputError(
-                    f"{type(trainer).__name__} calls its model with positional arguments, and memplan.placing plans "
-                    "for keywords: give placing the largest call with batch="
-                )
-            self._wrap_within(trainer, batch=kwargs)
+        def place(model: nn.Module, step: Step) -> None:
+            self._wrap_within(trainer, batch=step)
 
         self._for_trainers.add(model)
         wait(model, place)

@@ -33,14 +33,20 @@ def give_back(handle: Handle, why: str) -> None:
     """Have a model be as without memplan from here on: what was mapped from files is mapped again, on the host."""
     if not handle.is_attached:
         return
+    model = taken_back(handle)
+    if is_mapped(model):
+        model.to("cpu")
+    say(f"{why}: from here on the model is whole")
+
+
+def taken_back(handle: Handle) -> nn.Module:
+    """Detach a model, with nothing left of what lets a script do as it likes; return it."""
     model = handle.detach()
     for module in model.modules():  # what stands for methods that no guard took away again
         for name in ("_apply", "__deepcopy__", "__reduce_ex__", *_CALLS):
             if getattr(module.__dict__.get(name), "__module__", None) == __name__:
                 del module.__dict__[name]
-    if is_mapped(model):
-        model.to("cpu")
-    say(f"{why}: from here on the model is whole")
+    return model
 
 
 def let_go(handle: Handle) -> None:

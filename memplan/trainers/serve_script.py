@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import atexit
 import functools
+import gc
 import inspect
 import io
 import os
 import sys
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any, NamedTuple
+from functools import partial
+from typing import TYPE_CHECKING, Any
 from weakref import ReferenceType, WeakKeyDictionary, ref
 
 import torch
@@ -20,8 +22,9 @@ from torch import nn
 
 from memplan import api
 from memplan.atomic_write import write
-from memplan.errors import DoesNotFitError, MemplanError, TooSlowError
+from memplan.errors import DoesNotFitError, MemplanError, TooSlowError, first_line
 from memplan.hooks.compiled import WAY_OUT
+from memplan.model.calls import Step
 from memplan.program.schema import Plan
 from memplan.request import completed
 from memplan.run.handle import Handle, handle_of
@@ -37,12 +40,22 @@ from memplan.trainers.hf_trainer import (
     put_under,
     wrap_within,
 )
-from memplan.trainers.launch import saw_model, saw_training, say, settings
-from memplan.trainers.loading.deferred_placement import ask, move, not_waiting, tell_device, wait, waits
+from memplan.trainers.launch import saw_model, saw_training, say, served, settings
+from memplan.trainers.loading.deferred_placement import (
+    Again,
+    ask,
+    is_trained_in_part,
+    move,
+    not_waiting,
+    tell_device,
+    wait,
+    waits,
+    waits_itself,
+)
 from memplan.trainers.loading.from_pretrained import device_asked, map_loaded, of_diffusers, of_transformers
 from memplan.trainers.loading.mapped_weights import folder_of, is_mapped
-from memplan.trainers.other_models import Scope, plan_of_least, together
-from memplan.trainers.release import give_back, let_go
+from memplan.trainers.other_models import Scope, Unplaced, name_of, plan_of_least, together
+from memplan.trainers.release import give_back, let_go, taken_back
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -95,6 +108,29 @@ def serve_model(model: nn.Module) -> None:
     wait(model, _place_for_loop)
 
 
+def serve_optimizer(optimizer: torch.optim.Optimizer) -> None:
+    """Have models wait whose weights were not mapped: a script's own, or such as were filled by ``load_state_dict``.
+
+    Those that the optimizer trains in part, and those that are wholly frozen, of which it may train something beside.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        return
+    trained = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    modules = [held for held in gc.get_objects() if issubclass(type(held), nn.Module)]
+    within = {id(part) for module in modules for part in module.__dict__.get("_modules", {}).values()}
+    for model in modules:
+        if id(model) in within or isinstance(model, torch.jit.ScriptModule) or "_modules" not in model.__dict__:
+            continue
+        parameters = list(model.parameters())
+        kinds = {parameter.requires_grad for parameter in parameters}
+        is_trained = kinds == {True, False} and any(id(parameter) in trained for parameter in parameters)
+        if not (is_trained or kinds == {False}) or waits(model) or handle_of(model) is not None:
+            continue
+        if is_trained:
+            _SCOPE.loaded.add(model)
+        wait(model, _place_for_loop)
+
+
 def _mapped(model: nn.Module, kwargs: Mapping[str, Any]) -> None:
     saw_model()
     device = device_asked(kwargs)
@@ -108,92 +144,105 @@ def _wait(model: nn.Module) -> None:
         serve_model(model)
 
 
-def _place_for_loop(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """Plan for a call that a loop of the script's own makes, and attach.
+def _place_for_loop(model: nn.Module, step: Step) -> Again | None:
+    """Plan for what a loop of the script's own calls, and attach. Return what does so again for all of its first pass.
 
     Where other models wait to be trained beside it, it gets the least vram that works and its share of the RAM: what
     the others need is known once they are called.
     """
     why = _nothing_to_do(model)
-    if why is None and args and kwargs:
-        why = "the model is called with both positional arguments and keywords: call it with keywords"
     if why is None:
-        from accelerate.state import GradientState
-
-        accumulation = int(GradientState().num_steps) if GradientState._shared_state else 1
-        others = [
-            other for other in _SCOPE.trained_beside(model) if not _TRAINING or other in models_beside(_TRAINING[-1])
-        ]
         unplaced = _UNPLACED.take(model)
-
-        def planned(within: dict[str, Any]) -> Plan:
-            return api.plan(model, kwargs or args, **within)
-
-        def shared() -> Plan:
-            options = completed(
-                settings().options,
-                accumulation=accumulation,
-                loss=loss_of,
-                checkpoint=folder_of(model),
-                gains=False,
-            )
-            if unplaced is not None:
-                options["vram"] = 0  # to know what both need
-            plan = _SCOPE.plan(model, planned, _SCOPE.share_of_ram(model, others, options))
-            return plan_of_least(plan) if others else plan
-
-        def attach(plan: Plan) -> Handle:
-            handle = put_under(model, plan, _SCOPE, checkpoint=settings().options.get("checkpoint"))
-            if not _HANDLES:
-                atexit.register(_report_all)
-            _HANDLES.append(handle)
-            return handle
-
+        more = {} if unplaced is None else {"vram": 0}  # to know what both need
         try:
-            why = _served(model, shared, attach)
+            why = _served(model, lambda: _planned(model, step, more, is_first=True), partial(_attached, model))
         except DoesNotFitError as error:
+            if not is_trained_in_part(model) and any(handle.is_attached for handle in _SCOPE.placed):
+                move(model)  # what it takes was counted as that of a model that is read
+                _say_aside(f"{name_of(model)} is wholly frozen, and beside what is under a plan {first_line(error)}")
+                return None
             if unplaced is not None:
                 raise together(unplaced.error, unplaced.model, error, model) from None
-            if not others or _UNPLACED.is_known(model) or torch.cuda.is_available():
+            if not _others(model) or _UNPLACED.is_known(model) or torch.cuda.is_available():
                 raise
             _UNPLACED.put(model, error)
             serve_model(model)
-            return
+            return None
         if unplaced is not None:
             raise unplaced.error
     if why is not None:
         move(model)
         _say_aside(why)
+        return None
+    return None if settings().plan else partial(_place_again, model)
 
 
-class _Unplaced:
-    """The first of several models that did not fit, until the next is called: an error then says what both need."""
-
-    class Refused(NamedTuple):
-        """A model and why it has no plan."""
-
-        model: nn.Module
-        error: DoesNotFitError
-
-    def __init__(self) -> None:
-        self._held: _Unplaced.Refused | None = None
-
-    def put(self, model: nn.Module, error: DoesNotFitError) -> None:
-        self._held = self.Refused(model, error)
-
-    def is_known(self, model: nn.Module) -> bool:
-        return self._held is not None and self._held.model is model
-
-    def take(self, model: nn.Module) -> Refused | None:
-        """Return what is held of another model, and hold it no more."""
-        held = self._held
-        if held is None or held.model is model:
-            return None
-        self._held = None
-        return held
+def _others(model: nn.Module) -> list[nn.Module]:
+    """Return the models that wait to be trained beside one."""
+    return [other for other in _SCOPE.trained_beside(model) if not _TRAINING or other in models_beside(_TRAINING[-1])]
 
 
-_UNPLACED = _Unplaced()
+def _planned(model: nn.Module, step: Step, more: Mapping[str, Any], *, is_first: bool = False) -> Plan:
+    """Return the plan of a model for what a script calls. ``more``: options in place of those that were given.
+
+    ``is_first``: not all calls may be known yet. Where a module within is called first, the activations of the rest
+    get all the room that there can be.
+    """
+    from accelerate.state import GradientState
+
+    options = completed(
+        settings().options,
+        accumulation=int(GradientState().num_steps) if GradientState._shared_state else 1,
+        loss=loss_of,
+        checkpoint=folder_of(model),
+        gains=False,
+    )
+    others = _others(model)
+    within = _SCOPE.share_of_ram(model, others, {**options, **more})
+    plan = _SCOPE.plan(model, lambda within: api.plan(model, step, **within), within)
+    return plan_of_least(plan) if others or (is_first and step.reads_rest) else plan
+
+
+def _attached(model: nn.Module, plan: Plan) -> Handle:
+    handle = put_under(model, plan, _SCOPE, checkpoint=settings().options.get("checkpoint"))
+    if not _HANDLES:
+        atexit.register(_report_all)
+    _HANDLES[:] = [other for other in _HANDLES if other.model is not model] + [handle]
+    return handle
+
+
+def _place_again(model: nn.Module, step: Step, differs: bool) -> None:
+    """Have a model placed for all that its first pass has called, where that ``differs`` from what it was placed for,
+    or was not known.
+
+    What was read in the pass by none of its modules, such as a head by a loss in chunks, then stays on the device where
+    that fits. Where no plan for all of it does, the first one stays.
+    """
+    handle = handle_of(model)
+    if handle is None or not (differs or step.reads_rest):
+        return
+    read = handle.read_directly() if step.reads_rest else ()
+    pins = {**dict.fromkeys(read, "device"), **(settings().options.get("pins") or {})}
+    taken_back(handle)
+    plan = handle.plan
+    for more in ({"pins": pins}, {}) if read else ({},):
+        try:
+            plan = _planned(model, step, more)
+            break
+        except DoesNotFitError as error:
+            if not more:
+                say(f"a step calls more of the model than was planned for, and {first_line(error)}: it goes on so")
+        except Exception as error:  # as of the first plan: the script is to run all the same
+            say(f"the model is not planned for anew ({type(error).__name__}: {first_line(error)})")
+            break
+    let_go(_attached(model, plan))
+    if plan is not handle.plan:
+        say("planned anew for all that a step calls")
+        for line in startup_lines(plan):
+            say(line)
+
+
+_UNPLACED = Unplaced()
 
 
 def _placed_first(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -231,8 +280,10 @@ def _place(trainer: Trainer) -> None:
     if not isinstance(model, nn.Module) or handle_of(model) is not None:
         return
     why = _why_not(trainer, model)
-    if why is None and is_mapped(model) and not _may_be_asked(trainer):
+    if why is None and is_mapped(model) and not (is_trained_in_part(model) and _may_be_asked(trainer)):
         return  # placed at its first call, as for a loop
+    if why is None and not is_trained_in_part(model):
+        why = "nothing in the model is trained"
     with not_waiting(model):
         if why is None:
             asked = settings()
@@ -282,8 +333,8 @@ def _nothing_to_do(model: nn.Module) -> str | None:
     frozen = [not parameter.requires_grad for parameter in model.parameters()]
     if not any(frozen):
         return "nothing in the model is frozen, so there is nothing to stream"
-    if all(frozen):
-        return "nothing in the model is trained"
+    if not all(isinstance(parameter, nn.Parameter) for parameter in model.parameters()):
+        return "it is called with other tensors in the place of its parameters (torch.func.functional_call)"
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         return "it serves one process, and this is one of several"
     if any(hasattr(module, "_hf_hook") for module in model.modules()):
@@ -293,7 +344,7 @@ def _nothing_to_do(model: nn.Module) -> str | None:
 
 def _served(model: nn.Module, planned: Callable[[], Plan], attach: Callable[[Plan], Handle]) -> str | None:
     """Put a model under a plan; return why it had better stay as it is, if so. Raises DoesNotFitError, TooSlowError."""
-    saw_training()
+    served()
     file = settings().plan
     try:
         try:
@@ -332,12 +383,15 @@ def _with_room(planned: Callable[[], Plan]) -> Plan:
 
 
 def _say_aside(why: str) -> None:
-    saw_training()
+    served()
     say(f"stands aside: {why}")
 
 
 def _report_all() -> None:
     _report(*_HANDLES)
+    for model in _SCOPE.loaded:
+        if waits_itself(model) and is_trained_in_part(model):
+            say(f"{name_of(model)} was not placed: it is trained in part, and was not called with gradients")
 
 
 def _report(*handles: Handle) -> None:

@@ -211,7 +211,7 @@ def _batch(base: nn.Module, group: str) -> dict[str, object]:
         batch = {"pixel_values": torch.zeros(ROWS, getattr(base.config, "num_channels", 3), 64, 64)}
         batch["labels"] = torch.zeros(ROWS, dtype=torch.long)
     else:
-        batch = batch_for(base, shape).kwargs
+        batch = batch_for(base, shape).calls[0].kwargs
     vocabulary = _setting(base.config, "vocab_size") or 5
     generator = torch.Generator().manual_seed(3)
 

@@ -44,7 +44,7 @@ def test_a_look_leaves_the_module_as_it_was():
             before = fingerprint(module.inner, module.calls, module.seen, module.steps)
             found, call = trainers._first_call(trainer, module)
             assert found is module.inner
-            assert call[0].shape == (2, 8)
+            assert call.args[0].shape == (2, 8)
             assert_same(before, fingerprint(module.inner, module.calls, module.seen, module.steps))
             looked.append(module)
 

@@ -21,7 +21,7 @@ from memplan.trainers.serve_script import _why_not
 from tests.trainers.conftest import exact, least_vram
 from tests.trainers.forked import ROOT, clean
 
-NO_TRAINING = "memplan: no training was seen: no model that memplan serves was called in training mode with gradients"
+NO_TRAINING = "memplan: no training was seen: no model that memplan serves was called with gradients"
 SCRIPT = Path(__file__).with_name("script.py")
 FROM_HUB = Path(__file__).with_name("script_hub.py")
 OWN_MODEL = Path(__file__).with_name("script_lightning.py")

@@ -15,6 +15,7 @@ from transformers import AutoConfig, LlamaForCausalLM
 import memplan
 from memplan.trainers.hf_trainer import skeleton_of
 from memplan.trainers.loading.deferred_placement import ask, asked_device, forget, move, tell_device, wait, waits
+from memplan.trainers.loading.entries import MOST_CALLS
 from memplan.trainers.loading.mapped_weights import folder_of, is_mapped, map_weights
 from tests.support.training import CPU
 
@@ -32,7 +33,7 @@ def calls():
 
 
 def waiting(model, calls):
-    wait(model, lambda *given: calls.append(given))
+    wait(model, lambda *given: calls.append(given))  # which returns None: nothing is to be done again
     return model
 
 
@@ -49,7 +50,9 @@ def test_it_is_placed_before_its_first_call_to_be_trained_and_then_no_more(model
         model(IDS)
     assert (calls, waits(model)) == ([], True)
     model(input_ids=IDS)
-    assert calls == [(model, (), {"input_ids": IDS})]
+    ((placed, step),) = calls
+    assert placed is model
+    assert [(call.entry, call.args, call.kwargs) for call in step.calls] == [("", (), {"input_ids": IDS})]
     assert not waits(model)
     model(IDS)
     assert len(calls) == 1
@@ -106,6 +109,59 @@ def test_it_says_that_it_is_where_it_was_asked_to_be(checkpoint):
     assert model.device == torch.device("meta")
     move(model)
     assert model.device == torch.device("meta")
+
+
+def test_a_module_within_is_called_where_its_weights_are(model, calls):
+    """A script that has moved its model finds what it gets from a part of it there."""
+    model = waiting(get_peft_model(model, LoraConfig(r=4, target_modules="all-linear")), calls).to("meta")
+    with torch.no_grad():
+        assert model.get_base_model().model.embed_tokens(IDS).device.type == "meta"
+    assert model.get_input_embeddings()(IDS).device.type == "meta"  # nothing of it is trained
+    assert (calls, waits(model)) == ([], True)
+
+
+def test_it_is_placed_for_the_module_that_is_called(model, calls):
+    model = waiting(get_peft_model(model, LoraConfig(r=4, target_modules="all-linear")), calls)
+    model.get_base_model().model.embed_tokens(IDS)
+    model.get_base_model().model(input_ids=IDS)
+    ((_, step),) = calls
+    names = [call.entry.removeprefix("base_model.model.") for call in step.calls]
+    assert (names, step.reads_rest) == (["model.embed_tokens", "model"], True)
+    assert not any("_call_impl" in module.__dict__ for module in model.modules())
+
+
+def test_a_part_that_is_copied_or_pickled_is_called_as_ever(model, calls):
+    waiting(model, calls)
+    held = io.BytesIO()
+    torch.save(model.lm_head, held)
+    held.seek(0)
+    x = torch.randn(1, 64)
+    for other in (copy.deepcopy(model.lm_head), torch.load(held, weights_only=False)):
+        assert torch.equal(other(x), model.lm_head(x))
+    assert (calls, waits(model)) == ([], True)
+
+
+def test_the_first_pass_is_all_that_is_called_until_its_backward_is_over(model):
+    told = []
+    wait(model, lambda model, step: lambda *given: told.append(given))
+    model.lm_head.requires_grad_(False)
+    for _ in range(3):
+        one, other = model(IDS).logits, model(IDS[:, :2]).logits
+        (one.mean() + other.mean()).backward()
+    ((step, differs),) = told
+    assert differs
+    assert [call.args[0].shape for call in step.calls] == [(1, 3), (1, 2)]
+    assert not any("_call_impl" in module.__dict__ for module in model.modules())
+
+
+@pytest.mark.parametrize("trained", [True, False])
+def test_what_is_only_ever_called_otherwise_is_looked_at_no_more(calls, trained):
+    model = waiting(torch.nn.Linear(2, 2), calls).requires_grad_(trained).eval()
+    for _ in range(MOST_CALLS):
+        model(torch.zeros(1, 2))
+    assert waits(model)
+    model(torch.zeros(1, 2))
+    assert (calls, waits(model), "_call_impl" in model.__dict__) == ([], False, False)
 
 
 def test_a_plan_that_the_script_makes_places_nothing(model, calls):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
@@ -167,17 +168,20 @@ def complete(
     optimizer: str,
     name: str,
     notes: Sequence[str],
+    outside: Sequence[tuple[tuple[int, ...], int]] = (),
     left_out: Multiplicity = once,
 ) -> LayerGraph:
     """Return the graph with what is of the model as a whole. ``kept``: its trace, or that of some of its layers;
     ``ran_again``: how many of all its layers it checkpoints itself; ``times``: for how many modules a traced one
-    stands. ``left_out``: the same of those of ``model``, where it holds a part of the whole one only.
+    stands. ``outside``: shape and bytes an element of what is trained beside the model. ``left_out``: the same of those
+    of ``model``, where it holds a part of the whole one only.
     """
     trains = [(tuple(p.shape), p.element_size()) for p in trained(model, left_out)]
-    workspace = workspace_bytes(optimizer, trains)
-    operators, moved_bytes = step_work(optimizer, trains)
+    workspace = workspace_bytes(optimizer, [*trains, *outside])
+    operators, moved_bytes = step_work(optimizer, [*trains, *outside])
+    beside = 2 * sum(math.prod(shape) * size for shape, size in outside) + state_bytes(optimizer, outside)
     fixed: dict[FixedKind, int] = {
-        "adapters": adapters_bytes(model, left_out),
+        "adapters": adapters_bytes(model, left_out) + beside,
         "optimizer": state_bytes(optimizer, trains),
         "buffers": _buffer_bytes(model, left_out),
         "batch": batch.size_bytes(),
@@ -199,7 +203,13 @@ def complete(
         tokens=batch.tokens(),
         matmul_dtype=_main_dtype(kept, times),
         trainable_bytes=trained_bytes(model, left_out),
-        notes=(*notes, *_notes(model, graph, kept, ran_again), *_derived_notes(graph, kept)),
+        notes=(
+            *notes,
+            *_notes(model, graph, kept, ran_again),
+            *_derived_notes(graph, kept),
+            *_entry_notes(batch),
+            *_outside_notes(model, outside, beside),
+        ),
     )
 
 
@@ -304,8 +314,8 @@ def _notes(model: nn.Module, graph: LayerGraph, kept: Traced, ran_again: int) ->
         for tensor in block.tensors:
             frozen_bytes[tensor.dtype] += tensor.size_bytes
     base = frozen_bytes.most_common(1)[0][0]
-    trained = {dtype_name(p.dtype) for p in model.parameters() if p.requires_grad}
-    if "float32" in trained and base in ("bfloat16", "float16"):
+    kinds = {dtype_name(p.dtype) for p in model.parameters() if p.requires_grad}
+    if "float32" in kinds and base in ("bfloat16", "float16"):
         found.append(
             f"The adapters are float32 on a {base} base: float32 copies of their inputs add to the saved activations."
         )
@@ -348,6 +358,31 @@ def _notes(model: nn.Module, graph: LayerGraph, kept: Traced, ran_again: int) ->
             "assumed."
         )
     return found
+
+
+def _entry_notes(batch: Batch) -> list[str]:
+    """Say what a plan of calls of modules within the model leaves out."""
+    within = dict.fromkeys(call.entry for call in batch.calls if call.entry)
+    if not within:
+        return []
+    others = f" and {len(within) - 1} others" if len(within) > 1 else ""
+    return [
+        f"Planned for calls of {canonical(next(iter(within)))}{others}, which the script makes itself: what it "
+        "computes with their results is not counted."
+    ]
+
+
+def _outside_notes(model: nn.Module, outside: Sequence[object], size_bytes: int) -> list[str]:
+    """Say what of a training counts that goes on beside the model, and what does not."""
+    left = "what is computed beside the model and saved for backward there is not counted"
+    if outside:
+        return [
+            f"{len(outside)} parameters beside the model are trained: with their gradients and the optimizer's state "
+            f"they are counted among the adapters ({format_bytes(size_bytes)}); {left}."
+        ]
+    if not trained(model):
+        return [f"Nothing of the model is trained, and what is trained beside it is not known, nor counted; {left}."]
+    return []
 
 
 def _derived_notes(graph: LayerGraph, kept: Traced) -> list[str]:

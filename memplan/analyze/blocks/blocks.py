@@ -15,6 +15,7 @@ from torch import nn
 
 from memplan.analyze.graph import BlockKind, Tensor
 from memplan.errors import ModelError
+from memplan.hooks.flows import gradients_flow
 from memplan.hooks.triggers import modules_by_name
 from memplan.model.names import canonical
 from memplan.model.weights import Weight, frozen_weights, mark_adapters, trained_bytes, unknown_kind, unready
@@ -94,8 +95,10 @@ def refuse_moved(model: nn.Module) -> None:
         )
 
 
-def check_model(model: nn.Module) -> None:
-    """Raise ModelError where the model cannot be placed: nothing frozen, nothing trained, or moved by someone else."""
+def check_model(model: nn.Module, given: object) -> None:
+    """Raise ModelError where the model cannot be placed: nothing frozen, no gradient that goes through it when it is
+    called with ``given``, or moved by someone else.
+    """
     refuse_moved(model)
     mark_adapters(model)
     frozen = frozen_weights("", model, deep=True)
@@ -105,9 +108,9 @@ def check_model(model: nn.Module) -> None:
             f"all {format_bytes(trainable_bytes)} of the model's parameters are trained: memplan streams frozen ones. "
             'Give an adapter, such as adapter={"rank": 16, "targets": "all-linear"}'
         )
-    if not trainable_bytes:
+    if not trainable_bytes and not gradients_flow(model, given):
         raise ModelError(
-            "the model has nothing to train: no parameter requires a gradient. "
+            "the model has nothing to train: no parameter requires a gradient, and nothing that it is called with. "
             'Give an adapter, such as adapter={"rank": 16, "targets": "all-linear"}'
         )
     for name, module in model.named_modules():

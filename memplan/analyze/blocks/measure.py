@@ -20,13 +20,13 @@ from msgspec import Struct
 from torch import nn
 
 from memplan.analyze.graph import Access, LayerGraph
-from memplan.analyze.inputs.autocast import dtype_of_autocast, outside_autocast
+from memplan.analyze.inputs.autocast import dtype_of_autocast, outside_autocast, outside_saving
 from memplan.analyze.inputs.batch import Batch, batch_for, is_shape, random_tokens
 from memplan.analyze.repeat.periodic import Run, find_runs, shortened
 from memplan.analyze.repeat.unroll import short_name
 from memplan.analyze.trace.accesses import AccessLog
 from memplan.analyze.trace.swap_tensors import exchanged
-from memplan.analyze.trace.trace import loss_of
+from memplan.analyze.trace.trace import loss_of_pass
 from memplan.errors import InputError, MemplanError, ModelError, type_and_line
 from memplan.hooks import recompute
 from memplan.hooks.triggers import Triggers, modules_by_name
@@ -107,14 +107,15 @@ def measure(
             undo.enter_context(unchanged(model=model, batch=batch, loss=loss))
             undo.enter_context(torch.inference_mode(False))
             undo.enter_context(torch.enable_grad())
+            undo.enter_context(outside_saving())
             undo.enter_context(outside_autocast())
             undo.enter_context(torch.compiler.set_stance("force_eager"))
             whole = sum(parameter.requires_grad for parameter in model.parameters())
             undo.enter_context(shortened(runs))
             pool = _Pool(there, graph)
             inputs = _placed(random_tokens(model, call) if is_shape(batch) else call, there)
-            snapshot = Snapshot(model=model, loss=loss, args=call.args, kwargs=call.kwargs)
-            undo.enter_context(exchanged(model, pool.make, snapshot))
+            snapshot = Snapshot(model=model, loss=loss, calls=call.calls)
+            undo.enter_context(exchanged(model, pool.make, snapshot, as_it_is=call.as_it_is))
             modules = modules_by_name(model)
             names = {access.module: short_name(access.module, runs) for access in graph.accesses if access.module}
             watched = {name: modules[name] for name in names.values()}
@@ -239,7 +240,7 @@ class _Passes:
         try:
             clock.mark()
             with torch.autocast(self._device.type, self._lowered) if self._lowered is not None else nullcontext():
-                value = loss_of(self._model(*self._inputs.args, **self._inputs.kwargs), self._loss)
+                value = loss_of_pass(self._model, self._inputs, self._loss)
             log.loss_begins()
             value.backward()
             log.optimizer_begins()

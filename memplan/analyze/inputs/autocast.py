@@ -1,4 +1,5 @@
-"""The autocast that a trace runs under: one that is asked for, else the caller's own.
+"""The autocast that a trace runs under: one that is asked for, else the caller's own; and the rest of the caller's
+contexts, which a trace leaves.
 
 [Note: a trace is on the CPU] So an autocast for CUDA is traced as the CPU's of the same dtype. Products are lowered
 alike; a few operators that CUDA keeps in float32 (norms, softmax) are not, and count for less than they will take.
@@ -8,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 
@@ -26,6 +28,21 @@ def dtype_of_autocast(given: object) -> torch.dtype | None:
         if torch.is_autocast_enabled(device):
             return torch.get_autocast_dtype(device)
     return None
+
+
+@contextlib.contextmanager
+def outside_saving() -> Iterator[None]:
+    """Leave what the caller does with tensors that autograd saves for a while: a checkpoint around counts them."""
+    hooks: Any = torch._C._autograd
+    away = []
+    while (top := hooks._top_saved_tensors_default_hooks(False)) is not None:
+        away.append(top)
+        hooks._pop_saved_tensors_default_hooks()
+    try:
+        yield
+    finally:
+        for pack, unpack in reversed(away):
+            hooks._push_saved_tensors_default_hooks(pack, unpack)
 
 
 @contextlib.contextmanager

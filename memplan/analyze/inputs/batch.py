@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -14,7 +14,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from memplan.analyze.inputs.modalities import SOUNDS, image, sound
 from memplan.analyze.trace.fake import fake_of
 from memplan.errors import InputError
-from memplan.hooks.nested import tensors_in
+from memplan.hooks.nested import changed, tensors_in
+from memplan.model.calls import Call, Step
 
 _TOKENS = 512
 """Tokens of a sequence of which no length is given."""
@@ -25,36 +26,38 @@ _SOUND_OF_A_TOKEN = 1000
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Batch:
-    """Arguments of one call of the model."""
+    """What the model is called with in one pass: mostly once."""
 
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
+    calls: tuple[Call, ...]
+    as_it_is: bool = False
+    """Whether the model is in the mode that it will be called in: else that is training mode."""
+    reads_rest: bool = False
+    """Whether what the calls do not come to is read as well, where nobody knows how."""
 
     def tensors(self) -> tuple[torch.Tensor, ...]:
         """Return its tensors, each once."""
-        return tuple({id(tensor): tensor for tensor in tensors_in((self.args, self.kwargs))}.values())
+        given = [(call.args, call.kwargs) for call in self.calls]
+        return tuple({id(tensor): tensor for tensor in tensors_in(given)}.values())
 
     def size_bytes(self) -> int:
         return sum(tensor.numel() * tensor.element_size() for tensor in self.tensors())
 
     def tokens(self) -> int:
         """Return the tokens of the batch, or its samples where there is no sequence."""
-        ids = next((self.kwargs[n] for n in ("input_ids", "inputs_embeds") if self.kwargs.get(n) is not None), None)
-        if isinstance(ids, torch.Tensor) and ids.dim() >= 2:
-            return int(ids.shape[0] * ids.shape[1])
-        first = next(iter(self.tensors()))
-        if not first.dtype.is_floating_point and first.dim() == 2:
-            return int(first.shape[0] * first.shape[1])
-        return int(first.shape[0]) if first.dim() else 1
+        return sum(map(_tokens_of, self.calls))
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Return the shape of each tensor by its name, or by its place where it has none."""
-        named = [*enumerate(self.args), *self.kwargs.items()]
+        """Return the shape of each tensor by its name, or by its place where it has none; with the name of the module
+        that is called where that is not the model, and with the call's number where there are several.
+        """
         found: dict[str, tuple[int, ...]] = {}
-        for name, value in named:
-            held = tensors_in(value)
-            for place, tensor in enumerate(held):
-                found[str(name) if len(held) == 1 else f"{name}.{place}"] = tuple(tensor.shape)
+        for number, call in enumerate(self.calls):
+            which = [str(number)] * (len(self.calls) > 1) + [call.entry] * bool(call.entry)
+            for name, value in (*enumerate(call.args), *call.kwargs.items()):
+                held = tensors_in(value)
+                for place, tensor in enumerate(held):
+                    named = str(name) if len(held) == 1 else f"{name}.{place}"
+                    found[".".join((*which, named))] = tuple(tensor.shape)
         return found
 
     def faked(self, mode: FakeTensorMode) -> Batch:
@@ -65,44 +68,57 @@ class Batch:
     def changed(self, change: Callable[[torch.Tensor], torch.Tensor]) -> Batch:
         """Return the same with each tensor changed; what required a gradient does so again."""
 
-        def changed(value: Any) -> Any:
-            if isinstance(value, torch.Tensor):
-                made = change(value.detach())
-                return made.requires_grad_() if value.requires_grad else made
-            if isinstance(value, tuple) and hasattr(value, "_fields"):
-                return type(value)(*(changed(part) for part in value))
-            if isinstance(value, (tuple, list)):
-                return type(value)(changed(part) for part in value)
-            if isinstance(value, Mapping):
-                return {name: changed(part) for name, part in value.items()}
-            return value
+        def other(tensor: torch.Tensor) -> torch.Tensor:
+            made = change(tensor.detach())
+            return made.requires_grad_() if tensor.requires_grad else made
 
-        return Batch(args=changed(self.args), kwargs=changed(self.kwargs))
+        calls = (Call.of(c.entry, changed(c.args, other), changed(c.kwargs, other)) for c in self.calls)
+        return replace(self, calls=tuple(calls))
+
+
+def _tokens_of(call: Call) -> int:
+    ids = next((call.kwargs[n] for n in ("input_ids", "inputs_embeds") if call.kwargs.get(n) is not None), None)
+    if isinstance(ids, torch.Tensor) and ids.dim() >= 2:
+        return int(ids.shape[0] * ids.shape[1])
+    first = next(iter(tensors_in((call.args, call.kwargs))), None)
+    if first is None:
+        return 0
+    if not first.dtype.is_floating_point and first.dim() == 2:
+        return int(first.shape[0] * first.shape[1])
+    return int(first.shape[0]) if first.dim() else 1
 
 
 def batch_for(model: nn.Module, given: object) -> Batch:
     """Return the call that ``given`` stands for.
 
-    A mapping is given as keywords; a tensor, tuple or list as positions. Whole numbers make the tensors that a model of
-    transformers is trained on: (batch, sequence) tokens, (batch,) images of the configured size, (batch, length) sound,
-    where the length is not configured. Raises InputError for anything else.
+    A mapping is given as keywords; a tensor, tuple or list as positions; a :class:`Call` as both. Whole numbers make
+    the tensors that a model of transformers is trained on: (batch, sequence) tokens, (batch,) images of the configured
+    size, (batch, length) sound, where the length is not configured. Raises InputError for anything else.
     """
     if is_shape(given):
         return _from_shape(model, *given)  # type: ignore[misc]
-    if isinstance(given, Mapping):
-        batch = Batch(args=(), kwargs={str(name): value for name, value in given.items()})
+    if isinstance(given, Step):
+        batch = Batch(calls=given.calls, as_it_is=True, reads_rest=given.reads_rest)
+    elif isinstance(given, Call):
+        batch = Batch(calls=(given,))
+    elif isinstance(given, Mapping):
+        batch = _of_keywords({str(name): value for name, value in given.items()})
     elif isinstance(given, torch.Tensor):
-        batch = Batch(args=(given,), kwargs={})
+        batch = Batch(calls=(Call(given),))
     elif isinstance(given, (tuple, list)):
-        batch = Batch(args=tuple(given), kwargs={})
+        batch = Batch(calls=(Call(*given),))
     else:
         raise InputError(
-            f"the batch is a {type(given).__name__}: give a mapping of tensors, a tuple of tensors, or a "
-            "(batch, sequence) pair"
+            f"the batch is a {type(given).__name__}: give a mapping of tensors, a tuple of tensors, a memplan.Call, or "
+            "a (batch, sequence) pair"
         )
     if not batch.tensors():
         raise InputError("the batch holds no tensor: give one micro-batch, or a (batch, sequence) pair")
     return batch
+
+
+def _of_keywords(kwargs: Mapping[str, Any]) -> Batch:
+    return Batch(calls=(Call(**kwargs),))
 
 
 def random_tokens(model: nn.Module, call: Batch) -> Batch:
@@ -111,12 +127,13 @@ def random_tokens(model: nn.Module, call: Batch) -> Batch:
     given: Any = getattr(base_of(model), "get_output_embeddings", None)
     over_vocabulary = callable(given) and given() is not None  # else labels are classes, of which there may be two
     vocabulary = getattr(config.get_text_config(), "vocab_size", None) or 2
+    keywords = call.calls[0].kwargs
     tokens = {
         name: torch.randint(0, vocabulary, tuple(tensor.shape))
-        for name, tensor in call.kwargs.items()
+        for name, tensor in keywords.items()
         if tensor.dim() == 2 and (name in ("input_ids", "decoder_input_ids") or (name == "labels" and over_vocabulary))
     }
-    return Batch(args=call.args, kwargs={**call.kwargs, **tokens})
+    return _of_keywords({**keywords, **tokens})
 
 
 def is_shape(given: object) -> bool:
@@ -151,7 +168,7 @@ def _from_shape(model: nn.Module, batch: int, length: int | None = None) -> Batc
         kwargs["labels"] = torch.zeros(batch, dtype=torch.long) if _labels_samples(base) else torch.zeros_like(ids)
     elif "decoder_input_ids" in takes:
         kwargs["decoder_input_ids"] = torch.zeros_like(ids)
-    return Batch(args=(), kwargs=kwargs)
+    return _of_keywords(kwargs)
 
 
 def _of_images(base: nn.Module, takes: Mapping[str, Any], batch: int, length: int | None) -> Batch:
@@ -165,7 +182,7 @@ def _of_images(base: nn.Module, takes: Mapping[str, Any], batch: int, length: in
         )
     elif "labels" in takes and _labels_samples(base):
         kwargs["labels"] = torch.zeros(batch, dtype=torch.long)
-    return Batch(args=(), kwargs=kwargs)
+    return _of_keywords(kwargs)
 
 
 def _of_sound(base: nn.Module, takes: Mapping[str, Any], batch: int, length: int | None) -> Batch:
@@ -176,7 +193,7 @@ def _of_sound(base: nn.Module, takes: Mapping[str, Any], batch: int, length: int
     elif "labels" in takes:
         tokens = max(1, made.shape[1] // _SOUND_OF_A_TOKEN) if used else _tokens(base, batch, length)
         kwargs["labels"] = torch.zeros(batch, tokens, dtype=torch.long)
-    return Batch(args=(), kwargs=kwargs)
+    return _of_keywords(kwargs)
 
 
 def _labels_samples(base: nn.Module) -> bool:

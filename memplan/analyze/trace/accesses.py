@@ -9,7 +9,7 @@ goes on. So each then has two backward accesses, but for the last, whose recompu
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from memplan.analyze.graph import AccessKind
@@ -46,6 +46,7 @@ class AccessLog:
         self._recomputed: set[int] = set()
         """Forwards that ran again."""
         self._loss = -1
+        self._assumed: frozenset[str] = frozenset()
 
     @property
     def now(self) -> Seen | None:
@@ -55,7 +56,7 @@ class AccessLog:
 
     def called(self) -> frozenset[str]:
         """Modules whose forward was seen."""
-        return frozenset(access.module for access in self.accesses if access.kind == "forward")
+        return frozenset(a.module for a in self.accesses if a.kind == "forward") - self._assumed
 
     def accesses_alike(self, other: AccessLog) -> bool:
         """Whether both saw the same sequence."""
@@ -115,6 +116,15 @@ class AccessLog:
         self.active.clear()
         if self._loss < 0:
             self._loss = self._begin("loss", "", -1)
+
+    def assume(self, modules: Sequence[str]) -> None:
+        """Have modules that nothing was seen of accessed too, after all others' forwards and before their backwards."""
+        self._assumed = frozenset(modules)
+        calls = [self._begin("forward", module, len(self.accesses)) for module in modules]
+        self.loss_begins()
+        for module, call in zip(reversed(modules), reversed(calls), strict=True):
+            self._begun.add(call)
+            self._begin("backward", module, call)
 
     def optimizer_begins(self) -> None:
         """The backward is done."""

@@ -21,17 +21,18 @@ from memplan.state.snapshot import Snapshot
 
 @contextlib.contextmanager
 def faked(
-    model: nn.Module, mode: FakeTensorMode, snapshot: Snapshot | None = None
+    model: nn.Module, mode: FakeTensorMode, snapshot: Snapshot | None = None, *, as_it_is: bool = False
 ) -> Iterator[dict[int, torch.Tensor]]:
     """Have fake tensors in place of all tensors that the model holds, in depth, in training mode.
 
-    Gives the fake tensor of each by the real one's id. The model is restored on any way out, see ``exchanged``.
+    ``as_it_is``: in the mode that it is in instead. Gives the fake tensor of each by the real one's id. The model is
+    restored on any way out, see ``exchanged``.
     """
 
     def fake(tensor: torch.Tensor, *, is_weight: bool) -> torch.Tensor:
         return fake_of(tensor, mode, valued=not is_weight)
 
-    with exchanged(model, fake, snapshot) as fakes:
+    with exchanged(model, fake, snapshot, as_it_is=as_it_is) as fakes:
         for module in model.modules():
             module.__dict__["_apply"] = partial(_apply_where_it_changes, module)
         yield fakes

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
 
 from memplan.analyze.blocks.blocks import Draft, dtype_name
@@ -69,6 +70,8 @@ class Recorder(StorageLedger):
         """Blocks whose weights were written to, each with the operator."""
         self.stateful: dict[str, str] = {}
         """Triggers whose forward would do otherwise a second time, each with the reason."""
+        self.strangers: dict[int, tuple[nn.Parameter, torch.Tensor | None]] = {}
+        """Real parameters that require gradients, by id, each with the gradient that it had."""
         self._overwritten: dict[int, tuple[torch.Tensor, int, torch.Tensor, torch.Tensor]] = {}
         self._frozen = frozen
         self._origins = Origins(frozen, (tensor.untyped_storage()._cdata for tensor in batch))
@@ -114,6 +117,9 @@ class Recorder(StorageLedger):
         moved = 0
         for tensor in tensors(args):
             moved += size_bytes(tensor)
+            if type(tensor) is nn.Parameter and tensor.requires_grad and id(tensor) not in self.strangers:
+                self.strangers[id(tensor)] = (tensor, tensor.grad)
+                tensor.grad = None
             if not known.reads_shape_only:
                 self._see_read(tensor, known, result)
         made = sum(size_bytes(tensor) for tensor in tensors((result,)))
@@ -139,7 +145,9 @@ class Recorder(StorageLedger):
         return forgotten
 
     def put_back(self) -> None:
-        """Put back what was written to real tensors, which the model held where nobody looked."""
+        """Put back what was written to real tensors, which the model held where nobody looked, and their gradients."""
+        for parameter, gradient in self.strangers.values():
+            parameter.grad = gradient
         for tensor, version, contents, before in self._overwritten.values():
             contents.copy_(before)
             if not tensor.is_inference():

@@ -28,11 +28,13 @@ class Make(Protocol):
 
 
 @contextlib.contextmanager
-def exchanged(model: nn.Module, make: Make, snapshot: Snapshot | None = None) -> Iterator[dict[int, torch.Tensor]]:
+def exchanged(
+    model: nn.Module, make: Make, snapshot: Snapshot | None = None, *, as_it_is: bool = False
+) -> Iterator[dict[int, torch.Tensor]]:
     """Have what ``make`` makes in place of all tensors that the model holds, in depth, in training mode.
 
-    Gives what stands in for each tensor by the real one's id. The model is restored on any way out, with all that
-    ``snapshot`` (by default: of the model) holds.
+    ``as_it_is``: in the mode that it is in instead. Gives what stands in for each tensor by the real one's id. The
+    model is restored on any way out, with all that ``snapshot`` (by default: of the model) holds.
     """
     kept = snapshot if snapshot is not None else Snapshot(model=model)
     stand_ins = _StandIns(make)
@@ -44,7 +46,8 @@ def exchanged(model: nn.Module, make: Make, snapshot: Snapshot | None = None) ->
             kept.exchange(stand_ins.of, stand_ins.of)
             for module in model.modules():
                 _refresh_recurrent(module)
-        model.train()
+        if not as_it_is:
+            model.train()
         yield stand_ins.made
     finally:
         kept.restore()

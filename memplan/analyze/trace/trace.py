@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextvars
 import dataclasses
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -24,7 +24,7 @@ from memplan.analyze.blocks.blocks import Draft, Unit, check_model, draft_blocks
 from memplan.analyze.blocks.experts import pinned_layers, routed_layers
 from memplan.analyze.blocks.optimizers import check_optimizer
 from memplan.analyze.graph import Activations, LayerGraph, LifetimeKind, Stateful
-from memplan.analyze.inputs.autocast import dtype_of_autocast, outside_autocast
+from memplan.analyze.inputs.autocast import dtype_of_autocast, outside_autocast, outside_saving
 from memplan.analyze.inputs.batch import Batch, base_of, batch_for
 from memplan.analyze.repeat.periodic import Run, find_runs, shortened
 from memplan.analyze.repeat.unroll import (
@@ -49,6 +49,7 @@ from memplan.analyze.trace.traced import Traced
 from memplan.errors import InputError, MemplanError, ModelError, type_and_line
 from memplan.hooks import offload as offloading
 from memplan.hooks import recompute
+from memplan.hooks.flows import leaves_behind
 from memplan.hooks.late_hooks import note_traced
 from memplan.hooks.nested import tensors_in
 from memplan.hooks.triggers import Triggers, in_backward
@@ -93,8 +94,8 @@ def analyze(
         raise InputError(f"accumulation was given as {accumulation!r}: give a whole number of passes, at least 1")
     check_optimizer(optimizer)
     autocast_dtype = dtype_of_autocast(autocast)
-    check_model(model)
     call = batch_for(model, batch)
+    check_model(model, [(one.args, one.kwargs) for one in call.calls])
     note_traced(model)
     look = partial(
         _look, model, call, accumulates=accumulation > 1, loss=loss, autocast_dtype=autocast_dtype, offload=offload
@@ -120,8 +121,17 @@ def analyze(
         optimizer=optimizer,
         name=name or type(base_of(model)).__name__,
         notes=(*notes, *seen.notes),
+        outside=(*seen.kept.outside, *_outside(model, call)),
         left_out=left_out,
     )
+
+
+def _outside(model: nn.Module, call: Batch) -> Iterator[tuple[tuple[int, ...], int]]:
+    """Yield shape and bytes an element of what is trained before a model of which nothing is: a prompt, a network."""
+    if any(parameter.requires_grad for parameter in model.parameters()):
+        return  # what it is given may come of a model with a plan of its own
+    for leaf in leaves_behind(tensor for tensor in call.tensors() if tensor.requires_grad):
+        yield tuple(leaf.shape), leaf.element_size()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -177,7 +187,7 @@ def _look(
     offload: bool | Literal["try"],
 ) -> _Seen:
     """Trace the model as it is, and with its layers' activations under the other policies."""
-    snapshot = Snapshot(model=model, loss=loss, args=call.args, kwargs=call.kwargs)
+    snapshot = Snapshot(model=model, loss=loss, calls=call.calls)
     # In a context of its own: what a forward sets of the context variables stays there.
     trace = partial(
         _trace_apart, model, call, snapshot=snapshot, accumulates=accumulates, loss=loss, autocast_dtype=autocast_dtype
@@ -278,12 +288,13 @@ def _trace(
         undo.enter_context(caches_empty(model))
         undo.enter_context(torch.inference_mode(False))
         undo.enter_context(torch.enable_grad())
+        undo.enter_context(outside_saving())
         undo.enter_context(outside_autocast())  # it is for the forward alone
         undo.enter_context(torch.compiler.set_stance("force_eager"))
         if torch.get_default_device().type != "cpu":
             undo.enter_context(torch.device("cpu"))
         inputs = batch.faked(mode)
-        fakes = undo.enter_context(faked(model, mode, snapshot))
+        fakes = undo.enter_context(faked(model, mode, snapshot, as_it_is=batch.as_it_is))
         frozen = {fakes[id(w.tensor)].untyped_storage()._cdata: draft for draft in drafts for w in draft.weights}
         recorder = Recorder((*fakes.values(), *inputs.tensors()), frozen, inputs.tensors())
         undo.callback(recorder.put_back)
@@ -300,6 +311,12 @@ def _trace(
         recorder.names = {addresses[id(tensor)]: name for name, tensor in snapshot.tensors() if id(tensor) in addresses}
         placed = [(m, n, p) for m in model.modules() for n, p in m._parameters.items() if p is not None]
         trainables = [fakes[id(parameter)] for parameter in trained]
+        own = {id(parameter) for parameter in model.parameters()}
+        others = [fake for real, fake in fakes.items() if real not in own and _is_trained(fake)]
+        with mode:
+            for parameter in others:  # counted by themselves: see Traced.outside
+                parameter.grad = torch.empty_like(parameter)
+        versions = [parameter.grad._version for parameter in others if parameter.grad is not None]
         if accumulates:
             with mode:
                 for parameter in trainables:
@@ -317,7 +334,9 @@ def _trace(
         try:
             with mode, recorder:
                 with torch.autocast("cpu", autocast_dtype) if autocast_dtype is not None else nullcontext():
-                    value = loss_of(model(*inputs.args, **inputs.kwargs), loss)
+                    value = loss_of_pass(model, inputs, loss)
+                if batch.reads_rest:
+                    recorder.log.assume([unit.name for unit in units if unit.name not in recorder.log.called()])
                 recorder.log.loss_begins()
                 value.backward()
                 recorder.log.optimizer_begins()
@@ -347,6 +366,8 @@ def _trace(
             ("gradients" if id(held) in gradients else "activations", held.born, held.size_bytes)
             for held in recorder.alive()
         ]
+        outside = [other for other, version in zip(others, versions, strict=True) if _was_written(other.grad, version)]
+        outside += [parameter for parameter, _ in recorder.strangers.values() if parameter.grad is not None]
         # Copies: what is left dies as soon as this returns, which is no part of the step.
         return Traced(
             recorder=recorder,
@@ -357,8 +378,32 @@ def _trace(
             offload_bytes=dict(offloads.size_bytes),
             stateful={**drawn, **recorder.stateful},
             state=state,
+            outside=tuple((tuple(parameter.shape), parameter.element_size()) for parameter in outside),
             updated=updated,
         )
+
+
+def _is_trained(tensor: torch.Tensor) -> bool:
+    return isinstance(tensor, nn.Parameter) and tensor.requires_grad and tensor.is_leaf
+
+
+def _was_written(gradient: torch.Tensor | None, version: int) -> bool:
+    return gradient is not None and gradient._version != version
+
+
+def loss_of_pass(model: nn.Module, batch: Batch, loss: Callable[[Any], torch.Tensor] | None) -> torch.Tensor:
+    """Return the scalar that is differentiated: the sum of what :func:`loss_of` makes of the calls of a pass. Of
+    several, those from which no gradient comes back are called for what they cost alone.
+    """
+    if len(batch.calls) == 1:
+        return loss_of(batch.calls[0].run(model), loss)
+    found = []
+    for call in batch.calls:
+        output = call.run(model)
+        if any(tensor.requires_grad for tensor in tensors_in(output)):
+            found.append(loss_of(output, loss).float())
+        del output
+    return loss_of(tuple(found), None)
 
 
 def loss_of(output: Any, loss: Callable[[Any], torch.Tensor] | None) -> torch.Tensor:

@@ -28,5 +28,7 @@ class Traced:
     """Units whose forward would do otherwise a second time, each with the reason."""
     state: Mapping[tuple[int, str], object]
     """What the model's objects held at its end (``Snapshot.state``)."""
+    outside: tuple[tuple[tuple[int, ...], int], ...]
+    """Shape and bytes an element of each parameter that was trained and is none of the model's."""
     updated: Mapping[int, str]
     """Ids of objects that held a tensor which was read and replaced, each with its name."""

@@ -62,6 +62,7 @@ class DirectAccess:
         what still is at the end is put there.
         """
         self.reads = 0
+        self.read_names: set[str] = set()
         self.read_bytes = 0
         self.written = WrittenWeights(device, homes, streamed, own_home, lent)
         self._homes = homes
@@ -226,6 +227,7 @@ class DirectAccess:
 
     def _count(self, row: Tensor) -> None:
         self.reads += 1
+        self.read_names.add(row.name)
         self.read_bytes += row.size_bytes
         if self.reads == 1:
             _LOG.warning(

@@ -13,26 +13,34 @@ import inspect
 import types
 from collections.abc import Callable, Iterator
 from typing import Any
+from weakref import ref
 
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor
 
 from memplan.hooks.compiled import untraced_deep
+from memplan.hooks.flows import gradients_flow
+from memplan.model.calls import Call, Step
 from memplan.run.handle import handle_of
 from memplan.run.modules.guard import without
+from memplan.trainers.loading.entries import CALL, MOST_CALLS, Calls, Entries, key_of, step_of
 from memplan.trainers.loading.stored import origin_of
 
-Place = Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]
+Again = Callable[[Step, bool], None]
+"""Told, once the first pass is over, of all that it has called, and whether that is other than was placed for."""
+Place = Callable[[nn.Module, Step], Again | None]
 
-_CALL = "_call_impl"
-"""What a module's call comes to before its hooks are looked at."""
+_ENTRIES = "_memplan_entries"
 _PLACE = "_memplan_place"
 _ASKED = "_memplan_asked"
+_MOST_BEFORE = 8
+"""Calls without gradients before the first pass that are taken to be part of it."""
 
 
 def wait(model: nn.Module, place: Place) -> None:
-    """Have ``place`` called before the model is first called to be trained, with it and what it is called with.
+    """Have ``place`` called before the model, or a module within it, is first called to be trained, with it and what is
+    called.
 
     Within what torch.compile makes of a model it is never called. What a model within this one waited for is forgotten.
     """
@@ -40,16 +48,17 @@ def wait(model: nn.Module, place: Place) -> None:
     for name, function in _STANDING.items():
         model.__dict__[name] = types.MethodType(function, model)
     model.__dict__[_PLACE] = place
+    model.__dict__[_ENTRIES] = _Waiting(model).entries
 
 
 def waits(model: nn.Module) -> bool:
     """Whether a model, or one within it, is still to be placed."""
-    return any(_CALL in module.__dict__ for module in model.modules())
+    return any(_PLACE in module.__dict__ for module in model.modules())
 
 
 def waits_itself(model: nn.Module) -> bool:
     """Whether a model, and not one within it, is still to be placed."""
-    return _CALL in model.__dict__
+    return _PLACE in model.__dict__
 
 
 def forget(model: nn.Module) -> None:
@@ -57,6 +66,7 @@ def forget(model: nn.Module) -> None:
     for module in model.modules():
         if module.__dict__.pop(_PLACE, None) is None:
             continue
+        module.__dict__.pop(_ENTRIES).remove()
         for name, function in _STANDING.items():
             if getattr(module.__dict__.get(name), "__func__", None) is function:  # else a plan's guard stands there
                 del module.__dict__[name]
@@ -121,40 +131,117 @@ def tell_device(kind: Any) -> Callable[[], None]:
     return undo
 
 
-def _first_call(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
-    """Stand for a model's call."""
-    if torch.compiler.is_compiling():  # its graph is to be what it would be without memplan
-        return nn.Module._call_impl(model, *args, **kwargs)
-    return _watched_call(model, args, kwargs)
+class _Waiting:
+    """What is done with the calls of a model that waits."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = ref(model)
+        self._calls = Calls(model)
+        self._untrained = 0
+        """Calls with gradients of a model that is not trained in part."""
+        self.entries = Entries(model, self.enter)
+
+    @untraced_deep
+    def enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run the call of a module of the model, which is placed before where that is to be trained."""
+        model = self._model()
+        if model is None or isinstance(next(model.parameters(), None), FakeTensor):  # the script plans for itself
+            return self.entries.run(module, args, kwargs)
+        if handle_of(model) is not None:  # the script has placed it itself
+            forget(model)
+            arrived(model)
+            return self.entries.run(module, args, kwargs)
+        device = asked_device(model)
+        if torch.is_grad_enabled() and _is_trained(model, module, (args, kwargs)):
+            return self._place(model, module, args, kwargs, device)
+        if device is not None and not is_trained_in_part(model):
+            forget(model)
+            move(model)
+            device = None
+        if device is None:
+            return self._run(model, module, args, kwargs)
+        with _Together(module):
+            args, kwargs = _sent((args, kwargs), torch.device("cpu"))
+            return _sent(self._run(model, module, args, kwargs), device)
+
+    def _run(self, model: nn.Module, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if not torch.is_grad_enabled():
+            return self.entries.run(module, args, kwargs)
+        if not is_trained_in_part(model):
+            self._untrained += 1
+            if self._untrained > MOST_CALLS:  # it is trained whole, or only ever read: looked at no more
+                forget(model)
+                return self.entries.run(module, args, kwargs)
+        seen = self._calls.see(module, args, kwargs)
+        output = self.entries.run(module, args, kwargs)
+        self._calls.made(seen, output)
+        return output
+
+    def _place(
+        self, model: nn.Module, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], device: Any
+    ) -> Any:
+        place = model.__dict__[_PLACE]
+        before = self._calls.without_gradient()[-_MOST_BEFORE:]
+        step = step_of((*before, self._calls.call(module, args, kwargs)))
+        with not_waiting(model):  # where it fails the script may try again with less
+            again = place(model, step)
+        if device is not None:  # a script may have its first batch where the weights were
+            args, kwargs = _sent((args, kwargs), device)
+        if again is None:  # it may wait again, for another model
+            entries: Entries = model.__dict__.get(_ENTRIES, self.entries)
+            return entries.run(module, args, kwargs)
+        first = FirstPass(model, step, again)
+        first.before(before)
+        return first.enter(module, args, kwargs)
 
 
-@untraced_deep
-def _watched_call(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+class FirstPass:
+    """Looks at the first pass of a model that was placed for what it was first called with."""
+
+    def __init__(self, model: nn.Module, step: Step, again: Again) -> None:
+        self._model = ref(model)
+        self._calls = Calls(model)
+        self._keys = [key_of(call) for call in step.calls]
+        self._modes = _modes(model)
+        self._modes_seen = self._modes
+        self._again = again
+        self._entries = Entries(model, self.enter)
+
+    def before(self, calls: list[Call]) -> None:
+        """Note calls that came before it was placed, and belong to the pass."""
+        for call in calls:
+            self._calls.add(call)
+
+    @untraced_deep
+    def enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run the call of a module of the model; the first after the pass finds it placed for all of that."""
+        model = self._model()
+        if model is None or not torch.is_grad_enabled():
+            return self._entries.run(module, args, kwargs)
+        if self._calls.are_over():
+            self._entries.remove()
+            calls = self._calls.of_pass()
+            differs = [key_of(call) for call in calls] != self._keys or self._modes_seen != self._modes
+            self._again(step_of(calls), differs)
+            return self._entries.run(module, args, kwargs)
+        if self._calls.count >= MOST_CALLS:
+            self._entries.remove()
+            return self._entries.run(module, args, kwargs)
+        seen = self._calls.see(module, args, kwargs)
+        self._modes_seen = _modes(model)
+        output = self._entries.run(module, args, kwargs)
+        self._calls.made(seen, output)
+        return output
+
+
+def _modes(model: nn.Module) -> tuple[bool, ...]:
+    return tuple(module.training for module in model.modules())
+
+
+def _sent(held: Any, device: torch.device) -> Any:
     from accelerate.utils import send_to_device
 
-    if isinstance(next(model.parameters()), FakeTensor):  # the script plans for itself
-        return nn.Module._call_impl(model, *args, **kwargs)
-    if handle_of(model) is not None:  # the script has placed it itself
-        forget(model)
-        arrived(model)
-        return nn.Module._call_impl(model, *args, **kwargs)
-    device = asked_device(model)
-    if model.training and torch.is_grad_enabled():
-        place = model.__dict__[_PLACE]
-        with not_waiting(model):  # where it fails the script may try again with less
-            place(model, args, kwargs)
-        if device is not None:  # a script may have its first batch where the weights were
-            args, kwargs = send_to_device((args, kwargs), device)
-        return nn.Module._call_impl(model, *args, **kwargs)
-    if device is None:
-        return nn.Module._call_impl(model, *args, **kwargs)
-    if torch.is_grad_enabled() or not is_trained_in_part(model):
-        forget(model)
-        move(model)
-        return nn.Module._call_impl(model, *args, **kwargs)
-    with _Together(model):
-        args, kwargs = send_to_device((args, kwargs), torch.device("cpu"))
-        return send_to_device(nn.Module._call_impl(model, *args, **kwargs), device)
+    return send_to_device(held, device)
 
 
 class _Together:
@@ -216,6 +303,16 @@ def is_trained_in_part(model: nn.Module) -> bool:
     return len({parameter.requires_grad for parameter in model.parameters()}) == 2
 
 
+def _is_trained(model: nn.Module, module: nn.Module, given: object) -> bool:
+    """Whether a call with gradients of a module of a model is one to be trained: in whichever mode, but a model as it
+    was loaded, of which nothing is frozen yet, may just be looked at; and one that is wholly frozen may be read.
+    """
+    kinds = {parameter.requires_grad for parameter in model.parameters()}
+    if kinds == {True}:
+        return model.training and module is model
+    return any(parameter.requires_grad for parameter in module.parameters()) or gradients_flow(module, given)
+
+
 def _moved(fn: Callable[[torch.Tensor], torch.Tensor], dtype: torch.dtype) -> torch.Tensor | None:
     """Return what ``fn`` makes of a tensor on the CPU, where that is to move it, and to cast it at most; else None."""
     probe = (torch.arange(1, 9) * 0.3).to(dtype)
@@ -230,7 +327,8 @@ def _moved(fn: Callable[[torch.Tensor], torch.Tensor], dtype: torch.dtype) -> to
 @contextlib.contextmanager
 def _plain(model: nn.Module) -> Iterator[None]:
     """Have a model's own attributes be those that it would have did it not wait."""
-    away = {name: model.__dict__.pop(name) for name in (_PLACE, *_STANDING) if name in model.__dict__}
+    names = (_PLACE, _ENTRIES, CALL, *_STANDING)
+    away = {name: model.__dict__.pop(name) for name in names if name in model.__dict__}
     try:
         yield
     finally:
@@ -252,12 +350,11 @@ def _reduced(model: nn.Module, protocol: Any) -> Any:
         reduced: Any = model.__reduce_ex__(protocol)
     make, given, state, *rest = reduced
     if isinstance(state, dict):  # it may be the model's own
-        state = {name: held for name, held in state.items() if name not in (_PLACE, *_STANDING)}
+        state = {name: held for name, held in state.items() if name not in (_PLACE, _ENTRIES, CALL, *_STANDING)}
     return make, given, state, *rest
 
 
 _STANDING: dict[str, Callable[..., Any]] = {
-    _CALL: _first_call,
     "_apply": _apply,
     "__deepcopy__": _copied,
     "__reduce_ex__": _reduced,
