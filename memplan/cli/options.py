@@ -243,7 +243,7 @@ OPTIONS: dict[str, Row] = {
 
 
 def training(*, without: Sequence[str] = ()) -> list[click.Parameter]:
-    """Return the parameters of a command that is asked about a model and a training: ``model``, ``batch``, ``seq``, and
+    """Return the parameters of a command that is asked about a model and a training: ``model``, ``batch``, ``seq``, sizes in pixels, and
     the options of a plan but for those ``without``.
     """
     rows = [row for name, row in OPTIONS.items() if name not in without]
@@ -251,6 +251,9 @@ def training(*, without: Sequence[str] = ()) -> list[click.Parameter]:
         click.Argument(["model"]),
         *_option("--batch", metavar="N", type=COUNT, default=1, show_default=True, help="Sequences of a micro-batch."),
         *_option("--seq", metavar="N", type=COUNT, help="Tokens of a sequence.  [default: 512 where it reads text]"),
+        *_option("--height", metavar="PIXELS", type=COUNT, help="Of images or videos, for a model of diffusers."),
+        *_option("--width", metavar="PIXELS", type=COUNT, help="Likewise.  [default: as the model is configured]"),
+        *_option("--frames", metavar="N", type=COUNT, help="Of a video.  [default: 81]"),
         *(option for row in rows for option in row.said),
     ]
 
@@ -278,8 +281,11 @@ def given(said: Mapping[str, Any]) -> dict[str, Any]:
     return found
 
 
-def shape(batch: int, seq: int | None) -> tuple[int, ...]:
-    """Return the shape of a micro-batch."""
+def shape(batch: int, seq: int | None, said: dict[str, Any]) -> tuple[int, ...] | dict[str, int]:
+    """Return the shape of a micro-batch; sizes in pixels are taken out of ``said``."""
+    pixels = {name: size for name in ("height", "width", "frames") if (size := said.pop(name)) is not None}
+    if pixels:
+        return {"batch": batch, **({} if seq is None else {"seq": seq}), **pixels}
     return (batch,) if seq is None else (batch, seq)
 
 

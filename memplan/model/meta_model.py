@@ -22,7 +22,7 @@ from torch import nn
 from memplan.errors import InputError, MemplanError, ModelError, first_line
 from memplan.model import models
 from memplan.model.arguments import QLORA, dtype_name
-from memplan.model.quantization import quantization_of
+from memplan.model.quantization import of_diffusers, quantization_of
 from memplan.units import format_bytes
 
 ALL_LINEAR = "all-linear"
@@ -198,16 +198,28 @@ def _of_diffusers(given: str | Path, dtype: Any, attention: str | None, quantiza
             f"{folder} holds a model of diffusers, which is not installed: pip install 'memplan[diffusers]', or give "
             "the nn.Module"
         ) from error
-    if attention is not None or quantization is not None:
-        raise InputError(f"attention or quantization was given with {name}: leave both out for models of diffusers")
+    if attention is not None:
+        raise InputError(f"attention was given with {name}: leave it out for models of diffusers")
     known: Any = getattr(diffusers, name, None) if isinstance(name, str) and name.isidentifier() else None
     if not (inspect.isclass(known) and issubclass(known, diffusers.ModelMixin)):
         raise ModelError(f"{folder / 'config.json'} names the class {name!r}, which is no model of this diffusers")
+    wanted = None if dtype is None else _dtype(dtype)
+    quantized = None
+    if quantization is not None:
+        wanted = wanted or torch.float32
+        quantized = of_diffusers("nf4-nested" if quantization == QLORA else quantization, wanted)
     try:
-        model = diffusers_model(known, settings, None if dtype is None else _dtype(dtype))
+        model = diffusers_model(known, settings, wanted)
+        model.register_to_config(_name_or_path=str(folder.resolve()))  # its autoencoder may lie beside it
+        if quantized is not None:
+            quantized.begin(model, wanted)
+            quantized.finish(model)
+    except MemplanError:
+        raise
     except Exception as error:
         raise ModelError(f"diffusers cannot build a {name}: {first_line(error)}") from error
-    return Skeleton(model.train(), folder.resolve().name, folder)
+    called = folder.resolve()
+    return Skeleton(model.train(), called.parent.name if called.name in models.TRAINED else called.name, folder)
 
 
 def diffusers_model(cls: Any, config: Any, dtype: torch.dtype | None, **options: Any) -> Any:

@@ -57,8 +57,11 @@ class Quantization:
         if self.quantizer is not None:
             if _method(self.settings) == "torchao":
                 self.quantizer.validate_environment()  # it notes there what it asks for later
+            more: dict[str, Any] = {}
+            if type(self.quantizer).__module__.startswith("diffusers."):
+                more["keep_in_fp32_modules"] = list(getattr(model, "_keep_in_fp32_modules", None) or ())
             with _default_dtype(dtype):
-                self.quantizer.preprocess_model(model, dtype=dtype, device_map=None)
+                self.quantizer.preprocess_model(model, dtype=dtype, device_map=None, **more)
 
     def finish(self, model: nn.Module) -> tuple[str, ...]:
         """Quantize what is in place; return what is to be said of it. Raises ModelError for what cannot be planned."""
@@ -123,6 +126,24 @@ def quantization_of(given: Any, dtype: torch.dtype) -> Quantization:
     return Quantization(
         settings=settings, quantizer=AutoHfQuantizer.from_config(settings, pre_quantized=False) if own else None
     )
+
+
+def of_diffusers(name: object, dtype: torch.dtype) -> Quantization:
+    """Return what was asked for of a model of diffusers: by one of bitsandbytes' names. Raises InputError for others."""
+    if name != "int8" and name not in _BITSANDBYTES:
+        raise InputError(
+            f"the quantization was given as {name!r} with a model of diffusers: give one of "
+            f"{', '.join((*_BITSANDBYTES, 'int8'))}, or the nn.Module as loaded"
+        )
+    _require("bitsandbytes")
+    import diffusers
+    from diffusers.quantizers.auto import DiffusersAutoQuantizer
+
+    bits: dict[str, Any] = {"load_in_8bit": True}
+    if name != "int8":
+        bits = {"load_in_4bit": True, "bnb_4bit_compute_dtype": dtype, **_BITSANDBYTES[str(name)]}
+    settings = diffusers.BitsAndBytesConfig(**bits)
+    return Quantization(settings=settings, quantizer=DiffusersAutoQuantizer.from_config(settings, pre_quantized=False))
 
 
 def _named(transformers: Any, name: str, dtype: torch.dtype) -> Any:

@@ -134,7 +134,7 @@ def test_layers_may_be_left_out_before_the_adapter_is_added(targets, options):
     given = {"adapter": {"rank": 4, "targets": targets}}
     config = LlamaConfig(**SMALL, **TOKENS, num_hidden_layers=DEPTH)
     short, whole = prepare(config, **given, short_for=(2, 16)), prepare(config, **given)
-    assert len(short.model.get_base_model().model.layers) == KEPT
+    assert len(short.model.get_base_model().model.layers) == KEPT + 1
     assert describe(short.model) == describe(whole.model)
     graph = analyze(short.model, (2, 16), runs=short.runs, **options)
     assert graph == analyze(whole.model, (2, 16), **options)
@@ -224,9 +224,9 @@ def test_what_differs_is_no_run():
         change(model)
         return [(run.first, run.period, run.count) for run in find_runs(model)]
 
-    assert runs(lambda model: None) == [(0, 1, DEPTH)]
-    assert runs(lambda model: model.layers[DEPTH - 1].lora_a.requires_grad_(False)) == [(0, 1, DEPTH - 1)]
-    assert runs(lambda model: model.layers[0].dropout.__init__(0.1)) == [(1, 1, DEPTH - 1)]
+    assert runs(lambda model: None) == [(1, 1, DEPTH - 1)]
+    assert runs(lambda model: model.layers[DEPTH - 1].lora_a.requires_grad_(False)) == [(1, 1, DEPTH - 2)]
+    assert runs(lambda model: model.layers[0].dropout.__init__(0.1)) == [(2, 1, DEPTH - 2)]
     assert runs(lambda model: model.layers[5].register_forward_hook(lambda *_: None)) == []
 
     assert runs(lambda model: model.layers[6].up.to(torch.float64)) == []
@@ -321,7 +321,7 @@ def test_a_short_stack_is_left_whole_on_any_way_out():
 
     def interrupted():
         with shortened(find_runs(model)):
-            assert list(model.layers) == [*elements[:2], *elements[-2:]]
+            assert list(model.layers) == [*elements[:3], *elements[-2:]]
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):

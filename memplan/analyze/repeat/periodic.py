@@ -119,7 +119,8 @@ def _run_of(name: str, stack: nn.Module, described: Described, lists: Sequence[t
     best: Run | None = None
     for period in range(1, count // KEPT + 1):
         for first, length in _stretches(kinds, period):
-            run = Run(name=canonical(name), stack=stack, first=first, period=period, count=length // period)
+            late = int(period == 1)  # layer 1 may be unlike those behind it: it is where what all share is first shared
+            run = Run(name=canonical(name), stack=stack, first=first + late, period=period, count=length // period - late)
             if 3 * run.spared >= count and (best is None or run.spared > best.spared) and _says_the_same(lists, run):
                 best = run
     return best
