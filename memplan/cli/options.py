@@ -243,8 +243,8 @@ OPTIONS: dict[str, Row] = {
 
 
 def training(*, without: Sequence[str] = ()) -> list[click.Parameter]:
-    """Return the parameters of a command that is asked about a model and a training: ``model``, ``batch``, ``seq``, sizes in pixels, and
-    the options of a plan but for those ``without``.
+    """Return the parameters of a command that is asked about a model and a training: ``model``, ``batch``, ``seq``,
+    sizes in pixels, and the options of a plan but for those ``without``.
     """
     rows = [row for name, row in OPTIONS.items() if name not in without]
     return [

@@ -185,7 +185,7 @@ def _as_it_is(cache: Any, own: frozenset[int]) -> Any:
 
 
 def _layer(layer: Any, writes: bool) -> Any:
-    """Return a copy of what a cache has of a layer. Tensors that are written to in place are copied if it ``writes``."""
+    """Return a copy of what a cache has of a layer. Where that ``writes``, tensors written to in place are copied."""
     if isinstance(layer, torch.Tensor) or not hasattr(layer, "__dict__"):
         return layer
     made = _shallow(layer)

@@ -21,7 +21,7 @@ from torch import nn
 
 from memplan.errors import InputError, MemplanError, ModelError, first_line
 from memplan.model import models
-from memplan.model.arguments import QLORA, dtype_name
+from memplan.model.arguments import DEQUANTIZED, QLORA, dtype_name
 from memplan.model.quantization import of_diffusers, quantization_of
 from memplan.units import format_bytes
 
@@ -80,8 +80,8 @@ def from_configuration(
         ) from error
     folder: Path | None = None
     if isinstance(given, (str, Path)):
-        if (of_diffusers := _of_diffusers(given, dtype, attention, quantization)) is not None:
-            return of_diffusers
+        if (found := _of_diffusers(given, dtype, attention, quantization)) is not None:
+            return found
         config, name, folder = _named(transformers, given)
     elif isinstance(given, transformers.PretrainedConfig):
         config, name = copy.deepcopy(given), ""
@@ -95,6 +95,12 @@ def from_configuration(
     _refuse_endless(config, name)
     options: dict[str, Any] = {"dtype": _dtype(dtype if dtype is not None else getattr(config, "dtype", None))}
     own = getattr(config, "quantization_config", None)
+    dequantized: tuple[str, ...] = ()
+    if quantization == DEQUANTIZED:
+        if own is not None:
+            del config.quantization_config
+            dequantized = (_dequantized_note(name or type(config).__name__, own, options["dtype"]),)
+        own = quantization = None
     if quantization == QLORA:
         quantization = None if own is not None else "nf4-nested"
     if own is not None:
@@ -128,9 +134,19 @@ def from_configuration(
         raise
     except Exception as error:
         raise ModelError(f"transformers cannot build a {type(config).__name__} model: {first_line(error)}") from error
+    notes = (*dequantized, *notes)
     if _is_tied(model) and _says_untied(given):
         notes = (*notes, _untied_note(transformers, model))
     return Skeleton(model, name or type(model).__name__, folder, notes, estimated)
+
+
+def _dequantized_note(name: str, own: Any, dtype: torch.dtype) -> str:
+    method = own.get("quant_method") if isinstance(own, Mapping) else getattr(own, "quant_method", None)
+    return (
+        f"{name} is stored as {getattr(method, 'value', method)}, and planned as it is trained once it is dequantized "
+        f"to {str(dtype).removeprefix('torch.')}: load it so (dequantize=True in transformers' configuration of its "
+        "quantization, or a copy that is stored so, whose files blocks may be read from)."
+    )
 
 
 def _says_untied(given: Any) -> bool:
@@ -205,14 +221,15 @@ def _of_diffusers(given: str | Path, dtype: Any, attention: str | None, quantiza
         raise ModelError(f"{folder / 'config.json'} names the class {name!r}, which is no model of this diffusers")
     wanted = None if dtype is None else _dtype(dtype)
     quantized = None
+    compute = wanted or torch.float32
     if quantization is not None:
-        wanted = wanted or torch.float32
-        quantized = of_diffusers("nf4-nested" if quantization == QLORA else quantization, wanted)
+        wanted = compute
+        quantized = of_diffusers("nf4-nested" if quantization == QLORA else quantization, compute)
     try:
         model = diffusers_model(known, settings, wanted)
         model.register_to_config(_name_or_path=str(folder.resolve()))  # its autoencoder may lie beside it
         if quantized is not None:
-            quantized.begin(model, wanted)
+            quantized.begin(model, compute)
             quantized.finish(model)
     except MemplanError:
         raise

@@ -104,8 +104,9 @@ def quantization_of(given: Any, dtype: torch.dtype) -> Quantization:
         method = _method(given)
         if method not in {*_LIBRARY, "gptq", "awq"}:
             raise ModelError(
-                f"the quantization is {method or 'of no method'}, of which no plan can be made without weights: load "
-                "the model and plan it as an nn.Module, or give the configuration without its quantization"
+                f"the quantization is {method or 'of no method'}, through which transformers trains no adapter, so its "
+                "sizes are not planned: give --quantization none (quantization='none') to plan the model dequantized, "
+                "as it is trained, or load it and plan it as an nn.Module"
             )
         _require(method)
         try:
@@ -129,7 +130,7 @@ def quantization_of(given: Any, dtype: torch.dtype) -> Quantization:
 
 
 def of_diffusers(name: object, dtype: torch.dtype) -> Quantization:
-    """Return what was asked for of a model of diffusers: by one of bitsandbytes' names. Raises InputError for others."""
+    """Return what was asked for of a model of diffusers: by a name of bitsandbytes'. Raises InputError for others."""
     if name != "int8" and name not in _BITSANDBYTES:
         raise InputError(
             f"the quantization was given as {name!r} with a model of diffusers: give one of "
@@ -142,7 +143,8 @@ def of_diffusers(name: object, dtype: torch.dtype) -> Quantization:
     bits: dict[str, Any] = {"load_in_8bit": True}
     if name != "int8":
         bits = {"load_in_4bit": True, "bnb_4bit_compute_dtype": dtype, **_BITSANDBYTES[str(name)]}
-    settings = diffusers.BitsAndBytesConfig(**bits)
+    made: Any = diffusers.BitsAndBytesConfig
+    settings = made(**bits)
     return Quantization(settings=settings, quantizer=DiffusersAutoQuantizer.from_config(settings, pre_quantized=False))
 
 

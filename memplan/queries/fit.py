@@ -30,7 +30,7 @@ QUANTIZATIONS = ("int8", "nf4", "nf4-nested")
 
 def fit(
     model: Any,
-    batch: tuple[int, ...],
+    batch: tuple[int, ...] | Mapping[str, int],
     *,
     rank: int,
     targets: str | Sequence[str] = "all-linear",

@@ -22,7 +22,7 @@ from transformers import (
 import memplan
 from memplan.analyze.inputs import prepare as adapters
 from memplan.analyze.inputs.prepare import describe, prepare
-from memplan.analyze.repeat.periodic import KEPT, find_runs, may_be_short, shortened
+from memplan.analyze.repeat.periodic import KEPT, find_runs, shortened
 from memplan.analyze.trace import trace
 from memplan.analyze.trace.trace import analyze
 from tests.run.test_causal_types import NOT_BUILT

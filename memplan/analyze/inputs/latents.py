@@ -9,7 +9,7 @@ from __future__ import annotations
 import inspect
 import json
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from math import prod
 from pathlib import Path
@@ -93,17 +93,22 @@ class _Call:
 
     def keywords(self) -> dict[str, Any]:
         known = self._known()
-        found: dict[str, Any] = {}
-        for name, parameter in self.takes.items():
-            made = known[name]() if name in known else None
-            if made is not None:
-                found[name] = made
-            elif parameter.default is parameter.empty and parameter.kind is parameter.POSITIONAL_OR_KEYWORD:
-                raise InputError(
-                    f"the batch was given as a shape, but {self.name} takes {name} besides, which follows from no size "
-                    "in pixels: give a mapping of all its tensors"
-                )
-        return found
+        needed = {
+            name
+            for name, parameter in self.takes.items()
+            if parameter.default is parameter.empty and parameter.kind is parameter.POSITIONAL_OR_KEYWORD
+        }
+        self._refuse(name for name in self.takes if name in needed - known.keys())
+        made = {name: known[name]() for name in self.takes if name in known}
+        self._refuse(name for name, tensor in made.items() if tensor is None and name in needed)
+        return {name: tensor for name, tensor in made.items() if tensor is not None}
+
+    def _refuse(self, names: Iterable[str]) -> None:
+        if missing := ", ".join(names):
+            raise InputError(
+                f"the batch was given as a shape, but {self.name} takes {missing} besides, which follows from no size "
+                "in pixels: give a mapping of all its tensors"
+            )
 
     def _known(self) -> dict[str, Callable[[], Any]]:
         tokens = self._tokens()
@@ -159,10 +164,16 @@ class _Call:
         if self.is_packed:
             return self.frames * self.height * self.width // (4 if self._is_folded() else 1)
         patch = self.config.get("patch_size") or 1
-        sides = tuple(patch) if isinstance(patch, (list, tuple)) else (self.config.get("patch_size_t") or 1, patch, patch)
-        return self.frames * self.height * self.width // prod(sides)
+        deep = self.config.get("patch_size_t") or 1
+        sides: tuple[int, ...] = tuple(patch) if isinstance(patch, (list, tuple)) else (deep, patch, patch)
+        return int(self.frames * self.height * self.width // prod(sides))
 
     def _channels(self) -> int:
+        if not isinstance(self.config.get("in_channels"), int):
+            raise InputError(
+                f"the batch was given as a shape, but the configuration of {self.name} does not say how many channels "
+                "its latents have: give a mapping of tensors"
+            )
         return int(self.config["in_channels"])
 
     def _axes(self) -> int:

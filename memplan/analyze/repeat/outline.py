@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextvars
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -192,7 +193,7 @@ def _is_periodic(events: Sequence[tuple[object, ...]], run: Run) -> bool:
 
     periods = [
         [relative(place, events[place]) for place in range(begin, end)]
-        for begin, end in zip(begins[1:-1], begins[2:], strict=True)
+        for begin, end in pairwise(begins[1:])
     ]
     return all(period == periods[0] for period in periods[1:])
 

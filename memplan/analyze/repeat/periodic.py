@@ -52,8 +52,9 @@ class Run:
         return (self.count - KEPT) * self.period
 
     def kept(self) -> list[int]:
-        """Return the indices of the elements that are traced. What is left out lies in the middle: whatever a layer does
-        by its own number, as all do from some layer on, shows.
+        """Return the indices of the elements that are traced.
+
+        What is left out lies in the middle: whatever a layer does by its own number, as all do from some on, shows.
         """
         end = self.first + KEPT // 2 * self.period
         return [*range(end), *range(end + self.spared, len(self.stack._modules))]
@@ -119,8 +120,9 @@ def _run_of(name: str, stack: nn.Module, described: Described, lists: Sequence[t
     best: Run | None = None
     for period in range(1, count // KEPT + 1):
         for first, length in _stretches(kinds, period):
-            late = int(period == 1)  # layer 1 may be unlike those behind it: it is where what all share is first shared
-            run = Run(name=canonical(name), stack=stack, first=first + late, period=period, count=length // period - late)
+            late = int(period == 1)  # layer 1 may be unlike those behind it: there what all share is first shared
+            many = length // period - late
+            run = Run(name=canonical(name), stack=stack, first=first + late, period=period, count=many)
             if 3 * run.spared >= count and (best is None or run.spared > best.spared) and _says_the_same(lists, run):
                 best = run
     return best
