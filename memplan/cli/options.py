@@ -24,6 +24,7 @@ JSON = click.option("--json", "as_json", is_flag=True, help="Print one JSON obje
 _QUANTIZERS = ("bitsandbytes", "torchao")
 """Slow to import: two of the ten seconds that a plan takes."""
 _ALL_LINEAR = "all-linear"
+_DEFAULT = "default"
 
 
 class Row(NamedTuple):
@@ -50,6 +51,8 @@ def _adapter(rank: int, names: str) -> dict[str, Any]:
     if not targets:
         raise click.BadParameter("give module names, or all-linear.", param_hint="--lora-targets")
     is_all = [target.lower().replace("_", "-") for target in targets] == [_ALL_LINEAR]
+    if targets == [_DEFAULT]:
+        return {"rank": rank, "targets": _DEFAULT}
     return {"rank": rank, "targets": _ALL_LINEAR if is_all else targets}
 
 
@@ -112,7 +115,11 @@ OPTIONS: dict[str, Row] = {
                 "--lora-rank", metavar="N", type=COUNT, default=16, show_default=True, help="Rank of the adapter."
             ),
             *_option(
-                "--lora-targets", metavar="NAMES", default=_ALL_LINEAR, show_default=True, help="Such as q_proj,v_proj."
+                "--lora-targets",
+                metavar="NAMES",
+                default=_DEFAULT,
+                help="Such as q_proj,v_proj, or all-linear.  [default: all-linear; with experts PEFT's for the type, "
+                "or attention]",
             ),
         ),
         _adapter,

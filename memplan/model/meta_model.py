@@ -26,6 +26,7 @@ from memplan.model.quantization import of_diffusers, quantization_of
 from memplan.units import format_bytes
 
 ALL_LINEAR = "all-linear"
+DEFAULT_TARGETS = "default"
 MOST_MODULES = 4096
 """Layers or experts of a kind that a configuration may ask for."""
 _COUNTS = re.compile(r"^(num|n)_\w*(layer|block|expert)s?$|^depths?$")
@@ -425,14 +426,62 @@ def _lora(peft: Any, model: nn.Module, given: Mapping[str, Any]) -> Any:
     if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
         raise InputError(f"the adapter's rank was given as {rank!r}: give a whole number, at least 1")
     targets = given.get("targets", ALL_LINEAR)
+    if targets == DEFAULT_TARGETS:
+        targets = _default_targets(peft, model)
     if targets == ALL_LINEAR and not hasattr(model, "get_output_embeddings"):
         targets = _linear_names(model)
+    left_out = _unfit_for_lora(peft, model) if targets == ALL_LINEAR else []
     return peft.LoraConfig(
         r=rank,
+        exclude_modules=left_out or None,
         lora_alpha=given.get("alpha", 2 * rank),
         lora_dropout=given.get("dropout", 0.0),
         target_modules=targets if isinstance(targets, str) else list(targets),
     )
+
+
+def _default_targets(peft: Any, model: nn.Module) -> str | list[str]:
+    """Return where an adapter goes whose targets are not given: on all linear layers; of a model with experts, whose
+    adapters would be far more than all others, where PEFT's own default for its type is, else on attention.
+    """
+    if not any(name.rsplit(".", 1)[-1] == "experts" for name, _ in model.named_modules()):
+        return ALL_LINEAR
+    kinds = [getattr(getattr(inner, "config", None), "model_type", None) for inner in model.modules()]
+    known = peft.utils.constants.TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+    found = next((known[kind] for kind in kinds if kind in known), None)
+    if found:
+        return list(found)
+    names = {
+        name.rsplit(".", 1)[-1]
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and re.search(r"attn|attention", name) and not _is_router(module)
+    }
+    return sorted(names) or ALL_LINEAR
+
+
+def _unfit_for_lora(peft: Any, model: nn.Module) -> list[str]:
+    """Return the last parts of the names of linear layers that ``all-linear`` would name, and PEFT cannot adapt: routers
+    whose forward gives more than a tensor, and what the kernels of its type read for themselves.
+    """
+    refused = getattr(peft.tuners.tuners_utils, "_check_lora_target_modules_mamba", None)
+    found: dict[str, None] = {}
+    for name, module in model.named_modules():
+        own = name.rsplit(".", 1)[-1]
+        if not isinstance(module, nn.Linear) or own in found:
+            continue
+        try:
+            if refused is not None:
+                refused(peft.LoraConfig(), model, own)
+        except ValueError:
+            found[own] = None
+        if _is_router(module):
+            found[own] = None
+    return list(found)
+
+
+def _is_router(module: nn.Module) -> bool:
+    """Whether a linear layer is one that its library gave a forward of its own."""
+    return isinstance(module, nn.Linear) and type(module).__module__.startswith(("transformers.", "diffusers."))
 
 
 def _linear_names(model: nn.Module) -> list[str]:
