@@ -94,6 +94,8 @@ def from_configuration(
             "with a config.json, or a model's name"
         )
     _refuse_endless(config, name)
+    if _is_untied_within(given, config):  # as from_pretrained has it, once it finds both in the checkpoint
+        config.tie_word_embeddings = False
     options: dict[str, Any] = {"dtype": _dtype(dtype if dtype is not None else getattr(config, "dtype", None))}
     own = getattr(config, "quantization_config", None)
     dequantized: tuple[str, ...] = ()
@@ -133,6 +135,13 @@ def from_configuration(
         estimated = bool(notes)
     except MemplanError:
         raise
+    except ImportError as error:
+        library = re.search(r"requires the ([\w.-]+) library", str(error))
+        needed = library[1] if library else getattr(error, "name", None) or first_line(error)
+        raise InputError(
+            f"{name or type(config).__name__} needs {needed}, which is not installed: pip install {needed}, or give the "
+            "configuration of its text part alone (text_config of its config.json), if that is what is trained"
+        ) from error
     except Exception as error:
         raise ModelError(f"transformers cannot build a {type(config).__name__} model: {first_line(error)}") from error
     notes = (*dequantized, *notes)
@@ -150,15 +159,32 @@ def _dequantized_note(name: str, own: Any, dtype: torch.dtype) -> str:
     )
 
 
+def _is_untied_within(given: Any, config: Any) -> bool:
+    """Whether a text part of its own parts head and embedding, and the settings around it do not say."""
+    text = config.get_text_config()
+    around = _settings_of(given)
+    return (
+        text is not config
+        and around.get("tie_word_embeddings", around) is around
+        and "text_config" in around
+        and getattr(text, "tie_word_embeddings", None) is False
+    )
+
+
 def _says_untied(given: Any) -> bool:
     """Whether the settings that a model was named by part its head from its embedding."""
+    return _settings_of(given).get("tie_word_embeddings") is False
+
+
+def _settings_of(given: Any) -> Mapping[str, Any]:
+    """Return the settings that a model was named by, as they are written; none for another's."""
     settings: Any = {}
     if (folder := models.folder_of(given)) is not None:
         with suppress(OSError, ValueError):
             settings = json.loads((folder / "config.json").read_text())
     elif isinstance(given, str) and (known := models.find(given)) is not None:
         settings = known[1].config
-    return isinstance(settings, dict) and settings.get("tie_word_embeddings") is False
+    return settings if isinstance(settings, dict) else {}
 
 
 def _is_tied(model: Any) -> bool:

@@ -166,7 +166,11 @@ def _from_shape(model: nn.Module, batch: int, length: int | None, pixels: Mappin
         return _of_images(base, takes, batch, length)
     length = _tokens(base, batch, length)
     ids = torch.zeros(batch, length, dtype=torch.long)
-    kwargs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    kwargs: dict[str, Any] = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    if "pixel_values" in takes and "return_loss" in takes:  # it is trained on pairs
+        kwargs |= {"pixel_values": image(base, batch), "return_loss": True}
+        if "attention_mask" not in takes:
+            del kwargs["attention_mask"]
     if "labels" in takes:
         kwargs["labels"] = torch.zeros(batch, dtype=torch.long) if _labels_samples(base) else torch.zeros_like(ids)
     elif "decoder_input_ids" in takes:
