@@ -139,8 +139,8 @@ def from_configuration(
         library = re.search(r"requires the ([\w.-]+) library", str(error))
         needed = library[1] if library else getattr(error, "name", None) or first_line(error)
         raise InputError(
-            f"{name or type(config).__name__} needs {needed}, which is not installed: pip install {needed}, or give the "
-            "configuration of its text part alone (text_config of its config.json), if that is what is trained"
+            f"{name or type(config).__name__} needs {needed}, which is not installed: pip install {needed}, or give "
+            "the configuration of its text part alone (text_config of its config.json), if that is what is trained"
         ) from error
     except Exception as error:
         raise ModelError(f"transformers cannot build a {type(config).__name__} model: {first_line(error)}") from error
@@ -486,8 +486,9 @@ def _default_targets(peft: Any, model: nn.Module) -> str | list[str]:
 
 
 def _unfit_for_lora(peft: Any, model: nn.Module) -> list[str]:
-    """Return the last parts of the names of linear layers that ``all-linear`` would name, and PEFT cannot adapt: routers
-    whose forward gives more than a tensor, and what the kernels of its type read for themselves.
+    """Return the last parts of the names of linear layers that ``all-linear`` would name, and PEFT cannot adapt.
+
+    Routers whose forward gives more than a tensor, and what the kernels of its type read for themselves.
     """
     refused = getattr(peft.tuners.tuners_utils, "_check_lora_target_modules_mamba", None)
     found: dict[str, None] = {}

@@ -191,10 +191,7 @@ def _is_periodic(events: Sequence[tuple[object, ...]], run: Run) -> bool:
 
         return name, tuple(leaf(part) for part in described)  # type: ignore[attr-defined]
 
-    periods = [
-        [relative(place, events[place]) for place in range(begin, end)]
-        for begin, end in pairwise(begins[1:])
-    ]
+    periods = [[relative(place, events[place]) for place in range(begin, end)] for begin, end in pairwise(begins[1:])]
     return all(period == periods[0] for period in periods[1:])
 
 
