@@ -249,7 +249,7 @@ def _analysis(request: Request) -> tuple[Analysis, Path | None]:
     from memplan.analyze.trace.trace import analyze
 
     with _unchanged(request):
-        prepared = prepare(model, **built, short=True)
+        prepared = prepare(model, **built, short_for=batch)
         notes = (*prepared.notes, *_as_quantized(model, prepared.model, request.build.kbit, options["autocast"]))
         options |= {"loss": loss, "name": prepared.name, "short": prepared.short, "notes": notes}
         try:

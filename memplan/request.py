@@ -349,13 +349,14 @@ def _run_of(batch: Any, accumulation: int, given: PlanOptions) -> tuple[int | No
         return steps, None
     if steps is not None:
         raise InputError("steps were given, and examples to count them from: give one of the two")
-    if not isinstance(batch, (tuple, list)) or len(batch) not in (1, 2) or not all(type(size) is int for size in batch):
+    sizes = tuple(batch.values()) if isinstance(batch, Mapping) else batch
+    if not isinstance(sizes, (tuple, list)) or not sizes or not all(type(size) is int for size in sizes):
         raise InputError(
             "examples were given to count steps from, but the batch is no shape, so how many of them it holds is not "
             "known: give steps, or batch as (batch, sequence)"
         )
     epochs = 1 if epochs is None else epochs
-    passes = -(-examples // max(1, batch[0]))
+    passes = -(-examples // max(1, batch["batch"] if isinstance(batch, Mapping) else batch[0]))
     return epochs * -(-passes // accumulation), epochs
 
 

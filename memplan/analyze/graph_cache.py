@@ -67,12 +67,17 @@ def key_of(model: object, batch: object, options: Mapping[str, Any]) -> str | No
         described = known[0], msgspec.to_builtins(known[1])
     else:
         return None
-    if not (isinstance(batch, (tuple, list)) and all(type(size) is int for size in batch)):
+    sizes = sorted(batch.items()) if isinstance(batch, Mapping) else batch
+    if not (isinstance(sizes, (tuple, list)) and all(_is_size(size) for size in sizes)):
         return None
     if not all(_is_plain(value) for value in options.values()):
         return None
-    follows_from = (_code(), _versions(), described, list(batch), sorted(options.items()))
+    follows_from = (_code(), _versions(), described, list(sizes), sorted(options.items()))
     return hashlib.sha256(repr(follows_from).encode()).hexdigest()
+
+
+def _is_size(value: object) -> bool:
+    return type(value) is int or (isinstance(value, tuple) and len(value) == 2 and type(value[1]) is int)
 
 
 def recall(folder: Path, key: str) -> Analysis | None:

@@ -24,6 +24,7 @@ JSON = click.option("--json", "as_json", is_flag=True, help="Print one JSON obje
 _QUANTIZERS = ("bitsandbytes", "torchao")
 """Slow to import: two of the ten seconds that a plan takes."""
 _ALL_LINEAR = "all-linear"
+_DEFAULT = "default"
 
 
 class Row(NamedTuple):
@@ -50,6 +51,8 @@ def _adapter(rank: int, names: str) -> dict[str, Any]:
     if not targets:
         raise click.BadParameter("give module names, or all-linear.", param_hint="--lora-targets")
     is_all = [target.lower().replace("_", "-") for target in targets] == [_ALL_LINEAR]
+    if targets == [_DEFAULT]:
+        return {"rank": rank, "targets": _DEFAULT}
     return {"rank": rank, "targets": _ALL_LINEAR if is_all else targets}
 
 
@@ -112,7 +115,11 @@ OPTIONS: dict[str, Row] = {
                 "--lora-rank", metavar="N", type=COUNT, default=16, show_default=True, help="Rank of the adapter."
             ),
             *_option(
-                "--lora-targets", metavar="NAMES", default=_ALL_LINEAR, show_default=True, help="Such as q_proj,v_proj."
+                "--lora-targets",
+                metavar="NAMES",
+                default=_DEFAULT,
+                help="Such as q_proj,v_proj, or all-linear.  [default: all-linear; with experts PEFT's for the type, "
+                "or attention]",
             ),
         ),
         _adapter,
@@ -243,14 +250,17 @@ OPTIONS: dict[str, Row] = {
 
 
 def training(*, without: Sequence[str] = ()) -> list[click.Parameter]:
-    """Return the parameters of a command that is asked about a model and a training: ``model``, ``batch``, ``seq``, and
-    the options of a plan but for those ``without``.
+    """Return the parameters of a command that is asked about a model and a training: ``model``, ``batch``, ``seq``,
+    sizes in pixels, and the options of a plan but for those ``without``.
     """
     rows = [row for name, row in OPTIONS.items() if name not in without]
     return [
         click.Argument(["model"]),
         *_option("--batch", metavar="N", type=COUNT, default=1, show_default=True, help="Sequences of a micro-batch."),
         *_option("--seq", metavar="N", type=COUNT, help="Tokens of a sequence.  [default: 512 where it reads text]"),
+        *_option("--height", metavar="PIXELS", type=COUNT, help="Of images or videos, for a model of diffusers."),
+        *_option("--width", metavar="PIXELS", type=COUNT, help="Likewise.  [default: as the model is configured]"),
+        *_option("--frames", metavar="N", type=COUNT, help="Of a video.  [default: 81]"),
         *(option for row in rows for option in row.said),
     ]
 
@@ -278,8 +288,11 @@ def given(said: Mapping[str, Any]) -> dict[str, Any]:
     return found
 
 
-def shape(batch: int, seq: int | None) -> tuple[int, ...]:
-    """Return the shape of a micro-batch."""
+def shape(batch: int, seq: int | None, said: dict[str, Any]) -> tuple[int, ...] | dict[str, int]:
+    """Return the shape of a micro-batch; sizes in pixels are taken out of ``said``."""
+    pixels = {name: size for name in ("height", "width", "frames") if (size := said.pop(name)) is not None}
+    if pixels:
+        return {"batch": batch, **({} if seq is None else {"seq": seq}), **pixels}
     return (batch,) if seq is None else (batch, seq)
 
 

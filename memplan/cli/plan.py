@@ -38,7 +38,7 @@ def plan(
     MODEL is a directory with a config.json, the name of a well-known model, or one on the hub. The adapter is a LoRA of
     rank 16 on all linear layers unless said otherwise. Exits with 0 if it fits, 1 if not, 2 if the input is wrong.
     """
-    options = given(said)
+    given_shape, options = shape(batch, seq, said), given(said)
     require_apart({"--out": out, "--csv": csv}, files(model, options), as_json=as_json)
 
     from memplan import api
@@ -46,7 +46,7 @@ def plan(
 
     prepare(model, options, own_process=context["own_process"])
     with progress("Measuring") if "measure" in options else nullcontext() as tell:
-        made = api.plan(model, shape(batch, seq), **options, progress=tell)
+        made = api.plan(model, given_shape, **options, progress=tell)
     if out is not None:
         made.save(out)
     if csv is not None:
@@ -80,7 +80,7 @@ def frontier(
 
     Only what is faster than with less memory is shown. --vram, where it is given, is tried too.
     """
-    options = given(said)
+    given_shape, options = shape(batch, seq, said), given(said)
 
     from memplan.case import case_of
     from memplan.queries.frontier import frontier as across
@@ -89,7 +89,7 @@ def frontier(
 
     prepare(model, options, own_process=context["own_process"])
     with progress("Placing") as tell:
-        request = Request.of(model, shape(batch, seq), options)
+        request = Request.of(model, given_shape, options)
         vram_bytes = request.sizes.vram_bytes
         case = case_of(request)
         found = across(case, points, tell, () if vram_bytes is None else (vram_bytes,))
@@ -128,7 +128,7 @@ def fit(model: str, batch: int, seq: int | None, slowdown: float, as_json: bool,
 
     And the least vram for what was asked. Exits with 0 if that fits, 1 if not.
     """
-    options = given(said)
+    given_shape, options = shape(batch, seq, said), given(said)
     if "pins" in options or "activations" in options:
         raise click.BadParameter("leave --pin and --activations out: memplan chooses.", param_hint="fit")
     adapter = options.pop("adapter")
@@ -138,7 +138,7 @@ def fit(model: str, batch: int, seq: int | None, slowdown: float, as_json: bool,
 
     prepare(model, options, own_process=False)  # quantizers are looked at too
     with progress("Looking") as tell:
-        found = most(model, shape(batch, seq), **adapter, slowdown=slowdown, progress=tell, **options)
+        found = most(model, given_shape, **adapter, slowdown=slowdown, progress=tell, **options)
     if as_json:
         from msgspec import to_builtins
 

@@ -38,6 +38,7 @@ def wrap(module: nn.Module, kept: Kept = _anywhere) -> Callable[[], None]:
     where those lie.
     """
     original = call_of(module)
+    own = _own_places(module)
 
     def forward(*args: Any, **kwargs: Any) -> Any:
         if not torch.is_grad_enabled():
@@ -62,7 +63,7 @@ def wrap(module: nn.Module, kept: Kept = _anywhere) -> Callable[[], None]:
         def keep(value: Any) -> Any:
             if not _is_cache(value):
                 return value
-            before = _as_it_is(value)
+            before = _as_it_is(value, own)
             now[id(before)] = value
             return before
 
@@ -77,7 +78,7 @@ def wrap(module: nn.Module, kept: Kept = _anywhere) -> Callable[[], None]:
             def cache_of(value: Any) -> Any:
                 if id(value) in given:
                     return given[id(value)]
-                return _as_it_is(value) if _is_cache(value) else value
+                return _as_it_is(value, own) if _is_cache(value) else value
 
             return once_more(*map(cache_of, args), **{name: cache_of(value) for name, value in kwargs.items()})
 
@@ -160,36 +161,44 @@ def without_graph(tensor: torch.Tensor) -> torch.Tensor:
     return tensor if tensor.grad_fn is None else tensor.detach()
 
 
-def _as_it_is(cache: Any) -> Any:
+def _own_places(module: nn.Module) -> frozenset[int]:
+    """Return the places in a cache that are a layer's own, as its parts know them; empty where they do not."""
+    found = {getattr(inner, "layer_idx", None) for inner in module.modules()} - {None}
+    return frozenset(place for place in found if isinstance(place, int))
+
+
+def _as_it_is(cache: Any, own: frozenset[int]) -> Any:
     """Return a copy of a cache that a layer may be given in its place. Of all layers: a compiled one is compiled anew
-    for a cache that has fewer, and past its limit of compiles it runs as it is, with other bits.
+    for a cache that has fewer, and past its limit of compiles it runs as it is, with other bits. The tensors of the
+    ``own`` places alone are copied, where these are known: what other layers keep this one does not write to, and
+    copies of it for every layer would be as many as there are pairs of layers.
     """
-    made = _own(cache)
+    made = _shallow(cache)
     for name, held in vars(made).items():
         if _is_cache(held):
-            setattr(made, name, _as_it_is(held))
+            setattr(made, name, _as_it_is(held, own))
         elif isinstance(held, dict):
             setattr(made, name, dict(held))
         elif isinstance(held, list):
-            setattr(made, name, [_layer(item) for item in held])
+            setattr(made, name, [_layer(item, not own or place in own) for place, item in enumerate(held)])
     return made
 
 
-def _layer(layer: Any) -> Any:
-    """Return a copy of what a cache has of a layer. Tensors that are written to in place are copied."""
+def _layer(layer: Any, writes: bool) -> Any:
+    """Return a copy of what a cache has of a layer. Where that ``writes``, tensors written to in place are copied."""
     if isinstance(layer, torch.Tensor) or not hasattr(layer, "__dict__"):
         return layer
-    made = _own(layer)
+    made = _shallow(layer)
     fixed = getattr(layer, "is_compileable", False)
     for name, held in vars(made).items():
         if isinstance(held, dict):
-            setattr(made, name, {key: _copied(value) for key, value in held.items()})
-        elif fixed:
+            setattr(made, name, {key: _copied(value) if writes else value for key, value in held.items()})
+        elif fixed and writes:
             setattr(made, name, _copied(held))
     return made
 
 
-def _own(value: Any) -> Any:
+def _shallow(value: Any) -> Any:
     made = object.__new__(type(value))
     made.__dict__.update(value.__dict__)
     return made

@@ -29,6 +29,8 @@ QUANTIZATIONS = (
     "nf4", "nf4-nested", "fp4", "fp4-nested", "int8", "torchao-int8", "torchao-int4", "torchao-float8", "gptq", "awq",
 )  # fmt: skip
 """What may be asked for by a word: :mod:`memplan.model.quantization` says what each is."""
+DEQUANTIZED = "none"
+"""In their place: a model that its configuration quantizes, as it is trained once it is dequantized."""
 QLORA = "qlora"
 """In their place: nested nf4, unless the configuration is quantized by itself."""
 _QUANTIZATION_NAMES = {
@@ -92,12 +94,8 @@ def understood(
     else:
         given, settings = "the model", {"quantization_config": getattr(model, "quantization_config", None)}
     if quantization == "none":
-        if isinstance(settings, Mapping) and settings.get("quantization_config"):
-            raise InputError(
-                f"the quantization was given as 'none', but {given} is quantized by its configuration: give a model "
-                "that is not, or leave the quantization out"
-            )
-        quantization = None
+        own = isinstance(settings, Mapping) and settings.get("quantization_config")
+        quantization = DEQUANTIZED if own else None
     return Understood(model, dtype, quantization, (*notes, *_targets(adapter, settings)))
 
 

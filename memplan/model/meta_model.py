@@ -21,11 +21,12 @@ from torch import nn
 
 from memplan.errors import InputError, MemplanError, ModelError, first_line
 from memplan.model import models
-from memplan.model.arguments import QLORA, dtype_name
-from memplan.model.quantization import quantization_of
+from memplan.model.arguments import DEQUANTIZED, QLORA, dtype_name
+from memplan.model.quantization import of_diffusers, quantization_of
 from memplan.units import format_bytes
 
 ALL_LINEAR = "all-linear"
+DEFAULT_TARGETS = "default"
 MOST_MODULES = 4096
 """Layers or experts of a kind that a configuration may ask for."""
 _COUNTS = re.compile(r"^(num|n)_\w*(layer|block|expert)s?$|^depths?$")
@@ -80,8 +81,8 @@ def from_configuration(
         ) from error
     folder: Path | None = None
     if isinstance(given, (str, Path)):
-        if (of_diffusers := _of_diffusers(given, dtype, attention, quantization)) is not None:
-            return of_diffusers
+        if (found := _of_diffusers(given, dtype, attention, quantization)) is not None:
+            return found
         config, name, folder = _named(transformers, given)
     elif isinstance(given, transformers.PretrainedConfig):
         config, name = copy.deepcopy(given), ""
@@ -93,8 +94,16 @@ def from_configuration(
             "with a config.json, or a model's name"
         )
     _refuse_endless(config, name)
+    if _is_untied_within(given, config):  # as from_pretrained has it, once it finds both in the checkpoint
+        config.tie_word_embeddings = False
     options: dict[str, Any] = {"dtype": _dtype(dtype if dtype is not None else getattr(config, "dtype", None))}
     own = getattr(config, "quantization_config", None)
+    dequantized: tuple[str, ...] = ()
+    if quantization == DEQUANTIZED:
+        if own is not None:
+            del config.quantization_config
+            dequantized = (_dequantized_note(name or type(config).__name__, own, options["dtype"]),)
+        own = quantization = None
     if quantization == QLORA:
         quantization = None if own is not None else "nf4-nested"
     if own is not None:
@@ -126,22 +135,56 @@ def from_configuration(
         estimated = bool(notes)
     except MemplanError:
         raise
+    except ImportError as error:
+        library = re.search(r"requires the ([\w.-]+) library", str(error))
+        needed = library[1] if library else getattr(error, "name", None) or first_line(error)
+        raise InputError(
+            f"{name or type(config).__name__} needs {needed}, which is not installed: pip install {needed}, or give "
+            "the configuration of its text part alone (text_config of its config.json), if that is what is trained"
+        ) from error
     except Exception as error:
         raise ModelError(f"transformers cannot build a {type(config).__name__} model: {first_line(error)}") from error
+    notes = (*dequantized, *notes)
     if _is_tied(model) and _says_untied(given):
         notes = (*notes, _untied_note(transformers, model))
     return Skeleton(model, name or type(model).__name__, folder, notes, estimated)
 
 
+def _dequantized_note(name: str, own: Any, dtype: torch.dtype) -> str:
+    method = own.get("quant_method") if isinstance(own, Mapping) else getattr(own, "quant_method", None)
+    return (
+        f"{name} is stored as {getattr(method, 'value', method)}, and planned as it is trained once it is dequantized "
+        f"to {str(dtype).removeprefix('torch.')}: load it so (dequantize=True in transformers' configuration of its "
+        "quantization, or a copy that is stored so, whose files blocks may be read from)."
+    )
+
+
+def _is_untied_within(given: Any, config: Any) -> bool:
+    """Whether a text part of its own parts head and embedding, and the settings around it do not say."""
+    text = config.get_text_config()
+    around = _settings_of(given)
+    return (
+        text is not config
+        and around.get("tie_word_embeddings", around) is around
+        and "text_config" in around
+        and getattr(text, "tie_word_embeddings", None) is False
+    )
+
+
 def _says_untied(given: Any) -> bool:
     """Whether the settings that a model was named by part its head from its embedding."""
+    return _settings_of(given).get("tie_word_embeddings") is False
+
+
+def _settings_of(given: Any) -> Mapping[str, Any]:
+    """Return the settings that a model was named by, as they are written; none for another's."""
     settings: Any = {}
     if (folder := models.folder_of(given)) is not None:
         with suppress(OSError, ValueError):
             settings = json.loads((folder / "config.json").read_text())
     elif isinstance(given, str) and (known := models.find(given)) is not None:
         settings = known[1].config
-    return isinstance(settings, dict) and settings.get("tie_word_embeddings") is False
+    return settings if isinstance(settings, dict) else {}
 
 
 def _is_tied(model: Any) -> bool:
@@ -198,16 +241,29 @@ def _of_diffusers(given: str | Path, dtype: Any, attention: str | None, quantiza
             f"{folder} holds a model of diffusers, which is not installed: pip install 'memplan[diffusers]', or give "
             "the nn.Module"
         ) from error
-    if attention is not None or quantization is not None:
-        raise InputError(f"attention or quantization was given with {name}: leave both out for models of diffusers")
+    if attention is not None:
+        raise InputError(f"attention was given with {name}: leave it out for models of diffusers")
     known: Any = getattr(diffusers, name, None) if isinstance(name, str) and name.isidentifier() else None
     if not (inspect.isclass(known) and issubclass(known, diffusers.ModelMixin)):
         raise ModelError(f"{folder / 'config.json'} names the class {name!r}, which is no model of this diffusers")
+    wanted = None if dtype is None else _dtype(dtype)
+    quantized = None
+    compute = wanted or torch.float32
+    if quantization is not None:
+        wanted = compute
+        quantized = of_diffusers("nf4-nested" if quantization == QLORA else quantization, compute)
     try:
-        model = diffusers_model(known, settings, None if dtype is None else _dtype(dtype))
+        model = diffusers_model(known, settings, wanted)
+        model.register_to_config(_name_or_path=str(folder.resolve()))  # its autoencoder may lie beside it
+        if quantized is not None:
+            quantized.begin(model, compute)
+            quantized.finish(model)
+    except MemplanError:
+        raise
     except Exception as error:
         raise ModelError(f"diffusers cannot build a {name}: {first_line(error)}") from error
-    return Skeleton(model.train(), folder.resolve().name, folder)
+    called = folder.resolve()
+    return Skeleton(model.train(), called.parent.name if called.name in models.TRAINED else called.name, folder)
 
 
 def diffusers_model(cls: Any, config: Any, dtype: torch.dtype | None, **options: Any) -> Any:
@@ -396,14 +452,63 @@ def _lora(peft: Any, model: nn.Module, given: Mapping[str, Any]) -> Any:
     if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
         raise InputError(f"the adapter's rank was given as {rank!r}: give a whole number, at least 1")
     targets = given.get("targets", ALL_LINEAR)
+    if targets == DEFAULT_TARGETS:
+        targets = _default_targets(peft, model)
     if targets == ALL_LINEAR and not hasattr(model, "get_output_embeddings"):
         targets = _linear_names(model)
+    left_out = _unfit_for_lora(peft, model) if targets == ALL_LINEAR else []
     return peft.LoraConfig(
         r=rank,
+        exclude_modules=left_out or None,
         lora_alpha=given.get("alpha", 2 * rank),
         lora_dropout=given.get("dropout", 0.0),
         target_modules=targets if isinstance(targets, str) else list(targets),
     )
+
+
+def _default_targets(peft: Any, model: nn.Module) -> str | list[str]:
+    """Return where an adapter goes whose targets are not given: on all linear layers; of a model with experts, whose
+    adapters would be far more than all others, where PEFT's own default for its type is, else on attention.
+    """
+    if not any(name.rsplit(".", 1)[-1] == "experts" for name, _ in model.named_modules()):
+        return ALL_LINEAR
+    kinds = [getattr(getattr(inner, "config", None), "model_type", None) for inner in model.modules()]
+    known = peft.utils.constants.TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+    found = next((known[kind] for kind in kinds if kind in known), None)
+    if found:
+        return list(found)
+    names = {
+        name.rsplit(".", 1)[-1]
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and re.search(r"attn|attention", name) and not _is_router(module)
+    }
+    return sorted(names) or ALL_LINEAR
+
+
+def _unfit_for_lora(peft: Any, model: nn.Module) -> list[str]:
+    """Return the last parts of the names of linear layers that ``all-linear`` would name, and PEFT cannot adapt.
+
+    Routers whose forward gives more than a tensor, and what the kernels of its type read for themselves.
+    """
+    refused = getattr(peft.tuners.tuners_utils, "_check_lora_target_modules_mamba", None)
+    found: dict[str, None] = {}
+    for name, module in model.named_modules():
+        own = name.rsplit(".", 1)[-1]
+        if not isinstance(module, nn.Linear) or own in found:
+            continue
+        try:
+            if refused is not None:
+                refused(peft.LoraConfig(), model, own)
+        except ValueError:
+            found[own] = None
+        if _is_router(module):
+            found[own] = None
+    return list(found)
+
+
+def _is_router(module: nn.Module) -> bool:
+    """Whether a linear layer is one that its library gave a forward of its own."""
+    return isinstance(module, nn.Linear) and type(module).__module__.startswith(("transformers.", "diffusers."))
 
 
 def _linear_names(model: nn.Module) -> list[str]:

@@ -20,6 +20,8 @@ from msgspec import Struct
 from memplan.errors import InputError, first_line
 
 _FILE = Path(__file__).with_name("models.json")
+TRAINED = ("transformer", "unet")
+"""What is trained of a pipeline of diffusers, by its directory there."""
 _PAGE = re.compile(
     r"(?:https?://)?(?:www\.)?(?:huggingface\.co|hf\.co)/([\w.-]+/[\w.-]+?)/?(?:/(?:tree|blob|resolve)/.*)?(?:[?#].*)?"
 )
@@ -141,6 +143,8 @@ def folder_of(model: object) -> Path | None:
         return None
     path = Path(model)
     folder = path.parent if path.name == "config.json" else path
+    if os.path.isfile(folder / "model_index.json") and not os.path.isfile(folder / "config.json"):
+        folder = next((folder / part for part in TRAINED if os.path.isfile(folder / part / "config.json")), folder)
     return folder if os.path.isfile(folder / "config.json") else None  # of any name: a path's own is_file may raise
 
 

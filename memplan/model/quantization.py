@@ -57,8 +57,11 @@ class Quantization:
         if self.quantizer is not None:
             if _method(self.settings) == "torchao":
                 self.quantizer.validate_environment()  # it notes there what it asks for later
+            more: dict[str, Any] = {}
+            if type(self.quantizer).__module__.startswith("diffusers."):
+                more["keep_in_fp32_modules"] = list(getattr(model, "_keep_in_fp32_modules", None) or ())
             with _default_dtype(dtype):
-                self.quantizer.preprocess_model(model, dtype=dtype, device_map=None)
+                self.quantizer.preprocess_model(model, dtype=dtype, device_map=None, **more)
 
     def finish(self, model: nn.Module) -> tuple[str, ...]:
         """Quantize what is in place; return what is to be said of it. Raises ModelError for what cannot be planned."""
@@ -101,8 +104,9 @@ def quantization_of(given: Any, dtype: torch.dtype) -> Quantization:
         method = _method(given)
         if method not in {*_LIBRARY, "gptq", "awq"}:
             raise ModelError(
-                f"the quantization is {method or 'of no method'}, of which no plan can be made without weights: load "
-                "the model and plan it as an nn.Module, or give the configuration without its quantization"
+                f"the quantization is {method or 'of no method'}, through which transformers trains no adapter, so its "
+                "sizes are not planned: give --quantization none (quantization='none') to plan the model dequantized, "
+                "as it is trained, or load it and plan it as an nn.Module"
             )
         _require(method)
         try:
@@ -123,6 +127,25 @@ def quantization_of(given: Any, dtype: torch.dtype) -> Quantization:
     return Quantization(
         settings=settings, quantizer=AutoHfQuantizer.from_config(settings, pre_quantized=False) if own else None
     )
+
+
+def of_diffusers(name: object, dtype: torch.dtype) -> Quantization:
+    """Return what was asked for of a model of diffusers: by a name of bitsandbytes'. Raises InputError for others."""
+    if name != "int8" and name not in _BITSANDBYTES:
+        raise InputError(
+            f"the quantization was given as {name!r} with a model of diffusers: give one of "
+            f"{', '.join((*_BITSANDBYTES, 'int8'))}, or the nn.Module as loaded"
+        )
+    _require("bitsandbytes")
+    import diffusers
+    from diffusers.quantizers.auto import DiffusersAutoQuantizer
+
+    bits: dict[str, Any] = {"load_in_8bit": True}
+    if name != "int8":
+        bits = {"load_in_4bit": True, "bnb_4bit_compute_dtype": dtype, **_BITSANDBYTES[str(name)]}
+    made: Any = diffusers.BitsAndBytesConfig
+    settings = made(**bits)
+    return Quantization(settings=settings, quantizer=DiffusersAutoQuantizer.from_config(settings, pre_quantized=False))
 
 
 def _named(transformers: Any, name: str, dtype: torch.dtype) -> Any:

@@ -30,7 +30,7 @@ QUANTIZATIONS = ("int8", "nf4", "nf4-nested")
 
 def fit(
     model: Any,
-    batch: tuple[int, ...],
+    batch: tuple[int, ...] | Mapping[str, int],
     *,
     rank: int,
     targets: str | Sequence[str] = "all-linear",
@@ -44,6 +44,8 @@ def fit(
     """
     if not 0 <= slowdown < float("inf"):
         raise InputError(f"slowdown was given as {slowdown!r}: give a share such as 0.05, at least 0")
+    if isinstance(batch, Mapping):
+        raise InputError("fit was asked of a size in pixels, which it does not vary: plan it, or give a batch alone")
     if not isinstance(batch, (tuple, list)):
         raise InputError(f"the batch was given as a {type(batch).__name__}: give a shape, such as (4, 512)")
     refuse(options, ("adapter",), "fit", "which is asked with rank and targets")

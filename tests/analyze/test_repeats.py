@@ -22,9 +22,10 @@ from transformers import (
 import memplan
 from memplan.analyze.inputs import prepare as adapters
 from memplan.analyze.inputs.prepare import describe, prepare
-from memplan.analyze.repeat.periodic import KEPT, TYPES, find_runs, may_be_short, shortened
+from memplan.analyze.repeat.periodic import KEPT, find_runs, shortened
 from memplan.analyze.trace import trace
 from memplan.analyze.trace.trace import analyze
+from tests.run.test_causal_types import NOT_BUILT
 from tests.support import causal_types
 from tests.support.training import CPU, Decoder, PlainLayer, batch_of, loss_of
 
@@ -132,8 +133,8 @@ def _cases():
 def test_layers_may_be_left_out_before_the_adapter_is_added(targets, options):
     given = {"adapter": {"rank": 4, "targets": targets}}
     config = LlamaConfig(**SMALL, **TOKENS, num_hidden_layers=DEPTH)
-    short, whole = prepare(config, **given, short=True), prepare(config, **given)
-    assert len(short.model.get_base_model().model.layers) == KEPT
+    short, whole = prepare(config, **given, short_for=(2, 16)), prepare(config, **given)
+    assert len(short.model.get_base_model().model.layers) == KEPT + 1
     assert describe(short.model) == describe(whole.model)
     graph = analyze(short.model, (2, 16), runs=short.runs, **options)
     assert graph == analyze(whole.model, (2, 16), **options)
@@ -142,8 +143,10 @@ def test_layers_may_be_left_out_before_the_adapter_is_added(targets, options):
 
 def test_layers_that_are_named_by_number_are_not_left_out():
     config = LlamaConfig(**SMALL, **TOKENS, num_hidden_layers=DEPTH)
-    assert not prepare(config, adapter={"rank": 4, "targets": ["layers.3.self_attn.q_proj"]}, short=True).runs
-    assert not prepare(config, adapter=LoraConfig(layers_to_transform=[1], target_modules=["q_proj"]), short=True).runs
+    assert not prepare(config, adapter={"rank": 4, "targets": ["layers.3.self_attn.q_proj"]}, short_for=(2, 16)).runs
+    assert not prepare(
+        config, adapter=LoraConfig(layers_to_transform=[1], target_modules=["q_proj"]), short_for=(2, 16)
+    ).runs
 
 
 @pytest.mark.each_value
@@ -175,6 +178,8 @@ class Odd(Decoder):
             x = layer(x)
             if (self.what == "second" and index % 2) or (self.what == "third" and index % 3 == 0):
                 kept.append(torch.exp(x))
+            if self.what == "first three" and index < 3:
+                x = torch.exp(x)
             if self.what == "listed" and index in self.deep_layers:
                 kept.append(torch.exp(x))
             if self.what == "once more" and index == 2:
@@ -187,12 +192,30 @@ class Odd(Decoder):
 
 
 @pytest.mark.quick("second", "once more")
-@pytest.mark.parametrize("what", ["second", "third", "listed", "once more", "far"])
+@pytest.mark.parametrize("what", ["second", "third", "first three", "listed", "once more", "far"])
 def test_what_does_not_repeat_is_traced_whole(what):
     model = Odd(what)
     graph = analyze(model, batch_of("plain"), loss=loss_of, short=True)
     assert graph == analyze(model, batch_of("plain"), loss=loss_of)
     assert len(graph.blocks) == DEPTH + 2
+
+
+class Late(PlainLayer):
+    """From some layer on it does something else, by its own number."""
+
+    def __init__(self, number):
+        super().__init__(32, 0.0)
+        self.layer_idx = number
+
+    def forward(self, x):
+        return super().forward(torch.exp(x) if self.layer_idx >= 8 else x)
+
+
+def test_what_a_layer_does_by_its_own_number_is_seen():
+    model = Decoder((Late(number) for number in range(DEPTH)), 32)
+    assert find_runs(model)
+    whole = analyze(model, batch_of("plain"), loss=loss_of)
+    assert analyze(model, batch_of("plain"), loss=loss_of, short=True) == whole
 
 
 def test_what_differs_is_no_run():
@@ -201,9 +224,9 @@ def test_what_differs_is_no_run():
         change(model)
         return [(run.first, run.period, run.count) for run in find_runs(model)]
 
-    assert runs(lambda model: None) == [(0, 1, DEPTH)]
-    assert runs(lambda model: model.layers[DEPTH - 1].lora_a.requires_grad_(False)) == [(0, 1, DEPTH - 1)]
-    assert runs(lambda model: model.layers[0].dropout.__init__(0.1)) == [(1, 1, DEPTH - 1)]
+    assert runs(lambda model: None) == [(1, 1, DEPTH - 1)]
+    assert runs(lambda model: model.layers[DEPTH - 1].lora_a.requires_grad_(False)) == [(1, 1, DEPTH - 2)]
+    assert runs(lambda model: model.layers[0].dropout.__init__(0.1)) == [(2, 1, DEPTH - 2)]
     assert runs(lambda model: model.layers[5].register_forward_hook(lambda *_: None)) == []
 
     assert runs(lambda model: model.layers[6].up.to(torch.float64)) == []
@@ -213,7 +236,7 @@ def test_what_differs_is_no_run():
     assert (
         runs(lambda model: [layer.register_buffer("skip", for_each[i]) for i, layer in enumerate(model.layers)]) == []
     )
-    assert runs(lambda model: setattr(model, "layers", nn.ModuleList(list(model.layers)[:7]))) == []
+    assert runs(lambda model: setattr(model, "layers", nn.ModuleList(list(model.layers)[:5]))) == []
 
 
 def test_a_module_of_ones_own_is_traced_whole(monkeypatch):
@@ -228,31 +251,41 @@ def test_a_module_of_ones_own_is_traced_whole(monkeypatch):
         memplan.plan(LlamaConfig(**SMALL, num_hidden_layers=DEPTH), (1, 8), **given)
 
 
-def of_type(kind):
-    """A model of a transformers' type, twelve layers deep."""
+QUICK = {"qwen3": 1, "qwen3_5_text": 4}
+"""Types that the quick suite traces short, each with the layers of a period."""
+
+
+def of_type(kind, depth):
+    """A model of a transformers' type, of so many layers."""
     if kind not in ("t5", "mt5"):
-        return causal_types.make(kind, DEPTH)
+        return causal_types.make(kind, depth)
     config = {"t5": T5Config, "mt5": MT5Config}[kind](
-        d_model=32, d_kv=8, d_ff=48, num_layers=DEPTH, num_decoder_layers=DEPTH, num_heads=4, vocab_size=96,
+        d_model=32, d_kv=8, d_ff=48, num_layers=depth, num_decoder_layers=depth, num_heads=4, vocab_size=96,
         decoder_start_token_id=0, feed_forward_proj="gated-gelu",
     )  # fmt: skip
     return _adapted(AutoModelForSeq2SeqLM.from_config(config), ["q", "v", "wi_0", "wo"])
 
 
-@pytest.mark.parametrize(
-    "kind",
-    [kind if kind == "qwen3" else pytest.param(kind, marks=pytest.mark.full) for kind in sorted(TYPES)],
-)
+@pytest.mark.parametrize("kind", QUICK)
 @pytest.mark.filterwarnings("ignore")
-def test_every_type_that_is_traced_short(kind, monkeypatch):
-    model = of_type(kind)
-    assert may_be_short(model.get_base_model().config)
+def test_types_that_are_traced_short(kind, monkeypatch):
+    model = of_type(kind, 6 * QUICK[kind])
     traced = []
     of_short = trace.extended
     monkeypatch.setattr(trace, "extended", lambda graph, run: traced.append(run) or of_short(graph, run))
-    graph = analyze(model, batch_of("llama"), short=True, offload=True)
-    assert traced
-    assert graph == analyze(model, batch_of("llama"), offload=True)
+    graph = analyze(model, batch_of("llama"), short=True)
+    assert [run.period for run in traced] == [QUICK[kind]]
+    assert graph == analyze(model, batch_of("llama"))
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("kind", ["t5", "mt5", *(kind for kind in causal_types.TYPES if kind not in NOT_BUILT)])
+@pytest.mark.filterwarnings("ignore")
+def test_every_type_is_traced_short_or_whole(kind):
+    """Nothing is known of a type but what its modules, its forward and the trace show."""
+    model = of_type(kind, 24)
+    options = {"offload": kind in QUICK}
+    assert analyze(model, batch_of("llama"), short=True, **options) == analyze(model, batch_of("llama"), **options)
 
 
 @pytest.mark.full
@@ -261,7 +294,7 @@ def test_layers_that_hold_a_cache_are_traced_short_with_offload(options, monkeyp
     """The cache has keys and values of every layer until the loss, offloaded or not."""
     given = {"adapter": {"rank": 4, "targets": "all-linear"}}
     config = LlamaConfig(**SMALL, **TOKENS, num_hidden_layers=DEPTH, use_cache=True)
-    short, whole = prepare(config, **given, short=True), prepare(config, **given)
+    short, whole = prepare(config, **given, short_for=(2, 16)), prepare(config, **given)
     graph = analyze(short.model, (2, 16), runs=short.runs, **options)  # else it would raise NotPeriodicError
     assert graph == analyze(whole.model, (2, 16), **options)
     at_loss = next(access.index for access in graph.accesses if access.kind == "loss")
@@ -288,7 +321,7 @@ def test_a_short_stack_is_left_whole_on_any_way_out():
 
     def interrupted():
         with shortened(find_runs(model)):
-            assert list(model.layers) == elements[:KEPT]
+            assert list(model.layers) == [*elements[:3], *elements[-2:]]
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
@@ -304,10 +337,10 @@ def test_the_work_does_not_grow_with_the_layers(monkeypatch):
     monkeypatch.setattr(
         trace, "_trace", lambda model, *a, **o: seen.append(len(list(model.modules()))) or look(model, *a, **o)
     )
-    analyze(llama(12), (2, 16), short=True)
+    analyze(llama(12), (2, 16), short_for=(2, 16))
     few = seen.copy()
     seen.clear()
-    graph = analyze(llama(120), (2, 16), short=True)
+    graph = analyze(llama(120), (2, 16), short_for=(2, 16))
     assert seen == few
     assert sum(block.kind == "layer" for block in graph.blocks) == 120
 

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from memplan.analyze.inputs.latents import SIZES, call_for, is_of_diffusers
 from memplan.analyze.inputs.modalities import SOUNDS, image, sound
 from memplan.analyze.trace.fake import fake_of
 from memplan.errors import InputError
@@ -93,10 +94,12 @@ def batch_for(model: nn.Module, given: object) -> Batch:
 
     A mapping is given as keywords; a tensor, tuple or list as positions; a :class:`Call` as both. Whole numbers make
     the tensors that a model of transformers is trained on: (batch, sequence) tokens, (batch,) images of the configured
-    size, (batch, length) sound, where the length is not configured. Raises InputError for anything else.
+    size, (batch, length) sound, where the length is not configured. A mapping of whole numbers (``{"batch": 1,
+    "height": 480, "width": 832, "frames": 81, "seq": 512}``) makes what a model of diffusers is called with. Raises
+    InputError for anything else.
     """
     if is_shape(given):
-        return _from_shape(model, *given)  # type: ignore[misc]
+        return _from_shape(model, *_as_sizes(given))
     if isinstance(given, Step):
         batch = Batch(calls=given.calls, as_it_is=True, reads_rest=given.reads_rest)
     elif isinstance(given, Call):
@@ -137,7 +140,11 @@ def random_tokens(model: nn.Module, call: Batch) -> Batch:
 
 
 def is_shape(given: object) -> bool:
-    """Whether a batch is given as (batch, sequence) or (batch,)."""
+    """Whether a batch is given as (batch, sequence) or (batch,), or as sizes by name."""
+    if isinstance(given, Mapping):
+        return "batch" in given and all(
+            name in SIZES and isinstance(size, int) and not isinstance(size, bool) for name, size in given.items()
+        )
     return (
         isinstance(given, (tuple, list))
         and len(given) in (1, 2)
@@ -145,11 +152,25 @@ def is_shape(given: object) -> bool:
     )
 
 
-def _from_shape(model: nn.Module, batch: int, length: int | None = None) -> Batch:
-    if batch < 1 or (length is not None and length < 1):
-        given = f"({batch},)" if length is None else f"({batch}, {length})"
-        raise InputError(f"the batch was given as {given}: each number must be at least 1")
+def _as_sizes(given: Any) -> tuple[int, int | None, dict[str, int]]:
+    """Return the batch, the length of a sequence, and the sizes in pixels and frames that were given."""
+    sizes = dict(given) if isinstance(given, Mapping) else dict(zip(("batch", "seq"), given, strict=False))
+    for size in sizes.values():
+        if size < 1:
+            raise InputError(f"the batch was given as {given}: each number must be at least 1")
+    return sizes.pop("batch"), sizes.pop("seq", None), sizes
+
+
+def _from_shape(model: nn.Module, batch: int, length: int | None, pixels: Mapping[str, int]) -> Batch:
     base = base_of(model)
+    if is_of_diffusers(base):
+        sizes = {"batch": batch, **({} if length is None else {"seq": length}), **pixels}
+        return _of_keywords(call_for(base, sizes))
+    if pixels:
+        raise InputError(
+            f"{' and '.join(pixels)} were given, but {type(base).__name__} is no model of diffusers: what it reads has "
+            "the size in its configuration; leave them out"
+        )
     takes = inspect.signature(base.forward).parameters
     main = getattr(base, "main_input_name", "input_ids")
     if getattr(base, "config", None) is None or not {"input_ids", main} & {*takes}:
@@ -163,7 +184,11 @@ def _from_shape(model: nn.Module, batch: int, length: int | None = None) -> Batc
         return _of_images(base, takes, batch, length)
     length = _tokens(base, batch, length)
     ids = torch.zeros(batch, length, dtype=torch.long)
-    kwargs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    kwargs: dict[str, Any] = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    if "pixel_values" in takes and "return_loss" in takes:  # it is trained on pairs
+        kwargs |= {"pixel_values": image(base, batch), "return_loss": True}
+        if "attention_mask" not in takes:
+            del kwargs["attention_mask"]
     if "labels" in takes:
         kwargs["labels"] = torch.zeros(batch, dtype=torch.long) if _labels_samples(base) else torch.zeros_like(ids)
     elif "decoder_input_ids" in takes:

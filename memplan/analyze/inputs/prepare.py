@@ -17,7 +17,8 @@ from torch import nn
 from memplan.analyze.blocks.blocks import refuse_moved
 from memplan.analyze.inputs.batch import base_of, batch_for
 from memplan.analyze.inputs.trainer_settings import as_in_training, with_checkpointing
-from memplan.analyze.repeat.periodic import Run, find_runs, may_be_short, shorten
+from memplan.analyze.repeat.outline import runs_of
+from memplan.analyze.repeat.periodic import Run, may_be_short, shorten
 from memplan.errors import InputError
 from memplan.model.meta_model import ALL_LINEAR, from_configuration, with_adapter
 
@@ -55,14 +56,14 @@ def prepare(
     kbit: bool = False,
     gradient_checkpointing: bool | None = None,
     buffers: bool = False,
-    short: bool = False,
+    short_for: object = None,
 ) -> Prepared:
     """Return a traceable model of what the user gave: a module, a transformers configuration, or a directory.
 
     ``adapter``: a PEFT configuration, or ``{"rank": 16, "targets": "all-linear", "alpha": 32}``; None where the model
     has its trainables. ``dtype``, ``attention`` and ``quantization`` are for a model that is built here, and so are
     ``kbit`` (PEFT's ``prepare_model_for_kbit_training``) and ``gradient_checkpointing``; ``buffers``: have its buffers
-    hold their values. ``short``: leave out layers that are like others of models that are known, before the adapter is
+    hold their values. ``short_for``: a batch for which layers that are like others are left out, before the adapter is
     added, see ``periodic.py``.
 
     Raises InputError for anything that cannot be used, ModelError for a model that cannot be placed.
@@ -99,10 +100,11 @@ def prepare(
                 f"the times of {skeleton.name} cannot be measured without its quantized kernels: leave measure out"
             )
         may = may_be_short(skeleton.model.config)
-        runs = find_runs(skeleton.model) if short and may and _is_alike_everywhere(adapter) else ()
-        if runs:
-            shorten(runs)
         notes = as_in_training(skeleton.model)
+        runs: tuple[Run, ...] = ()
+        if short_for is not None and may and _is_alike_everywhere(adapter):
+            runs = runs_of(skeleton.model, batch_for(skeleton.model, short_for))
+            shorten(runs)
         with_checkpointing(skeleton.model, kbit=kbit, wanted=gradient_checkpointing)
         prepared = Prepared(
             model=skeleton.model,

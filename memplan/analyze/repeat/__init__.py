@@ -1,5 +1,5 @@
 """Long stacks of layers that are alike: ``signature`` says which are, ``periodic`` shortens the stack for the trace,
-``unroll`` counts all of them afterwards.
+``outline`` looks whether the forward treats them alike, ``unroll`` counts all of them afterwards.
 """
 
 from __future__ import annotations

@@ -1,13 +1,11 @@
 """Long stacks made short for a trace: of layers that are alike, a few are looked at; ``unroll.py`` counts them all.
 
-[Note: alike] Layers are alike where all that they are made of is equal (see ``structure.py``), a layer's own index in
+[Note: alike] Layers are alike where all that they are made of is equal (see ``signature.py``), a layer's own index in
 its stack apart, and where the lists of one entry a layer, or of indices of layers, that the model keeps say the same of
 them. That the trace of the short stack is periodic is looked at afterwards; where it is not, the whole model is traced.
 
-[Note: only what is known] A forward may treat layers otherwise by numbers that nothing shows from outside (the one in
-the middle, every one from the twelfth on). So stacks are made short in models alone that memplan built itself from a
-configuration, of types whose two graphs the tests compare, with settings under which nothing outside the layers is made
-of what each of them gives.
+Stacks are made short in models alone that memplan built itself from a configuration, with settings under which nothing
+outside the layers is made of what each of them gives, and where the forward outside them repeats (``outline.py``).
 """
 
 from __future__ import annotations
@@ -25,27 +23,9 @@ from memplan.analyze.blocks.blocks import is_stack
 from memplan.analyze.repeat.signature import Described
 from memplan.model.names import canonical
 
-KEPT = 5
-"""Periods that are traced: the first and the last, and three between them that must be alike."""
-
-TYPES = frozenset(
-    (
-        "bloom",
-        "gpt2",
-        "llama",
-        "mistral",
-        "mixtral",
-        "mt5",
-        "olmo2",
-        "olmoe",
-        "phi3",
-        "qwen2",
-        "qwen3",
-        "qwen3_moe",
-        "t5",
-    )
-)
-"""transformers' types that are traced short."""
+KEPT = 4
+"""Periods that are traced: the first two and the last two, of which those between the first and the last must be alike.
+"""
 
 _OF_EACH_LAYER = ("output_hidden_states", "output_attentions", "output_router_logits")
 """Settings under which a model gathers something of every layer."""
@@ -72,15 +52,17 @@ class Run:
         return (self.count - KEPT) * self.period
 
     def kept(self) -> list[int]:
-        """Return the indices of the elements that are traced."""
-        end = self.first + KEPT * self.period
+        """Return the indices of the elements that are traced.
+
+        What is left out lies in the middle: whatever a layer does by its own number, as all do from some on, shows.
+        """
+        end = self.first + KEPT // 2 * self.period
         return [*range(end), *range(end + self.spared, len(self.stack._modules))]
 
 
 def may_be_short(config: object) -> bool:
     """Whether a model that was built from this configuration may be traced short."""
-    known = getattr(config, "model_type", None) in TYPES
-    return known and not any(getattr(config, name, None) for name in _OF_EACH_LAYER)
+    return not any(getattr(config, name, None) for name in _OF_EACH_LAYER)
 
 
 def find_runs(model: nn.Module) -> tuple[Run, ...]:
@@ -138,7 +120,9 @@ def _run_of(name: str, stack: nn.Module, described: Described, lists: Sequence[t
     best: Run | None = None
     for period in range(1, count // KEPT + 1):
         for first, length in _stretches(kinds, period):
-            run = Run(name=canonical(name), stack=stack, first=first, period=period, count=length // period)
+            late = int(period == 1)  # layer 1 may be unlike those behind it: there what all share is first shared
+            many = length // period - late
+            run = Run(name=canonical(name), stack=stack, first=first + late, period=period, count=many)
             if 3 * run.spared >= count and (best is None or run.spared > best.spared) and _says_the_same(lists, run):
                 best = run
     return best

@@ -175,7 +175,7 @@ class _Extension:
             period = self._named.period(access.module) if access.kind == kind else None
             if period is not None:
                 found[period].append(access.index)
-        if not found and kind == "backward":
+        if not found:  # no gradient, or a stack that this batch does not reach (images beside text)
             return []
         if len(found) != KEPT:
             raise NotPeriodicError(f"{len(found)} of {KEPT} periods are seen")
@@ -196,6 +196,8 @@ class _Extension:
 
     def _index(self, place: _Place) -> int:
         """Return the new index of a place, ``period`` counted in the whole run."""
+        if not self._forward:
+            return place.offset
         ahead = self._more * (self._forward[_ONE][1] - self._forward[_ONE][0])
         back = self._more * (self._backward[_ONE][1] - self._backward[_ONE][0]) if self._backward else 0
         if place.period is None:

@@ -15,6 +15,8 @@ from torch.utils._mode_utils import no_dispatch
 
 _CPU = torch.device("cpu")
 _PLAIN = (str, type(None), torch.dtype, torch.layout, torch.memory_format, torch.device)
+_UNSAFE_VIEW = torch.ops.aten._unsafe_view.default
+"""A view that does not say that it is one, of what nothing else sees any more."""
 _UNFIT = (torch.Tag.dynamic_output_shape, torch.Tag.data_dependent_output, torch.Tag.inplace_view)
 
 _Result = tuple[torch.Size, tuple[int, ...], torch.dtype] | None
@@ -52,9 +54,14 @@ class Replay:
             return func(*args, **kwargs)
         if not modes:
             return func(*args, **kwargs)
-        if func.is_view:
+        if func.is_view or func is _UNSAFE_VIEW:
             return _view(func, args, kwargs, modes[0])
         whole = tuple(key)
+        if func._schema.is_mutable:  # what it writes to has its shape already, and no values
+            if whole not in self._known:
+                func(*args, **kwargs)
+                self._known[whole] = None
+            return args[0]
         if whole not in self._known:
             result = func(*args, **kwargs)
             self._known[whole] = _description(result, args)
@@ -68,16 +75,17 @@ class Replay:
 
 
 def _is_fit(func: Any) -> bool:
-    """Whether an operator only makes new tensors, of shapes that its arguments' shapes decide."""
+    """Whether an operator only makes new tensors, of shapes that its arguments' shapes decide, or writes to its first
+    argument alone.
+    """
     schema = func._schema
-    return (
-        func.namespace == "aten"
-        and not schema.is_mutable
-        and not any(tag in func.tags for tag in _UNFIT)
-        and bool(schema.returns)
-        and (func.is_view or all(str(one.type) == "Tensor" and one.alias_info is None for one in schema.returns))
-        and func is not torch.ops.aten.lift_fresh.default
-    )
+    if func.namespace != "aten" or any(tag in func.tags for tag in _UNFIT) or not schema.returns:
+        return False
+    if schema.is_mutable:
+        written = [argument for argument in schema.arguments if argument.is_write]
+        return written == [schema.arguments[0]] and len(schema.returns) == 1 and schema.returns[0].is_write
+    plain = all(str(one.type) == "Tensor" and one.alias_info is None for one in schema.returns)
+    return (func.is_view or plain) and func is not torch.ops.aten.lift_fresh.default
 
 
 def _describe(arguments: Any, tell: Callable[[object], None], modes: list[FakeTensorMode]) -> None:

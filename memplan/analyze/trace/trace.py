@@ -26,7 +26,8 @@ from memplan.analyze.blocks.optimizers import check_optimizer
 from memplan.analyze.graph import Activations, LayerGraph, LifetimeKind, Stateful
 from memplan.analyze.inputs.autocast import dtype_of_autocast, outside_autocast, outside_saving
 from memplan.analyze.inputs.batch import Batch, base_of, batch_for
-from memplan.analyze.repeat.periodic import Run, find_runs, shortened
+from memplan.analyze.repeat.outline import runs_of
+from memplan.analyze.repeat.periodic import Run, shortened
 from memplan.analyze.repeat.unroll import (
     NotPeriodicError,
     extended,
@@ -104,7 +105,7 @@ def analyze(
     if runs:
         seen = _counted_for_all(look(), runs)
     elif short:
-        seen = _looked_at_short(model, look, accumulates=accumulation > 1)
+        seen = _looked_at_short(model, call, look, accumulates=accumulation > 1)
     if seen is None:
         seen = look()
     left_out = seen.times if runs else once
@@ -146,11 +147,11 @@ class _Seen:
     """For how many modules a traced one stands."""
 
 
-def _looked_at_short(model: nn.Module, look: Callable[[], _Seen], *, accumulates: bool) -> _Seen | None:
+def _looked_at_short(model: nn.Module, call: Batch, look: Callable[[], _Seen], *, accumulates: bool) -> _Seen | None:
     """Trace a few layers of long stacks and count them for all; None where there are none, or what is seen does not
     repeat.
     """
-    runs = find_runs(model)
+    runs = runs_of(model, call)
     if not runs:
         return None
     left_out_bytes = trained_bytes(model)
