@@ -52,7 +52,13 @@ from memplan.trainers.loading.deferred_placement import (
     waits,
     waits_itself,
 )
-from memplan.trainers.loading.from_pretrained import device_asked, map_loaded, of_diffusers, of_transformers
+from memplan.trainers.loading.from_pretrained import (
+    device_asked,
+    is_distributed,
+    map_loaded,
+    of_diffusers,
+    of_transformers,
+)
 from memplan.trainers.loading.mapped_weights import folder_of, is_mapped
 from memplan.trainers.other_models import Scope, Unplaced, name_of, plan_of_least, together
 from memplan.trainers.release import give_back, let_go, taken_back
@@ -113,7 +119,7 @@ def serve_optimizer(optimizer: torch.optim.Optimizer) -> None:
 
     Those that the optimizer trains in part, and those that are wholly frozen, of which it may train something beside.
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    if is_distributed() or int(os.environ.get("WORLD_SIZE", "1")) > 1:
         return
     trained = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
     modules = [held for held in gc.get_objects() if issubclass(type(held), nn.Module)]

@@ -94,3 +94,15 @@ def test_a_pass_may_enter_a_module_within():
     called = [access.module for access in graph.accesses if access.kind == "forward"]
     assert called == ["layers.1"]
     assert hidden.grad is None
+
+
+def test_what_nobody_has_seen_called_is_planned_as_read_too():
+    hidden = torch.randn(2, 16, 48, requires_grad=True)
+    graph = analyze(make("plain"), Step(calls=(Call.of("layers.1", (hidden,), {}),), reads_rest=True))
+    forwards = [access.module for access in graph.accesses if access.kind == "forward"]
+    backwards = [access for access in graph.accesses if access.kind == "backward"]
+    rest = ["embed", "layers.0", *(f"layers.{number}" for number in range(2, 6)), "head"]
+    assert forwards == ["layers.1", *rest]
+    assert [access.module for access in backwards] == [*reversed(rest), "layers.1"]
+    assert all(graph.accesses[access.forward].module == access.module for access in backwards)
+    assert not any(block.pinned_because for block in graph.blocks)
