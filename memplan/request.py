@@ -55,7 +55,7 @@ class PlanOptions(TypedDict, total=False):
     quantization: Any
     """Of the frozen weights, for a model that is built from its configuration: ``"nf4"``, ``"nf4-nested"``, ``"fp4"``,
     ``"int8"`` and others (:data:`memplan.model.quantization.NAMES`), or transformers' configuration of it. None: as the
-    model's configuration says."""
+    model's configuration says; ``"none"``: dequantized, as one is trained that is stored as fp8 or mxfp4."""
     qlora: bool
     """QLoRA as PEFT documents it, each part unless it is given otherwise: ``quantization="nf4-nested"`` (or the
     configuration's own), ``kbit=True``, ``autocast="bf16"``, ``optimizer="paged_adamw_8bit"``. For a model that is

@@ -31,6 +31,8 @@ QUANTIZATIONS = (
 """What may be asked for by a word: :mod:`memplan.model.quantization` says what each is."""
 DEQUANTIZED = "none"
 """In their place: a model that its configuration quantizes, as it is trained once it is dequantized."""
+_TRAINED_ON = ("gptq", "awq", "bitsandbytes", "torchao")
+"""Methods whose weights adapters are trained on as they are stored."""
 QLORA = "qlora"
 """In their place: nested nf4, unless the configuration is quantized by itself."""
 _QUANTIZATION_NAMES = {
@@ -95,6 +97,12 @@ def understood(
         given, settings = "the model", {"quantization_config": getattr(model, "quantization_config", None)}
     if quantization == "none":
         own = isinstance(settings, Mapping) and settings.get("quantization_config")
+        method = own.get("quant_method") if isinstance(own, Mapping) else getattr(own, "quant_method", None)
+        if own and str(getattr(method, "value", method)) in _TRAINED_ON:
+            raise InputError(
+                f"the quantization was given as 'none', but {given} is quantized by its configuration: give a model "
+                "that is not, or leave the quantization out"
+            )
         quantization = DEQUANTIZED if own else None
     return Understood(model, dtype, quantization, (*notes, *_targets(adapter, settings)))
 

@@ -269,7 +269,7 @@ def of_type(kind, depth):
 @pytest.mark.parametrize("kind", QUICK)
 @pytest.mark.filterwarnings("ignore")
 def test_types_that_are_traced_short(kind, monkeypatch):
-    model = of_type(kind, 6 * QUICK[kind])
+    model = of_type(kind, max(12, 6 * QUICK[kind]))
     traced = []
     of_short = trace.extended
     monkeypatch.setattr(trace, "extended", lambda graph, run: traced.append(run) or of_short(graph, run))

@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextvars
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
@@ -23,7 +24,7 @@ from torch.utils._pytree import tree_flatten, tree_map
 
 from memplan.analyze.inputs.autocast import outside_autocast
 from memplan.analyze.inputs.batch import Batch
-from memplan.analyze.repeat.periodic import Run, find_runs
+from memplan.analyze.repeat.periodic import KEPT, Run, find_runs, shortened
 from memplan.analyze.trace.fake import caches_empty, eager_transformers, faked, numbers_in_lists, numbers_in_text
 from memplan.analyze.trace.fake_values import Values
 from memplan.model.live_storages import opens, storage_of
@@ -43,6 +44,22 @@ def runs_of(model: nn.Module, call: Batch) -> tuple[Run, ...]:
 
 
 def _repeats(model: nn.Module, call: Batch, runs: Sequence[Run]) -> bool:
+    """Whether each run repeats, and what is done outside of all is no more for more layers."""
+    known: dict[str, dict[object, Any]] = {}
+    whole = _events(model, call, runs, known)
+    if whole is None or not all(_is_periodic(whole, run) for run in runs):
+        return False
+    with shortened(runs):
+        short = _events(model, call, [replace(run, count=KEPT) for run in runs], known)
+    return short is not None and len(whole) - len(short) == sum(_spared_events(whole, run) for run in runs)
+
+
+def _events(
+    model: nn.Module, call: Batch, runs: Sequence[Run], known: dict[str, dict[object, Any]]
+) -> list[tuple[object, ...]] | None:
+    """Return what a forward does outside the layers of the runs, and their calls; None where it fails. ``known``: what
+    layers gave, by the name of their run.
+    """
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     try:
         with ExitStack() as undo:
@@ -57,14 +74,14 @@ def _repeats(model: nn.Module, call: Batch, runs: Sequence[Run]) -> bool:
             undo.enter_context(faked(model, mode))
             log = _Log(mode)
             for run in runs:
-                undo.enter_context(_stubbed(run, log))
+                undo.enter_context(_stubbed(run, log, known.setdefault(run.name, {})))
             undo.enter_context(mode)
             undo.enter_context(log)
             for one in inputs.calls:
                 one.run(model)
     except Exception:
-        return False
-    return all(_is_periodic(log.events, run) for run in runs)
+        return None
+    return log.events
 
 
 class _Log(TorchDispatchMode):
@@ -124,9 +141,8 @@ class _Tensor(tuple[Any, ...]):
 
 
 @contextmanager
-def _stubbed(run: Run, log: _Log) -> Iterator[None]:
+def _stubbed(run: Run, log: _Log, known: dict[object, Any]) -> Iterator[None]:
     """Have each layer of a run give what the first one of its kind gave for arguments of the same shapes."""
-    known: dict[object, Any] = {}
     elements = list(run.stack._modules.items())
 
     def stub(index: int, module: nn.Module) -> Any:
@@ -194,6 +210,12 @@ def _is_periodic(events: Sequence[tuple[object, ...]], run: Run) -> bool:
 
     periods = [[relative(place, events[place]) for place in range(begin, end)] for begin, end in pairwise(begins[1:])]
     return all(period == periods[0] for period in periods[1:])
+
+
+def _spared_events(events: Sequence[tuple[object, ...]], run: Run) -> int:
+    """Return how many events of a run are not there once it is short."""
+    calls = [place for place, (what, _) in enumerate(events) if isinstance(what, tuple) and what[0] == run.name]
+    return (run.count - KEPT) * (calls[2 * run.period] - calls[run.period]) if calls else 0
 
 
 def _tensors(value: object) -> Iterator[torch.Tensor]:
