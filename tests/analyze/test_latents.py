@@ -40,7 +40,7 @@ def built(name):
 @pytest.mark.parametrize("name", NAMES)
 def test_a_forward_takes_what_sizes_make(name):
     model = built(name)
-    call = batch_for(model, sizes_of(name)).kwargs
+    call = batch_for(model, sizes_of(name)).calls[0].kwargs
     assert call.keys() - OPTIONAL == diffusion_types.batch_of(name).keys() - OPTIONAL
     with torch.no_grad():
         model(**call)
@@ -53,7 +53,7 @@ def test_training_under_a_plan_of_sizes_is_bit_identical(name):
         call = batch_for(model, sizes_of(name)).changed(
             lambda tensor: torch.randn_like(tensor) if tensor.dtype.is_floating_point else tensor
         )
-        loss = other_types.loss_of(model(**call.kwargs))
+        loss = other_types.loss_of(model(**call.calls[0].kwargs))
         loss.backward()
         return [loss.detach(), *(p.grad.clone() for p in model.parameters() if p.grad is not None)]
 

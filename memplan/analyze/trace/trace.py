@@ -279,6 +279,7 @@ def _trace(
     ``policies``: units whose activations are not kept, by name.
     """
     mode = FakeTensorMode(allow_non_fake_inputs=True)
+    own = {id(parameter) for parameter in model.parameters()}  # before fake ones take their place
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     ran_again: set[str] = set()
     with ExitStack() as undo:
@@ -312,7 +313,6 @@ def _trace(
         recorder.names = {addresses[id(tensor)]: name for name, tensor in snapshot.tensors() if id(tensor) in addresses}
         placed = [(m, n, p) for m in model.modules() for n, p in m._parameters.items() if p is not None]
         trainables = [fakes[id(parameter)] for parameter in trained]
-        own = {id(parameter) for parameter in model.parameters()}
         others = [fake for real, fake in fakes.items() if real not in own and _is_trained(fake)]
         with mode:
             for parameter in others:  # counted by themselves: see Traced.outside
