@@ -214,7 +214,8 @@ def test_names_of_optimizers() -> None:
         ("A100-80G", "a100-80gb"), ("NVIDIA A100-SXM4-40GB", "a100-40gb"), ("NVIDIA H100 80GB HBM3", "h100-80gb"),
         ("Tesla T4", "t4"), ("NVIDIA RTX A6000", "rtx-a6000"), ("4060 Ti 16GB", "rtx-4060-ti-16gb"),
         # Other cards.
-        ("4080 super", "rtx-4080-super"), ("3080 ti", None), ("3060 8gb", None), ("4060", "rtx-4060"), ("V100-SXM2-32GB", None),
+        ("4080 super", "rtx-4080-super"), ("3080 ti", None), ("3060 8gb", None), ("4060", "rtx-4060"),
+        ("V100-SXM2-32GB", None),
         ("4090 48GB", None), ("L40", None), ("A10G", None), ("A100", None), ("", None), ("rtx", None),
     ],
 )  # fmt: skip
