@@ -212,9 +212,10 @@ def test_names_of_optimizers() -> None:
         ("4090", "rtx-4090"), ("RTX 4090", "rtx-4090"), ("rtx4090", "rtx-4090"), ("rtx 4090 24GB", "rtx-4090"),
         ("NVIDIA GeForce RTX 4090", "rtx-4090"), ("3060", "rtx-3060-12gb"), ("RTX 3060 12GB", "rtx-3060-12gb"),
         ("A100-80G", "a100-80gb"), ("NVIDIA A100-SXM4-40GB", "a100-40gb"), ("NVIDIA H100 80GB HBM3", "h100-80gb"),
-        ("Tesla T4", "t4"), ("NVIDIA RTX A6000", "rtx-a6000"), ("4060 Ti", "rtx-4060-ti-16gb"),
+        ("Tesla T4", "t4"), ("NVIDIA RTX A6000", "rtx-a6000"), ("4060 Ti 16GB", "rtx-4060-ti-16gb"),
         # Other cards.
-        ("4080 super", None), ("3080 ti", None), ("3060 8gb", None), ("4060", None), ("V100-SXM2-32GB", None),
+        ("4080 super", "rtx-4080-super"), ("3080 ti", None), ("3060 8gb", None), ("4060", "rtx-4060"),
+        ("V100-SXM2-32GB", None),
         ("4090 48GB", None), ("L40", None), ("A10G", None), ("A100", None), ("", None), ("rtx", None),
     ],
 )  # fmt: skip
