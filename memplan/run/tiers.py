@@ -80,12 +80,12 @@ class Tiers:
         self.own_homes: set[int] = set()
         """Blocks whose home is RAM though the plan has it on disk: they were written to."""
         self.streamed: dict[int, Streamed] = {}
+        self.optimizer_state: OptimizerState | None = None
+        """Where it waits in RAM between steps."""
         with Undo() as ahead:
             touch_ahead(self._to_be_filled(), ahead)
             self._settle(undo, progress)
         self._take_the_rest(model, undo)
-        self.optimizer_state: OptimizerState | None = None
-        """Where it waits in RAM between steps."""
         if plan.optimizer_state == "host":
             is_locked = is_state_locked(plan.table.state_on_host_bytes, plan.budgets.page_lock_bytes)
             with defer_sigint():
@@ -174,6 +174,7 @@ class Tiers:
     def _settle(self, undo: ExitStack, progress: Callable[[int], None] | None) -> None:
         """Bring each block to its home, in turn, and note how to give it back."""
         plan, weights, files = self.plan, self.weights, self._files
+        in_place = _blocks_read_in_place(plan)
         origin = Weights(weights, files.stored, self.reader)
         slots, places = self._slots(), self._places("host")
         homes = {item.block: item.home for item in plan.items if item.kind == "weights"}
@@ -214,7 +215,7 @@ class Tiers:
             with defer_sigint():
                 kept_home = self.homes[block.id] = Home(block, source, weights)
                 undo.callback(kept_home.give_back)
-                self._point(kept_home, slot)
+                self._point(kept_home, slot, in_place=block.id in in_place)
         origin.finish()
 
     def _take_the_rest(self, model: nn.Module, undo: ExitStack) -> None:
@@ -247,6 +248,7 @@ class Tiers:
         self.host = {}
         self.plan, self.arena = plan, self._device_arena(plan)
         files, slots = self._files, self._slots()
+        in_place = _blocks_read_in_place(plan)
         cache = BlockCache(files.cache)
         for block in plan.table.blocks:
             home, tier = self.homes[block.id], plan.home_of(block.id)
@@ -266,13 +268,15 @@ class Tiers:
                 pieces = partial(iter, [home.source.part.numpy()])
                 path, expected = cache.put(pieces, block.size_bytes, _about(plan, block), twice=True)
                 home.source = self._packed(path, block, expected if files.verify else None)
-            self._point(home, slot)
+            self._point(home, slot, in_place=block.id in in_place)
 
-    def _point(self, home: Home, slot: torch.Tensor | None) -> None:
-        """Have the model's weights lie in their slot, or be away; without a slot they lie where their home is."""
+    def _point(self, home: Home, slot: torch.Tensor | None, *, in_place: bool) -> None:
+        """Have the model's weights lie in their slot, or be away; without a slot they lie where their home is.
+        ``in_place``: whether rows of them are read there.
+        """
         block = home.block
         at_home: tuple[tuple[torch.Tensor, torch.Tensor], ...] = ()
-        if any(block.id in blocks for blocks in read_in_place(self.plan).values()):
+        if in_place:
             assert isinstance(home.source, HostSource)
             at_home = tuple(self._views(home, as_seen_from(self.device, home.source.part)))
         if slot is None or (isinstance(home.source, HostSource) and home.source.part is slot):
@@ -343,3 +347,7 @@ def _about(plan: Plan, block: Block) -> str:
 
 def _move_back(tensor: torch.Tensor, device: torch.device) -> None:
     tensor.data = tensor.data.to(device)
+
+
+def _blocks_read_in_place(plan: Plan) -> set[int]:
+    return {block for blocks in read_in_place(plan).values() for block in blocks}

@@ -7,6 +7,7 @@ import itertools
 import pytest
 import torch
 
+from memplan.errors import RunError
 from memplan.run.access.away import kinds_of
 from memplan.run.access.dispatched import unasked
 from memplan.run.attach import attach
@@ -124,3 +125,64 @@ def test_every_way_from_a_state_to_the_next():
             assert (one.state in IN_SLOT) == (ways[1] == "hide")
         assert weight.isnan().all() or ways[0] == "leave"
         assert one.ticket is None
+
+
+def test_a_block_that_could_not_be_bound_is_bound_when_it_can_be(tmp_path):
+    """A weight is trained for a while: nothing is said to be there that is not."""
+    model, whole = make("plain"), make("plain")
+    with attach(model, plan_for(model, "plain", share=0.2), cache=tmp_path) as handle:
+        train(model, "plain", steps=2)
+        train(whole, "plain", steps=2)
+        model.eval()
+        whole.eval()
+        given = torch.randn(2, 4, model.layers[2].norm.weight.shape[0])
+        model.layers[4](given)
+        weight = model.layers[2].up.weight
+        weight.requires_grad_(True)
+        with pytest.raises(RunError, match="was frozen when it was placed and is trained now"):
+            model.layers[2](given)
+        for one in inside.streamed(handle):
+            assert_is_as_memory_is(one)
+        weight.requires_grad_(False)
+        for _ in range(3):
+            assert torch.equal(model.layers[2](given), whole.layers[2](given))
+
+
+class _Reads(torch.autograd.Function):
+    """Its backward reads what it was given a way to."""
+
+    @staticmethod
+    def forward(ctx, x, read):
+        ctx.read = read
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient * ctx.read().sum(), None
+
+
+def test_what_is_read_in_a_backward_without_accesses_is_read_at_home(tmp_path):
+    """After a pass of modules that the learned sequence lacks: no block is taken for one under way."""
+    model = make("plain")
+    with attach(model, plan_for(model, "plain", share=0.2), cache=tmp_path) as handle:
+        train(model, "plain", steps=1)
+        model.eval()
+        given = torch.randn(2, 4, model.layers[2].norm.weight.shape[0])
+
+        def run(*layers):
+            x = given.clone().requires_grad_()
+            for index in layers:
+                x = model.layers[index](x)
+            x.sum().backward()
+
+        for _ in range(4):  # another sequence is learned
+            run(0, 1, 2, 3)
+        run(5)
+        weight, x = model.layers[5].up.weight, torch.ones(3, requires_grad=True)
+        _Reads.apply(x, lambda: weight).sum().backward()
+        assert handle.record.direct_reads == 1
+        held = weight[:2]
+        before = held.clone()
+        for _ in range(3):
+            run(0, 1, 2, 3)
+        assert torch.equal(held, before)

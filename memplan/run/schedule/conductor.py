@@ -161,6 +161,7 @@ class Conductor:
 
     def backward_ends(self) -> None:
         with self._lock:
+            self.loader.unpin()
             self.loader.shut_all()
             if self._closed or self._position.now < 0:
                 return

@@ -137,6 +137,10 @@ class Loader:
             if written:
                 self._written.written_in_access(streamed, written)
 
+    def unpin(self) -> None:
+        """No access is under way: any block may go."""
+        self._pinned = frozenset()
+
     def shut_all(self, but: tuple[int, ...] = ()) -> None:
         """Have no block's weights read unnoticed from now on, but those of some."""
         used, self.used = self.used, ()

@@ -139,21 +139,24 @@ class Streamed:
         self.loads += 1
 
     def arrive(self) -> None:
-        """The compute has waited for the load: point the parameters at the block. Raises RunError as ``bind``."""
-        self.ticket = None
+        """The compute has waited for the load: point the parameters at the block. Raises RunError as ``bind``, and the
+        load then is still to be waited for.
+        """
         self.bind()
+        self.ticket = None
 
     def bind(self) -> None:
-        """Point the parameters at the block. Raises RunError where one is trained by now: what it learned would be
-        lost.
+        """Point the parameters at the block. Raises RunError, with nothing changed, where one is trained by now: what
+        it learned would be lost.
         """
-        if self.state is not OPEN:
-            self.state = SHUT
         with torch._C.DisableTorchFunctionSubclass(), unasked():
-            for tensor, there, _ in self.pointers:
+            for tensor, _, _ in self.pointers:
                 if _is_trained(tensor):  # its class may have the attribute looked up in Python
                     raise trained_by_now(self.name)
+            for tensor, there, _ in self.pointers:
                 tensor.data = there
+        if self.state is not OPEN:
+            self.state = SHUT
 
     def unbind(self) -> None:
         """Have placeholders in the parameters' place."""
