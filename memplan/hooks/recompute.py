@@ -180,7 +180,8 @@ def _as_it_is(cache: Any, own: frozenset[int]) -> Any:
         elif isinstance(held, dict):
             setattr(made, name, dict(held))
         elif isinstance(held, list):
-            setattr(made, name, [_layer(item, not own or place in own) for place, item in enumerate(held)])
+            is_by_layer = bool(own) and max(own) < len(held)
+            setattr(made, name, [_layer(item, not is_by_layer or at in own) for at, item in enumerate(held)])
     return made
 
 

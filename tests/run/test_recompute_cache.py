@@ -152,3 +152,38 @@ def test_a_layer_that_runs_again_is_given_a_cache_of_as_many_layers():
         assert len(of) == 3
     for end in undo:
         end()
+
+
+class Sparse:
+    """A cache that holds a state for some layers alone, written to in place: places are not layers' numbers."""
+
+    def __init__(self):
+        self.layers = [State()]
+
+    def get_seq_length(self):
+        return 0
+
+    def update(self):
+        raise NotImplementedError
+
+
+class State:
+    def __init__(self):
+        self.states = {0: torch.zeros(3)}
+
+
+class Counting(torch.nn.Module):
+    layer_idx = 5
+
+    def forward(self, x, cache):
+        state = cache.layers[0].states[0]
+        state += 1
+        return x * state.sum()
+
+
+def test_a_cache_whose_places_are_not_the_layers_numbers_is_copied_whole():
+    layer, cache, x = Counting(), Sparse(), torch.ones(3, requires_grad=True)
+    wrap(layer)
+    layer(x, cache).sum().backward()
+    assert cache.layers[0].states[0].tolist() == [1, 1, 1]
+    assert x.grad.tolist() == [3, 3, 3]
