@@ -94,7 +94,7 @@ def test_plan_without_options(calls: list[Any]) -> None:
     ((args, kwargs),) = calls
     assert args == ("./model", (1,))  # 512 tokens, where the model reads text
     # What was not given is as the plan has it.
-    assert kwargs == {"adapter": {"rank": 16, "targets": "all-linear"}, "dtype": "bf16", "progress": None}
+    assert kwargs == {"adapter": {"rank": 16, "targets": "default"}, "dtype": "bf16", "progress": None}
 
 
 @pytest.mark.usefixtures("calls")
