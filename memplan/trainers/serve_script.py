@@ -12,7 +12,8 @@ import inspect
 import io
 import os
 import sys
-from collections.abc import Callable, Mapping
+import time
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Any
 from weakref import ReferenceType, WeakKeyDictionary, ref
@@ -72,6 +73,13 @@ _SCOPE = Scope()
 """All models of this process share the budgets."""
 _HANDLES: list[Handle] = []
 """Those of models that were placed for a loop of the script's own, to tell of them at the end."""
+_FROZEN: WeakKeyDictionary[nn.Module, frozenset[int]] = WeakKeyDictionary()
+"""By model under a plan, the ids of its frozen parameters."""
+_ASIDE: WeakKeyDictionary[nn.Module, frozenset[int]] = WeakKeyDictionary()
+"""Models that run without a plan, with the ids of what was trained of them as that was found."""
+_BEGAN = time.monotonic()
+_looked_s = 0.0
+"""What looking for models has taken."""
 _TRAINING: list[Trainer] = []
 """Those at work: what they do not hold is not trained beside their model."""
 _FINISHED: WeakKeyDictionary[nn.Module, ReferenceType[Trainer]] = WeakKeyDictionary()
@@ -115,26 +123,44 @@ def serve_model(model: nn.Module) -> None:
 
 
 def serve_optimizer(optimizer: torch.optim.Optimizer) -> None:
-    """Have models wait whose weights were not mapped: a script's own, or such as were filled by ``load_state_dict``.
+    """Have models wait whose weights were not mapped: a script's own, or such as were filled by ``load_state_dict``,
+    where the optimizer trains them in part.
 
-    Those that the optimizer trains in part, and those that are wholly frozen, of which it may train something beside.
+    A model that is under a plan, of which it trains what was frozen, is whole again before. Models are looked for as
+    long as that takes a fiftieth of the time: some scripts make an optimizer for each parameter.
     """
+    global _looked_s
     if is_distributed() or int(os.environ.get("WORLD_SIZE", "1")) > 1:
         return
     trained = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    for handle in list(_HANDLES):
+        thawed = _FROZEN.get(handle.model, frozenset()) & trained  # an optimizer may be given frozen ones too
+        if handle.is_attached and thawed & _trained_ids(handle.model):
+            taken_back(handle)
+            say(f"{name_of(handle.model)} is trained in more of its parameters from here on, and planned anew for that")
+    began = time.monotonic()
+    if _looked_s > max(1.0, (began - _BEGAN) / 50):
+        return
+    for model in _trained_in_part(trained):
+        if not (waits(model) or handle_of(model) is not None or _ASIDE.get(model) == _trained_ids(model)):
+            _SCOPE.loaded.add(model)
+            wait(model, _place_for_loop)
+    _looked_s += time.monotonic() - began
+
+
+def _trained_in_part(trained: set[int]) -> Iterator[nn.Module]:
+    """Yield the models, of those that are within no other, of which some parameters are trained and some frozen."""
     modules = [held for held in gc.get_objects() if issubclass(type(held), nn.Module)]
     within = {id(part) for module in modules for part in module.__dict__.get("_modules", {}).values()}
     for model in modules:
         if id(model) in within or isinstance(model, torch.jit.ScriptModule) or "_modules" not in model.__dict__:
             continue
-        parameters = list(model.parameters())
-        kinds = {parameter.requires_grad for parameter in parameters}
-        is_trained = kinds == {True, False} and any(id(parameter) in trained for parameter in parameters)
-        if not (is_trained or kinds == {False}) or waits(model) or handle_of(model) is not None:
-            continue
-        if is_trained:
-            _SCOPE.loaded.add(model)
-        wait(model, _place_for_loop)
+        if is_trained_in_part(model) and any(id(parameter) in trained for parameter in model.parameters()):
+            yield model
+
+
+def _trained_ids(model: nn.Module) -> frozenset[int]:
+    return frozenset(id(parameter) for parameter in model.parameters() if parameter.requires_grad)
 
 
 def _mapped(model: nn.Module, kwargs: Mapping[str, Any]) -> None:
@@ -167,6 +193,11 @@ def _place_for_loop(model: nn.Module, step: Step) -> Again | None:
                 move(model)  # what it takes was counted as that of a model that is read
                 _say_aside(f"{name_of(model)} is wholly frozen, and beside what is under a plan {first_line(error)}")
                 return None
+            if not is_mapped(model) and unplaced is None:  # it ran whole before memplan was asked
+                move(model)
+                _ASIDE[model] = _trained_ids(model)
+                _say_aside(f"{name_of(model)} was loaded whole, and {first_line(error)}")
+                return None
             if unplaced is not None:
                 raise together(unplaced.error, unplaced.model, error, model) from None
             if not _others(model) or _UNPLACED.is_known(model) or torch.cuda.is_available():
@@ -178,6 +209,7 @@ def _place_for_loop(model: nn.Module, step: Step) -> Again | None:
             raise unplaced.error
     if why is not None:
         move(model)
+        _ASIDE[model] = _trained_ids(model)
         _say_aside(why)
         return None
     return None if settings().plan else partial(_place_again, model)
@@ -213,6 +245,7 @@ def _attached(model: nn.Module, plan: Plan) -> Handle:
     handle = put_under(model, plan, _SCOPE, checkpoint=settings().options.get("checkpoint"))
     if not _HANDLES:
         atexit.register(_report_all)
+    _FROZEN[model] = frozenset(id(parameter) for parameter in model.parameters() if not parameter.requires_grad)
     _HANDLES[:] = [other for other in _HANDLES if other.model is not model] + [handle]
     return handle
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import weakref
+
 import pytest
 import torch
 from torch import nn
@@ -88,3 +90,22 @@ def test_a_network_that_takes_no_part_is_said_so():
     model.layers[2].forward = lambda x: x.relu() if kept else x
     with pytest.raises(ModelError, match="no tensor that a gradient reaches"):
         analyze(model, Call(IDS))
+
+
+@pytest.mark.parametrize("kind", ["module", "view", "leaf"])
+def test_gradients_of_what_nobody_finds_are_as_they_were(kind):
+    """A weak reference leads to what is trained beside the model: its gradients are real before and after."""
+    model, trained = make("plain"), side()
+    leaf = torch.randn(48, requires_grad=True)
+    held = weakref.ref(trained), weakref.ref(leaf)
+
+    def output_of(module, args, output):
+        if kind == "module":
+            return output + held[0]()(args[0])
+        return output + (held[0]().weight.t()[0] if kind == "view" else held[1]()[:48])
+
+    model.layers[1].register_forward_hook(output_of)
+    trained.weight.grad = torch.full_like(trained.weight, 3.0)
+    analyze(model, Call(IDS))
+    assert torch.equal(trained.weight.grad, torch.full_like(trained.weight, 3.0))
+    assert leaf.grad is None

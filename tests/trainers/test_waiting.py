@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import copy
 import io
+import pickle
 
 import pytest
 import torch
@@ -141,17 +142,39 @@ def test_a_part_that_is_copied_or_pickled_is_called_as_ever(model, calls):
     assert (calls, waits(model)) == ([], True)
 
 
-def test_the_first_pass_is_all_that_is_called_until_its_backward_is_over(model):
+def test_the_first_step_is_all_that_its_passes_call(model):
+    """Micro-batches of different calls count together, of equal ones once, and a graph is kept until the step."""
     told = []
     wait(model, lambda model, step: lambda *given: told.append(given))
     model.lm_head.requires_grad_(False)
-    for _ in range(3):
-        one, other = model(IDS).logits, model(IDS[:, :2]).logits
-        (one.mean() + other.mean()).backward()
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.0)
+    for _ in range(2):
+        for _ in range(2):
+            one, other = model(IDS).logits, model(IDS[:, :2]).logits
+            (one.mean() + other.mean()).backward(retain_graph=True)
+            other.mean().backward()
+            del one, other
+        model(IDS[:, :1]).logits.mean().backward()
+        assert not told or len(told) == 1
+        optimizer.step()
     ((step, differs),) = told
     assert differs
-    assert [call.args[0].shape for call in step.calls] == [(1, 3), (1, 2)]
+    assert [call.args[0].shape for call in step.calls] == [(1, 3), (1, 2), (1, 1)]
     assert not any("_call_impl" in module.__dict__ for module in model.modules())
+
+
+@pytest.mark.parametrize("copied", [copy.copy, copy.deepcopy, lambda one: pickle.loads(pickle.dumps(one))])
+def test_copies_of_parts_of_a_waiting_model_are_called_themselves(model, calls, copied):
+    waiting(model, calls)
+    other = copied(model.lm_head)
+    other._parameters = {"weight": torch.nn.Parameter(torch.zeros_like(model.lm_head.weight)), "bias": None}
+    states = torch.ones(1, model.config.hidden_size)
+    with torch.no_grad():
+        assert not other(states).any()
+        assert not model.lm_head._replicate_for_data_parallel().__dict__.keys() & {"_call_impl", "__getstate__"}
+        assert model.lm_head(states).any()
+    forget(model)
+    assert not any({"_call_impl", "__getstate__"} & module.__dict__.keys() for module in model.modules())
 
 
 @pytest.mark.parametrize("trained", [True, False])

@@ -29,6 +29,7 @@ from memplan.analyze.trace.swap_tensors import exchanged
 from memplan.analyze.trace.trace import loss_of_pass
 from memplan.errors import InputError, MemplanError, ModelError, type_and_line
 from memplan.hooks import recompute
+from memplan.hooks.flows import leaves_behind
 from memplan.hooks.triggers import Triggers, modules_by_name
 from memplan.state.snapshot import Snapshot, unchanged
 from memplan.units import MIB
@@ -242,7 +243,15 @@ class _Passes:
             with torch.autocast(self._device.type, self._lowered) if self._lowered is not None else nullcontext():
                 value = loss_of_pass(self._model, self._inputs, self._loss)
             log.loss_begins()
-            value.backward()
+            own = {id(parameter) for parameter in self._trained}
+            others = [(leaf, leaf.grad) for leaf in leaves_behind(iter([value])) if id(leaf) not in own]
+            for leaf, _ in others:
+                leaf.grad = None
+            try:
+                value.backward()
+            finally:
+                for leaf, gradient in others:
+                    leaf.grad = gradient
             log.optimizer_begins()
         finally:
             triggers.remove()

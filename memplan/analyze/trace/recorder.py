@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
 
 from memplan.analyze.blocks.blocks import Draft, dtype_name
@@ -70,8 +69,8 @@ class Recorder(StorageLedger):
         """Blocks whose weights were written to, each with the operator."""
         self.stateful: dict[str, str] = {}
         """Triggers whose forward would do otherwise a second time, each with the reason."""
-        self.strangers: dict[int, tuple[nn.Parameter, torch.Tensor | None]] = {}
-        """Real parameters that require gradients, by id, each with the gradient that it had."""
+        self.strangers: dict[int, tuple[torch.Tensor, torch.Tensor | None]] = {}
+        """Real leaves that require gradients, by id, each with the gradient that it had."""
         self._overwritten: dict[int, tuple[torch.Tensor, int, torch.Tensor, torch.Tensor]] = {}
         self._frozen = frozen
         self._origins = Origins(frozen, (tensor.untyped_storage()._cdata for tensor in batch))
@@ -106,6 +105,11 @@ class Recorder(StorageLedger):
         if func is _DEVICE:  # asked of every fake tensor, many times an operator
             return args[0].fake_device if type(args[0]) is FakeTensor else func(*args, **given)
         known = operator(func)
+        for tensor in tensors(args):  # a view may be all that is seen of one
+            is_real = type(tensor) is not FakeTensor and not isinstance(tensor, FakeTensor)
+            if is_real and tensor.requires_grad and tensor.is_leaf and id(tensor) not in self.strangers:
+                self.strangers[id(tensor)] = (tensor, tensor.grad)
+                tensor.grad = None
         for tensor in known.written(args, given):
             self._see_write(tensor, known)
         generator = given.get("generator")
@@ -124,9 +128,6 @@ class Recorder(StorageLedger):
         moved = 0
         for tensor in tensors(args):
             moved += size_bytes(tensor)
-            if type(tensor) is nn.Parameter and tensor.requires_grad and id(tensor) not in self.strangers:
-                self.strangers[id(tensor)] = (tensor, tensor.grad)
-                tensor.grad = None
             if not known.reads_shape_only:
                 self._see_read(tensor, known, result)
         made = sum(size_bytes(tensor) for tensor in tensors((result,)))

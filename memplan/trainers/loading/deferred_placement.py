@@ -24,11 +24,13 @@ from memplan.hooks.flows import gradients_flow
 from memplan.model.calls import Call, Step
 from memplan.run.handle import handle_of
 from memplan.run.modules.guard import without
-from memplan.trainers.loading.entries import CALL, MOST_CALLS, Calls, Entries, key_of, step_of
+from memplan.trainers.loading.entries import MOST_CALLS, STANDING, Calls, Entries, key_of, step_of
 from memplan.trainers.loading.stored import origin_of
 
 Again = Callable[[Step, bool], None]
-"""Told, once the first pass is over, of all that it has called, and whether that is other than was placed for."""
+"""Told, once the first step is over, of all that its passes have called, and whether that is other than was placed
+for.
+"""
 Place = Callable[[nn.Module, Step], Again | None]
 
 _ENTRIES = "_memplan_entries"
@@ -196,7 +198,7 @@ class _Waiting:
 
 
 class FirstPass:
-    """Looks at the first pass of a model that was placed for what it was first called with."""
+    """Looks at the first step of a model that was placed for what it was first called with."""
 
     def __init__(self, model: nn.Module, step: Step, again: Again) -> None:
         self._model = ref(model)
@@ -214,15 +216,16 @@ class FirstPass:
 
     @untraced_deep
     def enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Run the call of a module of the model; the first after the pass finds it placed for all of that."""
+        """Run the call of a module of the model; the first after the step finds it placed for all of that."""
         model = self._model()
         if model is None or not torch.is_grad_enabled():
             return self._entries.run(module, args, kwargs)
-        if self._calls.are_over():
+        if self._calls.is_step_over():
             self._entries.remove()
-            calls = self._calls.of_pass()
+            calls = self._calls.of_step()
             differs = [key_of(call) for call in calls] != self._keys or self._modes_seen != self._modes
-            self._again(step_of(calls), differs)
+            with _in_modes(model, self._modes_seen):
+                self._again(step_of(calls), differs)
             return self._entries.run(module, args, kwargs)
         if self._calls.count >= MOST_CALLS:
             self._entries.remove()
@@ -236,6 +239,20 @@ class FirstPass:
 
 def _modes(model: nn.Module) -> tuple[bool, ...]:
     return tuple(module.training for module in model.modules())
+
+
+@contextlib.contextmanager
+def _in_modes(model: nn.Module, modes: tuple[bool, ...]) -> Iterator[None]:
+    """Have modules in the modes of :func:`_modes` inside."""
+    modules = list(model.modules())
+    before = [module.training for module in modules]
+    try:
+        for module, mode in zip(modules, modes, strict=False):
+            module.training = mode
+        yield
+    finally:
+        for module, mode in zip(modules, before, strict=True):
+            module.training = mode
 
 
 def _sent(held: Any, device: torch.device) -> Any:
@@ -327,7 +344,7 @@ def _moved(fn: Callable[[torch.Tensor], torch.Tensor], dtype: torch.dtype) -> to
 @contextlib.contextmanager
 def _plain(model: nn.Module) -> Iterator[None]:
     """Have a model's own attributes be those that it would have did it not wait."""
-    names = (_PLACE, _ENTRIES, CALL, *_STANDING)
+    names = (_PLACE, _ENTRIES, *STANDING, *_STANDING)
     away = {name: model.__dict__.pop(name) for name in names if name in model.__dict__}
     try:
         yield
@@ -350,7 +367,7 @@ def _reduced(model: nn.Module, protocol: Any) -> Any:
         reduced: Any = model.__reduce_ex__(protocol)
     make, given, state, *rest = reduced
     if isinstance(state, dict):  # it may be the model's own
-        state = {name: held for name, held in state.items() if name not in (_PLACE, _ENTRIES, CALL, *_STANDING)}
+        state = {name: held for name, held in state.items() if name not in (_PLACE, _ENTRIES, *STANDING, *_STANDING)}
     return make, given, state, *rest
 
 

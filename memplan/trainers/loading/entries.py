@@ -7,7 +7,6 @@ plan is to be for.
 
 from __future__ import annotations
 
-import operator
 import types
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from weakref import ref
 
 import torch
 from torch import nn
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from memplan.hooks.nested import changed, tensors_in
 from memplan.hooks.triggers import in_backward
@@ -39,7 +39,10 @@ class Entries:
         self.is_inside = False
         self._stands = [_Entry(module, self) for module in model.modules()]
         for entry in self._stands:
-            entry.module.__dict__[CALL] = types.MethodType(_Entry._call_impl, entry)
+            own = entry.module.__dict__
+            own[CALL] = types.MethodType(_Entry._call_impl, entry)
+            for name, function in _COPIES.items():
+                own[name] = types.MethodType(function, entry.module)
 
     def remove(self) -> None:
         """Have the modules called as ever."""
@@ -57,7 +60,7 @@ class Entries:
 
 
 class _Entry:
-    """Stands for the call of one module. A copy of the module, or what is pickled, is called as ever."""
+    """Stands for the call of one module."""
 
     def __init__(self, module: nn.Module, entries: Entries | None) -> None:
         self.module = module
@@ -72,14 +75,32 @@ class _Entry:
 
     def step_aside(self) -> None:
         self.entries = None
-        if getattr(self.module.__dict__.get(CALL), "__self__", None) is self:
-            del self.module.__dict__[CALL]
+        own = self.module.__dict__
+        if getattr(own.get(CALL), "__self__", None) is self:
+            del own[CALL]
+            for name in _COPIES:
+                own.pop(name, None)
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> _Entry:
-        return _Entry(memo.get(id(self.module), self.module), None)
 
-    def __reduce__(self) -> Any:
-        return operator.itemgetter(0), ((self.module,),)  # whose method of this name is the class's
+def _state(module: nn.Module) -> Any:
+    """Stand for ``__getstate__``: a copy is called as its class is."""
+    state = type(module).__getstate__(module)
+    if isinstance(state, dict):  # it may be the module's own
+        return {name: held for name, held in state.items() if name not in STANDING}
+    return state
+
+
+def _replica(module: nn.Module) -> nn.Module:
+    """Stand for ``_replicate_for_data_parallel``."""
+    made: nn.Module = type(module)._replicate_for_data_parallel(module)
+    for name in STANDING:
+        made.__dict__.pop(name, None)
+    return made
+
+
+_COPIES: dict[str, Callable[..., Any]] = {"__getstate__": _state, "_replicate_for_data_parallel": _replica}
+STANDING = (CALL, *_COPIES)
+"""What a module has of its own while its calls are looked at."""
 
 
 @dataclass(slots=True, eq=False)
@@ -105,6 +126,10 @@ class Calls:
     def __init__(self, model: nn.Module) -> None:
         self._names = {id(module): name for name, module in model.named_modules()}
         self._seen: list[_Seen] = []
+        """Of the pass under way."""
+        self._passes: dict[object, tuple[Call, ...]] = {}
+        """Those that are over, each kind once."""
+        self._steps = steps_taken()
 
     def see(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Seen:
         """Note a call, of which no activation is held."""
@@ -147,9 +172,36 @@ class Calls:
         """Whether a gradient has come back to some, and none may come to others any more."""
         return any(seen.is_reached for seen in self._seen) and not any(seen.is_open() for seen in self._seen)
 
-    def of_pass(self) -> tuple[Call, ...]:
-        """Return the calls that belong to a pass: those that a gradient came back to, and those that make none."""
-        return tuple(seen.call for seen in self._seen if seen.is_reached or not seen.is_made)
+    def is_step_over(self) -> bool:
+        """Whether an optimizer has stepped after a pass that is over: until then a gradient may come back once more,
+        and micro-batches may call something else.
+        """
+        if self.are_over():
+            calls = tuple(seen.call for seen in self._seen if seen.is_reached or not seen.is_made)
+            self._passes.setdefault(tuple(map(key_of, calls)), calls)
+            self._seen = []
+        return bool(self._passes) and not self._seen and steps_taken() != self._steps
+
+    def of_step(self) -> tuple[Call, ...]:
+        """Return the calls of the passes that are over: those that a gradient came back to, and those that make none.
+        Of passes that call the same one counts; others count together.
+        """
+        return tuple(call for calls in self._passes.values() for call in calls)
+
+
+_steps: list[int] = []
+
+
+def steps_taken() -> int:
+    """Return how many steps torch's optimizers have taken since this was first asked."""
+    if not _steps:
+        _steps.append(0)
+        register_optimizer_step_post_hook(_count)
+    return _steps[0]
+
+
+def _count(*_: object) -> None:
+    _steps[0] += 1
 
 
 def step_of(calls: tuple[Call, ...]) -> Step:
