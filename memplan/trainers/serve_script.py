@@ -26,6 +26,7 @@ from memplan.atomic_write import write
 from memplan.errors import DoesNotFitError, MemplanError, TooSlowError, first_line
 from memplan.hooks.compiled import WAY_OUT
 from memplan.model.calls import Step
+from memplan.program.record import RunRecord
 from memplan.program.schema import Plan
 from memplan.request import completed
 from memplan.run.handle import Handle, handle_of
@@ -73,6 +74,8 @@ _SCOPE = Scope()
 """All models of this process share the budgets."""
 _HANDLES: list[Handle] = []
 """Those of models that were placed for a loop of the script's own, to tell of them at the end."""
+_DROPPED: list[tuple[Plan, RunRecord]] = []
+"""Of models that the script has dropped since."""
 _FROZEN: WeakKeyDictionary[nn.Module, frozenset[int]] = WeakKeyDictionary()
 """By model under a plan, the ids of its frozen parameters."""
 _ASIDE: WeakKeyDictionary[nn.Module, frozenset[int]] = WeakKeyDictionary()
@@ -182,6 +185,7 @@ def _place_for_loop(model: nn.Module, step: Step) -> Again | None:
     Where other models wait to be trained beside it, it gets the least vram that works and its share of the RAM: what
     the others need is known once they are called.
     """
+    _free_dropped(model)
     why = _nothing_to_do(model)
     if why is None:
         unplaced = _UNPLACED.take(model)
@@ -213,6 +217,23 @@ def _place_for_loop(model: nn.Module, step: Step) -> Again | None:
         _say_aside(why)
         return None
     return None if settings().plan else partial(_place_again, model)
+
+
+def _free_dropped(model: nn.Module) -> None:
+    """Have the budgets free of models that were placed before ``model`` and that nobody but memplan holds any more, as
+    those of the folds before.
+    """
+    if not any(handle.model is not model for handle in _HANDLES):
+        return
+    measured = [(ref(handle), handle.plan, handle.record) for handle in _HANDLES]
+    _HANDLES.clear()
+    gc.collect()
+    for held, plan, record in measured:
+        handle = held()
+        if handle is None:
+            _DROPPED.append((plan, record))
+        else:
+            _HANDLES.append(handle)
 
 
 def _others(model: nn.Module) -> list[nn.Module]:
@@ -308,7 +329,8 @@ def _placed_first(original: Callable[..., Any]) -> Callable[..., Any]:
                 if isinstance(model, nn.Module):
                     _FINISHED[model] = ref(trainer)
                 if "memplan" in trainer.__dict__:
-                    _report(trainer.__dict__["memplan"])
+                    handle = trainer.__dict__["memplan"]
+                    _report((handle.plan, handle.record))
 
     return entry
 
@@ -427,18 +449,18 @@ def _say_aside(why: str) -> None:
 
 
 def _report_all() -> None:
-    _report(*_HANDLES)
+    _report(*_DROPPED, *((handle.plan, handle.record) for handle in _HANDLES))
     for model in _SCOPE.loaded:
         if waits_itself(model) and is_trained_in_part(model):
             say(f"{name_of(model)} was not placed: it is trained in part, and was not called with gradients")
 
 
-def _report(*handles: Handle) -> None:
+def _report(*measured: tuple[Plan, RunRecord]) -> None:
     """Tell what was measured, at the end, of one model after the other."""
     text = io.StringIO()
-    for handle in handles:
-        api.report(handle.plan, handle.record, file=sys.stderr)
-        api.report(handle.plan, handle.record, file=text)
+    for plan, record in measured:
+        api.report(plan, record, file=sys.stderr)
+        api.report(plan, record, file=text)
     file = settings().report
     if file is not None:
         try:
