@@ -222,7 +222,7 @@ def flux(out: Path) -> None:
         "flux",
         lambda: FluxTransformer2DModel(
             in_channels=4, num_layers=3, num_single_layers=3, attention_head_dim=16, num_attention_heads=2,
-            joint_attention_dim=32, pooled_projection_dim=32, axes_dims_rope=(4, 4, 8),
+            joint_attention_dim=32, pooled_projection_dim=32, axes_dims_rope=(4, 4, 8), guidance_embeds=True,
         ),
     )  # fmt: skip
     model = FluxTransformer2DModel.from_pretrained(folder).requires_grad_(False)
