@@ -2,7 +2,7 @@
 
 ``snapshot`` writes down what a model's objects hold, kind by kind as ``holders`` know them, but for what is ``closed``;
 ``reach`` finds what a function can change; ``process_state`` is what the process has; ``expendable`` stands in for what
-a look would use up. For layers that run twice: ``setting`` and ``data_writes``.
+a look would use up. For layers that run twice: ``setting``, ``data_writes`` and ``optimizer_steps``.
 """
 
 from __future__ import annotations

@@ -1,25 +1,20 @@
-"""Writes to trained parameters of which their versions do not tell: through ``data``, and by optimizers with kernels of
-their own.
+"""Writes to trained parameters through ``data``, of which their versions do not tell.
 
 A layer that is run again in backward must have the parameters that it had. Operations in place count up a parameter's
-version, but torch's fused optimizers and bitsandbytes' do not, what ``parameter.data`` returns counts for itself, and
-what it is set to may lie where the last values did. While layers are run again each optimizer's step is counted, and
-``nn.Parameter`` has a ``data`` of its own, which counts what is written by it. (Optimizers ask for a parameter's exact
-class, so that cannot be another.)
+version, but what ``parameter.data`` returns counts for itself, and what it is set to may lie where the last values did.
+While layers are run again ``nn.Parameter`` has a ``data`` of its own, which counts what is written by it. (Optimizers
+ask for a parameter's exact class, so that cannot be another; their own steps are ``optimizer_steps``' to count.)
 """
 
 from __future__ import annotations
 
 import sys
 import weakref
-from collections import deque
 from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from torch import nn
-from torch.optim.optimizer import register_optimizer_step_post_hook
-from torch.utils.hooks import RemovableHandle
 
 _data: Any = torch.Tensor.data
 _use_count: Any = getattr(torch.Tensor, "_use_count", lambda alias: 1)
@@ -68,11 +63,6 @@ class _Taken:
 _taken: dict[int, _Taken] = {}
 """By the parameter's id."""
 _watches = 0
-_of_steps: list[RemovableHandle] = []
-"""What ends the counting of optimizers' steps."""
-_steps = 0
-_stepped: deque[tuple[int, weakref.ref[torch.optim.Optimizer]]] = deque(maxlen=256)
-"""The last steps, by their numbers."""
 
 
 def watch(module: nn.Module) -> Callable[[], None]:
@@ -80,7 +70,6 @@ def watch(module: nn.Module) -> Callable[[], None]:
     global _watches
     if not _watches:
         nn.Parameter.data = property(_get, _set, doc=_data.__doc__)  # type: ignore[assignment]
-        _of_steps.append(register_optimizer_step_post_hook(_count_step))
     _watches += 1
     return weakref.finalize(module, _unwatch)  # done once at most
 
@@ -90,7 +79,6 @@ def _unwatch() -> None:
     _watches -= 1
     if not _watches:
         del nn.Parameter.data
-        _of_steps.pop().remove()
         _taken.clear()
 
 
@@ -108,29 +96,6 @@ def _of(parameter: nn.Parameter) -> _Taken:
     if taken is None:
         taken = _taken[id(parameter)] = _Taken(parameter)
     return taken
-
-
-def steps() -> int:
-    """Return how many steps optimizers have done since anybody watches."""
-    return _steps
-
-
-def are_stepped(since: int, parameters: Iterable[nn.Parameter]) -> bool:
-    """Whether any of the parameters is of an optimizer that has done a step since there were so many."""
-    if since == _steps:
-        return False
-    later = [optimizer() for number, optimizer in _stepped if number > since]
-    ids = {id(parameter) for parameter in parameters}
-    known = [one for one in later if one is not None]
-    if len(known) < _steps - since:
-        return True  # nobody knows of which parameters the others are
-    return any(id(p) in ids for optimizer in known for group in optimizer.param_groups for p in group["params"])
-
-
-def _count_step(optimizer: torch.optim.Optimizer, *_: object) -> None:
-    global _steps
-    _steps += 1
-    _stepped.append((_steps, weakref.ref(optimizer)))
 
 
 def _get(parameter: nn.Parameter) -> torch.Tensor:

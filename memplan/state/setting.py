@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 from memplan.errors import RunError
-from memplan.state import data_writes
+from memplan.state import data_writes, optimizer_steps
 from memplan.state.process_state import positions
 
 _MAPPINGS = frozenset({dict, OrderedDict, defaultdict, Counter})
@@ -207,7 +207,7 @@ class Now:
             for buffer in module._buffers.values() if module._buffers else ():
                 if buffer is not None and id(buffer) not in apart and not buffer.is_inference():
                     self._others.append(buffer)
-        self._versions, self._steps = data_writes.states(self._trained), data_writes.steps()
+        self._versions, self._steps = data_writes.states(self._trained), optimizer_steps.taken()
         self._other_versions = [tensor._version for tensor in self._others]
 
     def refuse_written(self) -> None:
@@ -224,7 +224,7 @@ class Now:
         """Have all be as it was. Raises RunError where that cannot be."""
         if (
             data_writes.states(self._trained) != self._versions
-            or data_writes.are_stepped(self._steps, self._trained)
+            or optimizer_steps.are_stepped(self._steps, self._trained)
             or [tensor._version for tensor in self._others] != self._other_versions
             or self._count() != self._writes
         ):

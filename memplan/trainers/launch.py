@@ -63,7 +63,7 @@ def saw_training() -> None:
     Seen.training = True
 
 
-def served() -> None:
+def saw_decision() -> None:
     """Note that a model was placed, or was said not to be."""
     Seen.training = Seen.served = True
 

@@ -42,7 +42,7 @@ from memplan.trainers.hf_trainer import (
     put_under,
     wrap_within,
 )
-from memplan.trainers.launch import saw_model, saw_training, say, served, settings
+from memplan.trainers.launch import saw_decision, saw_model, saw_training, say, settings
 from memplan.trainers.loading.deferred_placement import (
     Again,
     ask,
@@ -180,7 +180,7 @@ def _wait(model: nn.Module) -> None:
 
 
 def _place_for_loop(model: nn.Module, step: Step) -> Again | None:
-    """Plan for what a loop of the script's own calls, and attach. Return what does so again for all of its first pass.
+    """Plan for what a loop of the script's own calls, and attach. Return what does so again for all of its first step.
 
     Where other models wait to be trained beside it, it gets the least vram that works and its share of the RAM: what
     the others need is known once they are called.
@@ -223,7 +223,7 @@ def _free_dropped(model: nn.Module) -> None:
     """Have the budgets free of models that were placed before ``model`` and that nobody but memplan holds any more, as
     those of the folds before.
     """
-    if not any(handle.model is not model for handle in _HANDLES):
+    if not any(handle.model is not model for handle in _SCOPE.placed):
         return
     measured = [(ref(handle), handle.plan, handle.record) for handle in _HANDLES]
     _HANDLES.clear()
@@ -272,10 +272,10 @@ def _attached(model: nn.Module, plan: Plan) -> Handle:
 
 
 def _place_again(model: nn.Module, step: Step, differs: bool) -> None:
-    """Have a model placed for all that its first pass has called, where that ``differs`` from what it was placed for,
+    """Have a model placed for all that its first step has called, where that ``differs`` from what it was placed for,
     or was not known.
 
-    What was read in the pass by none of its modules, such as a head by a loss in chunks, then stays on the device where
+    What was read in the step by none of its modules, such as a head by a loss in chunks, then stays on the device where
     that fits. Where no plan for all of it does, the first one stays.
     """
     handle = handle_of(model)
@@ -340,6 +340,7 @@ def _place(trainer: Trainer) -> None:
     model = trainer.model
     if not isinstance(model, nn.Module) or handle_of(model) is not None:
         return
+    _free_dropped(model)
     why = _why_not(trainer, model)
     if why is None and is_mapped(model) and not (is_trained_in_part(model) and _may_be_asked(trainer)):
         return  # placed at its first call, as for a loop
@@ -405,7 +406,7 @@ def _nothing_to_do(model: nn.Module) -> str | None:
 
 def _served(model: nn.Module, planned: Callable[[], Plan], attach: Callable[[Plan], Handle]) -> str | None:
     """Put a model under a plan; return why it had better stay as it is, if so. Raises DoesNotFitError, TooSlowError."""
-    served()
+    saw_decision()
     file = settings().plan
     try:
         try:
@@ -444,7 +445,7 @@ def _with_room(planned: Callable[[], Plan]) -> Plan:
 
 
 def _say_aside(why: str) -> None:
-    served()
+    saw_decision()
     say(f"stands aside: {why}")
 
 

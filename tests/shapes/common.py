@@ -29,7 +29,9 @@ _facts: dict[str, str] = {}
 
 
 def main(shapes: Mapping[str, Any]) -> None:
-    """Run the shape that the command line names; write ``result.json`` of what it left behind."""
+    """Run the shape of these (a module's names) that the command line names; write ``result.json`` of what it left
+    behind.
+    """
     name, out = sys.argv[1], Path(sys.argv[2])
     out.mkdir(parents=True, exist_ok=True)
     random.seed(0)
@@ -48,6 +50,14 @@ def main(shapes: Mapping[str, Any]) -> None:
 def log(loss: torch.Tensor | float) -> None:
     """Keep a loss to its last bit."""
     _losses.append(f"{struct.pack('<d', float(loss)).hex()} {float(loss):.6f}")
+
+
+def take_step(optimizer: torch.optim.Optimizer, loss: torch.Tensor) -> None:
+    """Go backward, and forward with the optimizer."""
+    loss.backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    log(loss)
 
 
 def fact(name: str, value: object) -> None:

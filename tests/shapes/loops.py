@@ -19,6 +19,7 @@ from common import (
     lora,
     main,
     row,
+    take_step,
     tokenizer,
 )  # fmt: skip
 from torch import nn
@@ -28,10 +29,7 @@ from torch.nn import functional
 def train(model: nn.Module, optimizer: torch.optim.Optimizer, count: int = 4, **call: Any) -> None:
     for batch in batches(count):
         loss = model(**batch, **call).loss
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        log(loss)
+        take_step(optimizer, loss)
 
 
 def plain(out: Path) -> None:
@@ -55,10 +53,7 @@ def mixed_arguments(out: Path) -> None:
     optimizer = adamw(model)
     for batch in batches():
         loss = model(batch["input_ids"], attention_mask=batch["attention_mask"], labels=batch["labels"])[0]
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        log(loss)
+        take_step(optimizer, loss)
     keep_trained(model)
 
 
@@ -85,10 +80,7 @@ def autocast(out: Path) -> None:
     for batch in batches():
         with torch.autocast("cpu", torch.bfloat16):
             loss = model(**batch).loss
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        log(loss)
+        take_step(optimizer, loss)
     keep_trained(model)
 
 
@@ -143,10 +135,7 @@ def own_loss(out: Path) -> None:
         loss = functional.cross_entropy(
             logits.reshape(-1, VOCABULARY).float(), batch["labels"][:, 1:].reshape(-1), label_smoothing=0.1
         )
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        log(loss)
+        take_step(optimizer, loss)
     keep_trained(model)
 
 
@@ -158,10 +147,7 @@ def outside_head(out: Path) -> None:
     for batch in batches():
         states = model(input_ids=batch["input_ids"], output_hidden_states=True).hidden_states
         loss = functional.cross_entropy(head(states[-1][:, -1] + states[2][:, -1]), batch["input_ids"][:, 0] % 3)
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        log(loss)
+        take_step(optimizer, loss)
     keep_trained(model, head)
 
 
@@ -176,10 +162,7 @@ def probe(out: Path) -> None:
         with torch.no_grad():
             states = model(input_ids=batch["input_ids"], output_hidden_states=True).hidden_states[-1][:, -1]
         loss = functional.cross_entropy(head(states), batch["input_ids"][:, 0] % 3)
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        log(loss)
+        take_step(optimizer, loss)
     keep_trained(head)
 
 
@@ -195,10 +178,7 @@ def distilled(out: Path) -> None:
         loss = functional.kl_div(
             student.log_softmax(-1), teacher.log_softmax(-1), log_target=True, reduction="batchmean"
         ) + functional.cross_entropy(student[:, :-1].reshape(-1, VOCABULARY), ids[:, 1:].reshape(-1))
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        log(loss)
+        take_step(optimizer, loss)
     keep_trained(model)
 
 
@@ -214,10 +194,7 @@ def teacher(out: Path) -> None:
         with torch.no_grad():
             wanted = other(input_ids=ids).logits.softmax(-1)
         loss = functional.cross_entropy(model(input_ids=ids).logits.transpose(1, 2), wanted.transpose(1, 2))
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        log(loss)
+        take_step(optimizer, loss)
     keep_trained(model)
 
 
@@ -284,10 +261,7 @@ def uneven(out: Path) -> None:
     optimizer = adamw(model)
     for length, size in ((8, 2), (24, 1), (15, 3), (32, 2)):
         loss = model(**next(batches(1, size, length))).loss
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        log(loss)
+        take_step(optimizer, loss)
     keep_trained(model)
 
 
@@ -300,10 +274,7 @@ def contrastive(out: Path) -> None:
         one, two = (model(input_ids=ids, output_hidden_states=True).hidden_states[-1][:, -1] for _ in range(2))
         scores = functional.cosine_similarity(one[:, None], two[None], dim=-1) / 0.05
         loss = functional.cross_entropy(scores, torch.arange(len(ids)))
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        log(loss)
+        take_step(optimizer, loss)
     keep_trained(model)
 
 
@@ -320,10 +291,7 @@ def chunked_head(out: Path) -> None:
             for piece, wanted in zip(states.split(8, 1), ids[:, 1:].split(8, 1), strict=True)
         ]
         loss = torch.stack(pieces).mean()
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        log(loss)
+        take_step(optimizer, loss)
     keep_trained(model)
 
 
@@ -410,10 +378,7 @@ def half_base(out: Path) -> None:
     for batch in batches():
         with torch.autocast("cpu", torch.bfloat16):
             loss = model(**batch).loss
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        log(loss)
+        take_step(optimizer, loss)
     model.save_pretrained(out / "adapter")
 
 
@@ -429,10 +394,7 @@ def soft_prompt(out: Path) -> None:
         embedded = torch.cat([prompt[None].expand(len(embedded), -1, -1), embedded], 1)
         labels = functional.pad(batch["labels"], (4, 0), value=-100)
         loss = model(inputs_embeds=embedded, labels=labels).loss
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        log(loss)
+        take_step(optimizer, loss)
     fact("prompt", prompt.detach().numpy().tobytes().hex())
 
 
@@ -535,10 +497,7 @@ def own_model(out: Path) -> None:
     for batch in batches():
         ids = batch["input_ids"]
         loss = functional.cross_entropy(model(ids)[:, :-1].reshape(-1, VOCABULARY), ids[:, 1:].reshape(-1))
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        log(loss)
+        take_step(optimizer, loss)
     keep_trained(model)
 
 
@@ -552,10 +511,7 @@ def classifier(out: Path) -> None:
     optimizer = adamw(model)
     for batch in batches():
         loss = model(input_ids=batch["input_ids"], labels=batch["input_ids"][:, 0] % 3).loss
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        log(loss)
+        take_step(optimizer, loss)
     model.save_pretrained(out / "adapter")
 
 
@@ -578,10 +534,7 @@ def reinforced(out: Path) -> None:
             before = base[:, 5:-1].gather(-1, made[:, 6:, None])[..., 0]
             reward = (made[:, 6:] % 7).float() / 7
             loss = -((reward - estimate.detach()) * (chosen - before).exp()).mean() + (reward - estimate).pow(2).mean()
-            loss.backward()
-            optimizer.step()
-            optimizer.zero_grad()
-            log(loss)
+            take_step(optimizer, loss)
     keep_trained(model, value)
 
 
@@ -592,18 +545,9 @@ def functional_call(out: Path) -> None:
     optimizer = adamw(model)
     for batch in batches():
         loss = torch.func.functional_call(model, trained, (), batch).loss
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        log(loss)
+        take_step(optimizer, loss)
     keep_trained(model)
 
 
-SHAPES = {
-    name: shape
-    for name, shape in list(globals().items())
-    if callable(shape) and getattr(shape, "__module__", "") == __name__ and name not in ("train", "main")
-}
-
 if __name__ == "__main__":
-    main(SHAPES)
+    main(globals())

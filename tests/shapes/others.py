@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import HIDDEN, VOCABULARY, adamw, adapted, batches, keep_trained, llama, log, lora, main, row, saved
+from common import HIDDEN, VOCABULARY, adamw, adapted, batches, keep_trained, llama, lora, main, row, saved, take_step
 from torch.nn import functional
 
 
@@ -14,13 +14,6 @@ def _small(**more: Any) -> dict[str, Any]:
     return {
         "hidden_size": HIDDEN, "intermediate_size": 128, "num_hidden_layers": 4, "num_attention_heads": 4, **more,
     }  # fmt: skip
-
-
-def _step(optimizer: torch.optim.Optimizer, loss: torch.Tensor) -> None:
-    loss.backward()
-    optimizer.step()
-    optimizer.zero_grad()
-    log(loss)
 
 
 def image_classes(out: Path) -> None:
@@ -34,7 +27,7 @@ def image_classes(out: Path) -> None:
     model = get_peft_model(model, config).train()
     optimizer = adamw(model)
     for step in range(4):
-        _step(optimizer, model(pixel_values=torch.randn(2, 3, 32, 32), labels=torch.tensor([step, 1])).loss)
+        take_step(optimizer, model(pixel_values=torch.randn(2, 3, 32, 32), labels=torch.tensor([step, 1])).loss)
     keep_trained(model)
 
 
@@ -50,7 +43,7 @@ def masked_words(out: Path) -> None:
     for batch in batches():
         ids = batch["input_ids"]
         hidden = torch.rand(ids.shape) < 0.3
-        _step(optimizer, model(input_ids=ids.masked_fill(hidden, 3), labels=ids.masked_fill(~hidden, -100)).loss)
+        take_step(optimizer, model(input_ids=ids.masked_fill(hidden, 3), labels=ids.masked_fill(~hidden, -100)).loss)
     keep_trained(model)
 
 
@@ -69,7 +62,7 @@ def sentences(out: Path) -> None:
             for shift in (0, 5)
         )
         scores = functional.normalize(one, dim=-1) @ functional.normalize(two, dim=-1).T
-        _step(optimizer, functional.cross_entropy(scores * 20, torch.arange(2)))
+        take_step(optimizer, functional.cross_entropy(scores * 20, torch.arange(2)))
     keep_trained(model)
 
 
@@ -93,7 +86,7 @@ def clip(out: Path) -> None:
     optimizer = adamw(model)
     for batch in batches():
         ids = batch["input_ids"][:, :12]
-        _step(optimizer, model(input_ids=ids, pixel_values=torch.randn(2, 3, 32, 32), return_loss=True).loss)
+        take_step(optimizer, model(input_ids=ids, pixel_values=torch.randn(2, 3, 32, 32), return_loss=True).loss)
     keep_trained(model)
 
 
@@ -112,7 +105,7 @@ def clip_features(out: Path) -> None:
         image = model.get_image_features(pixel_values=torch.randn(2, 3, 32, 32))
         text, image = (found if torch.is_tensor(found) else found.pooler_output for found in (text, image))
         scores = functional.normalize(text, dim=-1) @ functional.normalize(image, dim=-1).T
-        _step(optimizer, functional.cross_entropy(scores * 20, torch.arange(2)))
+        take_step(optimizer, functional.cross_entropy(scores * 20, torch.arange(2)))
     keep_trained(model)
 
 
@@ -135,7 +128,7 @@ def speech(out: Path) -> None:
     model = get_peft_model(model, lora(task_type=None, target_modules=["q_proj", "v_proj"])).train()
     optimizer = adamw(model)
     for batch in batches():
-        _step(optimizer, model(input_features=torch.randn(2, 8, 64), labels=batch["labels"][:, :10]).loss)
+        take_step(optimizer, model(input_features=torch.randn(2, 8, 64), labels=batch["labels"][:, :10]).loss)
     keep_trained(model)
 
 
@@ -164,7 +157,7 @@ def image_and_text(out: Path) -> None:
     optimizer = adamw(model)
     for batch in batches():
         ids = torch.cat([torch.full((2, 16), 5), batch["input_ids"].clamp(min=6)], 1)
-        _step(optimizer, model(input_ids=ids, pixel_values=torch.randn(2, 3, 32, 32), labels=ids).loss)
+        take_step(optimizer, model(input_ids=ids, pixel_values=torch.randn(2, 3, 32, 32), labels=ids).loss)
     keep_trained(model)
 
 
@@ -193,7 +186,7 @@ def unet(out: Path) -> None:
         latents, noise, states = torch.randn(2, 4, 8, 8), torch.randn(2, 4, 8, 8), torch.randn(2, 6, 32)
         steps = torch.randint(0, 1000, (2,))
         said = model(scheduler.add_noise(latents, noise, steps), steps, states, return_dict=False)[0]
-        _step(optimizer, functional.mse_loss(said.float(), noise))
+        take_step(optimizer, functional.mse_loss(said.float(), noise))
     keep_trained(model)
 
 
@@ -210,7 +203,7 @@ def unet_prior(out: Path) -> None:
         noise = torch.randn(4, 4, 8, 8)
         said = model(torch.randn(4, 4, 8, 8), torch.randint(0, 1000, (4,)), torch.randn(4, 6, 32)).sample
         (own, prior), (one, two) = said.chunk(2), noise.chunk(2)
-        _step(optimizer, functional.mse_loss(own, one) + 0.5 * functional.mse_loss(prior, two))
+        take_step(optimizer, functional.mse_loss(own, one) + 0.5 * functional.mse_loss(prior, two))
     keep_trained(model)
 
 
@@ -236,7 +229,7 @@ def flux(out: Path) -> None:
             pooled_projections=torch.randn(1, 32), encoder_hidden_states=torch.randn(1, 6, 32),
             txt_ids=torch.zeros(6, 3), img_ids=torch.zeros(16, 3), return_dict=False,
         )[0]  # fmt: skip
-        _step(optimizer, (sigma * (said - (noise - latents)) ** 2).mean())
+        take_step(optimizer, (sigma * (said - (noise - latents)) ** 2).mean())
     keep_trained(model)
 
 
@@ -260,7 +253,7 @@ def image_and_encoder(out: Path) -> None:
         states = encoder(input_ids=torch.stack([row(step, 8), row(step + 1, 8)])).last_hidden_state
         noise = torch.randn(2, 4, 8, 8)
         said = model(torch.randn(2, 4, 8, 8), torch.randint(0, 1000, (2,)), states).sample
-        _step(optimizer, functional.mse_loss(said, noise))
+        take_step(optimizer, functional.mse_loss(said, noise))
     keep_trained(model, encoder)
 
 
@@ -277,7 +270,7 @@ def experts(out: Path) -> None:
     model = adapted(folder, lora(target_modules=["q_proj", "v_proj"])).train()
     optimizer = adamw(model)
     for batch in batches():
-        _step(optimizer, model(**batch, output_router_logits=True).loss)
+        take_step(optimizer, model(**batch, output_router_logits=True).loss)
     keep_trained(model)
 
 
@@ -296,15 +289,9 @@ def four_bit(out: Path) -> None:
     for batch in batches():
         with torch.autocast("cpu", torch.bfloat16):
             loss = model(**batch).loss
-        _step(optimizer, loss)
+        take_step(optimizer, loss)
     keep_trained(model)
 
 
-SHAPES = {
-    name: shape
-    for name, shape in list(globals().items())
-    if callable(shape) and getattr(shape, "__module__", "") == __name__ and not name.startswith("_")
-}
-
 if __name__ == "__main__":
-    main(SHAPES)
+    main(globals())

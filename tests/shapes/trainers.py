@@ -116,6 +116,15 @@ def trainer_stopped(out: Path) -> None:
     _trained(out, adapted(llama()), callbacks=[Stop()]).save_model(str(out / "adapter"))
 
 
+def trainer_folds(out: Path) -> None:
+    """… cross-validation: a new model and Trainer for each fold"""
+    for fold in range(3):
+        torch.manual_seed(fold)
+        model = adapted(llama())
+        _trained(out, model, max_steps=2)
+        keep_trained(model)
+
+
 def seq2seq(out: Path) -> None:
     """`Seq2SeqTrainer` with T5, generating to evaluate"""
     from peft import get_peft_model
@@ -262,11 +271,5 @@ def lightning_module(out: Path) -> None:
     fact("steps", module.global_step)
 
 
-SHAPES = {
-    name: shape
-    for name, shape in list(globals().items())
-    if callable(shape) and getattr(shape, "__module__", "") == __name__ and not name.startswith("_")
-}
-
 if __name__ == "__main__":
-    main(SHAPES)
+    main(globals())

@@ -37,7 +37,7 @@ from memplan.run.verify.race_check import ClockedTransfers
 from memplan.run.verify.saved_tensor_check import CheckedReads
 from memplan.run.verify.spans import Spans, TracedWatcher
 from memplan.run.verify.unplanned_copies import Copies
-from memplan.state import data_writes
+from memplan.state import data_writes, optimizer_steps
 from memplan.state.setting import Setting
 
 
@@ -111,6 +111,7 @@ def _hook(model: nn.Module, runtime: Runtime, triggers: Mapping[str, nn.Module],
         if policy.activations == "recompute":
             layer = triggers[policy.module]
             undo.callback(data_writes.watch(layer))
+            undo.callback(optimizer_steps.watch(layer))
             undo.callback(recompute.wrap(layer, _setting_kept(policy.module, layer, runtime)))
     offloads = conductor.loader.offloads
     for held in offloads.by_key.values():

@@ -24,6 +24,7 @@ from memplan.hooks.flows import gradients_flow
 from memplan.model.calls import Call, Step
 from memplan.run.handle import handle_of
 from memplan.run.modules.guard import without
+from memplan.state import optimizer_steps
 from memplan.trainers.loading.entries import MOST_CALLS, STANDING, Calls, Entries, key_of, step_of
 from memplan.trainers.loading.stored import origin_of
 
@@ -207,6 +208,7 @@ class FirstPass:
         self._modes = _modes(model)
         self._modes_seen = self._modes
         self._again = again
+        self._unwatch = optimizer_steps.watch(model)
         self._entries = Entries(model, self.enter)
 
     def before(self, calls: list[Call]) -> None:
@@ -221,20 +223,24 @@ class FirstPass:
         if model is None or not torch.is_grad_enabled():
             return self._entries.run(module, args, kwargs)
         if self._calls.is_step_over():
-            self._entries.remove()
+            self._end()
             calls = self._calls.of_step()
             differs = [key_of(call) for call in calls] != self._keys or self._modes_seen != self._modes
             with _in_modes(model, self._modes_seen):
                 self._again(step_of(calls), differs)
             return self._entries.run(module, args, kwargs)
         if self._calls.count >= MOST_CALLS:
-            self._entries.remove()
+            self._end()
             return self._entries.run(module, args, kwargs)
         seen = self._calls.see(module, args, kwargs)
         self._modes_seen = _modes(model)
         output = self._entries.run(module, args, kwargs)
         self._calls.made(seen, output)
         return output
+
+    def _end(self) -> None:
+        self._entries.remove()
+        self._unwatch()
 
 
 def _modes(model: nn.Module) -> tuple[bool, ...]:

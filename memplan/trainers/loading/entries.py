@@ -15,11 +15,11 @@ from weakref import ref
 
 import torch
 from torch import nn
-from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from memplan.hooks.nested import changed, tensors_in
 from memplan.hooks.triggers import in_backward
 from memplan.model.calls import Call, Step
+from memplan.state import optimizer_steps
 
 CALL = "_call_impl"
 """What a module's call comes to before its hooks are looked at."""
@@ -129,7 +129,7 @@ class Calls:
         """Of the pass under way."""
         self._passes: dict[object, tuple[Call, ...]] = {}
         """Those that are over, each kind once."""
-        self._steps = steps_taken()
+        self._steps = optimizer_steps.taken()
 
     def see(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Seen:
         """Note a call, of which no activation is held."""
@@ -180,28 +180,13 @@ class Calls:
             calls = tuple(seen.call for seen in self._seen if seen.is_reached or not seen.is_made)
             self._passes.setdefault(tuple(map(key_of, calls)), calls)
             self._seen = []
-        return bool(self._passes) and not self._seen and steps_taken() != self._steps
+        return bool(self._passes) and not self._seen and optimizer_steps.taken() != self._steps
 
     def of_step(self) -> tuple[Call, ...]:
         """Return the calls of the passes that are over: those that a gradient came back to, and those that make none.
         Of passes that call the same one counts; others count together.
         """
         return tuple(call for calls in self._passes.values() for call in calls)
-
-
-_steps: list[int] = []
-
-
-def steps_taken() -> int:
-    """Return how many steps torch's optimizers have taken since this was first asked."""
-    if not _steps:
-        _steps.append(0)
-        register_optimizer_step_post_hook(_count)
-    return _steps[0]
-
-
-def _count(*_: object) -> None:
-    _steps[0] += 1
 
 
 def step_of(calls: tuple[Call, ...]) -> Step:
