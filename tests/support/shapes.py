@@ -17,11 +17,13 @@ import re
 import subprocess
 import sys
 import tempfile
-from dataclasses import asdict, dataclass
+from collections import Counter
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import msgspec
 
+from benchmarks.about import about
 from tests.support.training import CPU
 
 ROOT = Path(__file__).parents[2]
@@ -43,6 +45,7 @@ class Outcome:
 
     ``differs``: what of losses, facts and files was not the same in some budget. ``loads``: blocks that were brought to
     the device in the least vram. ``said``: memplan's own lines in the least vram, or the line with which it refused.
+    ``on``: when, at which commit and on what machine that was.
     """
 
     about: str
@@ -51,6 +54,7 @@ class Outcome:
     loads: int
     said: tuple[str, ...]
     error: str = ""
+    on: str = ""
 
 
 def shapes(file: str) -> dict[str, str]:
@@ -122,6 +126,13 @@ def _last(said: str) -> str:
     return errors[-1][:300] if errors else "".join(said.splitlines()[-1:])[:300]
 
 
+def where() -> str:
+    """Return date, commit and machine."""
+    known = about()
+    named = (known["date"], known["commit"], known["processor"], f"{known['cpus']} CPUs", f"torch {known['torch']}")
+    return ", ".join(named)
+
+
 def table(results: dict[str, Outcome]) -> str:
     """Return ``docs/shapes.md``."""
     served = sum(outcome.is_served and not outcome.differs for outcome in results.values())
@@ -132,7 +143,9 @@ def table(results: dict[str, Outcome]) -> str:
         " the least vram",
         "that works and in a third more, on a CPU. *Same*: every loss, trained tensor, gradient and saved file is"
         " bit-identical in both.",
-        f"Served and the same: {served} of {len(results)}. Written by `python -m tests.support.shapes`.",
+        f"Served and the same: {served} of {len(results)}. Written by `python -m tests.support.shapes`, on:",
+        "",
+        *(f"- {on} ({number} shapes)" for on, number in Counter(row.on for row in results.values()).items()),
     ]
     for file in FILES:
         rows = {name.partition(":")[2]: outcome for name, outcome in results.items() if name.startswith(f"{file}:")}
@@ -164,12 +177,12 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as folder:
         work = given.work or Path(folder)
         work.mkdir(exist_ok=True)
-        for name, about in everything.items():
+        for name, what in everything.items():
             file, _, shape = name.partition(":")
             is_named = bool({name, file} & {*given.names})
             if not (is_named or (not given.names and (given.fresh or name not in results))):
                 continue
-            results[name] = run(file, shape, about, work)
+            results[name] = replace(run(file, shape, what, work), on=where())
             print(f"{name}: {_result(results[name])}", flush=True)
             results = {key: results[key] for key in everything if key in results}
             RESULTS.write_text(json.dumps({key: asdict(row) for key, row in results.items()}, indent=1) + "\n")
