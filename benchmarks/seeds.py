@@ -59,7 +59,8 @@ def model_of(name: str) -> Any:
     import torch
     from peft import LoraConfig
 
-    from memplan.model.meta_model import from_configuration, with_adapter
+    from memplan.model.adapters import with_adapter
+    from memplan.model.meta_model import from_configuration
     from memplan.model.models import table
 
     model: Any = from_configuration(name, "float32", None).model

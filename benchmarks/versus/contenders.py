@@ -21,7 +21,7 @@ from benchmarks.link import Throttled
 from benchmarks.versus.models import STD
 from benchmarks.versus.training import LEARNING_RATE, Setting, Training, Whole
 from memplan.demo import align
-from memplan.model.meta_model import with_adapter
+from memplan.model.adapters import with_adapter
 from memplan.model.names import canonical
 from memplan.program.schema import Plan
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import click
 
+from memplan.model.arguments import ALL_LINEAR, DEFAULT_TARGETS
 from memplan.request import ACTIVATIONS, ANY, STATE_HOMES, TIERS, tier_of
 from memplan.units import parse_size
 
@@ -23,8 +24,6 @@ JSON = click.option("--json", "as_json", is_flag=True, help="Print one JSON obje
 
 _QUANTIZERS = ("bitsandbytes", "torchao")
 """Slow to import: two of the ten seconds that a plan takes."""
-_ALL_LINEAR = "all-linear"
-_DEFAULT = "default"
 
 
 class Row(NamedTuple):
@@ -50,10 +49,10 @@ def _adapter(rank: int, names: str) -> dict[str, Any]:
     targets = [target for target in map(str.strip, names.split(",")) if target]
     if not targets:
         raise click.BadParameter("give module names, or all-linear.", param_hint="--lora-targets")
-    is_all = [target.lower().replace("_", "-") for target in targets] == [_ALL_LINEAR]
-    if targets == [_DEFAULT]:
-        return {"rank": rank, "targets": _DEFAULT}
-    return {"rank": rank, "targets": _ALL_LINEAR if is_all else targets}
+    is_all = [target.lower().replace("_", "-") for target in targets] == [ALL_LINEAR]
+    if targets == [DEFAULT_TARGETS]:
+        return {"rank": rank, "targets": DEFAULT_TARGETS}
+    return {"rank": rank, "targets": ALL_LINEAR if is_all else targets}
 
 
 def _pins(given: tuple[str, ...]) -> dict[str, str] | None:
@@ -117,7 +116,7 @@ OPTIONS: dict[str, Row] = {
             *_option(
                 "--lora-targets",
                 metavar="NAMES",
-                default=_DEFAULT,
+                default=DEFAULT_TARGETS,
                 help="Such as q_proj,v_proj, or all-linear.  [default: all-linear; with experts PEFT's for the type, "
                 "or attention]",
             ),

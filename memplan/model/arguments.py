@@ -35,6 +35,9 @@ _TRAINED_ON = ("gptq", "awq", "bitsandbytes", "torchao")
 """Methods whose weights adapters are trained on as they are stored."""
 QLORA = "qlora"
 """In their place: nested nf4, unless the configuration is quantized by itself."""
+ALL_LINEAR = "all-linear"
+DEFAULT_TARGETS = "default"
+"""Where an adapter goes by itself: on all linear layers, but of a model with experts."""
 _QUANTIZATION_NAMES = {
     "4bit": "nf4", "bnb4bit": "nf4", "loadin4bit": "nf4", "bnbnf4": "nf4", "nf4double": "nf4-nested",
     "nf4doublequant": "nf4-nested", "8bit": "int8", "bnb8bit": "int8", "loadin8bit": "int8", "llmint8": "int8",

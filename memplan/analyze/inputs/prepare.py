@@ -20,7 +20,9 @@ from memplan.analyze.inputs.trainer_settings import as_in_training, with_checkpo
 from memplan.analyze.repeat.outline import runs_of
 from memplan.analyze.repeat.periodic import Run, may_be_short, shorten
 from memplan.errors import InputError
-from memplan.model.meta_model import ALL_LINEAR, from_configuration, with_adapter
+from memplan.model.adapters import with_adapter
+from memplan.model.arguments import ALL_LINEAR
+from memplan.model.meta_model import from_configuration
 
 _CHECKPOINTING = ("gradient_checkpointing", "model.gradient_checkpointing_enable()")
 

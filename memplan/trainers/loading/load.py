@@ -13,8 +13,9 @@ from torch import nn
 
 from memplan import api
 from memplan.errors import CheckpointError, InputError, ModelError, PlanMismatchError, first_line
+from memplan.model.adapters import with_adapter
 from memplan.model.checkpoint import StoredTensor
-from memplan.model.meta_model import from_configuration, with_adapter
+from memplan.model.meta_model import from_configuration
 from memplan.model.names import canonical, stored_name
 from memplan.program.check.judge import require
 from memplan.program.schema import Plan
