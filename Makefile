@@ -12,7 +12,7 @@ TEST_ENV := TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
 help:
 	@echo "make demo       plan and train a small model under a budget, and print the report"
 	@echo "make test       format, types, import rules, tests"
-	@echo "make test-full  the slow and large tests, one process each; picks up where it stopped"
+	@echo "make test-full  the slow and large tests, one process a file; picks up where it stopped"
 	@echo "make schemas    write schemas/*.json anew"
 	@echo "make docs       build the documents into docs/_build"
 

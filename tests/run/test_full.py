@@ -1,4 +1,4 @@
-"""The large products, one process each (``make test-full``)."""
+"""The large products, one process a file (``make test-full``)."""
 
 from __future__ import annotations
 

@@ -1,10 +1,11 @@
-"""Runs the tests marked ``full``, one process each, and picks up where it stopped.
+"""Runs the tests marked ``full``, one process for each file, and picks up where it stopped.
 
-    python tests/support/full.py [--fresh] [-k EXPRESSION] [--timeout SECONDS]
+    python tests/support/full.py [--fresh] [-k EXPRESSION] [--timeout SECONDS] [--beside N] [PATH ...]
 
-After each test the state is written to ``.test-full/``; a test that passed is not run again until the code, the tests
-or the versions change. The summary is ``tests/results/full.json``, with what tests recorded by ``record_property``,
-and the same as a table in ``full.md``. Exits with 0 where none failed, else 1.
+After each file the state is written to ``.test-full/``; a test that passed is not run again until the code, the tests
+or the versions change. Tests that a process which died left undone are run one by one. The summary is
+``tests/results/full.json``, with what tests recorded by ``record_property``, and a table of the test functions in
+``full.md``. Exits with 0 where none failed, else 1.
 """
 
 from __future__ import annotations
@@ -16,8 +17,8 @@ import os
 import platform
 import subprocess
 import sys
-import time
-from collections import Counter
+from collections import Counter, defaultdict
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -39,91 +40,134 @@ def main() -> int:
     options.add_argument("--fresh", action="store_true", help="run all again")
     options.add_argument("-k", dest="expression", help="as pytest's; the summary then holds only these")
     options.add_argument("--timeout", type=int, default=3600, help="seconds for one test")
+    options.add_argument("--beside", type=int, default=1, help="how many files at a time")
+    options.add_argument("paths", nargs="*", help="folders or files under tests; the summary then holds only these")
     given = options.parse_args()
 
     (STATE / "logs").mkdir(parents=True, exist_ok=True)
-    names = collect(given.expression)
+    names = collect(given.expression, given.paths)
     if not names:
         print("no test is marked full" + (f" and matches {given.expression!r}" if given.expression else ""))
         return 1
     key, done = fingerprint(), {} if given.fresh else read_state()
     parts: dict[str, dict[str, Any]] = done.get("parts", {}) if done.get("key") == key else {}
-    for number, name in enumerate(names, start=1):
-        if parts.get(name, {}).get("outcome") == "passed":
-            print(f"[{number}/{len(names)}] {name}: passed before", flush=True)
-            continue
-        print(f"[{number}/{len(names)}] {name} ...", flush=True)
-        parts[name] = run(name, given.timeout)
-        print(f"    {parts[name]['outcome']} in {parts[name]['seconds']} s", flush=True)
-        write(STATE / "state.json", json.dumps({"key": key, "parts": parts}, indent=2))
-    return summarise({name: parts[name] for name in names}, given.expression)
+    left: defaultdict[str, list[str]] = defaultdict(list)
+    for name in names:
+        if parts.get(name, {}).get("outcome") != "passed":
+            left[name.partition("::")[0]].append(name)
+    print(f"{len(names)} tests, {sum(map(len, left.values()))} to run", flush=True)
+    with ThreadPoolExecutor(given.beside) as pool:
+        for ended in as_completed([pool.submit(run_file, tests, given.timeout) for tests in left.values()]):
+            new = ended.result()
+            parts.update(new)
+            counts = Counter(part["outcome"] for part in new.values())
+            print(
+                f"{next(iter(new)).partition('::')[0]}: {', '.join(f'{n} {outcome}' for outcome, n in counts.items())} "
+                f"in {sum(part['seconds'] for part in new.values()):.0f} s",
+                flush=True,
+            )
+            write(STATE / "state.json", json.dumps({"key": key, "parts": parts}, indent=2))
+    return summarise({name: parts[name] for name in names}, " ".join([*given.paths, given.expression or ""]).strip())
 
 
-def collect(expression: str | None) -> list[str]:
+def collect(expression: str | None, paths: list[str]) -> list[str]:
     """Return the ids of the tests marked ``full``, in pytest's order. Leaves with pytest's words where it fails."""
     command = [sys.executable, "-m", "pytest", "--collect-only", "-q", "-m", "full", "--no-header"]
     done = subprocess.run(
-        [*command, *(["-k", expression] if expression else [])], cwd=ROOT, capture_output=True, text=True
+        [*command, *(["-k", expression] if expression else []), *paths], cwd=ROOT, capture_output=True, text=True
     )
     if done.returncode not in (0, NO_TESTS):
         sys.exit(f"the tests cannot be collected:\n{done.stdout}\n{done.stderr}")
     return [line for line in done.stdout.splitlines() if line.startswith("tests/") and "::" in line]
 
 
-def run(name: str, timeout_s: int) -> dict[str, Any]:
-    """Run one test in a process of its own; its output goes to a log, its properties come back."""
-    slug = hashlib.sha256(name.encode()).hexdigest()[:12]
-    log, report = STATE / "logs" / f"{slug}.txt", STATE / "logs" / f"{slug}.xml"
+def run_file(names: list[str], timeout_s: int) -> dict[str, dict[str, Any]]:
+    """Run the tests of one file in one process, and alone what that process left undone."""
+    parts = run(names, timeout_s)
+    for name in names:
+        if name not in parts:
+            # The process died. In it, or before it could say so; alone it is plain which.
+            parts |= run([name], timeout_s)
+        if name not in parts:
+            parts[name] = {"outcome": "failed", "seconds": 0.0, "properties": {}, "log": log_of([name])}
+    return parts
+
+
+def log_of(names: list[str]) -> str:
+    """Return where the output of these goes, relative to the top."""
+    slug = hashlib.sha256("\n".join(names).encode()).hexdigest()[:12]
+    return str((STATE / "logs" / f"{slug}.txt").relative_to(ROOT))
+
+
+def run(names: list[str], timeout_s: int) -> dict[str, dict[str, Any]]:
+    """Run some tests in a process of their own, and return what became of those that came to an end."""
+    log = ROOT / log_of(names)
+    report = log.with_suffix(".xml")
     report.unlink(missing_ok=True)
-    start = time.monotonic()
     with log.open("w") as output:
-        output.write(f"{name}\n")
-        output.flush()
+        # By name, whatever their marks: which cases the quick suite holds depends on what is collected beside them.
         # pytest ends a test that hangs; the outer limit is for one that does not let itself be ended.
-        command = [sys.executable, "-m", "pytest", "-m", "full", f"--timeout={timeout_s}"]
-        command += ["-o", "junit_family=xunit1", f"--junitxml={report}", name]
+        command = [sys.executable, "-m", "pytest", "-m", "", f"--timeout={timeout_s}"]
+        command += ["-o", "junit_family=xunit1", f"--junitxml={report}", *names]
         try:
             code = subprocess.run(
-                command, cwd=ROOT, stdin=subprocess.DEVNULL, stdout=output, stderr=output, timeout=timeout_s + 60
+                command,
+                cwd=ROOT,
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=output,
+                timeout=timeout_s * len(names) + 60,
             ).returncode
         except subprocess.TimeoutExpired:
             code = -1
-    seconds = round(time.monotonic() - start, 1)
-    case = ElementTree.parse(report).find(".//testcase") if report.is_file() else None
-    if code == 0:
-        outcome = "skipped" if case is not None and case.find("skipped") is not None else "passed"
-    else:
-        outcome = "left out" if code == NO_TESTS else "failed"
-    properties = {} if case is None else {item.get("name"): item.get("value") for item in case.iter("property")}
-    return {"outcome": outcome, "seconds": seconds, "properties": properties, "log": str(log.relative_to(ROOT))}
+    found = {"log": str(log.relative_to(ROOT))}
+    if code == NO_TESTS:
+        return {name: {"outcome": "left out", "seconds": 0.0, "properties": {}, **found} for name in names}
+    parts: dict[str, dict[str, Any]] = {}
+    for case in ElementTree.parse(report).iter("testcase") if report.is_file() else ():
+        bad = case.find("failure") is not None or case.find("error") is not None
+        outcome = "failed" if bad else "skipped" if case.find("skipped") is not None else "passed"
+        name = f"{case.get('file')}::{case.get('name')}"
+        properties = {item.get("name"): item.get("value") for item in case.iter("property")}
+        seconds = round(float(case.get("time", 0)), 1)
+        # A test whose end fails is reported twice.
+        if name in names and parts.get(name, {}).get("outcome") != "failed":
+            parts[name] = {"outcome": outcome, "seconds": seconds, "properties": properties, **found}
+    return parts
 
 
-def summarise(parts: dict[str, dict[str, Any]], expression: str | None) -> int:
+def summarise(parts: dict[str, dict[str, Any]], expression: str) -> int:
     """Write the summary and print it. Return the exit code."""
     RESULTS.mkdir(parents=True, exist_ok=True)
     counts = Counter(part["outcome"] for part in parts.values())
-    about = {"date": datetime.now(UTC).isoformat(timespec="seconds"), "commit": commit(), "only": expression}
+    about = {"date": datetime.now(UTC).isoformat(timespec="seconds"), "commit": commit(), "only": expression or None}
     summary = {
         **about,
         "machine": machine(),
         "versions": versions(),
         "counts": dict(sorted(counts.items())),
         "parts": [
-            {"test": name, **{key: value for key, value in part.items() if key != "log"}}
+            {"test": name, **{key: value for key, value in part.items() if key != "log" and value != {}}}
             for name, part in parts.items()
         ],
     }
-    write(RESULTS / "full.json", json.dumps(summary, indent=2) + "\n")
-    table = ["| test | outcome | seconds | recorded |", "|---|---|---|---|"]
+    write(RESULTS / "full.json", json.dumps(summary, separators=(",", ":")).replace('{"test"', '\n{"test"') + "\n")
+    functions: defaultdict[str, list[dict[str, Any]]] = defaultdict(list)
     for name, part in parts.items():
-        recorded = ", ".join(f"{key} {value}" for key, value in part["properties"].items())
-        table.append(f"| {name} | {part['outcome']} | {part['seconds']} | {recorded} |")
+        functions[name.partition("[")[0]].append(part)
+    table = ["| test | outcome | seconds | recorded |", "|---|---|---|---|"]
+    for name, cases in functions.items():
+        outcomes = Counter(case["outcome"] for case in cases)
+        recorded = [", ".join(f"{key} {value}" for key, value in case["properties"].items()) for case in cases]
+        table.append(
+            f"| {name} | {', '.join(f'{n} {outcome}' for outcome, n in outcomes.items())} "
+            f"| {sum(case['seconds'] for case in cases):.1f} | {'; '.join(dict.fromkeys(filter(None, recorded)))} |"
+        )
     text = "\n".join(table)
     write(RESULTS / "full.md", f"Written by `make test-full` on {about['date']}, commit {about['commit']}.\n\n{text}\n")
     tried = [part for name, part in parts.items() if name.startswith("tests/test_compatibility.py")]
     if tried:
         write(ROOT / "docs" / "compatibility.md", compatibility(tried, about))
-    print(f"\n{text}\n")
     for name, part in parts.items():
         if part["outcome"] == "failed":
             print(f"failed: {name}, see {part['log']}")
