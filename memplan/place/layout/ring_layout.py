@@ -8,6 +8,7 @@ which moves as many bytes (all but what there is room for, each sweep) and asks 
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Container, Iterator, Mapping, Sequence
 from typing import Literal, NamedTuple
 
@@ -112,17 +113,22 @@ class Rings:
         bundles = [bundle for bundle in bundles if bundle[0] not in self._problem.pins]
         staying = {block for block in self._movable if block not in arrangement.homes}
         free_bytes = room_bytes - self._resident_bytes
-        reach = _NEAR if len(bundles) > FEW_BLOCKS else len(bundles)
+        few = len(bundles) <= FEW_BLOCKS
+        changes: list[tuple[int, ...]] = []
         for turn, bundle in enumerate(bundles):
-            partners: list[tuple[int, ...]] = [()]
+            changes.append(bundle)
             if bundle[0] in staying:
-                near = bundles[max(0, turn - reach) : turn + reach + 1]
-                partners += [other for other in near if other[0] not in staying]
-            for partner in partners:
-                changed = (staying ^ set(bundle)) | set(partner)
-                found = self._with(changed, free_bytes, self._in_place, ring, spare_bytes)
-                if found is not None:
-                    yield found
+                near = bundles if few else bundles[max(0, turn - _NEAR) : turn + _NEAR + 1]
+                changes += [(*bundle, *other) for other in near if other[0] not in staying]
+        if few:
+            stay = [bundle for bundle in bundles if bundle[0] in staying]
+            come = [bundle for bundle in bundles if bundle[0] not in staying]
+            for one, two in itertools.combinations(stay, 2):
+                changes += [(*one, *two, *other) for other in come]
+        for change in changes:
+            found = self._with(staying ^ set(change), free_bytes, self._in_place, ring, spare_bytes)
+            if found is not None:
+                yield found
 
     def stacked(self, room_bytes: int) -> Iterator[Arrangement]:
         """Yield every arrangement in which each block lies at the start of the region or at the end of another, where
