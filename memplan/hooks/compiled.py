@@ -26,8 +26,8 @@ WAY_OUT = "compile each layer by itself, before attach: `for layer in model.mode
 
 def is_compiled(module: nn.Module) -> bool:
     """Whether a module's call as a whole goes to torch.compile, in whichever of the ways there are."""
-    if _entry(module) != "forward":
-        return True
+    if hides_hooks(module):
+        return True  # even where something stands around its forward by now
     forward = module.__dict__.get("forward")
     return hasattr(forward, "_torchdynamo_orig_callable") and not getattr(forward, "_torchdynamo_disable", False)
 

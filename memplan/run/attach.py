@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from memplan.errors import ModelError, PlanMismatchError
+from memplan.errors import InputError, ModelError, PlanMismatchError
 from memplan.hooks.compiled import forget_compiled
 from memplan.model.weights import mark_adapters
 from memplan.program.check.judge import require
@@ -48,8 +48,13 @@ def attach(
     record's ``spans``, and name accesses in torch's profiler. ``replan``: gives the same plan for less vram, in bytes
     (see ``Handle.micro_batch``).
 
-    Raises PlanCheckError, PlanMismatchError, ModelError, CheckpointError; the model then is as it was.
+    Raises InputError, PlanCheckError, PlanMismatchError, ModelError, CheckpointError; the model then is as it was.
     """
+    if not isinstance(plan, Plan) or not isinstance(model, nn.Module):
+        raise InputError(
+            f"attach(model, plan) was given a {type(model).__name__} and a {type(plan).__name__}: give the model first, "
+            "then the plan that memplan.plan or memplan.load returned"
+        )
     require(plan)
     device = torch.device(plan.table.device)
     if device.type == "cuda" and not torch.cuda.is_available():
