@@ -25,11 +25,11 @@ def plan(model: Any, batch: Any, **options: Unpack[PlanOptions]) -> Plan:
     """Say where each frozen block lives and when it moves, before any weight is loaded.
 
     ``model``: an ``nn.Module`` on any device (``meta`` included), a transformers configuration, a directory with
-    ``config.json`` (of transformers or diffusers), or a name: of ``memplan/models.json``, or on the hub. ``batch``: a
-    mapping of tensors (one micro-batch, given as keywords), a tuple of tensors (as positions), ``memplan.Call(ids,
-    attention_mask=mask)`` (as both), or a shape: (batch, sequence), or (batch,) for images. ``options``: budgets
-    and the machine (``vram``, ``ram``, ``disk``, ``page_lock``, ``hardware``); how a model that is given by its
-    configuration is built (``adapter``, ``dtype``, ``attention``, ``quantization``, ``qlora``, ``kbit``,
+    ``config.json`` (of transformers or diffusers), or a name: of ``memplan/model/models.json``, or on the hub.
+    ``batch``: a mapping of tensors (one micro-batch, given as keywords), a tuple of tensors (as positions),
+    ``memplan.Call(ids, attention_mask=mask)`` (as both), or a shape: (batch, sequence), or (batch,) for images.
+    ``options``: budgets and the machine (``vram``, ``ram``, ``disk``, ``page_lock``, ``hardware``); how a model that is
+    given by its configuration is built (``adapter``, ``dtype``, ``attention``, ``quantization``, ``qlora``, ``kbit``,
     ``gradient_checkpointing``); the training (``autocast``, ``accumulation``, ``steps``, or ``examples`` and
     ``epochs``, ``optimizer``, ``loss``); the placement (``pins``, ``activations``, ``elastic``, ``optimizer_state``,
     ``checkpoint``); what is looked at (``measure``, ``max_step_s``, ``gains``, ``progress``).

@@ -97,6 +97,12 @@ def test_hooked_by_accelerate():
     refused(hooked, ModelError, "accelerate", lambda: memplan.attach(hooked, plan))
 
 
+def test_a_plan_before_its_model(model):
+    plan = planned(model)
+    refused(model, InputError, "give the model first", lambda: memplan.attach(plan, model))
+    refused(model, InputError, "give the model first", lambda: memplan.attach(model, "plan.json"))
+
+
 def test_a_plan_for_another_model(model):
     other = make("gpt2")
     refused(other, PlanMismatchError, "for another model", lambda: memplan.attach(other, planned(model)))

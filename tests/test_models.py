@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import diffusers
 import pytest
 import torch
+from accelerate import init_empty_weights
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
+    AutoModelForImageTextToText,
     AutoModelForSeq2SeqLM,
     CLIPVisionConfig,
     LlamaConfig,
@@ -23,7 +26,7 @@ UNTIED_ON_THE_HUB = {"t0-3b", "flan-t5-xl", "flan-t5-xxl", "mt0-xxl"}
 """Their checkpoints hold a head apart, which transformers' T5 ties from 5.0 on whatever the configuration says."""
 
 
-QUICK = ("llama-3.1-8b", "mixtral-8x7b", "qwen3-30b-a3b", "gemma-2-9b", "phi-4", "bloomz-7b1", "mt0-xxl")
+QUICK = ("llama-3.1-8b", "mixtral-8x7b", "qwen3-30b-a3b", "gemma-2-9b", "phi-4", "bloomz-7b1", "mt0-xxl", "flux.1-dev")
 
 
 @pytest.mark.parametrize(
@@ -33,10 +36,17 @@ def test_parameters_are_those_of_the_checkpoint(name):
     """Two sources agree: the shapes of config.json, and the number on the model's card."""
     known = models.table()[name]
     settings = dict(known.config)
-    config = AutoConfig.for_model(settings.pop("model_type"), **settings)
-    kind = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
-    with torch.device("meta"):
-        model = kind.from_config(config)
+    if kind := settings.pop("_class_name", None):
+        with init_empty_weights():
+            model = getattr(diffusers, kind).from_config(settings)
+    else:
+        config = AutoConfig.for_model(settings.pop("model_type"), **settings)
+        kind = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
+        kind = AutoModelForImageTextToText if "vision_config" in settings else kind
+        if name == "mistral-small-3.1-24b":
+            config.tie_word_embeddings = False  # as its checkpoint holds them
+        with torch.device("meta"):
+            model = kind.from_config(config)
     count = sum(parameter.numel() for parameter in model.parameters())
     if name in UNTIED_ON_THE_HUB:
         count += config.vocab_size * config.d_model
@@ -48,6 +58,7 @@ def test_found_by_either_name():
     assert known == models.find("meta-llama/Llama-3.1-8B") == models.find("LLAMA-3.1-8B")
     assert models.find("llama-9") is None
     assert from_configuration("Qwen/Qwen3-0.6B", "bf16", None).name == "qwen3-0.6b"
+    assert from_configuration("stabilityai/stable-diffusion-xl-base-1.0", "bf16", None).name == "sdxl"
 
 
 @pytest.mark.parametrize(

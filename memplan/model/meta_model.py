@@ -58,7 +58,7 @@ def from_configuration(
 ) -> Skeleton:
     """Return the model of a transformers configuration, of a directory with ``config.json``, or of a name, on ``meta``.
 
-    A name is one of ``memplan/models.json``, which needs no network, or of a model on the hub, of which the
+    A name is one of ``memplan/model/models.json``, which needs no network, or of a model on the hub, of which the
     configuration alone is fetched.
 
     ``buffers``: have its buffers hold their values all the same (rotary frequencies are in no checkpoint). The dtype is
@@ -213,35 +213,32 @@ def _refuse_count(name: str, key: str, value: Any) -> None:
 
 
 def _of_diffusers(given: str | Path, dtype: Any, attention: str | None, quantization: str | None) -> Skeleton | None:
-    """Return the model of a directory of diffusers', by the class of diffusers that it names; None for another's."""
+    """Return the model of a directory of diffusers', or of one of our names, by the class of diffusers that it names;
+    None for another's.
+    """
     folder = models.folder_of(given)
-    if folder is None:
-        return None
-    try:
-        settings = json.loads((folder / "config.json").read_text())
-    except (OSError, ValueError):
-        return None  # said where transformers reads it
-    name = settings.get("_class_name") if isinstance(settings, dict) else None
+    settings = dict(_settings_of(given))
+    name = settings.get("_class_name")
     if name is None:
-        return None
+        return None  # what cannot be read too: said where transformers reads it
     if settings.get("quantization_config"):
         raise ModelError(
-            f"{folder} is quantized, which is not known of models of diffusers: give the nn.Module as loaded"
+            f"{given} is quantized, which is not known of models of diffusers: give the nn.Module as loaded"
         )
     for key, value in settings.items():
-        _refuse_count(folder.name, key, value)
+        _refuse_count(folder.name if folder else str(given), key, value)
     try:
         import diffusers
     except ImportError as error:
         raise InputError(
-            f"{folder} holds a model of diffusers, which is not installed: pip install 'memplan[diffusers]', or give "
+            f"{given} is a model of diffusers, which is not installed: pip install 'memplan[diffusers]', or give "
             "the nn.Module"
         ) from error
     if attention is not None:
         raise InputError(f"attention was given with {name}: leave it out for models of diffusers")
-    known: Any = getattr(diffusers, name, None) if isinstance(name, str) and name.isidentifier() else None
-    if not (inspect.isclass(known) and issubclass(known, diffusers.ModelMixin)):
-        raise ModelError(f"{folder / 'config.json'} names the class {name!r}, which is no model of this diffusers")
+    kind: Any = getattr(diffusers, name, None) if isinstance(name, str) and name.isidentifier() else None
+    if not (inspect.isclass(kind) and issubclass(kind, diffusers.ModelMixin)):
+        raise ModelError(f"{given} names the class {name!r}, which is no model of this diffusers")
     wanted = None if dtype is None else _dtype(dtype)
     quantized = None
     compute = wanted or torch.float32
@@ -249,8 +246,9 @@ def _of_diffusers(given: str | Path, dtype: Any, attention: str | None, quantiza
         wanted = compute
         quantized = of_diffusers("nf4-nested" if quantization == QLORA else quantization, compute)
     try:
-        model = diffusers_model(known, settings, wanted)
-        model.register_to_config(_name_or_path=str(folder.resolve()))  # its autoencoder may lie beside it
+        model = diffusers_model(kind, settings, wanted)
+        if folder is not None:
+            model.register_to_config(_name_or_path=str(folder.resolve()))  # its autoencoder may lie beside it
         if quantized is not None:
             quantized.begin(model, compute)
             quantized.finish(model)
@@ -258,6 +256,9 @@ def _of_diffusers(given: str | Path, dtype: Any, attention: str | None, quantiza
         raise
     except Exception as error:
         raise ModelError(f"diffusers cannot build a {name}: {first_line(error)}") from error
+    if folder is None:
+        known = models.find(str(given))
+        return Skeleton(model.train(), known[0] if known else str(given), None)
     called = folder.resolve()
     return Skeleton(model.train(), called.parent.name if called.name in models.TRAINED else called.name, folder)
 

@@ -1,7 +1,7 @@
 """Well-known models by name: the figures of their ``config.json``, for plans where there is no network. No torch here.
 
 ``models.json`` holds, by name: where the model is on the hub, how many parameters its checkpoint has, and the settings
-that make its shapes. What is not named there is transformers' own default for the model's type.
+that make its shapes. What is not named there is the library's own default for the model's type.
 """
 
 from __future__ import annotations
@@ -39,7 +39,9 @@ class KnownModel(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     parameters: int
     """Of its checkpoint, as its model card has them."""
     config: dict[str, Any]
-    """``model_type`` and the settings of transformers' configuration of that type."""
+    """``model_type`` and the settings of transformers' configuration of that type, or ``_class_name`` and those of that
+    class of diffusers.
+    """
 
 
 @cache
@@ -118,8 +120,8 @@ def unknown(given: object) -> InputError:
         hint = ": it is a file; give the directory that holds its config.json"
     return InputError(
         f"{given} is neither a directory with a config.json nor a model that memplan knows{hint}. Give a directory, "
-        "one of the names in memplan/models.json, a name on the hub such as meta-llama/Llama-3.1-8B, a transformers "
-        "configuration or an nn.Module"
+        "one of the names in memplan/model/models.json, a name on the hub such as meta-llama/Llama-3.1-8B, a "
+        "transformers configuration or an nn.Module"
     )
 
 
@@ -143,7 +145,7 @@ def folder_of(model: object) -> Path | None:
         return None
     path = Path(model)
     folder = path.parent if path.name == "config.json" else path
-    if os.path.isfile(folder / "model_index.json") and not os.path.isfile(folder / "config.json"):
+    if not os.path.isfile(folder / "config.json"):  # of a pipeline, or what was downloaded of one
         folder = next((folder / part for part in TRAINED if os.path.isfile(folder / part / "config.json")), folder)
     return folder if os.path.isfile(folder / "config.json") else None  # of any name: a path's own is_file may raise
 

@@ -104,9 +104,9 @@ def quantization_of(given: Any, dtype: torch.dtype) -> Quantization:
         method = _method(given)
         if method not in {*_LIBRARY, "gptq", "awq"}:
             raise ModelError(
-                f"the quantization is {method or 'of no method'}, through which transformers trains no adapter, so its "
-                "sizes are not planned: give --quantization none (quantization='none') to plan the model dequantized, "
-                "as it is trained, or load it and plan it as an nn.Module"
+                f"the quantization is {method or 'of no method'}, whose stored sizes are not planned: give "
+                "--quantization none (quantization='none') to plan the model dequantized, as adapters are trained on "
+                "it, or load it and plan it as an nn.Module"
             )
         _require(method)
         try:

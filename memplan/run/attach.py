@@ -50,10 +50,11 @@ def attach(
 
     Raises InputError, PlanCheckError, PlanMismatchError, ModelError, CheckpointError; the model then is as it was.
     """
-    if not isinstance(plan, Plan) or not isinstance(model, nn.Module):
+    given: tuple[object, object] = (model, plan)
+    if not isinstance(given[0], nn.Module) or not isinstance(given[1], Plan):
         raise InputError(
-            f"attach(model, plan) was given a {type(model).__name__} and a {type(plan).__name__}: give the model first, "
-            "then the plan that memplan.plan or memplan.load returned"
+            f"attach(model, plan) was given a {type(model).__name__} and a {type(plan).__name__}: give the model "
+            "first, then the plan that memplan.plan or Plan.load returned"
         )
     require(plan)
     device = torch.device(plan.table.device)

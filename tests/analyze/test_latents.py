@@ -72,10 +72,12 @@ def test_training_under_a_plan_of_sizes_is_bit_identical(name):
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 
 
-def test_a_pipeline_s_directory_on_the_command_line(tmp_path, capsys):
+@pytest.mark.parametrize("index", [True, False], ids=["pipeline", "downloaded in part"])
+def test_a_pipeline_s_directory_on_the_command_line(index, tmp_path, capsys):
     part = tmp_path / "flux" / "transformer"
     built("FluxTransformer2DModel").save_config(part)
-    (tmp_path / "flux" / "model_index.json").write_text(json.dumps({"_class_name": "FluxPipeline"}))
+    if index:
+        (tmp_path / "flux" / "model_index.json").write_text(json.dumps({"_class_name": "FluxPipeline"}))
     out = tmp_path / "plan.json"
     given = ["plan", str(part.parent), "--vram", "1GiB", "--ram", "1GiB", "--gpu", "rtx-4090", "--height", "256"]
     assert main([*given, "--width", "128", "--quantization", "nf4", "--out", str(out)]) == 0
