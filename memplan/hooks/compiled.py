@@ -21,7 +21,9 @@ from torch._dynamo.eval_frame import OptimizedModule as OptimizedModule
 from memplan.errors import RunError
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
-WAY_OUT = "compile each layer by itself, before attach: `for layer in model.model.layers: layer.compile()`"
+_EACH = "`for layer in model.model.layers: layer.compile()`"
+WAY_OUT = f"compile each layer by itself, before attach: {_EACH}"
+IN_SCRIPT = f"leave that out, and compile each layer by itself: {_EACH}"
 
 
 def is_compiled(module: nn.Module) -> bool:

@@ -62,6 +62,7 @@ def install() -> None:
             "peft.peft_model": _adapters,
             "diffusers.models.modeling_utils": _diffusers,
             "torch.optim.optimizer": _optimizers,
+            "torch._dynamo.eval_frame": _compiled,
         }
         sys.meta_path.insert(0, _Finder(after))
 
@@ -116,6 +117,29 @@ def _optimizers(module: ModuleType) -> None:
                 say(f"stands aside: its optimizer cannot be looked at ({type(error).__name__}: {error})")
 
     kind.__init__ = init
+
+
+def _compiled(module: ModuleType) -> None:
+    """Have a model that is compiled as a whole say why it is not served."""
+    plain = sys.modules["torch.nn"].Module
+    ways = ((module.OptimizedModule, "__init__"), (plain, "compile"))
+    originals = [getattr(kind, name) for kind, name in ways]
+
+    def first(place: int) -> Callable[..., None]:
+        @functools.wraps(originals[place])
+        def call(*args: Any, **kwargs: Any) -> None:
+            from memplan.trainers.compiled_whole import serve_compiled  # torch is all there only by now
+            from memplan.trainers.serve_script import compiled_whole
+
+            for (kind, name), original in zip(ways, originals, strict=True):
+                setattr(kind, name, original)
+            serve_compiled(module.OptimizedModule, compiled_whole)
+            getattr(*ways[place])(*args, **kwargs)
+
+        return call
+
+    for place, (kind, name) in enumerate(ways):
+        setattr(kind, name, first(place))
 
 
 def _is_of_script(frame: FrameType | None) -> bool:

@@ -24,7 +24,7 @@ from torch import nn
 from memplan import api
 from memplan.atomic_write import write
 from memplan.errors import DoesNotFitError, MemplanError, TooSlowError, first_line
-from memplan.hooks.compiled import WAY_OUT
+from memplan.hooks.compiled import IN_SCRIPT
 from memplan.model.calls import Step
 from memplan.program.record import RunRecord
 from memplan.program.schema import Plan
@@ -46,6 +46,7 @@ from memplan.trainers.launch import saw_decision, saw_model, saw_training, say, 
 from memplan.trainers.loading.deferred_placement import (
     Again,
     ask,
+    forget,
     is_trained_in_part,
     move,
     not_waiting,
@@ -149,6 +150,14 @@ def serve_optimizer(optimizer: torch.optim.Optimizer) -> None:
             _SCOPE.loaded.add(model)
             wait(model, _place_for_loop)
     _looked_s += time.monotonic() - began
+
+
+def compiled_whole(model: nn.Module) -> None:
+    """Say why a model that torch.compile has as a whole is not placed; it waits no more."""
+    forget(model)
+    move(model)
+    _ASIDE[model] = _trained_ids(model)
+    _say_aside(f"{name_of(model)} is compiled as a whole: {IN_SCRIPT}")
 
 
 def _trained_in_part(trained: set[int]) -> Iterator[nn.Module]:
@@ -369,7 +378,7 @@ def _why_not(trainer: Trainer, model: nn.Module) -> str | None:
     if trainer.args.bf16_full_eval or trainer.args.fp16_full_eval:
         return "the trainer casts the model to evaluate it (bf16_full_eval, fp16_full_eval)"
     if compiles(trainer):
-        return f"the trainer compiles the model as a whole: leave that out, and {WAY_OUT}"
+        return f"the trainer compiles the model as a whole: {IN_SCRIPT}"
     if getattr(trainer, "model_init", None) is not None:
         return "the trainer makes its model anew as it trains (model_init)"
     return _nothing_to_do(model)
