@@ -1,9 +1,9 @@
 """What is hung into a model, by the analyzer and the runtime alike.
 
 ``triggers`` see every access of weights (``taps``: backwards that enter a layer from within), ``recompute`` and
-``offload`` are the activation policies, ``flows`` says whether gradients come through what is wholly frozen,
-``late_hooks`` the hooks of others that come after a plan, ``compiled`` what torch.compile has made of modules,
-``nested`` walks what modules take and return.
+``offload`` are the activation policies (``same_again`` looks whether a recompute is one), ``flows`` says whether
+gradients come through what is wholly frozen, ``late_hooks`` the hooks of others that come after a plan, ``compiled``
+what torch.compile has made of modules, ``nested`` walks what modules take and return.
 """
 
 from __future__ import annotations

@@ -39,6 +39,11 @@ def hides_hooks(module: nn.Module) -> bool:
     return _entry(module) != "forward" or isinstance(module, OptimizedModule)
 
 
+def takes_no_hooks(module: nn.Module) -> bool:
+    """Whether a module must be watched around its call: hooks would not run, or it would compute otherwise for them."""
+    return hides_hooks(module) or isinstance(module, nn.TransformerEncoderLayer)
+
+
 def call_of(module: nn.Module) -> Callable[..., Any]:
     """Return what a module's call comes to: its forward, or where that is compiled what was compiled of it."""
     call: Callable[..., Any] = getattr(module, _entry(module))
@@ -49,6 +54,8 @@ def replace_call(module: nn.Module, call: Callable[..., Any]) -> Callable[[], No
     """Have this one module's call come to ``call`` in place of :func:`call_of`; return what undoes it."""
     entry = _entry(module)
     had = module.__dict__.get(entry)
+    if entry == "forward" and isinstance(call, types.FunctionType):
+        _look_like(call, call_of(module))
     setattr(module, entry, call)
 
     def undo() -> None:
@@ -58,6 +65,16 @@ def replace_call(module: nn.Module, call: Callable[..., Any]) -> Callable[[], No
             setattr(module, entry, had)
 
     return undo
+
+
+def _look_like(call: types.FunctionType, original: Callable[..., Any]) -> None:
+    """Have what stands for a forward tell what that takes: libraries and scripts give a layer the keywords that
+    ``inspect.signature`` finds.
+    """
+    call.__wrapped__ = original  # type: ignore[attr-defined]
+    for name in ("__name__", "__qualname__", "__doc__"):
+        if (told := getattr(original, name, None)) is not None:
+            setattr(call, name, told)
 
 
 def keep_call(module: nn.Module) -> Callable[[], None]:

@@ -54,6 +54,8 @@ class Calls:
         self.turn: dict[int, Iterator[bool]] | None = None
         """What is left of that, as the forward runs again."""
         self.thread = 0
+        self.are_late = False
+        """There are such hooks: what they save is not the layer's own."""
         self.error: BaseException | None = None
         """What was being handled as it began to run again."""
 
@@ -121,6 +123,7 @@ class LateHooks:
                 since = _TRACED.get(self._layer, 0)
                 self._stand(torchs._global_forward_pre_hooks, since, stands, is_pre=True)
                 self._stand(torchs._global_forward_hooks, since, stands, is_pre=False)
+            calls.are_late = calls.are_late or bool(stands)
             yield
         finally:
             self._now = before

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -107,7 +107,14 @@ def on_other_devices(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[torc
 def run_hooked(
     function: Callable[[], Any], pack: Callable[[torch.Tensor], Any], unpack: Callable[[Any], torch.Tensor]
 ) -> Any:
-    """Return ``function()``, run under saved-tensor hooks of memplan's own.
+    """Return ``function()``, run under saved-tensor hooks of memplan's own."""
+    with hooked(pack, unpack):
+        return function()
+
+
+@contextmanager
+def hooked(pack: Callable[[torch.Tensor], Any], unpack: Callable[[Any], torch.Tensor]) -> Iterator[None]:
+    """Have saved-tensor hooks of memplan's own.
 
     [Note: hooks that stay] torch's hooks lie on a stack of the thread's. A Ctrl-C in the moment in which they come off
     would leave them there for good; then they hand everything on as it is, and the next ones to come or go drop them.
@@ -125,7 +132,7 @@ def run_hooked(
     drop_hooks_that_stayed()
     try:
         torch._C._autograd._push_saved_tensors_default_hooks(packing, unpacking)
-        return function()
+        yield
     finally:
         live[0] = False
         drop_hooks_that_stayed()

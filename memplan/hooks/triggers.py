@@ -28,12 +28,12 @@ from memplan.errors import RunError
 from memplan.hooks.compiled import (
     OptimizedModule,
     call_of,
-    hides_hooks,
     in_region,
     keep_call,
     refuse_beside,
     refuse_region,
     replace_call,
+    takes_no_hooks,
     untraced,
     untraced_deep,
 )
@@ -137,7 +137,7 @@ class Triggers:
 
     def _watch(self, name: str, module: nn.Module) -> None:
         before, after = self._before(name), self._after(name)
-        if not hides_hooks(module):
+        if not takes_no_hooks(module):
             self._undo.append(module.register_forward_pre_hook(before, with_kwargs=True, prepend=True).remove)
             self._undo.append(module.register_forward_hook(after, with_kwargs=True).remove)
             return
@@ -183,7 +183,7 @@ class Triggers:
             else:
                 self._outermost = -1  # a backward that raised never announced its end
                 self._announced.clear()
-            if self._tells_failures and not self._around and name not in self._alone and not hides_hooks(module):
+            if self._tells_failures and not self._around and name not in self._alone and not takes_no_hooks(module):
                 self._alone.add(name)
                 self._watch_failure(module, self._ends_alone)
             if (taps := self._taps.get(name)) is not None and (again := taps.begins(args, kwargs)):

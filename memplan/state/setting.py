@@ -10,9 +10,11 @@ tensor that was written to in place), it is refused.
 from __future__ import annotations
 
 from collections import Counter, OrderedDict, defaultdict, deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from enum import Enum
 from operator import is_
+from types import FunctionType, ModuleType
 from typing import Any
 
 import torch
@@ -25,6 +27,11 @@ from memplan.state.process_state import positions
 _MAPPINGS = frozenset({dict, OrderedDict, defaultdict, Counter})
 _KEPT = frozenset({*_MAPPINGS, list, set, deque, torch.Generator})
 """What attributes hold that is changed in place, by its exact class."""
+_ATOMS = frozenset({int, float, bool, str, bytes, type(None), complex, torch.dtype, torch.device, torch.Size})
+_OTHERS = frozenset(
+    {"torch", "torchao", "bitsandbytes", "peft", "memplan", "threading", "logging", "_thread", "weakref", "functools"}
+)
+"""Packages whose objects are no settings: what quantizers keep beside a weight comes and goes with its block."""
 _TORCHS = frozenset(nn.Module().__dict__)
 _MOST_ENTRIES = 4096
 """Containers of more are not copied: no flags, tables rather."""
@@ -51,21 +58,73 @@ class Held:
         return any(len(attributes) != size for attributes, size, _ in self.plain)
 
     def state(self, given: Iterable[object] = ()) -> State:
-        """Return what they hold now. ``given``: arguments, among which generators may be."""
+        """Return what they hold now, and objects that they hold. ``given``: what their forwards are given, in depth."""
         filled: list[tuple[Any, Any]] = [(value, value.copy()) for value in self.own if value]
-        empty, drawn_from = [], [value for value in given if isinstance(value, torch.Generator)]
+        empty: list[Any] = []
+        drawn_from: list[torch.Generator] = []
+        objects: dict[int, dict[str, Any]] = {}
+
+        def look(value: Any) -> None:
+            if type(value) in _KEPT:
+                if type(value) is torch.Generator:
+                    drawn_from.append(value)
+                elif not value:
+                    empty.append(value)
+                elif len(value) <= _MOST_ENTRIES:
+                    filled.append((value, value.copy()))
+            elif holds_attributes(type(value)):
+                objects.setdefault(id(value), value.__dict__)
+
         for attributes, _, names in self.plain:
             for name in names:
-                value = attributes.get(name)
-                if type(value) in _KEPT:
-                    if type(value) is torch.Generator:
-                        drawn_from.append(value)
-                    elif not value:
-                        empty.append(value)
-                    elif len(value) <= _MOST_ENTRIES:
-                        filled.append((value, value.copy()))
-        attributes_now = [(attributes, attributes.copy()) for attributes, _, _ in self.plain]
-        return State(attributes_now, filled, [*self.own, *empty], drawn_from)
+                look(attributes.get(name))
+        for value in given:
+            look(value)
+        held = [*(attributes for attributes, _, _ in self.plain), *objects.values()]
+        return State([(now, now.copy()) for now in held], filled, [*self.own, *empty], drawn_from)
+
+
+_HOLDS: dict[type, bool] = {}
+
+
+def holds_attributes(kind: type) -> bool:
+    """Whether objects of a class hold plain attributes, as a configuration or a context of the script's does."""
+    if (known := _HOLDS.get(kind)) is not None:
+        return known
+    return _HOLDS.setdefault(
+        kind,
+        bool(getattr(kind, "__dictoffset__", 0))
+        and not issubclass(kind, (nn.Module, torch.Tensor, type, BaseException, ModuleType, FunctionType, Enum))
+        and kind.__module__.partition(".")[0] not in _OTHERS,
+    )
+
+
+def reached(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[list[object], list[torch.Tensor]]:
+    """Return what a forward is given that may be changed in place: containers, objects and generators, in depth, and
+    the tensors that are given by name or in those.
+    """
+    found: dict[int, object] = {}
+    tensors: list[torch.Tensor] = []
+    to_see: list[Any] = [*(value for value in args if not isinstance(value, torch.Tensor)), *kwargs.values()]
+    while to_see and len(found) < _MOST_ENTRIES:
+        value = to_see.pop()
+        kind = type(value)
+        if isinstance(value, torch.Tensor):
+            tensors.append(value)
+        elif id(value) in found or kind in _ATOMS:
+            continue
+        elif kind is torch.Generator:
+            found[id(value)] = value
+        elif isinstance(value, (list, tuple, set, deque)):
+            found[id(value)] = value
+            to_see += value
+        elif isinstance(value, dict):
+            found[id(value)] = value
+            to_see += value.values()
+        elif holds_attributes(kind) and not callable(getattr(value, "get_seq_length", None)):  # a cache: recompute's
+            found[id(value)] = value
+            to_see += value.__dict__.values()
+    return list(found.values()), tensors
 
 
 class State:
@@ -163,12 +222,12 @@ class Setting:
         self._set = {part for tuner in tuners if "parameter_name" in tuner.__dict__ for part in tuner.modules()}
         self._children = [(module._modules, module._modules.copy()) for module in self._held.modules if module._modules]
 
-    def now(self, given: Iterable[object] = ()) -> Now:
-        """Return how all is now. ``given``: the forward's arguments."""
+    def now(self, args: tuple[Any, ...] = (), kwargs: dict[str, Any] = {}) -> Now:  # noqa: B006
+        """Return how all is now. ``args``, ``kwargs``: the forward's arguments."""
         # Modules are equal where they are the same.
         if any(now != held for now, held in self._children) or self._held.is_changed():
             self._find_modules()
-        return Now(self._name, self._held, self._tuned, self._set, self._writes, self._apart, given)
+        return Now(self._name, self._held, self._tuned, self._set, self._writes, self._apart, *reached(args, kwargs))
 
 
 class Now:
@@ -183,7 +242,9 @@ class Now:
         writes: Callable[[], int],
         apart: frozenset[int],
         given: Iterable[object],
+        tensors: Sequence[torch.Tensor],
     ) -> None:
+        """``given``, ``tensors``: see :func:`reached`."""
         self.modules = held.modules
         self._name = name
         self._state = held.state(given)
@@ -209,6 +270,8 @@ class Now:
                     self._others.append(buffer)
         self._versions, self._steps = data_writes.states(self._trained), optimizer_steps.taken()
         self._other_versions = [tensor._version for tensor in self._others]
+        # Those that are given by place a checkpoint watches itself, and may have elsewhere meanwhile.
+        self._given = [(tensor, tensor._version) for tensor in tensors if not tensor.is_inference()]
 
     def refuse_written(self) -> None:
         """Raise RunError where the forward, which ends, has written to what it would write to a second time."""
@@ -231,6 +294,11 @@ class Now:
             raise RunError(
                 f"weights of {self._name} were written to between its forward and its backward, in which the plan "
                 f"runs it once more: write to them after backward(), or {_KEEP}"
+            )
+        if any(tensor._version != version for tensor, version in self._given):
+            raise RunError(
+                f"a tensor that {self._name} was called with was written to between its forward and its backward, in "
+                f"which the plan runs it once more: write to a copy, or after backward(), or {_KEEP}"
             )
         had_kernels = _kernels()
         flags = [(parameter, flag) for parameter, flag in self._flags if parameter.requires_grad != flag]

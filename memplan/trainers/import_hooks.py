@@ -128,12 +128,11 @@ def _compiled(module: ModuleType) -> None:
     def first(place: int) -> Callable[..., None]:
         @functools.wraps(originals[place])
         def call(*args: Any, **kwargs: Any) -> None:
-            from memplan.trainers.compiled_whole import serve_compiled  # torch is all there only by now
-            from memplan.trainers.serve_script import compiled_whole
+            from memplan.trainers.serve_script import serve_compiled_models  # torch is all there only by now
 
             for (kind, name), original in zip(ways, originals, strict=True):
                 setattr(kind, name, original)
-            serve_compiled(module.OptimizedModule, compiled_whole)
+            serve_compiled_models(module.OptimizedModule)
             getattr(*ways[place])(*args, **kwargs)
 
         return call

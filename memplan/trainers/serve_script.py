@@ -31,6 +31,7 @@ from memplan.program.schema import Plan
 from memplan.request import completed
 from memplan.run.handle import Handle, handle_of
 from memplan.show.log_lines import startup_lines
+from memplan.trainers.compiled_whole import serve_compiled
 from memplan.trainers.hf_trainer import (
     compiles,
     is_of_library,
@@ -152,8 +153,12 @@ def serve_optimizer(optimizer: torch.optim.Optimizer) -> None:
     _looked_s += time.monotonic() - began
 
 
-def compiled_whole(model: nn.Module) -> None:
-    """Say why a model that torch.compile has as a whole is not placed; it waits no more."""
+def serve_compiled_models(kind: type[nn.Module]) -> None:
+    """Have a model that torch.compile has as a whole say why it is not placed; it then waits no more."""
+    serve_compiled(kind, _compiled_whole)
+
+
+def _compiled_whole(model: nn.Module) -> None:
     forget(model)
     move(model)
     _ASIDE[model] = _trained_ids(model)

@@ -62,6 +62,8 @@ from memplan.state.snapshot import Snapshot
 _DEEPEST = 8
 """Levels of containers within containers that are taken apart."""
 
+_STEP_RUNS = "check that one training step of it runs"
+
 
 def analyze(
     model: nn.Module,
@@ -228,7 +230,7 @@ def _look(
         try:
             found = trace(units, drafts, policies=dict.fromkeys(names, policy))
         except ModelError as error:
-            why = str(error)
+            why = str(error).removesuffix(f": {_STEP_RUNS}")
         else:
             if found.recorder.log.accesses_alike(kept.recorder.log):
                 return found
@@ -345,8 +347,7 @@ def _trace(
             raise
         except Exception as error:
             raise ModelError(
-                f"the model could not be traced with this batch ({type_and_line(error)}): check that one training "
-                "step of it runs"
+                f"the model could not be traced with this batch ({type_and_line(error)}): {_STEP_RUNS}"
             ) from error
         recorder.finish()
         refuse_replaced(model, placed)

@@ -217,7 +217,8 @@ def serve_call(func: Callable[..., Any], args: Any, kwargs: Any, tensors: Sequen
         failure: RunError | None = None
         for server, one in given:
             try:
-                server.take_back(one)
+                with _outside_of_functorch():
+                    server.take_back(one)
             except RunError as error:
                 failure = failure or error
         if failure is not None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -14,6 +14,7 @@ from memplan.analyze.graph import Tensor
 from memplan.hooks import offload, recompute
 from memplan.hooks.compiled import hides_hooks, is_compiled
 from memplan.hooks.late_hooks import Calls, LateHooks
+from memplan.hooks.same_again import SameAgain
 from memplan.hooks.taps import Taps
 from memplan.hooks.triggers import Triggers
 from memplan.model.weights import frozen_weights, is_quantized, keep_layout
@@ -24,6 +25,7 @@ from memplan.run.access.entrances import Entrances, refuse_entrance
 from memplan.run.handle import Handle
 from memplan.run.memory.home import Home
 from memplan.run.modules.embedding_rows import look_up_on_host, read_in_place
+from memplan.run.modules.encoder_fast_path import keep_fast_path
 from memplan.run.modules.guard import Guard
 from memplan.run.modules.offloaded_activations import Offloaded, offloaded_activations
 from memplan.run.runtime import Runtime
@@ -104,15 +106,17 @@ def _hook(model: nn.Module, runtime: Runtime, triggers: Mapping[str, nn.Module],
         undo.callback(checked.remove)
         _check_reads(checked, model, triggers, tiers)
     for module in model.modules():
-        undone = keep_layout(module)
-        if undone is not None:
-            undo.callback(undone)
-    for policy in plan.activations:
-        if policy.activations == "recompute":
-            layer = triggers[policy.module]
-            undo.callback(data_writes.watch(layer))
-            undo.callback(optimizer_steps.watch(layer))
-            undo.callback(recompute.wrap(layer, _setting_kept(policy.module, layer, runtime)))
+        for keeping in (keep_layout, keep_fast_path):
+            undone = keeping(module)
+            if undone is not None:
+                undo.callback(undone)
+    again = [policy.module for policy in plan.activations if policy.activations == "recompute"]
+    turns: list[SameAgain] = []
+    for name in again:
+        undo.callback(data_writes.watch(triggers[name]))
+        undo.callback(optimizer_steps.watch(triggers[name]))
+        same = SameAgain(name, turns, tiers.arena.addresses.holds)
+        undo.callback(recompute.wrap(triggers[name], _setting_kept(name, triggers[name], runtime, same)))
     offloads = conductor.loader.offloads
     for held in offloads.by_key.values():
         undo.callback(offload.wrap(triggers[held.module], held.module, offloads.beginning(held.key)))
@@ -217,9 +221,9 @@ def _are_quantized(modules: Iterable[nn.Module]) -> bool:
     return any(p is not None and is_quantized(p) for module in modules for p in module._parameters.values())
 
 
-def _setting_kept(name: str, module: nn.Module, runtime: Runtime) -> recompute.Kept:
+def _setting_kept(name: str, module: nn.Module, runtime: Runtime, same: SameAgain) -> recompute.Kept:
     """Return what keeps the setting of a forward that the plan runs once more, and the hooks that came after the
-    plan.
+    plan, and looks whether it is the ``same``.
     """
     tiers = runtime.tiers
     reads = {block for access in tiers.plan.table.accesses if access.module == name for block in access.blocks}
@@ -230,18 +234,20 @@ def _setting_kept(name: str, module: nn.Module, runtime: Runtime) -> recompute.K
     hooks = LateHooks(name, module, apart)
 
     def kept(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[AbstractContextManager[None], recompute.Again]:
-        now = setting.now((*args, *kwargs.values()))
+        now = setting.now(args, kwargs)
         calls = Calls(now.modules)
+        look = same.begin()
 
         @contextmanager
         def first() -> Iterator[None]:
-            with hooks.first(calls):
+            with hooks.first(calls), look.first() if look and not calls.are_late else nullcontext():
                 yield
             now.refuse_written()
 
         @contextmanager
         def again() -> Iterator[None]:
-            with now.again(), hooks.again(calls), loader.recomputing(name):
+            looked = look.again() if look and not calls.are_late else nullcontext()
+            with now.again(), hooks.again(calls), loader.recomputing(name), looked:
                 yield
 
         return first(), again
