@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import torch
 from torch.utils.checkpoint import checkpoint
 
@@ -34,7 +35,8 @@ _BITS = {
 """What is compared, and as what it is summed."""
 _SEED = 2
 """Elements of what a kernel keeps of its random numbers."""
-_Noted = tuple[torch.Size, torch.Tensor]
+_Noted = tuple[torch.Size, Any]
+"""Shape and sum: a number where the tensor is on the CPU."""
 
 
 class SameAgain:
@@ -59,13 +61,16 @@ class SameAgain:
             return None
         return Pass(self, is_early=is_early)
 
-    def compared(self, found: list[tuple[torch.Tensor, torch.Tensor]], *, is_early: bool) -> None:
+    def compared(self, found: list[tuple[Any, Any]], *, is_early: bool) -> None:
         """Raise RunError where two sums differ; on a GPU, after the first passes, of those that have been computed."""
         if not found:
             return
         if self._turn < 0:
             self._turn = len(self._turns)
             self._turns.append(self)
+        if not all(isinstance(one, torch.Tensor) for pair in found for one in pair):
+            self._refuse(any(first != second for first, second in found))
+            return
         differ = torch.stack([first for first, _ in found]).ne(torch.stack([second for _, second in found])).any()
         if is_early or differ.device.type != "cuda":
             self._refuse(bool(differ))
@@ -124,6 +129,12 @@ def refusal(name: str) -> RunError:
     )
 
 
+def _sum(bits: torch.Tensor) -> Any:
+    if bits.device.type == "cpu":
+        return int(bits.numpy().sum(dtype=np.int64))  # nothing of it is a tensor's memory
+    return bits.sum(dtype=torch.int64)
+
+
 @contextmanager
 def _noting(noted: list[_Noted], is_weight: Callable[[int], bool]) -> Iterator[None]:
     around = hooks_around()
@@ -135,7 +146,7 @@ def _noting(noted: list[_Noted], is_weight: Callable[[int], bool]) -> Iterator[N
         bits = _BITS.get(tensor.dtype) if type(tensor) is torch.Tensor and tensor.layout is torch.strided else None
         is_seed = bits is tensor.dtype and tensor.numel() <= _SEED
         if bits is not None and not is_seed and not is_weight(tensor.data_ptr()):
-            noted.append((tensor.shape, tensor.detach().view(bits).sum(dtype=torch.int64)))
+            noted.append((tensor.shape, _sum(tensor.detach().view(bits))))
         return around[0](tensor)
 
     with hooked(pack, around[1]):
