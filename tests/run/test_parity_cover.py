@@ -177,4 +177,9 @@ def plan_of(model, case):
         streamed = [item.block for item in plan.items if item.kind == "weights" and item.home != "device"]
         if streamed:
             break
-    return plan if case.homes == "host" else placed(plan.budgets.vram_bytes, dict.fromkeys(streamed, "disk"))
+    pins: dict[str, str] = {}
+    while case.homes == "disk" and streamed:  # others may stream beside the disk
+        pins |= dict.fromkeys(streamed, "disk")
+        plan = placed(plan.budgets.vram_bytes, pins)
+        streamed = [item.block for item in plan.items if item.kind == "weights" and item.home == "host"]
+    return plan
