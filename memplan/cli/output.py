@@ -40,7 +40,7 @@ def show_compared(plan: Plan, as_json: bool) -> None:
         from memplan.show.query_tables import write_compared
 
         write_compared(
-            f"{plan.model}: {plan.workload.tokens} tokens a pass, on {plan.hardware}, in vram of "
+            f"{plan.model}: {plan.workload.size} a pass, on {plan.hardware}, in vram of "
             f"{format_bytes(plan.budgets.vram_bytes)}",
             list(found.items()),
         )

@@ -104,7 +104,7 @@ def frontier(
     else:
         from memplan.show.query_tables import write_frontier
 
-        write_frontier(f"{case.model}: {case.workload.tokens} tokens a pass, on {case.hardware}", found)
+        write_frontier(f"{case.model}: {case.workload.size} a pass, on {case.hardware}", found)
     return OK
 
 

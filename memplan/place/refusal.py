@@ -46,7 +46,7 @@ def does_not_fit(task: Task, workload: Workload) -> DoesNotFitError:
     least_disk = least_disk_bytes(problems, budgets)
     changes = sorted(_changes(task, workload, problems, least_vram, least_ram, least_disk))
     tips = [change.text for change in changes]
-    asked = f"a micro-batch of {workload.tokens} tokens was to be trained in {format_bytes(budgets.vram_bytes)} of vram"
+    asked = f"a micro-batch of {workload.size} was to be trained in {format_bytes(budgets.vram_bytes)} of vram"
     if least_ram is not None:  # with that much of it the vram that was asked for would do
         asked += (
             f" and {format_bytes(budgets.ram_bytes)} of ram, but that vram needs at least "

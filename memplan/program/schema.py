@@ -57,6 +57,7 @@ class Workload(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     batch: dict[str, tuple[int, ...]]
     """Shape of each tensor of one micro-batch."""
     tokens: int
+    """Of one micro-batch; its samples where it has no sequence of tokens: see :attr:`unit`."""
     accumulation: int
     """Passes of one step."""
     optimizer: str
@@ -68,6 +69,24 @@ class Workload(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Of an epoch, where ``steps`` are counted from them."""
     epochs: int | None = None
     """With ``examples``."""
+
+    @property
+    def unit(self) -> str:
+        """What ``tokens`` counts: ``"tokens"``, or ``"samples"`` such as images and spectrograms."""
+        for name, shape in self.batch.items():
+            is_text = name.rpartition(".")[2] in ("input_ids", "inputs_embeds") or name.isdigit()
+            if is_text and len(shape) > 1 and self.tokens and self.tokens % (shape[0] * shape[1] or 1) == 0:
+                return "tokens"
+        return (
+            "tokens"
+            if not self.batch or any(self.tokens == s[0] * s[1] for s in self.batch.values() if len(s) == 2)
+            else "samples"
+        )
+
+    @property
+    def size(self) -> str:
+        """How much a micro-batch is, for people: ``"512 tokens"``, ``"1 sample"``."""
+        return f"{self.tokens:,} {self.unit if self.tokens != 1 else self.unit[:-1]}"
 
 
 class Budgets(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

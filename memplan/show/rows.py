@@ -65,7 +65,7 @@ def time_rows(plan: Plan, facts: Facts, seen: Measured | None) -> Iterator[TimeR
     yield row("lower bound", prediction.bound_s)
     yield row("step", prediction.step_s)
     if facts.tokens_per_s is not None:
-        yield row("tokens/s", facts.tokens_per_s, words.rate, "tokens_per_s")
+        yield row(f"{plan.workload.unit}/s", facts.tokens_per_s, words.rate, "tokens_per_s")
     yield row("loads/pass", prediction.loads_per_pass, words.number, "loads_per_pass")
     yield row("loaded/pass", prediction.loaded_bytes_per_pass, format_bytes, "loaded_bytes_per_pass")
     if prediction.offloaded_bytes_per_pass:

@@ -29,7 +29,7 @@ def subject(plan: Plan, glyphs: Glyphs) -> str:
         batch = "batch " + ", ".join(f"{glyphs.safe(name)} {shape}" for name, shape in shapes.items())
     passes = "1 pass" if workload.accumulation == 1 else f"{workload.accumulation} passes"
     where = f"{glyphs.safe(plan.hardware)} ({glyphs.safe(plan.table.device)})"
-    return f"{batch}, {workload.tokens:,} tokens a pass, {passes} a step, on {where}"
+    return f"{batch}, {workload.size} a pass, {passes} a step, on {where}"
 
 
 def fits(plan: Plan) -> str:
