@@ -39,7 +39,7 @@ def rich_plan() -> Plan:
         table=msgspec.structs.replace(plan.table, accesses=rows),
         workload=msgspec.structs.replace(
             plan.workload,
-            batch={"input_ids": (2, 64), "pixels": (2, 3, 8)},
+            batch={"input_ids": (2, 32), "pixels": (2, 3, 8)},
             accumulation=4,
             steps=3000,
             examples=24_000,
