@@ -59,7 +59,8 @@ def does_not_fit(task: Task, workload: Workload) -> DoesNotFitError:
     else:
         asked += f", but the least that works is {_more(int(of.vram_bytes), budgets.vram_bytes)}"
         limited = _vram_limit(of)
-    tips += _more_tips(task, workload, of, bool(changes), is_ram=least_ram is not None)
+    more = _more_tips(task, workload, of, bool(changes), is_ram=least_ram is not None)
+    tips += (tip for tip in more if tip not in tips)
     return DoesNotFitError(
         asked,
         least_vram_bytes=least_vram,
@@ -88,6 +89,10 @@ def _changes(
     if least_vram is not None:
         price = _PRICES["vram"] * (least_vram - budgets.vram_bytes) / GIB
         yield _Change(price, f"give at least {format_bytes(least_vram)} of vram ({least_vram} bytes)")
+        trained = sum(row.size_bytes for row in task.table.fixed)
+        if least_ram is None and trained > max(least_vram - budgets.vram_bytes, least_vram // 2):
+            # Nothing else is as much, and it costs no hardware: experts have most of a model's modules.
+            yield _Change(0.0, _fewer_targets(trained))
     if least_ram is None and (both := _vram_and_ram(problems, budgets)) is not None:
         vram, ram = both
         price = _PRICES["vram"] * (vram - budgets.vram_bytes) / GIB + _PRICES["ram"] * (ram - budgets.ram_bytes) / GIB
@@ -180,10 +185,7 @@ def _more_tips(task: Task, workload: Workload, of: Least, is_found: bool, *, is_
     least, peak, smallest = int(of.vram_bytes), int(of.nonweight.max()), of.smallest[1]
     fixed = sum(row.size_bytes for row in table.fixed)
     if fixed > min(least // 4, peak // 2):
-        yield (
-            "use a smaller adapter rank, fewer of its targets, or an optimizer with less state: these take "
-            f"{format_bytes(fixed)}, gradients not counted"
-        )
+        yield _fewer_targets(fixed)
     if smallest.device_bytes > 4 * smallest.slots_bytes and len(smallest.homes) < len(problem.movable):
         yield "give more ram or a disk budget, so that more blocks may leave the device"
     state = sum(row.size_bytes for row in table.fixed if row.kind == "optimizer")
@@ -195,6 +197,13 @@ def _more_tips(task: Task, workload: Workload, of: Least, is_found: bool, *, is_
     looked = any(row.offload_bytes for row in table.accesses)
     if of.level and not looked and table.device != "cpu":
         yield 'let activations wait in ram too (activations "any"), which may need less vram'
+
+
+def _fewer_targets(size_bytes: int) -> str:
+    return (
+        "use a smaller adapter rank, fewer of its targets (such as the attention's alone), or an optimizer with less "
+        f"state: these take {format_bytes(size_bytes)}, gradients not counted"
+    )
 
 
 def _lacks_staging(task: Task) -> bool:

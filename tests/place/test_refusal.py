@@ -107,7 +107,11 @@ def test_adapters_that_take_most_are_named():
     table = make_table([X] * 12, recomputable=False)
     large = tuple(replace(row, size_bytes=300 * MIB) if row.kind == "adapters" else row for row in table.fixed)
     error = refused(replace(table, fixed=large), budgets(1))
+    assert "fewer of its targets" not in error.suggestions[0]  # they alone would not make it fit in one byte
     assert any("fewer of its targets" in tip for tip in error.suggestions)
+    error = refused(replace(table, fixed=large), budgets(200 * MIB))
+    assert "fewer of its targets" in error.suggestions[0]
+    assert sum("fewer of its targets" in tip for tip in error.suggestions) == 1
 
 
 @settings(max_examples=60, deadline=None, derandomize=True)
