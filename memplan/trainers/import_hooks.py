@@ -110,7 +110,7 @@ def _optimizers(module: ModuleType) -> None:
         original(optimizer, *args, **kwargs)
         if _is_of_script(sys._getframe(1)):
             try:
-                from memplan.trainers.serve_script import serve_optimizer  # torch is all there only by now
+                from memplan.trainers.serve_loop import serve_optimizer  # torch is all there only by now
 
                 serve_optimizer(optimizer)
             except Exception as error:  # the script is to run all the same
@@ -128,7 +128,7 @@ def _compiled(module: ModuleType) -> None:
     def first(place: int) -> Callable[..., None]:
         @functools.wraps(originals[place])
         def call(*args: Any, **kwargs: Any) -> None:
-            from memplan.trainers.serve_script import serve_compiled_models  # torch is all there only by now
+            from memplan.trainers.serve_loop import serve_compiled_models  # torch is all there only by now
 
             for (kind, name), original in zip(ways, originals, strict=True):
                 setattr(kind, name, original)

@@ -101,7 +101,7 @@ class PlacementAtFirstCall(Callback):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Have it wait for that, where it does not already."""
-        from memplan.trainers.serve_script import serve_model
+        from memplan.trainers.serve_loop import serve_model
 
         if stage == "fit" and handle_of(pl_module) is None and not waits(pl_module):
             for module in frozen_within(pl_module):
