@@ -22,7 +22,8 @@ from torch import nn
 from memplan.analyze.graph import Access, LayerGraph
 from memplan.analyze.inputs.autocast import dtype_of_autocast, outside_autocast, outside_saving
 from memplan.analyze.inputs.batch import Batch, batch_for, is_shape, random_tokens
-from memplan.analyze.repeat.periodic import Run, find_runs, shortened
+from memplan.analyze.repeat.outline import runs_of
+from memplan.analyze.repeat.periodic import Run, shortened
 from memplan.analyze.repeat.unroll import short_name
 from memplan.analyze.trace.accesses import AccessLog
 from memplan.analyze.trace.swap_tensors import exchanged
@@ -101,7 +102,7 @@ def measure(
     if there.type == "cuda":
         torch.cuda.init()  # else its random state would not be among those that are kept
     call = batch_for(model, batch)
-    runs = find_runs(model) if short else ()
+    runs = runs_of(model, call) if short else ()
     autocast_dtype = dtype_of_autocast(autocast)  # the caller's own, where none is given
     try:
         with ExitStack() as undo:
