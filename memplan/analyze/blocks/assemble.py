@@ -357,6 +357,11 @@ def _notes(model: nn.Module, graph: LayerGraph, kept: Traced, ran_again: int) ->
             f"The model decides by values that a trace does not have ({', '.join(assumed)}): an even choice was "
             "assumed."
         )
+    if uncounted := sorted(kept.recorder.values.uncounted):
+        found.append(
+            f"What the recurrent layers keep for their backward ({', '.join(uncounted)}) is known to the GPU's library "
+            "alone, and not counted: leave room for it."
+        )
     return found
 
 

@@ -23,6 +23,9 @@ _MOST_FLOATS = 1 << 20
 
 _aten = torch.ops.aten
 _ASKS = {_aten._local_scalar_dense.default, _aten.equal.default, _aten.is_nonzero.default}
+_RECURRENT = _aten.mkldnn_rnn_layer.default
+_UNCOUNTED = {_aten._cudnn_rnn.default, _aten.miopen_rnn.default}
+"""Operators that keep memory of a size that only their library knows."""
 _CHOICES = {
     _aten.topk,
     _aten.sort,
@@ -48,6 +51,15 @@ _SHAPED_BY_VALUES = {
 }
 
 
+def _recurrent(func: Any, args: tuple[Any, ...]) -> tuple[torch.Tensor, ...]:
+    """Return what a layer of an LSTM makes on the CPU, with what it keeps for its backward: the fake one is empty."""
+    found = func(*args)
+    with unset_fake_temporarily(), torch.enable_grad():  # without gradients it keeps nothing
+        zeros = (torch.zeros(v.shape, dtype=v.dtype) if isinstance(v, torch.Tensor) else v for v in args)
+        kept = func(*zeros)[-1]
+    return (*found[:-1], found[-1].new_empty(kept.shape))
+
+
 def remember(fake: torch.Tensor, value: torch.Tensor) -> None:
     """Note what a fake tensor's values are."""
     limit = _MOST_FLOATS if value.dtype.is_floating_point or value.dtype.is_complex else _MOST_ELEMENTS
@@ -69,6 +81,8 @@ class Values:
     def __init__(self) -> None:
         self.assumed: set[str] = set()
         """Operators whose answer was made up."""
+        self.uncounted: set[str] = set()
+        """Operators that keep more for their backward than a trace sees."""
         self.decisions = 0
         """How often what runs next, or on how much, rested on values of activations."""
         self._replay = Replay()
@@ -83,6 +97,10 @@ class Values:
             return _ctc_loss(*args[:4])
         if func is _aten.sparse_mask.default:
             return _masked(args[0], args[1])
+        if func is _RECURRENT:
+            return _recurrent(func, args)
+        if func in _UNCOUNTED:
+            self.uncounted.add(func._overloadpacket.__name__)
         if func in _SHAPED_BY_VALUES and _depends(func, args):
             return self._shaped(func, args, kwargs)
         if func._overloadpacket in DRAWS:

@@ -281,6 +281,7 @@ def _trace(
     ``policies``: units whose activations are not kept, by name.
     """
     mode = FakeTensorMode(allow_non_fake_inputs=True)
+    mode.cache_enabled = False  # what it makes anew does not share memory as what it was made of did
     own = {id(parameter) for parameter in model.parameters()}  # before fake ones take their place
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     ran_again: set[str] = set()
