@@ -11,7 +11,7 @@ from torch import nn
 from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
-from memplan.hooks.compiled import call_of, replace_call
+from memplan.hooks.compiled import call_of, replace_call, untraced
 
 Again = Callable[[], AbstractContextManager[None]]
 """Makes the context in which a forward runs once more."""
@@ -131,7 +131,7 @@ def hooked(pack: Callable[[torch.Tensor], Any], unpack: Callable[[Any], torch.Te
     packing.live = live  # type: ignore[attr-defined]
     drop_hooks_that_stayed()
     try:
-        torch._C._autograd._push_saved_tensors_default_hooks(packing, unpacking)
+        torch._C._autograd._push_saved_tensors_default_hooks(untraced(packing), untraced(unpacking))
         yield
     finally:
         live[0] = False

@@ -1,153 +1,137 @@
 """Whether a layer that is run again in backward computes what it did the first time.
 
 A forward may read what no one can keep for it: a global, a context variable, a mode or a patch around it, another
-module's attribute. So sums of the bits of what it saves are compared: of all layers in their first passes, where what a
-script does in each shows, and later of one layer in turn, or one in :data:`MOST`, since what is around a forward is
-around them all. Weights are left out, of which others hear when they are written to, and what torch's kernels keep of
-random numbers, which is never written where there are none.
+module's attribute. So checksums of what it saves are compared as backward takes it: of all layers in their first
+passes, where what a script does in each shows, and later of two layers in turn, or two in :data:`MOST`, since what is
+around a forward is around them all (the first may save nothing that depends on it). Frozen weights are left out, of
+which others hear when they are written to, and what a GPU's kernels keep of random numbers, which is never written
+where there are none.
 """
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 import torch
-from torch.utils.checkpoint import checkpoint
+from torch import nn
 
 from memplan.errors import RunError
+from memplan.hooks.compiled import untraced_deep
 from memplan.hooks.recompute import hooked, hooks_around
 
 FIRST = 4
 """Passes in which all layers are looked at."""
 MOST = 32
-_BITS = {
-    torch.bool: torch.uint8,
-    torch.float16: torch.int16,
-    torch.bfloat16: torch.int16,
-    torch.float32: torch.int32,
-    torch.float64: torch.int64,
-    torch.int32: torch.int32,
-    torch.int64: torch.int64,
-}
-"""What is compared, and as what it is summed."""
-_SEED = 2
-"""Elements of what a kernel keeps of its random numbers."""
-_Noted = tuple[torch.Size, Any]
-"""Shape and sum: a number where the tensor is on the CPU."""
+_BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+_KINDS = (torch.Tensor, nn.Parameter)
+
+
+class Turns:
+    """The layers of one model that take turns, and what a GPU has not told yet."""
+
+    def __init__(self, is_weight: Callable[[int], bool]) -> None:
+        """``is_weight``: whether a frozen weight lies at an address."""
+        self.is_weight = is_weight
+        self.count = 0
+        self._untold: list[tuple[str, torch.Tensor, torch.cuda.Event]] = []
+        """Whether a checksum differed, on its way to the host."""
+
+    def later(self, name: str, differs: torch.Tensor) -> None:
+        """Have a GPU's answer looked at once it is there."""
+        told = torch.empty((), dtype=torch.bool, pin_memory=True).copy_(differs, non_blocking=True)
+        event = torch.cuda.Event()
+        event.record()
+        self._untold.append((name, told, event))
+
+    def look(self) -> None:
+        """Raise RunError where an answer that is there by now says that something differed."""
+        while self._untold and self._untold[0][2].query():
+            name, told, _ = self._untold.pop(0)
+            if told:
+                raise refusal(name)
 
 
 class SameAgain:
     """Looks at one layer."""
 
-    def __init__(self, name: str, turns: list[SameAgain], is_weight: Callable[[int], bool]) -> None:
-        """``turns``: the layers that have turns, of all those that are run again; each joins once it has saved
-        something. ``is_weight``: whether a frozen weight lies at an address.
-        """
+    def __init__(self, name: str, turns: Turns) -> None:
         self._name = name
-        self.is_weight = is_weight
+        self._turns = turns
+        self._turn = -1
+        """Its place among those that have turns: a layer joins once it has saved something."""
         self._calls = 0
-        self._turns, self._turn = turns, -1
-        self._unread: list[tuple[torch.Tensor, torch.cuda.Event]] = []
-        """Whether sums differed, on its way to the host."""
 
-    def begin(self) -> Pass | None:
-        """Note that a forward begins that may be run again; return what looks at it, if anything does."""
+    def begin(self) -> Callable[[], Any] | None:
+        """Note that a forward begins that may be run again. Return what makes the context for its first run, where it
+        is looked at.
+        """
+        self._turns.look()
         self._calls += 1
-        is_early = self._calls <= FIRST
-        if not is_early and (self._turn < 0 or (self._calls + self._turn) % min(len(self._turns), MOST)):
-            return None
-        return Pass(self, is_early=is_early)
+        if self._calls <= FIRST:
+            return self._compared_at_once
+        every = min(self._turns.count, MOST)
+        if self._turn >= 0 and (self._calls + self._turn) % every in (0, every // 2):
+            return self._compared
+        return None
 
-    def compared(self, found: list[tuple[Any, Any]], *, is_early: bool) -> None:
-        """Raise RunError where two sums differ; on a GPU, after the first passes, of those that have been computed."""
-        if not found:
-            return
-        if self._turn < 0:
-            self._turn = len(self._turns)
-            self._turns.append(self)
-        if not all(isinstance(one, torch.Tensor) for pair in found for one in pair):
-            self._refuse(any(first != second for first, second in found))
-            return
-        differ = torch.stack([first for first, _ in found]).ne(torch.stack([second for _, second in found])).any()
-        if is_early or differ.device.type != "cuda":
-            self._refuse(bool(differ))
-            return
-        while self._unread and self._unread[0][1].query():
-            self._refuse(bool(self._unread.pop(0)[0]))
-        told = torch.empty((), dtype=torch.bool, pin_memory=True).copy_(differ, non_blocking=True)
-        event = torch.cuda.Event()
-        event.record()
-        self._unread.append((told, event))
-
-    def _refuse(self, differs: bool) -> None:
-        if differs:
-            raise refusal(self._name)
-
-
-class Pass:
-    """One forward that is looked at."""
-
-    def __init__(self, of: SameAgain, *, is_early: bool) -> None:
-        self._of = of
-        self._is_early = is_early
-        self._first: list[_Noted] = []
+    def _compared_at_once(self) -> Any:
+        return self._compared(at_once=True)
 
     @contextmanager
-    def first(self) -> Iterator[None]:
-        """Return the context in which it runs the first time."""
-        with _noting(self._first, self._of.is_weight):
+    def _compared(self, *, at_once: bool = False) -> Iterator[None]:
+        """Compare what backward takes of what the forward saves inside: RunError is raised there."""
+        around = hooks_around()
+        if around is None:
+            yield
+            return
+
+        def pack(tensor: torch.Tensor) -> Any:
+            return around[0](tensor), self._sum(tensor)
+
+        def unpack(packed: Any) -> Any:
+            value, first = around[1](packed[0]), packed[1]
+            if first is not None and (second := self._sum(value)) is not None:
+                self._compare(first, second, at_once=at_once)
+            return value
+
+        with hooked(untraced_deep(pack), untraced_deep(unpack)):
             yield
 
-    @contextmanager
-    def again(self) -> Iterator[None]:
-        """Return the context in which it runs again. Raises RunError."""
-        second: list[_Noted] = []
-        try:
-            with _noting(second, self._of.is_weight):
-                yield
-        except Exception as error:
-            if type(error).__module__ == checkpoint.__module__:  # it has all that is wanted
-                self._compare(second)
-            raise
-        self._compare(second)
+    def _sum(self, tensor: torch.Tensor) -> Any:
+        """Return a checksum that depends on the places of the elements too; None of what is not compared."""
+        if type(tensor) not in _KINDS or tensor.layout is not torch.strided or tensor.is_nested:
+            return None
+        on_cpu = tensor.device.type == "cpu"
+        is_seed = tensor.dtype is torch.uint64 or (tensor.dtype is torch.int64 and tensor.dim() == 0)
+        if (is_seed and not on_cpu) or self._turns.is_weight(tensor.data_ptr()):
+            return None
+        if self._turn < 0:
+            self._turn, self._turns.count = self._turns.count, self._turns.count + 1
+        plain = tensor.detach().resolve_conj().resolve_neg()
+        plain = torch.view_as_real(plain) if plain.dtype is torch.complex128 else plain
+        bits = plain.view(_BITS[plain.element_size()])
+        if on_cpu:
+            return zlib.crc32(np.ascontiguousarray(bits.numpy()).data), tuple(bits.shape)  # no tensor's memory is taken
+        rows = bits.reshape(-1, bits.shape[-1] if bits.dim() and bits.numel() else 1)
+        sums = [rows.sum(dim, dtype=torch.int64) for dim in (0, 1)]
+        return sum((part * torch.arange(1, len(part) + 1, device=part.device)).sum() for part in sums)
 
-    def _compare(self, second: list[_Noted]) -> None:
-        pairs = list(zip(self._first, second, strict=False))
-        if any(a[0] != b[0] for a, b in pairs):
-            raise refusal(self._of._name)
-        self._of.compared([(a[1], b[1]) for a, b in pairs], is_early=self._is_early)
+    def _compare(self, first: Any, second: Any, *, at_once: bool) -> None:
+        differs = first != second
+        if isinstance(differs, torch.Tensor) and differs.device.type == "cuda" and not at_once:
+            self._turns.later(self._name, differs)
+        elif differs:
+            raise refusal(self._name)
 
 
 def refusal(name: str) -> RunError:
     return RunError(
         f"the forward of {name} computed something else when the plan ran it a second time, in backward: it reads what "
-        "has changed since, such as a global, a context around the forward, or another module's attribute. Keep that "
-        'as it is until backward() has ended, or plan with activations="keep"'
+        "has changed since, such as a global, a context around the forward, or another module's attribute, or is not "
+        "the same twice by itself. Keep what it reads as it is until backward() has ended, or plan with "
+        'activations="keep"'
     )
-
-
-def _sum(bits: torch.Tensor) -> Any:
-    if bits.device.type == "cpu":
-        return int(bits.numpy().sum(dtype=np.int64))  # nothing of it is a tensor's memory
-    return bits.sum(dtype=torch.int64)
-
-
-@contextmanager
-def _noting(noted: list[_Noted], is_weight: Callable[[int], bool]) -> Iterator[None]:
-    around = hooks_around()
-    if around is None:
-        yield
-        return
-
-    def pack(tensor: torch.Tensor) -> Any:
-        bits = _BITS.get(tensor.dtype) if type(tensor) is torch.Tensor and tensor.layout is torch.strided else None
-        is_seed = bits is tensor.dtype and tensor.numel() <= _SEED
-        if bits is not None and not is_seed and not is_weight(tensor.data_ptr()):
-            noted.append((tensor.shape, _sum(tensor.detach().view(bits))))
-        return around[0](tensor)
-
-    with hooked(pack, around[1]):
-        yield

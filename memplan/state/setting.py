@@ -30,8 +30,11 @@ _KEPT = frozenset({*_MAPPINGS, list, set, deque, torch.Generator})
 _ATOMS = frozenset({int, float, bool, str, bytes, type(None), complex, torch.dtype, torch.device, torch.Size})
 _OTHERS = frozenset(
     {"torch", "torchao", "bitsandbytes", "peft", "memplan", "threading", "logging", "_thread", "weakref", "functools"}
+    | {"queue", "_queue", "asyncio", "concurrent", "multiprocessing", "socket", "io", "_io"}
 )
-"""Packages whose objects are no settings: what quantizers keep beside a weight comes and goes with its block."""
+"""Packages whose objects are no settings: what quantizers keep beside a weight comes and goes with its block, and what
+threads share is not for one of them to put back.
+"""
 _TORCHS = frozenset(nn.Module().__dict__)
 _MOST_ENTRIES = 4096
 """Containers of more are not copied: no flags, tables rather."""
@@ -101,17 +104,18 @@ def holds_attributes(kind: type) -> bool:
 
 def reached(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[list[object], list[torch.Tensor]]:
     """Return what a forward is given that may be changed in place: containers, objects and generators, in depth, and
-    the tensors that are given by name or in those.
+    the tensors that are given by name, or in a tuple or list.
     """
     found: dict[int, object] = {}
     tensors: list[torch.Tensor] = []
+    for given in (*args, *kwargs.values()):
+        tensors += (part for part in given if isinstance(part, torch.Tensor)) if type(given) in (tuple, list) else ()
+    tensors += (value for value in kwargs.values() if isinstance(value, torch.Tensor))
     to_see: list[Any] = [*(value for value in args if not isinstance(value, torch.Tensor)), *kwargs.values()]
     while to_see and len(found) < _MOST_ENTRIES:
         value = to_see.pop()
         kind = type(value)
-        if isinstance(value, torch.Tensor):
-            tensors.append(value)
-        elif id(value) in found or kind in _ATOMS:
+        if isinstance(value, torch.Tensor) or id(value) in found or kind in _ATOMS:
             continue
         elif kind is torch.Generator:
             found[id(value)] = value
@@ -121,7 +125,7 @@ def reached(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[list[object]
         elif isinstance(value, dict):
             found[id(value)] = value
             to_see += value.values()
-        elif holds_attributes(kind) and not callable(getattr(value, "get_seq_length", None)):  # a cache: recompute's
+        elif holds_attributes(kind) and not hasattr(kind, "get_seq_length"):  # a cache: recompute's
             found[id(value)] = value
             to_see += value.__dict__.values()
     return list(found.values()), tensors

@@ -1,5 +1,5 @@
-"""Models that wait to be placed and that torch.compile has as a whole: why they run as without memplan is said at their
-first call to be trained.
+"""Models that wait to be placed, or are, and that torch.compile has as a whole: that they run as without memplan, and
+why, is said at the first call.
 """
 
 from __future__ import annotations
@@ -11,13 +11,15 @@ from typing import Any
 import torch
 from torch import nn
 
+from memplan.run.handle import handle_of
 from memplan.trainers.loading.deferred_placement import waits_itself
 
 Tell = Callable[[nn.Module], None]
 
 
 def serve_compiled(kind: type[nn.Module], tell: Tell) -> None:
-    """Have ``tell(model)`` called at the first call with gradients of what torch.compile makes of a model that waits.
+    """Have ``tell(model)`` called at the first call of what torch.compile makes of a model that is under a plan, or at
+    the first with gradients of one that waits.
 
     ``kind``: torch's class of compiled modules. A model that was compiled in its place is seen too.
     """
@@ -39,17 +41,23 @@ def serve_compiled(kind: type[nn.Module], tell: Tell) -> None:
 
 
 def _tell_once(holder: nn.Module, entry: str, model: nn.Module, tell: Tell) -> None:
-    """Stand before what a holder's call comes to until it is called with gradients. Layers are left alone."""
+    """Stand before what a holder's call comes to until that is told of. Layers are left alone."""
     call = holder.__dict__.get(entry)
-    if call is None or not waits_itself(model):
+    if call is None or not (waits_itself(model) or _is_placed(model)):
         return
 
     @functools.wraps(call)
     def told(*args: Any, **kwargs: Any) -> Any:
-        if torch.is_grad_enabled() and holder.__dict__.get(entry) is told:
+        is_placed = _is_placed(model)
+        if (torch.is_grad_enabled() or is_placed) and holder.__dict__.get(entry) is told:
             holder.__dict__[entry] = call
-            if waits_itself(model):
+            if is_placed or waits_itself(model):
                 tell(model)
         return call(*args, **kwargs)
 
     holder.__dict__[entry] = told
+
+
+def _is_placed(model: nn.Module) -> bool:
+    handle = handle_of(model)
+    return handle is not None and handle.model is model

@@ -112,6 +112,9 @@ def serve_compiled_models(kind: type[nn.Module]) -> None:
 
 
 def _compiled_whole(model: nn.Module) -> None:
+    if (handle := handle_of(model)) is not None:
+        give_back(handle, "the model is compiled as a whole")
+        return
     forget(model)
     move(model)
     _ASIDE[model] = _trained_ids(model)

@@ -208,6 +208,46 @@ class ReadsTensor(Layer):
         return super().forward(hidden, self.scale * 1)
 
 
+class Permutes(Layer):
+    def forward(self, hidden):
+        return super().forward(hidden[:, ORDER[int(shared) - 1]])
+
+
+ORDER = [torch.arange(16), torch.arange(16).roll(3)]
+
+
+class LooksUp(Layer):
+    """By an index of one element."""
+
+    def __init__(self):
+        super().__init__()
+        self.table = nn.Parameter(torch.randn(2, 16))
+
+    def forward(self, hidden):
+        return super().forward(hidden) + functional.embedding(torch.tensor([int(shared) - 1]), self.table)
+
+
+class Filters(Layer):
+    def forward(self, hidden):
+        changed = torch.fft.irfft(torch.fft.rfft(hidden) * torch.full((9,), shared + 1j))
+        return super().forward(hidden + changed)
+
+
+class MultipliesBy(Layer):
+    """A parameter that is another one each time."""
+
+    def forward(self, hidden):
+        return super().forward(hidden) * nn.Parameter(torch.full((16,), float(shared)), requires_grad=False)
+
+
+class Watches(Layer):
+    """What it keeps has a graph, which no loss reaches."""
+
+    def forward(self, hidden):
+        self.seen = torch.sin(hidden * shared).mean()
+        return super().forward(hidden)
+
+
 class ParentSays(Model):
     scale = 1.0
 
@@ -269,6 +309,9 @@ REFUSED = {
         lambda: Model(ReadsTensor),
         two_forwards(lambda model, number: [layer.scale.fill_(1.0 + number) for layer in model.layers]),
     ),
+    "an order": (lambda: Model(Permutes), two_forwards(set_global)),
+    "a complex filter": (lambda: Model(Filters), two_forwards(set_global)),
+    "a parameter of its own": (lambda: Model(MultipliesBy), two_forwards(set_global)),
     "the parent": (lambda: ParentSays(AsksParent), one),
     "a mode": (Model, within(Doubles)),
     "a patch": (Model, within(lambda: mock.patch("torch.nn.functional.gelu", lambda x: functional.silu(x * 2)))),
@@ -288,6 +331,22 @@ def test_what_nobody_keeps_is_refused(case):
     with memplan.attach(model, planned(model, "keep")):
         found = train(model, step)
     assert all(torch.equal(a, b) for a, b in zip(expected, found, strict=True))
+
+
+def test_an_index_of_one_element_is_compared():
+    def make():
+        model = Model(LooksUp)
+        for layer in model.layers:
+            layer.table.requires_grad_(True)
+        return model
+
+    model = make()
+    with memplan.attach(model, planned(model)), pytest.raises(RunError, match="computed something else"):
+        train(model, two_forwards(set_global))
+
+
+def test_what_has_no_part_in_a_gradient_does_no_harm():
+    compare(lambda: Model(Watches), two_forwards(set_global))
 
 
 def test_a_resident_weight_that_is_written_to_through_data_is_refused():
@@ -382,3 +441,28 @@ def test_torchs_encoder_takes_the_way_that_it_takes_without(activations, is_sort
         results.append(found)
     assert handle.record.loads
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+@pytest.mark.parametrize("activations", ["keep", "recompute"])
+def test_torchs_encoder_with_compiled_layers_that_are_evaluated_with_gradients(activations):
+    ids = torch.randint(1, 9, (3, 10), generator=torch.Generator().manual_seed(1))
+    results = []
+    for is_planned in (False, True):
+        torch._dynamo.reset()
+        model = Encoder()
+        for layer in model.encoder.layers:
+            layer.compile(backend="eager")
+        if is_planned:
+            pins = {f"encoder.layers.{index}": "host" for index in range(4)}
+            plan = memplan.plan(
+                model, (ids,), loss=lambda loss: loss, vram="1GiB", ram="1GiB", hardware=CPU, pins=pins,
+                activations=activations, gains=False,
+            )  # fmt: skip
+            handle = memplan.attach(model, plan)
+        loss = model.eval()(ids)
+        loss.backward()
+        results.append([loss.detach(), *(p.grad.clone() for p in model.parameters() if p.requires_grad)])
+    assert handle.record.loads
+    assert handle.record.direct_reads == 0
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+    torch._dynamo.reset()

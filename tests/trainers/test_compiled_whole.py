@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch import nn
 from torch._dynamo.eval_frame import OptimizedModule
 
+from memplan.trainers import compiled_whole
 from memplan.trainers.compiled_whole import serve_compiled
 from memplan.trainers.loading.deferred_placement import wait
 
@@ -47,3 +50,14 @@ def test_layers_of_a_waiting_model_are_left_alone(told, in_place):
     layer = compiled(model[0], in_place)
     layer(torch.ones(1, 3))
     assert told == []
+
+
+@pytest.mark.parametrize("in_place", [False, True])
+def test_a_model_under_a_plan_is_told_of_at_its_first_call(told, monkeypatch, in_place):
+    model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
+    handle = SimpleNamespace(model=model)
+    monkeypatch.setattr(compiled_whole, "handle_of", lambda module: handle if module is model else None)
+    made = compiled(model, in_place)
+    with torch.no_grad():
+        made(torch.ones(1, 3))
+    assert told == [model]

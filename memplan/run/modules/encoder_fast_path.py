@@ -12,24 +12,18 @@ from typing import Any
 import torch
 from torch import nn
 
-from memplan.hooks.compiled import call_of, replace_call
+from memplan.hooks.compiled import call_of, replace_call, untraced
 from memplan.hooks.nested import tensors_in
 from memplan.run.access.away import away_in, plain
 from memplan.state.holders import is_ours
 
 
-def keep_fast_path(module: nn.Module) -> Callable[[], None] | None:
-    """Have an encoder of torch's, or one of its layers, take the way that it takes without memplan; return what undoes
-    it, or None for any other module.
+def hide_hooks(layer: nn.Module) -> Callable[[], None] | None:
+    """Have one of torch's encoder layers see no hooks of memplan's where it looks whether there are any; return what
+    undoes it, or None for any other module.
     """
-    if isinstance(module, nn.TransformerEncoderLayer):
-        return _in_layer(module)
-    if isinstance(module, nn.TransformerEncoder) and len(module.layers):
-        return _before_layers(module)
-    return None
-
-
-def _in_layer(layer: nn.TransformerEncoderLayer) -> Callable[[], None]:
+    if not isinstance(layer, nn.TransformerEncoderLayer):
+        return None
     call = call_of(layer)
 
     def forward(*args: Any, **kwargs: Any) -> Any:
@@ -64,23 +58,38 @@ def _out_of_sight(layer: nn.Module) -> Iterator[None]:
         yield
     finally:
         for own, name, hooks in hidden:
+            hooks.update(own[name])  # what was registered meanwhile
             own[name] = hooks
 
 
-def _before_layers(encoder: nn.TransformerEncoder) -> Callable[[], None]:
-    """Have the weights of the first layer, which the encoder asks for their class and device alone, be of torch's own
-    class until that is called.
+def show_first_layer(encoder: nn.Module) -> Callable[[], None] | None:
+    """Have the weights of an encoder's first layer, which it asks for their class and device alone, be of torch's own
+    class until that layer is called; return what undoes it, or None for any other module.
     """
-    call, first = call_of(encoder), encoder.layers[0]
+    if not isinstance(encoder, nn.TransformerEncoder) or not len(encoder.layers):
+        return None
+    first = encoder.layers[0]
+    call, call_first = call_of(encoder), call_of(first)
+    shown: list[ExitStack] = []
 
     def forward(*args: Any, **kwargs: Any) -> Any:
         if first.training:
             return call(*args, **kwargs)
-        with ExitStack() as shown:
+        with ExitStack() as stack:
             for tensor in away_in(list(first.parameters())):
-                shown.enter_context(plain(tensor))
-            hook = first.register_forward_pre_hook(lambda *given: shown.close(), prepend=True)
-            shown.callback(hook.remove)
+                stack.enter_context(plain(tensor))
+            shown.append(stack)
             return call(*args, **kwargs)
 
-    return replace_call(encoder, forward)
+    def forward_first(*args: Any, **kwargs: Any) -> Any:
+        while shown:
+            shown.pop().close()
+        return call_first(*args, **kwargs)
+
+    undone = (replace_call(encoder, forward), replace_call(first, untraced(forward_first)))
+
+    def undo() -> None:
+        for one in reversed(undone):
+            one()
+
+    return undo

@@ -14,7 +14,7 @@ from memplan.analyze.graph import Tensor
 from memplan.hooks import offload, recompute
 from memplan.hooks.compiled import hides_hooks, is_compiled
 from memplan.hooks.late_hooks import Calls, LateHooks
-from memplan.hooks.same_again import SameAgain
+from memplan.hooks.same_again import SameAgain, Turns
 from memplan.hooks.taps import Taps
 from memplan.hooks.triggers import Triggers
 from memplan.model.weights import frozen_weights, is_quantized, keep_layout
@@ -25,7 +25,7 @@ from memplan.run.access.entrances import Entrances, refuse_entrance
 from memplan.run.handle import Handle
 from memplan.run.memory.home import Home
 from memplan.run.modules.embedding_rows import look_up_on_host, read_in_place
-from memplan.run.modules.encoder_fast_path import keep_fast_path
+from memplan.run.modules.encoder_fast_path import hide_hooks, show_first_layer
 from memplan.run.modules.guard import Guard
 from memplan.run.modules.offloaded_activations import Offloaded, offloaded_activations
 from memplan.run.runtime import Runtime
@@ -106,16 +106,16 @@ def _hook(model: nn.Module, runtime: Runtime, triggers: Mapping[str, nn.Module],
         undo.callback(checked.remove)
         _check_reads(checked, model, triggers, tiers)
     for module in model.modules():
-        for keeping in (keep_layout, keep_fast_path):
+        for keeping in (keep_layout, hide_hooks):
             undone = keeping(module)
             if undone is not None:
                 undo.callback(undone)
     again = [policy.module for policy in plan.activations if policy.activations == "recompute"]
-    turns: list[SameAgain] = []
+    turns = Turns(tiers.arena.addresses.holds)
     for name in again:
         undo.callback(data_writes.watch(triggers[name]))
         undo.callback(optimizer_steps.watch(triggers[name]))
-        same = SameAgain(name, turns, tiers.arena.addresses.holds)
+        same = SameAgain(name, turns)
         undo.callback(recompute.wrap(triggers[name], _setting_kept(name, triggers[name], runtime, same)))
     offloads = conductor.loader.offloads
     for held in offloads.by_key.values():
@@ -130,6 +130,10 @@ def _hook(model: nn.Module, runtime: Runtime, triggers: Mapping[str, nn.Module],
     look = None if runtime.copies is None else runtime.copies.look
     hooks = Triggers(triggers, watcher, within, _around(model, triggers), taps, look)
     undo.callback(hooks.remove)
+    for module in model.modules():
+        undone = show_first_layer(module)  # outside of what watches that layer
+        if undone is not None:
+            undo.callback(undone)
     kept = _readers(tiers, runtime.direct)
     for module in model.modules():
         if any(id(weight.tensor) in kept for weight in frozen_weights("", module, deep=True)):
@@ -240,14 +244,13 @@ def _setting_kept(name: str, module: nn.Module, runtime: Runtime, same: SameAgai
 
         @contextmanager
         def first() -> Iterator[None]:
-            with hooks.first(calls), look.first() if look and not calls.are_late else nullcontext():
+            with hooks.first(calls), look() if look and not calls.are_late else nullcontext():
                 yield
             now.refuse_written()
 
         @contextmanager
         def again() -> Iterator[None]:
-            looked = look.again() if look and not calls.are_late else nullcontext()
-            with now.again(), hooks.again(calls), loader.recomputing(name), looked:
+            with now.again(), hooks.again(calls), loader.recomputing(name):
                 yield
 
         return first(), again
