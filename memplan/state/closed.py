@@ -78,7 +78,6 @@ _CLOSED = (
     "torch.library",
     "logging",
     "threading",
-    "queue",
     "multiprocessing",
     "concurrent",
     "asyncio",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import collections
 import functools
 import itertools
+import queue
 import random
 
 import numpy
@@ -205,6 +206,19 @@ class Meddling(Linear):
         return super().forward(x)
 
 
+class Queued(Linear):
+    """What it has seen waits in a queue."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = queue.Queue()
+        self.seen.put(0)
+
+    def forward(self, x):
+        self.seen.put(len(x))
+        return super().forward(x)
+
+
 def scaled(x, factor, cache={}):  # noqa: B006
     cache[factor] = x
     return x * factor
@@ -215,7 +229,7 @@ def table(length):
     return torch.ones(length, 1)
 
 
-KINDS = (Norm, Warm, Sampled, Codebook, Noise, Iterated, Reaching, Meddling)
+KINDS = (Norm, Warm, Sampled, Codebook, Noise, Iterated, Reaching, Meddling, Queued)
 
 
 @pytest.mark.each_value
@@ -241,6 +255,8 @@ def test_modules_with_a_state_of_their_own(kind, how):
         before = fingerprint(model, batch, loss, COUNTS, CALLS, table.cache_info())
         memplan.plan(model, batch, loss=loss, activations="any", **GIVEN)
     assert_same(before, fingerprint(model, batch, loss, COUNTS, CALLS, table.cache_info()))
+    if kind is Queued:
+        assert [layer.seen.qsize() for layer in model.layers] == [1, 1, 1]
 
 
 def test_frontier_and_what_fails_leave_it_too():
