@@ -72,6 +72,7 @@ def test_training_under_a_plan_of_sizes_is_bit_identical(name):
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 
 
+@pytest.mark.quick("downloaded in part")
 @pytest.mark.parametrize("index", [True, False], ids=["pipeline", "downloaded in part"])
 def test_a_pipeline_s_directory_on_the_command_line(index, tmp_path, capsys):
     part = tmp_path / "flux" / "transformer"

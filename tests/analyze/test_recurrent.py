@@ -33,7 +33,8 @@ def planned(model, sound):
     )
 
 
-@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU, nn.RNN])
+@pytest.mark.quick("LSTM")
+@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU, nn.RNN], ids=lambda kind: kind.__name__)
 def test_the_peak_is_foreseen_whichever_plan_comes_first(kind):
     model, sound = Speech(kind), torch.randn(3, 20, 16)
     plan = planned(model, sound)

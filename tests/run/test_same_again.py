@@ -414,6 +414,7 @@ class Encoder(nn.Module):
 
 
 @pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors:UserWarning")
+@pytest.mark.each_value
 @pytest.mark.parametrize("activations", ["keep", "recompute"])
 @pytest.mark.parametrize("is_sorted", [True, False], ids=["padded behind", "padded anywhere"])
 def test_torchs_encoder_takes_the_way_that_it_takes_without(activations, is_sorted):
@@ -443,6 +444,7 @@ def test_torchs_encoder_takes_the_way_that_it_takes_without(activations, is_sort
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
+@pytest.mark.quick("recompute")
 @pytest.mark.parametrize("activations", ["keep", "recompute"])
 def test_torchs_encoder_with_compiled_layers_that_are_evaluated_with_gradients(activations):
     ids = torch.randint(1, 9, (3, 10), generator=torch.Generator().manual_seed(1))
