@@ -97,7 +97,7 @@ def compare_plans(first: Plan, second: Plan) -> Compared:
         Row(what="pass", first=first.prediction.pass_s, second=second.prediction.pass_s, unit="s"),
         Row(what="step", first=first.prediction.step_s, second=second.prediction.step_s, unit="s"),
         Row(what="lower bound", first=first.prediction.bound_s, second=second.prediction.bound_s, unit="s"),
-        Row(what="tokens/s", first=one.tokens_per_s, second=other.tokens_per_s, unit="tokens/s"),
+        Row(what=f"{first.workload.unit}/s", first=one.tokens_per_s, second=other.tokens_per_s, unit="tokens/s"),
         Row(what="loads/pass", first=first.prediction.loads_per_pass, second=second.prediction.loads_per_pass, unit=""),
         Row(
             what="loaded/pass",

@@ -16,6 +16,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from memplan.state.watched import Watched
+
 _data: Any = torch.Tensor.data
 _use_count: Any = getattr(torch.Tensor, "_use_count", lambda alias: 1)
 """Views of an alias hold it where Python does not see it. Where torch tells of no count they are not found."""
@@ -62,24 +64,23 @@ class _Taken:
 
 _taken: dict[int, _Taken] = {}
 """By the parameter's id."""
-_watches = 0
 
 
 def watch(module: nn.Module) -> Callable[[], None]:
     """Count writes to parameters from now on, as long as there is a module. Return what ends that before."""
-    global _watches
-    if not _watches:
-        nn.Parameter.data = property(_get, _set, doc=_data.__doc__)  # type: ignore[assignment]
-    _watches += 1
-    return weakref.finalize(module, _unwatch)  # done once at most
+    return _watched.watch(module)
 
 
-def _unwatch() -> None:
-    global _watches
-    _watches -= 1
-    if not _watches:
-        del nn.Parameter.data
-        _taken.clear()
+def _begin() -> None:
+    nn.Parameter.data = property(_get, _set, doc=_data.__doc__)  # type: ignore[assignment]
+
+
+def _end() -> None:
+    del nn.Parameter.data
+    _taken.clear()
+
+
+_watched = Watched(_begin, _end)
 
 
 def states(parameters: Iterable[nn.Parameter]) -> list[tuple[int, int, int]]:

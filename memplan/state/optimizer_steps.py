@@ -11,7 +11,8 @@ from torch import nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils.hooks import RemovableHandle
 
-_watches = 0
+from memplan.state.watched import Watched
+
 _hooks: list[RemovableHandle] = []
 _taken = 0
 _last: deque[tuple[int, weakref.ref[torch.optim.Optimizer]]] = deque(maxlen=256)
@@ -20,18 +21,7 @@ _last: deque[tuple[int, weakref.ref[torch.optim.Optimizer]]] = deque(maxlen=256)
 
 def watch(module: nn.Module) -> Callable[[], None]:
     """Count steps from now on, as long as there is a module. Return what ends that before."""
-    global _watches
-    if not _watches:
-        _hooks.append(register_optimizer_step_post_hook(_count))
-    _watches += 1
-    return weakref.finalize(module, _unwatch)  # done once at most
-
-
-def _unwatch() -> None:
-    global _watches
-    _watches -= 1
-    if not _watches:
-        _hooks.pop().remove()
+    return _watched.watch(module)
 
 
 def taken() -> int:
@@ -55,3 +45,9 @@ def _count(optimizer: torch.optim.Optimizer, *_: object) -> None:
     global _taken
     _taken += 1
     _last.append((_taken, weakref.ref(optimizer)))
+
+
+_watched = Watched(
+    lambda: _hooks.append(register_optimizer_step_post_hook(_count)),
+    lambda: _hooks.pop().remove(),
+)

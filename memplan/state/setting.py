@@ -226,7 +226,7 @@ class Setting:
         self._set = {part for tuner in tuners if "parameter_name" in tuner.__dict__ for part in tuner.modules()}
         self._children = [(module._modules, module._modules.copy()) for module in self._held.modules if module._modules]
 
-    def now(self, args: tuple[Any, ...] = (), kwargs: dict[str, Any] = {}) -> Now:  # noqa: B006
+    def now(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Now:
         """Return how all is now. ``args``, ``kwargs``: the forward's arguments."""
         # Modules are equal where they are the same.
         if any(now != held for now, held in self._children) or self._held.is_changed():

@@ -22,12 +22,12 @@ from torch import nn
 from memplan.analyze.graph import Access, LayerGraph
 from memplan.analyze.inputs.autocast import dtype_of_autocast, outside_autocast, outside_saving
 from memplan.analyze.inputs.batch import Batch, batch_for, is_shape, random_tokens
+from memplan.analyze.inputs.loss import loss_of_pass
 from memplan.analyze.repeat.outline import runs_of
 from memplan.analyze.repeat.periodic import Run, shortened
 from memplan.analyze.repeat.unroll import short_name
 from memplan.analyze.trace.accesses import AccessLog
 from memplan.analyze.trace.swap_tensors import exchanged
-from memplan.analyze.trace.trace import loss_of_pass
 from memplan.errors import InputError, MemplanError, ModelError, type_and_line
 from memplan.hooks import recompute
 from memplan.hooks.flows import leaves_behind

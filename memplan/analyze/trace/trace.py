@@ -26,6 +26,7 @@ from memplan.analyze.blocks.optimizers import check_optimizer
 from memplan.analyze.graph import Activations, LayerGraph, LifetimeKind, Stateful
 from memplan.analyze.inputs.autocast import dtype_of_autocast, outside_autocast, outside_saving
 from memplan.analyze.inputs.batch import Batch, base_of, batch_for
+from memplan.analyze.inputs.loss import loss_of_pass
 from memplan.analyze.repeat.outline import runs_of
 from memplan.analyze.repeat.periodic import Run, shortened
 from memplan.analyze.repeat.unroll import (
@@ -52,7 +53,6 @@ from memplan.hooks import offload as offloading
 from memplan.hooks import recompute
 from memplan.hooks.flows import leaves_behind
 from memplan.hooks.late_hooks import note_traced
-from memplan.hooks.nested import tensors_in
 from memplan.hooks.triggers import Triggers, in_backward
 from memplan.model.live_storages import storage_of
 from memplan.model.weights import once, trained_bytes
@@ -392,39 +392,6 @@ def _is_trained(tensor: torch.Tensor) -> bool:
 
 def _was_written(gradient: torch.Tensor | None, version: int) -> bool:
     return gradient is not None and gradient._version != version
-
-
-def loss_of_pass(model: nn.Module, batch: Batch, loss: Callable[[Any], torch.Tensor] | None) -> torch.Tensor:
-    """Return the scalar that is differentiated: the sum of what :func:`loss_of` makes of the calls of a pass. Of
-    several, those from which no gradient comes back are called for what they cost alone.
-    """
-    if len(batch.calls) == 1:
-        return loss_of(batch.calls[0].run(model), loss)
-    found = []
-    for call in batch.calls:
-        output = call.run(model)
-        if any(tensor.requires_grad for tensor in tensors_in(output)):
-            found.append(loss_of(output, loss).float())
-        del output
-    return loss_of(tuple(found), None)
-
-
-def loss_of(output: Any, loss: Callable[[Any], torch.Tensor] | None) -> torch.Tensor:
-    """Return the scalar that is differentiated: the output's own loss, else ``loss``'s, else the sum of all floats."""
-    found = output.get("loss") if isinstance(output, Mapping) else getattr(output, "loss", None)
-    if found is None and loss is not None:
-        found = loss(output)
-    if found is None:
-        parts = [t for t in tensors_in(output) if t.dtype.is_floating_point and t.requires_grad]
-        if not parts:
-            raise ModelError(
-                "the model's output holds no loss and no tensor that a gradient reaches: give labels in the batch, "
-                "or loss=, a function from the output to a scalar"
-            )
-        found = sum(part.sum() if part.dtype == torch.float32 else part.float().sum() for part in parts)
-    if not isinstance(found, torch.Tensor) or not found.requires_grad:
-        raise ModelError("the loss does not depend on any trained parameter: check the adapter and the loss")
-    return found if found.dim() == 0 else found.sum()
 
 
 def _notice_recomputes(units: Sequence[Unit], ran_again: set[str]) -> None:
