@@ -302,6 +302,21 @@ def compiled(out: Path) -> None:
     keep_trained(model)
 
 
+def compiled_later(out: Path) -> None:
+    """`torch.compile` of the whole model once it has been trained for two steps"""
+    model = adapted(llama(), lora(lora_dropout=0.0)).train()
+    optimizer = adamw(model)
+    for number, batch in enumerate(batches()):
+        if number == 2:
+            model = torch.compile(model, backend="eager")
+        loss = model(**batch).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        log(loss)
+    keep_trained(model)
+
+
 def merged(out: Path) -> None:
     """merged, cast to bfloat16 and saved at the end"""
     model = adapted(llama()).train()
