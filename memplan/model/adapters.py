@@ -24,13 +24,8 @@ def with_adapter(model: nn.Module, adapter: Any, *, real: bool = False) -> nn.Mo
     ``adapter``: a PEFT configuration, or ``{"rank": 16, "targets": "all-linear", "alpha": 32}``. ``real``: the adapter
     holds its values; else it is on ``meta``. Raises InputError for what does not fit.
     """
-    try:
-        import peft
-    except ImportError as error:
-        raise InputError(
-            "an adapter is added with peft, which is not installed: pip install 'memplan[hf]', or give a model that "
-            "has its adapter"
-        ) from error
+    import peft
+
     if getattr(model, "peft_config", None):
         raise InputError("the model has an adapter already: leave adapter= out")
     config: Any

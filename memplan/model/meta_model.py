@@ -68,13 +68,8 @@ def from_configuration(
 
     Raises InputError for anything that cannot be used, ModelError for a model that cannot be built.
     """
-    try:
-        import transformers
-    except ImportError as error:
-        raise InputError(
-            "a model is built from its configuration with transformers, which is not installed: "
-            "pip install 'memplan[hf]', or give an nn.Module"
-        ) from error
+    import transformers
+
     folder: Path | None = None
     if isinstance(given, (str, Path)):
         if (found := _of_diffusers(given, dtype, attention, quantization)) is not None:

@@ -20,7 +20,11 @@ TYPES = {"plan": Plan, "profile": HardwareProfile, "record": RunRecord}
 
 def schema(name: str) -> str:
     """Return the text of ``schemas/NAME.json``."""
-    made = {"$schema": "https://json-schema.org/draft/2020-12/schema", **msgspec.json.schema(TYPES[name])}
+    made = {
+        "$schema": "https://json-schema.org/draft/2020-12/schema",
+        "$id": f"https://github.com/memplan/memplan/raw/main/schemas/{name}.json",
+        **msgspec.json.schema(TYPES[name]),
+    }
     return json.dumps(made, indent=2, ensure_ascii=False) + "\n"
 
 

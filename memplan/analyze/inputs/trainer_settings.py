@@ -62,12 +62,8 @@ def with_checkpointing(model: nn.Module, *, kbit: bool, wanted: bool | None) -> 
             "leave them out, or give the nn.Module as it is trained"
         )
     if kbit:
-        try:
-            from peft import prepare_model_for_kbit_training
-        except ImportError as error:
-            raise InputError(
-                "kbit needs peft, which is not installed: pip install 'memplan[hf]', or leave it out"
-            ) from error
+        from peft import prepare_model_for_kbit_training
+
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # PEFT asks transformers by a name that is going away
