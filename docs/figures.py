@@ -1,10 +1,14 @@
 """Draws the figures of these documents with memplan's own solver and timeline:  python docs/figures.py
 
-Their numbers are those of plans, no measurements. Needs the ``docs`` extra.
+Their numbers are those of plans, no measurements. Needs the ``docs`` extra, and Chromium for the picture of a report.
 """
 
 from __future__ import annotations
 
+import io
+import shutil
+import subprocess
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +16,15 @@ import matplotlib as mpl
 
 mpl.use("svg")
 import matplotlib.pyplot as plt
+from PIL import Image
 
+import memplan
 from memplan.analyze.graph import Block, Tensor
 from memplan.cost.table import AccessRow, CostTable
 from memplan.errors import DoesNotFitError
 from memplan.place.baselines import WAYS
 from memplan.place.solve import place, place_as
-from memplan.program.schema import Budgets, Plan, Workload
+from memplan.program.schema import STAGING_BYTES, Budgets, Plan, Workload
 from memplan.program.timeline import timeline_of
 
 FOLDER = Path(__file__).parent / "figures"
@@ -31,12 +37,14 @@ SAID: dict[str, Any] = {
 }
 
 
-def equal_blocks(count: int, load_s: float, forward_s: float = 1.0, backward_s: float = 1.0) -> CostTable:
-    """Return rows of equal blocks of 1 MiB, each loaded in ``load_s``."""
+def equal_blocks(
+    count: int, load_s: float, forward_s: float = 1.0, backward_s: float = 1.0, size_bytes: int = MIB
+) -> CostTable:
+    """Return rows of equal blocks, each loaded in ``load_s``."""
     blocks = tuple(
         Block(
-            id=index, name=f"layers.{index}", kind="layer", stack="layers", size_bytes=MIB, pinned_because="",
-            tensors=(Tensor(name=f"layers.{index}.w", shape=(MIB,), dtype="int8", offset_bytes=0, size_bytes=MIB),),
+            id=index, name=f"layers.{index}", kind="layer", stack="layers", size_bytes=size_bytes, pinned_because="",
+            tensors=(Tensor(name=f"layers.{index}.w", shape=(size_bytes,), dtype="int8", offset_bytes=0, size_bytes=size_bytes),),
         )
         for index in range(count)
     )  # fmt: skip
@@ -50,8 +58,8 @@ def equal_blocks(count: int, load_s: float, forward_s: float = 1.0, backward_s: 
     ]  # fmt: skip
     return CostTable(
         blocks=blocks, accesses=tuple(accesses), lifetimes=(), fixed=(), recomputable=(), device="cuda",
-        host_to_device_bytes_per_s=MIB / load_s, device_to_host_bytes_per_s=MIB / load_s, disk_bytes_per_s=MIB,
-        load_latency_s=0.0,
+        host_to_device_bytes_per_s=size_bytes / load_s, device_to_host_bytes_per_s=size_bytes / load_s,
+        disk_bytes_per_s=size_bytes, load_latency_s=0.0,
     )  # fmt: skip
 
 
@@ -111,6 +119,66 @@ def one_pass(count: int = 8, room: int = 4, load_s: float = 1.2) -> None:
     keep(figure, "pass.svg")
 
 
+def way_of_a_block(count: int = 12, room: int = 5, in_ram: int = 5) -> None:
+    """Where a plan has the blocks of a model, and the way of those that are streamed."""
+    size_bytes = STAGING_BYTES
+    limits = Budgets(vram_bytes=room * size_bytes, ram_bytes=(in_ram + 1) * size_bytes, disk_bytes=1 << 40)
+    plan = place(equal_blocks(count, 0.8, size_bytes=size_bytes), limits, **SAID)
+    (arena,) = [arena.id for arena in plan.arenas if arena.tier == "device"]
+    blocks: dict[str, list[int]] = {"disk": [], "host": [], "device": []}
+    for item in plan.items:
+        blocks[item.home].append(item.block)
+    streamed = {a.offset_bytes for a in plan.addresses if a.arena == arena and plan.items[a.item].home != "device"}
+    figure, axes = plt.subplots(figsize=(7.2, 2.3))
+    axes.set(xlim=(0, 7.2), ylim=(-0.1, 2.2))
+    axes.axis("off")
+    colours = plt.get_cmap("tab20")
+
+    def box(left: float, width: float, title: str, below: str, bottom: float = 0.35, height: float = 1.5) -> None:
+        axes.add_patch(plt.Rectangle((left, bottom), width, height, facecolor="#f4f4f4", edgecolor="#666666", lw=1))
+        axes.text(left + width / 2, bottom + height + 0.07, title, ha="center", va="bottom", fontsize=10, weight="bold")
+        axes.text(left + width / 2, bottom - 0.07, below, ha="center", va="top", fontsize=7.5, color="#333333")
+
+    def squares(left: float, bottom: float, labels: list[str], faces: list[Any]) -> None:
+        for index, (label, face) in enumerate(zip(labels, faces, strict=True)):
+            x, y = left + index % 3 * 0.4, bottom - index // 3 * 0.42
+            axes.add_patch(plt.Rectangle((x, y), 0.35, 0.36, facecolor=face, edgecolor="#666666", lw=0.6))
+            axes.text(x + 0.175, y + 0.18, label, ha="center", va="center", fontsize=8)
+
+    def arrow(left: float, right: float, label: str) -> None:
+        axes.annotate("", (right, 1.1), (left, 1.1), arrowprops={"arrowstyle": "-|>", "color": "#333333", "lw": 1.6})
+        axes.text((left + right) / 2, 1.2, label, ha="center", va="bottom", fontsize=7.5)
+
+    box(0.05, 1.4, "disk", "the checkpoint's own files")
+    box(2.05, 1.4, "RAM", "where most weights stay")
+    box(4.4, 2.75, "GPU", "weights that stay   +   streaming buffer")
+    for left, tier in ((0.18, "disk"), (2.18, "host"), (4.52, "device")):
+        squares(left, 1.4, [str(b) for b in blocks[tier]], [colours(b % 20) for b in blocks[tier]])
+    squares(5.93, 1.4, [""] * len(streamed), ["white"] * len(streamed))
+    arrow(1.47, 2.03, "")
+    arrow(3.47, 4.38, "just ahead\nof its use")
+    axes.text(
+        3.6, -0.1, "frozen weights are only read: nothing is written back", ha="center", va="bottom", fontsize=7.5
+    )
+    keep(figure, "block.svg")
+
+
+def report_page(chromium: str) -> None:
+    """The top of the report of README's first plan, as a browser shows it."""
+    plan = memplan.plan(
+        "llama-3.1-8b", (1, 2048), vram="8GiB", ram="96GiB", hardware="rtx-3060-12gb", dtype="bf16",
+        adapter={"rank": 16, "targets": "all-linear"},
+    )  # fmt: skip
+    with tempfile.TemporaryDirectory() as folder:
+        page, shot = Path(folder) / "report.html", Path(folder) / "report.png"
+        memplan.report(plan, html=page)
+        options = ["--headless=new", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", "--window-size=1000,900"]
+        command = [chromium, *options, f"--user-data-dir={folder}/profile", f"--screenshot={shot}", page.as_uri()]
+        subprocess.run(command, check=True, capture_output=True, timeout=120)
+        small = Image.open(io.BytesIO(shot.read_bytes())).convert("RGB").quantize(32)
+        small.save(FOLDER / "report.png", optimize=True)
+
+
 def keep(figure: Any, name: str) -> None:
     """Write a figure; the same plans give the same bytes."""
     FOLDER.mkdir(exist_ok=True)
@@ -122,6 +190,12 @@ def main() -> None:
     plt.rcParams.update({"svg.hashsalt": "memplan", "svg.fonttype": "none", "font.family": "sans-serif"})
     against_room()
     one_pass()
+    way_of_a_block()
+    chromium = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    if chromium is None:
+        print("report.png stays as it is: there is no Chromium")
+    else:
+        report_page(chromium)
 
 
 if __name__ == "__main__":

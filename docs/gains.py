@@ -50,7 +50,8 @@ def planned(name: str) -> dict[str, Any]:
         raise AssertionError(f"{name}: weights are streamed in what was to hold all of them")
     return {
         "model": model, "card": card, "budget": vram,
-        "memplan_bytes": within.prediction.peaks.vram_bytes, "memplan_step_s": within.prediction.step_s,
+        "memplan_bytes": within.prediction.peaks.vram_bytes, "memplan_ram_bytes": within.prediction.peaks.ram_bytes,
+        "memplan_step_s": within.prediction.step_s,
         "checkpointing_bytes": alone.prediction.peaks.vram_bytes, "checkpointing_step_s": alone.prediction.step_s,
     }  # fmt: skip
 
@@ -58,14 +59,15 @@ def planned(name: str) -> dict[str, Any]:
 def table(rows: dict[str, dict[str, Any]]) -> str:
     """Return the table in Markdown."""
     lines = [
-        "| Model | Card | vram: checkpointing only | memplan | step: checkpointing only | memplan |",
-        "|---|---|--:|--:|--:|--:|",
+        "| Model | Card | vram: checkpointing only | memplan | step: checkpointing only | memplan | RAM: memplan |",
+        "|---|---|--:|--:|--:|--:|--:|",
     ]
     for name, row in rows.items():
         lines.append(
             f"| {name} | {CARDS[row['card']]} "
             f"| {row['checkpointing_bytes'] / GIB:.1f} GiB | **{row['memplan_bytes'] / GIB:.1f} GiB** "
-            f"| {row['checkpointing_step_s']:.2f} s | {row['memplan_step_s']:.2f} s |"
+            f"| {row['checkpointing_step_s']:.2f} s | {row['memplan_step_s']:.2f} s "
+            f"| {row['memplan_ram_bytes'] / GIB:.0f} GiB |"
         )
     return "\n".join(lines)
 

@@ -33,7 +33,8 @@ def plan(model: Any, batch: Any, **options: Unpack[PlanOptions]) -> Plan:
     ``gradient_checkpointing``); the training (``autocast``, ``accumulation``, ``steps``, or ``examples`` and
     ``epochs``, ``optimizer``, ``loss``); the placement (``pins``, ``activations``, ``elastic``, ``optimizer_state``,
     ``checkpoint``); what is looked at (``measure``, ``max_step_s``, ``gains``, ``progress``).
-    :class:`memplan.PlanOptions` says what each takes and is when it is left out, and so does ``docs/options.md``.
+    :class:`memplan.PlanOptions` says what each takes and is when it is left out, and so does
+    ``docs/reference/options.md``.
 
     Raises DoesNotFitError (with the least vram that would), TooSlowError, InputError and its children. The model is
     unchanged.
@@ -57,8 +58,12 @@ def plan(model: Any, batch: Any, **options: Unpack[PlanOptions]) -> Plan:
 def frontier(model: Any, batch: Any, *, points: int = 17, **options: Unpack[PlanOptions]) -> tuple[Point, ...]:
     """Return device memory against step time: budgets of vram, each with a shorter step than every smaller one.
 
-    ``points`` budgets are tried, from the least that works to what holds everything; ``options``: those of
-    :func:`plan`, but for ``max_step_s`` and ``gains``. Raises InputError, and DoesNotFitError where no vram would do.
+    ``model``: as for :func:`plan`.
+    ``batch``: as for :func:`plan`.
+    ``points``: how many budgets are tried, from the least that works to what holds everything.
+    ``options``: those of :func:`plan`, but for ``max_step_s`` and ``gains``.
+
+    Raises InputError, and DoesNotFitError where no vram would do.
     """
     from memplan.case import case_of
     from memplan.queries import frontier as questions
@@ -77,11 +82,16 @@ def fit(
     **options: Unpack[PlanOptions],
 ) -> Fit:
     """Return the most that fits, each alone and the rest as asked: micro-batch, sequence, LoRA rank, quantization; and
-    the least vram, with and without a bound on the step (``slowdown``: a share of the step with everything on the
-    device).
+    the least vram, with and without a bound on the step.
 
-    ``batch``: a shape. ``options``: those of :func:`plan`, but for ``adapter`` (which is ``rank`` and ``targets``
-    here), ``max_step_s`` and ``gains``. Raises InputError.
+    ``model``: its configuration or name, as for :func:`plan`.
+    ``batch``: a shape.
+    ``rank``: of the LoRA.
+    ``targets``: modules that get one, by the ends of their names.
+    ``slowdown``: accepted for the least vram, as a share of the step with everything on the device.
+    ``options``: those of :func:`plan`, but for ``adapter``, ``max_step_s`` and ``gains``.
+
+    Raises InputError.
     """
     from memplan.queries.fit import fit
 
@@ -91,6 +101,8 @@ def fit(
 def memory_timeline(plan: Plan) -> tuple[Moment, ...]:
     """Return the bytes of each tier by kind, at the peak of each access: :mod:`memplan.program.memory_timeline` says
     what kinds.
+
+    ``plan``: any plan.
     """
     from memplan.program.memory_timeline import timeline
 
@@ -113,7 +125,13 @@ def smaller(plan: Plan, vram_bytes: int) -> Plan:
 
 
 def materialise(model: nn.Module) -> AbstractContextManager[nn.Module]:
-    """A context in which all weights are readable; see :func:`memplan.run.handle.materialise`."""
+    """A context in which all weights of a model are readable: for looking at them, comparing, hashing.
+
+    Takes no memory: weights are read where they are, in RAM or mapped from disk. Raises RunError where the model is
+    called inside.
+
+    ``model``: one under a plan, or any other, which is left alone.
+    """
     from memplan.run.handle import materialise
 
     return materialise(model)
@@ -127,10 +145,13 @@ def report(
     html: str | Path | None = None,
     points: Sequence[Point] = (),
 ) -> None:
-    """Print the plan, and what was measured beside it where a record is given, to ``file`` (default: standard output).
+    """Print the plan, and what was measured beside it where a record is given. In a notebook a page is shown.
 
-    ``html``: write one page to this file instead, with ``points`` of :func:`frontier` on it. In a notebook, where no
-    file is given, the page is shown.
+    ``plan``: what was predicted.
+    ``record``: what was measured in a run under it.
+    ``file``: to print to, in place of standard output.
+    ``html``: write one page to this file instead, which needs no network and no script.
+    ``points``: those of :func:`frontier`, to draw on the page.
 
     Raises PlanMismatchError where the record is of another model, InputError where the page cannot be written.
     """

@@ -29,7 +29,7 @@ ANY = "any"
 
 
 class PlanOptions(TypedDict, total=False):
-    """The options of a plan; what is left out is as the text of each says. ``docs/options.md`` has them as a page.
+    """The options of a plan; what is left out is as the text of each says. ``docs/reference/options.md`` is their page.
 
     A trainer's own settings (accumulation, steps, optimizer, loss, autocast) stand in for what is left out where it is
     a trainer's model that is planned for.

@@ -1,4 +1,4 @@
-"""The comparison with peers runs, ends what it began, and the README says what was kept of it."""
+"""The comparison with peers runs, ends what it began, and docs/benchmarks.md says what was kept of it."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import numpy as np
 import psutil
 import pytest
 
-from benchmarks import readme
+from benchmarks import peers_page
 from benchmarks.about import about
 from benchmarks.versus import __main__ as main
 from benchmarks.versus import parts
@@ -227,6 +227,18 @@ def test_parts_have_names_of_their_own():
     assert len(parts.ALL) == len(parts.CPU) + 1 + len(parts.CUDA)
 
 
-def test_the_readme_has_the_kept_results():
-    text = readme.README.read_text(encoding="utf-8")
-    assert readme.filled(text, readme.section(readme.results())) == text
+def test_the_page_has_the_kept_results():
+    text = peers_page.PAGE.read_text(encoding="utf-8")
+    assert peers_page.filled(text, peers_page.section(peers_page.results())) == text
+
+
+def test_who_ran_nowhere_has_no_row():
+    ran = {"contender": "whole", "step_s": 1.0, "of_whole": 1.0, "gradients_equal": True, "gradient_error": 0.0}
+    absent = {"contender": "deepspeed-cpu", "error": "ModuleNotFoundError: no deepspeed"}
+    one = {
+        "rows": [ran, absent], "device": "cpu", "gpu": None, "processor": "a CPU", "torch": "2", "commit": "c",
+        "part": "p", "tokens": 1,
+    }  # fmt: skip
+    told = peers_page.section([one])
+    assert "whole model" in told
+    assert "DeepSpeed" not in told

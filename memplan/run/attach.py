@@ -38,15 +38,20 @@ def attach(
 ) -> Handle:
     """Put every frozen block of ``model`` in its home and stream it as ``plan`` says.
 
+    ``model``: whole, on any device.
+    ``plan``: made for such a model.
     ``checkpoint``: folder of safetensors that blocks homed on disk are read from where it holds the very bytes of the
-    model (default: where the model says it came from), or its tensors by name; else they are packed into files under
-    ``cache``, once, which needs ``disk`` in the plan's budgets. ``verify``: compare each packed file's checksum when it
-    is first read (a checkpoint's own files have none: of those size and date are watched, always). ``progress`` is told
-    the bytes of each block that has come home or is the one on its way. ``checked``: poison each slot before it is
-    loaded, check every saved weight at its use in backward, and the order of every load and read by vector clocks;
-    slower, for tests and new kinds of models. ``traced``: note when each access and load of a pass takes place, for the
-    record's ``spans``, and name accesses in torch's profiler. ``replan``: gives the same plan for less vram, in bytes
-    (see ``Handle.micro_batch``).
+    model (default: where the model says it came from), or its tensors by name; else they are packed into files, once,
+    which needs ``disk`` in the plan's budgets.
+    ``checked``: poison each slot before it is loaded, check every saved weight at its use in backward, and the order of
+    every load and read by vector clocks; slower, for tests and new kinds of models.
+    ``traced``: note when each access and load of a pass takes place, for the record's ``spans``, and name accesses in
+    torch's profiler.
+    ``cache``: folder for packed files, in place of the user's.
+    ``verify``: compare each packed file's checksum when it is first read (a checkpoint's own files have none: of those
+    size and date are watched, always).
+    ``progress``: called with each block's size once placed.
+    ``replan``: gives the same plan for less vram, in bytes (see ``Handle.micro_batch``).
 
     Raises InputError, PlanCheckError, PlanMismatchError, ModelError, CheckpointError; the model then is as it was.
     """

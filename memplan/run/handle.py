@@ -297,7 +297,10 @@ def _count_arena(ledger: StorageLedger, tiers: Tiers) -> None:
 
 
 def handle_of(model: nn.Module) -> Handle | None:
-    """Return the handle of a model that is attached, whole or in part, or None."""
+    """Return the handle of a model that is attached, whole or in part, or None.
+
+    ``model``: any module.
+    """
     for module in model.modules():
         guard = guard_of(module)
         if guard is not None and isinstance(guard.handle, Handle):

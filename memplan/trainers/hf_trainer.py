@@ -67,12 +67,16 @@ def wrap(
 ) -> Trainer:
     """Put a plan to work on a trainer that exists. Return the same trainer, its handle as ``trainer.memplan``.
 
+    A micro-batch that runs out of device memory is retried under a smaller plan (:meth:`memplan.Handle.micro_batch`).
+
+    ``trainer``: a transformers Trainer, or one built on it.
+    ``plan``: one made before, in place of ``options``.
     ``batch``: the largest micro-batch that will come (a :class:`memplan.Call` where the model takes positions too);
     without it that of the longest rows of a dataset of ``datasets``, or else the first that the trainer's loader gives
-    (its random state is put back). A micro-batch that runs out of device memory is done over under a smaller plan
-    (:meth:`memplan.Handle.micro_batch`). ``plan``: one made before, in place of ``options``. ``log``: add the scalars
-    of :meth:`memplan.Handle.scalars` to what the trainer logs; ``lines``: say them after each step, on standard error.
-
+    (its random state is put back).
+    ``checked``: as for :func:`memplan.attach`.
+    ``log``: add the scalars of :meth:`memplan.Handle.scalars` to what the trainer logs.
+    ``lines``: print them after each step, on standard error.
     ``options``: those of :func:`memplan.plan` (:class:`memplan.PlanOptions`). Where they are left out the trainer's own
     hold: its accumulation, steps, optimizer and loss, the autocast that ``bf16`` or ``fp16`` among its arguments will
     have it run in, and the folder that its model came from; ``gains`` are not looked at.
@@ -170,16 +174,13 @@ def _plan(
 ) -> Plan:
     """Return a plan of what the trainer will do, but for what the options say."""
     args = trainer.args
-    optimizer = str(getattr(args.optim, "value", args.optim))
-    if optimizer == "sgd" and "momentum" in (args.optim_args or ""):
-        optimizer = "momentum"
     first, steps = _first_call(trainer) if batch is None else (batch, _steps(args, None))
     model: Any = trainer.model
     asked = completed(
         options,
         accumulation=args.gradient_accumulation_steps,
         steps=steps,
-        optimizer=optimizer,
+        optimizer=optimizer_of(args),
         loss=loss_of,
         checkpoint=folder_of(model),
         gains=False,
@@ -187,6 +188,12 @@ def _plan(
     own = options.get("autocast") is None
     with _autocast_as_in_training(model, trainer.accelerator) if own else contextlib.nullcontext():
         return scope.plan(model, lambda within: api.plan(model, first, **within), asked, models_beside(trainer))
+
+
+def optimizer_of(args: Any) -> str:
+    """Return the optimizer of a trainer's arguments, by the name that a plan knows."""
+    optimizer = str(getattr(args.optim, "value", args.optim))
+    return "momentum" if optimizer == "sgd" and "momentum" in (args.optim_args or "") else optimizer
 
 
 def models_beside(trainer: Trainer) -> list[nn.Module]:

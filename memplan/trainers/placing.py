@@ -56,14 +56,20 @@ def placing(
     lines: bool = False,
     **options: Unpack[PlanOptions],
 ) -> Iterator[None]:
-    """Load a model that would not fit, and build its trainer, inside this context; arguments as for
-    :func:`memplan.wrap`.
+    """Load a model that would not fit, and build its trainer, inside this context.
 
     ``PreTrainedModel.from_pretrained`` of safetensors maps the weights from their files: they are true from the start,
     and take no RAM that the kernel cannot take back. Adapters are added as ever, whatever they begin with. The Trainer
     that is built is wrapped before its constructor returns (one whose data does not say what its model is called with,
     such as GRPO's: at the model's first call to be trained). Other models, and those whose Trainer is built elsewhere,
     are whole and work as ever; all share the budgets (:mod:`memplan.trainers.other_models`).
+
+    ``plan``: as for :func:`memplan.wrap`, and so are the others.
+    ``batch``: the largest micro-batch that will come.
+    ``checked``: as for :func:`memplan.attach`.
+    ``log``: add the scalars of :meth:`memplan.Handle.scalars` to what the trainer logs.
+    ``lines``: print them after each step.
+    ``options``: those of :func:`memplan.plan`.
 
     Entering raises InputError for options that cannot be used. ``from_pretrained`` raises InputError for what is not
     served here, CheckpointError; a Trainer what ``wrap`` raises.

@@ -49,13 +49,19 @@ def load(
 ) -> nn.Module:
     """Return the model of a checkpoint under a plan, each tensor straight in its home. Train it as ever.
 
-    ``path``: folder with ``config.json`` and safetensors. ``plan``: a plan or its file. ``adapter``: the one that the
-    plan was made with (a PEFT configuration or ``{"rank": 16, ...}``), or the folder of one that was saved.
-    ``attention`` as for :func:`memplan.plan`. ``checked``, ``cache``, ``verify`` as for :func:`memplan.attach`.
-    ``progress``: a bar on standard error (default: where that is a terminal). dtypes are the plan's; keys are renamed
-    and experts fused as transformers does. The model is in evaluation mode, as ``from_pretrained`` leaves it;
-    :func:`memplan.handle_of` gives its handle. Detached it is whole, on the host: its weights are mapped from their
-    files.
+    dtypes are the plan's; keys are renamed and experts fused as transformers does. The model is in evaluation mode, as
+    ``from_pretrained`` leaves it; :func:`memplan.handle_of` gives its handle. Detached it is whole, on the host: its
+    weights are mapped from their files.
+
+    ``path``: folder with ``config.json`` and safetensors.
+    ``plan``: a plan or its file.
+    ``adapter``: the one that the plan was made with (a PEFT configuration or ``{"rank": 16, ...}``), or the folder of
+    one that was saved.
+    ``attention``: as for :func:`memplan.plan`.
+    ``checked``: as for :func:`memplan.attach`.
+    ``cache``: as for :func:`memplan.attach`.
+    ``verify``: as for :func:`memplan.attach`.
+    ``progress``: a bar on standard error (default: where that is a terminal).
 
     Peak RAM: the plan's arenas, 16 MiB of staging, and a piece of 16 MiB; where transformers makes a tensor of others,
     that tensor and those. Raises CheckpointError, PlanError and its children, InputError, ModelError.

@@ -1,6 +1,6 @@
-"""Fill the README's table of the comparison with peers from the results that were kept.
+"""Fill the table of docs/benchmarks.md that compares with peers, from the results that were kept.
 
-    python -m benchmarks.readme
+    python -m benchmarks.peers_page
 
 The table stands between ``<!-- versus -->`` and ``<!-- /versus -->``; a test holds it to the results. What no GPU has
 measured is said to be so.
@@ -18,7 +18,7 @@ from benchmarks.versus import parts
 from benchmarks.versus.table import gradients
 from memplan.units import format_bytes
 
-README = Path(__file__).parents[1] / "README.md"
+PAGE = Path(__file__).parents[1] / "docs" / "benchmarks.md"
 BEGIN, END = "<!-- versus -->", "<!-- /versus -->"
 WHAT = {
     "whole": "whole model on the device",
@@ -73,7 +73,7 @@ def _table(found: list[dict[str, Any]], peak: str) -> str:
     ]
     rows = [{row["contender"]: row for row in result["rows"]} for result in found]
     for name in WHAT:
-        if any(name in row for row in rows):
+        if any("error" not in row[name] for row in rows if name in row):  # else it ran nowhere: no result, no row
             lines.append(f"| {WHAT[name]} | " + " | ".join(_cell(row.get(name)) for row in rows) + " |")
     return "\n".join(lines)
 
@@ -89,15 +89,15 @@ def _cell(row: dict[str, Any] | None) -> str:
 
 
 def filled(text: str, inside: str) -> str:
-    """Return the README's text with ``inside`` between the marks. Raises ValueError where they are not there once."""
+    """Return the page's text with ``inside`` between the marks. Raises ValueError where they are not there once."""
     pattern = re.compile(f"{BEGIN}\n.*?{END}", re.DOTALL)
     if len(pattern.findall(text)) != 1:
-        raise ValueError(f"the README must have {BEGIN} and {END} once each")
+        raise ValueError(f"the page must have {BEGIN} and {END} once each")
     return pattern.sub(lambda _: f"{BEGIN}\n{inside}\n{END}", text)
 
 
 def main() -> None:
-    README.write_text(filled(README.read_text(encoding="utf-8"), section(results())), encoding="utf-8")
+    PAGE.write_text(filled(PAGE.read_text(encoding="utf-8"), section(results())), encoding="utf-8")
 
 
 if __name__ == "__main__":
