@@ -44,7 +44,9 @@ def equal_blocks(
     blocks = tuple(
         Block(
             id=index, name=f"layers.{index}", kind="layer", stack="layers", size_bytes=size_bytes, pinned_because="",
-            tensors=(Tensor(name=f"layers.{index}.w", shape=(size_bytes,), dtype="int8", offset_bytes=0, size_bytes=size_bytes),),
+            tensors=(
+                Tensor(name="w", shape=(size_bytes,), dtype="int8", offset_bytes=0, size_bytes=size_bytes),
+            ),
         )
         for index in range(count)
     )  # fmt: skip

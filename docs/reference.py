@@ -34,10 +34,10 @@ WRITTEN = "Written by `make docs` from the code."
 OPTIONS_PAGE = f"""# The options of a plan
 
 {WRITTEN} Each is a keyword of `memplan.plan`, `frontier`, `fit`, `wrap`, `placing`,
-`memplan.trainers.callback.MemplanCallback` and `memplan.trainers.lightning.Placement` alike; one that there is none of is refused with
-the names that are near it, and so is one that makes no sense where it is given, such as `dtype` for a model that is built
-already. The last column has the words of `memplan plan`, `frontier` and `fit`; those with a ∗ are also of `memplan
-run`, where what is given goes before what the script's trainer says.
+`memplan.trainers.callback.MemplanCallback` and `memplan.trainers.lightning.Placement` alike; one that there is none of
+is refused with the names that are near it, and so is one that makes no sense where it is given, such as `dtype` for a
+model that is built already. The last column has the words of `memplan plan`, `frontier` and `fit`; those with a ∗ are
+also of `memplan run`, where what is given goes before what the script's trainer says.
 
 | Option | Type | What it is | On the command line |
 |---|---|---|---|
@@ -45,7 +45,8 @@ run`, where what is given goes before what the script's trainer says.
 COMMANDS_PAGE = f"""# The command line
 
 {WRITTEN} `memplan COMMAND --help` prints the same. [Exit codes](../troubleshooting.md#exit-codes),
-[the options of a plan in Python](options.md), [defaults by environment or file](../howto/budget.md#defaults-of-your-own).
+[the options of a plan in Python](options.md),
+[defaults by environment or file](../howto/budget.md#defaults-of-your-own).
 
 Completion in a shell, here bash (zsh and fish likewise):
 
@@ -59,8 +60,8 @@ PYTHON_PAGE = f"""# The Python API
 """
 FILES_PAGE = f"""# Plan, record and profile files
 
-{WRITTEN} All are JSON with a JSON Schema (`schemas/`, in the wheel `memplan/_schemas/`); a field that a schema does not know is
-refused. Bytes and seconds, as each name ends.
+{WRITTEN} All are JSON with a JSON Schema (`schemas/`, in the wheel `memplan/_schemas/`); a field that a schema does
+not know is refused. Bytes and seconds, as each name ends.
 """
 KINDS = {"plan": "A plan", "record": "A record", "profile": "A hardware profile"}
 MODULES = (schema, record, profile, table, graph)
@@ -144,7 +145,7 @@ def python_page() -> str:
 def parameters_of(value: Any) -> dict[str, str]:
     """Return the text of each parameter: the lines of a docstring that begin with its name and a colon."""
     found = re.findall(r"^``(\w+)``: (.*?)(?=^``\w+``: |^$|\Z)", inspect.getdoc(value) or "", re.MULTILINE | re.DOTALL)
-    return {name: plain(text) for name, text in found}
+    return {name: plain(text[:1].upper() + text[1:]) for name, text in found}
 
 
 def function(name: str, value: Any, level: int = 3) -> str:

@@ -27,9 +27,9 @@ class MemplanCallback(TrainerCallback):
     Trainers give a callback their model and not themselves, so it does less than :func:`memplan.wrap`, which is to be
     preferred where there is a trainer at hand: the plan is for the first micro-batch, not for the longest rows; other
     models (a reference, a reward) are not counted; a micro-batch that runs out of memory is not retried; and reporters
-    see no figures of memplan's. On a GPU the Trainer moves its model there before training begins: build the trainer
-    inside :func:`memplan.placing`, or run the script by ``memplan run``, where it would not fit. A model that is under a
-    plan already, or waits for one of those, is left to them. The handle is ``handle``, once training has begun.
+    see no figures of memplan's. On a GPU the Trainer moves its model there before training begins: where it would not
+    fit, build the trainer inside :func:`memplan.placing`, or run the script by ``memplan run``. A model that one of
+    those has placed, or is about to, is left to it. The handle is ``handle``, once training has begun.
 
     ``checked``: as for :func:`memplan.attach`.
     ``lines``: print the scalars of :meth:`memplan.Handle.scalars` after each step, on standard error.
