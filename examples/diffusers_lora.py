@@ -22,12 +22,16 @@ import memplan
 
 def main() -> None:
     given = argparse.ArgumentParser(description=__doc__)
-    given.add_argument("model")
-    given.add_argument("out")
+    given.add_argument("model", nargs="?")
+    given.add_argument("out", nargs="?")
     given.add_argument("--vram", help="budget of the device, as 10GiB; without it memplan is not used")
     given.add_argument("--ram", help="budget of RAM")
     given.add_argument("--steps", type=int, default=20)
     args = given.parse_args()
+    if args.model is None:
+        from small import small  # random weights and some rows
+
+        args.model, _, args.out, args.vram = small("unet")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     folder = Path(args.model)
     part = next((part for part in ("unet", "transformer") if (folder / part).is_dir()), None)

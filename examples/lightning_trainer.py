@@ -44,11 +44,15 @@ class Adapted(lightning.LightningModule):
 def main() -> None:
     given = argparse.ArgumentParser(description=__doc__)
     for name in ("model", "data", "out"):
-        given.add_argument(name)
+        given.add_argument(name, nargs="?")
     given.add_argument("--vram", help="budget of the device, as 10GiB; without it memplan is not used")
     given.add_argument("--ram", help="budget of RAM")
     given.add_argument("--steps", type=int, default=20)
     args = given.parse_args()
+    if args.model is None:
+        from small import small  # random weights and some rows
+
+        args.model, args.data, args.out, args.vram = small("llama", "text")
     tokenizer = AutoTokenizer.from_pretrained(args.model)
     rows = load_dataset("json", data_files=args.data, split="train")
     rows = rows.map(lambda row: tokenizer(row["text"], truncation=True, max_length=32), remove_columns=["text"])

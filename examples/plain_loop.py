@@ -1,4 +1,4 @@
-"""A loop of one's own, any module with frozen weights, no transformers and no PEFT: python plain_loop.py VRAM RAM"""
+"""A loop of one's own, any module with frozen weights, no transformers and no PEFT: python plain_loop.py [VRAM RAM]"""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class Model(nn.Module):
 
 
 def main() -> None:
-    vram, ram = sys.argv[1:]
+    vram, ram = sys.argv[1:] or ("auto", "auto")
     torch.manual_seed(0)
     model = Model()
     x, target = torch.randn(64, 256), torch.randn(64, 256)

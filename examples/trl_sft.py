@@ -22,12 +22,16 @@ import memplan
 def main() -> None:
     given = argparse.ArgumentParser(description=__doc__)
     for name in ("model", "data", "out"):
-        given.add_argument(name)
+        given.add_argument(name, nargs="?")
     given.add_argument("--vram", help="budget of the device, as 10GiB; without it memplan is not used")
     given.add_argument("--ram", help="budget of RAM")
     given.add_argument("--steps", type=int, default=20)
     given.add_argument("--packing", action="store_true", help="several rows in one")
     args = given.parse_args()
+    if args.model is None:
+        from small import small  # random weights and some rows
+
+        args.model, args.data, args.out, args.vram = small("llama", "text")
 
     rows = load_dataset("json", data_files=args.data, split="train")
     config = SFTConfig(

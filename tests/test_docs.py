@@ -1,18 +1,12 @@
-"""The documents: their Python compiles, what is marked to run runs, and what they name is there.
-
-A block of Python after a line ``<!-- run -->`` is run; those of one file run in order, each in a process of its own, in
-one empty folder.
-"""
+"""The documents: their Python compiles, and what they name is there. ``test_docs_code`` runs it."""
 
 from __future__ import annotations
 
 import ast
 import importlib
 import inspect
-import os
+import json
 import re
-import subprocess
-import sys
 import tomllib
 from collections.abc import Iterator
 from pathlib import Path
@@ -24,15 +18,14 @@ import memplan
 from memplan.cli import group
 from memplan.request import NAMES
 from memplan.run.attach import attach
+from tests.support.pages import ROOT, blocks, docs_script
 
-ROOT = Path(__file__).parents[1]
-FILES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), *(ROOT / "docs" / "stages").glob("*.md")])
-BLOCK = re.compile(r"^(?P<run><!-- run -->\n+)?```(?P<language>\w*)\n(?P<text>.*?)^```$", re.MULTILINE | re.DOTALL)
-LINK = re.compile(r"\]\((?!https?:|#)([^)#\s]+)")
-
-
-def blocks(file: Path, language: str) -> list[re.Match[str]]:
-    return [match for match in BLOCK.finditer(file.read_text(encoding="utf-8")) if match["language"] == language]
+gains, reference = docs_script("gains"), docs_script("reference")
+FILES = sorted(
+    [*ROOT.glob("*.md"), *(f for f in (ROOT / "docs").rglob("*.md") if "_build" not in f.parts and f.name != "log.md")]
+)
+LINK = re.compile(r"\]\((?!https?:)([^)#\s]*)(?:#([^)\s]+))?\)")
+HOSTED = re.compile(r"https://github\.com/memplan/memplan/(?:blob|raw|tree)/main/([\w./-]+)")
 
 
 def name(file: Path) -> str:
@@ -41,41 +34,32 @@ def name(file: Path) -> str:
 
 @pytest.mark.parametrize("file", FILES, ids=name)
 def test_python_compiles(file: Path) -> None:
-    for block in blocks(file, "python"):
-        compile(block["text"], name(file), "exec", dont_inherit=True)
+    for block in blocks(file):
+        if block.language == "python":
+            compile(block.text, name(file), "exec", dont_inherit=True)
 
 
-MARKED = [file for file in FILES if "<!-- run -->" in file.read_text(encoding="utf-8")]
-QUICK = ("README.md",)
-
-
-@pytest.mark.parametrize(
-    "file", [f if name(f) in QUICK else pytest.param(f, marks=pytest.mark.full) for f in MARKED], ids=name
-)
-def test_what_is_marked_runs(file: Path, tmp_path: Path) -> None:
-    marked = [block for block in blocks(file, "python") if block["run"]]
-    assert len(marked) == file.read_text(encoding="utf-8").count("<!-- run -->"), "a mark stands before no block"
-    for block in marked:
-        done = subprocess.run(
-            [sys.executable, "-W", "error::DeprecationWarning:__main__", "-c", block["text"]],
-            cwd=tmp_path,
-            capture_output=True,
-            text=True,
-            env={**os.environ, "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""},
-        )
-        assert done.returncode == 0, f"{block['text']}\n{done.stdout}\n{done.stderr}"
+def anchors(file: Path) -> set[str]:
+    """Return what headings of a page are linked by, on GitHub and by Sphinx alike."""
+    headings = re.findall(r"^#+ (.*)$", file.read_text(encoding="utf-8"), re.MULTILINE)
+    return {re.sub(r"\s", "-", re.sub(r"[^\w\s-]", "", heading.lower()).strip()) for heading in headings}
 
 
 @pytest.mark.parametrize("file", FILES, ids=name)
 def test_links_lead_somewhere(file: Path) -> None:
-    for target in LINK.findall(file.read_text(encoding="utf-8")):
-        assert (file.parent / target).exists(), target
+    text = file.read_text(encoding="utf-8")
+    for target, anchor in LINK.findall(text):
+        page = file.parent / target if target else file
+        assert page.exists(), target
+        assert not anchor or anchor in anchors(page), f"{target}#{anchor}"
+    for target in HOSTED.findall(text):
+        assert (ROOT / target).exists(), target
 
 
 @pytest.mark.parametrize("file", FILES, ids=name)
 def test_commands_and_options_are_there(file: Path) -> None:
-    for block in blocks(file, "console"):
-        for line in re.findall(r"^\$ memplan (.*)$", block["text"], re.MULTILINE):
+    for block in blocks(file):
+        for line in re.findall(r"^\$ memplan (.*)$", block.text, re.MULTILINE):
             command, *words = line.partition(" -- ")[0].split()
             known = {option for parameter in group.commands[command].params for option in parameter.opts}
             assert {word for word in words if word.startswith("--")} <= known, line
@@ -162,5 +146,37 @@ def test_make_targets_are_there(file: Path) -> None:
 
 
 def test_the_blocks_are_found() -> None:
-    assert len(blocks(ROOT / "README.md", "python")) >= 5
-    assert len(blocks(ROOT / "README.md", "console")) == 4
+    assert [block.language for block in blocks(ROOT / "README.md")].count("console") == 3
+
+
+def test_readme_is_short_and_links_wherever_it_is_shown() -> None:
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert len(text.split()) <= 800
+    assert not LINK.findall(text), "a package index shows it too: absolute links alone"
+
+
+def test_readme_has_the_predicted_gains() -> None:
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert gains.filled(text, gains.table(json.loads(gains.KEPT.read_text()))) == text, "run: python docs/gains.py"
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("case", gains.CASES)
+def test_gains_are_predicted_today(case: str) -> None:
+    kept, found = json.loads(gains.KEPT.read_text())[case], gains.planned(case)
+    assert found == {
+        key: pytest.approx(value, rel=0.005) if type(value) is not str else value for key, value in kept.items()
+    }
+
+
+@pytest.mark.parametrize("page", reference.PAGES)
+def test_the_reference_is_the_codes(page: str) -> None:
+    committed = (ROOT / "docs" / "reference" / page).read_text(encoding="utf-8")
+    assert committed == reference.PAGES[page](), "run: python docs/reference.py"
+
+
+def test_each_parameter_of_a_public_function_is_explained() -> None:
+    for called in (getattr(memplan, one) for one in memplan.__all__ if inspect.isfunction(getattr(memplan, one))):
+        value = attach if called is memplan.attach else called
+        names = [one.removesuffix("_") for one in inspect.signature(value).parameters]
+        assert set(names) == set(reference.parameters_of(value)), value

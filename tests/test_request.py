@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import inspect
 from pathlib import Path
 from typing import Any
@@ -22,9 +21,9 @@ from memplan.trainers import hf_trainer as transformers
 from memplan.trainers import lightning, placing
 from memplan.units import GIB
 from tests.queries.small import config_of
+from tests.support.pages import docs_script
 from tests.support.training import CPU
 
-ROOT = Path(__file__).parents[1]
 ENTRANCES = {
     "plan": (api, memplan.plan),
     "frontier": (api, memplan.frontier),
@@ -75,14 +74,9 @@ def test_every_command_takes_every_option_that_can_be_said() -> None:
 
 
 def test_each_option_is_explained() -> None:
-    spec = importlib.util.spec_from_file_location("options_page", ROOT / "docs" / "options.py")
-    assert spec is not None
-    assert spec.loader is not None
-    made = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(made)
-    assert tuple(made.texts()) == NAMES
-    assert all(text.endswith(".") for _, text in made.texts().values())
-    assert (ROOT / "docs" / "options.md").read_text(encoding="utf-8") == made.page(), "run: python docs/options.py"
+    texts = docs_script("reference").texts()
+    assert tuple(texts) == NAMES
+    assert all(text.endswith(".") for _, text in texts.values())
     text = memplan.plan.__doc__ or ""
     assert [name for name in NAMES if f"``{name}``" not in text] == []
     assert "memplan.PlanOptions" in text

@@ -26,6 +26,21 @@ def save_small_llama(folder: Path) -> list[Path]:
     return shards
 
 
+def save_small_qwen(folder: Path) -> None:
+    """Save one of the tutorial's kind, with its tokenizer."""
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+
+    torch.manual_seed(5)
+    config = Qwen3Config(
+        hidden_size=64, intermediate_size=176, num_hidden_layers=6, num_attention_heads=4, num_key_value_heads=2,
+        head_dim=16, vocab_size=96, max_position_embeddings=64, dtype="bfloat16", tie_word_embeddings=False,
+        pad_token_id=0, bos_token_id=1, eos_token_id=2,
+    )  # fmt: skip
+    Qwen3ForCausalLM(config).save_pretrained(folder, max_shard_size="400KB")
+    save_tokenizer(folder)
+    align(folder)
+
+
 def save_small_t5(folder: Path) -> None:
     """Save an encoder-decoder in a folder."""
     from transformers import T5Config, T5ForConditionalGeneration

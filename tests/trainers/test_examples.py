@@ -6,6 +6,8 @@ from __future__ import annotations
 
 import json
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -13,6 +15,7 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoModelForSequenceClassification
 
 from tests.trainers.conftest import least_vram
+from tests.trainers.forked import clean
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 KINDS = {
@@ -117,7 +120,20 @@ def test_a_loop_of_ones_own(alone):
     assert len(losses) == 5
 
 
+@pytest.mark.parametrize("script", sorted(file.stem for file in EXAMPLES.glob("*_*.py")))
+@pytest.mark.full
+def test_without_arguments(script, tmp_path):
+    """As someone new tries it: with a model and rows that it makes itself."""
+    done = subprocess.run(
+        [sys.executable, EXAMPLES / f"{script}.py"],
+        env={**clean(), "TMPDIR": str(tmp_path), "HF_DATASETS_CACHE": str(tmp_path / "cache")},
+        cwd=tmp_path, capture_output=True, text=True, timeout=300, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "measured" in done.stdout
+
+
 def test_each_is_tried_here():
     tried = {re.sub("_(unet|dit|bf16|packed)$", "", kind) for kind in KINDS}
     tried = {name.replace("diffusers", "diffusers_lora") for name in tried} | {"plain_loop"}
-    assert {file.stem for file in EXAMPLES.glob("*.py")} == tried
+    assert {file.stem for file in EXAMPLES.glob("*.py")} == tried | {"small"}
