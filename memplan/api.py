@@ -60,7 +60,7 @@ def frontier(model: Any, batch: Any, *, points: int = 17, **options: Unpack[Plan
 
     ``model``: as for :func:`plan`.
     ``batch``: as for :func:`plan`.
-    ``points``: how many budgets are tried, from the least that works to what holds everything.
+    ``points``: how many budgets are tried, from the minimum to all weights on the device.
     ``options``: those of :func:`plan`, but for ``max_step_s`` and ``gains``.
 
     Raises InputError, and DoesNotFitError where no vram would do.
@@ -88,7 +88,7 @@ def fit(
     ``batch``: a shape.
     ``rank``: of the LoRA.
     ``targets``: modules that get one, by the ends of their names.
-    ``slowdown``: accepted for the least vram, as a share of the step with everything on the device.
+    ``slowdown``: accepted for the least vram, as a share of the step with all weights on the device.
     ``options``: those of :func:`plan`, but for ``adapter``, ``max_step_s`` and ``gains``.
 
     Raises InputError.

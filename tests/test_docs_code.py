@@ -101,12 +101,7 @@ def test_tutorial(tmp_path: Path) -> None:
         made.mkdir()
     save_small_qwen(small)
     (folder / "cpu.json").write_bytes(msgspec.json.encode(CPU))
-    swaps = {
-        "Qwen/Qwen3-8B": str(small),
-        "--seq 512": "--seq 24",
-        "max_length=512": "max_length=24",
-        "memplan run --vram 7GiB --ram 24GiB": f"memplan run --vram 2800KiB --ram 1GiB --hardware '{folder}/cpu.json'",
-    }
+    swaps = pages.tutorial_swaps(small, folder)
     told = pages.run(DOCS / "tutorial.md", folder, swaps, HF_DATASETS_CACHE=str(tmp_path / "cache"))
     by_command = {one.command.split(" --")[0]: one.output for one in told}
     assert "Fits" in by_command["memplan plan " + str(small)]

@@ -43,8 +43,8 @@ def attach(
     ``checkpoint``: folder of safetensors that blocks homed on disk are read from where it holds the very bytes of the
     model (default: where the model says it came from), or its tensors by name; else they are packed into files, once,
     which needs ``disk`` in the plan's budgets.
-    ``checked``: poison each slot before it is loaded, check every saved weight at its use in backward, and the order of
-    every load and read by vector clocks; slower, for tests and new kinds of models.
+    ``checked``: fill each streaming buffer with NaN before it is loaded, check every saved weight at its use in
+    backward, and the order of every load and read by vector clocks; slower, for tests and new kinds of models.
     ``traced``: note when each access and load of a pass takes place, for the record's ``spans``, and name accesses in
     torch's profiler.
     ``cache``: folder for packed files, in place of the user's.

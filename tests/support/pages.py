@@ -48,7 +48,7 @@ from datasets import Dataset
 from peft import LoraConfig
 from trl import SFTConfig, SFTTrainer
 rows = Dataset.from_list([{"text": f"a block of weights lies on the device {n}"} for n in range(16)])
-config = SFTConfig("out", max_steps=2, max_length=24, bf16=False, use_cpu=True, report_to="none", save_strategy="no")
+config = SFTConfig("out", per_device_train_batch_size=2, max_steps=2, max_length=24, bf16=False, use_cpu=True, report_to="none", save_strategy="no")
 """
 BEFORE = {
     "trainer": _TRAINER,
@@ -156,3 +156,13 @@ def docs_script(stem: str) -> ModuleType:
     made = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(made)
     return made
+
+
+def tutorial_swaps(model: Path, folder: Path) -> dict[str, str]:
+    """Return a small model's name and sizes in place of the tutorial's; all other words stay."""
+    return {
+        "Qwen/Qwen3-8B": str(model),
+        "--seq 512": "--seq 24",
+        "max_length=512": "max_length=24",
+        "memplan run --vram 7GiB --ram 24GiB": f"memplan run --vram 2800KiB --ram 1GiB --hardware '{folder}/cpu.json'",
+    }
