@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, TypedDict, cast
 from memplan.analyze.blocks.optimizers import optimizer_name
 from memplan.errors import InputError
 from memplan.model.arguments import QLORA, Understood, autocast_name, like, understood
-from memplan.units import parse_size
+from memplan.units import format_bytes, parse_size
 
 if TYPE_CHECKING:
     from memplan.analyze.graph import Activations
@@ -37,6 +37,9 @@ class PlanOptions(TypedDict, total=False):
 
     vram: int | str
     """Device memory: bytes, or text such as ``"6GiB"``. ``"auto"``, the default: what is free less a reserve."""
+    margin: int | str
+    """Of ``vram`` what is left free, for what no plan can know (fragmentation, other processes): 0 unless it is
+    given."""
     ram: int | str | None
     """Host memory, as ``vram``. None or ``"auto"``: what is available less a reserve."""
     disk: int | str | None
@@ -122,14 +125,24 @@ class Sizes:
     ram_bytes: int | None
     disk_bytes: int | None
     page_lock_bytes: int | None
+    margin_bytes: int
+    """Of the vram what is left free; never None."""
 
     @classmethod
     def of(cls, options: Mapping[str, Any]) -> Sizes:
         """Return the budgets among the options. Raises SizeError."""
         vram, ram = options.get("vram", "auto"), options.get("ram")
         disk, page_lock = options.get("disk"), options.get("page_lock")
+        vram_bytes = None if vram == "auto" else parse_size(vram, "vram")
+        margin_bytes = parse_size(options.get("margin", 0), "margin")
+        if vram_bytes and margin_bytes >= vram_bytes:
+            raise InputError(
+                f"the margin was given as {format_bytes(margin_bytes)}, which leaves nothing of the vram of "
+                f"{format_bytes(vram_bytes)}: give less than that"
+            )
         return cls(
-            vram_bytes=None if vram == "auto" else parse_size(vram, "vram"),
+            vram_bytes=vram_bytes,
+            margin_bytes=margin_bytes,
             ram_bytes=None if ram is None or ram == "auto" else parse_size(ram, "ram"),
             disk_bytes=None if disk is None else parse_size(disk, "disk"),
             page_lock_bytes=None if page_lock is None else parse_size(page_lock, "page_lock"),

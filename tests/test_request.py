@@ -188,7 +188,9 @@ def test_a_request_is_understood_once() -> None:
         {"vram": "6GiB", "ram": "auto", "dtype": "half", "optimizer": "AdamW", "accumulation": 2, "examples": 9,
          "pins": {"h.3": "device"}, "activations": {"h.1": "offload"}},
     )  # fmt: skip
-    assert request.sizes == Sizes(vram_bytes=6 * GIB, ram_bytes=None, disk_bytes=None, page_lock_bytes=None)
+    assert request.sizes == Sizes(
+        vram_bytes=6 * GIB, ram_bytes=None, disk_bytes=None, page_lock_bytes=None, margin_bytes=0
+    )
     assert request.build.keywords()["dtype"] == "float16"
     training = request.training
     assert (training.optimizer, training.steps, training.epochs) == ("adamw", 2, 1)

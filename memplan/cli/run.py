@@ -15,12 +15,13 @@ import click
 
 from memplan.atomic_write import STANDARD_OUTPUT, reason
 from memplan.cli.entry import group
-from memplan.cli.options import COUNT, FILE, JSON, given, of_script
+from memplan.cli.options import COUNT, FILE, JSON, WithDefaults, given, of_script
 from memplan.cli.paths import OUTPUT, require_apart
 from memplan.units import parse_size
 
 
 @group.command(
+    cls=WithDefaults,
     short_help="Run an unmodified script within a memory budget.",
     context_settings={"allow_interspersed_args": False},
     params=of_script(),
@@ -28,7 +29,7 @@ from memplan.units import parse_size
 @click.option("--plan", "plan_file", type=FILE, help="A plan made before, in place of one made for the script.")
 @click.option("--report", "report_file", type=OUTPUT, help="Write the report here.")
 @click.option("--log", is_flag=True, help="Add what memplan measures to what transformers' Trainer logs.")
-@click.option("--lines", is_flag=True, help="Say a line a step, with transformers' Trainer.")
+@click.option("--lines", is_flag=True, help="Print one line per step, with transformers' Trainer.")
 @click.argument("command", nargs=-1, required=True, type=click.UNPROCESSED)
 def run(
     plan_file: Path | None,
@@ -60,7 +61,7 @@ def run(
     program = _program(command[0])
     if (flag := _keeps_out(command)) is not None:
         click.echo(
-            f"memplan: stands aside: {Path(command[0]).name} {flag} imports nothing at its start: leave {flag} out",
+            f"memplan: inactive: {Path(command[0]).name} {flag} imports nothing at its start: leave {flag} out",
             err=True,
         )
 

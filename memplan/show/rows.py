@@ -14,6 +14,9 @@ from memplan.units import format_bytes
 Rank = Literal["", "part", "sum"]
 """A part of a row above, or what the rows above come to."""
 
+VRAM_LABELS = {"slots": "streaming buffer"}
+"""What kinds of vram are called where that is not their name in a plan."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TimeRow:
@@ -85,7 +88,7 @@ def memory_rows(
         vram, ram = prediction.vram_parts.get(kind), prediction.ram_parts.get(kind)
         disk = peaks.disk_bytes if kind == "weights" else None
         if vram or ram or disk:
-            yield MemoryRow(label=kind, cells=(vram or None, ram or None, disk or None))
+            yield MemoryRow(label=VRAM_LABELS.get(kind, kind), cells=(vram or None, ram or None, disk or None))
         if kind == "activations" and facts.weight_copy_bytes:
             yield MemoryRow(label="of it copies", cells=(facts.weight_copy_bytes, None, None), rank="part")
     tops = (peaks.vram_bytes, peaks.ram_bytes, peaks.disk_bytes)

@@ -61,7 +61,7 @@ class Scope:
             return planned(dict(options))
         vram_bytes, ram_bytes = vram_of(sizes, profile), ram_of(sizes, profile)
         rest_bytes = max(0, vram_bytes - taken.vram_bytes)
-        rest = {"vram": rest_bytes, "ram": max(0, ram_bytes - taken.ram_bytes)}
+        rest = {"vram": rest_bytes, "margin": 0, "ram": max(0, ram_bytes - taken.ram_bytes)}
         try:
             plan = planned({**options, **rest})
         except DoesNotFitError as error:

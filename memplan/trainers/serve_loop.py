@@ -28,7 +28,7 @@ from memplan.program.record import RunRecord
 from memplan.program.schema import Plan
 from memplan.request import completed
 from memplan.run.handle import Handle, handle_of
-from memplan.show.log_lines import startup_lines
+from memplan.show.log_lines import begin_lines, end_lines
 from memplan.trainers.compiled_whole import serve_compiled
 from memplan.trainers.hf_trainer import (
     loss_of,
@@ -255,7 +255,7 @@ def _place_again(model: nn.Module, step: Step, differs: bool) -> None:
     let_go(_attached(model, plan))
     if plan is not handle.plan:
         say("planned anew for all that a step calls")
-        for line in startup_lines(plan):
+        for line in begin_lines(plan):
             say(line)
 
 
@@ -293,9 +293,8 @@ def served(model: nn.Module, planned: Callable[[], Plan], attach: Callable[[Plan
         raise
     except MemplanError as error:
         return str(error)
-    for line in startup_lines(plan):
+    for line in begin_lines(plan):
         say(line)
-    api.report(plan, file=sys.stderr)
     return None
 
 
@@ -317,7 +316,7 @@ def _with_room(planned: Callable[[], Plan]) -> Plan:
 
 def say_aside(why: str) -> None:
     saw_decision()
-    say(f"stands aside: {why}")
+    say(f"inactive: {why}")
 
 
 def _report_all() -> None:
@@ -329,13 +328,16 @@ def _report_all() -> None:
 
 def report(*measured: tuple[Plan, RunRecord]) -> None:
     """Tell what was measured, at the end, of one model after the other."""
+    file = settings().report
     text = io.StringIO()
     for plan, record in measured:
-        api.report(plan, record, file=sys.stderr)
         api.report(plan, record, file=text)
-    file = settings().report
     if file is not None:
         try:
             write(file, text.getvalue().encode())
         except (MemplanError, OSError) as error:  # the training is done: its script goes on
             say(str(error))
+            file = None
+    for plan, record in measured:
+        for line in end_lines(plan, record, file):
+            say(line)

@@ -76,7 +76,7 @@ def test_the_same_as_without(checkpoint, alone, under, tmp_path, mode):
     assert len(exact(done)) == SAID.get(mode, 5)
     assert adapter(tmp_path / "run") == adapter(tmp_path / "whole")
     assert "streamed from" in done.stderr
-    assert "stands aside" not in done.stderr
+    assert "inactive" not in done.stderr
     assert "measured" in report.read_text()
     if mode == "merged":
         name = "merged/model.safetensors"
