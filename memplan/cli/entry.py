@@ -86,8 +86,7 @@ def _command(given: list[str], own_process: bool, as_json: bool) -> int:
     except Exception as error:
         package = (getattr(error, "name", None) or "memplan").partition(".")[0]
         if isinstance(error, ModuleNotFoundError) and package != "memplan":
-            extra = "'memplan[hf]'" if package in ("transformers", "peft") else package
-            message = f"this needs the package {package}, which is not installed: pip install {extra}"
+            message = f"this needs the package {package}, which is not installed: pip install {package}"
             return fail(type(error).__name__, message, as_json, BAD_INPUT)
         if isinstance(error, (BrokenPipeError, OutputError)) or not own_process:
             raise  # a caller in Python sees an error as it is

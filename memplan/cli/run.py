@@ -142,7 +142,7 @@ def _absolute(path: Path) -> str:
 
 @group.command(short_help="Train a small model streamed and whole, and compare.")
 @click.option("--vram", metavar="SIZE", help="Memory for the step.  [default: less than the whole model needs]")
-@click.option("--steps", metavar="N", type=COUNT, help="Steps to train.")
+@click.option("--steps", metavar="N", type=COUNT, help="Steps of each run.")
 @click.option(
     "--keep",
     type=click.Path(file_okay=False, path_type=Path),

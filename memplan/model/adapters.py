@@ -28,7 +28,7 @@ def with_adapter(model: nn.Module, adapter: Any, *, real: bool = False) -> nn.Mo
         import peft
     except ImportError as error:
         raise InputError(
-            "an adapter is added with peft, which is not installed: pip install 'memplan[hf]', or give a model that "
+            "an adapter is added with peft, which is not installed: pip install peft, or give a model that "
             "has its adapter"
         ) from error
     if getattr(model, "peft_config", None):

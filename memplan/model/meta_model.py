@@ -73,7 +73,7 @@ def from_configuration(
     except ImportError as error:
         raise InputError(
             "a model is built from its configuration with transformers, which is not installed: "
-            "pip install 'memplan[hf]', or give an nn.Module"
+            "pip install transformers, or give an nn.Module"
         ) from error
     folder: Path | None = None
     if isinstance(given, (str, Path)):

@@ -29,6 +29,7 @@ from memplan.program.schema import Plan
 from memplan.request import completed
 from memplan.run.handle import Handle, handle_of
 from memplan.show.log_lines import begin_lines, end_lines
+from memplan.show.tables import progress
 from memplan.trainers.compiled_whole import serve_compiled
 from memplan.trainers.hf_trainer import (
     loss_of,
@@ -281,14 +282,17 @@ def served(model: nn.Module, planned: Callable[[], Plan], attach: Callable[[Plan
     file = settings().plan
     try:
         try:
-            plan = Plan.load(file) if file else _with_room(planned)
+            with progress("memplan: planning"):
+                plan = Plan.load(file) if file else _with_room(planned)
         except MemplanError:
             raise
         except Exception as error:  # the trace runs the script's own code, and the script is to run all the same
             return f"the model cannot be planned for ({type(error).__name__}: {error})"
         if all(residence.begins == "always" for residence in plan.residences):
             return "the whole model fits"
-        let_go(attach(plan))
+        with progress("memplan: placing blocks"):
+            handle = attach(plan)
+        let_go(handle)
     except (DoesNotFitError, TooSlowError):
         raise
     except MemplanError as error:

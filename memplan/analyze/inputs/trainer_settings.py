@@ -65,9 +65,7 @@ def with_checkpointing(model: nn.Module, *, kbit: bool, wanted: bool | None) -> 
         try:
             from peft import prepare_model_for_kbit_training
         except ImportError as error:
-            raise InputError(
-                "kbit needs peft, which is not installed: pip install 'memplan[hf]', or leave it out"
-            ) from error
+            raise InputError("kbit needs peft, which is not installed: pip install peft, or leave it out") from error
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # PEFT asks transformers by a name that is going away
