@@ -65,6 +65,17 @@ VRAM = {"checkpointing": "1500KiB", "reentrant": "1500KiB", "autocast": "3MiB", 
 SAID = {"generate": 6, "counted": 15, "best": 4, "adapters": 19, "smoothed": 9}
 
 
+def test_a_traced_run_writes_what_was_planned_and_what_was_measured(checkpoint, under, tmp_path):
+    trace = tmp_path / "trace.json"
+    done = under("2500KiB", SCRIPT, checkpoint, tmp_path / "run", "lora", trace=trace)
+    assert done.returncode == 0, done.stderr[-3000:]
+    events = json.loads(trace.read_text())["traceEvents"]
+    accesses = {pid: {e["name"] for e in events if e.get("cat") == "compute" and e["pid"] == pid} for pid in (1, 2)}
+    layers = {name for name in accesses[1] if "layers" in name}
+    assert layers
+    assert layers <= accesses[2]
+
+
 @pytest.mark.parametrize("mode", [*MODES, *(pytest.param(mode, marks=pytest.mark.full) for mode in MORE)])
 def test_the_same_as_without(checkpoint, alone, under, tmp_path, mode):
     whole = alone(SCRIPT, checkpoint, tmp_path / "whole", mode)
