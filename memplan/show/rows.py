@@ -15,6 +15,10 @@ Rank = Literal["", "part", "sum"]
 """A part of a row above, or what the rows above come to."""
 
 
+_LABELS = {"slots": "streaming buffer"}
+"""What kinds are called for people, where that is another word than in a plan's file."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TimeRow:
     """A figure of the steady state beside what was measured; cells of a row that is not measured stay empty."""
@@ -85,7 +89,7 @@ def memory_rows(
         vram, ram = prediction.vram_parts.get(kind), prediction.ram_parts.get(kind)
         disk = peaks.disk_bytes if kind == "weights" else None
         if vram or ram or disk:
-            yield MemoryRow(label=kind, cells=(vram or None, ram or None, disk or None))
+            yield MemoryRow(label=_LABELS.get(kind, kind), cells=(vram or None, ram or None, disk or None))
         if kind == "activations" and facts.weight_copy_bytes:
             yield MemoryRow(label="of it copies", cells=(facts.weight_copy_bytes, None, None), rank="part")
     tops = (peaks.vram_bytes, peaks.ram_bytes, peaks.disk_bytes)

@@ -97,7 +97,8 @@ def test_memory_shows_each_part_the_budget_and_what_is_free() -> None:
     assert cells(report, "weights") == [format_bytes(size) for size in (held, 7 * LAYER_BYTES, LAYER_BYTES)]
     for kind, size in plan.prediction.vram_parts.items():
         if size:
-            assert cells(report, kind, "Memory")[0] == format_bytes(size)
+            label = "streaming buffer" if kind == "slots" else kind
+            assert cells(report, label, "Memory")[0] == format_bytes(size)
     assert "buffers" not in report
     assert cells(report, "staging") == ["-", "64.0 MiB", "-"]
     assert cells(report, "free", "Memory") == ["200.0 MiB", format_bytes(24 * GIB - 7 * LAYER_BYTES - 64 * MIB), "-"]
