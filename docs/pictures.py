@@ -38,9 +38,9 @@ WIDTHS = (400, 768, 1280)
 COLUMNS = (60, 80, 120)
 THEMES: Mapping[str, TerminalTheme] = {"light": DEFAULT_TERMINAL_THEME, "dark": DIMMED_MONOKAI}
 SHOWN = "report"
-"""The page of which the documents show the head."""
-SHOWN_HEIGHT = 1650
-"""Of it, in CSS pixels at the greatest width but for what is cropped."""
+"""The page of which the documents show the head: all above its tables."""
+SHOWN_SIZE = (900, 1490)
+"""Width and height of that, in CSS pixels."""
 
 _NARROWEST = 500
 """Chromium's least window: a narrower page is taken in a frame."""
@@ -59,7 +59,7 @@ CASES: Mapping[str, tuple[tuple[int, int], dict[str, Any]]] = {
 
 
 def screens(plan: memplan.Plan) -> dict[str, Callable[[], RenderableType]]:
-    """Return what a terminal shows, by the name of its picture."""
+    """Return what a terminal shows, by the name of its picture: anything that rich prints."""
     return {
         "plan": lambda: terminal.render(plan),
         "does-not-fit": _failure,
@@ -133,8 +133,9 @@ def main(arguments: Sequence[str]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     made = {name: memplan.plan("qwen3-8b", batch, **options) for name, (batch, options) in CASES.items()}
     for name, screen in screens(made[SHOWN]).items():
-        shown = screen()
         for columns in COLUMNS:
+            os.environ["COLUMNS"] = str(columns)  # for what is set as plain text
+            shown = screen()
             for theme, colours in THEMES.items():
                 text = terminal_picture(shown, columns, colours, f"memplan {name}, {columns} columns")
                 (folder / f"terminal-{name}-{columns}-{theme}.svg").write_text(text, encoding="utf-8")
@@ -147,6 +148,9 @@ def main(arguments: Sequence[str]) -> None:
             for theme in THEMES:
                 image = page_picture(file.read_text(encoding="utf-8"), width, dark=theme == "dark")
                 image.save(folder / f"page-{name}-{width}-{theme}.png", optimize=True)
+    width, height = SHOWN_SIZE
+    image = page_picture((folder / f"page-{SHOWN}.html").read_text(encoding="utf-8"), width, dark=False)
+    image.crop((0, 0, width, height)).quantize(128).save(FIGURES / "report.png", optimize=True)
 
 
 if __name__ == "__main__":
