@@ -69,7 +69,7 @@ def wrap(
 
     ``batch``: the largest micro-batch that will come (a :class:`memplan.Call` where the model takes positions too);
     without it that of the longest rows of a dataset of ``datasets``, or else the first that the trainer's loader gives
-    (its random state is put back). A micro-batch that runs out of device memory is done over under a smaller plan
+    (its random state is put back). A micro-batch that runs out of device memory is retried under a smaller plan
     (:meth:`memplan.Handle.micro_batch`). ``plan``: one made before, in place of ``options``. ``log``: add the scalars
     of :meth:`memplan.Handle.scalars` to what the trainer logs; ``lines``: say them after each step, on standard error.
 

@@ -321,7 +321,7 @@ def _with_room(planned: Callable[[], Plan]) -> Plan:
 
 def say_aside(why: str) -> None:
     saw_decision()
-    say(f"stands aside: {why}")
+    say(f"inactive: {why}")
 
 
 def _report_all() -> None:

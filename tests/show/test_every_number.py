@@ -208,7 +208,10 @@ def text_times(want: Figures, record: RunRecord | None) -> list[tuple[str, ...]]
         rows.append(("tokens/s", *want.compared(want.tokens_per_s, want.tokens_per_s_seen, rate)))
         rows.append(("loads/pass", *want.compared(said.loads_per_pass, loads, count)))
         rows.append(("loaded/pass", *want.compared(said.loaded_bytes_per_pass, loaded, whole)))
-    for name, size_bytes in (("offloaded", said.offloaded_bytes_per_pass), ("rows", said.rows_bytes_per_pass)):
+    for name, size_bytes in (
+        ("offloaded", said.offloaded_bytes_per_pass),
+        ("embedding rows", said.rows_bytes_per_pass),
+    ):
         if size_bytes:
             rows.append((f"{name}/pass", format_bytes(size_bytes)))
     return rows
@@ -373,7 +376,7 @@ def page_times(want: Figures, record: RunRecord | None) -> list[tuple[str, ...]]
     if said.offloaded_bytes_per_pass:
         row("offloaded/pass", format_bytes(said.offloaded_bytes_per_pass))
     if said.rows_bytes_per_pass:
-        row("rows/pass", format_bytes(said.rows_bytes_per_pass))
+        row("embedding rows/pass", format_bytes(said.rows_bytes_per_pass))
     if record:
         beside("vram peak", want.tops[0], seen[4], whole)
         beside("ram peak", want.tops[1], seen[5], whole)
@@ -711,7 +714,7 @@ def test_two_plans_as_text(capsys: pytest.CaptureFixture[str]) -> None:
             sizes(f"{tier} {kind}", *(part[kind] for part in parts))
         if tier == "vram":
             sizes("vram peak", one.tops[number], two.tops[number])
-    sizes("page-locked ram", one.locked_bytes, two.locked_bytes)
+    sizes("pinned ram", one.locked_bytes, two.locked_bytes)
     sizes("disk", one.tops[2], two.tops[2])
     others("compute", one.said.compute_s, two.said.compute_s, one.time)
     others("recompute", one.recompute_s, two.recompute_s, one.time)
