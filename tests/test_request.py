@@ -165,7 +165,7 @@ def test_what_a_question_has_no_use_for_is_refused(command: str) -> None:
         ("--optimizer adamwise", "near it: adamw"),
         ("--max-step-s 0", "the longest step was given as 0.0 s"),
         ("--pin layers.3=gpu", "not BLOCK=TIER"),
-        ("--optimizer paged_adamw_8bit --optimizer-state host", "is paged, and goes to the host between steps by itself"),
+        ("--optimizer paged_adamw_8bit --optimizer-state host", "goes to the host between steps by itself"),
         ("--checkpoint /no/such/folder", "does not exist"),
     ],
 )
