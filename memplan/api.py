@@ -60,7 +60,7 @@ def plan(model: Any, batch: Any, **options: Unpack[PlanOptions]) -> Plan:
 def frontier(model: Any, batch: Any, *, points: int = 17, **options: Unpack[PlanOptions]) -> tuple[Point, ...]:
     """Return device memory against step time: budgets of vram, each with a shorter step than every smaller one.
 
-    ``points`` budgets are tried, from the least that works to what holds everything; ``options``: those of
+    ``points`` budgets are tried, from the minimum to all weights and activations on the GPU; ``options``: those of
     :func:`plan`, but for ``max_step_s`` and ``gains``. Raises InputError, and DoesNotFitError where no vram would do.
     """
     from memplan.case import case_of

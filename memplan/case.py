@@ -347,7 +347,7 @@ def _activations(wanted: Mapping[str, Activations], graph: LayerGraph) -> dict[s
         found |= dict.fromkeys(matches, policy)
     if "" in wanted and not layers and wanted[""] != "keep":
         told = [note for note in graph.notes if note.startswith("No activations can be")]
-        why = told or ["Memplan has no say in any of this model's layers: it checkpoints them itself, or has no stack."]
+        why = told or ["memplan cannot set those of this model: it checkpoints its layers itself, or has no stack."]
         raise InputError(f"all activations were to be {wanted['']}. {' '.join(why)} Leave activations out")
     return found
 

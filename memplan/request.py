@@ -45,8 +45,8 @@ class PlanOptions(TypedDict, total=False):
     disk: int | str | None
     """Disk for packed blocks, as ``vram``. None: no disk beyond the checkpoint's own files."""
     page_lock: int | str | None
-    """Of ``ram`` what may be page-locked for a CUDA device, the rest is read at the rate of pageable RAM. None: the
-    profile's limit, where page-locking was seen to be refused, and else all."""
+    """Maximum pinned host memory for a CUDA device; the rest of ``ram`` is read at the rate of pageable RAM. None: the
+    profile's limit, where pinning was seen to fail, and else all."""
     hardware: str | Path | HardwareProfile
     """``"auto"``, the default (measured once, then cached), a shipped profile's name, or a profile's file."""
     adapter: Any
@@ -92,14 +92,14 @@ class PlanOptions(TypedDict, total=False):
     ``layers.3``."""
     activations: str | Mapping[str, str] | None
     """``"keep"``, ``"recompute"`` or ``"offload"`` (to RAM, until backward) for every layer, or by layer name. None:
-    kept or recomputed, as is fastest; ``"any"``: one of the three, as is fastest on a device with memory of its own (a
-    look more at the model)."""
+    kept or recomputed, whichever is faster; ``"any"``: the fastest of the three, on a device with memory of its own
+    (one extra trace)."""
     elastic: bool | None
-    """Whether weights may have more room where activations leave it, in bytes that come and go. None: on the CPU alone,
-    since no GPU has proven it."""
+    """Let weights use memory that activations leave free, for as long as they do. None: on the CPU alone, until
+    validated on a GPU."""
     optimizer_state: str | None
     """``"device"``, or ``"host"`` for RAM between steps, from where it is brought for each step of the optimizer and
-    sent back. None: as a step is shorter (on the CPU on the device)."""
+    sent back. None: whichever makes a step shorter (on the CPU: on the device)."""
     checkpoint: str | Path | None
     """Folder of safetensors that blocks may be read from. None: where the model says it came from."""
     measure: bool
@@ -404,13 +404,13 @@ def _optimizer_state(given: str | None, optimizer: str) -> StateHome | None:
     home = next((home for home in STATE_HOMES if home == given), None)
     if home is None and given is not None:
         raise InputError(
-            f"the optimizer's state was to lie in {given!r} between steps: give one of {', '.join(STATE_HOMES)}"
+            f"the optimizer's state cannot be in {given!r} between steps: give one of {', '.join(STATE_HOMES)}"
         )
     if not optimizer.startswith("paged_"):
         return home
     if home == "host":
         raise InputError(
-            f"the state of {optimizer} was to lie on the host between steps, but its pages go there by themselves: "
+            f"the state of {optimizer} is paged, and goes to the host between steps by itself: "
             "leave optimizer_state out, or use an optimizer that is not paged"
         )
     return "device"

@@ -28,12 +28,16 @@ from memplan.units import parse_size
 )
 @click.option("--plan", "plan_file", type=FILE, help="A plan made before, in place of one made for the script.")
 @click.option("--report", "report_file", type=OUTPUT, help="Write the report here.")
+@click.option(
+    "--trace", "trace_file", type=OUTPUT, help="Write a micro-batch as planned and as measured here, for Perfetto."
+)
 @click.option("--log", is_flag=True, help="Add what memplan measures to what transformers' Trainer logs.")
 @click.option("--lines", is_flag=True, help="Print one line per step, with transformers' Trainer.")
 @click.argument("command", nargs=-1, required=True, type=click.UNPROCESSED)
 def run(
     plan_file: Path | None,
     report_file: Path | None,
+    trace_file: Path | None,
     log: bool,
     lines: bool,
     command: tuple[str, ...],
@@ -49,7 +53,7 @@ def run(
     words = {word: Path(word) for word in command if os.path.isfile(word)}
     profile = options.get("hardware", "auto")
     its = {"--plan": plan_file, "--hardware": Path(profile) if os.path.isfile(profile) else None}
-    require_apart({"--report": report_file}, {**its, **words})
+    require_apart({"--report": report_file, "--trace": trace_file}, {**its, **words})
     if plan_file is not None:
         from memplan.program.schema import Plan
         from memplan.request import refuse_beside_plan
@@ -71,6 +75,7 @@ def run(
         options=options,
         plan=None if plan_file is None else str(plan_file.resolve()),
         report=report_file if report_file is None else _absolute(report_file),
+        trace=None if trace_file is None else _absolute(trace_file),
         log=log,
         lines=lines,
     )

@@ -84,7 +84,7 @@ def compare_plans(first: Plan, second: Plan) -> Compared:
             unit="bytes",
         ),
         *_both("ram", first.prediction.ram_parts, second.prediction.ram_parts),
-        Row(what="  page-locked ram", first=one.page_locked_bytes, second=other.page_locked_bytes, unit="bytes"),
+        Row(what="  pinned ram", first=one.page_locked_bytes, second=other.page_locked_bytes, unit="bytes"),
         Row(
             what="disk",
             first=first.prediction.peaks.disk_bytes,

@@ -11,8 +11,9 @@ import io
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from weakref import ReferenceType, WeakKeyDictionary, ref
 
@@ -30,6 +31,7 @@ from memplan.request import completed
 from memplan.run.handle import Handle, handle_of
 from memplan.show.log_lines import begin_lines, end_lines
 from memplan.show.tables import progress
+from memplan.show.trace import write_trace
 from memplan.trainers.compiled_whole import serve_compiled
 from memplan.trainers.hf_trainer import (
     loss_of,
@@ -221,7 +223,9 @@ def _planned(model: nn.Module, step: Step, more: Mapping[str, Any], *, is_first:
 
 
 def _attached(model: nn.Module, plan: Plan) -> Handle:
-    handle = put_under(model, plan, SCOPE, checkpoint=settings().options.get("checkpoint"))
+    asked = settings()
+    checkpoint = asked.options.get("checkpoint")
+    handle = put_under(model, plan, SCOPE, traced=asked.trace is not None, checkpoint=checkpoint)
     if not _HANDLES:
         atexit.register(_report_all)
     _FROZEN[model] = frozenset(id(parameter) for parameter in model.parameters() if not parameter.requires_grad)
@@ -345,3 +349,18 @@ def report(*measured: tuple[Plan, RunRecord]) -> None:
     for plan, record in measured:
         for line in end_lines(plan, record, file):
             say(line)
+    _write_trace(settings().trace, measured)
+
+
+def _write_trace(file: str | None, measured: Sequence[tuple[Plan, RunRecord]]) -> None:
+    """Write the last whole pass of the model that was trained last, beside the planned one."""
+    traced = [(plan, record) for plan, record in measured if record.spans]
+    if file is None:
+        return
+    if not traced:
+        say(f"no trace in {file}: no whole pass was trained under a plan")
+        return
+    try:
+        write_trace(Path(file), *traced[-1])
+    except (MemplanError, OSError) as error:  # as for the report
+        say(str(error))

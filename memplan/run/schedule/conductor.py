@@ -148,8 +148,8 @@ class Conductor:
             self._forward_of = None
             if self._closed or self._paused:
                 raise RunError(
-                    f"a backward came to {module} {self._paused or 'after detach()'}, but its forward was before: "
-                    "what it read is no longer there. Finish the backward first"
+                    f"the backward of {module} ran {self._paused or 'after detach()'}, and what its forward read "
+                    "is gone: finish the backward first"
                 )
             if torch.is_grad_enabled() and (self.loader.streamed or self.loader.offloads.by_key):
                 raise RunError(
