@@ -33,9 +33,9 @@ __all__ = ["Report", "as_dict", "failure_dict", "failure_text", "render", "text"
 
 WIDTH = 80
 _LEAST_WIDTH = 60
-_WIDE = 120
+_WIDE = 126
 """From here on memory and time stand side by side."""
-_LABEL = 18
+_LABEL = 20
 _VALUE = 11
 _MOST_STALLED = 5
 _STYLES = {"": "", "part": "dim", "sum": "bold"}
