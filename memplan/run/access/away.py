@@ -245,6 +245,31 @@ def _exchanged(value: Any, shown: dict[int, torch.Tensor]) -> Any:
     return value
 
 
+def swap(function: Callable[..., None], one: torch.Tensor, other: torch.Tensor) -> None:
+    """Exchange two tensors as ``torch.utils.swap_tensors`` does, where one of them is a weight that comes and goes:
+    their values, as all else of them is the same. Raises RunError where it is not.
+    """
+    served = [tensor for tensor in (one, other) if server_of(tensor) is not None]
+    if not served:
+        return function(one, other)
+    if one is other:
+        return None
+    with torch._C.DisableTorchFunctionSubclass():
+        alike = [
+            (kind_of(t), t.shape, t.dtype, t.device, t.requires_grad, t.grad is None, vars(t), t._use_count() == 1)
+            for t in (one, other)
+        ]
+    if alike[0] != alike[1] or not all(now[-1] and now[-2] == {} for now in alike):
+        raise RunError(
+            "torch.utils.swap_tensors was given a frozen weight that memplan streams, and a tensor of another class, "
+            "shape, dtype or device, a trained one, one with attributes, or one that a graph has saved: swap before "
+            "plan(), or detach() first"
+        )
+    first, second = (t.data if server_of(t) is None else t.data.clone() for t in (one, other))
+    one.data, other.data = second, first
+    return None
+
+
 def refuse_home(block: int, **options: bool) -> None:
     raise gone()
 

@@ -30,6 +30,7 @@ from memplan.run.access.away import (
     plain,
     serve_call,
     serve_operator,
+    swap,
 )
 from memplan.run.access.dispatched import serve_with, unasked
 from memplan.run.access.lent import HandedOut, Lent, StandIn, alias_of
@@ -84,7 +85,7 @@ class DirectAccess:
         ``within``: by block, ids of the modules in whose accesses it is read.
         """
         self._within = within
-        replace_functions(self, away_in, serve_call)
+        replace_functions(self, away_in, serve_call, swap)
         serve_with(serve_operator)
         for module in model.modules():  # memplan's own come later
             if (
