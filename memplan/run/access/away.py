@@ -256,7 +256,7 @@ def swap(function: Callable[..., None], one: torch.Tensor, other: torch.Tensor) 
         return None
     with torch._C.DisableTorchFunctionSubclass():
         alike = [
-            (kind_of(t), t.shape, t.dtype, t.device, t.requires_grad, t.grad is None, vars(t), t._use_count() == 1)
+            (kind_of(t), t.shape, t.dtype, t.device, t.requires_grad, t.grad is None, vars(t), _uses_of(t) == 1)
             for t in (one, other)
         ]
     if alike[0] != alike[1] or not all(now[-1] and now[-2] == {} for now in alike):
@@ -268,6 +268,12 @@ def swap(function: Callable[..., None], one: torch.Tensor, other: torch.Tensor) 
     first, second = (t.data if server_of(t) is None else t.data.clone() for t in (one, other))
     one.data, other.data = second, first
     return None
+
+
+def _uses_of(tensor: Any) -> int:
+    """Return how many refer to a tensor: its object in Python, and graphs that have saved it."""
+    uses: int = tensor._use_count()
+    return uses
 
 
 def refuse_home(block: int, **options: bool) -> None:
