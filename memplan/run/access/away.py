@@ -15,7 +15,7 @@ from memplan.errors import RunError
 from memplan.hooks.compiled import untraced_deep
 from memplan.hooks.nested import tensors_in
 from memplan.model.weights import kind_of
-from memplan.run.access.dispatched import announced_in, unasked
+from memplan.run.access.dispatched import announced_in, opened_in, unasked
 from memplan.run.access.lent import StandIn
 from memplan.run.access.metadata import DESCRIBE, LAYOUT, STORAGES
 from memplan.run.schedule.streamed import Kinds
@@ -191,6 +191,20 @@ def serve_operator(operator: Any, args: tuple[Any, ...], kwargs: dict[str, Any])
         )
     if any(server_of(tensor) is None for tensor in held.values()):
         raise gone()
+    return serve_call(operator, args, kwargs, tuple(held.values()))
+
+
+def serve_others(operator: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Answer an operator that a thread that does not train gives weights in their slots."""
+    held = {id(tensor): tensor for tensor in opened_in((args, kwargs))}
+    if torch._C._current_graph_task_id() != -1:
+        with unasked():  # a backward whose forward was another thread's: the block stays as long as it needs to
+            return operator(*args, **kwargs)
+    if any(server_of(tensor) is None for tensor in held.values()):
+        raise RunError(
+            "a thread was given a view of a frozen weight that was taken in another one, in which memplan streams it: "
+            "what lies there may be another block's by now. Give the thread the weight itself, or a copy of it"
+        )
     return serve_call(operator, args, kwargs, tuple(held.values()))
 
 
