@@ -51,6 +51,7 @@ class Held:
         """Return what they hold now, and objects that they hold. ``given``: what their forwards are given, in depth."""
         filled: list[tuple[Any, Any]] = [(value, value.copy()) for value in self.own if value]
         empty: list[Any] = []
+        odd: list[Any] = []
         drawn_from: list[torch.Generator] = []
         objects: dict[int, Any] = {}
 
@@ -64,7 +65,7 @@ class Held:
             if containers.kind_of(kind) is not None:
                 size = containers.size_of(value)
                 if not size:
-                    empty.append(value)
+                    (empty if kind in containers.EXACT else odd).append(value)
                 elif size <= _MOST_ENTRIES:
                     filled.append((value, containers.copied(value)))
             if kind not in containers.EXACT and containers.holds_attributes(kind):
@@ -78,7 +79,7 @@ class Held:
         own = (containers.attributes_of(value) for value in objects.values())
         held = [(now, now.copy()) for now in (*(attributes for attributes, _, _ in self.plain), *own)]
         slots = [(value, found) for value in objects.values() if (found := containers.in_slots(value))]
-        return State(held, filled, [*self.own, *empty], drawn_from, slots)
+        return State(held, filled, [*self.own, *empty], odd, drawn_from, slots)
 
 
 def reached(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[list[object], list[torch.Tensor]]:
@@ -120,15 +121,17 @@ class State:
         attributes: list[tuple[dict[str, Any], dict[str, Any]]],
         filled: list[tuple[Any, Any]],
         watched: list[Any],
+        odd: list[Any],
         drawn_from: list[torch.Generator],
         slots: list[tuple[Any, tuple[Any, ...]]],
     ) -> None:
-        """``watched``: containers of which those that are not in ``filled`` held nothing. ``slots``: objects, and what
-        they held there.
+        """``watched``: containers of which those that are not in ``filled`` held nothing. ``odd``: such of subclasses,
+        which may tell otherwise. ``slots``: objects, and what they held there.
         """
         self._attributes = attributes
         self._filled = filled
         self._watched = watched
+        self._odd = odd
         self._drawn_from = drawn_from
         self._slots = slots
         self._positions = [generator.get_state() for generator in drawn_from]
@@ -145,13 +148,14 @@ class State:
 
     def containers(self) -> Iterator[object]:
         """Yield the containers and generators that are put back."""
-        yield from (*self._watched, *(value for value, _ in self._filled), *self._drawn_from)
+        yield from (*self._watched, *self._odd, *(value for value, _ in self._filled), *self._drawn_from)
 
     @contextmanager
     def again(self) -> Iterator[None]:
         """Have all be as it was, and afterwards as it is now."""
         attributes = [(now, now.copy()) for now, _ in self._attributes]
-        filled = [(value, containers.copied(value)) for value, _ in self._filled]
+        exact, copied = containers.EXACT, containers.copied
+        filled = [(value, value.copy() if type(value) in exact else copied(value)) for value, _ in self._filled]
         slots = [(value, containers.in_slots(value)) for value, _ in self._slots]
         positions = [generator.get_state() for generator in self._drawn_from]
         others = [(value, containers.copied(value)) for value in self._filled_since()]
@@ -169,7 +173,8 @@ class State:
     def _filled_since(self) -> list[Any]:
         """Return the containers that held nothing, and do now."""
         held = {id(value) for value, _ in self._filled}
-        return [value for value in self._watched if containers.size_of(value) and id(value) not in held]
+        found = [value for value in self._watched if value and id(value) not in held]
+        return found + [value for value in self._odd if containers.size_of(value) and id(value) not in held]
 
     def _put(
         self,
