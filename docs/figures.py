@@ -1,14 +1,10 @@
 """Draws the figures of these documents with memplan's own solver and timeline:  python docs/figures.py
 
-Their numbers are those of plans, no measurements. Needs the ``docs`` extra, and Chromium for the picture of a report.
+Their numbers are those of plans, no measurements. Needs the ``docs`` extra; ``pictures.py`` takes those of reports.
 """
 
 from __future__ import annotations
 
-import io
-import shutil
-import subprocess
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +12,7 @@ import matplotlib as mpl
 
 mpl.use("svg")
 import matplotlib.pyplot as plt
-from PIL import Image
 
-import memplan
 from memplan.analyze.graph import Block, Tensor
 from memplan.cost.table import AccessRow, CostTable
 from memplan.errors import DoesNotFitError
@@ -165,22 +159,6 @@ def way_of_a_block(count: int = 12, room: int = 5, in_ram: int = 5) -> None:
     keep(figure, "block.svg")
 
 
-def report_page(chromium: str) -> None:
-    """The top of the report of README's first plan, as a browser shows it."""
-    plan = memplan.plan(
-        "llama-3.1-8b", (1, 2048), vram="8GiB", ram="96GiB", hardware="rtx-3060-12gb", dtype="bf16",
-        adapter={"rank": 16, "targets": "all-linear"},
-    )  # fmt: skip
-    with tempfile.TemporaryDirectory() as folder:
-        page, shot = Path(folder) / "report.html", Path(folder) / "report.png"
-        memplan.report(plan, html=page)
-        options = ["--headless=new", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", "--window-size=1000,900"]
-        command = [chromium, *options, f"--user-data-dir={folder}/profile", f"--screenshot={shot}", page.as_uri()]
-        subprocess.run(command, check=True, capture_output=True, timeout=120)
-        small = Image.open(io.BytesIO(shot.read_bytes())).convert("RGB").quantize(32)
-        small.save(FOLDER / "report.png", optimize=True)
-
-
 def keep(figure: Any, name: str) -> None:
     """Write a figure; the same plans give the same bytes."""
     FOLDER.mkdir(exist_ok=True)
@@ -193,11 +171,6 @@ def main() -> None:
     against_room()
     one_pass()
     way_of_a_block()
-    chromium = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-    if chromium is None:
-        print("report.png stays as it is: there is no Chromium")
-    else:
-        report_page(chromium)
 
 
 if __name__ == "__main__":

@@ -8,6 +8,8 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO, Unpack
 
+from msgspec.structs import replace
+
 from memplan.program.record import RunRecord
 from memplan.program.schema import Plan
 from memplan.request import PlanOptions, Request, refuse
@@ -28,11 +30,11 @@ def plan(model: Any, batch: Any, **options: Unpack[PlanOptions]) -> Plan:
     ``config.json`` (of transformers or diffusers), or a name: of ``memplan/model/models.json``, or on the hub.
     ``batch``: a mapping of tensors (one micro-batch, given as keywords), a tuple of tensors (as positions),
     ``memplan.Call(ids, attention_mask=mask)`` (as both), or a shape: (batch, sequence), or (batch,) for images.
-    ``options``: budgets and the machine (``vram``, ``ram``, ``disk``, ``page_lock``, ``hardware``); how a model that is
-    given by its configuration is built (``adapter``, ``dtype``, ``attention``, ``quantization``, ``qlora``, ``kbit``,
-    ``gradient_checkpointing``); the training (``autocast``, ``accumulation``, ``steps``, or ``examples`` and
-    ``epochs``, ``optimizer``, ``loss``); the placement (``pins``, ``activations``, ``elastic``, ``optimizer_state``,
-    ``checkpoint``); what is looked at (``measure``, ``max_step_s``, ``gains``, ``progress``).
+    ``options``: budgets and the machine (``vram``, ``margin``, ``ram``, ``disk``, ``page_lock``, ``hardware``); how a
+    model that is given by its configuration is built (``adapter``, ``dtype``, ``attention``, ``quantization``,
+    ``qlora``, ``kbit``, ``gradient_checkpointing``); the training (``autocast``, ``accumulation``, ``steps``, or
+    ``examples`` and ``epochs``, ``optimizer``, ``loss``); the placement (``pins``, ``activations``, ``elastic``,
+    ``optimizer_state``, ``checkpoint``); what is looked at (``measure``, ``max_step_s``, ``gains``, ``progress``).
     :class:`memplan.PlanOptions` says what each takes and is when it is left out, and so does
     ``docs/reference/options.md``.
 
@@ -51,7 +53,8 @@ def plan(model: Any, batch: Any, **options: Unpack[PlanOptions]) -> Plan:
     if request.choices.gains:
         from memplan.queries.gains import with_gains
 
-        made = with_gains(made)
+        # Of the case: a plan's own blocks may be split, and its optimizer's state has its place.
+        made = replace(with_gains(made), least_vram_bytes=case.least_vram_bytes())
     return made
 
 
@@ -60,7 +63,7 @@ def frontier(model: Any, batch: Any, *, points: int = 17, **options: Unpack[Plan
 
     ``model``: as for :func:`plan`.
     ``batch``: as for :func:`plan`.
-    ``points``: how many budgets are tried, from the minimum to all weights on the device.
+    ``points``: how many budgets are tried, from the minimum to all weights and activations on the GPU.
     ``options``: those of :func:`plan`, but for ``max_step_s`` and ``gains``.
 
     Raises InputError, and DoesNotFitError where no vram would do.

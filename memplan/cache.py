@@ -92,8 +92,7 @@ class BlockCache:
                 raise
         except OSError as error:
             raise InputError(
-                f"{about} ({format_bytes(size_bytes)}) was to be written to {self.folder}: "
-                f"{error.strerror or error}; {_TIP}"
+                f"cannot write {about} ({format_bytes(size_bytes)}) to {self.folder}: {error.strerror or error}; {_TIP}"
             ) from error
         return path, found
 

@@ -18,7 +18,7 @@ from memplan.model import models
 from memplan.model.checkpoint import has_checkpoint
 from memplan.program.schema import RING_BYTES, STAGING_BYTES, Budgets, Plan, StateHome, Tier, Workload
 from memplan.request import TIERS, Request, Sizes
-from memplan.units import align_up
+from memplan.units import align_up, format_bytes
 
 if TYPE_CHECKING:
     from torch import nn
@@ -184,6 +184,7 @@ def case_of(request: Request) -> Case:
             *cost_notes(graph, profile, times),
             *machine.notes(profile, lies_in),
             *beyond(profile, budgets.vram_bytes, budgets.ram_bytes),
+            *_margin(sizes),
         ),
         elastic=choices.elastic,
         optimizer_state=choices.optimizer_state,
@@ -203,9 +204,16 @@ def profile_of(hardware: str | Path | HardwareProfile) -> HardwareProfile:
     return load(hardware)
 
 
+def _margin(sizes: Sizes) -> tuple[str, ...]:
+    if not sizes.margin_bytes:
+        return ()
+    return (f"Of the vram {format_bytes(sizes.margin_bytes)} are left free (margin): the budget is what is left.",)
+
+
 def vram_of(sizes: Sizes, profile: HardwareProfile) -> int:
-    """Return the vram in bytes that was asked for, or that there is."""
-    return machine.auto_vram_bytes(profile) if sizes.vram_bytes is None else sizes.vram_bytes
+    """Return the vram in bytes that was asked for, or that there is, less the margin."""
+    vram_bytes = machine.auto_vram_bytes(profile) if sizes.vram_bytes is None else sizes.vram_bytes
+    return max(0, vram_bytes - sizes.margin_bytes)
 
 
 def ram_of(sizes: Sizes, profile: HardwareProfile) -> int:
@@ -339,7 +347,7 @@ def _activations(wanted: Mapping[str, Activations], graph: LayerGraph) -> dict[s
         found |= dict.fromkeys(matches, policy)
     if "" in wanted and not layers and wanted[""] != "keep":
         told = [note for note in graph.notes if note.startswith("No activations can be")]
-        why = told or ["Memplan has no say in any of this model's layers: it checkpoints them itself, or has no stack."]
+        why = told or ["memplan cannot set those of this model: it checkpoints its layers itself, or has no stack."]
         raise InputError(f"all activations were to be {wanted['']}. {' '.join(why)} Leave activations out")
     return found
 

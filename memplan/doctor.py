@@ -142,7 +142,7 @@ def _cache() -> Finding:
         return Finding(
             what="cache",
             found=f"{machine.cache_path()} cannot be made ({error.strerror})",
-            meaning="set MEMPLAN_CACHE to a folder that can be written: measured profiles and packed blocks lie there",
+            meaning="set MEMPLAN_CACHE to a writable folder for measured profiles and packed blocks",
             is_problem=True,
         )
     writable = os.access(folder, os.W_OK)
@@ -174,5 +174,5 @@ def _measured(profile: profiles.HardwareProfile | None) -> Finding:
         found=f"measured {profile.disk_bytes_per_s.date}: link {format_bytes(int(link))}/s, "
         f"disk {format_bytes(int(profile.disk_bytes_per_s.value))}/s, "
         f"float32 products {profile.matmul_flops_per_s['float32'].value / 1e12:.3g} TFLOP/s"
-        + ("" if limit is None else f", no more than {format_bytes(limit)} of RAM page-locked"),
+        + ("" if limit is None else f", at most {format_bytes(limit)} of RAM pinned"),
     )

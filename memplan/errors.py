@@ -97,7 +97,7 @@ class PlanCheckError(PlanError):
 class DoesNotFitError(MemplanError):
     """No plan keeps the budgets.
 
-    ``asked`` says in one clause what was asked and that it does not fit; ``limited_by`` names what stands in the way;
+    ``asked`` says in one clause what was asked and that it does not fit; ``limited_by`` names what limits it;
     ``suggestions`` are changes that help, those first that make it fit alone, the cheapest before all others.
     ``least_vram_bytes`` is the least ``vram`` for which a plan exists with the other budgets as given, or None where no
     ``vram`` would do; ``least_ram_bytes`` the same of ``ram``, ``least_disk_bytes`` a ``disk`` that does.
@@ -126,7 +126,7 @@ class TooSlowError(MemplanError):
     """No plan within the budgets is as fast as was asked.
 
     ``step_s``: of the best plan; ``least_vram_bytes``: the least ``vram`` at which a plan is as fast, to a 256th of the
-    span from the least that works to all weights on the device, or None where no ``vram`` would do.
+    span from the minimum to all weights on the device, or None where no ``vram`` would do.
     """
 
     def __init__(self, message: str, *, step_s: float, least_vram_bytes: int | None) -> None:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, TypedDict, cast
 from memplan.analyze.blocks.optimizers import optimizer_name
 from memplan.errors import InputError
 from memplan.model.arguments import QLORA, Understood, autocast_name, like, understood
-from memplan.units import parse_size
+from memplan.units import format_bytes, parse_size
 
 if TYPE_CHECKING:
     from memplan.analyze.graph import Activations
@@ -37,13 +37,16 @@ class PlanOptions(TypedDict, total=False):
 
     vram: int | str
     """Device memory: bytes, or text such as ``"6GiB"``. ``"auto"``, the default: what is free less a reserve."""
+    margin: int | str
+    """Of ``vram`` what is left free, for what no plan can know (fragmentation, other processes): 0 unless it is
+    given."""
     ram: int | str | None
     """Host memory, as ``vram``. None or ``"auto"``: what is available less a reserve."""
     disk: int | str | None
     """Disk for packed blocks, as ``vram``. None: no disk beyond the checkpoint's own files."""
     page_lock: int | str | None
-    """Of ``ram`` what may be page-locked for a CUDA device, the rest is read at the rate of pageable RAM. None: the
-    profile's limit, where page-locking was seen to be refused, and else all."""
+    """Maximum pinned host memory for a CUDA device; the rest of ``ram`` is read at the rate of pageable RAM. None: the
+    profile's limit, where pinning was seen to fail, and else all."""
     hardware: str | Path | HardwareProfile
     """``"auto"``, the default (measured once, then cached), a shipped profile's name, or a profile's file."""
     adapter: Any
@@ -89,14 +92,14 @@ class PlanOptions(TypedDict, total=False):
     ``layers.3``."""
     activations: str | Mapping[str, str] | None
     """``"keep"``, ``"recompute"`` or ``"offload"`` (to RAM, until backward) for every layer, or by layer name. None:
-    kept or recomputed, as is fastest; ``"any"``: one of the three, as is fastest on a device with memory of its own (a
-    look more at the model)."""
+    kept or recomputed, whichever is faster; ``"any"``: the fastest of the three, on a device with memory of its own
+    (one extra trace)."""
     elastic: bool | None
-    """Whether weights may have more room where activations leave it, in bytes that come and go. None: on the CPU alone,
-    since no GPU has proven it."""
+    """Let weights use memory that activations leave free, for as long as they do. None: on the CPU alone, until
+    validated on a GPU."""
     optimizer_state: str | None
     """``"device"``, or ``"host"`` for RAM between steps, from where it is brought for each step of the optimizer and
-    sent back. None: as a step is shorter (on the CPU on the device)."""
+    sent back. None: whichever makes a step shorter (on the CPU: on the device)."""
     checkpoint: str | Path | None
     """Folder of safetensors that blocks may be read from. None: where the model says it came from."""
     measure: bool
@@ -122,14 +125,24 @@ class Sizes:
     ram_bytes: int | None
     disk_bytes: int | None
     page_lock_bytes: int | None
+    margin_bytes: int
+    """Of the vram what is left free; never None."""
 
     @classmethod
     def of(cls, options: Mapping[str, Any]) -> Sizes:
         """Return the budgets among the options. Raises SizeError."""
         vram, ram = options.get("vram", "auto"), options.get("ram")
         disk, page_lock = options.get("disk"), options.get("page_lock")
+        vram_bytes = None if vram == "auto" else parse_size(vram, "vram")
+        margin_bytes = parse_size(options.get("margin", 0), "margin")
+        if vram_bytes and margin_bytes >= vram_bytes:
+            raise InputError(
+                f"the margin was given as {format_bytes(margin_bytes)}, which leaves nothing of the vram of "
+                f"{format_bytes(vram_bytes)}: give less than that"
+            )
         return cls(
-            vram_bytes=None if vram == "auto" else parse_size(vram, "vram"),
+            vram_bytes=vram_bytes,
+            margin_bytes=margin_bytes,
             ram_bytes=None if ram is None or ram == "auto" else parse_size(ram, "ram"),
             disk_bytes=None if disk is None else parse_size(disk, "disk"),
             page_lock_bytes=None if page_lock is None else parse_size(page_lock, "page_lock"),
@@ -391,13 +404,13 @@ def _optimizer_state(given: str | None, optimizer: str) -> StateHome | None:
     home = next((home for home in STATE_HOMES if home == given), None)
     if home is None and given is not None:
         raise InputError(
-            f"the optimizer's state was to lie in {given!r} between steps: give one of {', '.join(STATE_HOMES)}"
+            f"the optimizer's state cannot be in {given!r} between steps: give one of {', '.join(STATE_HOMES)}"
         )
     if not optimizer.startswith("paged_"):
         return home
     if home == "host":
         raise InputError(
-            f"the state of {optimizer} was to lie on the host between steps, but its pages go there by themselves: "
+            f"the state of {optimizer} is paged, and goes to the host between steps by itself: "
             "leave optimizer_state out, or use an optimizer that is not paged"
         )
     return "device"

@@ -50,7 +50,7 @@ def refused(model, error, message, act):
 
 
 def test_a_budget_that_is_too_small(model):
-    error = refused(model, DoesNotFitError, "the least that works is", lambda: planned(model, vram="100KiB"))
+    error = refused(model, DoesNotFitError, "of vram; the budget is 100.0 KiB", lambda: planned(model, vram="100KiB"))
     assert error.least_vram_bytes > 100 * 2**10
     assert "activations" in error.limited_by
     assert error.suggestions

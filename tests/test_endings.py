@@ -180,5 +180,5 @@ def test_run_says_where_python_keeps_it_out(flags: str, told: str | None) -> Non
     variables = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
     done = subprocess.run([*MEMPLAN, "run", "--", *command], cwd=ROOT, capture_output=True, text=True, env=variables)
     assert done.returncode == 0
-    assert ("stands aside" in done.stderr) == (told is not None)
+    assert ("inactive" in done.stderr) == (told is not None)
     assert told is None or f"{told} imports nothing at its start: leave {told} out" in done.stderr

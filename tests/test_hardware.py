@@ -388,7 +388,7 @@ def test_a_plan_for_wsl2_says_what_binds_there(monkeypatch, tmp_path) -> None:
     monkeypatch.setattr(machine.platform, "release", lambda: "6.6.87.2-microsoft-standard-WSL2")
     here = a_profile(machine=machine.machine_key())
     (wall,) = machine.notes(here, tmp_path)
-    assert "page-locked" in wall
+    assert "pinned" in wall
     _, slow = machine.notes(here, tmp_path / "my drive" / "model")
     assert "copy it there" in slow
     assert machine.notes(a_profile(), tmp_path) == ()  # a plan for another machine

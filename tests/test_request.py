@@ -109,7 +109,7 @@ def test_what_cannot_be_used_is_refused_before_a_trainer_is_there(name: str) -> 
         ({"vram": "6"}, "did you mean 6GiB"),
         ({"activations": "away"}, "give one of keep, recompute, offload or any"),
         ({"pins": {"layers.3": "gpu"}}, "names the tier 'gpu'"),
-        ({"optimizer_state": "disk"}, "was to lie in 'disk'"),
+        ({"optimizer_state": "disk"}, "cannot be in 'disk' between steps"),
         ({"optimizer": "adamwise"}, "near it: adamw"),
         ({"autocast": "fp8"}, "autocast was given as 'fp8'"),
         ({"max_step_s": -1}, "the longest step was given as -1 s"),
@@ -159,7 +159,7 @@ def test_what_a_question_has_no_use_for_is_refused(command: str) -> None:
         ("--optimizer adamwise", "near it: adamw"),
         ("--max-step-s 0", "the longest step was given as 0.0 s"),
         ("--pin layers.3=gpu", "not BLOCK=TIER"),
-        ("--optimizer paged_adamw_8bit --optimizer-state host", "its pages go there by themselves"),
+        ("--optimizer paged_adamw_8bit --optimizer-state host", "goes to the host between steps by itself"),
         ("--checkpoint /no/such/folder", "does not exist"),
     ],
 )
@@ -182,7 +182,9 @@ def test_a_request_is_understood_once() -> None:
         {"vram": "6GiB", "ram": "auto", "dtype": "half", "optimizer": "AdamW", "accumulation": 2, "examples": 9,
          "pins": {"h.3": "device"}, "activations": {"h.1": "offload"}},
     )  # fmt: skip
-    assert request.sizes == Sizes(vram_bytes=6 * GIB, ram_bytes=None, disk_bytes=None, page_lock_bytes=None)
+    assert request.sizes == Sizes(
+        vram_bytes=6 * GIB, ram_bytes=None, disk_bytes=None, page_lock_bytes=None, margin_bytes=0
+    )
     assert request.build.keywords()["dtype"] == "float16"
     training = request.training
     assert (training.optimizer, training.steps, training.epochs) == ("adamw", 2, 1)

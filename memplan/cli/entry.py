@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import gc
 import io
+import logging
 import os
 import sys
 import traceback
@@ -25,6 +26,9 @@ INTERNAL, OUTPUT_FAILED = 70, 74
 INTERRUPTED, PIPE_CLOSED = 130, 141
 """What a shell says of a program that SIGINT or SIGPIPE ended."""
 
+_NOISY = ("torchao", "bitsandbytes", "torch.utils._pytree")
+"""Libraries that warn as they are imported of kernels for other machines: no user of a plan asked for those."""
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit code. ``arguments``: else those of the process."""
@@ -33,6 +37,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     own_process = arguments is None
     if own_process:
         sys.stdout, sys.stderr = _told_of(sys.stdout), _told_of(sys.stderr)
+        for library in _NOISY:
+            logging.getLogger(library).setLevel(logging.ERROR)
     collected = gc.isenabled()
     try:
         code = _command(given, own_process, as_json)
@@ -80,8 +86,7 @@ def _command(given: list[str], own_process: bool, as_json: bool) -> int:
     except Exception as error:
         package = (getattr(error, "name", None) or "memplan").partition(".")[0]
         if isinstance(error, ModuleNotFoundError) and package != "memplan":
-            extra = "'memplan[hf]'" if package in ("transformers", "peft") else package
-            message = f"this needs the package {package}, which is not installed: pip install {extra}"
+            message = f"this needs the package {package}, which is not installed: pip install {package}"
             return fail(type(error).__name__, message, as_json, BAD_INPUT)
         if isinstance(error, (BrokenPipeError, OutputError)) or not own_process:
             raise  # a caller in Python sees an error as it is

@@ -69,6 +69,66 @@ def doctor(as_json: bool) -> int:
     return BAD_INPUT if any(one.is_problem for one in found) else OK
 
 
+@group.command(short_help="List the models that are known by name.")
+@click.argument("text", required=False)
+@JSON
+def models(text: str | None, as_json: bool) -> int:
+    """List the models that need no network and no config.json, with TEXT in their name where it is given.
+
+    Exits with 2 where there is none. Any other model on the hub, or a directory with a config.json, can be planned too.
+    """
+    from memplan.model import models as known
+
+    wanted = "" if text is None else text.lower()
+    found = {name: model for name, model in known.table().items() if wanted in name or wanted in model.hub.lower()}
+    if not found:
+        raise click.BadParameter(
+            f"no model that memplan knows has {text!r} in its name{_near(known.near(str(text)))}.", param_hint="TEXT"
+        )
+    if as_json:
+        print_json({"models": {name: {"hub": m.hub, "parameters": m.parameters} for name, m in found.items()}})
+    else:
+        from memplan.show.known import write_models
+
+        write_models([(name, f"{m.parameters / 1e9:,.1f} B", m.hub) for name, m in sorted(found.items())])
+    return OK
+
+
+@group.command(short_help="List the hardware that is known by name.")
+@click.argument("text", required=False)
+@JSON
+def hardware(text: str | None, as_json: bool) -> int:
+    """List the cards that plans can be made for, with TEXT in their name where it is given.
+
+    Exits with 2 where there is none. Without --hardware a plan is for this machine, which is measured once.
+    """
+    from memplan.hardware import cards
+    from memplan.hardware import profile as profiles
+    from memplan.hardware.budgets import most_vram_bytes
+
+    wanted = "" if text is None else text.lower()
+    found = [profiles.load(name) for name in profiles.names() if wanted in name]
+    if not found and text is not None:
+        found = [profiles.load(name) for name in cards.matching(text, profiles.names())]
+    if not found:
+        near = _near(cards.near(str(text), profiles.names()))
+        raise click.BadParameter(f"no card that memplan knows has {text!r} in its name{near}.", param_hint="TEXT")
+    if as_json:
+        rows = {one.name: {"device_bytes": int(one.device_bytes.value), "about": one.description} for one in found}
+        print_json({"hardware": rows})
+    else:
+        from memplan.show.known import write_hardware
+
+        write_hardware(
+            [(one.name, format_bytes(most_vram_bytes(one)), one.description.partition(". ")[0]) for one in found]
+        )
+    return OK
+
+
+def _near(names: list[str]) -> str:
+    return f"; near it: {', '.join(names)}" if names else ""
+
+
 @group.group(short_help="Look at packed blocks, or remove them.")
 def cache() -> None:
     """Blocks that were packed for the disk because no checkpoint holds them as they are."""

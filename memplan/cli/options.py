@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import click
 
+from memplan.cli.defaults import from_file, variable
 from memplan.model.arguments import ALL_LINEAR, DEFAULT_TARGETS
 from memplan.request import ACTIVATIONS, ANY, STATE_HOMES, TIERS, tier_of
 from memplan.units import parse_size
@@ -74,13 +75,18 @@ def _flag(given: bool) -> bool | None:
 
 
 def _option(*names: str, **more: Any) -> tuple[click.Option, ...]:
-    return (click.Option(names, **more),)
+    words = [name.partition("/")[0] for name in names if name.startswith("--")]
+    return (click.Option(names, envvar=[variable(word) for word in words], **more),)
 
 
 OPTIONS: dict[str, Row] = {
     "vram": Row(
         _option("--vram", metavar="SIZE", help="Device memory, such as 6GiB.  [default: auto, what is free]"),
         _size("--vram", ("auto",)),
+    ),
+    "margin": Row(
+        _option("--margin", metavar="SIZE", help="Part of --vram to leave free.  [default: none of it]"),
+        _size("--margin"),
     ),
     "ram": Row(
         _option("--ram", metavar="SIZE", help="Host memory, such as 24GiB.  [default: what is available]"),
@@ -94,8 +100,7 @@ OPTIONS: dict[str, Row] = {
         _option(
             "--page-lock",
             metavar="SIZE",
-            help="Maximum RAM that may be page-locked (pinned) for the GPU.  [default: all, or where the profile saw a "
-            "limit]",
+            help="Maximum pinned host memory.  [default: all of --ram, or the limit that was measured]",
         ),
         _size("--page-lock"),
     ),
@@ -169,7 +174,7 @@ OPTIONS: dict[str, Row] = {
             "--accumulation",
             metavar="N",
             type=COUNT,
-            help="Micro-batches of a step.  [default: 1; with a script its trainer's]",
+            help="Micro-batches per step.  [default: 1; with a script its trainer's]",
         )
     ),
     "steps": Row(
@@ -212,15 +217,15 @@ OPTIONS: dict[str, Row] = {
         _option(
             "--elastic/--no-elastic",
             default=None,
-            help="Let weights use memory that activations leave free.  [default: on the CPU alone; no GPU has proven "
-            "it]",
+            help="Let weights use memory that activations leave free.  [default: on the CPU only, until validated on a "
+            "GPU]",
         )
     ),
     "optimizer_state": Row(
         _option(
             "--optimizer-state",
             type=click.Choice(STATE_HOMES),
-            help="Where it lies between steps.  [default: as a step is shorter; on the CPU device]",
+            help="Where it is kept between steps.  [default: whichever is faster; on the CPU device]",
         )
     ),
     "checkpoint": Row(
@@ -246,6 +251,24 @@ OPTIONS: dict[str, Row] = {
     ),
 }
 """By the names of :class:`memplan.request.PlanOptions`. What is a function, or told of otherwise, is not among them."""
+
+
+class WithDefaults(click.Command):
+    """A command whose options may have defaults in a file (:mod:`memplan.cli.defaults`)."""
+
+    def make_context(
+        self, info_name: str | None, args: list[str], parent: click.Context | None = None, **extra: Any
+    ) -> click.Context:
+        listed = [option for row in OPTIONS.values() for option in row.said]
+        words = {word.removeprefix("--"): str(option.name) for option in listed for word in option.opts}
+        file, values = from_file(Path.cwd(), {**words, "batch": "batch", "seq": "seq"})
+        mine = {str(parameter.name) for parameter in self.params}
+        used = {name: value for name, value in values.items() if name in mine}
+        context = super().make_context(info_name, args, parent, default_map=used, **extra)
+        said = [name for name in used if context.get_parameter_source(name) is click.core.ParameterSource.DEFAULT_MAP]
+        if file is not None and said:
+            click.echo(f"memplan: from {file.name}: {', '.join(said).replace('_', '-')}", err=True)
+        return context
 
 
 def training(*, without: Sequence[str] = ()) -> list[click.Parameter]:

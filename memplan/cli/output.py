@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from memplan.errors import DoesNotFitError
     from memplan.program.record import RunRecord
     from memplan.program.schema import Plan
+    from memplan.show.first_screen import Beside
 
 
 def show(plan: Plan, record: RunRecord | None, as_json: bool) -> None:
@@ -25,6 +26,13 @@ def show(plan: Plan, record: RunRecord | None, as_json: bool) -> None:
         from memplan.show import terminal
 
         terminal.write(plan, record)
+
+
+def show_first(plan: Plan, beside: Beside) -> None:
+    """Print the first screen of a plan."""
+    from memplan.show import first_screen
+
+    first_screen.write(plan, beside)
 
 
 def show_compared(plan: Plan, as_json: bool) -> None:
@@ -40,7 +48,7 @@ def show_compared(plan: Plan, as_json: bool) -> None:
         from memplan.show.query_tables import write_compared
 
         write_compared(
-            f"{plan.model}: {plan.workload.size} a pass, on {plan.hardware}, in vram of "
+            f"{plan.model}: {plan.workload.size} per micro-batch, on {plan.hardware}, in vram of "
             f"{format_bytes(plan.budgets.vram_bytes)}",
             list(found.items()),
         )

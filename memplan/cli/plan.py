@@ -2,21 +2,29 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
+import shlex
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from memplan.atomic_write import STANDARD_OUTPUT
 from memplan.cli.entry import DOES_NOT_FIT, OK, group
-from memplan.cli.options import JSON, files, given, prepare, shape, training
-from memplan.cli.output import print_json, show, show_compared
+from memplan.cli.options import JSON, WithDefaults, files, given, prepare, shape, training
+from memplan.cli.output import print_json, show, show_compared, show_first
 from memplan.cli.paths import INPUT, OUTPUT, apart_from, require_apart
 
+if TYPE_CHECKING:
+    from memplan.program.schema import Plan
+    from memplan.show.first_screen import Beside
 
-@group.command(short_help="Say what fits, where each block goes, and the time of a step.", params=training())
+
+@group.command(
+    cls=WithDefaults, short_help="Say what fits, where each block goes, and the time of a step.", params=training()
+)
 @click.pass_obj
+@click.option("--verbose", "-v", is_flag=True, help="Print all tables, every block and all notes.")
 @click.option("--compare", is_flag=True, help="What other ways of placing would cost, beside the plan.")
 @click.option("--out", type=OUTPUT, help="Write the plan to this file; - is standard output.")
 @click.option("--csv", type=OUTPUT, help="Write a row a block to this file.")
@@ -27,6 +35,7 @@ def plan(
     model: str,
     batch: int,
     seq: int | None,
+    verbose: bool,
     compare: bool,
     out: Path | None,
     csv: Path | None,
@@ -45,7 +54,7 @@ def plan(
     from memplan.show.tables import progress
 
     prepare(model, options, own_process=context["own_process"])
-    with progress("Measuring") if "measure" in options else nullcontext() as tell:
+    with progress("Planning") as tell:
         made = api.plan(model, given_shape, **options, progress=tell)
     if out is not None:
         made.save(out)
@@ -56,15 +65,39 @@ def plan(
     with apart_from(out, csv):
         if compare:
             show_compared(made, as_json)
-        else:
+        elif as_json or verbose:
             show(made, None, as_json)
+        else:
+            show_first(made, _beside(made, out, said))
     if out not in (None, STANDARD_OUTPUT) and not as_json:
         click.echo(f"\nThe plan is in {out}.", err=csv == STANDARD_OUTPUT)
     return OK
 
 
+def _beside(plan: Plan, out: Path | None, said: Mapping[str, Any]) -> Beside:
+    """Return what the first screen says besides: the card, whether one was named, and what to type next."""
+    from memplan.hardware.budgets import most_vram_bytes
+    from memplan.hardware.machine import profile_of_plan
+    from memplan.show.first_screen import Beside
+
+    table = plan.table
+    rates = (table.host_to_device_bytes_per_s, table.device_to_host_bytes_per_s, table.disk_bytes_per_s)
+    profile = None if table.device == "cpu" else profile_of_plan(plan.hardware, rates)
+    if out is not None and out != STANDARD_OUTPUT:
+        budget = ["--plan", str(out)]
+    else:
+        names = [name for name in ("vram", "ram", "disk", "margin") if said.get(name)]
+        budget = [word for name in names for word in (f"--{name}", str(said[name]))]
+    return Beside(
+        device_bytes=None if profile is None else most_vram_bytes(profile),
+        is_this_cpu=table.device == "cpu" and said["hardware"] is None,
+        next_command=" ".join(["memplan run", *map(shlex.quote, budget), "-- python train.py"]),
+    )
+
+
 @group.command(
     "frontier",
+    cls=WithDefaults,
     short_help="Show device memory against the time of a step.",
     params=training(without=("max_step_s", "gains")),
 )
@@ -104,12 +137,13 @@ def frontier(
     else:
         from memplan.show.query_tables import write_frontier
 
-        write_frontier(f"{case.model}: {case.workload.size} a pass, on {case.hardware}", found)
+        write_frontier(f"{case.model}: {case.workload.size} per micro-batch, on {case.hardware}", found)
     return OK
 
 
 @group.command(
     "fit",
+    cls=WithDefaults,
     short_help="Find the largest batch, sequence and rank that fit.",
     params=training(without=("max_step_s", "gains")),
 )

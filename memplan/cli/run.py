@@ -15,24 +15,29 @@ import click
 
 from memplan.atomic_write import STANDARD_OUTPUT, reason
 from memplan.cli.entry import group
-from memplan.cli.options import COUNT, FILE, JSON, given, of_script
+from memplan.cli.options import COUNT, FILE, JSON, WithDefaults, given, of_script
 from memplan.cli.paths import OUTPUT, require_apart
 from memplan.units import parse_size
 
 
 @group.command(
+    cls=WithDefaults,
     short_help="Run an unmodified script within a memory budget.",
     context_settings={"allow_interspersed_args": False},
     params=of_script(),
 )
 @click.option("--plan", "plan_file", type=FILE, help="A plan made before, in place of one made for the script.")
 @click.option("--report", "report_file", type=OUTPUT, help="Write the report here.")
+@click.option(
+    "--trace", "trace_file", type=OUTPUT, help="Write a micro-batch as planned and as measured here, for Perfetto."
+)
 @click.option("--log", is_flag=True, help="Add what memplan measures to what transformers' Trainer logs.")
-@click.option("--lines", is_flag=True, help="Say a line a step, with transformers' Trainer.")
+@click.option("--lines", is_flag=True, help="Print one line per step, with transformers' Trainer.")
 @click.argument("command", nargs=-1, required=True, type=click.UNPROCESSED)
 def run(
     plan_file: Path | None,
     report_file: Path | None,
+    trace_file: Path | None,
     log: bool,
     lines: bool,
     command: tuple[str, ...],
@@ -48,7 +53,7 @@ def run(
     words = {word: Path(word) for word in command if os.path.isfile(word)}
     profile = options.get("hardware", "auto")
     its = {"--plan": plan_file, "--hardware": Path(profile) if os.path.isfile(profile) else None}
-    require_apart({"--report": report_file}, {**its, **words})
+    require_apart({"--report": report_file, "--trace": trace_file}, {**its, **words})
     if plan_file is not None:
         from memplan.program.schema import Plan
         from memplan.request import refuse_beside_plan
@@ -60,7 +65,7 @@ def run(
     program = _program(command[0])
     if (flag := _keeps_out(command)) is not None:
         click.echo(
-            f"memplan: stands aside: {Path(command[0]).name} {flag} imports nothing at its start: leave {flag} out",
+            f"memplan: inactive: {Path(command[0]).name} {flag} imports nothing at its start: leave {flag} out",
             err=True,
         )
 
@@ -70,6 +75,7 @@ def run(
         options=options,
         plan=None if plan_file is None else str(plan_file.resolve()),
         report=report_file if report_file is None else _absolute(report_file),
+        trace=None if trace_file is None else _absolute(trace_file),
         log=log,
         lines=lines,
     )
@@ -141,7 +147,7 @@ def _absolute(path: Path) -> str:
 
 @group.command(short_help="Train a small model streamed and whole, and compare.")
 @click.option("--vram", metavar="SIZE", help="Memory for the step.  [default: less than the whole model needs]")
-@click.option("--steps", metavar="N", type=COUNT, help="Steps to train.")
+@click.option("--steps", metavar="N", type=COUNT, help="Steps of each run.")
 @click.option(
     "--keep",
     type=click.Path(file_okay=False, path_type=Path),

@@ -15,7 +15,7 @@ def require_vram(profile: HardwareProfile, vram_bytes: int) -> None:
     much as 24 GiB, and more it cannot have. On a CPU a plan may be for the card of another machine: :func:`beyond` says
     so.
     """
-    most = _most_bytes(profile.device_bytes)
+    most = most_vram_bytes(profile)
     if profile.device == "cpu" or vram_bytes <= most:
         return
     usual = format_bytes(max(0, int(profile.device_bytes.value) - DEVICE_RESERVE_BYTES))
@@ -23,6 +23,11 @@ def require_vram(profile: HardwareProfile, vram_bytes: int) -> None:
         f"vram was given as {format_bytes(vram_bytes)}, but {profile.name} has {format_bytes(most)}, of which about "
         f"{usual} are usually free: give at most {format_bytes(most)}, or leave it out"
     )
+
+
+def most_vram_bytes(profile: HardwareProfile) -> int:
+    """Return the most device memory that a machine of this profile can have, in bytes."""
+    return _most_bytes(profile.device_bytes)
 
 
 def beyond(profile: HardwareProfile, vram_bytes: int, ram_bytes: int) -> tuple[str, ...]:

@@ -149,12 +149,12 @@ def notes(profile: HardwareProfile, folder: str | Path | None) -> tuple[str, ...
     if "microsoft" in platform.release().lower():
         if profile.device == "cuda":
             found.append(
-                "WSL2 lets only a part of the RAM be page-locked, often half of it: what goes beyond is copied from "
-                "pageable memory, slower. Raise memory= in .wslconfig where that binds."
+                "WSL2 lets only a part of the RAM be pinned, often half of it; the rest is pageable and slower to "
+                "copy. Raise memory= in .wslconfig if you need more."
             )
         if folder and _file_system(Path(folder)) in ("9p", "drvfs"):
             found.append(
-                f"The checkpoint lies on a drive of Windows ({folder}), which WSL2 reads many times slower than its "
+                f"The checkpoint is on a Windows drive ({folder}), which WSL2 reads many times slower than its "
                 "own: copy it there, under ~."
             )
     return tuple(found)

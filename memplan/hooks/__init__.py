@@ -3,7 +3,8 @@
 ``triggers`` see every access of weights (``taps``: backwards that enter a layer from within), ``recompute`` and
 ``offload`` are the activation policies (``same_again`` looks whether a recompute is one), ``flows`` says whether
 gradients come through what is wholly frozen, ``late_hooks`` the hooks of others that come after a plan, ``compiled``
-what torch.compile has made of modules, ``nested`` walks what modules take and return.
+what torch.compile has made of modules, ``forward_proxy`` stands in a module's ``forward``, ``nested`` walks what
+modules take and return.
 """
 
 from __future__ import annotations

@@ -19,6 +19,7 @@ from torch._dynamo.decorators import skip
 from torch._dynamo.eval_frame import OptimizedModule as OptimizedModule
 
 from memplan.errors import RunError
+from memplan.hooks.forward_proxy import ForwardProxy, pass_through
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 _EACH = "`for layer in model.model.layers: layer.compile()`"
@@ -51,30 +52,26 @@ def call_of(module: nn.Module) -> Callable[..., Any]:
 
 
 def replace_call(module: nn.Module, call: Callable[..., Any]) -> Callable[[], None]:
-    """Have this one module's call come to ``call`` in place of :func:`call_of`; return what undoes it."""
+    """Have this one module's call come to ``call`` in place of :func:`call_of`; return what undoes it.
+
+    What others have put there since stays when that is undone; where they hold what was theirs to call, it does as it
+    did without memplan.
+    """
     entry = _entry(module)
     had = module.__dict__.get(entry)
-    if entry == "forward" and isinstance(call, types.FunctionType):
-        _look_like(call, call_of(module))
-    setattr(module, entry, call)
+    stands = ForwardProxy(call, call_of(module)) if entry == "forward" else call
+    setattr(module, entry, stands)
 
     def undo() -> None:
-        if had is None:
-            delattr(module, entry)
-        else:
-            setattr(module, entry, had)
+        if module.__dict__.get(entry) is stands:
+            if had is None:
+                delattr(module, entry)
+            else:
+                setattr(module, entry, had)
+        if type(stands) is ForwardProxy:
+            pass_through(stands)
 
     return undo
-
-
-def _look_like(call: types.FunctionType, original: Callable[..., Any]) -> None:
-    """Have what stands for a forward tell what that takes: libraries and scripts give a layer the keywords that
-    ``inspect.signature`` finds.
-    """
-    call.__wrapped__ = original  # type: ignore[attr-defined]
-    for name in ("__name__", "__qualname__", "__doc__"):
-        if (told := getattr(original, name, None)) is not None:
-            setattr(call, name, told)
 
 
 def keep_call(module: nn.Module) -> Callable[[], None]:
@@ -86,10 +83,11 @@ def keep_call(module: nn.Module) -> Callable[[], None]:
     """
     if "forward" in module.__dict__:
         return lambda: None
-    module.forward = types.MethodType(type(module).forward, module)
+    module.forward = forward = types.MethodType(type(module).forward, module)
 
     def undo() -> None:
-        module.__dict__.pop("forward", None)
+        if module.__dict__.get("forward") is forward:
+            del module.forward
 
     return undo
 

@@ -46,18 +46,18 @@ def does_not_fit(task: Task, workload: Workload) -> DoesNotFitError:
     least_disk = least_disk_bytes(problems, budgets)
     changes = sorted(_changes(task, workload, problems, least_vram, least_ram, least_disk))
     tips = [change.text for change in changes]
-    asked = f"a micro-batch of {workload.size} was to be trained in {format_bytes(budgets.vram_bytes)} of vram"
+    asked, vram = f"a micro-batch of {workload.size}", format_bytes(budgets.vram_bytes)
     if least_ram is not None:  # with that much of it the vram that was asked for would do
         asked += (
-            f" and {format_bytes(budgets.ram_bytes)} of ram, but that vram needs at least "
-            f"{_more(least_ram, budgets.ram_bytes)} of ram"
+            f" in {vram} of vram needs at least {_more(least_ram, budgets.ram_bytes)} of ram; the budget is "
+            f"{format_bytes(budgets.ram_bytes)}"
         )
         limited = _ram_limit(task, of)
     elif of.smallest is None:
-        asked += ", but there is no room for the blocks that would leave it"
+        asked += f" does not fit in {vram} of vram, and there is no room for the blocks that would leave it"
         limited = _ram_limit(task, of)
     else:
-        asked += f", but the least that works is {_more(int(of.vram_bytes), budgets.vram_bytes)}"
+        asked += f" needs at least {_more(int(of.vram_bytes), budgets.vram_bytes)} of vram; the budget is {vram}"
         limited = _vram_limit(of)
     more = _more_tips(task, workload, of, bool(changes), is_ram=least_ram is not None)
     tips += (tip for tip in more if tip not in tips)
@@ -149,8 +149,7 @@ def _ram_limit(task: Task, of: Least) -> str:
     if problem.is_pageable(frozen, reads_disk=False):
         lock = format_bytes(problem.page_lock_bytes or 0)
         limited += (
-            f"; {lock} of ram may be page-locked, and what is not passes through {format_bytes(RING_BYTES)} of "
-            f"ram besides"
+            f"; {lock} of ram may be pinned, and the rest is copied through another {format_bytes(RING_BYTES)} of ram"
         )
     if problem.saves.host_bytes:
         limited += f", beside {format_bytes(problem.saves.host_bytes)} of ram for offloaded activations"
@@ -167,7 +166,7 @@ def _vram_limit(of: Least) -> str:
     how = f", {again} of {all_of_them} modules recomputed" if level else ""
     return (
         f"{format_bytes(int(of.nonweight.max()))} of activations, adapters and optimizer state at {where}{how}, "
-        f"beside weights of {format_bytes(room)} ({format_bytes(smallest.slots_bytes)} of it slots)"
+        f"beside weights of {format_bytes(room)} ({format_bytes(smallest.slots_bytes)} of it the streaming buffer)"
     )
 
 
@@ -175,7 +174,7 @@ def _more_tips(task: Task, workload: Workload, of: Least, is_found: bool, *, is_
     """Yield what helps besides: by how much was not looked at."""
     problem, table = of.problem, of.problem.table
     if problem.is_pageable(sum(block.size_bytes for block in table.blocks), reads_disk=False):
-        yield "let more ram be page-locked, if the machine does"
+        yield "raise the limit on pinned ram, if the machine allows it"
     if of.smallest is None or is_ram:
         if not is_found and not is_ram:
             yield "give more ram and a disk budget"

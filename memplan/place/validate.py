@@ -19,7 +19,7 @@ def require_input(table: CostTable, budgets: Budgets, staging_bytes: int) -> Non
             raise SizeError(what, size)
     faults = [*_machine(table), *_rows(table), *_bytes(table)]
     if table.device == "cuda" and budgets.page_lock_bytes is not None and table.pageable_bytes_per_s is None:
-        faults.append("not all of RAM may be page-locked, and it has no rate of what is pageable")
+        faults.append("not all of RAM may be pinned, and there is no rate for the rest, which is pageable")
     if faults:
         more = f"; and {len(faults) - 3} more" if len(faults) > 3 else ""
         raise InputError(
@@ -55,8 +55,8 @@ def _machine(table: CostTable) -> Iterator[str]:
 def _rows(table: CostTable) -> Iterator[str]:
     if not table.accesses:
         yield "it has no accesses"
-    for what, ids in (("block", [b.id for b in table.blocks]), ("access", [a.index for a in table.accesses])):
-        yield from (f"{what} number {number} calls itself {said}" for number, said in enumerate(ids) if said != number)
+    for what, ids in (("blocks", [b.id for b in table.blocks]), ("accesses", [a.index for a in table.accesses])):
+        yield from (f"{what}[{number}] has id {said}" for number, said in enumerate(ids) if said != number)
     for number, row in enumerate(table.accesses):
         strange = [block for block in row.blocks if not 0 <= block < len(table.blocks)]
         if strange:

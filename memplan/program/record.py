@@ -49,7 +49,7 @@ class RunRecord(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     pass_s: float
     """Median time of a pass in steady state (from one first access to the next with backward between), 0 if unknown."""
     stall_s: float
-    """Median stall of a pass."""
+    """Median time that a pass waits for blocks."""
     loads: int
     loaded_bytes: int
     misses: int

@@ -267,6 +267,8 @@ class Plan(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Whether segments of the device arena might be absent for part of a pass, be there any or not."""
     gains: tuple[Gain, ...] = ()
     """What would make a pass shorter, each alone, where that was looked at."""
+    least_vram_bytes: int | None = None
+    """The least vram for which there is a plan with the other budgets as given, where that was looked at."""
 
     @property
     def optimizer_state(self) -> StateHome:

@@ -128,22 +128,25 @@ def _greatest(make: Callable[[int], Case], start: int, step: int, most: int) -> 
         if tries > _FORETOLD or high == wrong <= most:
             size = (low + high) // 2 if high <= most else 2 * low
         else:
-            size = _foretold(needs, case.budgets.vram_bytes)
+            size = _foretold(needs, case.budgets.vram_bytes, (low, high))
         size = min(max(size // step * step, first), last)
     return (None if best is None else (low, point_of(best.place()))), high == wrong
 
 
-def _foretold(needs: Mapping[int, int], budget: int) -> int:
-    """Return the size at which a line through the two nearest needs reaches the budget."""
-    nearest = sorted(needs.items(), key=lambda pair: (abs(pair[1] - budget), pair[0]))[:2]
-    if not nearest:
+def _foretold(needs: Mapping[int, int], budget: int, between: tuple[int, int]) -> int:
+    """Return the size at which a line through two needs reaches the budget: those of the greatest size that is known to
+    fit and the least that is known not to (``between``), else the two that are nearest.
+    """
+    ends = [size for size in between if size in needs]
+    nearest = sorted(needs, key=lambda size: (abs(needs[size] - budget), size))[:2]
+    one, *others = ends if len(ends) == 2 else nearest or [1]
+    if one not in needs:
         return 1
-    (one, need_one) = nearest[0]
-    if len(nearest) == 1 or nearest[1][1] == need_one:
-        alike = [size for size, need in needs.items() if need == need_one]
-        return max(alike) * 2 if need_one <= budget else min(alike) // 2
-    two, need_two = nearest[1]
-    return int(one + (budget - need_one) * (two - one) / (need_two - need_one))
+    if not others or needs[others[0]] == needs[one]:
+        alike = [size for size, need in needs.items() if need == needs[one]]
+        return max(alike) * 2 if needs[one] <= budget else min(alike) // 2
+    two = others[0]
+    return int(one + (budget - needs[one]) * (two - one) / (needs[two] - needs[one]))
 
 
 def _point(case: Case) -> Point | None:

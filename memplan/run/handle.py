@@ -234,7 +234,7 @@ class Handle:
 
     @contextlib.contextmanager
     def materialise(self) -> Iterator[nn.Module]:
-        """Have every weight readable inside: where it lies in RAM, or mapped from disk. Only read them, call nothing.
+        """Have every weight readable inside: in RAM, or mapped from disk. Only read them, call nothing.
 
         On exit what is streamed is away again.
         """

@@ -84,7 +84,7 @@ def compare_plans(first: Plan, second: Plan) -> Compared:
             unit="bytes",
         ),
         *_both("ram", first.prediction.ram_parts, second.prediction.ram_parts),
-        Row(what="  page-locked ram", first=one.page_locked_bytes, second=other.page_locked_bytes, unit="bytes"),
+        Row(what="  pinned ram", first=one.page_locked_bytes, second=other.page_locked_bytes, unit="bytes"),
         Row(
             what="disk",
             first=first.prediction.peaks.disk_bytes,
@@ -98,9 +98,14 @@ def compare_plans(first: Plan, second: Plan) -> Compared:
         Row(what="step", first=first.prediction.step_s, second=second.prediction.step_s, unit="s"),
         Row(what="lower bound", first=first.prediction.bound_s, second=second.prediction.bound_s, unit="s"),
         Row(what=f"{first.workload.unit}/s", first=one.tokens_per_s, second=other.tokens_per_s, unit="tokens/s"),
-        Row(what="loads/pass", first=first.prediction.loads_per_pass, second=second.prediction.loads_per_pass, unit=""),
         Row(
-            what="loaded/pass",
+            what="loads/micro-batch",
+            first=first.prediction.loads_per_pass,
+            second=second.prediction.loads_per_pass,
+            unit="",
+        ),
+        Row(
+            what="loaded/micro-batch",
             first=first.prediction.loaded_bytes_per_pass,
             second=second.prediction.loaded_bytes_per_pass,
             unit="bytes",
@@ -136,9 +141,9 @@ def compare_records(first: RunRecord, second: RunRecord) -> Compared:
         Row(what="waiting", first=first.stall_s, second=second.stall_s, unit="s"),
         Row(what="vram peak", first=first.vram_peak_bytes, second=second.vram_peak_bytes, unit="bytes"),
         Row(what="ram peak", first=first.ram_peak_bytes, second=second.ram_peak_bytes, unit="bytes"),
-        Row(what="loads/pass", first=first.loads / passes[0], second=second.loads / passes[1], unit=""),
+        Row(what="loads/micro-batch", first=first.loads / passes[0], second=second.loads / passes[1], unit=""),
         Row(
-            what="loaded/pass",
+            what="loaded/micro-batch",
             first=first.loaded_bytes / passes[0],
             second=second.loaded_bytes / passes[1],
             unit="bytes",

@@ -1,46 +1,69 @@
-"""Lines for logs: three when a plan is put to work, one a step where it is asked for. Their form is fixed: people grep
-them.
-"""
+"""Lines for logs: four as a training begins under a plan, four as it ends, one per step where that is asked for."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
+from memplan.show import sentences as words
 from memplan.show.glyphs import PLAIN
-from memplan.show.summary import facts
+from memplan.show.summary import facts, measured
 from memplan.units import GIB, format_bytes
 
 if TYPE_CHECKING:
+    from memplan.program.record import RunRecord
     from memplan.program.schema import Plan
 
 
-def startup_lines(plan: Plan) -> tuple[str, str, str]:
-    """Return what a plan says, in three lines of ``key=value``: memory, speed, blocks. Bytes are whole, times are
-    seconds.
-    """
-    said, budgets, known = plan.prediction, plan.budgets, facts(plan)
-    homes = {tier: [b for b in known.blocks if b.home == tier] for tier in ("device", "host", "disk")}
+def begin_lines(plan: Plan) -> tuple[str, ...]:
+    """Return what a plan says as training begins: what is trained, memory, time, blocks."""
+    said, known = plan.prediction, facts(plan)
+    at = {tier: sum(block.home == tier for block in known.blocks) for tier in ("device", "host", "disk")}
     policies = list(plan.policies().values())
-    memory = (
-        f"memory: vram={said.peaks.vram_bytes} of={budgets.vram_bytes} ram={said.peaks.ram_bytes} "
-        f"of={budgets.ram_bytes} disk={said.peaks.disk_bytes}"
+    parts = [f"{at['device']:,} of {words.plural(len(known.blocks), 'block', 'blocks')} stay on the device"]
+    parts += [f"{at[tier]:,} streamed from {word}" for tier, word in (("host", "ram"), ("disk", "disk")) if at[tier]]
+    parts.append(f"{format_bytes(said.loaded_bytes_per_pass)} loaded per micro-batch")
+    for policy, what in (("recompute", "recomputed"), ("offload", "offloaded")):
+        if policy in policies:
+            parts.append(f"{words.plural(policies.count(policy), 'layer', 'layers')} {what}")
+    return (
+        f"{words.trained(plan, PLAIN)}, {words.subject(plan, PLAIN)}",
+        f"predicted to need {words.fits(plan)}",
+        f"predicted: {words.step(plan, known, PLAIN)}",
+        f"{', '.join(parts)}.",
     )
-    speed = (
-        f"speed: pass_s={said.pass_s:.6g} compute_s={said.compute_s:.6g} stall_s={said.stall_s:.6g} "
-        f"bound_s={said.bound_s:.6g} binds={said.binds}"
-    )
-    counts = " ".join(f"{tier}={len(blocks)}" for tier, blocks in homes.items())
-    blocks = (
-        f"blocks: {counts} loaded_bytes_per_pass={said.loaded_bytes_per_pass} recomputed={policies.count('recompute')} "
-        f"offloaded={policies.count('offload')}"
-    )
-    return memory, speed, blocks
+
+
+def end_lines(plan: Plan, record: RunRecord, report: str | None) -> tuple[str, ...]:
+    """Return what was measured beside what was predicted; ``report``: the file that has the whole report, if any."""
+    seen, said = measured(plan, record), plan.prediction
+    lines = [f"trained {words.run(record, PLAIN)}."]
+    if seen.pass_s is not None and seen.stall_s is not None:
+        error = seen.errors.get("pass_s")
+        beside = "" if error is None else f", {words.percent(error, '+')}"
+        lines.append(
+            f"micro-batch {PLAIN.seconds(seen.pass_s)} (predicted {PLAIN.seconds(said.pass_s)}{beside}), of it waiting "
+            f"{words.percent(seen.stall_s / seen.pass_s)}."
+        )
+    peaks = [
+        f"{name} peak {format_bytes(value)} of {format_bytes(budget)} (predicted {format_bytes(predicted)})"
+        for name, value, predicted, budget in (
+            ("vram", seen.vram_bytes, said.peaks.vram_bytes, plan.budgets.vram_bytes),
+            ("ram", seen.ram_bytes, said.peaks.ram_bytes, plan.budgets.ram_bytes),
+        )
+        if value
+    ]
+    lines.append(f"{', '.join(peaks)}." if peaks else "memory peaks were not measured.")
+    if over := words.over_budget(plan, seen):
+        lines.append(over)
+    where = f"the report is in {report}" if report else "for tables and notes add --report FILE"
+    lines.append(f"{words.counts(record)}; {where}.")
+    return tuple(lines)
 
 
 def step_line(step: int, scalars: Mapping[str, float]) -> str:
     """Return one step's line for people; ``scalars`` are those of :meth:`memplan.Handle.scalars`."""
-    parts = [f"step {step}: pass {PLAIN.seconds(scalars['memplan/pass_s'])}"]
+    parts = [f"step {step}: micro-batch {PLAIN.seconds(scalars['memplan/pass_s'])}"]
     parts.append(f"waiting {scalars['memplan/stall_share']:.1%}")
     parts.append(f"loading {format_bytes(round(scalars['memplan/loaded_gib_per_s'] * GIB))}/s")
     if "memplan/vram_peak_gib" in scalars:

@@ -14,6 +14,9 @@ from memplan.units import format_bytes
 Rank = Literal["", "part", "sum"]
 """A part of a row above, or what the rows above come to."""
 
+VRAM_LABELS = {"slots": "streaming buffer"}
+"""What kinds of vram are called where that is not their name in a plan."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TimeRow:
@@ -43,7 +46,7 @@ class MemoryRow:
 
 
 def time_rows(plan: Plan, facts: Facts, seen: Measured | None) -> Iterator[TimeRow]:
-    """Yield times and traffic of a pass."""
+    """Yield times and traffic of a micro-batch."""
     prediction = plan.prediction
     beside = {} if seen is None else asdict(seen)
 
@@ -61,17 +64,17 @@ def time_rows(plan: Plan, facts: Facts, seen: Measured | None) -> Iterator[TimeR
         yield row("of it recompute", facts.recompute_s, rank="part")
     # Without an error, though measured: the ratio of two times near nothing says nothing.
     yield row("waiting", prediction.stall_s, key="stall_s")
-    yield row("pass", prediction.pass_s, key="pass_s", rank="sum")
+    yield row("micro-batch", prediction.pass_s, key="pass_s", rank="sum")
     yield row("lower bound", prediction.bound_s)
     yield row("step", prediction.step_s)
     if facts.tokens_per_s is not None:
         yield row(f"{plan.workload.unit}/s", facts.tokens_per_s, words.rate, "tokens_per_s")
-    yield row("loads/pass", prediction.loads_per_pass, words.number, "loads_per_pass")
-    yield row("loaded/pass", prediction.loaded_bytes_per_pass, format_bytes, "loaded_bytes_per_pass")
+    yield row("loads/micro-batch", prediction.loads_per_pass, words.number, "loads_per_pass")
+    yield row("loaded/micro-batch", prediction.loaded_bytes_per_pass, format_bytes, "loaded_bytes_per_pass")
     if prediction.offloaded_bytes_per_pass:
-        yield row("offloaded/pass", prediction.offloaded_bytes_per_pass, format_bytes)
+        yield row("offloaded", prediction.offloaded_bytes_per_pass, format_bytes)
     if prediction.rows_bytes_per_pass:
-        yield row("rows/pass", prediction.rows_bytes_per_pass, format_bytes)
+        yield row("embedding rows/pass", prediction.rows_bytes_per_pass, format_bytes)
 
 
 def memory_rows(
@@ -85,7 +88,7 @@ def memory_rows(
         vram, ram = prediction.vram_parts.get(kind), prediction.ram_parts.get(kind)
         disk = peaks.disk_bytes if kind == "weights" else None
         if vram or ram or disk:
-            yield MemoryRow(label=kind, cells=(vram or None, ram or None, disk or None))
+            yield MemoryRow(label=VRAM_LABELS.get(kind, kind), cells=(vram or None, ram or None, disk or None))
         if kind == "activations" and facts.weight_copy_bytes:
             yield MemoryRow(label="of it copies", cells=(facts.weight_copy_bytes, None, None), rank="part")
     tops = (peaks.vram_bytes, peaks.ram_bytes, peaks.disk_bytes)

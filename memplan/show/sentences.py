@@ -16,20 +16,27 @@ if TYPE_CHECKING:
 
 _NOTHING = 1e-9
 """A share below this is what rounding leaves of none."""
-_BINDS = {"compute": "compute binds", "link": "the link binds", "disk": "the disk binds"}
+_BINDS = {"compute": "compute-bound", "link": "PCIe-bound", "disk": "disk-bound"}
+_CPU_BINDS = {**_BINDS, "link": "copy-bound"}
+"""Beside the CPU blocks are copied within its RAM."""
 
 
 def subject(plan: Plan, glyphs: Glyphs) -> str:
-    """Return what is trained: micro-batch, passes of a step, machine."""
+    """Return what is trained, on what: micro-batch, how many of them a step has, hardware."""
     workload = plan.workload
     shapes = {name: f" {glyphs.times} ".join(map(str, shape)) for name, shape in workload.batch.items()}
     if len(set(shapes.values())) == 1:
-        batch = f"batch {next(iter(shapes.values()))}"
+        batch = f"micro-batch {next(iter(shapes.values()))}"
     else:
-        batch = "batch " + ", ".join(f"{glyphs.safe(name)} {shape}" for name, shape in shapes.items())
-    passes = "1 pass" if workload.accumulation == 1 else f"{workload.accumulation} passes"
+        batch = "micro-batch " + ", ".join(f"{glyphs.safe(name)} {shape}" for name, shape in shapes.items())
     where = f"{glyphs.safe(plan.hardware)} ({glyphs.safe(plan.table.device)})"
-    return f"{batch}, {workload.size} a pass, {passes} a step, on {where}"
+    return f"{batch} ({workload.size}), {workload.accumulation} per step, on {where}"
+
+
+def trained(plan: Plan, glyphs: Glyphs) -> str:
+    """Return the model, its adapter and the optimizer."""
+    how = ", ".join(part for part in (plan.workload.adapter, plan.workload.optimizer) if part)
+    return glyphs.safe(f"{plan.model}: {how}" if how else plan.model)
 
 
 def fits(plan: Plan) -> str:
@@ -41,37 +48,46 @@ def fits(plan: Plan) -> str:
     return text + "."
 
 
+def step(plan: Plan, facts: Facts, glyphs: Glyphs) -> str:
+    """Return the time of a step, and beside what it is slower or faster."""
+    return f"{glyphs.seconds(plan.prediction.step_s)} per step, {binds(plan, glyphs)}: {speed(facts)}."
+
+
 def speed(facts: Facts) -> str:
-    """Return how much slower a pass is than one with all weights on the device."""
-    if facts.slowdown is None:
-        return "The time is not known"
-    if facts.slowdown < 0.0005:
-        return "No slower than with all weights on the device"
-    if facts.slowdown >= 1:
-        return f"{1 + facts.slowdown:.1f} times as long as with all weights on the device"
-    return f"{percent(facts.slowdown)} slower than with all weights on the device"
+    """Return how much longer or shorter a step is than without memplan."""
+    ratio, than = facts.step_ratio, facts.baseline
+    if ratio is None:
+        return "the time is not known"
+    if abs(ratio - 1) < 0.0005:
+        return f"as fast as {than}"
+    if ratio < 1:
+        return f"{percent(1 - ratio)} faster than {than}"
+    if ratio >= 2:
+        return f"{ratio:.{0 if ratio >= 10 else 1}f} times as long as {than}"
+    return f"{percent(ratio - 1)} slower than {than}"
 
 
 def binds(plan: Plan, glyphs: Glyphs) -> str:
-    """Return what sets the time of a pass."""
-    return _BINDS.get(plan.prediction.binds, f"{glyphs.safe(plan.prediction.binds)} binds")
+    """Return what sets the time of a micro-batch."""
+    names = _CPU_BINDS if plan.table.device == "cpu" else _BINDS
+    return names.get(plan.prediction.binds, f"{glyphs.safe(plan.prediction.binds)}-bound")
 
 
 def why_slower(facts: Facts) -> str:
-    """Return what makes a pass slower than one with all weights on the device; empty where nothing does."""
+    """Return what makes a micro-batch slower than one with everything kept; empty where nothing does."""
     why = [
         f"{percent(part)} {name}"
         for part, name in ((facts.recompute_slowdown, "recompute"), (facts.stall_slowdown, "waiting"))
         if part is not None and part >= 0.0005
     ]
-    return f"Slower than with all weights on the device by {' and '.join(why)}." if why else ""
+    return f"Slower than everything kept by {' and '.join(why)}." if why else ""
 
 
 def gains(plan: Plan, glyphs: Glyphs) -> list[str]:
-    """Return what would make a pass shorter, and by how much; the most first."""
+    """Return what would make a micro-batch shorter, and by how much; the most first."""
     pass_s = plan.prediction.pass_s
     return [
-        f"With {_CHANGED[gain.of](gain.more)} a pass would be {glyphs.seconds(pass_s - gain.pass_s)} "
+        f"With {_CHANGED[gain.of](gain.more)} a micro-batch would be {glyphs.seconds(pass_s - gain.pass_s)} "
         f"({percent(1 - gain.pass_s / pass_s)}) shorter."
         for gain in sorted(plan.gains, key=lambda gain: gain.pass_s)
     ]
@@ -80,18 +96,18 @@ def gains(plan: Plan, glyphs: Glyphs) -> list[str]:
 _CHANGED: dict[str, Callable[[int], str]] = {
     "vram": lambda more: f"{format_bytes(more)} more vram",
     "ram": lambda more: f"{format_bytes(more)} more ram",
-    "link": lambda more: f"a link that is {format_bytes(more)}/s faster",
+    "link": lambda more: f"a PCIe link that is {format_bytes(more)}/s faster",
     "loss": lambda more: f"the loss in chunks of {more:,} tokens",
 }
 
 
 def bound(plan: Plan, facts: Facts, glyphs: Glyphs) -> str:
-    """Return how far a pass is above the lower bound: the least time of any plan of these blocks."""
+    """Return how far a micro-batch is above the lower bound: the least time of any plan of these blocks."""
     gap, least = facts.bound_gap, glyphs.seconds(plan.prediction.bound_s)
     if gap is None:
         return "No bound is known for these blocks."
     if gap < _NOTHING:
-        return f"At the bound ({least}): no plan of these blocks is faster."
+        return f"At the lower bound ({least}): no plan of these blocks is faster."
     return f"At most {gap_up(gap)} above the lower bound of these blocks ({least})."
 
 
@@ -126,29 +142,29 @@ def place(plan: Plan, index: int, glyphs: Glyphs) -> str:
 
 
 def ram_by_lock(plan: Plan, facts: Facts) -> list[tuple[str, int]]:
-    """Return the bytes of the ram peak that are page-locked for a CUDA device, and those that are not."""
+    """Return the bytes of the ram peak that are pinned for a CUDA device, and those that are not."""
     ram = plan.prediction.peaks.ram_bytes
     if plan.table.device == "cpu" or not ram:
         return []
-    return [("page-locked", facts.page_locked_bytes), ("pageable", ram - facts.page_locked_bytes)]
+    return [("pinned", facts.page_locked_bytes), ("pageable", ram - facts.page_locked_bytes)]
 
 
 def page_locks(plan: Plan, facts: Facts) -> list[str]:
-    """Return, in a sentence, what a limit on page-locked RAM does to a plan; none where it does nothing."""
+    """Return, in a sentence, what a limit on pinned RAM does to a plan; none where it does nothing."""
     slow = [block.size_bytes for block in facts.blocks if block.is_pageable]
     limit = plan.budgets.page_lock_bytes
     if limit is None or not any(arena.pageable for arena in plan.arenas):
         return []
     return [
-        f"No more than {format_bytes(limit)} of ram may be page-locked: {plural(len(slow), 'block', 'blocks')} "
+        f"No more than {format_bytes(limit)} of ram may be pinned: {plural(len(slow), 'block', 'blocks')} "
         f"({format_bytes(sum(slow))}) come from pageable ram, which is slower."
     ]
 
 
 def run(record: RunRecord, glyphs: Glyphs) -> str:
     """Return how long a run was, and where."""
-    passes = "1 pass" if record.passes == 1 else f"{record.passes:,} passes"
-    return f"{passes} in {glyphs.seconds(record.wall_s)} on {glyphs.safe(record.device)}"
+    trained = plural(record.passes, "micro-batch", "micro-batches")
+    return f"{trained} in {glyphs.seconds(record.wall_s)} on {glyphs.safe(record.device)}"
 
 
 def counts(record: RunRecord) -> str:
@@ -156,7 +172,7 @@ def counts(record: RunRecord) -> str:
     found = [f"{record.loads:,} loads", plural(record.misses, "miss", "misses")]
     found.append(f"{plural(record.out_of_order, 'access', 'accesses')} out of order")
     if record.learned:
-        found.append(f"the sequence learned anew {plural(record.learned, 'time', 'times')}")
+        found.append(f"the sequence learned again {plural(record.learned, 'time', 'times')}")
     if record.direct_reads:
         weights = plural(record.direct_reads, "weight was", "weights were")
         size = format_bytes(record.direct_read_bytes)
@@ -165,9 +181,11 @@ def counts(record: RunRecord) -> str:
         found.append(f"{plural(record.direct_writes, 'write', 'writes')} to frozen weights kept")
     if record.offload_skipped:
         forwards = plural(record.offload_skipped, "forward", "forwards")
-        found.append(f"{forwards} kept activations on the device that were to be offloaded")
+        found.append(f"{forwards} kept activations on the device instead of offloading them")
     if record.recoveries:
-        found.append(f"ran out of memory and went on smaller {plural(record.recoveries, 'time', 'times')}")
+        found.append(
+            f"ran out of memory and continued with a smaller plan {plural(record.recoveries, 'time', 'times')}"
+        )
     if record.weight_copy_bytes:
         found.append(f"{format_bytes(record.weight_copy_bytes)} of copies of weights saved that are not in the plan")
     return ", ".join(found)

@@ -19,7 +19,7 @@ GROUP = 10
 """Marks between two spaces: people count in tens."""
 
 _TIERS: tuple[tuple[Tier, str], ...] = (
-    ("device", "held: never moves"),
+    ("device", "stay on the device"),
     ("host", "streamed from ram"),
     ("disk", "streamed from disk"),
 )

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from memplan.errors import DoesNotFitError, PlanMismatchError
 from memplan.program.memory_timeline import timeline
 from memplan.program.page_lock import page_locked_bytes, pageable_items
+from memplan.program.whole import checkpointing_only, everything_kept
 
 if TYPE_CHECKING:
     from memplan.program.memory_timeline import Moment
@@ -41,6 +42,11 @@ class Facts:
     """A pass that holds every weight and every activation."""
     slowdown: float | None
     """``pass_s / held_s - 1``, not below 0."""
+    baseline: str
+    """What people compare with: ``everything kept`` where that fits the budget, else ``checkpointing only``, as people
+    train where memory is short (all weights on the device, each layer recomputed)."""
+    step_ratio: float | None
+    """A step over one of the baseline."""
     recompute_slowdown: float | None
     """The part of it that recomputing takes."""
     stall_slowdown: float | None
@@ -89,6 +95,9 @@ def facts(plan: Plan) -> Facts:
     recompute_s = sum((row.recompute_s for row in plan.table.accesses if policies.get(row.module) == "recompute"), 0.0)
     prediction = plan.prediction
     held_s = prediction.compute_s - recompute_s
+    kept, checkpointed = everything_kept(plan), checkpointing_only(plan)
+    is_kept = checkpointed is None or kept.vram_bytes <= plan.budgets.vram_bytes
+    baseline = kept if checkpointed is None or is_kept else checkpointed
     return Facts(
         blocks=tuple(
             BlockFact(
@@ -104,6 +113,8 @@ def facts(plan: Plan) -> Facts:
         recompute_s=recompute_s,
         held_s=held_s,
         slowdown=_excess(prediction.pass_s, held_s),
+        baseline="everything kept" if is_kept else "checkpointing only",
+        step_ratio=_ratio(prediction.step_s, baseline.step_s),
         recompute_slowdown=_ratio(recompute_s, held_s),
         stall_slowdown=_ratio(prediction.stall_s, held_s),
         bound_gap=_excess(prediction.pass_s, prediction.bound_s),

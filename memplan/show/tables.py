@@ -55,12 +55,15 @@ def write_findings(rows: Sequence[tuple[str, str, str, bool]]) -> None:
 
 
 def write_rates(rows: Sequence[tuple[str, str, str]]) -> None:
-    """Print rows of (what, value, where from) to standard output."""
+    """Print rows of (what, value, where from) to standard output. A source that all of them have stands once."""
     console = Console(highlight=False)
+    sources = {source for _, _, source in rows}
     table = Table(box=None, pad_edge=False, show_header=False)
     table.add_column(no_wrap=True)
     table.add_column(justify="right", no_wrap=True)
     table.add_column(overflow="fold", style="dim")
     for what, value, source in rows:
-        table.add_row(Text(RICH.safe(what)), value, Text(RICH.safe(source)))
+        table.add_row(Text(RICH.safe(what)), value, Text(RICH.safe(source) if len(sources) > 1 else ""))
     console.print(table)
+    if len(sources) == 1:
+        console.print(Text(f"All {RICH.safe(*sources)}.", style="dim"), soft_wrap=True)

@@ -33,9 +33,9 @@ __all__ = ["Report", "as_dict", "failure_dict", "failure_text", "render", "text"
 
 WIDTH = 80
 _LEAST_WIDTH = 60
-_WIDE = 112
+_WIDE = 126
 """From here on memory and time stand side by side."""
-_LABEL = 14
+_LABEL = 20
 _VALUE = 11
 _MOST_STALLED = 5
 _STYLES = {"": "", "part": "dim", "sum": "bold"}
@@ -53,7 +53,7 @@ def text(plan: Plan, record: RunRecord | None = None, width: int | None = None) 
 
     The same plan, record and width give the same text. Raises PlanMismatchError as ``render``.
     """
-    return _plain(render(plan, record), _columns() if width is None else width)
+    return plain_text(render(plan, record), width)
 
 
 def write(plan: Plan, record: RunRecord | None = None, file: IO[str] | None = None) -> None:
@@ -74,7 +74,7 @@ def print_or_write(made: Callable[[Glyphs], RenderableType]) -> None:
     if console.is_terminal:
         console.print(made(RICH))
     else:
-        console.file.write(_plain(made(PLAIN), _columns()))
+        console.file.write(plain_text(made(PLAIN)))
 
 
 def failure_text(error: DoesNotFitError) -> str:
@@ -88,7 +88,7 @@ def failure_text(error: DoesNotFitError) -> str:
     table.add_row("Limited by", Text(PLAIN.safe(error.limited_by)))
     for place, suggestion in enumerate(error.suggestions):
         table.add_row("" if place else "Try", Text(PLAIN.safe(suggestion)))
-    return _plain(Group(Text(f"Does not fit: {PLAIN.safe(error.asked)}."), _inset(table)), _columns())
+    return plain_text(Group(Text(f"Does not fit: {PLAIN.safe(error.asked)}."), _inset(table)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,7 +120,9 @@ class _Page:
         yield self.verdict()
         yield Text("")
         if self.width >= _WIDE:
-            side = Table.grid(padding=(0, 6, 0, 0))
+            side = Table.grid(padding=(0, 4, 0, 0))
+            side.add_column(width=_LABEL + 2 + 3 * (_VALUE + 2))
+            side.add_column()
             side.add_row(self.memory(), self.time())
             yield side
         else:
@@ -140,15 +142,13 @@ class _Page:
     # ── what was asked ────────────────────────────────────────────────────────────────────────────────────────────
 
     def heading(self) -> RenderableType:
-        workload, safe = self.plan.workload, self.glyphs.safe
-        how = ", ".join(part for part in (workload.adapter, workload.optimizer) if part)
-        model = Text.assemble((safe(self.plan.model), "bold"), ": " if how else "", safe(how))
-        return Group(model, Text(words.subject(self.plan, self.glyphs)))
+        name, colon, how = words.trained(self.plan, self.glyphs).partition(": ")
+        return Group(Text.assemble((name, "bold"), colon, how), Text(words.subject(self.plan, self.glyphs)))
 
     def verdict(self) -> RenderableType:
         plan = self.plan
         lines = [Text.assemble(("Fits:", "bold green"), f" {words.fits(plan)}")]
-        lines.append(Text(f"{words.speed(self.facts)}; {words.binds(plan, self.glyphs)}."))
+        lines.append(Text(words.step(plan, self.facts, self.glyphs)))
         if self.facts.run_s is not None:
             lines.append(Text(f"About {self.glyphs.seconds(self.facts.run_s)} for {words.whole_run(plan.workload)}."))
         over = words.over_budget(plan, self.seen)
@@ -254,18 +254,19 @@ class _Page:
 def _table(*names: str) -> Table:
     """Return a table whose columns stand where those of the other tables do."""
     table = Table(box=None, show_header=bool(names), pad_edge=False, padding=(0, 2, 0, 0), header_style="")
-    table.add_column(Text(names[0], style="bold") if names else "", min_width=_LABEL)
+    table.add_column(Text(names[0], style="bold") if names else "", min_width=_LABEL, no_wrap=True)
     for name in names[1:]:
         table.add_column(Text(name), justify="right", min_width=_VALUE, no_wrap=True)
     return table
 
 
-def _plain(renderable: RenderableType, width: int) -> str:
+def plain_text(renderable: RenderableType, width: int | None = None) -> str:
+    """Return what rich prints as plain ASCII, ``width`` columns wide: else ``COLUMNS``, else 80; never below 60."""
     out = io.StringIO()
     # force_jupyter: in a notebook rich would show the text in a cell instead of giving it back.
     console = Console(
         file=out,
-        width=max(width, _LEAST_WIDTH),
+        width=max(_columns() if width is None else width, _LEAST_WIDTH),
         color_system=None,
         force_terminal=False,
         force_jupyter=False,

@@ -1,7 +1,8 @@
 """A pass for chrome://tracing and Perfetto: what was planned and what was measured, side by side in one file.
 
 The format is Chrome's JSON trace: complete events (``ph: X``) with times in microseconds, one process for the plan and
-one for the run, one thread for the compute and one for each channel.
+one for the run, one thread for the compute and one for each channel. What the plan has in memory are counters
+(``ph: C``) in bytes: vram and ram by kind, and what each comes to.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from memplan.atomic_write import write
 from memplan.errors import InputError
+from memplan.program.memory_timeline import timeline
 from memplan.program.timeline import timeline_of
 from memplan.show.summary import check_pair
 
@@ -39,13 +41,14 @@ def chrome_trace(plan: Plan, record: RunRecord | None = None) -> dict[str, Any]:
 
     Raises PlanMismatchError where ``record`` is of another plan, InputError where no pass of it was traced.
     """
-    events = [*_process(1, f"planned: {plan.model}"), *_planned(plan)]
+    events = [*_process(1, f"planned: {plan.model}"), *_planned(plan), *_memory(plan)]
     if record is not None:
         check_pair(plan, record)
         if not record.spans:
             raise InputError(
-                "the record has no times of single accesses: train with memplan.attach(..., traced=True) and save "
-                "the handle's record, or leave the record out for the planned pass alone"
+                "the record has no times of single accesses: train with memplan run --trace FILE, which writes them "
+                "beside the planned pass, or with memplan.attach(..., traced=True) and save the handle's record; "
+                "without the record the planned pass alone is written"
             )
         events += [*_process(2, f"measured: {record.device}"), *_measured(record)]
     return {"displayTimeUnit": "ms", "traceEvents": events}
@@ -74,6 +77,19 @@ def _planned(plan: Plan) -> Iterator[dict[str, Any]]:
         yield _event(1, load.channel, name, load.start_s, load.end_s, bytes=item.size_bytes, residence=load.residence)
 
 
+def _memory(plan: Plan) -> Iterator[dict[str, Any]]:
+    """Yield the bytes of each access at its peak, from its beginning on: in a counter, those of all accesses."""
+    line, moments = timeline_of(plan), timeline(plan)
+    starts_s = [*line.access_start_s, max(line.access_end_s)]
+    for tier, rows in (("vram", [moment.vram for moment in moments]), ("ram", [moment.ram for moment in moments])):
+        kinds = [kind for kind in rows[0] if any(row[kind] for row in rows)]
+        if not kinds:
+            continue
+        for start_s, row in zip(starts_s, [*rows, rows[-1]], strict=True):  # the last one lasts to the pass's end
+            yield _counter(f"{tier} by kind (bytes)", start_s, {kind: row[kind] for kind in kinds})
+            yield _counter(f"{tier} (bytes)", start_s, {"all kinds": sum(row.values())})
+
+
 def _measured(record: RunRecord) -> Iterator[dict[str, Any]]:
     for span in record.spans:
         yield _event(2, span.lane, span.name, span.start_s, span.end_s)
@@ -98,3 +114,7 @@ def _event(process: int, lane: str, name: str, start_s: float, end_s: float, **a
         "dur": (end_s - start_s) * _US,
         "args": args,
     }
+
+
+def _counter(name: str, start_s: float, values: dict[str, int]) -> dict[str, Any]:
+    return {"ph": "C", "name": name, "pid": 1, "tid": 0, "ts": start_s * _US, "args": values}

@@ -349,6 +349,8 @@ def _of_bytes(value: Any) -> Holder:
 
 def is_ours(value: Any) -> bool:
     """Whether a value is a hook of memplan's, or what it has put in the place of a method."""
+    if getattr(type(value), "is_memplans", False):
+        return True
     while isinstance(value, (partial, MethodType)):
         value = value.func if isinstance(value, partial) else value.__func__
     return isinstance(value, FunctionType) and (value.__module__ or "").startswith("memplan.")

@@ -9,32 +9,19 @@ tensor that was written to in place), it is refused.
 
 from __future__ import annotations
 
-from collections import Counter, OrderedDict, defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from enum import Enum
 from operator import is_
-from types import FunctionType, ModuleType
 from typing import Any
 
 import torch
 from torch import nn
 
 from memplan.errors import RunError
-from memplan.state import data_writes, optimizer_steps
+from memplan.state import containers, data_writes, optimizer_steps
 from memplan.state.process_state import positions
 
-_MAPPINGS = frozenset({dict, OrderedDict, defaultdict, Counter})
-_KEPT = frozenset({*_MAPPINGS, list, set, deque, torch.Generator})
-"""What attributes hold that is changed in place, by its exact class."""
 _ATOMS = frozenset({int, float, bool, str, bytes, type(None), complex, torch.dtype, torch.device, torch.Size})
-_OTHERS = frozenset(
-    {"torch", "torchao", "bitsandbytes", "peft", "memplan", "threading", "logging", "_thread", "weakref", "functools"}
-    | {"queue", "_queue", "asyncio", "concurrent", "multiprocessing", "socket", "io", "_io"}
-)
-"""Packages whose objects are no settings: what quantizers keep beside a weight comes and goes with its block, and what
-threads share is not for one of them to put back.
-"""
 _TORCHS = frozenset(nn.Module().__dict__)
 _MOST_ENTRIES = 4096
 """Containers of more are not copied: no flags, tables rather."""
@@ -52,7 +39,7 @@ class Held:
         """The attributes of each module, how many they were, and those that are not torch's."""
         for module in self.modules:
             attributes = module.__dict__
-            self.own += [attributes[name] for name in _TORCHS if type(attributes.get(name)) in _KEPT]
+            self.own += [attributes[name] for name in _TORCHS if type(attributes.get(name)) in containers.EXACT]
             plain = tuple(name for name in attributes if name not in _TORCHS)
             self.plain.append((attributes, len(attributes), plain))
 
@@ -64,42 +51,35 @@ class Held:
         """Return what they hold now, and objects that they hold. ``given``: what their forwards are given, in depth."""
         filled: list[tuple[Any, Any]] = [(value, value.copy()) for value in self.own if value]
         empty: list[Any] = []
+        odd: list[Any] = []
         drawn_from: list[torch.Generator] = []
-        objects: dict[int, dict[str, Any]] = {}
+        objects: dict[int, Any] = {}
 
         def look(value: Any) -> None:
-            if type(value) in _KEPT:
-                if type(value) is torch.Generator:
-                    drawn_from.append(value)
-                elif not value:
-                    empty.append(value)
-                elif len(value) <= _MOST_ENTRIES:
-                    filled.append((value, value.copy()))
-            elif holds_attributes(type(value)):
-                objects.setdefault(id(value), value.__dict__)
+            kind = type(value)
+            if kind in _ATOMS:
+                return
+            if kind is torch.Generator:
+                drawn_from.append(value)
+                return
+            if containers.kind_of(kind) is not None:
+                size = containers.size_of(value)
+                if not size:
+                    (empty if kind in containers.EXACT else odd).append(value)
+                elif size <= _MOST_ENTRIES:
+                    filled.append((value, containers.copied(value)))
+            if kind not in containers.EXACT and containers.holds_attributes(kind):
+                objects.setdefault(id(value), value)
 
         for attributes, _, names in self.plain:
             for name in names:
                 look(attributes.get(name))
         for value in given:
             look(value)
-        held = [*(attributes for attributes, _, _ in self.plain), *objects.values()]
-        return State([(now, now.copy()) for now in held], filled, [*self.own, *empty], drawn_from)
-
-
-_HOLDS: dict[type, bool] = {}
-
-
-def holds_attributes(kind: type) -> bool:
-    """Whether objects of a class hold plain attributes, as a configuration or a context of the script's does."""
-    if (known := _HOLDS.get(kind)) is not None:
-        return known
-    return _HOLDS.setdefault(
-        kind,
-        bool(getattr(kind, "__dictoffset__", 0))
-        and not issubclass(kind, (nn.Module, torch.Tensor, type, BaseException, ModuleType, FunctionType, Enum))
-        and kind.__module__.partition(".")[0] not in _OTHERS,
-    )
+        own = (containers.attributes_of(value) for value in objects.values())
+        held = [(now, now.copy()) for now in (*(attributes for attributes, _, _ in self.plain), *own)]
+        slots = [(value, found) for value in objects.values() if (found := containers.in_slots(value))]
+        return State(held, filled, [*self.own, *empty], odd, drawn_from, slots)
 
 
 def reached(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[list[object], list[torch.Tensor]]:
@@ -117,17 +97,19 @@ def reached(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[list[object]
         kind = type(value)
         if isinstance(value, torch.Tensor) or id(value) in found or kind in _ATOMS:
             continue
-        elif kind is torch.Generator:
+        if kind is torch.Generator:
             found[id(value)] = value
-        elif isinstance(value, (list, tuple, set, deque)):
+            continue
+        if isinstance(value, tuple):
             found[id(value)] = value
             to_see += value
-        elif isinstance(value, dict):
-            found[id(value)] = value
-            to_see += value.values()
-        elif holds_attributes(kind) and not hasattr(kind, "get_seq_length"):  # a cache: recompute's
-            found[id(value)] = value
-            to_see += value.__dict__.values()
+        elif kind in containers.EXACT or not hasattr(kind, "get_seq_length"):  # a cache: recompute's
+            if containers.kind_of(kind) is not None:
+                found[id(value)] = value
+                to_see += containers.parts_of(value)
+            if kind not in containers.EXACT and containers.holds_attributes(kind):
+                found[id(value)] = value
+                to_see += [*containers.attributes_of(value).values(), *containers.in_slots(value)]
     return list(found.values()), tensors
 
 
@@ -139,65 +121,78 @@ class State:
         attributes: list[tuple[dict[str, Any], dict[str, Any]]],
         filled: list[tuple[Any, Any]],
         watched: list[Any],
+        odd: list[Any],
         drawn_from: list[torch.Generator],
+        slots: list[tuple[Any, tuple[Any, ...]]],
     ) -> None:
-        """``watched``: containers of which those that are not in ``filled`` held nothing."""
+        """``watched``: containers of which those that are not in ``filled`` held nothing. ``odd``: such of subclasses,
+        which may tell otherwise. ``slots``: objects, and what they held there.
+        """
         self._attributes = attributes
         self._filled = filled
         self._watched = watched
+        self._odd = odd
         self._drawn_from = drawn_from
+        self._slots = slots
         self._positions = [generator.get_state() for generator in drawn_from]
 
     def is_changed(self, ignored: frozenset[int]) -> bool:
         """Whether anything of it is another now. ``ignored``: ids of containers that may be."""
         return (
-            any(not _same(now, held) for now, held in self._attributes)
-            or any(not _same(now, held) for now, held in self._filled if id(now) not in ignored)
+            any(not containers.is_same(now, held) for now, held in self._attributes)
+            or any(not containers.is_same(now, held) for now, held in self._filled if id(now) not in ignored)
             or any(id(now) not in ignored for now in self._filled_since())
+            or any(not all(map(is_, containers.in_slots(now), held)) for now, held in self._slots)
             or any(not torch.equal(g.get_state(), at) for g, at in zip(self._drawn_from, self._positions, strict=True))
         )
 
     def containers(self) -> Iterator[object]:
         """Yield the containers and generators that are put back."""
-        yield from (*self._watched, *(value for value, _ in self._filled), *self._drawn_from)
+        yield from (*self._watched, *self._odd, *(value for value, _ in self._filled), *self._drawn_from)
 
     @contextmanager
     def again(self) -> Iterator[None]:
         """Have all be as it was, and afterwards as it is now."""
         attributes = [(now, now.copy()) for now, _ in self._attributes]
-        filled = [(value, value.copy()) for value, _ in self._filled]
+        exact, copied = containers.EXACT, containers.copied
+        filled = [(value, value.copy() if type(value) in exact else copied(value)) for value, _ in self._filled]
+        slots = [(value, containers.in_slots(value)) for value, _ in self._slots]
         positions = [generator.get_state() for generator in self._drawn_from]
-        others = [(value, value.copy()) for value in self._filled_since()]
+        others = [(value, containers.copied(value)) for value in self._filled_since()]
         try:
-            self._put(self._attributes, self._filled, self._positions)
+            self._put(self._attributes, self._filled, self._positions, self._slots)
             for value, _ in others:
-                value.clear()
+                containers.clear(value)
             yield
         finally:
             for value in self._filled_since():
-                value.clear()
-            self._put(attributes, filled, positions)
-            self._put([], others, [])
+                containers.clear(value)
+            self._put(attributes, filled, positions, slots)
+            self._put([], others, [], [])
 
     def _filled_since(self) -> list[Any]:
         """Return the containers that held nothing, and do now."""
         held = {id(value) for value, _ in self._filled}
-        return [value for value in self._watched if value and id(value) not in held]
+        found = [value for value in self._watched if value and id(value) not in held]
+        return found + [value for value in self._odd if containers.size_of(value) and id(value) not in held]
 
     def _put(
         self,
         attributes: list[tuple[dict[str, Any], dict[str, Any]]],
         filled: list[tuple[Any, Any]],
         positions: list[torch.Tensor],
+        slots: list[tuple[Any, tuple[Any, ...]]],
     ) -> None:
+        for value, parts in slots:
+            containers.put_in_slots(value, parts)
         for now, held in attributes:
             now.update(held)
             if len(now) != len(held):
                 for name in now.keys() - held.keys():
                     del now[name]
         for value, held in filled:
-            if not _same(value, held):
-                _fill(value, held)
+            if not containers.is_same(value, held):
+                containers.fill(value, held)
         for generator, position in zip(self._drawn_from, positions, strict=False):
             generator.set_state(position)
 
@@ -323,28 +318,6 @@ class Now:
                     f"was planned, and the plan runs it a second time in backward, with others: {_KEEP}, or plan "
                     "anew where it does so at once"
                 )
-
-
-def _same(now: Any, held: Any) -> bool:
-    """Whether a container holds the very objects that a copy of it does, in the same order."""
-    if type(now) is set:  # a copy's order may be another
-        return bool(now == held)
-    if len(now) != len(held) or not all(map(is_, now, held)):
-        return False
-    return type(now) not in _MAPPINGS or all(map(is_, now.values(), held.values()))
-
-
-def _fill(value: Any, held: Any) -> None:
-    """Have a container hold what a copy of it does."""
-    value.clear()
-    if type(value) is OrderedDict:
-        value.update(held)
-    elif type(value) in _MAPPINGS:
-        dict.update(value, held)
-    elif type(value) is set:
-        value.update(held)
-    else:
-        value.extend(held)
 
 
 def _kernels() -> tuple[bool, bool, bool, bool, str]:

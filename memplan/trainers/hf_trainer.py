@@ -206,17 +206,25 @@ def models_beside(trainer: Trainer) -> list[nn.Module]:
 
 
 def put_under(
-    model: nn.Module, plan: Plan, scope: Scope, *, checked: bool = False, checkpoint: str | Path | None = None
+    model: nn.Module,
+    plan: Plan,
+    scope: Scope,
+    *,
+    checked: bool = False,
+    traced: bool = False,
+    checkpoint: str | Path | None = None,
 ) -> Handle:
     """Attach a plan to a model, mapped or not, and return the handle; what is mapped is mapped again once it is
     detached.
 
-    ``checkpoint``: else what the model was mapped from. Raises what ``attach`` raises; the model then is as it was.
+    ``checked``, ``traced``: as for ``attach``. ``checkpoint``: else what the model was mapped from.
+
+    Raises what ``attach`` raises; the model then is as it was.
     """
     give_back = release_mapped(model, torch.device(plan.table.device)) if is_mapped(model) else None
     try:
         files = checkpoint or checkpoint_of(model)
-        handle = attach(model, plan, checkpoint=files, checked=checked, replan=api.smaller)
+        handle = attach(model, plan, checkpoint=files, checked=checked, traced=traced, replan=api.smaller)
     except BaseException:
         if give_back is not None:
             give_back()

@@ -114,7 +114,7 @@ def _optimizers(module: ModuleType) -> None:
 
                 serve_optimizer(optimizer)
             except Exception as error:  # the script is to run all the same
-                say(f"stands aside: its optimizer cannot be looked at ({type(error).__name__}: {error})")
+                say(f"inactive: its optimizer cannot be looked at ({type(error).__name__}: {error})")
 
     kind.__init__ = init
 
@@ -188,4 +188,4 @@ class _Loader(Loader):
         try:
             self._then(module)
         except Exception as error:  # the script is to run all the same
-            say(f"stands aside: {module.__name__} cannot be served ({type(error).__name__}: {error})")
+            say(f"inactive: {module.__name__} cannot be served ({type(error).__name__}: {error})")

@@ -22,12 +22,14 @@ STARTUP = Path(__file__).with_name("startup")
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Settings:
     """What ``memplan run`` was asked for. ``options``: those of :class:`memplan.PlanOptions` that were given, which go
-    before what a script's trainer says; ``plan``, ``report``: files; ``log``, ``lines``: as in :func:`memplan.wrap`.
+    before what a script's trainer says; ``plan``, ``report``, ``trace``: files; ``log``, ``lines``: as in
+    :func:`memplan.wrap`.
     """
 
     options: dict[str, Any] = field(default_factory=dict)
     plan: str | None = None
     report: str | None = None
+    trace: str | None = None
     log: bool = False
     lines: bool = False
 

@@ -61,7 +61,7 @@ class Scope:
             return planned(dict(options))
         vram_bytes, ram_bytes = vram_of(sizes, profile), ram_of(sizes, profile)
         rest_bytes = max(0, vram_bytes - taken.vram_bytes)
-        rest = {"vram": rest_bytes, "ram": max(0, ram_bytes - taken.ram_bytes)}
+        rest = {"vram": rest_bytes, "margin": 0, "ram": max(0, ram_bytes - taken.ram_bytes)}
         try:
             plan = planned({**options, **rest})
         except DoesNotFitError as error:
@@ -213,9 +213,9 @@ def together(first: DoesNotFitError, one: nn.Module, second: DoesNotFitError, ot
         least = first.least_vram_bytes + second.least_vram_bytes
         rest = [tip for tip in tips if not tip.startswith("give at least") or " of vram" not in tip]
         tips = (f"give at least {format_bytes(least)} of vram ({least} bytes) for both", *rest)
-    needed = "the least that works is not known" if least is None else f"the least that works is {format_bytes(least)}"
+    needed = "do not fit" if least is None else f"need at least {format_bytes(least)} of vram"
     return DoesNotFitError(
-        f"{name_of(one)} and {name_of(other)} were to be trained together, but {needed}",
+        f"{name_of(one)} and {name_of(other)} {needed} to be trained together",
         least_vram_bytes=least,
         limited_by=f"{first.limited_by}, of the first; {second.limited_by}, of the second",
         suggestions=tips,
@@ -239,8 +239,8 @@ def _refused(
         needed = f"together they need at least {format_bytes(least)}"
         tips.insert(0, f"give at least {format_bytes(least)} of vram ({least} bytes) for all of them")
     return DoesNotFitError(
-        f"{name_of(model)} was to be trained beside {others} in {format_bytes(vram_bytes)} of vram and "
-        f"{format_bytes(ram_bytes)} of ram, but {needed}",
+        f"{name_of(model)} cannot be trained beside {others} in {format_bytes(vram_bytes)} of vram and "
+        f"{format_bytes(ram_bytes)} of ram: {needed}",
         least_vram_bytes=least,
         limited_by=f"{error.limited_by}; {beside}",
         suggestions=tuple(tips),

@@ -11,8 +11,9 @@ import io
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from weakref import ReferenceType, WeakKeyDictionary, ref
 
@@ -28,7 +29,9 @@ from memplan.program.record import RunRecord
 from memplan.program.schema import Plan
 from memplan.request import completed
 from memplan.run.handle import Handle, handle_of
-from memplan.show.log_lines import startup_lines
+from memplan.show.log_lines import begin_lines, end_lines
+from memplan.show.tables import progress
+from memplan.show.trace import write_trace
 from memplan.trainers.compiled_whole import serve_compiled
 from memplan.trainers.hf_trainer import (
     loss_of,
@@ -220,7 +223,9 @@ def _planned(model: nn.Module, step: Step, more: Mapping[str, Any], *, is_first:
 
 
 def _attached(model: nn.Module, plan: Plan) -> Handle:
-    handle = put_under(model, plan, SCOPE, checkpoint=settings().options.get("checkpoint"))
+    asked = settings()
+    checkpoint = asked.options.get("checkpoint")
+    handle = put_under(model, plan, SCOPE, traced=asked.trace is not None, checkpoint=checkpoint)
     if not _HANDLES:
         atexit.register(_report_all)
     _FROZEN[model] = frozenset(id(parameter) for parameter in model.parameters() if not parameter.requires_grad)
@@ -255,7 +260,7 @@ def _place_again(model: nn.Module, step: Step, differs: bool) -> None:
     let_go(_attached(model, plan))
     if plan is not handle.plan:
         say("planned anew for all that a step calls")
-        for line in startup_lines(plan):
+        for line in begin_lines(plan):
             say(line)
 
 
@@ -281,21 +286,23 @@ def served(model: nn.Module, planned: Callable[[], Plan], attach: Callable[[Plan
     file = settings().plan
     try:
         try:
-            plan = Plan.load(file) if file else _with_room(planned)
+            with progress("memplan: planning"):
+                plan = Plan.load(file) if file else _with_room(planned)
         except MemplanError:
             raise
         except Exception as error:  # the trace runs the script's own code, and the script is to run all the same
             return f"the model cannot be planned for ({type(error).__name__}: {error})"
         if all(residence.begins == "always" for residence in plan.residences):
             return "the whole model fits"
-        let_go(attach(plan))
+        with progress("memplan: placing blocks"):
+            handle = attach(plan)
+        let_go(handle)
     except (DoesNotFitError, TooSlowError):
         raise
     except MemplanError as error:
         return str(error)
-    for line in startup_lines(plan):
+    for line in begin_lines(plan):
         say(line)
-    api.report(plan, file=sys.stderr)
     return None
 
 
@@ -317,7 +324,7 @@ def _with_room(planned: Callable[[], Plan]) -> Plan:
 
 def say_aside(why: str) -> None:
     saw_decision()
-    say(f"stands aside: {why}")
+    say(f"inactive: {why}")
 
 
 def _report_all() -> None:
@@ -329,13 +336,31 @@ def _report_all() -> None:
 
 def report(*measured: tuple[Plan, RunRecord]) -> None:
     """Tell what was measured, at the end, of one model after the other."""
+    file = settings().report
     text = io.StringIO()
     for plan, record in measured:
-        api.report(plan, record, file=sys.stderr)
         api.report(plan, record, file=text)
-    file = settings().report
     if file is not None:
         try:
             write(file, text.getvalue().encode())
         except (MemplanError, OSError) as error:  # the training is done: its script goes on
             say(str(error))
+            file = None
+    for plan, record in measured:
+        for line in end_lines(plan, record, file):
+            say(line)
+    _write_trace(settings().trace, measured)
+
+
+def _write_trace(file: str | None, measured: Sequence[tuple[Plan, RunRecord]]) -> None:
+    """Write the last whole pass of the model that was trained last, beside the planned one."""
+    traced = [(plan, record) for plan, record in measured if record.spans]
+    if file is None:
+        return
+    if not traced:
+        say(f"no trace in {file}: no whole pass was trained under a plan")
+        return
+    try:
+        write_trace(Path(file), *traced[-1])
+    except (MemplanError, OSError) as error:  # as for the report
+        say(str(error))

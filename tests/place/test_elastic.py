@@ -117,7 +117,7 @@ def test_a_stay_in_bytes_that_are_given_back_is_refused():
     plan = place(*tight(), elastic=True, **NAMES)
     first, *others = segments_of(plan)
     length = len(plan.table.accesses)
-    with pytest.raises(PlanCheckError, match="lies in bytes that are given back in access"):
+    with pytest.raises(PlanCheckError, match="takes bytes that are given back in access"):
         require(with_segments(plan, [first, *(replace(segment, absent=((0, length - 1),)) for segment in others)]))
 
 

@@ -299,7 +299,7 @@ def test_the_optimizers_state_in_ram_comes_after_the_rings(room, locked):
     assert page_locked_bytes(plan) == RING_BYTES + homes + min(locked, 2 * MIB)
     assert homes == (RING_BYTES + room - min(locked, 2 * MIB)) // X * X
     less = replace(plan, budgets=replace(given_budgets, page_lock_bytes=page_locked_bytes(plan) - 1))
-    assert any("to be page-locked" in fault for fault in check(less)) or locked
+    assert any("to be pinned" in fault for fault in check(less)) or locked
 
 
 def test_ram_that_lacks_the_ring_is_told():
@@ -307,8 +307,8 @@ def test_ram_that_lacks_the_ring_is_told():
     room = budgets(1, ram=4 * X, disk=0, page_lock=2 * X)
     with pytest.raises(DoesNotFitError) as refused:
         place(table, replace(room, vram_bytes=rest_of(table) + X), pins=dict.fromkeys(range(4), "host"), **NAMES)
-    assert "20.0 MiB of ram may be page-locked" in refused.value.limited_by
-    assert any("page-locked" in tip for tip in refused.value.suggestions)
+    assert "20.0 MiB of ram may be pinned" in refused.value.limited_by
+    assert any("pinned" in tip for tip in refused.value.suggestions)
     more = replace(room, ram_bytes=4 * X + RING_BYTES, vram_bytes=rest_of(table) + X)
     assert check(place(table, more, pins=dict.fromkeys(range(4), "host"), **NAMES)) == ()
 
@@ -327,7 +327,7 @@ def test_what_cannot_be_asked():
     table = table_of(4)
     with pytest.raises(SizeError, match="page lock was given as -1"):
         place(table, budgets(1 << 40, page_lock=-1), **NAMES)
-    with pytest.raises(InputError, match="no rate of what is pageable"):
+    with pytest.raises(InputError, match="no rate for the rest, which is pageable"):
         place(replace(table, pageable_bytes_per_s=None), budgets(1 << 40, page_lock=0), **NAMES)
     with pytest.raises(InputError, match="reaches 0 of its rate"):
         place(replace(table, duplex_factor=0), budgets(1 << 40), **NAMES)

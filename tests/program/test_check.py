@@ -45,14 +45,14 @@ def test_two_blocks_on_the_same_bytes(plan):
     place_of_resident = plan.addresses[resident].offset_bytes
     expect(
         replace(plan, addresses=moved(plan.addresses, other, offset_bytes=place_of_resident)),
-        "lie on the same bytes at the same time",
+        "take the same bytes at the same time",
     )
 
 
 def test_a_load_that_starts_too_early(plan):
     stay = next(s for s in streamed(plan) if s.first_use - s.load_after > 1 and s.last_use < len(plan.table.accesses))
     broken = moved(plan.residences, stay.id, load_after=stay.load_after - 1)
-    expect(replace(plan, residences=broken), "lie on the same bytes at the same time")
+    expect(replace(plan, residences=broken), "take the same bytes at the same time")
 
 
 def test_a_residence_that_is_missing(plan):
@@ -100,7 +100,7 @@ def test_a_prediction_that_is_not_what_the_rows_say(plan):
 
 def test_homes(plan):
     on_host = next(item.id for item in plan.items if item.home == "host")
-    expect(replace(plan, items=moved(plan.items, on_host, home="device")), "does not lie there always")
+    expect(replace(plan, items=moved(plan.items, on_host, home="device")), "is not always there")
     expect(replace(plan, items=moved(plan.items, on_host, home="disk")), "but its home is disk")
     blocks = moved(plan.table.blocks, on_host, pinned_because="its weight is read by name")
     expect(
@@ -127,8 +127,8 @@ def test_page_locks(pageable_plan):
     ]
     limit = plan.budgets.page_lock_bytes
     locked = replace(plan, arenas=moved(plan.arenas, 2, pageable=False))
-    expect(locked, "of ram are to be page-locked, the budget is 46.0 MiB")
-    expect(replace(plan, budgets=replace(plan.budgets, page_lock_bytes=limit - 1)), "of ram are to be page-locked")
+    expect(locked, "of ram are to be pinned, the budget is 46.0 MiB")
+    expect(replace(plan, budgets=replace(plan.budgets, page_lock_bytes=limit - 1)), "of ram are to be pinned")
     expect(replace(plan, arenas=moved(plan.arenas, 1, pageable=True)), "a pass of")
     expect(replace(plan, arenas=moved(plan.arenas, 0, pageable=True)), "only RAM beside a CUDA device is")
     expect(replace(plan, staging_bytes=RING_BYTES - 1), "passes through 16.0 MiB of staging")
@@ -142,7 +142,7 @@ def test_page_locks(pageable_plan):
     expect(replace(plan, table=replace(plan.table, device="cpu")), "only RAM beside a CUDA device is")
     slow = next(address for address in plan.addresses if address.arena == 2)
     twice = (*plan.addresses, replace(slow, arena=1))
-    expect(replace(plan, addresses=twice), f"item {slow.item} lies both in page-locked and in pageable RAM")
+    expect(replace(plan, addresses=twice), f"item {slow.item} is both in pinned and in pageable RAM")
 
 
 def test_a_block_that_is_pinned_by_hand_onto_the_device(plan):
@@ -175,7 +175,7 @@ def test_addresses(plan, change, message):
         ({"source": "residence:999"}, "not there"),
         ({"source": "residence:²"}, "not there"),
         ({"source": "residence:0"}, "comes from"),
-        ({"id": 3}, "calls itself 3"),
+        ({"id": 3}, "has id 3"),
         ({"begins": "made"}, "only ever read"),
         ({"ends": "store"}, "only ever read"),
     ],

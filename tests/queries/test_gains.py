@@ -66,7 +66,7 @@ def test_it_is_in_the_report_and_in_the_file(tight, tmp_path):
     again = Plan.load(tmp_path / "plan.json")
     assert again.gains == made.gains != ()
     shown = text(again)
-    assert "With 1.00 GiB more vram a pass would be" in shown
+    assert "With 1.00 GiB more vram a micro-batch would be" in shown
 
 
 class _InChunks(torch.nn.Module):

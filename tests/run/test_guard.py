@@ -118,7 +118,7 @@ def test_a_backward_after_detach_is_refused(model, plan, tmp_path):
     handle = attach(model, plan, cache=tmp_path)
     loss = loss_of(model(**batch_of("llama")))
     handle.detach()
-    with pytest.raises(RunError, match="Finish the backward first"):
+    with pytest.raises(RunError, match="finish the backward first"):
         loss.backward()
     model.zero_grad()
     assert_equal(whole_run("llama"), train(model, "llama"))

@@ -82,7 +82,7 @@ def test_one_file_has_both(tmp_path):
     record.save(tmp_path / "record.json")
     write_trace(tmp_path / "trace.json", plan, RunRecord.load(tmp_path / "record.json"))
     events = json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
-    assert {event["ph"] for event in events} == {"M", "X"}
+    assert {event["ph"] for event in events} == {"M", "X", "C"}
     by_process = {pid: [e for e in events if e["ph"] == "X" and e["pid"] == pid] for pid in (1, 2)}
     loads = {pid: sum(e["cat"] == "h2d" for e in found) for pid, found in by_process.items()}
     assert loads[1] == plan.prediction.loads_per_pass

@@ -20,13 +20,17 @@ from memplan.units import format_bytes, format_seconds
 
 Rows = dict[str, tuple[str, ...]]
 TIERS = ("device", "host", "disk")
+LANES = {"h2d": "RAM to device", "d2h": "device to RAM", "disk": "disk to device"}
 MEANING = {
-    "device": "held: never moves",
+    "device": "stay on the device",
     "host": "streamed from ram",
-    "of it pageable": "not page-locked: slower",
+    "of it pageable": "not pinned: slower",
     "disk": "streamed from disk",
     "recomputed": "activations recomputed in backward",
     "offloaded": "activations wait in ram for the backward",
+    "recompute": "their activations are recomputed in backward",
+    "offload": "their activations wait in ram for the backward",
+    "total": "",
 }
 
 
@@ -109,7 +113,7 @@ class Figures:
                 on_disk if kind == "weights" else 0,
             )
             if any(row):
-                found[kind] = tuple(self.size(part or None) for part in row)
+                found["streaming buffer" if kind == "slots" else kind] = tuple(self.size(part or None) for part in row)
         return found
 
     def locks(self) -> list[tuple[str, int]]:
@@ -327,10 +331,12 @@ class Figures:
                 yield tier, f"{len(here):,}", self.size(self.bytes_of(here, tier))
             if tier == "host" and self.slow and self.page:
                 yield "of it pageable", f"{len(self.slow):,}", self.size(self.bytes_of(self.slow, tier))
+        if self.page:
+            yield "total", f"{len(self.blocks):,}", self.size(sum(block.size_bytes for block in self.blocks))
         for policy, name in (("recompute", "recomputed"), ("offload", "offloaded")):
             number = sum(self.policy(block.name) == policy for block in self.blocks)
             if number:
-                yield name, f"{number:,}", None
+                yield policy if self.page else name, f"{number:,}", None
 
     def runs(self) -> list[tuple[str, ...]]:
         """Neighbouring layers of a stack that are alike, as a row each."""
@@ -340,7 +346,7 @@ class Figures:
             every = [block for blocks in members for block in blocks]
             stack = self.blocks[every[0]].stack
             name = names[0] if len(names) == 1 else f"{names[0]} … {names[-1].removeprefix(stack + '.')}"
-            sizes = [self.bytes_of(every, tier) for tier in TIERS]
+            sizes = [self.bytes_of(every, tier) for tier in TIERS if tier in self.homes.values()]
             loads = sum(self.loads[block] for block in every)
             policy = self.policy(self.blocks[every[0]].name) if stack else self.none
             cells = (f"{len(names):,}", *(self.size(size or None) for size in sizes), policy, f"{loads:,}")
@@ -385,7 +391,7 @@ class Figures:
 
     def waits(self) -> list[tuple[int, float, int | None, str]]:
         """Accesses that wait: for how long, for which block (None: no weights), over what."""
-        names = {"h2d": "link, to the device", "d2h": "link, from the device", "disk": "disk"}
+        names = LANES
         stays = {stay.id: stay for stay in self.plan.residences}
         found = []
         for index, stall_s in enumerate(self.line.stall_s):

@@ -25,12 +25,16 @@ class Element:
                 found += child.all(*tags)
         return found
 
-    def text(self, *without: str) -> str:
-        """Return all text inside, that of the tags ``without`` left out; elements are a space apart."""
+    def text(self, *without: str, hidden: bool = True) -> str:
+        """Return all text inside, that of the tags ``without`` left out; elements are a space apart.
+
+        ``hidden``: with what screen readers leave out too.
+        """
         parts = [
-            child if isinstance(child, str) else child.text(*without)
+            child if isinstance(child, str) else child.text(*without, hidden=hidden)
             for child in self.children
-            if isinstance(child, str) or child.tag not in without
+            if isinstance(child, str)
+            or (child.tag not in without and (hidden or child.attributes.get("aria-hidden") != "true"))
         ]
         return " ".join(" ".join(parts).split())
 

@@ -63,7 +63,7 @@ def test_what_is_page_locked_in_one_alone():
     free = place(plan.table, replace(plan.budgets, page_lock_bytes=None), pieces=False, **NAMES)
     found = compare_plans(free, plan)
     assert ("page lock budget", "all of ram", "150.0 MiB") in found.settings
-    (row,) = [row for row in found.rows if row.what.strip() == "page-locked ram"]
+    (row,) = [row for row in found.rows if row.what.strip() == "pinned ram"]
     assert (row.first, row.second) == (page_locked_bytes(free), page_locked_bytes(plan))
     assert ("host", "host, pageable") in {(moved.first, moved.second) for moved in found.moved}
 

@@ -73,6 +73,17 @@ function cut(frame) {
     if (a.left < b.right - 1 && b.left < a.right - 1 && a.top < b.bottom - 1 && b.top < a.bottom - 1)
       found.push(`one over the other: ${texts[i].textContent} / ${texts[j].textContent}`);
   }
+  for (const drawing of page.querySelectorAll(".field, .ticks, .upwards")) {
+    const words = [...drawing.querySelectorAll("span")].map(one => [one.textContent, one.getBoundingClientRect()]);
+    const whole = drawing.getBoundingClientRect();
+    for (const [text, box] of words)
+      if (box.left < whole.left - 1 || box.right > whole.right + 1) found.push(`beyond its drawing: ${text}`);
+    for (let i = 0; i < words.length; i++) for (let j = i + 1; j < words.length; j++) {
+      const [one, a] = words[i], [other, b] = words[j];
+      if (a.left < b.right && b.left < a.right && a.top < b.bottom && b.top < a.bottom)
+        found.push(`on one drawing: ${one} / ${other}`);
+    }
+  }
   return found;
 }
 addEventListener("load", () => {

@@ -48,7 +48,8 @@ from datasets import Dataset
 from peft import LoraConfig
 from trl import SFTConfig, SFTTrainer
 rows = Dataset.from_list([{"text": f"a block of weights lies on the device {n}"} for n in range(16)])
-config = SFTConfig("out", per_device_train_batch_size=2, max_steps=2, max_length=24, bf16=False, use_cpu=True, report_to="none", save_strategy="no")
+config = SFTConfig("out", per_device_train_batch_size=2, max_steps=2, max_length=24, bf16=False, use_cpu=True,
+    report_to="none", save_strategy="no")
 """
 BEFORE = {
     "trainer": _TRAINER,

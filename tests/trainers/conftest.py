@@ -103,11 +103,12 @@ def under(tmp_path_factory, hardware):
     """Runs a script under ``memplan run`` with a budget of vram."""
     python = Forked(tmp_path_factory.mktemp("under"), sys.executable, "-m", "memplan", "run", "--")
 
-    def run(vram, script, *arguments, report=None, plan=None, **environ):
+    def run(vram, script, *arguments, report=None, plan=None, trace=None, **environ):
         settings = Settings(
             options={"vram": str(vram), "ram": "64MiB", "hardware": str(hardware)},
             report=None if report is None else str(report),
             plan=None if plan is None else str(plan),
+            trace=None if trace is None else str(trace),
         )
         return python.run(script, *arguments, **{VARIABLE: environment(settings, {})[VARIABLE]}, **environ)
 

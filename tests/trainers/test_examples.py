@@ -96,7 +96,7 @@ def test_the_same_in_each_way(request, alone, under, data, tmp_path, kind):
     run = under(slightly_more(under("10KiB", *arguments("none"), **cache)), *arguments("run"), **cache)
     assert run.returncode == 0, run.stderr[-4000:]
     assert "streamed" in run.stderr
-    assert "stands aside" not in run.stderr
+    assert "inactive: " not in run.stderr
     wrapped = asked("asked", slightly_more(asked("none", "10KiB")))
     assert wrapped.returncode == 0, wrapped.stderr[-4000:]
     assert "streamed" in wrapped.stdout

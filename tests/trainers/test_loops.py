@@ -46,6 +46,6 @@ def test_the_same_as_without(checkpoint, alone, under, tmp_path, way):
     assert exact(done) == exact(whole)
     assert len(exact(done)) == 3 + (way == "looked_at")
     assert trained(tmp_path / "run") == trained(tmp_path / "whole")
-    assert "stands aside" not in done.stderr
+    assert "inactive: " not in done.stderr
     assert "streamed from" in done.stderr
     assert ("planned anew" in done.stderr) == (way in AGAIN)

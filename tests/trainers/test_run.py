@@ -65,6 +65,17 @@ VRAM = {"checkpointing": "1500KiB", "reentrant": "1500KiB", "autocast": "3MiB", 
 SAID = {"generate": 6, "counted": 15, "best": 4, "adapters": 19, "smoothed": 9}
 
 
+def test_a_traced_run_writes_what_was_planned_and_what_was_measured(checkpoint, under, tmp_path):
+    trace = tmp_path / "trace.json"
+    done = under("2500KiB", SCRIPT, checkpoint, tmp_path / "run", "lora", trace=trace)
+    assert done.returncode == 0, done.stderr[-3000:]
+    events = json.loads(trace.read_text())["traceEvents"]
+    accesses = {pid: {e["name"] for e in events if e.get("cat") == "compute" and e["pid"] == pid} for pid in (1, 2)}
+    layers = {name for name in accesses[1] if "layers" in name}
+    assert layers
+    assert layers <= accesses[2]
+
+
 @pytest.mark.parametrize("mode", [*MODES, *(pytest.param(mode, marks=pytest.mark.full) for mode in MORE)])
 def test_the_same_as_without(checkpoint, alone, under, tmp_path, mode):
     whole = alone(SCRIPT, checkpoint, tmp_path / "whole", mode)
@@ -76,7 +87,7 @@ def test_the_same_as_without(checkpoint, alone, under, tmp_path, mode):
     assert len(exact(done)) == SAID.get(mode, 5)
     assert adapter(tmp_path / "run") == adapter(tmp_path / "whole")
     assert "streamed from" in done.stderr
-    assert "stands aside" not in done.stderr
+    assert "inactive: " not in done.stderr
     assert "measured" in report.read_text()
     if mode == "merged":
         name = "merged/model.safetensors"
@@ -185,7 +196,7 @@ def test_the_report_on_standard_output(checkpoint, hardware, tmp_path):
 def test_what_does_not_fit_ends_with_one(checkpoint, hardware, tmp_path):
     done = command(checkpoint, tmp_path / "run", hardware, "100KiB")
     assert done.returncode == 1
-    assert "Does not fit: a micro-batch of 48 tokens was to be trained in 100.0 KiB of vram" in done.stderr
+    assert "Does not fit: a micro-batch of 48 tokens needs at least" in done.stderr
     assert least_vram(done) > 100 * 1024
     assert "Traceback" not in done.stderr
     assert "no training" not in done.stderr

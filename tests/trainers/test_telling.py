@@ -13,9 +13,11 @@ from transformers import TrainerCallback
 import memplan
 from memplan.program.record import RunRecord
 from memplan.run.verify.scalars import Scalars
-from memplan.show.log_lines import startup_lines, step_line
+from memplan.show.glyphs import PLAIN
+from memplan.show.log_lines import begin_lines, end_lines, step_line
 from memplan.trainers.lightning import Placement
-from tests.show.plans import solve_plan
+from memplan.units import format_bytes
+from tests.show.plans import make_record, solve_plan
 from tests.support.training import CPU
 from tests.trainers.test_transformers import Rows, budget, build, checkpoint, finish  # noqa: F401
 
@@ -69,19 +71,23 @@ def test_scalars_are_of_what_came_since():
     assert scalars.take(record(passes=1, wall_s=1.0, loaded_bytes=0))["memplan/stall_share"] == 0.0
 
 
-def test_three_lines_have_a_fixed_form():
+def test_four_lines_begin_and_four_end_a_training():
     plan = solve_plan()
-    said = plan.prediction
-    found = {}
-    for line in startup_lines(plan):
-        kind, _, rest = line.partition(": ")
-        found[kind] = rest
-    assert list(found) == ["memory", "speed", "blocks"]
-    assert found["memory"].startswith(f"vram={said.peaks.vram_bytes} of={plan.budgets.vram_bytes} ram=")
-    assert float(re.search(r"pass_s=(\S+)", found["speed"])[1]) == pytest.approx(said.pass_s, rel=1e-5)
-    assert f"loaded_bytes_per_pass={said.loaded_bytes_per_pass}" in found["blocks"]
+    peaks, budgets, said = plan.prediction.peaks, plan.budgets, plan.prediction
+    begun = begin_lines(plan)
+    assert len(begun) == 4
+    assert f"{format_bytes(peaks.vram_bytes)} of {format_bytes(budgets.vram_bytes)} vram" in begun[1]
+    assert f"{PLAIN.seconds(said.step_s)} per step, " in begun[2]
+    assert f"{format_bytes(said.loaded_bytes_per_pass)} loaded per micro-batch" in begun[3]
+    measured = make_record(plan, pass_s=1.2, extra_bytes=5 << 20)
+    ended = end_lines(plan, measured, "report.txt")
+    assert len(ended) == 4 + (measured.vram_peak_bytes > budgets.vram_bytes)
+    assert ended[1].startswith(f"micro-batch 1.20 s (predicted {PLAIN.seconds(said.pass_s)}, ")
+    assert f"vram peak {format_bytes(measured.vram_peak_bytes)} of {format_bytes(budgets.vram_bytes)}" in ended[2]
+    assert ended[-1].endswith("the report is in report.txt.")
+    assert end_lines(plan, measured, None)[-1].endswith("add --report FILE.")
     scalars = {"memplan/pass_s": 1.5, "memplan/stall_share": 0.25, "memplan/loaded_gib_per_s": 2.0}
-    assert step_line(7, scalars) == "step 7: pass 1.50 s, waiting 25.0%, loading 2.00 GiB/s"
+    assert step_line(7, scalars) == "step 7: micro-batch 1.50 s, waiting 25.0%, loading 2.00 GiB/s"
 
 
 @pytest.mark.full

@@ -294,7 +294,7 @@ def _placed(call: Batch, device: torch.device) -> Batch:
     """Return the batch on the device. Raises InputError where it holds no values."""
     for tensor in call.tensors():
         if tensor.device.type == "meta":
-            raise InputError("the batch lies on meta, without values: give one that can be trained on to measure")
+            raise InputError("the batch is on the meta device, without values: give one that can be trained on")
     return call.changed(lambda tensor: tensor.to(device, copy=True))  # a forward may write into it
 
 

@@ -57,10 +57,10 @@ def _references(plan: Plan) -> Iterator[str]:
     for what, ids in rows:
         for index, found in enumerate(ids):
             if found != index:
-                yield f"{what} number {index} calls itself {found}"
+                yield f"{what}s[{index}] has id {found}"
     for index, access in enumerate(table.accesses):
         if access.index != index:
-            yield f"access number {index} calls itself {access.index}"
+            yield f"accesses[{index}] has id {access.index}"
         if any(not 0 <= block < len(table.blocks) for block in access.blocks):
             yield f"access {index} reads a block that is not there"
         if any(rows.block not in access.blocks for rows in access.rows):
@@ -146,15 +146,15 @@ def _homes(plan: Plan) -> Iterator[str]:
         on_device = [stay for stay in stays if plan.arenas[stay.arena].tier == "device"]
         on_host = [stay for stay in stays if plan.arenas[stay.arena].tier == "host"]
         if item.home == "device" and [stay.begins for stay in on_device] != ["always"]:
-            yield f"the block {block.name} has its home on the device, but does not lie there always"
+            yield f"the block {block.name} has its home on the device, but is not always there"
         if block.pinned_because and item.home != "device":
             yield (
                 f"the block {block.name} must stay on the device ({block.pinned_because}), but its home is {item.home}"
             )
         if item.home == "host" and not any(stay.begins == "always" for stay in on_host):
-            yield f"the block {block.name} has its home on the host, but does not lie there always"
+            yield f"the block {block.name} has its home on the host, but is not always there"
         if item.home != "device" and any(stay.begins == "always" for stay in on_device):
-            yield f"the block {block.name} lies on the device always, but its home is {item.home}"
+            yield f"the block {block.name} is always on the device, but its home is {item.home}"
         for stay in stays:
             if stay.begins == "made" or stay.ends != "drop":
                 yield f"residence {stay.id} of {block.name} makes or stores frozen weights, which are only ever read"
@@ -309,7 +309,7 @@ def _overlaps(plan: Plan) -> Iterator[str]:
                 break
             if here.size_bytes and there.size_bytes and _meet(one, other, length):
                 yield (
-                    f"residences {one.id} of {_name(plan, one)} and {other.id} of {_name(plan, other)} lie on the "
+                    f"residences {one.id} of {_name(plan, one)} and {other.id} of {_name(plan, other)} take the "
                     "same bytes at the same time"
                 )
 

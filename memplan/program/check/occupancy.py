@@ -37,7 +37,7 @@ def absence_faults(plan: Plan) -> Iterator[str]:
             gone = [at % length for at in times if any(first <= at % length <= last for first, last in segment.absent)]
             if gone:
                 yield (
-                    f"residence {stay.id} of item {stay.item} lies in bytes that are given back in access {gone[0]}, "
+                    f"residence {stay.id} of item {stay.item} takes bytes that are given back in access {gone[0]}, "
                     "within its stay"
                 )
 

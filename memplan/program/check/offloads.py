@@ -58,7 +58,7 @@ def _chain(plan: Plan, item: Item, name: str, made: int, used: int) -> Iterator[
         yield f"{name} is stored again after it was stored"
     if not made <= store.load_after < store.first_use <= here.last_use + 1:
         yield (
-            f"{name} is made at {made} and leaves its slot after {here.last_use}, but residence {store.id} stores it "
+            f"{name} is made at {made} and leaves the device after {here.last_use}, but residence {store.id} stores it "
             f"after {store.load_after} and waits for that at {store.first_use}"
         )
     if not (store.first_use <= load.load_after + 1 and load.first_use <= used <= load.last_use <= store.last_use):

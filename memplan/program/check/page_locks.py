@@ -22,7 +22,7 @@ def page_lock_faults(plan: Plan) -> Iterator[str]:
     tiers = {(address.item, plan.arenas[address.arena].pageable) for address in plan.addresses
              if plan.arenas[address.arena].tier == "host"}  # fmt: skip
     for item in {item for item, is_pageable in tiers if is_pageable and (item, False) in tiers}:
-        yield f"item {item} lies both in page-locked and in pageable RAM"
+        yield f"item {item} is both in pinned and in pageable RAM"
     if pageable and plan.table.pageable_bytes_per_s is None:
         yield "RAM is pageable, but there is no rate at which it is read"
     if pageable and plan.staging_bytes < _rings_bytes(plan):
@@ -45,7 +45,7 @@ def page_lock_faults(plan: Plan) -> Iterator[str]:
     if state <= limit - 2 * RING_BYTES:  # it is page-locked only where both rings could be beside it
         locked += state
     if locked > limit:
-        yield f"{format_bytes(locked)} of ram are to be page-locked, the budget is {format_bytes(limit)}"
+        yield f"{format_bytes(locked)} of ram are to be pinned, the budget is {format_bytes(limit)}"
 
 
 def stages(plan: Plan) -> bool:

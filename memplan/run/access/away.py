@@ -15,7 +15,7 @@ from memplan.errors import RunError
 from memplan.hooks.compiled import untraced_deep
 from memplan.hooks.nested import tensors_in
 from memplan.model.weights import kind_of
-from memplan.run.access.dispatched import announced_in, unasked
+from memplan.run.access.dispatched import announced_in, opened_in, unasked
 from memplan.run.access.lent import StandIn
 from memplan.run.access.metadata import DESCRIBE, LAYOUT, STORAGES
 from memplan.run.schedule.streamed import Kinds
@@ -194,6 +194,20 @@ def serve_operator(operator: Any, args: tuple[Any, ...], kwargs: dict[str, Any])
     return serve_call(operator, args, kwargs, tuple(held.values()))
 
 
+def serve_others(operator: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Answer an operator that a thread that does not train gives weights in their slots."""
+    held = {id(tensor): tensor for tensor in opened_in((args, kwargs))}
+    if torch._C._current_graph_task_id() != -1:
+        with unasked():  # a backward whose forward was another thread's: the block stays as long as it needs to
+            return operator(*args, **kwargs)
+    if any(server_of(tensor) is None for tensor in held.values()):
+        raise RunError(
+            "a thread was given a view of a frozen weight that was taken in another one, in which memplan streams it: "
+            "what lies there may be another block's by now. Give the thread the weight itself, or a copy of it"
+        )
+    return serve_call(operator, args, kwargs, tuple(held.values()))
+
+
 def serve_call(func: Callable[..., Any], args: Any, kwargs: Any, tensors: Sequence[torch.Tensor]) -> Any:
     """Call a function with weights' true values in their place."""
     given: list[tuple[Server, StandIn]] = []
@@ -243,6 +257,37 @@ def _exchanged(value: Any, shown: dict[int, torch.Tensor]) -> Any:
     if isinstance(value, dict):
         return {key: _exchanged(part, shown) for key, part in value.items()}
     return value
+
+
+def swap(function: Callable[..., None], one: torch.Tensor, other: torch.Tensor) -> None:
+    """Exchange two tensors as ``torch.utils.swap_tensors`` does, where one of them is a weight that comes and goes:
+    their values, as all else of them is the same. Raises RunError where it is not.
+    """
+    served = [tensor for tensor in (one, other) if server_of(tensor) is not None]
+    if not served:
+        return function(one, other)
+    if one is other:
+        return None
+    with torch._C.DisableTorchFunctionSubclass():
+        alike = [
+            (kind_of(t), t.shape, t.dtype, t.device, t.requires_grad, t.grad is None, vars(t), _uses_of(t) == 1)
+            for t in (one, other)
+        ]
+    if alike[0] != alike[1] or not all(now[-1] and now[-2] == {} for now in alike):
+        raise RunError(
+            "torch.utils.swap_tensors was given a frozen weight that memplan streams, and a tensor of another class, "
+            "shape, dtype or device, a trained one, one with attributes, or one that a graph has saved: swap before "
+            "plan(), or detach() first"
+        )
+    first, second = (t.data if server_of(t) is None else t.data.clone() for t in (one, other))
+    one.data, other.data = second, first
+    return None
+
+
+def _uses_of(tensor: Any) -> int:
+    """Return how many refer to a tensor: its object in Python, and graphs that have saved it."""
+    uses: int = tensor._use_count()
+    return uses
 
 
 def refuse_home(block: int, **options: bool) -> None:

@@ -30,8 +30,10 @@ from memplan.run.access.away import (
     plain,
     serve_call,
     serve_operator,
+    serve_others,
+    swap,
 )
-from memplan.run.access.dispatched import serve_with, unasked
+from memplan.run.access.dispatched import passes_by_no_more, serve_with, unasked
 from memplan.run.access.lent import HandedOut, Lent, StandIn, alias_of
 from memplan.run.access.torch_functions import replace_functions, restore_functions
 from memplan.run.access.written_weights import BlockLoader, WrittenWeights
@@ -84,8 +86,8 @@ class DirectAccess:
         ``within``: by block, ids of the modules in whose accesses it is read.
         """
         self._within = within
-        replace_functions(self, away_in, serve_call)
-        serve_with(serve_operator)
+        replace_functions(self, away_in, serve_call, swap)
+        serve_with(serve_operator, serve_others)
         for module in model.modules():  # memplan's own come later
             if (
                 module._forward_hooks
@@ -120,6 +122,7 @@ class DirectAccess:
             self.written.settle_at_end()
         finally:
             restore_functions(self)
+            passes_by_no_more()
             for streamed in self._streamed.values():
                 for kinds in streamed.kinds:
                     SERVERS.pop(kinds.tensor, None)

@@ -1,5 +1,6 @@
 """Functions of torch that its dispatcher does not ask in time: replaced while a model is under a plan.
 
+``swap_tensors`` exchanges what tensors are, and not their values alone: a weight that comes and goes must stay one.
 ``as_subclass`` and its like make another tensor of the very one that they are given, which cannot be exchanged for its
 true values any more when the dispatcher asks (:mod:`memplan.run.access.dispatched`). Functions that make tensors
 (``torch.tensor`` and others) are never replaced: torch keeps tables of them, made when they are first asked for, by
@@ -22,21 +23,26 @@ _FUNCTIONS: tuple[tuple[Any, str], ...] = (
     (torch._C, "_to_dlpack"),
     (torch.Tensor, "as_subclass"),
     (torch.Tensor, "_make_subclass"),
+    (torch.utils, "swap_tensors"),
 )
 _BEFORE: list[tuple[Any, str, Any]] = []
 _UNDER_A_PLAN: weakref.WeakSet[Any] = weakref.WeakSet()
 
 Find = Callable[[Any], Iterator[torch.Tensor]]
 Serve = Callable[[Callable[..., Any], Any, Any, Sequence[torch.Tensor]], Any]
+Swap = Callable[[Callable[..., None], torch.Tensor, torch.Tensor], None]
 
 
-def replace_functions(server: object, find: Find, serve: Serve) -> None:
-    """Have them serve weights too, until no server is left. ``find``: yields those that are away in arguments."""
+def replace_functions(server: object, find: Find, serve: Serve, swap: Swap) -> None:
+    """Have them serve weights too, until no server is left. ``find``: yields those that are away in arguments.
+    ``swap``: does what ``swap_tensors`` does.
+    """
     _UNDER_A_PLAN.add(server)
     if not _BEFORE:
         for owner, name in _FUNCTIONS:
             own = vars(owner).get(name)  # None: of a class that it inherits from
-            served = _serving(getattr(owner, name), find, serve)
+            function = getattr(owner, name)
+            served = _swapping(function, swap) if name == "swap_tensors" else _serving(function, find, serve)
             _BEFORE.append((owner, name, own))
             setattr(owner, name, staticmethod(served) if name == "_make_subclass" else served)
 
@@ -61,5 +67,13 @@ def _serving(function: Callable[..., Any], find: Find, serve: Serve) -> Callable
             if held:
                 return serve(function, args, kwargs, tuple(held.values()))
         return function(*args, **kwargs)
+
+    return served
+
+
+def _swapping(function: Callable[..., None], swap: Swap) -> Callable[..., None]:
+    @functools.wraps(function)
+    def served(t1: torch.Tensor, t2: torch.Tensor) -> None:
+        swap(function, t1, t2)
 
     return served

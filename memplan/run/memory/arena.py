@@ -217,8 +217,7 @@ def _allocate(size_bytes: int, device: torch.device, pinned: bool) -> torch.Tens
             return page_locked(size_bytes)
         except RuntimeError as error:
             _LOG.warning(
-                "%s of page-locked memory were refused (%s): pageable memory is taken, and what comes from there is "
-                "copied once more",
+                "cannot pin %s of RAM (%s): pageable memory is used, which takes one more copy",
                 format_bytes(size_bytes),
                 str(error).splitlines()[0],
             )

@@ -41,8 +41,8 @@ def refuse_shared(model: nn.Module, weights: Mapping[str, Weight]) -> None:
                 for other_begin, other_end, weight_name in ranges.get(key, ()):
                     if begin < other_end and other_begin < end:
                         raise ModelError(
-                            f"{name} lies in the memory of the frozen weight {weight_name}, which memplan is to "
-                            "move: it would not be the same memory any more. Give it memory of its own "
+                            f"{name} shares the memory of the frozen weight {weight_name}, which memplan is to "
+                            "move: they would no longer be one. Give it memory of its own "
                             "(tensor.clone()), or make both one parameter"
                         )
 
@@ -55,7 +55,7 @@ def refuse_gaps(weights: Mapping[str, Weight]) -> None:
         held = weight.tensor
         if held.ndim > 1 and not is_away(held) and strides_of(held) is None and not held.is_contiguous():
             raise ModelError(
-                f"the frozen weight {weight.name} lies in memory with gaps or over itself (shape "
+                f"the frozen weight {weight.name} has gaps in its memory or overlaps itself (shape "
                 f"{tuple(held.shape)}, strides {held.stride()}), and results of a copy of it may differ in their "
                 "last bits: make it contiguous before plan() (weight.data = weight.data.contiguous())"
             )

@@ -62,9 +62,9 @@ def look_up_on_host(module: nn.Module, device: torch.device) -> Callable[[], Non
     """
     if type(module).forward is not nn.Embedding.forward:
         raise RunError(
-            f"rows of a {type(module).__name__} were to be read in RAM, but that is not page-locked (it was refused, "
-            "or is over the plan's limit), and its forward does more than look them up: pin its block to the device "
-            "(pins={...: 'device'}), or let more be page-locked"
+            f"cannot read rows of a {type(module).__name__} in RAM: it is not pinned (that failed, or is over the "
+            "plan's limit), and its forward does more than look them up: keep its block on the device "
+            "(pins={...: 'device'}), or raise the limit on pinned RAM"
         )
     original = call_of(module)
 

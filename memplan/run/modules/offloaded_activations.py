@@ -244,7 +244,7 @@ class Offloads:
         held = self.by_key[key]
         if held.state is SavedState.FILLING and held.is_owned():  # else it was interrupted as it began
             raise RunError(
-                f"the slot of what {held.module} saves is wanted while its forward still writes to it: "
+                f"what {held.module} saves is to be offloaded while its forward still writes to it: "
                 "the model calls that block within another one's forward; do not offload its activations"
             )
         self._clear(held)

@@ -16,6 +16,7 @@ from memplan.errors import RunError
 from memplan.program.record import BlockRecord, RunRecord
 from memplan.program.schema import Plan
 from memplan.run.access.direct_access import DirectAccess
+from memplan.run.access.dispatched import passes_by
 from memplan.run.access.entrances import Entrances
 from memplan.run.access.transforms import refuse_transforms
 from memplan.run.memory.arena import Arena
@@ -85,6 +86,7 @@ class Conductor:
             self._refuse_elsewhere(module, in_backward)
             if self._paused:
                 raise RunError(f"the model was called {self._paused}, where its weights are only read: call it outside")
+            passes_by()
             if in_backward:
                 self.entrances.announced(module)
                 call, reads = self._position.recompute_begins(module)
@@ -148,8 +150,8 @@ class Conductor:
             self._forward_of = None
             if self._closed or self._paused:
                 raise RunError(
-                    f"a backward came to {module} {self._paused or 'after detach()'}, but its forward was before: "
-                    "what it read is no longer there. Finish the backward first"
+                    f"the backward of {module} ran {self._paused or 'after detach()'}, and what its forward read "
+                    "is gone: finish the backward first"
                 )
             if torch.is_grad_enabled() and (self.loader.streamed or self.loader.offloads.by_key):
                 raise RunError(

@@ -15,7 +15,7 @@ import torch
 from memplan.analyze.graph import Tensor
 from memplan.errors import RunError
 from memplan.program.schema import Channel
-from memplan.run.access.dispatched import announced, unasked
+from memplan.run.access.dispatched import announced, announced_to_others, unasked
 from memplan.run.transfer.transfer import Source, Ticket
 
 
@@ -118,8 +118,8 @@ class Streamed:
     """What weights were before a hook took hold of their ``data``, by place."""
     no_writes: set[tuple[int, int]] = field(default_factory=set)
     """By how much the version of a weight, by place, rises in an access that writes nothing."""
-    _elements: tuple[torch.Tensor, ...] = ()
-    """Placeholders that no dispatcher asks about, as torch.compile has to see them."""
+    _elements: tuple[tuple[torch.Tensor, torch.Tensor], ...] = ()
+    """Views of the slot and placeholders that no dispatcher asks about, as torch.compile has to see them."""
     _tensors: tuple[torch.Tensor, ...] = ()
     _own: tuple[tuple[torch.Tensor, type], ...] = ()
     _noting: tuple[tuple[torch.Tensor, type], ...] = ()
@@ -232,14 +232,16 @@ class Streamed:
             held[name] = tensor
 
     def announce(self, plain: frozenset[int] | None) -> None:
-        """Have placeholders that torch's dispatcher asks about, but of the tensors with ids in ``plain``. None: of no
-        tensor.
+        """Have placeholders that torch's dispatcher asks about, and views of the slot that it does in other threads,
+        but of the tensors with ids in ``plain``. None: of no tensor.
         """
-        elements = self._elements or tuple(away for _, _, away in self.pointers)
+        elements = self._elements or tuple((there, away) for _, there, away in self.pointers)
         self._elements = elements
         self.pointers = tuple(
-            (tensor, there, away if plain is None or id(tensor) in plain else announced(away))
-            for (tensor, there, _), away in zip(self.pointers, elements, strict=True)
+            (tensor, there, away)
+            if plain is None or id(tensor) in plain
+            else (tensor, announced_to_others(there), announced(away))
+            for (tensor, _, _), (there, away) in zip(self.pointers, elements, strict=True)
         )
         self.unbind()
 

@@ -1,4 +1,4 @@
-"""Where blocks lie: a mark for each layer, and tables."""
+"""Where blocks are: a mark for each layer, and tables."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from memplan.show.summary import BlockFact, home_of
 from memplan.units import format_bytes
 
 TIERS: tuple[tuple[Tier, str], ...] = (
-    ("device", "held: never moves"),
+    ("device", "stay on the device"),
     ("host", "streamed from ram"),
     ("disk", "streamed from disk"),
 )
 _POLICIES = {
-    "recompute": "activations recomputed in backward",
-    "offload": "activations wait in ram for the backward",
+    "recompute": "their activations are recomputed in backward",
+    "offload": "their activations wait in ram for the backward",
 }
 _CELL = 24
 """Height of a mark, in its own units; its ground, two more, says what becomes of activations."""
@@ -50,10 +50,10 @@ class Mark:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Line:
-    """The marks of one stack, or of what lies beside the stacks."""
+    """The marks of one stack, or of what is beside the stacks, in tens; each ten with the number of its first layer."""
 
     name: str
-    marks: tuple[Mark, ...]
+    tens: tuple[tuple[str, tuple[Mark, ...]], ...]
 
 
 def layer_of(block: BlockFact) -> str:
@@ -91,7 +91,7 @@ def strip(found: Sequence[Layer]) -> tuple[Line, ...]:
             lines[-1][1].append(layer)
         else:
             lines.append((layer.stack, [layer]))
-    return tuple(Line(name=_span(inside), marks=tuple(map(_mark, inside))) for _, inside in lines)
+    return tuple(Line(name=_span(inside), tens=_tens(stack, inside)) for stack, inside in lines)
 
 
 def homes(blocks: Sequence[BlockFact]) -> Table:
@@ -103,21 +103,20 @@ def homes(blocks: Sequence[BlockFact]) -> Table:
             rows.append(Row(name=tier, cells=(f"{len(here):,}", size(sum(here)), meaning), swatch=f"home-{tier}"))
         slow = [block.size_bytes for block in blocks if block.home == tier and block.is_pageable]
         if slow:
-            meaning = "not page-locked: slower"
+            meaning = "not pinned: slower"
             rows.append(Row(name="of it pageable", cells=(f"{len(slow):,}", size(sum(slow)), meaning), style="part"))
+    rows.append(
+        Row(name="total", cells=(f"{len(blocks):,}", size(sum(block.size_bytes for block in blocks)), ""), style="sum")
+    )
     for policy, meaning in _POLICIES.items():
         count = sum(block.activations == policy for block in blocks)
         if count:
-            name = {"recompute": "recomputed", "offload": "offloaded"}[policy]
-            rows.append(Row(name=name, cells=(f"{count:,}", NONE, meaning), swatch=policy))
-    total = Row(
-        name="all", cells=(f"{len(blocks):,}", size(sum(block.size_bytes for block in blocks)), ""), style="sum"
-    )
+            rows.append(Row(name=policy, cells=(f"{count:,}", NONE, meaning), swatch=policy))
     return Table(
         id="homes",
-        caption="Frozen blocks by home",
-        head=("home", "blocks", "bytes", "what it means"),
-        rows=(*rows, total),
+        caption="Frozen blocks by home, and by what becomes of activations",
+        head=("blocks", "count", "bytes", "what it means"),
+        rows=tuple(rows),
         texts=frozenset({3}),
     )
 
@@ -130,18 +129,18 @@ def runs(found: Sequence[Layer]) -> Table:
             groups[-1].append(layer)
         else:
             groups.append([layer])
-    rows = []
+    rows, tiers = [], [place for place in range(len(TIERS)) if any(layer.by_tier[place] for layer in found)]
     for group in groups:
         one, count = group[0], len(group)
-        sizes = (size(sum(layer.by_tier[place] for layer in group) or None) for place in range(len(TIERS)))
+        sizes = (size(sum(layer.by_tier[place] for layer in group) or None) for place in tiers)
         loads = sum(layer.loads for layer in group)
         rows.append(Row(name=_span(group), cells=(f"{count:,}", *sizes, one.activations or NONE, f"{loads:,}")))
     return Table(
         id="layers",
-        caption="Layers by home; neighbours that are alike in one line",
-        head=("layers", "count", *(tier for tier, _ in TIERS), "activations", "loads a pass"),
+        caption="Layers by home, one line for neighbours that are alike",
+        head=("layers", "count", *(TIERS[place][0] for place in tiers), "activations", "loads a pass"),
         rows=tuple(rows),
-        texts=frozenset({5}),
+        texts=frozenset({2 + len(tiers)}),
         long=len(rows) > 24,
     )
 
@@ -201,6 +200,13 @@ def _span(group: Sequence[Layer]) -> str:
     return f"{first.name} … {last.name}"
 
 
+def _tens(stack: str, inside: Sequence[Layer]) -> tuple[tuple[str, tuple[Mark, ...]], ...]:
+    return tuple(
+        (inside[first].name.removeprefix(f"{stack}.") if stack else "", tuple(map(_mark, inside[first : first + 10])))
+        for first in range(0, len(inside), 10)
+    )
+
+
 def _mark(layer: Layer) -> Mark:
     parts, top, said = list[tuple[str, float, float]](), float(_CELL), list[str]()
     for (tier, _), size_bytes in zip(TIERS, layer.by_tier, strict=True):
@@ -212,4 +218,6 @@ def _mark(layer: Layer) -> Mark:
     text = f"{layer.name}: {', '.join(said)}"
     if layer.activations in _POLICIES:
         text += f", {layer.activations}"
+    if layer.loads:
+        text += f", {layer.loads:,} {'load' if layer.loads == 1 else 'loads'} a pass"
     return Mark(title=text, parts=tuple(parts), activations=layer.activations)

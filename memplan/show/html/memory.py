@@ -1,4 +1,4 @@
-"""What lies in each tier along the pass, as areas that stand on each other, and as tables."""
+"""What each tier holds along the pass, as areas that stand on each other, and as tables."""
 
 from __future__ import annotations
 
@@ -7,7 +7,9 @@ from dataclasses import dataclass
 
 from memplan.program.memory_timeline import Moment
 from memplan.program.schema import Plan
+from memplan.show.html.axes import Tick, count_ticks, size_ticks
 from memplan.show.html.tables import NONE, Row, Table, size
+from memplan.show.html.tags import Band, Tag, bar_tags, chart_tags
 from memplan.units import format_bytes
 
 WIDTH, HEIGHT = 640, 240
@@ -18,32 +20,40 @@ _TALLEST = 1.25
 
 _WEIGHTS, _TRAINED, _SAVED, _OTHER = "weights", "trained", "saved", "other"
 _KINDS: dict[str, tuple[str, int, str]] = {
-    "context": (_OTHER, 0, "the process, beside its tensors"),
+    "context": (_OTHER, 0, "what CUDA and its libraries take"),
     "buffers": (_OTHER, 1, "buffers of the model"),
-    "batch": (_OTHER, 2, "the micro-batch"),
-    "staging": (_OTHER, 3, "through which the disk is read, and RAM that is pageable"),
+    "batch": (_OTHER, 2, "inputs of the micro-batch"),
+    "staging": (_OTHER, 3, "through which the disk is read, and RAM that is not pinned"),
     "adapters": (_TRAINED, 0, "weights that are trained"),
-    "optimizer": (_TRAINED, 1, "what the optimizer keeps"),
-    "gradients": (_TRAINED, 2, "of what is trained"),
+    "optimizer": (_TRAINED, 1, "state of the optimizer"),
+    "gradients": (_TRAINED, 2, "of the weights that are trained"),
     "weights": (_WEIGHTS, 0, "frozen blocks at home here"),
-    "streamed": (_WEIGHTS, 1, "frozen blocks from the start of their load to their last use"),
-    "idle": (_WEIGHTS, 2, "room in which nothing lies at the time"),
+    "streamed": (_WEIGHTS, 1, "frozen blocks, from the start of their load to their last use"),
+    "idle": (_WEIGHTS, 2, "room for blocks that none takes at the time"),
     "offloaded": (_SAVED, 5, "saved activations that wait for their backward"),
-    "boundaries": (_SAVED, 0, "left by recomputed layers"),
+    "boundaries": (_SAVED, 0, "inputs of recomputed and offloaded layers"),
     "kept": (_SAVED, 1, "saved by layers for their backward"),
-    "recomputed": (_SAVED, 2, "recomputed in backward"),
-    "logits": (_SAVED, 3, "what the head and the loss make"),
-    "passing": (_SAVED, 4, "gradients between layers"),
+    "recomputed": (_SAVED, 2, "saved activations, recomputed by a backward"),
+    "logits": (_SAVED, 3, "of the head and the loss, and what these need"),
+    "passing": (_SAVED, 4, "of activations, between layers"),
     "activations": (_SAVED, 6, "of modules whose policy memplan cannot set"),
-    "workspace": (_OTHER, 4, "what an access needs for itself"),
+    "workspace": (_OTHER, 4, "temporary buffers of a module"),
 }
 """By kind, from the bottom of the chart: its family (a hue), its place there (a pattern), and what it is."""
 
-_NAMES = {"activations": "other activations", "workspace": "other workspace"}
-"""What a chart calls kinds that it takes apart further than the table of a plan's bytes, where the same words stand for
-more: there the logits and what is recomputed are activations or workspace too."""
+_NAMES = {
+    "activations": "other activations",
+    "workspace": "other workspace",
+    "idle": "unused",
+    "offloaded": "offloaded activations",
+    "boundaries": "layer inputs",
+    "kept": "kept activations",
+    "recomputed": "recomputed activations",
+    "passing": "passing gradients",
+}
+"""What a chart calls kinds whose own words stand for more, or for something else, in another place of the page."""
 
-_TITLES = {"vram": "Device memory", "ram": "RAM", "disk": "Disk"}
+_TITLES = {"vram": "VRAM", "ram": "RAM", "disk": "Disk"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -76,7 +86,14 @@ class Chart:
     budget_y: float | None
     """None where the budget lies beyond the drawing, or there is none."""
     level: bool
-    """Whether the same lies there all along the pass."""
+    """Whether it holds the same bytes all along the pass: its drawing then is a bar, along ``ticks``."""
+    bars: tuple[tuple[str, float, float, str], ...]
+    """Of such: class, left, width and title of each kind's part."""
+    ticks: tuple[Tick, ...]
+    """Of bytes, from 0 to ``top_bytes``."""
+    calls: tuple[Tick, ...]
+    """Of accesses."""
+    tags: tuple[Tag, ...]
     legend: Table
 
 
@@ -98,11 +115,13 @@ def chart(tier: str, rows: Sequence[Mapping[str, int]], budget_bytes: int | None
     peak_at = sums.index(peak)
     drawn = budget_bytes is not None and peak <= budget_bytes <= peak * _TALLEST
     top = budget_bytes if drawn and budget_bytes is not None else peak
-    top = max(1, top + top // 25)  # air above the highest line
-    below, areas = [0] * len(rows), list[Area]()
+    top = max(1, top + top // 8)  # room above the highest line, for words
+    below, areas, bands = [0] * len(rows), list[Area](), list[Band]()
     for kind in _ordered(rows):
         sizes = tuple(row.get(kind, 0) for row in rows)
+        lows = [low / top for low in below]
         below = [low + more for low, more in zip(below, sizes, strict=True)]
+        bands.append(Band(name=_name(kind), low=lows, high=[high / top for high in below]))
         most = max(sizes)
         areas.append(
             Area(
@@ -114,6 +133,18 @@ def chart(tier: str, rows: Sequence[Mapping[str, int]], budget_bytes: int | None
                 + (f", at most {format_bytes(most)}" if most != sizes[peak_at] else ""),
             )
         )
+    level = all(len(set(area.sizes_bytes)) == 1 for area in areas)
+    budget_y = round(HEIGHT * (1 - budget_bytes / top), 1) if drawn and budget_bytes is not None else None
+    peak_x = (peak_at + 0.5) / len(rows)
+    if level:
+        tags = bar_tags([(band.name, band.low[0], band.high[0] - band.low[0]) for band in bands])
+    else:
+        tags = chart_tags(
+            bands,
+            Tag(text=f"peak {format_bytes(peak)}", x=peak_x, y=0.0),
+            f"budget {format_bytes(budget_bytes or 0)}",
+            None if budget_y is None else budget_y / HEIGHT,
+        )
     return Chart(
         tier=tier,
         title=_TITLES[tier],
@@ -121,11 +152,20 @@ def chart(tier: str, rows: Sequence[Mapping[str, int]], budget_bytes: int | None
         areas=tuple(reversed(areas)),
         peak_bytes=peak,
         peak_at=peak_at,
-        peak_x=round((peak_at + 0.5) * WIDTH / len(rows), 1),
+        peak_x=round(WIDTH * peak_x, 1),
         top_bytes=top,
         budget_bytes=budget_bytes,
-        budget_y=round(HEIGHT * (1 - budget_bytes / top), 1) if drawn and budget_bytes is not None else None,
-        level=all(len(set(area.sizes_bytes)) == 1 for area in areas),
+        budget_y=budget_y,
+        level=level,
+        bars=tuple(
+            (area.look, round(WIDTH * band.low[0], 1), round(WIDTH * (band.high[0] - band.low[0]), 1), area.title)
+            for area, band in zip(areas, bands, strict=True)
+        )
+        if level
+        else (),
+        ticks=size_ticks(0, top, upwards=not level),
+        calls=count_ticks(len(rows)),
+        tags=tags,
         legend=_legend(tier, areas, peak_at),
     )
 
@@ -136,7 +176,7 @@ def table(chart: Chart, moments: Sequence[Moment]) -> Table:
     return Table(
         id=f"bytes-{chart.tier}",
         caption=f"{chart.title} at every access",
-        head=("access", "of", "module", "all", *(_name(area.kind) for area in areas)),
+        head=("access", "phase", "module", "total", *(_name(area.kind) for area in areas)),
         rows=tuple(
             Row(
                 name=str(moment.index),
@@ -164,11 +204,11 @@ def _legend(tier: str, areas: Sequence[Area], peak_at: int) -> Table:
         )
         for area in reversed(areas)
     ]
-    total = Row(name="all", cells=(size(sum(area.sizes_bytes[peak_at] for area in areas)), ""), style="sum")
+    total = Row(name="total", cells=(size(sum(area.sizes_bytes[peak_at] for area in areas)), ""), style="sum")
     return Table(
         id=f"legend-{tier}",
         caption=f"{_TITLES[tier]} at its peak",
-        head=("kind", "bytes", "what it is"),
+        head=("kind", "at the peak", "what it is"),
         rows=(*rows, total),
         texts=frozenset({2}),
     )

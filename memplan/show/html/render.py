@@ -80,8 +80,13 @@ def _environment() -> Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"size": size, "time": time}
+    environment.filters |= {"size": size, "time": time, "share": _share}
     return environment
+
+
+def _share(value: float) -> str:
+    """Return a share as a length of CSS."""
+    return f"{100 * value:.2f}%"
 
 
 def _safe(value: object) -> object:

@@ -8,13 +8,14 @@ from dataclasses import dataclass
 from memplan.program.record import RunRecord
 from memplan.program.schema import Plan
 from memplan.program.timeline import Timeline
+from memplan.show.html.axes import Tick, time_ticks
 from memplan.show.html.blocks import layer_of
 from memplan.show.html.memory import WIDTH, short
 from memplan.show.html.tables import NONE, Row, Table, numbers, time
 from memplan.show.sentences import percent
 from memplan.show.summary import BlockFact
 
-_CHANNELS = {"h2d": "link, to the device", "d2h": "link, from the device", "disk": "disk"}
+_CHANNELS = {"h2d": "RAM to device", "d2h": "device to RAM", "disk": "disk to device"}
 _LEAST_S = 1e-9
 """A wait below this is what rounding leaves of none."""
 _LEAST = 0.4
@@ -40,8 +41,9 @@ class Lanes:
     description: str
     lanes: tuple[Bars, ...]
     end_s: float
-    forward: float
-    """Share of the axis that the forward takes."""
+    phases: tuple[tuple[str, float], ...]
+    """Name and share of the axis."""
+    ticks: tuple[Tick, ...]
     wraps: bool
     """Whether a load begins in the pass before: its beginning is drawn where the next pass's lies, at the end."""
 
@@ -93,12 +95,14 @@ def lanes(plan: Plan, line: Timeline) -> Lanes:
             found.append(Bars(name=name, busy_s=busy, busy=_busy(busy, end_s), marks=(("moves", path, title),)))
     first = next((row.index for row in rows if row.kind in ("loss", "backward")), len(rows))
     begun = line.access_start_s[first] if first < len(rows) else end_s
+    share = begun / end_s if end_s else 0.0
     return Lanes(
         title="One pass in the steady state",
         description=f"{time(line.pass_s)} long, of it {time(stall_s)} of waiting.",
         lanes=tuple(found),
         end_s=end_s,
-        forward=begun / end_s if end_s else 0.0,
+        phases=(("forward", share), ("loss and backward", 1 - share)),
+        ticks=time_ticks(end_s),
         wraps=any(load.start_s < 0 for load in line.loads),
     )
 
@@ -126,7 +130,7 @@ def table(plan: Plan, line: Timeline, found: Sequence[Wait]) -> Table:
     return Table(
         id="accesses",
         caption="The pass, access by access",
-        head=("access", "of", "module", "begins", "computes", "waited", "for"),
+        head=("access", "phase", "module", "begins", "computes", "waited", "for"),
         rows=tuple(
             Row(
                 name=str(row.index),
@@ -164,13 +168,13 @@ def stalled(blocks: Sequence[BlockFact], found: Sequence[Wait], record: RunRecor
         stall, loads, misses = seen.get(name, (0.0, 0, 0))
         if row.stall_s or row.misses:
             seen[name] = (stall + row.stall_s, loads + row.loads, misses + row.misses)
-            causes.setdefault(name, set()).add("disk" if blocks[row.block].home == "disk" else _CHANNELS["h2d"])
+            causes.setdefault(name, set()).add(_CHANNELS["disk" if blocks[row.block].home == "disk" else "h2d"])
     if not said and not seen:
         return None
     passes = max(1, record.passes) if record is not None else 1
-    head: tuple[str, ...] = ("layer", "comes over", "predicted", "of it")
+    head: tuple[str, ...] = ("layer", "load", "predicted", "share")
     if record is not None:
-        head += ("measured", "loads", "misses")
+        head += ("measured", "loads of the run", "misses")
     names = sorted({*said, *seen}, key=lambda name: (-seen.get(name, (0.0,))[0], -said.get(name, 0.0), name))
     return Table(
         id="waits",

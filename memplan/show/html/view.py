@@ -1,4 +1,4 @@
-"""What stands on the page, section by section: plain values, all of them from the plan, the record and the profile."""
+"""What the page says, section by section: plain values, all of them from the plan, the record and the profile."""
 
 from __future__ import annotations
 
@@ -103,7 +103,7 @@ def page(plan: Plan, record: RunRecord | None, points: Sequence[Point], machine:
         homes=blocks.homes(known.blocks),
         layers=blocks.runs(layers),
         blocks=blocks.table(plan, known.blocks, layers),
-        frontier=frontier(plan, points) if points else None,
+        frontier=frontier(plan, points, None if machine is None else machine.device_bytes) if points else None,
         run="" if record is None else words.run(record, RICH),
         run_remark="" if record is None else f"{words.counts(record)}.",
         sources=_sources(plan, record, machine),
@@ -128,7 +128,7 @@ def _key_figures(plan: Plan, known: Facts, seen: Measured | None) -> tuple[tuple
         beside = "" if error is None else f"prediction {words.percent(error, '+')}"
         found.append(("pass, measured", time(seen.pass_s), beside))
     if known.bound_gap is not None:
-        found.append(("above the bound", words.gap_up(known.bound_gap), f"of {time(prediction.bound_s)} a pass"))
+        found.append(("above the lower bound", words.gap_up(known.bound_gap), f"of {time(prediction.bound_s)} a pass"))
     return tuple(found)
 
 
@@ -183,7 +183,7 @@ def _sources(plan: Plan, record: RunRecord | None, machine: Machine | None) -> t
     if record is not None:
         found.append(("measured", f"In a run on {record.device}: the medians of its passes, its greatest bytes."))
         found.append(("error", "Predicted against measured: above 0 where more was predicted."))
-    found.append(("bound", "No plan of these blocks within this vram has a shorter pass."))
+    found.append(("lower bound", "No plan of these blocks within this vram has a shorter pass."))
     if machine is None:
         found.append(
             ("figures", f"The profile {plan.hardware} is not at hand as it was: these are the rates in the plan.")
