@@ -1,26 +1,27 @@
-"""Plans what README's first table shows, and writes it there:  python docs/gains.py
+"""Plans what README's first table and the tutorial's first screen show, and writes both:  python docs/gains.py
 
-Each row is one model on one card, planned twice from its configuration alone: within a budget, and with gradient
-checkpointing (the model's own) and all weights on a GPU of the same speed and any amount of memory. Nothing is run.
-``gains.json`` keeps the figures; a test makes them anew.
+Each row is one model on one card, planned from its configuration alone within a budget, beside gradient checkpointing
+with all weights on a GPU of the same speed and any amount of memory. Nothing is run.
+``gains.json`` keeps the figures; a test makes all anew.
 """
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import re
 from pathlib import Path
 from typing import Any
 
-from msgspec.structs import replace
-
 import memplan
-from memplan.hardware.profile import Figure, load
+from memplan.cli import main as main_of_memplan
+from memplan.program.whole import checkpointing_only
 
 FOLDER = Path(__file__).parent
 KEPT = FOLDER / "gains.json"
 README = FOLDER.parent / "README.md"
-BEGIN, END = "<!-- gains -->", "<!-- /gains -->"
+TUTORIAL = FOLDER / "tutorial.md"
 CASES = {
     "8B, bf16": ("llama-3.1-8b", "rtx-3060-12gb", "8GiB", None),
     "14B, bf16": ("qwen3-14b", "rtx-3060-12gb", "11GiB", None),
@@ -33,7 +34,7 @@ CARDS = {"rtx-3060-12gb": "RTX 3060, 12 GB", "rtx-4090": "RTX 4090, 24 GB"}
 
 
 def planned(name: str) -> dict[str, Any]:
-    """Return what the two plans of a case predict: bytes of the device, seconds of a step."""
+    """Return what is predicted of a case in both ways: bytes, seconds of a step."""
     model, card, vram, quantization = CASES[name]
     options: dict[str, Any] = {
         "dtype": "bf16",
@@ -43,16 +44,13 @@ def planned(name: str) -> dict[str, Any]:
         "gains": False,
     }
     within = memplan.plan(model, (1, TOKENS), vram=vram, hardware=card, **options)
-    any_size = Figure(value=float(1 << 40), kind="assumed", source="a card that holds any model", date="2026")
-    large = replace(load(card), device_bytes=any_size)
-    alone = memplan.plan(model, (1, TOKENS), vram=1 << 39, hardware=large, gradient_checkpointing=True, **options)
-    if alone.prediction.loaded_bytes_per_pass:
-        raise AssertionError(f"{name}: weights are streamed in what was to hold all of them")
+    alone = checkpointing_only(within)
+    assert alone is not None, f"{name} checkpoints by itself"
     return {
         "model": model, "card": card, "budget": vram,
         "memplan_bytes": within.prediction.peaks.vram_bytes, "memplan_ram_bytes": within.prediction.peaks.ram_bytes,
         "memplan_step_s": within.prediction.step_s,
-        "checkpointing_bytes": alone.prediction.peaks.vram_bytes, "checkpointing_step_s": alone.prediction.step_s,
+        "checkpointing_bytes": alone.vram_bytes, "checkpointing_step_s": alone.step_s,
     }  # fmt: skip
 
 
@@ -72,18 +70,31 @@ def table(rows: dict[str, dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def filled(text: str, inside: str) -> str:
-    """Return README's text with the table between its marks. Raises ValueError where they are not there once."""
-    pattern = re.compile(f"{BEGIN}\n.*?{END}", re.DOTALL)
+def screen() -> str:
+    """Return what the tutorial's first command prints."""
+    (line,) = re.findall(r"^\$ memplan (plan .*)$", TUTORIAL.read_text(encoding="utf-8"), re.MULTILINE)
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        if main_of_memplan(line.split()):
+            raise AssertionError(f"memplan {line} failed")
+    lines = [one.rstrip() for one in printed.getvalue().strip().splitlines()]
+    return "\n".join(["```text", *lines, "```"])
+
+
+def filled(text: str, mark: str, inside: str) -> str:
+    """Return a page's text with what is made between two marks. Raises ValueError where they are not there once."""
+    begin, end = f"<!-- {mark} -->", f"<!-- /{mark} -->"
+    pattern = re.compile(f"{begin}\n.*?{end}", re.DOTALL)
     if len(pattern.findall(text)) != 1:
-        raise ValueError(f"README must have {BEGIN} and {END} once each")
-    return pattern.sub(lambda _: f"{BEGIN}\n{inside}\n{END}", text)
+        raise ValueError(f"the page must have {begin} and {end} once each")
+    return pattern.sub(lambda _: f"{begin}\n{inside}\n{end}", text)
 
 
 def main() -> None:
     rows = {name: planned(name) for name in CASES}
     KEPT.write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")
-    README.write_text(filled(README.read_text(encoding="utf-8"), table(rows)), encoding="utf-8")
+    README.write_text(filled(README.read_text(encoding="utf-8"), "gains", table(rows)), encoding="utf-8")
+    TUTORIAL.write_text(filled(TUTORIAL.read_text(encoding="utf-8"), "screen", screen()), encoding="utf-8")
 
 
 if __name__ == "__main__":

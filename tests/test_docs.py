@@ -157,7 +157,9 @@ def test_readme_is_short_and_links_wherever_it_is_shown() -> None:
 
 def test_readme_has_the_predicted_gains() -> None:
     text = (ROOT / "README.md").read_text(encoding="utf-8")
-    assert gains.filled(text, gains.table(json.loads(gains.KEPT.read_text()))) == text, "run: python docs/gains.py"
+    assert gains.filled(text, "gains", gains.table(json.loads(gains.KEPT.read_text()))) == text, (
+        "run: python docs/gains.py"
+    )
 
 
 @pytest.mark.full
@@ -167,6 +169,12 @@ def test_gains_are_predicted_today(case: str) -> None:
     assert found == {
         key: pytest.approx(value, rel=0.005) if type(value) is not str else value for key, value in kept.items()
     }
+
+
+@pytest.mark.full
+def test_the_tutorial_has_what_its_command_prints() -> None:
+    text = gains.TUTORIAL.read_text(encoding="utf-8")
+    assert gains.filled(text, "screen", gains.screen()) == text, "run: python docs/gains.py"
 
 
 @pytest.mark.parametrize("page", reference.PAGES)

@@ -124,7 +124,7 @@ def test_tutorial(tmp_path: Path) -> None:
 @pytest.mark.parametrize("page", [ROOT / "README.md", DOCS / "tutorial.md", *HOWTO], ids=lambda page: page.stem)
 def test_each_block_says_how_it_runs(page: Path) -> None:
     for block in blocks(page):
-        assert block.language in ("python", "console", "bash", "toml"), block.text
+        assert block.language in ("python", "console", "bash", "toml", "text"), block.text
         assert block.mark or block.language != "python", block.text
         assert not block.mark.startswith("with: ") or block.mark.removeprefix("with: ") in pages.BEFORE
 
