@@ -97,6 +97,16 @@ def test_a_fresh_environment_goes_from_install_to_a_merged_model(built: Path, tm
     assert (folder / "merged" / "model.safetensors").is_file()
 
 
+@pytest.mark.full
+def test_the_documents_build_without_a_warning(tmp_path: Path) -> None:
+    """Needs the package registry."""
+    python = fresh(tmp_path / "venv")
+    run(*install(python), *(one.split(">")[0] for one in PROJECT["optional-dependencies"]["docs"]), folder=tmp_path)
+    run(python, "-m", "sphinx", "--fail-on-warning", "--quiet", ROOT / "docs", tmp_path / "out", folder=tmp_path)
+    pages = {path.relative_to(tmp_path / "out").as_posix() for path in (tmp_path / "out").rglob("*.html")}
+    assert {"tutorial.html", "howto/budget.html", "reference/python.html", "alternatives.html"} <= pages
+
+
 def test_what_is_said_of_the_project_agrees() -> None:
     cited = (ROOT / "CITATION.cff").read_text(encoding="utf-8")
     assert f"version: {PROJECT['version']}\n" in cited
