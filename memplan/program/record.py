@@ -47,7 +47,8 @@ class RunRecord(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     wall_s: float
     """From the first access to the last seen."""
     pass_s: float
-    """Median time of a micro-batch in steady state (from one first access to the next with backward between), 0 if unknown."""
+    """Median time of a micro-batch in steady state (from one first access to the next with backward between), 0 if
+    unknown."""
     stall_s: float
     """Median time that a micro-batch waits for blocks."""
     loads: int

@@ -385,8 +385,8 @@ def _peaks(plan: Plan) -> Iterator[str]:
         )
     if (len(loads), sum(loads)) != (stated.loads_per_pass, stated.loaded_bytes_per_pass):
         yield (
-            f"the prediction says {stated.loads_per_pass} loads of {stated.loaded_bytes_per_pass} bytes a micro-batch, the "
-            f"residences are {len(loads)} of {sum(loads)}"
+            f"the prediction says {stated.loads_per_pass} loads of {stated.loaded_bytes_per_pass} bytes a micro-batch, "
+            f"the residences are {len(loads)} of {sum(loads)}"
         )
     for what, found, said in (
         ("vram", vram, stated.peaks.vram_bytes),
