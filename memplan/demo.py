@@ -44,8 +44,8 @@ SEED = 20
 ABOUT = (
     f"memplan trains a small Llama ({LAYERS} layers, random weights, nothing is downloaded) with LoRA and "
     f"transformers' Trainer: {ROUNDS} times with the whole model in memory and {ROUNDS} times under a plan that "
-    "gives the frozen weights a third of their bytes, in turns. Losses and adapters must be the same to the bit. This takes about two "
-    "minutes on two cores.\n"
+    "gives the frozen weights a third of their bytes, in turns. Losses and adapters must be the same to the bit. This "
+    "takes about two minutes on two cores.\n"
 )
 DIFFERS = 3
 """Exit code; 1 is that of a model that does not fit."""
