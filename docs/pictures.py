@@ -29,7 +29,10 @@ from rich.text import Text
 import memplan
 from memplan import api
 from memplan.errors import DoesNotFitError
-from memplan.show import terminal
+from memplan.show import first_screen, terminal
+from memplan.show.first_screen import Beside
+from memplan.show.glyphs import RICH
+from memplan.units import GIB
 
 HERE = Path(__file__).parent
 FIGURES = HERE / "figures"
@@ -61,6 +64,11 @@ CASES: Mapping[str, tuple[tuple[int, int], dict[str, Any]]] = {
 def screens(plan: memplan.Plan) -> dict[str, Callable[[], RenderableType]]:
     """Return what a terminal shows, by the name of its picture: anything that rich prints."""
     return {
+        "first": lambda: first_screen.screen(
+            plan,
+            Beside(device_bytes=12 * GIB, next_command="memplan run --vram 8GiB --ram 48GiB -- python train.py"),
+            RICH,
+        ),
         "plan": lambda: terminal.render(plan),
         "does-not-fit": _failure,
     }

@@ -13,6 +13,7 @@ import os
 import statistics
 import sys
 import time
+import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -40,12 +41,12 @@ BATCH, SEQUENCE, STEPS, WATCHED_STEP, RANK = 2, 256, 5, 2, 16
 ROUNDS = 2
 """Each trains the whole model, then under the plan, from the same start: a machine's speed drifts."""
 SEED = 20
-ABOUT = f"""\
-memplan trains a small Llama ({LAYERS} layers, random weights, nothing downloaded) with LoRA and
-transformers' Trainer: {ROUNDS} times with the whole model in memory, {ROUNDS} times under a plan that gives
-the frozen weights a third of their bytes, in turns. Losses and adapters must be the same to
-the bit. Takes about two minutes on two cores.
-"""
+ABOUT = (
+    f"memplan trains a small Llama ({LAYERS} layers, random weights, nothing is downloaded) with LoRA and "
+    f"transformers' Trainer: {ROUNDS} times with the whole model in memory and {ROUNDS} times under a plan that "
+    "gives the frozen weights a third of their bytes, in turns. Losses and adapters must be the same to the bit. This "
+    "takes about two minutes on two cores.\n"
+)
 DIFFERS = 3
 """Exit code; 1 is that of a model that does not fit."""
 
@@ -223,6 +224,7 @@ def train(
     from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments
 
     transformers.logging.set_verbosity_error()
+    warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)  # PEFT asks for it
     transformers.logging.disable_progress_bar()
     outcome = Outcome(adapter=folder, plan=plan)
     on_cuda = torch.cuda.is_available()

@@ -53,8 +53,8 @@ class SizeError(InputError):
         unit = "GiB" if bare and float(str(size)) < _MORE_GIB_THAN_ANY else "B"
         hint = f"its unit is missing, did you mean {str(size).strip()}{unit}? Else " if bare else ""
         super().__init__(
-            f"{what} was given as {size!r}, which is not a size: {hint}give whole bytes (not negative, not NaN) "
-            'or text with a unit, such as "6GiB", "512MiB" or "4096B"'
+            f"{what} was given as {size!r}, which is not a size: {hint}give a number with a unit, such as "
+            '"6GiB", "24G" or "512MiB", or whole bytes from 0'
         )
 
 

@@ -73,7 +73,7 @@ class PlanOptions(TypedDict, total=False):
     """``"bf16"`` or ``"fp16"``, where the forward will run under ``torch.autocast``, which saves casts of a float32
     base for backward. None: as the autocast that this is called in, if any."""
     accumulation: int
-    """Passes of a step: 1 unless it is given."""
+    """Micro-batches per step: 1 unless it is given."""
     steps: int | None
     """Total steps, to estimate run time."""
     examples: int | None
@@ -227,7 +227,9 @@ class Request:
             check_speed(max_step_s)
         accumulation: Any = given.get("accumulation", 1)
         if isinstance(accumulation, bool) or not isinstance(accumulation, int) or accumulation < 1:
-            raise InputError(f"accumulation was given as {accumulation!r}: give a whole number of passes, at least 1")
+            raise InputError(
+                f"accumulation was given as {accumulation!r}: give a whole number of micro-batches, at least 1"
+            )
         qlora, kbit, autocast, optimizer = (
             given.get("qlora", False), given.get("kbit"), given.get("autocast"), given.get("optimizer"),
         )  # fmt: skip

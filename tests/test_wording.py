@@ -24,6 +24,7 @@ OLD = {
     r"\bhold(s|ing)? (everything|every weight)\b": "keep all weights on the GPU",
     r"\b(link|compute|disk|that|which|what) binds\b": "PCIe-bound, compute-bound, disk-bound",
     r"\bpage[- ]lock(ed|s|ing)\b": "pinned",
+    r"\b(a|one|the|this|each|per) pass\b(?! (over|through))|\bpasses of a step\b": "micro-batch",
     r"\bslots?\b": "streaming buffer",
     r"\bstall(s|ed|ing)?\b": "waiting",
     r"(?<!embedding )\brows/pass\b": "embedding rows/pass",
@@ -82,13 +83,6 @@ ALLOWED = {
 
 NOT_YET: tuple[str, ...] = (
     "docs",
-    "memplan/cli",
-    "memplan/demo.py",
-    "memplan/show/query_tables.py",
-    "memplan/show/sentences.py",
-    "memplan/show/summary.py",
-    "memplan/show/tables.py",
-    "memplan/show/terminal.py",
 )
 """Files and folders whose old words are not mended yet."""
 

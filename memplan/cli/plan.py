@@ -25,9 +25,11 @@ if TYPE_CHECKING:
 )
 @click.pass_obj
 @click.option("--verbose", "-v", is_flag=True, help="Print all tables, every block and all notes.")
-@click.option("--compare", is_flag=True, help="What other ways of placing would cost, beside the plan.")
+@click.option(
+    "--compare", is_flag=True, help="Compare with other placements (accelerate's device map, all streamed, ...)."
+)
 @click.option("--out", type=OUTPUT, help="Write the plan to this file; - is standard output.")
-@click.option("--csv", type=OUTPUT, help="Write a row a block to this file.")
+@click.option("--csv", type=OUTPUT, help="Write one row per block to this file.")
 @JSON
 def plan(
     context: dict[str, bool],
@@ -109,7 +111,7 @@ def _beside(plan: Plan, out: Path | None, said: Mapping[str, Any]) -> Beside:
 def frontier(
     context: dict[str, bool], /, model: str, batch: int, seq: int | None, points: int, as_json: bool, **said: Any
 ) -> int:
-    """Show device memory against the time of a step, from the least vram that works to what holds everything.
+    """Show device memory against the time of a step, from the least vram that works to all weights on the device.
 
     Only what is faster than with less memory is shown. --vram, where it is given, is tried too.
     """
@@ -190,7 +192,7 @@ def fit(model: str, batch: int, seq: int | None, slowdown: float, as_json: bool,
 @click.argument("other", metavar="[RECORD|PLAN]", type=INPUT, required=False)
 @click.option("--html", type=OUTPUT, help="Write a page to this file instead.")
 @click.option("--frontier", type=INPUT, help="With --html: what memplan frontier --json printed for the same case.")
-@click.option("--trace", type=OUTPUT, help="Write a pass to this file, for Perfetto or Chrome.")
+@click.option("--trace", type=OUTPUT, help="Write a micro-batch to this file, for Perfetto or Chrome.")
 @JSON
 def report(
     plan: Path, other: Path | None, html: Path | None, frontier: Path | None, trace: Path | None, as_json: bool

@@ -120,7 +120,8 @@ def cost_table(graph: LayerGraph, hardware: HardwareProfile, times: Times | None
 def notes(graph: LayerGraph, hardware: HardwareProfile, times: Times | None = None) -> tuple[str, ...]:
     """Return what the reader of a report should know of the times, one sentence each."""
     if times is not None:
-        text = f"Times of accesses were measured on this {hardware.device.upper()}: medians over {times.passes} passes."
+        where, count = hardware.device.upper(), times.passes
+        text = f"Times of accesses were measured on this {where}: medians over {count} micro-batches."
         if times.unseen:
             text += f" {times.unseen} of {len(times.access_s)} did not run with what was given and are estimated."
         return (text,)

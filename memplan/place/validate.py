@@ -23,7 +23,8 @@ def require_input(table: CostTable, budgets: Budgets, staging_bytes: int) -> Non
     if faults:
         more = f"; and {len(faults) - 3} more" if len(faults) > 3 else ""
         raise InputError(
-            f"the cost table is not of a pass: {'; '.join(faults[:3])}{more}. Re-create it from the model and a profile"
+            f"the cost table is not of a micro-batch: {'; '.join(faults[:3])}{more}. Re-create it from the model "
+            "and a profile"
         )
 
 

@@ -47,9 +47,10 @@ class RunRecord(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     wall_s: float
     """From the first access to the last seen."""
     pass_s: float
-    """Median time of a pass in steady state (from one first access to the next with backward between), 0 if unknown."""
+    """Median time of a micro-batch in steady state (from one first access to the next with backward between), 0 if
+    unknown."""
     stall_s: float
-    """Median time that a pass waits for blocks."""
+    """Median time that a micro-batch waits for blocks."""
     loads: int
     loaded_bytes: int
     misses: int
@@ -82,7 +83,7 @@ class RunRecord(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
 
     def __repr__(self) -> str:
         """Say what it is in a line: ``report(plan, record)`` shows it beside its plan."""
-        passes = "1 pass" if self.passes == 1 else f"{self.passes:,} passes"
+        passes = "1 micro-batch" if self.passes == 1 else f"{self.passes:,} micro-batches"
         took = f" of {format_seconds(self.pass_s)}" if self.pass_s > 0 else ""
         peak = f", at most {format_bytes(self.vram_peak_bytes)} vram" if self.vram_peak_bytes else ""
         return f"<RunRecord of {passes}{took} on {self.device}: {self.loads:,} loads, {self.misses:,} misses{peak}>"

@@ -79,8 +79,8 @@ class Frontier(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
         its = (plan.model, plan.hardware, plan.workload.tokens)
         if mine != its:
             raise PlanMismatchError(
-                f"the frontier is of {mine[0]} on {mine[1]}, {mine[2]:,} tokens or samples a pass, the plan of "
-                f"{its[0]} on {its[1]}, {its[2]:,}: make it with what the plan was made with"
+                f"the frontier is of {mine[0]} on {mine[1]}, {mine[2]:,} tokens or samples per micro-batch, the plan "
+                f"of {its[0]} on {its[1]}, {its[2]:,}: make it with what the plan was made with"
             )
         return self.points
 

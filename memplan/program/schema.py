@@ -264,9 +264,9 @@ class Plan(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     asked: dict[str, Activations] = {}
     """Activations that were asked for, by module; the others were chosen."""
     elastic: bool = False
-    """Whether segments of the device arena might be absent for part of a pass, be there any or not."""
+    """Whether segments of the device arena might be absent for part of a micro-batch, be there any or not."""
     gains: tuple[Gain, ...] = ()
-    """What would make a pass shorter, each alone, where that was looked at."""
+    """What would make a micro-batch shorter, each alone, where that was looked at."""
     least_vram_bytes: int | None = None
     """The least vram for which there is a plan with the other budgets as given, where that was looked at."""
 
@@ -280,7 +280,7 @@ class Plan(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
         said, budgets = self.prediction, self.budgets
         return (
             f"<Plan of {self.model!r} on {self.hardware!r}: {format_bytes(said.peaks.vram_bytes)} of "
-            f"{format_bytes(budgets.vram_bytes)} vram, a pass of {format_seconds(said.pass_s)}>"
+            f"{format_bytes(budgets.vram_bytes)} vram, a micro-batch of {format_seconds(said.pass_s)}>"
         )
 
     def _ipython_display_(self) -> None:

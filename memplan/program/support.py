@@ -41,8 +41,8 @@ def _unsupported(plan: Plan) -> Iterator[str]:
         item, offset = plan.items[address.item], address.offset_bytes
         if item.kind != "weights" and any(a == address.arena and b <= offset < e for a, b, e in comes_and_goes):
             yield (
-                f"the plan keeps what {item.module} saved in bytes that are given back for part of a pass, which "
-                "this version does for weights alone"
+                f"the plan keeps what {item.module} saved in bytes that are given back for part of a micro-batch, "
+                "which this version does for weights alone"
             )
     for stay in plan.residences:
         item = plan.items[stay.item]

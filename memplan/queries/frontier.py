@@ -106,7 +106,7 @@ def require_speed(case: Case, plan: Plan, max_step_s: float) -> None:
     way_out = (
         f"{format_bytes(enough.vram_bytes)} of vram would do ({format_seconds(enough.step_s)})"
         if enough is not None
-        else "no vram would do on this hardware: use a smaller batch, fewer passes of a step, or a faster card"
+        else "no vram would do on this hardware: use a smaller batch, fewer micro-batches per step, or a faster card"
     )
     raise TooSlowError(
         f"a step was to take at most {format_seconds(max_step_s)}, but takes {format_seconds(said.step_s)} under the "

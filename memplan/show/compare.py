@@ -94,7 +94,7 @@ def compare_plans(first: Plan, second: Plan) -> Compared:
         Row(what="compute", first=first.prediction.compute_s, second=second.prediction.compute_s, unit="s"),
         Row(what="  recompute", first=one.recompute_s, second=other.recompute_s, unit="s"),
         Row(what="waiting", first=first.prediction.stall_s, second=second.prediction.stall_s, unit="s"),
-        Row(what="pass", first=first.prediction.pass_s, second=second.prediction.pass_s, unit="s"),
+        Row(what="micro-batch", first=first.prediction.pass_s, second=second.prediction.pass_s, unit="s"),
         Row(what="step", first=first.prediction.step_s, second=second.prediction.step_s, unit="s"),
         Row(what="lower bound", first=first.prediction.bound_s, second=second.prediction.bound_s, unit="s"),
         Row(what=f"{first.workload.unit}/s", first=one.tokens_per_s, second=other.tokens_per_s, unit="tokens/s"),
@@ -136,8 +136,8 @@ def compare_records(first: RunRecord, second: RunRecord) -> Compared:
         )
     passes = (max(first.passes, 1), max(second.passes, 1))
     rows = (
-        Row(what="passes", first=first.passes, second=second.passes, unit=""),
-        Row(what="pass", first=first.pass_s, second=second.pass_s, unit="s"),
+        Row(what="micro-batches", first=first.passes, second=second.passes, unit=""),
+        Row(what="micro-batch", first=first.pass_s, second=second.pass_s, unit="s"),
         Row(what="waiting", first=first.stall_s, second=second.stall_s, unit="s"),
         Row(what="vram peak", first=first.vram_peak_bytes, second=second.vram_peak_bytes, unit="bytes"),
         Row(what="ram peak", first=first.ram_peak_bytes, second=second.ram_peak_bytes, unit="bytes"),
@@ -211,7 +211,7 @@ _SETTINGS: dict[str, Callable[[Plan], str]] = {
     "optimizer": lambda plan: plan.workload.optimizer,
     "optimizer's state": lambda plan: plan.optimizer_state,
     "batch": lambda plan: ", ".join(f"{k} {'x'.join(map(str, v))}" for k, v in plan.workload.batch.items()),
-    "passes a step": lambda plan: str(plan.workload.accumulation),
+    "micro-batches per step": lambda plan: str(plan.workload.accumulation),
 }
 
 

@@ -38,15 +38,16 @@ class Beside:
 
 def write(plan: Plan, beside: Beside) -> None:
     """Print the screen to standard output: in colour to a terminal, as plain ASCII to anything else."""
-    print_or_write(lambda glyphs: _screen(plan, beside, glyphs))
+    print_or_write(lambda glyphs: screen(plan, beside, glyphs))
 
 
 def text(plan: Plan, beside: Beside, width: int | None = None) -> str:
     """Return the screen as plain ASCII, ``width`` columns wide: else ``COLUMNS``, else 80; never below 60."""
-    return plain_text(_screen(plan, beside, PLAIN), width)
+    return plain_text(screen(plan, beside, PLAIN), width)
 
 
-def _screen(plan: Plan, beside: Beside, glyphs: Glyphs) -> RenderableType:
+def screen(plan: Plan, beside: Beside, glyphs: Glyphs) -> RenderableType:
+    """Return the screen for rich."""
     known = facts(plan)
     where = "" if beside.device_bytes is None else f" {glyphs.safe(plan.hardware)}"
     lines: list[RenderableType] = [

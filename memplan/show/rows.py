@@ -74,7 +74,7 @@ def time_rows(plan: Plan, facts: Facts, seen: Measured | None) -> Iterator[TimeR
     if prediction.offloaded_bytes_per_pass:
         yield row("offloaded", prediction.offloaded_bytes_per_pass, format_bytes)
     if prediction.rows_bytes_per_pass:
-        yield row("embedding rows/pass", prediction.rows_bytes_per_pass, format_bytes)
+        yield row("embedding rows", prediction.rows_bytes_per_pass, format_bytes)
 
 
 def memory_rows(

@@ -164,7 +164,9 @@ def test_a_plan_that_offloads_takes_longer_and_the_judge_knows(share):
     alone = {stay.id: plan.items[stay.item].size_bytes / 1.5e9 for stay in plan.residences if stay.begins == "load"}
     assert all(alone[stay] * (1 - 1e-9) <= took[stay] <= alone[stay] / share * (1 + 1e-9) for stay in alone)
     assert any(took[stay] > alone[stay] * 1.01 for stay in alone)
-    assert any("a pass of" in fault for fault in check(replace(plan, table=replace(plan.table, duplex_factor=1.0))))
+    assert any(
+        "a micro-batch of" in fault for fault in check(replace(plan, table=replace(plan.table, duplex_factor=1.0)))
+    )
 
 
 def test_without_what_goes_up_nothing_changes():

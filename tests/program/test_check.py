@@ -129,7 +129,7 @@ def test_page_locks(pageable_plan):
     locked = replace(plan, arenas=moved(plan.arenas, 2, pageable=False))
     expect(locked, "of ram are to be pinned, the budget is 46.0 MiB")
     expect(replace(plan, budgets=replace(plan.budgets, page_lock_bytes=limit - 1)), "of ram are to be pinned")
-    expect(replace(plan, arenas=moved(plan.arenas, 1, pageable=True)), "a pass of")
+    expect(replace(plan, arenas=moved(plan.arenas, 1, pageable=True)), "a micro-batch of")
     expect(replace(plan, arenas=moved(plan.arenas, 0, pageable=True)), "only RAM beside a CUDA device is")
     expect(replace(plan, staging_bytes=RING_BYTES - 1), "passes through 16.0 MiB of staging")
     said = replace(
@@ -137,7 +137,7 @@ def test_page_locks(pageable_plan):
     )
     expect(replace(plan, prediction=said), "the prediction says a ram peak")
     expect(replace(plan, table=replace(plan.table, pageable_bytes_per_s=None)), "no rate at which it is read")
-    expect(replace(plan, table=replace(plan.table, pageable_bytes_per_s=8e8)), "a pass of")
+    expect(replace(plan, table=replace(plan.table, pageable_bytes_per_s=8e8)), "a micro-batch of")
     expect(replace(plan, table=replace(plan.table, pageable_bytes_per_s=0.0)), "the rate of pageable RAM is")
     expect(replace(plan, table=replace(plan.table, device="cpu")), "only RAM beside a CUDA device is")
     slow = next(address for address in plan.addresses if address.arena == 2)
@@ -170,8 +170,8 @@ def test_addresses(plan, change, message):
     [
         ({"source": "staging"}, "comes from"),
         ({"channel": None}, "no channel"),
-        ({"first_use": 99}, "outside of the pass"),
-        ({"last_use": 90}, "longer than a pass"),
+        ({"first_use": 99}, "outside of the micro-batch"),
+        ({"last_use": 90}, "longer than a micro-batch"),
         ({"source": "residence:999"}, "not there"),
         ({"source": "residence:²"}, "not there"),
         ({"source": "residence:0"}, "comes from"),
@@ -198,7 +198,7 @@ def test_a_copy_on_the_host_may_be_the_source(plan):
 
 def test_numbers_with_which_nothing_could_run(plan):
     expect(replace(plan, table=replace(plan.table, host_to_device_bytes_per_s=0.0)), "nothing could ever be loaded")
-    expect(replace(plan, workload=replace(plan.workload, accumulation=0)), "a step has 0 passes")
+    expect(replace(plan, workload=replace(plan.workload, accumulation=0)), "a step has 0 micro-batches")
 
 
 @pytest.mark.parametrize(

@@ -176,7 +176,7 @@ def test_what_comes_from_the_disk_takes_its_share_of_a_cards_link(disk, share):
     assert mixed.prediction.loaded_bytes_per_pass <= mixed.prediction.pass_s * 1e9
     wrong = replace(mixed.prediction, pass_s=mixed.prediction.pass_s * 0.99)
     assert check(mixed) == ()
-    assert any("a pass of" in fault for fault in check(replace(mixed, prediction=wrong)))
+    assert any("a micro-batch of" in fault for fault in check(replace(mixed, prediction=wrong)))
     alone = timeline_of(place(table, budgets(rest + 4 * X), **NAMES))
     assert {round(load.end_s - load.start_s, 9) for load in alone.loads} == {round(X / 1e9, 9)}
 

@@ -117,10 +117,10 @@ class Figures:
         return found
 
     def locks(self) -> list[tuple[str, int]]:
-        """Of RAM beside a card: what is page-locked, and what is not."""
+        """Of RAM beside a card: what is pinned, and what is not."""
         if self.plan.table.device == "cpu" or not self.tops[1]:
             return []
-        return [("of it page-locked", self.locked_bytes), ("of it pageable", self.tops[1] - self.locked_bytes)]
+        return [("of it pinned", self.locked_bytes), ("of it pageable", self.tops[1] - self.locked_bytes)]
 
     @property
     def locked_bytes(self) -> int:
@@ -145,7 +145,7 @@ class Figures:
         sizes = [self.blocks[block].size_bytes for block in self.slow]
         limit = format_bytes(self.plan.budgets.page_lock_bytes or 0)
         return (
-            f"No more than {limit} of ram may be page-locked: {some(len(sizes), 'block', 'blocks')} "
+            f"No more than {limit} of ram may be pinned: {some(len(sizes), 'block', 'blocks')} "
             f"({format_bytes(sum(sizes))}) come from pageable ram, which is slower."
         )
 
@@ -194,7 +194,7 @@ class Figures:
     def bound(self) -> str:
         gap, least = self.said.pass_s / self.said.bound_s - 1, self.time(self.said.bound_s)
         if gap < 1e-9:
-            return f"At the bound ({least}): no plan of these blocks is faster."
+            return f"At the lower bound ({least}): no plan of these blocks is faster."
         return f"At most {self.gap()} above the lower bound of these blocks ({least})."
 
     def gap(self) -> str:
@@ -203,16 +203,44 @@ class Figures:
         return "0%" if gap < 1e-9 else f"{max(1, math.ceil(1000 * gap - 1e-6)) / 10:.1f}%"
 
     def speed(self) -> str:
-        slower = self.said.pass_s / self.held_s - 1
-        said = f"{percent(slower)} slower than" if slower >= 5e-4 else "No slower than"
-        said = f"{1 + slower:.1f} times as long as" if slower >= 1 else said
-        binds = {"compute": "compute binds", "link": "the link binds", "disk": "the disk binds"}[self.said.binds]
-        return f"{said} with all weights on the device; {binds}."
+        """A step, and how it is beside the nearest thing that people do without memplan."""
+        kept, layers = (self.without(set()), set(self.plan.table.recomputable))
+        checkpointed = self.without(layers)
+        is_kept = not layers or kept[0] <= self.plan.budgets.vram_bytes
+        than, (_, least_s) = ("everything kept", kept) if is_kept else ("checkpointing only", checkpointed)
+        ratio = self.said.step_s / least_s
+        said = f"{percent(ratio - 1)} slower than" if ratio > 1 else f"{percent(1 - ratio)} faster than"
+        said = "as fast as" if abs(ratio - 1) < 5e-4 else said
+        if ratio >= 2:
+            said = f"{ratio:.1f} times as long as" if ratio < 10 else f"{ratio:.0f} times as long as"
+        return f"{self.time(self.said.step_s)} per step, {self.binds()}: {said} {than}."
+
+    def binds(self) -> str:
+        link = "copy-bound" if self.plan.table.device == "cpu" else "PCIe-bound"
+        return {"compute": "compute-bound", "link": link, "disk": "disk-bound"}[self.said.binds]
+
+    def without(self, recomputed: set[str]) -> tuple[int, float]:
+        """Bytes and seconds of a step with all weights on the device and these layers recomputed."""
+        table = self.plan.table
+        policies = dict.fromkeys(recomputed, "recompute")
+        state = table.state_on_host_bytes
+        peak = max(
+            table.device_bytes_at(row.index, policies) + (0 if row.kind == "optimizer" else state) for row in self.rows
+        )
+        pass_s = sum(
+            row.time_s + (row.recompute_s if row.module in recomputed else 0.0)
+            for row in self.rows
+            if row.kind != "optimizer"
+        )
+        rates = (table.host_to_device_bytes_per_s, table.device_to_host_bytes_per_s)
+        optimizer_s = sum(row.time_s for row in self.rows if row.kind == "optimizer") - sum(state / r for r in rates)
+        weights = sum(-(-block.size_bytes // 512) * 512 for block in self.blocks)
+        return weights + peak, self.plan.workload.accumulation * pass_s + max(0.0, optimizer_s)
 
     def why(self) -> str:
         shares = [(self.recompute_s / self.held_s, "recompute"), (self.said.stall_s / self.held_s, "waiting")]
         named = [f"{percent(share)} {what}" for share, what in shares if share >= 5e-4]
-        return f"Slower than with all weights on the device by {' and '.join(named)}." if named else ""
+        return f"Slower than everything kept by {' and '.join(named)}." if named else ""
 
     def gains(self) -> list[str]:
         found = []
@@ -221,12 +249,12 @@ class Figures:
             what = {
                 "vram": f"{more} more vram",
                 "ram": f"{more} more ram",
-                "link": f"a link that is {more}/s faster",
+                "link": f"a PCIe link that is {more}/s faster",
                 "loss": f"the loss in chunks of {gain.more:,} tokens",
             }[gain.of]
             saved = self.said.pass_s - gain.pass_s
             found.append(
-                f"With {what} a pass would be {self.time(saved)} ({percent(saved / self.said.pass_s)}) shorter."
+                f"With {what} a micro-batch would be {self.time(saved)} ({percent(saved / self.said.pass_s)}) shorter."
             )
         return found
 
@@ -247,10 +275,8 @@ class Figures:
         shapes = {name: by.join(map(str, shape)) for name, shape in work.batch.items()}
         alike = len(set(shapes.values())) == 1
         batch = next(iter(shapes.values())) if alike else ", ".join(f"{k} {v}" for k, v in shapes.items())
-        return (
-            f"batch {batch}, {work.tokens:,} tokens a pass, {some(work.accumulation, 'pass', 'passes')} a step, "
-            f"on {self.plan.hardware} ({self.plan.table.device})"
-        )
+        where = f"{self.plan.hardware} ({self.plan.table.device})"
+        return f"micro-batch {batch} ({work.tokens:,} tokens), {work.accumulation} per step, on {where}"
 
     def fits(self) -> str:
         (vram, ram, _), (vram_limit, ram_limit, _) = self.tops, self.limits
@@ -269,7 +295,7 @@ class Figures:
 
     def run(self) -> str:
         assert self.record is not None
-        passes = some(self.record.passes, "pass", "passes")
+        passes = some(self.record.passes, "micro-batch", "micro-batches")
         return f"{passes} in {self.time(self.record.wall_s)} on {self.record.device}"
 
     def counts(self) -> str:
@@ -281,14 +307,14 @@ class Figures:
             f"{some(run.out_of_order, 'access', 'accesses')} out of order",
         ]
         if run.learned:
-            found.append(f"the sequence learned anew {some(run.learned, 'time', 'times')}")
+            found.append(f"the sequence learned again {some(run.learned, 'time', 'times')}")
         if run.offload_skipped:
             found.append(
-                f"{some(run.offload_skipped, 'forward', 'forwards')} kept activations on the device that were to be "
-                f"offloaded"
+                f"{some(run.offload_skipped, 'forward', 'forwards')} kept activations on the device instead of "
+                f"offloading them"
             )
         if run.recoveries:
-            found.append(f"ran out of memory and went on smaller {some(run.recoveries, 'time', 'times')}")
+            found.append(f"ran out of memory and continued with a smaller plan {some(run.recoveries, 'time', 'times')}")
         if run.weight_copy_bytes:
             found.append(f"{self.size(run.weight_copy_bytes)} of copies of weights saved that are not in the plan")
         return ", ".join(found)

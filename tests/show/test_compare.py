@@ -21,8 +21,8 @@ FIRST, SECOND = make_plan("dhhhhhhd"), make_plan("dhhddhhd", recomputed="  ^^   
 def test_what_changed_and_what_it_cost():
     found = compare_plans(FIRST, SECOND)
     rows = {row.what.strip(): row for row in found.rows}
-    assert rows["pass"].first == FIRST.prediction.pass_s
-    assert rows["pass"].second == SECOND.prediction.pass_s
+    assert rows["micro-batch"].first == FIRST.prediction.pass_s
+    assert rows["micro-batch"].second == SECOND.prediction.pass_s
     assert rows["waiting"].second == 0.01
     assert rows["vram peak"].first == FIRST.prediction.peaks.vram_bytes
     for tier in ("vram", "ram"):
@@ -71,7 +71,7 @@ def test_what_is_page_locked_in_one_alone():
 def test_two_runs():
     first = make_record(FIRST, pass_s=0.2)
     found = compare_records(first, replace(first, pass_s=2 * first.pass_s))
-    (row,) = [row for row in found.rows if row.what == "pass"]
+    (row,) = [row for row in found.rows if row.what == "micro-batch"]
     assert row.share == 1
     with pytest.raises(InputError, match="different models"):
         compare_records(first, replace(first, fingerprint="another"))
@@ -86,9 +86,9 @@ def test_on_the_command_line(tmp_path, capsys):
     first, second, run = (str(tmp_path / name) for name in ("a.json", "b.json", "run.json"))
     assert main(["report", first, second, "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
-    assert {row["what"]: row["first"] for row in found["rows"]}["pass"] == plan.prediction.pass_s
+    assert {row["what"]: row["first"] for row in found["rows"]}["micro-batch"] == plan.prediction.pass_s
     assert main(["report", run, run]) == 0
-    assert "loads/pass" in capsys.readouterr().out
+    assert "loads/micro-batch" in capsys.readouterr().out
     assert main(["report", run, first]) == 2
     assert "the plan first" in capsys.readouterr().err
     assert main(["report", run, run, "--trace", str(tmp_path / "t.json")]) == 2

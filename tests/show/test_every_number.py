@@ -194,26 +194,26 @@ def text_times(want: Figures, record: RunRecord | None) -> list[tuple[str, ...]]
         rows.append(("of it recompute", want.time(want.recompute_s)))
     rows.append(("waiting", want.time(said.stall_s), *((want.time(record.stall_s),) if record else ())))
     if record is None:
-        rows.append(("pass", want.time(said.pass_s)))
+        rows.append(("micro-batch", want.time(said.pass_s)))
         rows.append(("lower bound", want.time(said.bound_s)))
         rows.append(("step", want.time(said.step_s)))
         rows.append(("tokens/s", rate(want.tokens_per_s)))
-        rows.append(("loads/pass", count(said.loads_per_pass)))
-        rows.append(("loaded/pass", format_bytes(said.loaded_bytes_per_pass)))
+        rows.append(("loads/micro-batch", count(said.loads_per_pass)))
+        rows.append(("loaded/micro-batch", format_bytes(said.loaded_bytes_per_pass)))
     else:
         loaded, loads = record.loaded_bytes / record.passes, record.loads / record.passes
-        rows.append(("pass", *want.compared(said.pass_s, record.pass_s, want.time)))
+        rows.append(("micro-batch", *want.compared(said.pass_s, record.pass_s, want.time)))
         rows.append(("lower bound", want.time(said.bound_s)))
         rows.append(("step", want.time(said.step_s)))
         rows.append(("tokens/s", *want.compared(want.tokens_per_s, want.tokens_per_s_seen, rate)))
-        rows.append(("loads/pass", *want.compared(said.loads_per_pass, loads, count)))
-        rows.append(("loaded/pass", *want.compared(said.loaded_bytes_per_pass, loaded, whole)))
+        rows.append(("loads/micro-batch", *want.compared(said.loads_per_pass, loads, count)))
+        rows.append(("loaded/micro-batch", *want.compared(said.loaded_bytes_per_pass, loaded, whole)))
     for name, size_bytes in (
         ("offloaded", said.offloaded_bytes_per_pass),
         ("embedding rows", said.rows_bytes_per_pass),
     ):
         if size_bytes:
-            rows.append((f"{name}/pass", format_bytes(size_bytes)))
+            rows.append((name, format_bytes(size_bytes)))
     return rows
 
 
@@ -281,7 +281,7 @@ def test_the_tables_of_a_page(plan: Plan, measured: bool) -> None:
 
     assert found.pop("time") == page_times(want, record)
 
-    # Memory along the pass.
+    # Memory along the micro-batch.
     for tier in ("vram", "ram", "disk"):
         memory_along(want, tier, found)
 
@@ -367,16 +367,16 @@ def page_times(want: Figures, record: RunRecord | None) -> list[tuple[str, ...]]
         cells = want.compared(predicted, measured, form) if measured else (form(predicted), none, none)  # type: ignore[operator]
         row(name, *cells)
 
-    beside("pass", said.pass_s, seen[0], want.time)
+    beside("micro-batch", said.pass_s, seen[0], want.time)
     row("lower bound", want.time(said.bound_s))
     row("step", want.time(said.step_s))
     beside("tokens/s", want.tokens_per_s, seen[1], rate)
-    beside("loads/pass", said.loads_per_pass, seen[2], count)
-    beside("loaded/pass", said.loaded_bytes_per_pass, seen[3], whole)
+    beside("loads/micro-batch", said.loads_per_pass, seen[2], count)
+    beside("loaded/micro-batch", said.loaded_bytes_per_pass, seen[3], whole)
     if said.offloaded_bytes_per_pass:
-        row("offloaded/pass", format_bytes(said.offloaded_bytes_per_pass))
+        row("offloaded", format_bytes(said.offloaded_bytes_per_pass))
     if said.rows_bytes_per_pass:
-        row("embedding rows/pass", format_bytes(said.rows_bytes_per_pass))
+        row("embedding rows", format_bytes(said.rows_bytes_per_pass))
     if record:
         beside("vram peak", want.tops[0], seen[4], whole)
         beside("ram peak", want.tops[1], seen[5], whole)
@@ -507,11 +507,10 @@ def test_the_words_of_a_page(plan: Plan) -> None:
     if disk:
         own = "of the checkpoint's own files" if limits[2] is None else f"of {want.size(limits[2])}"
         expected.append(("disk", want.size(disk), own))
-    step = {"compute": "compute binds", "link": "the link binds", "disk": "the disk binds"}[want.said.binds]
-    expected.append(("step", want.time(want.said.step_s), step))
+    expected.append(("step", want.time(want.said.step_s), want.binds()))
     error = percent(want.said.pass_s / record.pass_s - 1, "+")
-    expected.append(("pass, measured", want.time(record.pass_s), f"prediction {error}"))
-    expected.append(("above the lower bound", want.gap(), f"of {want.time(want.said.bound_s)} a pass"))
+    expected.append(("micro-batch, measured", want.time(record.pass_s), f"prediction {error}"))
+    expected.append(("above the lower bound", want.gap(), f"of {want.time(want.said.bound_s)} per micro-batch"))
     assert said == expected
     assert [one.text() for one in main.all("li")][-len(want.notes()) or len(main.all("li")) :] == list(want.notes())
 
@@ -540,8 +539,8 @@ def test_the_titles_of_drawings(plan: Plan) -> None:
         if not peak:
             continue
         at, level = sums.index(peak), all(row == held[0] for row in held)
-        expected.append(f"{title} along the pass")
-        expected.append(f"Bytes by kind at each of the {number} accesses of a pass; at most {want.size(peak)}.")
+        expected.append(f"{title} along the micro-batch")
+        expected.append(f"Bytes by kind at each of the {number} accesses of a micro-batch; at most {want.size(peak)}.")
         for kind in {kind for row in held for kind, size_bytes in row.items() if size_bytes}:
             most = max(row[kind] for row in held)
             beyond = f", at most {want.size(most)}" if most != held[at][kind] else ""
@@ -550,9 +549,9 @@ def test_the_titles_of_drawings(plan: Plan) -> None:
         if drawn:
             expected.append(f"budget: {want.size(limit)}")
         along = (
-            f", the same along the whole pass: {want.size(peak)}"
+            f", the same along the whole micro-batch: {want.size(peak)}"
             if level
-            else (f" along the pass: {want.size(peak)} at the peak")
+            else (f" along the micro-batch: {want.size(peak)} at the peak")
         )
         budget = (
             "" if limit is None else f", {'the red line is' if drawn else 'below'} the budget of {want.size(limit)}"
@@ -570,14 +569,14 @@ def test_the_titles_of_drawings(plan: Plan) -> None:
         )
         for back in (False, True)
     )
-    expected.append(f"compute: {want.time(busy)}, {percent(busy / end)} of the pass")
+    expected.append(f"compute: {want.time(busy)}, {percent(busy / end)} of the micro-batch")
     expected += [f"forward and loss: {want.time(forward)}", f"backward: {want.time(backward)}"]
     if line.total_stall_s > 0:
         expected.append(f"waiting: {want.time(line.total_stall_s)}")
     for channel, name in LANES.items():
         spans = [load.end_s - load.start_s for load in line.loads if load.channel == channel]
         if spans:
-            expected.append(f"{name}: {want.time(sum(spans))}, {percent(sum(spans) / end)} of the pass")
+            expected.append(f"{name}: {want.time(sum(spans))}, {percent(sum(spans) / end)} of the micro-batch")
             expected.append(f"{len(spans):,} loads: {want.time(sum(spans))}")
 
     for name, blocks in want.layers().items():
@@ -586,7 +585,7 @@ def test_the_titles_of_drawings(plan: Plan) -> None:
         first = want.blocks[blocks[0]]
         policy = want.policy(first.name) if first.stack else "keep"
         loads = sum(want.loads[block] for block in blocks)
-        loaded = f", {some(loads, 'load', 'loads')} a pass" if loads else ""
+        loaded = f", {some(loads, 'load', 'loads')} per micro-batch" if loads else ""
         expected.append(f"{name}: {said}" + (f", {policy}" if policy != "keep" else "") + loaded)
 
     points = [(point_of(plan), ""), (point_of(plan), "this plan: "), (near, "")]
@@ -718,12 +717,12 @@ def test_two_plans_as_text(capsys: pytest.CaptureFixture[str]) -> None:
     sizes("disk", one.tops[2], two.tops[2])
     others("compute", one.said.compute_s, two.said.compute_s, one.time)
     others("recompute", one.recompute_s, two.recompute_s, one.time)
-    for name, key in (("waiting", "stall_s"), ("pass", "pass_s"), ("step", "step_s")):
+    for name, key in (("waiting", "stall_s"), ("micro-batch", "pass_s"), ("step", "step_s")):
         others(name, getattr(one.said, key), getattr(two.said, key), one.time)
     others("lower bound", one.said.bound_s, two.said.bound_s, one.time)
     others("tokens/s", one.tokens_per_s, two.tokens_per_s, rate)
-    others("loads/pass", one.said.loads_per_pass, two.said.loads_per_pass, count)
-    sizes("loaded/pass", one.said.loaded_bytes_per_pass, two.said.loaded_bytes_per_pass)
+    others("loads/micro-batch", one.said.loads_per_pass, two.said.loads_per_pass, count)
+    sizes("loaded/micro-batch", one.said.loaded_bytes_per_pass, two.said.loaded_bytes_per_pass)
     assert rows == expected
     size = first.table.blocks[1].size_bytes
     assert [line for (line,) in changed] == [
@@ -746,13 +745,13 @@ def test_two_runs_as_text(capsys: pytest.CaptureFixture[str]) -> None:
     assert loaded[0] == loaded[1]
     assert rows == [
         ("one", "two", "change"),
-        ("passes", "40", "50", "+25.0%"),
-        ("pass", "200.0 ms", "300.0 ms", "+50.0%"),
+        ("micro-batches", "40", "50", "+25.0%"),
+        ("micro-batch", "200.0 ms", "300.0 ms", "+50.0%"),
         ("waiting", "30.0 ms", "100 ns", "-100.0%"),
         ("vram peak", want.size(first.vram_peak_bytes), want.size(second.vram_peak_bytes), "+1.0 MiB"),
         ("ram peak", want.size(first.ram_peak_bytes), want.size(second.ram_peak_bytes)),
-        ("loads/pass", count(per_pass[0]), count(per_pass[1]), percent(per_pass[1] / per_pass[0] - 1, "+")),
-        ("loaded/pass", whole(loaded[0]), whole(loaded[1])),
+        ("loads/micro-batch", count(per_pass[0]), count(per_pass[1]), percent(per_pass[1] / per_pass[0] - 1, "+")),
+        ("loaded/micro-batch", whole(loaded[0]), whole(loaded[1])),
         ("misses", "3", "0", "-100.0%"),
         ("out of order", "1", "1"),
     ]

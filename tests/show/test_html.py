@@ -22,6 +22,7 @@ from memplan.program.record import BlockRecord, RunRecord
 from memplan.program.results import Frontier, point_of
 from memplan.program.schema import Plan
 from memplan.program.timeline import timeline_of
+from memplan.program.whole import checkpointing_only, everything_kept
 from memplan.show.html import render
 from memplan.units import format_bytes as size
 from memplan.units import format_seconds
@@ -77,7 +78,9 @@ def test_numbers_in_sentences_are_the_plans(plan: Plan) -> None:
     sizes.append(sum(slow))
     times_s = [said.pass_s, said.step_s, said.bound_s, record.pass_s, record.wall_s, 0.0]
     times_s += [line.pass_s, line.compute_s, line.total_stall_s]
-    shares = [said.pass_s / held - 1, said.compute_s / held - 1, said.stall_s / held, line.compute_s / line.pass_s]
+    beside = (everything_kept(plan), checkpointing_only(plan) or everything_kept(plan))
+    shares = [abs(said.step_s / whole.step_s - 1) for whole in beside]
+    shares += [said.compute_s / held - 1, said.stall_s / held, line.compute_s / line.pass_s]
     for channel in ("h2d", "d2h", "disk"):
         times_s.append(sum(load.end_s - load.start_s for load in line.loads if load.channel == channel))
         shares.append(times_s[-1] / line.pass_s)
@@ -87,6 +90,7 @@ def test_numbers_in_sentences_are_the_plans(plan: Plan) -> None:
         percent(said.pass_s / record.pass_s - 1, "+"),
         *(f"{n / 10:.1f}%" for n in (int(gap * 1000), int(gap * 1000) + 1)),
     ]
+    known += [f"{said.step_s / whole.step_s:.1f}" for whole in beside]
     known += [str(value) for shape in work.batch.values() for value in shape] + [str(len(slow))]
     known += [
         f"{value:,}"
@@ -277,11 +281,11 @@ def test_a_plan_and_a_record_are_a_line_elsewhere(plan: Plan) -> None:
     said, record = plan.prediction, record_of(plan)
     assert repr(plan) == (
         f"<Plan of {plan.model!r} on {plan.hardware!r}: {size(said.peaks.vram_bytes)} of "
-        f"{size(plan.budgets.vram_bytes)} vram, a pass of {seconds(said.pass_s)}>"
+        f"{size(plan.budgets.vram_bytes)} vram, a micro-batch of {seconds(said.pass_s)}>"
     )
     assert repr(record) == (
-        f"<RunRecord of 40 passes of {seconds(record.pass_s)} on {record.device}: {record.loads:,} loads, 3 misses, "
-        f"at most {size(record.vram_peak_bytes)} vram>"
+        f"<RunRecord of 40 micro-batches of {seconds(record.pass_s)} on {record.device}: {record.loads:,} loads, "
+        f"3 misses, at most {size(record.vram_peak_bytes)} vram>"
     )
 
 

@@ -121,10 +121,10 @@ def test_time_shows_rates_loads_and_the_bound() -> None:
     plan = make_plan(SMALL, stall_s=0.03, bound_s=(len(SMALL) * (FORWARD_S + BACKWARD_S) + LOSS_S + 0.03) / 1.00301)
     report = terminal.text(plan)
     prediction = plan.prediction
-    assert cells(report, "pass", "Time") == [f"{prediction.pass_s * 1e3:.1f} ms"]
+    assert cells(report, "micro-batch", "Time") == [f"{prediction.pass_s * 1e3:.1f} ms"]
     assert cells(report, "tokens/s") == [f"{2 * 2048 / prediction.step_s:,.0f}"]
-    assert cells(report, "loads/pass") == [str(2 * 8 - 4)]
-    assert cells(report, "loaded/pass") == [format_bytes(12 * LAYER_BYTES)]
+    assert cells(report, "loads/micro-batch") == [str(2 * 8 - 4)]
+    assert cells(report, "loaded/micro-batch") == [format_bytes(12 * LAYER_BYTES)]
     # 0.301% is not within 0.3%.
     assert "At most 0.4% above the lower bound of these blocks" in report
     assert "At the lower bound" in terminal.text(make_plan(SMALL))
@@ -135,10 +135,10 @@ def test_what_is_read_at_home_or_learned_is_said() -> None:
     prediction = msgspec.structs.replace(plan.prediction, rows_bytes_per_pass=3 * MIB)
     record = msgspec.structs.replace(make_record(plan, pass_s=1.0), learned=2)
     text = terminal.text(msgspec.structs.replace(plan, prediction=prediction), record)
-    assert "rows/pass" in text
+    assert "embedding rows" in text
     assert "3.0 MiB" in text
     assert "the sequence learned again 2 times" in text.replace("\n", " ")
-    assert "rows/pass" not in terminal.text(plan, make_record(plan, pass_s=1.0))
+    assert "embedding rows" not in terminal.text(plan, make_record(plan, pass_s=1.0))
     assert "learned" not in terminal.text(plan, make_record(plan, pass_s=1.0))
 
 
@@ -173,9 +173,9 @@ def test_run_stands_beside_the_prediction() -> None:
     peak = plan.prediction.peaks.vram_bytes
     assert cells(report, "measured", "Memory")[0] == format_bytes(peak + 77 * MIB)
     assert cells(report, "unaccounted") == ["+77.0 MiB", "0 B", "-"]
-    assert cells(report, "pass", "Time")[2] == "-20.0%"
+    assert cells(report, "micro-batch", "Time")[2] == "-20.0%"
     assert cells(report, "waiting", "Time")[1] == "30.0 ms"
-    assert cells(report, "loads/pass")[1] == f"{(40 * 12 + 8) / 40:.1f}"
+    assert cells(report, "loads/micro-batch")[1] == f"{(40 * 12 + 8) / 40:.1f}"
     assert "3 misses, 1 access out of order; 48.0 ms of waiting." in report
     stalled = report[report.index("most waited for") :].splitlines()[1:]
     assert [line.split()[0] for line in stalled[:5]] == [f"model.layers.{i}" for i in (10, 9, 7, 6, 4)]
@@ -193,7 +193,7 @@ def test_run_in_which_nothing_was_measured() -> None:
     record = make_record(plan, pass_s=0.0, passes=0, vram_peak_bytes=0, ram_peak_bytes=0, blocks=(), device="cpu")
     report = terminal.text(plan, record)
     assert cells(report, "measured", "Memory") == ["-", "-", "-"]
-    assert cells(report, "pass", "Time")[1:] == ["-"]
+    assert cells(report, "micro-batch", "Time")[1:] == ["-"]
     assert "no block was waited for" in report
     assert "The run was on cpu, the plan is for cuda" in report
     measured = terminal.as_dict(plan, record)["measured"]

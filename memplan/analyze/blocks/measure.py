@@ -142,8 +142,8 @@ def measure(
         raise
     except Exception as error:
         raise ModelError(
-            f"a pass of {graph.model} could not be run on {device} to measure it ({type_and_line(error)}): check "
-            "that one training step runs there, give smaller batches, or leave measure out"
+            f"a micro-batch of {graph.model} could not be run on {device} to measure it ({type_and_line(error)}): "
+            "check that one training step runs there, give smaller batches, or leave measure out"
         ) from error
     if there.type == "cuda":
         torch.cuda.empty_cache()  # what stays reserved is not free to the plan

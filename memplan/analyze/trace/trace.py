@@ -94,7 +94,9 @@ def analyze(
     be used. The model is unchanged.
     """
     if accumulation < 1:
-        raise InputError(f"accumulation was given as {accumulation!r}: give a whole number of passes, at least 1")
+        raise InputError(
+            f"accumulation was given as {accumulation!r}: give a whole number of micro-batches, at least 1"
+        )
     check_optimizer(optimizer)
     autocast_dtype = dtype_of_autocast(autocast)
     call = batch_for(model, batch)

@@ -85,7 +85,7 @@ def make_saves(table: CostTable, given: Mapping[str, Activations]) -> Saves:
         if not forwards[module].offload_bytes:
             raise InputError(
                 f"the activations of {module} were to be offloaded, but nothing of them can be: it runs more than "
-                "once a pass, saves nothing of its own, or could not be traced so; keep or recompute them"
+                "once a micro-batch, saves nothing of its own, or could not be traced so; keep or recompute them"
             )
     events: list[list[tuple[int, str]]] = [[] for _ in range(SLOTS)]
     for turn, module in enumerate(modules):

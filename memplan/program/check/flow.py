@@ -93,7 +93,7 @@ def flow_faults(plan: Plan) -> Iterator[str]:
     else:
         found, stated = (ends[-1] - ends[-1 - _MOST_PASSES // 2 * length]) / (_MOST_PASSES // 2), plan.prediction.pass_s
         if abs(found - stated) > _SAME * max(found, stated):
-            yield f"the prediction says a pass of {stated:.6g} s, the rows say {found:.6g} s"
+            yield f"the prediction says a micro-batch of {stated:.6g} s, the rows say {found:.6g} s"
     compute_s, said = sum(durations), plan.prediction
     for what, stated, found in (
         ("compute", said.compute_s, compute_s),

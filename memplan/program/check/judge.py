@@ -115,7 +115,7 @@ def _references(plan: Plan) -> Iterator[str]:
             f"a direction of the link reaches {table.duplex_factor} of its rate while the other is busy: 0 to 1 can be"
         )
     if plan.workload.accumulation < 1:
-        yield f"a step has {plan.workload.accumulation} passes"
+        yield f"a step has {plan.workload.accumulation} micro-batches"
     if not 0 <= plan.prediction.vram_peak_at < len(table.accesses):
         yield f"the prediction's vram peak is at access {plan.prediction.vram_peak_at}, which is not there"
     modules = {policy.module for policy in plan.activations}
@@ -243,14 +243,14 @@ def _order(plan: Plan) -> Iterator[str]:
             else:
                 orders.setdefault(stay.channel, []).append(stay.order)
             if not 0 <= stay.first_use < length:
-                yield f"residence {stay.id} of {name} is first used at {stay.first_use}, outside of the pass"
+                yield f"residence {stay.id} of {name} is first used at {stay.first_use}, outside of the micro-batch"
             if not stay.load_after < stay.first_use <= stay.last_use:
                 yield (
                     f"residence {stay.id} of {name} is loaded after {stay.load_after}, used from {stay.first_use} to "
                     f"{stay.last_use}: not in that order"
                 )
             if stay.last_use - stay.load_after > length:
-                yield f"residence {stay.id} of {name} lasts longer than a pass"
+                yield f"residence {stay.id} of {name} lasts longer than a micro-batch"
         elif stay.begins == "made" and not 0 <= stay.first_use <= stay.last_use < length:
             yield f"residence {stay.id} of {name} is made at {stay.first_use} and used until {stay.last_use}"
         elif stay.begins == "always" and (stay.first_use > 0 or stay.last_use < length - 1):
@@ -385,8 +385,8 @@ def _peaks(plan: Plan) -> Iterator[str]:
         )
     if (len(loads), sum(loads)) != (stated.loads_per_pass, stated.loaded_bytes_per_pass):
         yield (
-            f"the prediction says {stated.loads_per_pass} loads of {stated.loaded_bytes_per_pass} bytes a pass, the "
-            f"residences are {len(loads)} of {sum(loads)}"
+            f"the prediction says {stated.loads_per_pass} loads of {stated.loaded_bytes_per_pass} bytes a micro-batch, "
+            f"the residences are {len(loads)} of {sum(loads)}"
         )
     for what, found, said in (
         ("vram", vram, stated.peaks.vram_bytes),

@@ -20,7 +20,7 @@ def absence_faults(plan: Plan) -> Iterator[str]:
                 if not before < first <= last < length:
                     yield (
                         f"segment {position} of arena {arena.id} is absent from {first} to {last}: not in order, or "
-                        f"not in a pass"
+                        f"not in a micro-batch"
                     )
                 before = last
     places = {(address.item, address.arena): address for address in plan.addresses}

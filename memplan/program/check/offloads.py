@@ -21,7 +21,7 @@ def offload_faults(plan: Plan) -> Iterator[str]:
         used = [a.index for a in accesses if a.module == item.module and a.kind == "backward"]
         name = f"what {item.module} saves"
         if (len(made), len(used)) != (1, 1):
-            yield f"{name} is made {len(made)} and used {len(used)} times a pass: it cannot be offloaded"
+            yield f"{name} is made {len(made)} and used {len(used)} times a micro-batch: it cannot be offloaded"
             continue
         if item.size_bytes != made[0].offload_bytes or item.home != "host" or item.size_bytes <= 0:
             yield (

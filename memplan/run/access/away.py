@@ -203,7 +203,7 @@ def serve_others(operator: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -
     if any(server_of(tensor) is None for tensor in held.values()):
         raise RunError(
             "a thread was given a view of a frozen weight that was taken in another one, in which memplan streams it: "
-            "what lies there may be another block's by now. Give the thread the weight itself, or a copy of it"
+            "what is there may be another block's by now. Give the thread the weight itself, or a copy of it"
         )
     return serve_call(operator, args, kwargs, tuple(held.values()))
 

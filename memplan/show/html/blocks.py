@@ -138,7 +138,7 @@ def runs(found: Sequence[Layer]) -> Table:
     return Table(
         id="layers",
         caption="Layers by home, one line for neighbours that are alike",
-        head=("layers", "count", *(TIERS[place][0] for place in tiers), "activations", "loads a pass"),
+        head=("layers", "count", *(TIERS[place][0] for place in tiers), "activations", "loads per micro-batch"),
         rows=tuple(rows),
         texts=frozenset({2 + len(tiers)}),
         long=len(rows) > 24,
@@ -160,7 +160,7 @@ def table(plan: Plan, blocks: Sequence[BlockFact], found: Sequence[Layer]) -> Ta
     return Table(
         id="blocks",
         caption="Every block",
-        head=("block", "bytes", "home", "activations", "loads a pass"),
+        head=("block", "bytes", "home", "activations", "loads per micro-batch"),
         rows=tuple(rows),
         texts=frozenset({2, 3}),
         long=True,
@@ -219,5 +219,5 @@ def _mark(layer: Layer) -> Mark:
     if layer.activations in _POLICIES:
         text += f", {layer.activations}"
     if layer.loads:
-        text += f", {layer.loads:,} {'load' if layer.loads == 1 else 'loads'} a pass"
+        text += f", {layer.loads:,} {'load' if layer.loads == 1 else 'loads'} per micro-batch"
     return Mark(title=text, parts=tuple(parts), activations=layer.activations)

@@ -106,7 +106,15 @@ def _table(mine: Point, points: Sequence[Point]) -> Table:
     return Table(
         id="frontier",
         caption="Budgets of vram and the step of the best plan found for each, predicted",
-        head=("vram budget", "step", "slower", "layers recomputed", "layers offloaded", "loaded/pass", "limited by"),
+        head=(
+            "vram budget",
+            "step",
+            "slower",
+            "layers recomputed",
+            "layers offloaded",
+            "loaded per micro-batch",
+            "limited by",
+        ),
         rows=tuple(
             Row(
                 name=name,

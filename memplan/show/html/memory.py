@@ -148,7 +148,8 @@ def chart(tier: str, rows: Sequence[Mapping[str, int]], budget_bytes: int | None
     return Chart(
         tier=tier,
         title=_TITLES[tier],
-        description=f"Bytes by kind at each of the {len(rows)} accesses of a pass; at most {format_bytes(peak)}.",
+        description=f"Bytes by kind at each of the {len(rows)} accesses of a micro-batch; at most "
+        f"{format_bytes(peak)}.",
         areas=tuple(reversed(areas)),
         peak_bytes=peak,
         peak_at=peak_at,

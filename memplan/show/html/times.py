@@ -97,7 +97,7 @@ def lanes(plan: Plan, line: Timeline) -> Lanes:
     begun = line.access_start_s[first] if first < len(rows) else end_s
     share = begun / end_s if end_s else 0.0
     return Lanes(
-        title="One pass in the steady state",
+        title="One micro-batch in the steady state",
         description=f"{time(line.pass_s)} long, of it {time(stall_s)} of waiting.",
         lanes=tuple(found),
         end_s=end_s,
@@ -129,7 +129,7 @@ def table(plan: Plan, line: Timeline, found: Sequence[Wait]) -> Table:
     held = {wait.access: wait for wait in found}
     return Table(
         id="accesses",
-        caption="The pass, access by access",
+        caption="The micro-batch, access by access",
         head=("access", "phase", "module", "begins", "computes", "waited", "for"),
         rows=tuple(
             Row(
@@ -178,7 +178,7 @@ def stalled(blocks: Sequence[BlockFact], found: Sequence[Wait], record: RunRecor
     names = sorted({*said, *seen}, key=lambda name: (-seen.get(name, (0.0,))[0], -said.get(name, 0.0), name))
     return Table(
         id="waits",
-        caption="What the compute waits for in a pass, by layer",
+        caption="What the compute waits for in a micro-batch, by layer",
         head=head,
         rows=tuple(_stalled_row(name, said, seen, causes, passes, record is not None) for name in names),
         texts=frozenset({1}),
@@ -214,7 +214,7 @@ def _waited(plan: Plan, wait: Wait | None) -> str:
 
 
 def _busy(busy_s: float, end_s: float) -> str:
-    return f"{time(busy_s)}, {percent(busy_s / end_s)} of the pass" if end_s else time(busy_s)
+    return f"{time(busy_s)}, {percent(busy_s / end_s)} of the micro-batch" if end_s else time(busy_s)
 
 
 def _sum(spans: Iterable[tuple[float, float]]) -> float:

@@ -80,7 +80,7 @@ def page(plan: Plan, record: RunRecord | None, points: Sequence[Point], machine:
         title=plan.model,
         how=", ".join(part for part in (plan.workload.adapter, plan.workload.optimizer) if part),
         subject=words.subject(plan, RICH),
-        verdict=f"{words.speed(known)}; {words.binds(plan, RICH)}.",
+        verdict=words.step(plan, known, RICH),
         key_figures=_key_figures(plan, known, seen),
         remarks=_remarks(plan, known),
         alarm=words.over_budget(plan, seen),
@@ -126,9 +126,11 @@ def _key_figures(plan: Plan, known: Facts, seen: Measured | None) -> tuple[tuple
     if seen is not None and seen.pass_s is not None:
         error = seen.errors.get("pass_s")
         beside = "" if error is None else f"prediction {words.percent(error, '+')}"
-        found.append(("pass, measured", time(seen.pass_s), beside))
+        found.append(("micro-batch, measured", time(seen.pass_s), beside))
     if known.bound_gap is not None:
-        found.append(("above the lower bound", words.gap_up(known.bound_gap), f"of {time(prediction.bound_s)} a pass"))
+        found.append(
+            ("above the lower bound", words.gap_up(known.bound_gap), f"of {time(prediction.bound_s)} per micro-batch")
+        )
     return tuple(found)
 
 
@@ -166,7 +168,7 @@ def _time(plan: Plan, known: Facts, seen: Measured | None) -> Table:
             shown = NONE if error is None else words.percent(error, "+")
             rows.append(Row(name=f"{kind} peak", cells=(format_bytes(predicted), size(there), shown)))
     head = ("what", "predicted", *(("measured", "error") if seen is not None else ()))
-    return Table(id="time", caption="Times and traffic of a pass", head=head, rows=tuple(rows))
+    return Table(id="time", caption="Times and traffic of a micro-batch", head=head, rows=tuple(rows))
 
 
 def _phases(plan: Plan) -> tuple[tuple[str, float], ...]:
@@ -181,9 +183,11 @@ def _sources(plan: Plan, record: RunRecord | None, machine: Machine | None) -> t
                       "below, or from times that were measured where a note says so."),
     ]  # fmt: skip
     if record is not None:
-        found.append(("measured", f"In a run on {record.device}: the medians of its passes, its greatest bytes."))
+        found.append(
+            ("measured", f"In a run on {record.device}: the medians of its micro-batches, its greatest bytes.")
+        )
         found.append(("error", "Predicted against measured: above 0 where more was predicted."))
-    found.append(("lower bound", "No plan of these blocks within this vram has a shorter pass."))
+    found.append(("lower bound", "No plan of these blocks within this vram has a shorter micro-batch."))
     if machine is None:
         found.append(
             ("figures", f"The profile {plan.hardware} is not at hand as it was: these are the rates in the plan.")
