@@ -82,7 +82,12 @@ ALLOWED = {
 """Texts in which an old word stays, each with the reason."""
 
 NOT_YET: tuple[str, ...] = (
-    "docs",
+    "docs/architecture.md",
+    "docs/reference/files.md",  # from comments in the code that contributors read too
+    "docs/seeds.md",
+    "docs/shapes.md",
+    "docs/stages",
+    "docs/theory.md",
 )
 """Files and folders whose old words are not mended yet."""
 

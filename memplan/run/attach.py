@@ -45,8 +45,8 @@ def attach(
     which needs ``disk`` in the plan's budgets.
     ``checked``: fill each streaming buffer with NaN before it is loaded, check every saved weight at its use in
     backward, and the order of every load and read by vector clocks; slower, for tests and new kinds of models.
-    ``traced``: note when each access and load of a pass takes place, for the record's ``spans``, and name accesses in
-    torch's profiler.
+    ``traced``: note when each access and load of a micro-batch takes place, for the record's ``spans``, and name
+    accesses in torch's profiler.
     ``cache``: folder for packed files, in place of the user's.
     ``verify``: compare each packed file's checksum when it is first read (a checkpoint's own files have none: of those
     size and date are watched, always).
