@@ -21,9 +21,7 @@ from memplan.run.attach import attach
 from tests.support.pages import ROOT, blocks, docs_script
 
 gains, reference = docs_script("gains"), docs_script("reference")
-FILES = sorted(
-    [*ROOT.glob("*.md"), *(f for f in (ROOT / "docs").rglob("*.md") if "_build" not in f.parts and f.name != "log.md")]
-)
+FILES = sorted([*ROOT.glob("*.md"), *(f for f in (ROOT / "docs").rglob("*.md") if "_build" not in f.parts)])
 LINK = re.compile(r"\]\((?!https?:)([^)#\s]*)(?:#([^)\s]+))?\)")
 HOSTED = re.compile(r"https://github\.com/memplan/memplan/(?:blob|raw|tree)/main/([\w./-]+)")
 
