@@ -91,13 +91,14 @@ def options_of(command: click.Command) -> set[str]:
 
 def wrong_in(text: str) -> list[str]:
     """Return what a text recommends and is not there: options, commands, names and arguments of memplan, extras."""
+    text = re.sub(r"benchmarks/\w+\.py(?: --[\w-]+)*", "", text)  # they have options of their own
     wrong = [option for option in re.findall(r"(?<![\w-])--[a-z][\w-]*", text) if option not in options_of(group)]
     for command, rest in re.findall(r"memplan ([a-z]+)((?: +(?:--[a-z][\w-]*|[A-Z]+|\S+\.json))+)", text):
         known = options_of(group.commands[command]) if command in group.commands else set()
         wrong += [f"memplan {command} {word}" for word in re.findall(r"--[a-z][\w-]*", rest) if word not in known]
     wrong += [f"memplan {one}" for one in re.findall(r"`memplan ([a-z]+)", text) if one not in group.commands]
     for path in re.findall(r"(?<![\w./-])memplan\.((?:\w+\.)*\w+)", text):
-        if not path.endswith(("json", "py")) and not there(path):
+        if not path.endswith(("json", "py", "toml")) and not there(path):
             wrong.append(f"memplan.{path}")
     for called, keyword in re.findall(r"(?<![\w.])(?:memplan\.)?(\w+)\(\.\.\., (\w+)=", text):
         function = getattr(memplan, called, None)
