@@ -70,7 +70,7 @@ class Access(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     blocks: tuple[int, ...]
     """Ids of the blocks whose weights it reads."""
     rows: tuple[Rows, ...] = ()
-    """Those of them of which it reads rows only: they may be read where they lie on the host."""
+    """Those of them of which it reads rows only: they may be read where they are on the host."""
     flops: int
     """Of matrix products and attention. In backward without any recompute of the model's own choice included."""
     matmul_bytes: int
@@ -129,7 +129,7 @@ class Fixed(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
 
 
 class LayerGraph(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """What was seen of one model with one batch. Bytes and FLOPs are of one pass."""
+    """What was seen of one model with one batch. Bytes and FLOPs are of one micro-batch."""
 
     model: str
     """A name for people: class or directory name."""

@@ -6,8 +6,8 @@ doctor found a problem; 3 the runs of the demonstration differ; 70 an internal e
 
 What a command needs is imported inside it, so that ``memplan report`` starts without torch.
 
-``entry`` is where a command begins and how it ends; ``options`` is the one table of options; ``plan``, ``run`` and
-``machine`` are the commands, ``output`` and ``paths`` what they share.
+``entry`` is where a command begins and how it ends; ``options`` is the one table of options, ``defaults`` where else
+they may come from; ``plan``, ``run`` and ``machine`` are the commands, ``output`` and ``paths`` what they share.
 """
 
 from __future__ import annotations

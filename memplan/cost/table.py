@@ -55,13 +55,13 @@ class CostTable(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     load_latency_s: float
     """Added to each load, whatever its size."""
     pageable_bytes_per_s: float | None = None
-    """Between a CUDA device and RAM that is not page-locked, either way; None on the CPU."""
+    """Between a CUDA device and RAM that is not pinned, either way; None on the CPU."""
     duplex_factor: float = 1.0
     """Share of its own rate that a direction of the link reaches while the other is busy too."""
 
     @property
     def state_on_host_bytes(self) -> int:
-        """Of the optimizer's state, where it lies in RAM between steps (:mod:`memplan.cost.optimizer_state`); else
+        """Of the optimizer's state, where it is in RAM between steps (:mod:`memplan.cost.optimizer_state`); else
         0.
         """
         return sum(life.size_bytes for life in self.lifetimes if life.kind == "optimizer")

@@ -58,7 +58,7 @@ class HardwareProfile(Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     memory_bytes_per_s: Figure
     """Of the device's memory, reads and writes together."""
     host_to_device_bytes_per_s: Figure
-    """From page-locked RAM; on the CPU, one thread's copy from RAM to RAM."""
+    """From pinned RAM; on the CPU, one thread's copy from RAM to RAM."""
     device_to_host_bytes_per_s: Figure
     disk_bytes_per_s: Figure
     """Large reads by a few threads, past the page cache."""
@@ -71,11 +71,11 @@ class HardwareProfile(Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     operator_s: Figure | None = None
     """Time of the host for one operator of a training step, whatever its size: Python, dispatch, autograd."""
     pageable_bytes_per_s: Figure | None = None
-    """To the device from RAM that is not page-locked."""
+    """To the device from RAM that is not pinned."""
     duplex_factor: Figure | None = None
     """Share of its own rate that a direction of the link reaches while the other is as busy: 1 for a full duplex."""
     page_lock_bytes: Figure | None = None
-    """RAM that was page-locked at once when it was tried: at least so much can be."""
+    """RAM that was pinned at once when it was tried: at least so much can be."""
     page_lock_refused_bytes: Figure | None = None
     """The least that was refused. None where nothing was: then ``page_lock_bytes`` is as much as was tried, and no
     limit.
@@ -145,7 +145,7 @@ def _has(profile: HardwareProfile, gigabytes: int | None) -> bool:
 
 
 def page_lock_limit_bytes(profile: HardwareProfile) -> int | None:
-    """Return how much RAM may be page-locked at once; None where no limit is known: no try was ever refused."""
+    """Return how much RAM may be pinned at once; None where no limit is known: no try was ever refused."""
     if profile.device == "cpu" or profile.page_lock_refused_bytes is None:
         return None
     locked = profile.page_lock_bytes

@@ -28,7 +28,7 @@ Lane = Literal["compute", "wait", "h2d", "d2h", "disk"]
 
 
 class Span(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """What took place in one pass, and when: seconds from its beginning."""
+    """What took place in one micro-batch, and when: seconds from its beginning."""
 
     lane: Lane
     name: str

@@ -24,7 +24,7 @@ class Point(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     pass_s: float
     step_s: float
     bound_s: float
-    """The window bound of a pass (docs/theory.md)."""
+    """The window bound of a micro-batch (docs/theory.md)."""
     compute_s: float
     loaded_bytes_per_pass: int
     recomputed: int

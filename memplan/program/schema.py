@@ -1,8 +1,9 @@
 """The contract: what a Plan says. Frozen values only; reading and writing them is codec.py's.
 
-A plan is a set of *residences*: this item lies in this arena from the load that may start after access
-``load_after``, is usable for accesses ``first_use`` … ``last_use``, and leaves after the latter. Accesses of a pass are
-numbered 0 … A-1 and repeat. An item has ONE address in an arena, so it always comes back to where it was.
+A plan is a set of *residences*: this item is in this arena from the load that may start after access
+``load_after``, is usable for accesses ``first_use`` … ``last_use``, and leaves after the latter. Accesses of a
+micro-batch are numbered 0 … A-1 and repeat. An item has ONE address in an arena, so it always comes back to where it
+was.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ STAGING_BYTES = 16 << 20
 """Host bytes through which a runtime reads the disk; counted in ``ram`` where any block's home is there."""
 
 RING_BYTES = 16 << 20
-"""Host bytes through which a CUDA device gets what lies on the disk or in pageable memory; counted beside. Page-locked,
+"""Host bytes through which a CUDA device gets what is on the disk or in pageable memory; counted beside. Page-locked,
 where so much may be.
 """
 
@@ -59,7 +60,7 @@ class Workload(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     tokens: int
     """Of one micro-batch; its samples where it has no sequence of tokens: see :attr:`unit`."""
     accumulation: int
-    """Passes of one step."""
+    """Micro-batches per step."""
     optimizer: str
     adapter: str
     """For people, such as ``"LoRA r=16 on all-linear"``; empty where the model came with its trainables."""
@@ -97,7 +98,7 @@ class Budgets(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     disk_bytes: int | None
     """None: no disk beyond the checkpoint's own files."""
     page_lock_bytes: int | None = None
-    """Of ``ram`` what may be page-locked for a CUDA device; None: all of it."""
+    """Of ``ram`` what may be pinned for a CUDA device; None: all of it."""
 
 
 class Item(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -121,18 +122,22 @@ class Segment(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     offset_bytes: int
     size_bytes: int
     absent: tuple[tuple[int, int], ...] = ()
-    """First and last access of each stretch of a pass in which its bytes are given back; empty where they never are, as
-    in an arena's first segment. They go before the first access begins, and come back for a load after the last one."""
+    """First and last access of each stretch of a micro-batch in which its bytes are given back; empty where they never
+    are, as in an arena's first segment. They go before the first access begins, and come back for a load
+    after the last one.
+    """
 
 
 class Arena(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """One line of offsets in a tier, in segments. Those of the device may be elastic: given back for part of a pass."""
+    """One line of offsets in a tier, in segments. Those of the device may be elastic: given back for part of a
+    micro-batch.
+    """
 
     id: int
     tier: Literal["device", "host"]
     segments: tuple[Segment, ...]
     pageable: bool = False
-    """Of the host beside a CUDA device: not page-locked. What lies there passes through the staging ring."""
+    """Of the host beside a CUDA device: not pinned. What is there passes through the staging ring."""
 
     @property
     def size_bytes(self) -> int:
@@ -140,7 +145,7 @@ class Arena(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
         return sum(segment.size_bytes for segment in self.segments)
 
     def size_bytes_at(self, access: int) -> int:
-        """Return the bytes of the segments that are there in an access of the pass."""
+        """Return the bytes of the segments that are there in an access of the micro-batch."""
         return sum(
             segment.size_bytes
             for segment in self.segments
@@ -149,7 +154,7 @@ class Arena(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
 
 
 class Address(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Where an item lies in an arena whenever it lies there."""
+    """Where an item is in an arena whenever it is there."""
 
     item: int
     arena: int
@@ -165,8 +170,9 @@ class Residence(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     ``ends``: ``drop``; or ``store``: another residence's load reads it, whose ``first_use`` the compute does not pass
     before that load has ended (so what is ``made`` next in its place may begin there, what is loaded one access later).
     ``order`` is total on a channel within a cycle (0, 1, …; loads run so, cycle after cycle); -1 without one.
-    ``first_use`` lies in 0 … A-1; ``load_after`` < ``first_use`` and ``last_use`` >= ``first_use`` count on beyond the
-    pass where the stay crosses its boundary (-1 is the last access of the pass before). ``last_use - load_after`` <= A.
+    ``first_use`` is in 0 … A-1; ``load_after`` < ``first_use`` and ``last_use`` >= ``first_use`` count on beyond the
+    micro-batch where the stay crosses its boundary (-1 is the last access of the one before). ``last_use -
+    load_after`` <= A.
     """
 
     id: int
@@ -201,7 +207,7 @@ class Prediction(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """What the plan expects. Bytes include padding; times are of the steady state."""
 
     compute_s: float
-    """Compute of one pass, recomputes included."""
+    """Compute of one micro-batch, recomputes included."""
     pass_s: float
     step_s: float
     """``accumulation`` passes and the optimizer."""
@@ -210,7 +216,7 @@ class Prediction(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     stall_s: float
     """pass_s - compute_s."""
     binds: str
-    """What sets the pass time: ``compute``, ``link`` or ``disk``."""
+    """What sets the micro-batch time: ``compute``, ``link`` or ``disk``."""
     loads_per_pass: int
     loaded_bytes_per_pass: int
     """Of frozen weights."""
@@ -231,7 +237,7 @@ class Prediction(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
 
 
 class Gain(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """What a pass would take if one thing were otherwise, by the solver."""
+    """What a micro-batch would take if one thing were otherwise, by the solver."""
 
     of: Changed
     more: int
