@@ -23,6 +23,7 @@ KEPT = FOLDER / "gains.json"
 README = FOLDER.parent / "README.md"
 TUTORIAL = FOLDER / "tutorial.md"
 CASES = {
+    "8B, nf4": ("llama-3.1-8b", "rtx-4060", "7GiB", "nf4"),
     "8B, bf16": ("llama-3.1-8b", "rtx-3060-12gb", "8GiB", None),
     "14B, bf16": ("qwen3-14b", "rtx-3060-12gb", "11GiB", None),
     "32B, bf16": ("qwen3-32b", "rtx-4090", "22GiB", None),
@@ -30,7 +31,11 @@ CASES = {
 }
 TOKENS, RANK, RAM = 2048, 16, "96GiB"
 GIB = 1 << 30
-CARDS = {"rtx-3060-12gb": "RTX 3060, 12 GB", "rtx-4090": "RTX 4090, 24 GB"}
+CARDS = {
+    "rtx-4060": ("RTX 4060, 8 GB", 8 * GIB),
+    "rtx-3060-12gb": ("RTX 3060, 12 GB", 12 * GIB),
+    "rtx-4090": ("RTX 4090, 24 GB", 24 * GIB),
+}
 
 
 def planned(name: str) -> dict[str, Any]:
@@ -57,15 +62,16 @@ def planned(name: str) -> dict[str, Any]:
 def table(rows: dict[str, dict[str, Any]]) -> str:
     """Return the table in Markdown."""
     lines = [
-        "| Model | Card | vram: checkpointing only | memplan | step: checkpointing only | memplan | RAM: memplan |",
+        "| Model | GPU | VRAM, checkpointing (GiB) | VRAM, memplan | RAM, memplan | Step, checkpointing (s) | Step, memplan |",
         "|---|---|--:|--:|--:|--:|--:|",
     ]
     for name, row in rows.items():
+        card, size_bytes = CARDS[row["card"]]
+        assert row["checkpointing_bytes"] > size_bytes, f"{name} fits {card} without memplan"
         lines.append(
-            f"| {name} | {CARDS[row['card']]} "
-            f"| {row['checkpointing_bytes'] / GIB:.1f} GiB | **{row['memplan_bytes'] / GIB:.1f} GiB** "
-            f"| {row['checkpointing_step_s']:.2f} s | {row['memplan_step_s']:.2f} s "
-            f"| {row['memplan_ram_bytes'] / GIB:.0f} GiB |"
+            f"| {name} | {card} | {row['checkpointing_bytes'] / GIB:.1f} "
+            f"| **{row['memplan_bytes'] / GIB:.1f}** | {row['memplan_ram_bytes'] / GIB:.0f} "
+            f"| ({row['checkpointing_step_s']:.2f}) | {row['memplan_step_s']:.2f} |"
         )
     return "\n".join(lines)
 
