@@ -62,7 +62,8 @@ def planned(name: str) -> dict[str, Any]:
 def table(rows: dict[str, dict[str, Any]]) -> str:
     """Return the table in Markdown."""
     lines = [
-        "| Model | GPU | VRAM, checkpointing (GiB) | VRAM, memplan | RAM, memplan | Step, checkpointing (s) | Step, memplan |",
+        "| Model | GPU | VRAM, checkpointing (GiB) | VRAM, memplan | RAM, memplan | Step, checkpointing (s) "
+        "| Step, memplan |",
         "|---|---|--:|--:|--:|--:|--:|",
     ]
     for name, row in rows.items():

@@ -108,12 +108,12 @@ def options_page() -> str:
 
 
 def commands_page() -> str:
-    with click.Context(group, info_name="memplan") as context:
+    with click.Context(group, info_name="memplan", **group.context_settings) as context:
         return COMMANDS_PAGE + "".join(_command(context, command, name) for name, command in group.commands.items())
 
 
 def _command(above: click.Context, command: click.Command, name: str) -> str:
-    with click.Context(command, info_name=name, parent=above) as context:
+    with click.Context(command, info_name=name, parent=above, **command.context_settings) as context:
         if isinstance(command, click.Group):
             return "".join(_command(context, inner, name) for name, inner in command.commands.items())
         rows = [p.get_help_record(context) for p in command.get_params(context) if isinstance(p, click.Option)]

@@ -126,7 +126,7 @@ def test_a_stretch_that_is_none_is_refused(absent):
     plan = place(*tight(), elastic=True, **NAMES)
     first, second, *others = segments_of(plan)
     faults = check(with_segments(plan, [first, replace(second, absent=absent), *others]))
-    assert any("not in order, or not in a pass" in fault for fault in faults)
+    assert any("not in order, or not in a micro-batch" in fault for fault in faults)
 
 
 def test_the_first_segment_and_the_hosts_are_always_there():

@@ -290,5 +290,5 @@ def test_looking_up_on_the_host():
         def forward(self, input):
             return super().forward(input) * 2
 
-    with pytest.raises(RunError, match="pin its block to the device"):
+    with pytest.raises(RunError, match="keep its block on the device"):
         look_up_on_host(Scaled(WORDS, WIDTH), torch.device("cpu"))

@@ -59,11 +59,11 @@ def test_what_is_only_read_takes_room_where_it_lies(model, checkpoint):
         if loaded:
             scope.loaded.add(teacher)
         rest = 8 * MIB - bytes_of(teacher)
-        assert given(scope, model, more, hardware=CPU) == {"vram": 8 * MIB, "ram": rest, "hardware": CPU}
-        assert given(scope, model, more, hardware="t4") == {"vram": 8 * MIB, "ram": rest, "hardware": "t4"}
+        assert given(scope, model, more, hardware=CPU) == {"vram": 8 * MIB, "margin": 0, "ram": rest, "hardware": CPU}
+        assert given(scope, model, more, hardware="t4") == {"vram": 8 * MIB, "margin": 0, "ram": rest, "hardware": "t4"}
     ask(teacher, torch.device("cuda"))
-    assert given(scope, model, hardware="t4") == {"vram": rest, "ram": 8 * MIB, "hardware": "t4"}
-    assert given(scope, model, hardware="t4", vram=1000, ram=0) == {"vram": 0, "ram": 0, "hardware": "t4"}
+    assert given(scope, model, hardware="t4") == {"vram": rest, "margin": 0, "ram": 8 * MIB, "hardware": "t4"}
+    assert given(scope, model, hardware="t4", vram=1000, ram=0) == {"vram": 0, "margin": 0, "ram": 0, "hardware": "t4"}
     del teacher
     assert given(scope, model, hardware="t4")["vram"] == "8MiB"
 
@@ -84,7 +84,7 @@ def test_what_is_under_a_plan_takes_what_that_predicts(model, checkpoint):
     handle = put_under(other, api.plan(other, BATCH, vram="1100KiB", ram="8MiB", hardware=CPU), scope)
     peaks = handle.plan.prediction.peaks
     assert peaks.ram_bytes > 0
-    expected = {"vram": 8 * MIB - peaks.vram_bytes, "ram": 8 * MIB - peaks.ram_bytes, "hardware": CPU}
+    expected = {"vram": 8 * MIB - peaks.vram_bytes, "margin": 0, "ram": 8 * MIB - peaks.ram_bytes, "hardware": CPU}
     assert given(scope, model, hardware=CPU) == expected
 
     def planned(options):
