@@ -15,10 +15,12 @@ watcher takes each as the same access.
 from __future__ import annotations
 
 import sys
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from types import MappingProxyType
 from typing import Any, Protocol
+from weakref import ref
 
 import torch
 from torch import nn
@@ -59,6 +61,20 @@ class Watcher(Protocol):
 
     def backward_ends(self) -> None:
         """The outermost backward that accesses were seen in has ended."""
+
+
+_CALLER = "memplan.caller"
+
+
+def compute_here() -> None:
+    """Have this thread, and what of autograd's works for it, be told from others by :func:`caller`."""
+    torch._C._stash_obj_in_tls(_CALLER, threading.get_ident())
+
+
+def caller() -> int:
+    """Return the thread that called what runs here: autograd's threads take over what is kept of it."""
+    found: int = torch._C._get_obj_in_tls(_CALLER) if torch._C._is_key_in_tls(_CALLER) else threading.get_ident()
+    return found
 
 
 def in_backward() -> bool:
@@ -107,6 +123,8 @@ class Triggers:
         """The call whose backward was announced last."""
         self._calls: dict[str, int] = {}
         self._outermost = -1
+        self._computes: tuple[int, Callable[[], object]] = (0, lambda: None)
+        """Whose that backward is, and what returns None once it is over, by an error too."""
         self._look = look
         self._undo: list[Callable[[], None]] = []
         self._inside: list[str] = []
@@ -179,8 +197,9 @@ class Triggers:
                 )
             backward = torch._C._current_graph_task_id() != -1
             if backward:
-                self._watch_end()
+                self._watch_end(name)
             else:
+                self._refuse_beside_backward(name)
                 self._outermost = -1  # a backward that raised never announced its end
                 self._announced.clear()
             if self._tells_failures and not self._around and name not in self._alone and not takes_no_hooks(module):
@@ -191,6 +210,14 @@ class Triggers:
             self._calls[name] = self._watcher.forward_begins(name, in_backward=backward)
 
         return untraced(pre_hook)
+
+    def _refuse_beside_backward(self, name: str) -> None:
+        """Raise RunError where the backward that is under way is another thread's."""
+        if self._outermost != -1 and self._computes[0] != caller() and self._computes[1]() is not None:
+            raise RunError(
+                f"{name} was reached in a thread while another one runs a backward of the same model, whose weights "
+                "memplan brings one after the other: let them take turns, or detach() first"
+            )
 
     def _after(self, name: str) -> Any:
         def post_hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
@@ -248,7 +275,7 @@ class Triggers:
 
     def backward_begins(self, name: str, call: int) -> None:
         """Tell that a gradient of what a call produced is there."""
-        self._watch_end()
+        self._watch_end(name)
         self.told = (name, call)
         self._announced.add((name, call))
         self._watcher.backward_begins(name, call)
@@ -261,15 +288,18 @@ class Triggers:
         elif (name, call) not in self._announced:
             taps.refuse()
 
-    def _watch_end(self) -> None:
-        """Have the end of the outermost backward announced.
+    def _watch_end(self, name: str) -> None:
+        """Have the end of the outermost backward announced. Raises RunError where another thread's is under way.
 
         The first trigger of a backward always runs in its outermost graph task: a reentrant checkpoint's recompute
         begins there, and only what it calls then is nested.
         """
-        if self._outermost == -1:
+        self._refuse_beside_backward(name)
+        if self._outermost == -1 or self._computes[0] != caller():
             self._outermost = torch._C._current_graph_task_id()
-            torch.autograd.Variable._execution_engine.queue_callback(partial(_tell_end, self))
+            ends = partial(_tell_end, self)
+            self._computes = caller(), ref(ends)  # the graph task alone holds it
+            torch.autograd.Variable._execution_engine.queue_callback(ends)
 
     def backward_ends(self) -> None:
         """Tell that the outermost backward is over."""

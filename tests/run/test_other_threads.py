@@ -130,3 +130,30 @@ def test_training_in_a_thread_and_a_backward_in_another():
             with memplan.attach(model, planned(model, activations)):
                 found = run(model, pool)
             assert all(torch.equal(a, b) for a, b in zip(expected, found, strict=True))
+
+
+@pytest.mark.parametrize("first", ["forward", "backward"])
+def test_a_backward_beside_another_threads_pass_is_refused_and_that_one_is_right(first):
+    """In the middle of a layer's ``first``: the block that lies there may not go."""
+    batch = torch.randn(3, 8, generator=torch.Generator().manual_seed(0))
+    expected, model, errors = train(Model(Asks), one, 1), Model(Asks), []
+
+    def ask(layer):
+        if (torch._C._current_graph_task_id() != -1) is (first == "backward") and not errors:
+            with pytest.raises(RunError, match="in a thread while another one") as error:
+                pool.submit(other.backward).result(timeout=60)
+            errors.append(error)
+
+    with ThreadPoolExecutor(1) as pool, memplan.attach(model, planned(model)):
+        other = model(batch)
+        model.layers[1].ask = ask
+        found = train(model, one, 1)
+        other = model(batch)  # an error leaves nothing behind that would stop whoever comes next
+        pool.submit(other.backward).result(timeout=60)
+    assert errors
+    assert all(torch.equal(a, b) for a, b in zip(expected, found, strict=True))
+    assert all(torch.equal(p.grad, g) for p, g in zip(trained(model), expected[1:], strict=True))
+
+
+def trained(model):
+    return [parameter for parameter in model.parameters() if parameter.requires_grad]

@@ -41,6 +41,7 @@ from memplan.run.memory.arena import shaped
 from memplan.run.memory.disk import written_pages
 from memplan.run.memory.home import Home, layout_of
 from memplan.run.schedule.streamed import OPEN, Streamed, trained_by_now
+from memplan.run.transfer.transfer import HostSource
 
 if TYPE_CHECKING:
     from memplan.run.transfer.lock import Lock
@@ -254,6 +255,17 @@ class DirectAccess:
                     self._shown[id(tensor)] = (held, tensor._version)
                     with unasked():
                         tensor.data = value
+
+    def refuse_move(self, storage: torch.UntypedStorage) -> None:
+        """Raise RunError where a storage that is to move to shared memory is what weights are brought to or from."""
+        parts = [home.source.part for home in self._homes.values() if isinstance(home.source, HostSource)]
+        parts += [streamed.part for streamed in self._streamed.values()]
+        if not storage.is_shared() and any(part.untyped_storage()._cdata == storage._cdata for part in parts):
+            raise RunError(
+                "a frozen weight was to move to shared memory (share_memory_(), a queue or a process of "
+                "torch.multiprocessing), but memplan brings weights to where it is: share a copy of it (clone()), "
+                "or do so before plan()"
+            )
 
     def put_in(self, tensor: torch.Tensor) -> torch.Tensor | None:
         """Return what was put in the place of a weight that shows its true values, or None."""

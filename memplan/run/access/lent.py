@@ -30,6 +30,11 @@ class HandedOut:
     for_good: bool = False
     """Its storage itself was handed out, of which nobody tells who holds it."""
 
+    address: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.address = self.tensor.data_ptr()
+
     def is_shared(self) -> bool:
         """Whether anyone but this refers to its memory."""
         return self.for_good or _uses_of(self.tensor) > _ALONE

@@ -12,7 +12,7 @@ from __future__ import annotations
 import functools
 import weakref
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch.utils import dlpack
@@ -24,16 +24,26 @@ _FUNCTIONS: tuple[tuple[Any, str], ...] = (
     (torch.Tensor, "as_subclass"),
     (torch.Tensor, "_make_subclass"),
     (torch.utils, "swap_tensors"),
+    (torch.UntypedStorage, "_share_fd_cpu_"),
+    (torch.UntypedStorage, "_share_filename_cpu_"),
 )
+
+
+class Server(Protocol):
+    """Who serves the weights of one model, as far as these functions know."""
+
+    def refuse_move(self, storage: torch.UntypedStorage) -> None: ...
+
+
 _BEFORE: list[tuple[Any, str, Any]] = []
-_UNDER_A_PLAN: weakref.WeakSet[Any] = weakref.WeakSet()
+_UNDER_A_PLAN: weakref.WeakSet[Server] = weakref.WeakSet()
 
 Find = Callable[[Any], Iterator[torch.Tensor]]
 Serve = Callable[[Callable[..., Any], Any, Any, Sequence[torch.Tensor]], Any]
 Swap = Callable[[Callable[..., None], torch.Tensor, torch.Tensor], None]
 
 
-def replace_functions(server: object, find: Find, serve: Serve, swap: Swap) -> None:
+def replace_functions(server: Server, find: Find, serve: Serve, swap: Swap) -> None:
     """Have them serve weights too, until no server is left. ``find``: yields those that are away in arguments.
     ``swap``: does what ``swap_tensors`` does.
     """
@@ -42,12 +52,17 @@ def replace_functions(server: object, find: Find, serve: Serve, swap: Swap) -> N
         for owner, name in _FUNCTIONS:
             own = vars(owner).get(name)  # None: of a class that it inherits from
             function = getattr(owner, name)
-            served = _swapping(function, swap) if name == "swap_tensors" else _serving(function, find, serve)
+            if name == "swap_tensors":
+                served = _swapping(function, swap)
+            elif owner is torch.UntypedStorage:
+                served = _moving(function)
+            else:
+                served = _serving(function, find, serve)
             _BEFORE.append((owner, name, own))
             setattr(owner, name, staticmethod(served) if name == "_make_subclass" else served)
 
 
-def restore_functions(server: object) -> None:
+def restore_functions(server: Server) -> None:
     """Have no function serve a server any more."""
     _UNDER_A_PLAN.discard(server)
     if not _UNDER_A_PLAN:
@@ -77,3 +92,13 @@ def _swapping(function: Callable[..., None], swap: Swap) -> Callable[..., None]:
         swap(function, t1, t2)
 
     return served
+
+
+def _moving(function: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(function)
+    def moved(storage: torch.UntypedStorage, *args: Any, **kwargs: Any) -> Any:
+        for server in tuple(_UNDER_A_PLAN):
+            server.refuse_move(storage)
+        return function(storage, *args, **kwargs)
+
+    return moved

@@ -207,6 +207,8 @@ class WrittenWeights:
         for key in blocks:
             held, home = self._handed_out[key], self._homes[key]
             for one in held:
+                if one.tensor.data_ptr() != one.address:  # who holds it has moved it to shared memory
+                    one.state = "copy"
                 if one.checksum and not one.is_shared() and one.checksum != checksum(one.tensor):
                     self._streamed[key].writes += 1  # before nobody knows any more
             for one in list(held):

@@ -13,6 +13,7 @@ import threading
 import torch
 
 from memplan.errors import RunError
+from memplan.hooks.triggers import caller, compute_here
 from memplan.program.record import BlockRecord, RunRecord
 from memplan.program.schema import Plan
 from memplan.run.access.direct_access import DirectAccess
@@ -54,6 +55,7 @@ class Conductor:
         self._process = os.getpid()
         self._recomputed = frozenset(p.module for p in plan.activations if p.activations == "recompute")
         self._forward_of: int | None = None  # the thread whose forward is under way
+        self._used_by = 0  # the thread whose access was the last to begin
         self._closed = False
         self._paused = ""
         self._measured = Measured()
@@ -87,6 +89,9 @@ class Conductor:
             if self._paused:
                 raise RunError(f"the model was called {self._paused}, where its weights are only read: call it outside")
             passes_by()
+            if not in_backward:
+                compute_here()
+            self._used_by = caller()
             if in_backward:
                 self.entrances.announced(module)
                 call, reads = self._position.recompute_begins(module)
@@ -116,13 +121,16 @@ class Conductor:
         if in_backward:
             return  # autograd's own threads
         refuse_transforms(module, self._recomputed)
-        thread = threading.get_ident()
-        if self.loader.used and self._forward_of not in (None, thread):
+        self._refuse_beside_forward(module)
+        self._forward_of = threading.get_ident()
+
+    def _refuse_beside_forward(self, module: str) -> None:
+        """Raise RunError where the forward that is under way is another thread's."""
+        if self.loader.used and self._forward_of not in (None, caller()):
             raise RunError(
-                f"{module} was called in a thread while another one computes with the same model, whose weights "
+                f"{module} was reached in a thread while another one computes with the same model, whose weights "
                 "memplan brings one after the other: let the calls take turns, or detach() first"
             )
-        self._forward_of = thread
 
     def forward_ends(self, module: str, call: int, *, in_backward: bool) -> None:
         with self._lock:
@@ -139,15 +147,16 @@ class Conductor:
 
     def forward_failed(self) -> None:
         """A forward was left by an error: nothing of it goes on."""
-        if not any(one.state is OPEN for one in self.loader.used):
-            return
+        if not any(one.state is OPEN for one in self.loader.used) or self._used_by != caller():
+            return  # in a thread that was refused, beside another's access
         with self._lock:
             if not self._closed:
                 self.loader.shut_all()
 
     def backward_begins(self, module: str, call: int) -> None:
         with self._lock:
-            self._forward_of = None
+            self._refuse_beside_forward(module)
+            self._forward_of, self._used_by = None, caller()
             if self._closed or self._paused:
                 raise RunError(
                     f"the backward of {module} ran {self._paused or 'after detach()'}, and what its forward read "
