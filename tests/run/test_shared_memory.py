@@ -28,6 +28,36 @@ def test_a_weight_that_stays_on_the_device_is_refused_and_stays(share):
         assert all(torch.equal(a, b) for a, b in zip(expected, train(model, one), strict=True))
 
 
+@pytest.mark.parametrize("share", [sent, lambda value: value.share_memory_()])
+def test_a_state_dicts_entry_of_what_stays_on_the_device_is_refused_and_stays(share):
+    """It is the weight's own memory: what is written to it reaches the weight, and would not once it has moved."""
+
+    def run(model):
+        with torch.no_grad():
+            model.state_dict()["layers.2.up.weight"].mul_(1.5)
+        return train(model, one)
+
+    expected, model = run(Model()), Model()
+    with memplan.attach(model, planned(model, "keep", pins=PINS)):
+        with pytest.raises(RunError, match="shared memory"):
+            share(model.state_dict()["layers.2.up.weight"])
+        assert all(torch.equal(a, b) for a, b in zip(expected, run(model), strict=True))
+
+
+def test_a_queue_of_processes_takes_a_state_dict():
+    """Refused in the queue's own thread it would never arrive."""
+    model = Model()
+    expected = {name: value.clone() for name, value in model.state_dict().items()}
+    with memplan.attach(model, planned(model, "keep", pins=PINS)):
+        queue = torch.multiprocessing.get_context("spawn").Queue()
+        queue.put(model.state_dict())
+        found = queue.get(timeout=60)
+        assert all(torch.equal(found[name], value) for name, value in expected.items())
+        del found
+        queue.close()
+        queue.join_thread()
+
+
 def test_an_open_weight_is_refused_and_stays():
     expected, model, errors = train(Model(), one), Model(), []
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import threading
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 from weakref import ref
@@ -258,9 +259,19 @@ class DirectAccess:
 
     def refuse_move(self, storage: torch.UntypedStorage) -> None:
         """Raise RunError where a storage that is to move to shared memory is what weights are brought to or from."""
-        parts = [home.source.part for home in self._homes.values() if isinstance(home.source, HostSource)]
-        parts += [streamed.part for streamed in self._streamed.values()]
-        if not storage.is_shared() and any(part.untyped_storage()._cdata == storage._cdata for part in parts):
+        if storage.is_shared():
+            return
+        parts = {key: home.source.part for key, home in self._homes.items() if isinstance(home.source, HostSource)}
+        slots = [streamed.part for streamed in self._streamed.values()]
+        moves = any(part.untyped_storage()._cdata == storage._cdata for part in (*parts.values(), *slots))
+        # An entry of a state_dict has a storage of its own on the same bytes. Of what is streamed it is watched, of the
+        # rest what is written to it after it has moved would be lost. An error in the thread of a queue is heard by
+        # nobody, and who waits for what was put there would wait for good.
+        if not moves and threading.current_thread().name != "QueueFeederThread":
+            at = storage.data_ptr()
+            stays = [part for key, part in parts.items() if key not in self._streamed]
+            moves = any(part.data_ptr() <= at < part.data_ptr() + part.nbytes for part in stays)
+        if moves:
             raise RunError(
                 "a frozen weight was to move to shared memory (share_memory_(), a queue or a process of "
                 "torch.multiprocessing), but memplan brings weights to where it is: share a copy of it (clone()), "
