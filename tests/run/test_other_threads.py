@@ -86,6 +86,22 @@ def test_what_is_read_in_mid_forward(name, activations, since):
             assert all(torch.equal(a, b) for a, b in zip(expected, found, strict=True))
 
 
+def test_a_thread_that_has_evaluated_the_model_reads_what_is_there():
+    def run(model, pool):
+        with torch.no_grad():
+            first = pool.submit(torch.no_grad()(model), X[:, :8]).result()
+        asked, found = read_beside(pool, READS["kept"])
+        for layer in model.layers:
+            layer.ask = asked
+        return [first, *train(model, one), *found]
+
+    with ThreadPoolExecutor(1) as pool:
+        expected, model = run(Model(Asks), pool), Model(Asks)
+        with memplan.attach(model, planned(model, "keep")):
+            found = run(model, pool)
+        assert all(torch.equal(a, b) for a, b in zip(expected, found, strict=True))
+
+
 def test_a_view_that_the_training_thread_took_is_refused_in_another():
     model, views = Model(Asks), []
     for layer in model.layers:

@@ -17,7 +17,7 @@ from memplan.hooks.triggers import caller, compute_here
 from memplan.program.record import BlockRecord, RunRecord
 from memplan.program.schema import Plan
 from memplan.run.access.direct_access import DirectAccess
-from memplan.run.access.dispatched import passes_by
+from memplan.run.access.dispatched import passes_by, passes_by_no_more
 from memplan.run.access.entrances import Entrances
 from memplan.run.access.transforms import refuse_transforms
 from memplan.run.memory.arena import Arena
@@ -58,6 +58,8 @@ class Conductor:
         self._used_by = 0  # the thread whose access was the last to begin
         self._closed = False
         self._paused = ""
+        self._trained_by = 0
+        """The thread of the last forward with gradients."""
         self._measured = Measured()
         self._blocks: tuple[BlockRecord, ...] = ()  # as they were when it was closed
         in_place = read_in_place(plan)
@@ -142,6 +144,10 @@ class Conductor:
                 self.loader.shut_recomputed(self.loader.used)
                 return
             self.loader.shut_all()
+            if torch.is_grad_enabled():
+                self._trained_by = threading.get_ident()
+            elif self._trained_by != threading.get_ident():
+                passes_by_no_more()  # it evaluates: what it reads by itself, while another trains, it is given
             if self._position.forward_ends(call):
                 self.loader.start_loads(is_over=True)
 
@@ -225,6 +231,8 @@ class Conductor:
         """Serve again."""
         with self._lock:
             self._paused = ""
+        self._trained_by = 0
+        """The thread of the last forward with gradients."""
 
     def close(self) -> None:
         """Stop serving. A backward of a call made before raises."""
