@@ -82,6 +82,7 @@ def fit(
     rank: int = 16,
     targets: str | Sequence[str] = "all-linear",
     slowdown: float = 0.05,
+    quantizations: bool = True,
     **options: Unpack[PlanOptions],
 ) -> Fit:
     """Return the most that fits, each alone and the rest as asked: micro-batch, sequence, LoRA rank, quantization; and
@@ -92,13 +93,14 @@ def fit(
     ``rank``: of the LoRA.
     ``targets``: modules that get one, by the ends of their names.
     ``slowdown``: accepted for the least vram, as a share of the step with all weights on the device.
+    ``quantizations``: whether those that a model given by name may have are looked at, which takes longest.
     ``options``: those of :func:`plan`, but for ``adapter``, ``max_step_s`` and ``gains``.
 
     Raises InputError.
     """
     from memplan.queries.fit import fit
 
-    return fit(model, batch, rank=rank, targets=targets, slowdown=slowdown, **options)
+    return fit(model, batch, rank=rank, targets=targets, slowdown=slowdown, quantizations=quantizations, **options)
 
 
 def memory_timeline(plan: Plan) -> tuple[Moment, ...]:

@@ -157,10 +157,21 @@ def frontier(
     show_default=True,
     help="Slowdown accepted for the minimum vram.",
 )
+@click.option("--quantizations", is_flag=True, help="Try int8, nf4 and nested nf4 too; takes longer.")
 @JSON
-def fit(model: str, batch: int, seq: int | None, slowdown: float, as_json: bool, **said: Any) -> int:
-    """Find the largest micro-batch, sequence, LoRA rank and quantization that fit, each alone and the rest as
-    asked.
+@click.pass_obj
+def fit(
+    context: dict[str, bool],
+    /,
+    model: str,
+    batch: int,
+    seq: int | None,
+    slowdown: float,
+    quantizations: bool,
+    as_json: bool,
+    **said: Any,
+) -> int:
+    """Find the largest micro-batch, sequence and LoRA rank that fit, each alone and the rest as asked.
 
     And the least vram for what was asked. Exits with 0 if that fits, 1 if not.
     """
@@ -172,9 +183,11 @@ def fit(model: str, batch: int, seq: int | None, slowdown: float, as_json: bool,
     from memplan.queries.fit import fit as most
     from memplan.show.tables import progress
 
-    prepare(model, options, own_process=False)  # quantizers are looked at too
+    prepare(model, options, own_process=context["own_process"] and not quantizations)
     with progress("Looking") as tell:
-        found = most(model, given_shape, **adapter, slowdown=slowdown, progress=tell, **options)
+        found = most(
+            model, given_shape, **adapter, slowdown=slowdown, quantizations=quantizations, progress=tell, **options
+        )
     if as_json:
         from msgspec import to_builtins
 

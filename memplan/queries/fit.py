@@ -35,10 +35,11 @@ def fit(
     rank: int,
     targets: str | Sequence[str] = "all-linear",
     slowdown: float = SLOWDOWN,
+    quantizations: bool = True,
     **options: Unpack[PlanOptions],
 ) -> Fit:
-    """Find the largest batch, sequence and rank that fit. ``options``: those of :func:`memplan.plan` but for adapter,
-    max_step_s and gains.
+    """Find the largest batch, sequence and rank that fit. ``quantizations``: look at those of a model given by name,
+    too. ``options``: those of :func:`memplan.plan` but for adapter, max_step_s and gains.
 
     Raises InputError for what cannot be asked at all.
     """
@@ -79,7 +80,7 @@ def fit(
         if is_bounded:
             bounded.append(what)
     quantized: dict[str, Point | None] = {}
-    if options.get("quantization") is None and not options.get("qlora") and isinstance(model, str):
+    if quantizations and options.get("quantization") is None and not options.get("qlora") and isinstance(model, str):
         for name in QUANTIZATIONS:
             tell(name)
             with suppress(InputError):  # its package is not there, or does not know this model

@@ -81,7 +81,7 @@ def test_bad_input():
 @pytest.mark.full
 def test_on_the_command_line(capsys):
     command = ["fit", "smollm2-135m", "--seq", "64", "--hardware", "rtx-4090", "--ram", "8GiB", "--vram", "2GiB"]
-    assert main([*command, "--json"]) == 0
+    assert main([*command, "--json", "--quantizations"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert found["most"]["batch"][0] > 1
     assert found["quantized"]["nf4"]["step_s"] > 0
