@@ -24,7 +24,7 @@ _CPU_BINDS = {**_BINDS, "link": "copy-bound"}
 def subject(plan: Plan, glyphs: Glyphs) -> str:
     """Return what is trained, on what: micro-batch, how many of them a step has, hardware."""
     workload = plan.workload
-    shapes = {name: f" {glyphs.times} ".join(map(str, shape)) for name, shape in workload.batch.items()}
+    shapes = {name: f" {glyphs.times} ".join(map(str, shape)) for name, shape in workload.batch.items() if shape}
     if len(set(shapes.values())) == 1:
         batch = f"micro-batch {next(iter(shapes.values()))}"
     else:

@@ -272,7 +272,7 @@ class Figures:
 
     def subject(self) -> str:
         work, by = self.plan.workload, " × " if self.page else " x "
-        shapes = {name: by.join(map(str, shape)) for name, shape in work.batch.items()}
+        shapes = {name: by.join(map(str, shape)) for name, shape in work.batch.items() if shape}
         alike = len(set(shapes.values())) == 1
         batch = next(iter(shapes.values())) if alike else ", ".join(f"{k} {v}" for k, v in shapes.items())
         where = f"{self.plan.hardware} ({self.plan.table.device})"
