@@ -1,4 +1,4 @@
-# Each target sets itself up: nothing is needed but Python 3.11 and the package registry.
+# Each target sets itself up: nothing is needed but Python 3.11, the package registry and, for tests, g++.
 
 PYTHON ?= python3.11
 BIN := .venv/bin
