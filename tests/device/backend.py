@@ -26,7 +26,7 @@ LIMIT_BYTES = 8 * 2**30
 _PATH = library()
 torch.ops.load_library(_PATH)
 _sim = ctypes.CDLL(str(_PATH))
-_sim.sim_pending.restype = _sim.sim_waits.restype = ctypes.c_int64
+_sim.sim_pending.restype = _sim.sim_allocated.restype = _sim.sim_waits.restype = ctypes.c_int64
 _sim.sim_waited.restype = _sim.sim_error.restype = ctypes.c_char_p
 _sim.sim_limit.argtypes = [ctypes.c_int64]
 _sim.sim_register.argtypes = [ctypes.c_void_p, ctypes.c_int64]
@@ -94,6 +94,31 @@ class Sim(types.ModuleType):
         torch.ops.sim.set_rng_state(state)
 
     @staticmethod
+    def get_rng_state_all() -> list[torch.Tensor]:
+        return [torch.ops.sim.rng_state()]
+
+    @staticmethod
+    def set_rng_state_all(states: list[torch.Tensor]) -> None:
+        torch.ops.sim.set_rng_state(states[0])
+
+    @staticmethod
+    def host_register(address: int, size_bytes: int) -> None:
+        """Pin memory of the host, as ``cudaHostRegister``. Raises RuntimeError."""
+        if _sim.sim_register(address, size_bytes):
+            raise RuntimeError(_sim.sim_error().decode())
+
+    @staticmethod
+    def host_unregister(address: int) -> None:
+        """Give pinned memory back. Raises RuntimeError, also where a copy of it was still under way."""
+        if _sim.sim_unregister(address):
+            raise RuntimeError(_sim.sim_error().decode())
+
+    @staticmethod
+    def mapped(host: torch.Tensor) -> torch.Tensor:
+        """Return pinned memory of the host as a tensor of the device, without a copy."""
+        return torch.ops.sim.mapped(host)
+
+    @staticmethod
     def get_amp_supported_dtype() -> list[torch.dtype]:
         return [torch.bfloat16, torch.float16]
 
@@ -136,10 +161,12 @@ SIM = torch.device("sim", 0)
 
 @contextlib.contextmanager
 def present(policy: Policy = "copies first", *, limit_bytes: int = LIMIT_BYTES) -> Iterator[None]:
-    """Have the device be there, its work in the order of ``policy``, its memory ``limit_bytes``."""
+    """Have the device be there, its work in the order of ``policy``, with ``limit_bytes`` of memory beside what is
+    allocated already.
+    """
     _sim.sim_enable(1)
     _sim.sim_policy(POLICIES.index(policy))
-    _sim.sim_limit(limit_bytes)
+    _sim.sim_limit(_sim.sim_allocated() + limit_bytes)
     torch.sim.manual_seed(0)
     forget_waits()
     try:
@@ -175,15 +202,3 @@ def pending() -> int:
 def peek(tensor: torch.Tensor) -> torch.Tensor:
     """What lies in a tensor's memory now, whatever is still to run."""
     return torch.ops.sim.peek(tensor)
-
-
-def host_register(address: int, size_bytes: int) -> None:
-    """Page-lock memory of the host, as ``cudaHostRegister``. Raises RuntimeError."""
-    if _sim.sim_register(address, size_bytes):
-        raise RuntimeError(_sim.sim_error().decode())
-
-
-def host_unregister(address: int) -> None:
-    """Give page-locked memory back. Raises RuntimeError, also where a copy of it was still under way."""
-    if _sim.sim_unregister(address):
-        raise RuntimeError(_sim.sim_error().decode())

@@ -1,4 +1,5 @@
 // A simulated accelerator, as torch sees it: guard, hooks, operators, and a few functions for tests.
+#include <ATen/Context.h>
 #include <ATen/detail/PrivateUse1HooksInterface.h>
 #include <c10/core/impl/DeviceGuardImplInterface.h>
 #include <torch/library.h>
@@ -138,6 +139,7 @@ TORCH_LIBRARY_IMPL(aten, PrivateUse1, m) {
   m.impl("_copy_from_and_resize", TORCH_FN(copy_from_and_resize));
   m.impl("_local_scalar_dense", TORCH_FN(local_scalar));
   m.impl("record_stream", TORCH_FN(record_stream));
+  m.impl("_has_compatible_shallow_copy_type", TORCH_FN(has_compatible_type));
   // Those for which the CPU has a kernel, and every other device a decomposition with other bits.
   for (const char* name :
        {"_stack", "_stack.out", "addr", "addr.out", "all.dims", "all.dims_out", "any.dims", "any.dims_out",
@@ -147,8 +149,12 @@ TORCH_LIBRARY_IMPL(aten, PrivateUse1, m) {
   }
 }
 
+// As where it is a composite: before a subclass is asked about it.
+TORCH_LIBRARY_IMPL(aten, AutogradPrivateUse1, m) {
+  m.impl("_has_compatible_shallow_copy_type", TORCH_FN(has_compatible_type));
+}
+
 TORCH_LIBRARY(sim, m) {
-  m.def("set_data(Tensor self, Tensor value) -> ()", &set_data);
   m.def("mapped(Tensor host) -> Tensor", &mapped);
   m.def("peek(Tensor self) -> Tensor", &peek);
   m.def("seed(int seed) -> ()",
@@ -163,12 +169,16 @@ TORCH_LIBRARY(sim, m) {
 // What tests ask for, by ctypes.
 extern "C" {
 using namespace sim;
-void sim_enable(int enabled) { Streams::get().enabled = enabled != 0; }
+void sim_enable(int enabled) {
+  at::globalContext().lazyInitDevice(c10::DeviceType::PrivateUse1);  // else no memory counts as pinned for it
+  Streams::get().enabled = enabled != 0;
+}
 void sim_policy(int policy) {
   const Lock lock;
   Streams::get().policy = static_cast<Policy>(policy);
 }
 void sim_limit(int64_t bytes) { Memory::get().limit = static_cast<size_t>(bytes); }
+int64_t sim_allocated() { return static_cast<int64_t>(Memory::get().allocated); }
 int64_t sim_pending() { return Streams::get().pending(); }
 int64_t sim_waits(int kind) { return Streams::get().waits.at(static_cast<size_t>(kind)); }
 void sim_forget_waits() {

@@ -16,7 +16,6 @@
 #include <ATen/ops/view_as_real_native.h>
 #include <ATen/ops/view_native.h>
 #include <c10/core/CachingDeviceAllocator.h>
-#include <torch/csrc/autograd/variable.h>
 
 #include "memory.h"
 
@@ -244,13 +243,12 @@ inline void record_stream(at::Tensor& self, c10::Stream stream) {
   Memory::get().record(self.storage().data(), static_cast<int>(stream.id()));
 }
 
-// What ``self.data = value`` is where torch lets it go across devices.
-inline void set_data(const at::Tensor& self, const at::Tensor& value) {
-  if (auto* meta = torch::autograd::impl::get_autograd_meta(self)) {
-    const std::lock_guard<std::mutex> lock(meta->mutex_);
-    if (meta->grad_accumulator_.lock()) meta->grad_accumulator_.reset();
-  }
-  self.unsafeGetTensorImpl()->shallow_copy_from(value.getIntrusivePtr());
+// ``self.data = value`` may go across devices, as it may with CUDA, ROCm and XPU.
+inline bool has_compatible_type(const at::Tensor& self, const at::Tensor& from) {
+  const auto is_dense = [](const at::Tensor& one) {
+    return one.layout() == at::kStrided && (is_ours(one) || one.is_cpu());
+  };
+  return is_dense(self) && is_dense(from);
 }
 
 // Page-locked memory of the host under an address that the device has for it.
