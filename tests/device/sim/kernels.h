@@ -10,15 +10,10 @@
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
 
-#include <numeric>
-
 #include "generator.h"
-#include "tensors.h"
+#include "shapes.h"
 
 namespace sim {
-
-using c10::IValue;
-using torch::jit::Stack;
 
 // Operators that waited, and how often: those that do on any device, and those that torch has no shapes for.
 inline std::map<std::string, int64_t>& waited() {
@@ -54,51 +49,12 @@ inline std::vector<Result> results_of(const c10::FunctionSchema& schema) {
   return results;
 }
 
-// Replace each tensor, device and generator among arguments.
-template <typename OfTensor>
-IValue mapped_value(const IValue& value, const OfTensor& of_tensor, c10::Device device) {
-  if (value.isTensor()) return of_tensor(value.toTensor());
-  if (value.isTensorList()) {
-    c10::List<at::Tensor> list;
-    for (const at::Tensor& one : value.toTensorVector()) list.push_back(of_tensor(one));
-    return list;
-  }
-  if (value.isOptionalTensorList()) {
-    c10::List<std::optional<at::Tensor>> list;
-    for (const std::optional<at::Tensor>& one : value.toOptionalTensorVector()) {
-      list.push_back(one ? std::optional<at::Tensor>(of_tensor(*one)) : std::nullopt);
-    }
-    return list;
-  }
-  if (value.isDevice()) return value.toDevice().is_privateuseone() ? IValue(device) : value;
-  return value;
-}
-
-inline at::Tensor shape_of(const at::Tensor& tensor) {
-  if (!tensor.defined() || (tensor.is_cpu() && tensor.dim() == 0)) return tensor;
-  return at::Tensor(at::detail::empty_strided_meta(tensor.sizes(), tensor.strides(), tensor.scalar_type()));
-}
-
 inline at::Tensor operand_of(const at::Tensor& tensor) {
   if (!tensor.defined() || is_ours(tensor)) return reached(tensor);
   TORCH_CHECK(tensor.is_cpu(), "an operand is on ", tensor.device());
   auto held = tensor.clone();  // the launch takes it along
   if (tensor.unsafeGetTensorImpl()->is_wrapped_number()) held.unsafeGetTensorImpl()->set_wrapped_number(true);
   return held;
-}
-
-inline std::optional<Stack> shapes_of(const c10::OperatorHandle& op, const Stack& given) {
-  Stack stack;
-  for (const auto& value : given) {
-    stack.push_back(value.isGenerator() ? IValue() : mapped_value(value, shape_of, c10::Device(c10::kMeta)));
-  }
-  try {
-    const Below below;
-    op.redispatchBoxed(c10::DispatchKeySet(c10::DispatchKey::Meta), &stack);
-  } catch (const std::exception&) {
-    return std::nullopt;
-  }
-  return stack;
 }
 
 inline bool is_random(const c10::OperatorHandle& op) {

@@ -98,9 +98,13 @@ class Memory {
     allocated -= held.size;
     for (const int stream : held.used_on) held.awaited.push_back(Streams::get().record(stream));
     held.used_on.clear();
-    if (held.awaited.empty()) poison(block, held.stream);  // its own stream may have it at once
+    if (held.awaited.empty()) {  // its own stream may have it at once
+      poison(block, held.stream);
+      merge_at(block);
+    } else {
+      ++unsettled_;
+    }
     settle();
-    merge();
   }
 
   void record(const void* address, int stream) {
@@ -122,6 +126,7 @@ class Memory {
   char* base_ = nullptr;
   char* alias_ = nullptr;
   int file_ = -1;
+  size_t unsettled_ = 0;  // blocks that were freed and wait for streams
   using Blocks = std::map<char*, Block>;
   Blocks blocks_;
 
@@ -166,9 +171,30 @@ class Memory {
   // Have what was freed be free, where the streams that it was recorded on have come by.
   void settle() {
     for (auto& [address, block] : blocks_) {
+      if (unsettled_ == 0) return;
       auto& awaited = block.awaited;
+      if (awaited.empty()) continue;
       const auto is_done = [](const MarkPtr& mark) { return mark->done; };
       awaited.erase(std::remove_if(awaited.begin(), awaited.end(), is_done), awaited.end());
+      if (awaited.empty()) --unsettled_;
+    }
+  }
+
+  // Join a block with those beside it that are as free.
+  void merge_at(Blocks::iterator block) {
+    const auto joins = [](const Block& one, const Block& other) {
+      return one.is_free() && other.is_free() && one.stream == other.stream;
+    };
+    const auto next = std::next(block);
+    if (next != blocks_.end() && joins(block->second, next->second)) {
+      block->second.size += next->second.size;
+      blocks_.erase(next);
+    }
+    if (block == blocks_.begin()) return;
+    const auto before = std::prev(block);
+    if (joins(before->second, block->second)) {
+      before->second.size += block->second.size;
+      blocks_.erase(block);
     }
   }
 
