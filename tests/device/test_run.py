@@ -19,10 +19,12 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from memplan.case import case_of_plan
 from memplan.errors import StrayReadError
+from memplan.hooks.same_again import FIRST
 from memplan.program.page_lock import pageable_items
 from memplan.program.schema import RING_BYTES
 from memplan.run.attach import attach_on
 from memplan.run.memory import arena, page_lock
+from tests.device import backend
 from tests.device.test_sim import batches, on_host
 from tests.run import test_optimizer_state, test_parity, test_rows
 from tests.run.test_parity import assert_forwards, plan_for
@@ -200,3 +202,35 @@ def test_a_stray_read_raises(policy, tmp_path):
         inside.conductor(handle).backward_begins = lambda module, call: None
         with pytest.raises(StrayReadError):
             loss.backward()
+
+
+def waits_of(model, warm):
+    """How often the host waits by the end of a forward, of its backward and of the step, after some others."""
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    for seed in range(warm + 1):
+        batch = batches("llama", seed)
+        backend.forget_waits()
+        loss = model(**batch).loss
+        forward = backend.waits()
+        loss.backward()
+        backward = backend.waits()
+        optimizer.step()
+        step = backend.waits()
+        optimizer.zero_grad()
+    return forward, backward, step
+
+
+@pytest.mark.parametrize("tiers", ["host", "all"])
+@pytest.mark.parametrize("offload", ["all", full(())], ids=["offloaded", "kept"])
+def test_the_host_waits_no_more_than_for_a_whole_model(offload, tiers, policy, tmp_path):
+    """With pinned homes; what comes from the disk is waited for by the ring's own thread alone."""
+    warm = 1 if offload else FIRST + 1  # layers that run again are compared at once at first
+    expected = waits_of(make("llama").to("sim"), 0)
+    model = make("llama")
+    plan = plan_for(model, "llama", tiers=tiers, offload=offload)
+    with attach_on(model, plan, SIM, cache=tmp_path) as handle:
+        found = waits_of(model, warm)
+        assert handle.record.loads > 0
+    for before, now in zip(expected, found, strict=True):
+        assert {**now, "event": 0} == before
+        assert now["event"] == 0 or tiers == "all"
