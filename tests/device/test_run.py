@@ -36,9 +36,13 @@ SIM = torch.device("sim", 0)
 CUDA = replace(CPU, name="test-cuda", device="cuda")
 
 
+PLANNED = (test_parity, test_optimizer_state, test_rows)
+"""Whose plans are made for a GPU here."""
+
+
 @pytest.fixture(autouse=True)
 def plans_for_a_gpu(monkeypatch):
-    for module in (test_parity, test_optimizer_state, test_rows):
+    for module in PLANNED:
         monkeypatch.setattr(module, "CPU", CUDA)
 
 
