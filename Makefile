@@ -1,4 +1,4 @@
-# Each target sets itself up: nothing is needed but Python 3.11, 3.12 or 3.13 and the package registry.
+# Each target sets itself up: nothing is needed but Python 3.11, 3.12 or 3.13, the package registry and, for tests, g++.
 
 PYTHONS := python3.11 python3.12 python3.13 python3 python
 PYTHON ?= $(firstword $(foreach one,$(PYTHONS),$(shell $(one) -c 'import sys; (3, 11) <= sys.version_info[:2] <= (3, 13) and print("$(one)")' 2>/dev/null)))

@@ -64,6 +64,14 @@ def test_tests_look_inside_a_handle_by_one_file():
     assert [file.name for file in files] == ["inside.py"]
 
 
+def test_one_file_of_run_knows_a_vendor():
+    vendor = re.compile(r"torch\.(cuda|xpu|hip)\b|cudart|[\"']cuda[\"']|__cuda_array_interface__")
+    known = {file for file in (PACKAGE / "run").rglob("*.py") if vendor.search(file.read_text(encoding="utf-8"))}
+    # By name: which of torch's methods and attributes tell of a weight that is away.
+    names = {PACKAGE / "run" / "access" / "away.py", PACKAGE / "run" / "access" / "metadata.py"}
+    assert known - names == {PACKAGE / "run" / "transfer" / "device.py"}
+
+
 JOURNEYS = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
 
 

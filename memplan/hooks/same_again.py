@@ -40,13 +40,13 @@ class Turns:
         """``is_weight``: whether a frozen weight lies at an address."""
         self.is_weight = is_weight
         self.count = 0
-        self._untold: list[tuple[str, torch.Tensor, torch.cuda.Event]] = []
+        self._untold: list[tuple[str, torch.Tensor, torch.Event]] = []
         """Whether a checksum differed, on its way to the host."""
 
     def later(self, name: str, differs: torch.Tensor) -> None:
         """Have a GPU's answer looked at once it is there."""
         told = torch.empty((), dtype=torch.bool, pin_memory=True).copy_(differs, non_blocking=True)
-        event = torch.cuda.Event()
+        event = torch.Event(differs.device)
         event.record()
         self._untold.append((name, told, event))
 
@@ -127,7 +127,7 @@ class SameAgain:
 
     def _compare(self, first: Any, second: Any, *, at_once: bool) -> None:
         differs = first != second
-        if isinstance(differs, torch.Tensor) and differs.device.type == "cuda" and not at_once:
+        if isinstance(differs, torch.Tensor) and differs.device.type != "cpu" and not at_once:
             self._turns.later(self._name, differs)
         elif differs:
             raise refusal(self._name)

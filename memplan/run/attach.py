@@ -21,6 +21,7 @@ from memplan.run.memory.storage_aliases import Watched, refuse_gaps, refuse_shar
 from memplan.run.modules.install import install
 from memplan.run.modules.match_model import match_weights, stored_tensors, trigger_modules
 from memplan.run.tiers import Files, Tiers
+from memplan.run.transfer.device import chosen
 from memplan.run.transfer.interrupts import Undo, defer_sigint
 
 
@@ -62,14 +63,12 @@ def attach(
             "first, then the plan that memplan.plan or Plan.load returned"
         )
     require(plan)
-    device = torch.device(plan.table.device)
-    if device.type == "cuda" and not torch.cuda.is_available():
+    device = chosen(plan.table.device)
+    if device is None:
         raise PlanMismatchError(
             f"the plan was made for the CUDA device of {plan.hardware!r}, and torch sees none here: "
             "make a plan with hardware='auto'"
         )
-    if device.type == "cuda":
-        device = torch.device("cuda", torch.cuda.current_device())
     return attach_on(
         model,
         plan,

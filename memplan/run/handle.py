@@ -24,6 +24,7 @@ from memplan.run.modules.guard import guard_of
 from memplan.run.recovery import Before, is_out_of_memory
 from memplan.run.runtime import Runtime
 from memplan.run.tiers import Tiers
+from memplan.run.transfer.device import empty_cache, is_apart, peak_bytes
 from memplan.run.transfer.interrupts import defer_sigint
 from memplan.run.verify.scalars import Scalars
 from memplan.units import format_bytes
@@ -91,8 +92,8 @@ class Handle:
             assert self._last is not None
             return self._last
         peak = self._vram_peak_bytes
-        if runtime.tiers.device.type == "cuda":
-            peak = torch.cuda.max_memory_allocated(runtime.tiers.device)
+        if is_apart(runtime.tiers.device):
+            peak = peak_bytes(runtime.tiers.device)
         record = runtime.conductor.record(
             vram_peak_bytes=peak,
             ram_peak_bytes=runtime.tiers.host_bytes,
@@ -109,7 +110,7 @@ class Handle:
 
         The state of ``optimizer`` that exists already counts too.
         """
-        if self._runtime is None or self._runtime.tiers.device.type == "cuda":
+        if self._runtime is None or is_apart(self._runtime.tiers.device):
             yield
             return
         tiers = self._runtime.tiers
@@ -222,8 +223,7 @@ class Handle:
         gc.collect()
         with self._counted_anew():
             self.change(plan)
-        if self._runtime.tiers.device.type == "cuda":
-            torch.cuda.empty_cache()
+        empty_cache(self._runtime.tiers.device)
         self.recoveries += 1
         _LOG.warning(
             "the device ran out of memory (%s) under a plan for %s; the micro-batch is repeated under one for %s",

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from memplan.model.weights import frozen_weights
+from memplan.run.transfer.device import is_apart
 from memplan.state.process_state import RandomStates
 
 _WORDS = ("can't allocate memory", "not enough memory", "out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
@@ -55,7 +56,7 @@ def _copy(tensor: None) -> None: ...
 @overload
 def _copy(tensor: torch.Tensor) -> torch.Tensor: ...
 def _copy(tensor: torch.Tensor | None) -> torch.Tensor | None:
-    """Return a copy, in RAM where the tensor lies on a CUDA device: in the stream's order, without waiting for it."""
-    if tensor is None or tensor.device.type != "cuda":
+    """Return a copy, in RAM where the tensor lies on a device: in the stream's order, without waiting for it."""
+    if tensor is None or not is_apart(tensor.device):
         return None if tensor is None else tensor.detach().clone()
     return torch.empty_like(tensor, device="cpu", pin_memory=True).copy_(tensor.detach(), non_blocking=True)

@@ -27,6 +27,7 @@ from memplan.run.memory.prefault import touch_ahead
 from memplan.run.modules.embedding_rows import as_seen_from, read_in_place
 from memplan.run.modules.optimizer_state import OptimizerState
 from memplan.run.schedule.streamed import Streamed
+from memplan.run.transfer.device import is_apart, reads
 from memplan.run.transfer.interrupts import Undo, defer_sigint
 from memplan.run.transfer.transfer import DiskSource, HostSource, Source
 from memplan.units import format_bytes
@@ -129,7 +130,7 @@ class Tiers:
     def is_beyond_the_device(self, block: int) -> bool:
         """Whether a block that is read on the host lies in memory that the device cannot read."""
         source = self.homes[block].source
-        return self.device.type == "cuda" and isinstance(source, HostSource) and not source.part.is_pinned()
+        return isinstance(source, HostSource) and not reads(self.device, source.part)
 
     def owners(self, module: nn.Module, blocks: Collection[int]) -> list[nn.Module]:
         """Return what within a module holds parameters of blocks."""
@@ -163,7 +164,7 @@ class Tiers:
                 f"{format_bytes(max(0, left))} of the ram budget ({format_bytes(plan.budgets.ram_bytes)}) are left: "
                 "give more ram, or pin the block to the device"
             )
-        home.source = HostSource(_on_host(home, self.device.type == "cuda"))
+        home.source = HostSource(_on_host(home, is_apart(self.device)))
         self.own_homes.add(block)
         streamed = self.streamed.get(block)
         if streamed is not None:
@@ -319,9 +320,9 @@ class Tiers:
 
 
 def host_arenas(plan: Plan, device: torch.device) -> dict[int, Arena]:
-    """Return the host arenas of a plan by number: page-locked for a CUDA device, unless the plan has them pageable."""
+    """Return the host arenas of a plan by number: page-locked unless the plan has them pageable, or for the CPU."""
     return {
-        arena.id: Arena(arena.size_bytes, torch.device("cpu"), pinned=device.type == "cuda" and not arena.pageable)
+        arena.id: Arena(arena.size_bytes, torch.device("cpu"), pinned=is_apart(device) and not arena.pageable)
         for arena in plan.arenas
         if arena.tier == "host"
     }
@@ -331,7 +332,7 @@ def locked_blocks(plan: Plan, device: torch.device) -> set[int]:
     """Return the blocks whose home a plan has in page-locked RAM. What lies there under another plan stays as it is."""
     slow = pageable_items(plan)
     on_host = [item for item in plan.items if item.kind == "weights" and item.home == "host"]
-    return {item.block for item in on_host if device.type == "cuda" and item.id not in slow}
+    return {item.block for item in on_host if is_apart(device) and item.id not in slow}
 
 
 def _on_host(home: Home, pinned: bool) -> torch.Tensor:

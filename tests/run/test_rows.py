@@ -40,7 +40,7 @@ def batch_of(kind="", seed=3, length=LENGTH):
     return {"input_ids": tokens, "labels": tokens.clone()}
 
 
-def make(kind, checkpointing="off"):
+def make(kind, checkpointing="off", dropout=0.1):
     """``tied``, ``untied`` or ``adapted`` (an adapter on the embedding itself), or ``t5`` (tied, two embeddings)."""
     torch.manual_seed(0)
     if kind == "t5":
@@ -60,7 +60,7 @@ def make(kind, checkpointing="off"):
             )
         )  # fmt: skip
         targets = ["q_proj", "down_proj", *(["embed_tokens"] if kind == "adapted" else [])]
-    model = get_peft_model(base, LoraConfig(r=4, lora_dropout=0.1, target_modules=targets, init_lora_weights=False))
+    model = get_peft_model(base, LoraConfig(r=4, lora_dropout=dropout, target_modules=targets, init_lora_weights=False))
     if checkpointing != "off":
         base.get_input_embeddings().register_forward_hook(lambda module, args, output: output.requires_grad_(True))
         for layer in base.model.layers:

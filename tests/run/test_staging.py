@@ -1,11 +1,9 @@
 """What cannot go to a CUDA device by itself goes through a ring: which does, in which pieces, and what it takes of RAM.
 
-The device's own part is in test_gpu.py.
+The device's own part is in tests/device/test_transfers.py and test_gpu.py.
 """
 
 from __future__ import annotations
-
-import contextlib
 
 import numpy as np
 import pytest
@@ -84,7 +82,7 @@ def test_page_locked_where_there_is_a_device_that_can_do_it(source_of, caplog):
     assert is_staged(source_of(None), arena.bytes)
     said = [record.message for record in caplog.records]
     assert len(said) == (not torch.cuda.is_available())
-    assert all("cannot pin" in one and "(torch sees no CUDA device)" in one for one in said)
+    assert all("cannot pin" in one and "(torch sees no GPU)" in one for one in said)
 
 
 def with_small_rings(monkeypatch):
@@ -123,55 +121,6 @@ def test_what_the_plan_has_pageable_is_not_asked_to_be_page_locked(limit, monkey
     assert locked_blocks(plan, torch.device("cuda")) == {item.block for item in on_host if item.id not in slow}
     assert len(on_host) >= 3
     assert locked_blocks(plan, torch.device("cpu")) == set()
-
-
-class NoStream:
-    """Stands for a stream or an event where there is no device: all is done when it was asked for."""
-
-    def __init__(self, *args, **kwargs): ...
-    def record(self, *args): ...
-    def wait_stream(self, *args): ...
-    def wait_event(self, *args): ...
-    def synchronize(self): ...
-
-    def query(self):
-        return True
-
-
-@pytest.mark.parametrize("is_ring_locked", [True, False])
-def test_each_source_goes_its_own_way(is_ring_locked, data, source_of, monkeypatch):
-    """The choice of way alone, with a device that is none: on one channel page-locked sources and pageable ones in
-    turn.
-    """
-    for name in ("Stream", "Event"):
-        monkeypatch.setattr(torch.cuda, name, NoStream)
-    monkeypatch.setattr(torch.cuda, "current_stream", NoStream)
-    for name in ("stream", "device"):
-        monkeypatch.setattr(torch.cuda, name, lambda *args: contextlib.nullcontext())
-    monkeypatch.setattr(torch.cuda, "synchronize", lambda *args: None)
-    asked, staged = [], []
-    monkeypatch.setattr(transfer, "Arena", lambda size, where, *, pinned: (asked.append(pinned), Arena(size, where))[1])
-    slow = torch.from_numpy(data.copy())
-    monkeypatch.setattr(
-        transfer,
-        "is_staged",
-        lambda source, destination: isinstance(source, DiskSource) or source.part.data_ptr() == slow.data_ptr(),
-    )
-    transfers = transfer.CudaTransfers(torch.device("cpu"), is_ring_locked=is_ring_locked)
-    stage = transfers._stage
-    monkeypatch.setattr(transfers, "_stage", lambda *args: (staged.append(args[1]), stage(*args)))
-    fast, there = torch.from_numpy(data[::-1].copy()), [torch.zeros(SIZE + GAP, dtype=torch.uint8) for _ in range(4)]
-    sources = [HostSource(fast), HostSource(slow), HostSource(fast), source_of(None)]
-    for block, source in enumerate(sources):
-        size = SIZE if block < 3 else SIZE + GAP
-        ticket = transfers.load("h2d" if block < 3 else "disk", block, source, there[block][:size])
-        transfers.wait(ticket, block)
-    assert [torch.equal(there[block][:SIZE], source.part) for block, source in enumerate(sources[:3])] == [True] * 3
-    assert np.array_equal(there[3][4001 + GAP :].numpy(), data[4001:])
-    assert staged == ([1, 3] if is_ring_locked else [3])
-    assert asked == [is_ring_locked] * len(staged)
-    assert transfers.ring_bytes == RING_BYTES * len(staged)
-    transfers.close()
 
 
 @pytest.mark.quick("cpu-0")

@@ -26,6 +26,7 @@ from memplan.run.memory.arena import dtype_of, shaped, strides_of
 from memplan.run.memory.disk import written_pages
 from memplan.run.memory.home import Home, as_bytes, layout_of
 from memplan.run.schedule.streamed import Streamed
+from memplan.run.transfer.device import synchronize
 
 if TYPE_CHECKING:
     from memplan.run.transfer.lock import Lock
@@ -156,8 +157,7 @@ class WrittenWeights:
             for one in held:
                 if one.state == "home":  # of memory that is not the home any more
                     one.state = "copy"
-        if self._device.type == "cuda":
-            torch.cuda.synchronize(self._device)  # copies out of the home may be under way
+        synchronize(self._device)  # copies out of the home may be under way
         home.write(row, value)
         streamed.writes += 1
         self.count += 1
@@ -246,8 +246,7 @@ class WrittenWeights:
         """
         if self._state is None or self._state[0] is not state or len(state) <= self._state[1]:
             self.settle()
-            if self._device.type == "cuda":
-                torch.cuda.synchronize(self._device)  # who is given a home's bytes may write to them at once
+            synchronize(self._device)  # who is given a home's bytes may write to them at once
         self._state = (state, len(state))  # held, lest another be taken for it
 
     def writes_to(self, streamed: Streamed) -> int:

@@ -20,6 +20,7 @@ import weakref
 import numpy as np
 import torch
 
+from memplan.run.transfer.device import pin_pages, pinning, pins_pages, unpin_pages
 from memplan.run.transfer.interrupts import defer_sigint
 from memplan.run.transfer.worker import Worker
 
@@ -28,9 +29,9 @@ def page_locked(size_bytes: int) -> torch.Tensor:
     """Return so many page-locked bytes (uint8, one dimension), at least one. Raises RuntimeError where it is
     refused.
     """
-    if not torch.cuda.is_available():
-        raise RuntimeError("torch sees no CUDA device")
-    device = torch.cuda.current_device()
+    device = pinning()
+    if not pins_pages(device):
+        return torch.empty(size_bytes, dtype=torch.uint8, pin_memory=True)
     try:
         held = np.frombuffer(mmap.mmap(-1, size_bytes), np.uint8)
     except OSError as error:
@@ -39,7 +40,7 @@ def page_locked(size_bytes: int) -> torch.Tensor:
     with defer_sigint():  # what is registered must be unregistered before it goes
         worker = Worker("memplan-page-lock")
         try:
-            worker.submit(_register, address, size_bytes, device).result()
+            worker.submit(pin_pages, device, address, size_bytes).result()
         finally:
             worker.close()
         # Of the array, not of the pages: those are unmapped before anyone hears that they go.
@@ -47,16 +48,6 @@ def page_locked(size_bytes: int) -> torch.Tensor:
     return torch.from_numpy(held)
 
 
-def _register(address: int, size_bytes: int, device: int) -> None:
-    with torch.cuda.device(device):
-        torch.cuda.check_error(torch.cuda.cudart().cudaHostRegister(address, size_bytes, 0))
-
-
-def _unregister(address: int, device: int, process: int) -> None:
-    """Let pages go, once no copy is under way: one of an optimizer's state may be, though transfers are closed before
-    arenas go.
-    """
+def _unregister(address: int, device: torch.device, process: int) -> None:
     if os.getpid() == process:
-        with torch.cuda.device(device):
-            torch.cuda.synchronize()
-            torch.cuda.check_error(torch.cuda.cudart().cudaHostUnregister(address))
+        unpin_pages(device, address)

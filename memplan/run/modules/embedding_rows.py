@@ -17,6 +17,7 @@ from torch import nn
 from memplan.errors import RunError
 from memplan.hooks.compiled import call_of, replace_call
 from memplan.program.schema import Plan
+from memplan.run.transfer.device import is_apart, mapped, reads
 
 
 def read_in_place(plan: Plan) -> dict[str, tuple[int, ...]]:
@@ -33,26 +34,9 @@ def read_in_place(plan: Plan) -> dict[str, tuple[int, ...]]:
 def as_seen_from(device: torch.device, part: torch.Tensor) -> torch.Tensor:
     """Return host memory (uint8, one dimension) as the device may read it: under its own name, without a copy.
 
-    What is not page-locked stays a tensor of the CPU: see :func:`look_up_on_host`.
+    What the device cannot read stays a tensor of the CPU: see :func:`look_up_on_host`.
     """
-    if device.type == "cpu" or not part.is_pinned():
-        return part
-    with torch.inference_mode(False), torch.no_grad():
-        return torch.as_tensor(_PageLocked(part), device=device)
-
-
-class _PageLocked:
-    """Page-locked memory as CUDA's array interface has it: with unified addresses a device reads it where it lies."""
-
-    def __init__(self, part: torch.Tensor) -> None:
-        self._part = part  # the tensor that is made of this holds it
-        self.__cuda_array_interface__ = {
-            "shape": (part.numel(),),
-            "typestr": "|u1",
-            "data": (part.data_ptr(), False),
-            "strides": None,
-            "version": 3,
-        }
+    return mapped(device, part) if is_apart(device) and reads(device, part) else part
 
 
 def look_up_on_host(module: nn.Module, device: torch.device) -> Callable[[], None]:

@@ -33,8 +33,9 @@ from memplan.run.schedule.conductor import Conductor
 from memplan.run.schedule.sequence import offload_key
 from memplan.run.schedule.streamed import Streamed
 from memplan.run.tiers import Tiers
+from memplan.run.transfer.device import is_apart
 from memplan.run.transfer.interrupts import Undo
-from memplan.run.transfer.transfer import CpuTransfers, CudaTransfers, Transfers
+from memplan.run.transfer.transfer import CpuTransfers, StreamTransfers, Transfers
 from memplan.run.verify.race_check import ClockedTransfers
 from memplan.run.verify.saved_tensor_check import CheckedReads
 from memplan.run.verify.spans import Spans, TracedWatcher
@@ -60,13 +61,13 @@ def install(
     with Undo() as undo:
         spans = Spans(device, _names(plan)) if traced else None
         transfers: Transfers = (
-            CudaTransfers(
+            StreamTransfers(
                 device,
                 poisoned=checked,
                 spans=spans,
                 is_ring_locked=is_ring_locked(plan),
             )
-            if device.type == "cuda"
+            if is_apart(device)
             else CpuTransfers(poisoned=checked, spans=spans)
         )
         undo.callback(transfers.close)

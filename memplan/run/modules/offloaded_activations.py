@@ -23,6 +23,7 @@ from memplan.program.page_lock import pageable_items
 from memplan.program.schema import Address, Plan
 from memplan.run.memory.arena import Arena
 from memplan.run.schedule.sequence import offload_key
+from memplan.run.transfer.device import is_apart
 from memplan.run.transfer.transfer import HostSource, Ticket, Transfers
 from memplan.run.verify.race_check import ClockedTransfers
 from memplan.units import align_up
@@ -121,7 +122,7 @@ def _room(
         if away.arena in host:
             rooms[module] = host[away.arena].part(away.offset_bytes, away.size_bytes)
         else:
-            pinned = arena.bytes.device.type == "cuda" and not is_pageable
+            pinned = is_apart(arena.bytes.device) and not is_pageable
             rooms[module] = Arena(away.size_bytes, torch.device("cpu"), pinned=pinned).bytes
     return rooms[module]
 

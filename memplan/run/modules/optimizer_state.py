@@ -25,6 +25,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from memplan.model.weights import plain_parts
 from memplan.run.memory.arena import Arena
+from memplan.run.transfer.device import current_stream, is_apart
 from memplan.run.transfer.interrupts import defer_sigint
 from memplan.units import align_up
 
@@ -57,7 +58,7 @@ class _State:
         """On the host; None before there is a state."""
         self._there: torch.Tensor | None = None
         """The same bytes on the device, for a step."""
-        self._sent: torch.cuda.Event | None = None
+        self._sent: torch.Event | None = None
 
     def bring(self) -> None:
         """Have the state on the device. Raises torch's error where there is no room for it."""
@@ -69,7 +70,7 @@ class _State:
         if not places:
             return
         if self._sent is not None:
-            torch.cuda.current_stream(self._device).wait_event(self._sent)
+            current_stream(self._device).wait_event(self._sent)
         with defer_sigint():
             there = torch.empty_like(self.room, device=self._device)
             there.copy_(self.room, non_blocking=True)
@@ -90,8 +91,8 @@ class _State:
             for place in self._places:
                 place.bind(self.room)
         self._there = None
-        if self._device.type == "cuda":  # who reads the state in RAM waits for it
-            self._sent = torch.cuda.current_stream(self._device).record_event()
+        if is_apart(self._device):  # who reads the state in RAM waits for it
+            self._sent = current_stream(self._device).record_event()
 
     def wait(self) -> None:
         """Return once the state in RAM is whole."""
@@ -139,7 +140,7 @@ class OptimizerState:
     """Keeps the state of a model's optimizers in RAM between their steps, until ``close``."""
 
     def __init__(self, model: nn.Module, device: torch.device, *, is_pageable: bool = False) -> None:
-        """``is_pageable``: whether it may not be page-locked for a CUDA device."""
+        """``is_pageable``: whether it may not be page-locked for a device."""
         self._device = device
         self._is_pageable = is_pageable
         self._parameters = {id(parameter) for parameter in model.parameters()}
@@ -216,9 +217,8 @@ class OptimizerState:
 
     def _new_room(self, size_bytes: int) -> torch.Tensor:
         with _disable_current_modes():  # whoever counts what operators return is told instead
-            room = Arena(
-                size_bytes, torch.device("cpu"), pinned=self._device.type == "cuda" and not self._is_pageable
-            ).bytes
+            pinned = is_apart(self._device) and not self._is_pageable
+            room = Arena(size_bytes, torch.device("cpu"), pinned=pinned).bytes
         if self.watch is not None:
             self.watch(room)
         return room

@@ -1,5 +1,5 @@
-"""Bringing bytes: ``transfer`` is the interface and its two implementations, ``worker`` the thread, ``lock`` and
-``interrupts`` keep states whole.
+"""Bringing bytes: ``transfer`` is the interface and its two implementations, ``device`` what is asked of a GPU,
+``worker`` the thread, ``lock`` and ``interrupts`` keep states whole.
 """
 
 from __future__ import annotations

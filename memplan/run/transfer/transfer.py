@@ -1,10 +1,10 @@
 """Bringing bytes to a slot: one small interface, two implementations.
 
 ``CpuTransfers``: the compute device is the CPU; a channel is a worker thread, a ticket a future.
-``CudaTransfers``: a channel is a stream, a ticket an event (behind a future where a thread reads the disk first).
+``StreamTransfers``: a channel is a stream, a ticket an event (behind a future where a thread reads the disk first).
 
 Start and wait are a pair: ``load`` starts a transfer and never blocks; ``wait`` makes the compute wait for it.
-A load may overwrite its slot at once on the CPU, where compute is done when the host says so; on CUDA the copy
+A load may overwrite its slot at once on the CPU, where compute is done when the host says so; elsewhere the copy
 stream first waits for all the compute that was enqueued when the load was started. [Note: slot overwritten while read]
 """
 
@@ -24,6 +24,7 @@ from memplan.errors import TransferError
 from memplan.program.schema import RING_BYTES, Channel
 from memplan.run.memory.arena import Arena, poison
 from memplan.run.memory.disk import Bytes, DiskReader, Extent, copy_bytes
+from memplan.run.transfer.device import current_stream, made_current, synchronize
 from memplan.run.transfer.interrupts import defer_sigint
 from memplan.run.transfer.worker import Job, Worker
 from memplan.run.verify.spans import Spans
@@ -108,7 +109,7 @@ Source = HostSource | DiskSource
 
 
 def is_staged(source: Source, destination: torch.Tensor) -> bool:
-    """Whether the copy engine of a CUDA device cannot go between the two by itself: page-locked memory is asked for."""
+    """Whether the copy engine of a device cannot go between the two by itself: page-locked memory is asked for."""
     if isinstance(source, DiskSource):
         return True
     return any(not part.is_pinned() for part in (source.part, destination) if part.device.type == "cpu")
@@ -224,15 +225,15 @@ class CpuTransfers:
         self._arrays.clear()
 
 
-class _CudaTicket:
+class _StreamTicket:
     """Done when ``event`` is; ``filled`` is there where a thread enqueues the copies."""
 
-    def __init__(self, event: torch.cuda.Event, filled: Job | None) -> None:
+    def __init__(self, event: torch.Event, filled: Job | None) -> None:
         self.event = event
         self.filled = filled
 
 
-class CudaTransfers:
+class StreamTransfers:
     """Streams and events. Unproven: no GPU has run it yet.
 
     The host never synchronises with the device here, except in staging threads. What lies on the disk or in pageable
@@ -256,39 +257,39 @@ class CudaTransfers:
         """
         self._device = device
         self._spans = spans
-        self._stream = torch.cuda.Stream(device)
-        self._back_stream = torch.cuda.Stream(device)
-        self._staged: dict[Channel, torch.cuda.Stream] = {}
+        self._stream = torch.Stream(device)
+        self._back_stream = torch.Stream(device)
+        self._staged: dict[Channel, torch.Stream] = {}
         self._workers: dict[str, Worker] = {}
-        self._rings: dict[Channel, list[tuple[torch.Tensor, torch.cuda.Event]]] = {}
+        self._rings: dict[Channel, list[tuple[torch.Tensor, torch.Event]]] = {}
         self._is_ring_locked = is_ring_locked
         self._poisoned = poisoned
-        self._timed: deque[tuple[int, torch.cuda.Event, torch.cuda.Event]] = deque(maxlen=self._TIMED)
+        self._timed: deque[tuple[int, torch.Event, torch.Event]] = deque(maxlen=self._TIMED)
         # The arena was allocated on the compute stream: what was enqueued there comes before any copy into it.
-        self._stream.wait_stream(torch.cuda.current_stream(device))
-        self._back_stream.wait_stream(torch.cuda.current_stream(device))
+        self._stream.wait_stream(current_stream(device))
+        self._back_stream.wait_stream(current_stream(device))
 
-    def load(self, channel: Channel, block: int, source: Source, destination: torch.Tensor) -> _CudaTicket:
+    def load(self, channel: Channel, block: int, source: Source, destination: torch.Tensor) -> _StreamTicket:
         if self._poisoned and destination.device.type != "cpu":  # in no stream: a copy that waits may still read it
             poison(destination)
-        free = torch.cuda.Event()
-        free.record(torch.cuda.current_stream(self._device))
-        done = torch.cuda.Event()
+        free = torch.Event(self._device)
+        free.record(current_stream(self._device))
+        done = torch.Event(self._device)
         if channel not in self._staged and is_staged(source, destination):
             # For good, as its loads run in turn: those of page-locked memory too are enqueued by the thread then.
             self._staged[channel] = self._back_stream
             if channel != "d2h":
-                self._staged[channel] = torch.cuda.Stream(self._device)
+                self._staged[channel] = torch.Stream(self._device)
                 self._staged[channel].wait_stream(self._stream)
         if channel not in self._staged:
             assert isinstance(source, HostSource)
             stream = self._back_stream if channel == "d2h" else self._stream
             self._copy(channel, block, stream, source, destination, free, done)
-            return _CudaTicket(done, None)
+            return _StreamTicket(done, None)
         what = channel, block, self._staged[channel]
         fill = self._stage if self._is_staged(channel, source, destination) else self._copy
         filled = self._worker(f"staging-{channel}").submit(fill, *what, source, destination, free, done)
-        return _CudaTicket(done, filled)
+        return _StreamTicket(done, filled)
 
     def _is_staged(self, channel: Channel, source: Source, destination: torch.Tensor) -> bool:
         """Whether a load goes through its channel's ring. One copy into pageable memory, or out of it where there is no
@@ -305,18 +306,18 @@ class CudaTransfers:
                 worker = self._workers[name] = Worker(f"memplan-{name}")
         return worker
 
-    def _noted(self, channel: Channel, block: int, stream: torch.cuda.Stream) -> AbstractContextManager[None]:
+    def _noted(self, channel: Channel, block: int, stream: torch.Stream) -> AbstractContextManager[None]:
         return nullcontext() if self._spans is None else self._spans.of(channel, block, stream)
 
     def _copy(
         self,
         channel: Channel,
         block: int,
-        stream: torch.cuda.Stream,
+        stream: torch.Stream,
         source: Source,
         destination: torch.Tensor,
-        free: torch.cuda.Event,
-        done: torch.cuda.Event,
+        free: torch.Event,
+        done: torch.Event,
     ) -> None:
         """Enqueue a copy. Into pageable memory, or out of it, this returns when it is done."""
         assert isinstance(source, HostSource)
@@ -324,7 +325,7 @@ class CudaTransfers:
         if channel == "h2d" and is_staged(source, destination):  # the processor reads it: see _stage
             free.synchronize()
         noted = self._noted(channel, block, stream)
-        with noted, torch.cuda.stream(stream), torch.inference_mode(False), torch.no_grad():
+        with noted, stream, torch.inference_mode(False), torch.no_grad():
             destination.copy_(source.part, non_blocking=True)
         done.record(stream)
 
@@ -332,18 +333,19 @@ class CudaTransfers:
         self,
         channel: Channel,
         block: int,
-        stream: torch.cuda.Stream,
+        stream: torch.Stream,
         source: Source,
         destination: torch.Tensor,
-        free: torch.cuda.Event,
-        done: torch.cuda.Event,
+        free: torch.Event,
+        done: torch.Event,
     ) -> None:
         ring = self._rings.get(channel)
         if ring is None:  # where even this is refused, a copy from it returns when the driver has taken it
-            with torch.cuda.device(self._device):  # this thread's own is the first one
+            with made_current(self._device):  # this thread's own is the first one
                 held = Arena(RING_BYTES, torch.device("cpu"), pinned=self._is_ring_locked)
             half = RING_BYTES // 2
-            ring = self._rings[channel] = [(held.part(turn * half, half), torch.cuda.Event()) for turn in range(2)]
+            halves = (held.part(turn * half, half) for turn in range(2))
+            ring = self._rings[channel] = [(buffer, torch.Event(self._device)) for buffer in halves]
         stream.wait_event(free)
         if isinstance(source, HostSource):  # the processor reads it: what was sent there must have come
             free.synchronize()
@@ -352,19 +354,19 @@ class CudaTransfers:
                 buffer, empty = ring[turn % 2]
                 empty.synchronize()
                 fill(buffer.numpy()[:size])
-                with torch.cuda.stream(stream), torch.inference_mode(False), torch.no_grad():
+                with stream, torch.inference_mode(False), torch.no_grad():
                     destination[offset : offset + size].copy_(buffer[:size], non_blocking=True)
                 empty.record(stream)
         done.record(stream)
 
     def wait(self, ticket: Ticket, block: int) -> float:
-        assert isinstance(ticket, _CudaTicket)
+        assert isinstance(ticket, _StreamTicket)
         stalled = 0.0
         if ticket.filled is not None:
             stalled = _await(ticket.filled)
         if not ticket.event.query():
-            stream = torch.cuda.current_stream(self._device)
-            before, after = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            stream = current_stream(self._device)
+            before, after = torch.Event(self._device, enable_timing=True), torch.Event(self._device, enable_timing=True)
             before.record(stream)
             stream.wait_event(ticket.event)
             after.record(stream)
@@ -385,11 +387,11 @@ class CudaTransfers:
     def drain(self) -> None:
         for worker in self._workers.values():
             _await(worker.submit(_nothing))
-        torch.cuda.synchronize(self._device)
+        synchronize(self._device)
 
     def close(self) -> None:
         for worker in self._workers.values():
             worker.close()
-        torch.cuda.synchronize(self._device)  # the compute too: it reads rows in page-locked memory
+        synchronize(self._device)  # the compute too: it reads rows in page-locked memory
         self._workers.clear()
         self._rings.clear()

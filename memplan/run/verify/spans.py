@@ -19,8 +19,9 @@ from torch.autograd.profiler import record_function
 from memplan.hooks.triggers import Watcher
 from memplan.program.record import Lane, Span
 from memplan.program.schema import Channel
+from memplan.run.transfer.device import current_stream, is_apart, synchronize
 
-Mark = float | torch.cuda.Event
+Mark = float | torch.Event
 
 
 class _Timed(NamedTuple):
@@ -41,12 +42,12 @@ class Spans:
         self._now: list[_Timed] = []
         self._last: list[_Timed] = []
 
-    def mark(self, stream: torch.cuda.Stream | None = None) -> Mark:
+    def mark(self, stream: torch.Stream | None = None) -> Mark:
         """Return the present moment; on CUDA that of ``stream``, or else of the compute."""
-        if self._device.type != "cuda":
+        if not is_apart(self._device):
             return time.perf_counter()
-        event = torch.cuda.Event(enable_timing=True)
-        event.record(stream or torch.cuda.current_stream(self._device))
+        event = torch.Event(self._device, enable_timing=True)
+        event.record(stream or current_stream(self._device))
         return event
 
     def add(self, lane: Lane, what: str | int, begins: Mark, ends: Mark) -> None:
@@ -56,7 +57,7 @@ class Spans:
             self._now.append(_Timed(lane, name, begins, ends))
 
     @contextmanager
-    def of(self, channel: Channel, what: int, stream: torch.cuda.Stream | None = None) -> Iterator[None]:
+    def of(self, channel: Channel, what: int, stream: torch.Stream | None = None) -> Iterator[None]:
         """Note a load that is done inside."""
         begins = self.mark(stream)
         yield
@@ -78,8 +79,7 @@ class Spans:
             timed = list(self._last)
         if not timed:
             return ()
-        if self._device.type == "cuda":
-            torch.cuda.synchronize(self._device)
+        synchronize(self._device)
         base = timed[0].begins
         rows = [(row, _seconds(base, row.begins), _seconds(base, row.ends)) for row in timed]
         first_s = min(begins for _, begins, _ in rows)
@@ -91,10 +91,10 @@ class Spans:
 
 
 def _seconds(base: Mark, mark: Mark) -> float:
-    if isinstance(base, torch.cuda.Event):
-        assert isinstance(mark, torch.cuda.Event)
+    if isinstance(base, torch.Event):
+        assert isinstance(mark, torch.Event)
         return float(base.elapsed_time(mark)) / 1e3
-    assert not isinstance(mark, torch.cuda.Event)
+    assert not isinstance(mark, torch.Event)
     return mark - base
 
 

@@ -1,0 +1,278 @@
+"""Every wait, and every event that one is for, is dropped in turn: some case goes wrong, under one order or another.
+
+The list is made from the code. What no case catches would be a wait too many, or a case too few.
+"""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import itertools
+import tempfile
+from collections.abc import Callable, Iterator
+from functools import cache
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+import pytest
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from memplan.run.attach import attach_on
+from memplan.run.memory import arena, page_lock
+from memplan.run.memory.disk import DiskReader, Extent
+from memplan.run.modules import install, optimizer_state
+from memplan.run.transfer import transfer
+from tests.device import backend, test_run
+from tests.device.test_run import SIM, plans_for_a_gpu  # noqa: F401
+from tests.device.test_sim import batches, on_host
+from tests.run import test_optimizer_state
+from tests.run.test_parity import plan_for
+from tests.support.training import assert_equal, batch_of, make, train
+
+WAITS = ("wait_event", "wait_stream", "synchronize", "record", "record_event", "_await")
+MUTATED = ((transfer, "StreamTransfers", install), (optimizer_state, "_State", optimizer_state))
+"""Where a class is written, and who makes one of it."""
+
+MEASURES = {"before.record(stream)", "after.record(stream)"}
+"""What only takes the time."""
+
+
+NOT_CAUGHT = {
+    "free.synchronize()": "every copy into pageable memory has returned once it was done",
+    "current_stream(self._device).wait_event(self._sent)": "the state is sent and brought on one stream",
+}
+"""What no case here shows to be needed, and what may be why. Whoever drops one needs more of an argument."""
+
+
+class _Calls(ast.NodeTransformer):
+    """Find the calls of a class that wait, or are waited for; drop one."""
+
+    def __init__(self, dropped: int = -1) -> None:
+        self.found: list[str] = []
+        self._dropped = dropped
+
+    def visit_Call(self, node: ast.Call) -> ast.AST:
+        self.generic_visit(node)
+        name = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
+        if name not in WAITS:
+            return node
+        self.found.append(ast.unparse(node))
+        if len(self.found) - 1 != self._dropped:
+            return node
+        return ast.parse("torch.Event(self._device)" if name == "record_event" else "0.0", mode="eval").body
+
+
+def class_of(module: ModuleType, name: str) -> ast.Module:
+    tree = ast.parse(inspect.getsource(module))
+    return ast.Module([node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == name], [])
+
+
+def calls_of(module: ModuleType, name: str) -> list[str]:
+    calls = _Calls()
+    calls.visit(class_of(module, name))
+    return calls.found
+
+
+def mutations() -> Iterator[object]:
+    for module, name, user in MUTATED:
+        for index, call in enumerate(calls_of(module, name)):
+            if call not in MEASURES and call not in NOT_CAUGHT:
+                yield pytest.param(module, name, user, index, id=f"{name}-{index}-{call}")
+
+
+def mutated(module: ModuleType, name: str, dropped: int) -> type:
+    tree = ast.fix_missing_locations(_Calls(dropped).visit(class_of(module, name)))
+    names = dict(vars(module))
+    exec(compile(tree, f"<{name} mutated>", "exec"), names)
+    return names[name]
+
+
+def streamed(tmp_path, monkeypatch):
+    test_run.planned("llama", tmp_path, share=0.4)
+
+
+def tight(tmp_path, monkeypatch):
+    test_run.planned("llama", tmp_path, share=0.0)
+
+
+def offloaded(tmp_path, monkeypatch):
+    test_run.planned("llama", tmp_path, share=0.2, offload="all")
+
+
+def pageable(tmp_path, monkeypatch):
+    lock = page_lock.page_locked
+    only_rings = lambda size: lock(size) if size == test_run.RING_BYTES else test_run.refused()  # noqa: E731
+    monkeypatch.setattr(arena, "page_locked", only_rings)
+    test_run.planned("llama", tmp_path, share=0.2, offload="all")
+
+
+def unpinned(tmp_path, monkeypatch):
+    monkeypatch.setattr(arena, "page_locked", test_run.refused)
+    test_run.planned("llama", tmp_path, share=0.2, offload="all")
+
+
+def first_loads(tmp_path, monkeypatch):
+    """Loads on another stream than that on which their memory was allocated."""
+    (tmp_path / "block").parent.mkdir(exist_ok=True)
+    (tmp_path / "block").write_bytes(bytes([5]) * 4096)
+    extent = Extent(path=str(tmp_path / "block"), file_offset_bytes=0, size_bytes=4096)
+    reader = DiskReader()
+    reader.open([extent])
+    there = [torch.empty(4096, dtype=torch.uint8, device=SIM) for _ in range(2)]
+    stored = torch.full((4096,), 5, dtype=torch.uint8, device=SIM)
+    home, room = (page_lock.page_locked(4096).zero_() for _ in range(2))
+    transfers = install.StreamTransfers(SIM)
+    with torch.Stream(SIM):
+        tickets = [
+            transfers.load("h2d", 0, transfer.HostSource(home.fill_(5)), there[0]),
+            transfers.load("disk", 1, transfer.DiskSource(((extent, 0),), reader, "a block"), there[1]),
+            transfers.load("d2h", 2, transfer.HostSource(stored), room),
+        ]
+        for block, ticket in enumerate(tickets):
+            transfers.wait(ticket, block)
+    torch.sim.synchronize()
+    transfers.close()
+    reader.close()
+    assert all((part.cpu() == 5).all() for part in (*there, room))
+
+
+def ended(tmp_path, monkeypatch):
+    """What is drained or closed uses no memory any more, by copies or by jobs."""
+    there = torch.empty(4096, dtype=torch.uint8, device=SIM)
+    for end in ("drain", "close"):
+        transfers, home = install.StreamTransfers(SIM), torch.zeros(4096, dtype=torch.uint8)
+        torch.sim.host_register(home.data_ptr(), home.numel())
+        transfers.load("h2d", 0, transfer.HostSource(home), there)
+        getattr(transfers, end)()
+        torch.sim.host_unregister(home.data_ptr())  # raises under a copy
+        transfers.close()
+    transfers, staged = install.StreamTransfers(SIM), transfer.HostSource(torch.zeros(2**26, dtype=torch.uint8))
+    ticket = transfers.load("h2d", 0, staged, torch.empty(2**26, dtype=torch.uint8, device=SIM))
+    transfers.drain()
+    assert ticket.filled.done()
+    transfers.close()
+
+
+def interrupted(tmp_path, monkeypatch):
+    """Forwards and backwards that fail on their way, and training that goes on."""
+    model = make("llama")
+    layers = model.base_model.model.model.layers
+    with attach_on(model, plan_for(model, "llama", share=0.2, offload="all"), SIM, cache=tmp_path):
+        for layer in (1, 4):
+            hook = layers[layer].register_forward_hook(fail)
+            with pytest.raises(KeyError):
+                model(**batches("llama", 0))
+            hook.remove()
+            hook = layers[layer].mlp.register_full_backward_hook(fail)
+            with pytest.raises(KeyError):
+                model(**batches("llama", 0)).loss.backward()
+            hook.remove()
+            model.zero_grad()
+        run = train(model, "llama", batches=batches)
+    assert_equal(test_run.whole("llama"), on_host(run))
+
+
+def detached(tmp_path, monkeypatch):
+    """What is allocated after a detach is nobody else's, though loads were on their way."""
+    monkeypatch.setattr(arena, "page_locked", test_run.refused)
+    model = make("llama")
+    with attach_on(model, plan_for(model, "llama", share=0.2), SIM, cache=tmp_path):
+        model(**batches("llama", 0))
+    held = [torch.zeros(2**16, dtype=torch.uint8, device=SIM) for _ in range(32)]
+    torch.sim.synchronize()
+    assert not any(part.any().item() for part in held)
+
+
+def fail(*args):
+    raise KeyError("on purpose")
+
+
+def optimizer(tmp_path, monkeypatch):
+    test_run.test_the_optimizers_state_waits_on_the_host(None)
+
+
+def saved_state(tmp_path, monkeypatch):
+    """What a checkpoint is written of is there when it is asked for."""
+    model = make("llama")
+    with attach_on(model, test_optimizer_state.plan_for(model), SIM):
+        found = stepped(model, batches)
+    for one, other in zip(whole_state(), found, strict=True):
+        assert np.array_equal(one, other)
+
+
+@cache
+def whole_state():
+    with sdpa_kernel(SDPBackend.MATH):
+        return stepped(make("llama"), batch_of)
+
+
+def stepped(model, batches):
+    """Return the optimizer's state after two steps, as the host reads it at once."""
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    for seed in range(2):
+        model(**batches("llama", seed=seed)).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    state = optimizer.state_dict()["state"]
+    return [held[name].numpy().copy() for held in state.values() for name in ("exp_avg", "exp_avg_sq")]
+
+
+CASES: tuple[Callable[..., None], ...] = (
+    streamed, offloaded, pageable, unpinned, tight, first_loads, ended, interrupted, detached, optimizer, saved_state,
+)  # fmt: skip
+
+
+def caught_by(tmp_path, module, name, user, dropped) -> str | None:
+    """Return the first case that goes wrong once a call is dropped."""
+    changed = mutated(module, name, dropped)
+    for turn, (case, order) in enumerate(itertools.product(CASES, backend.EXTREMES)):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(user, name, changed)
+            try:
+                with backend.present(order):
+                    case(tmp_path / str(turn), patch)
+            except (AssertionError, RuntimeError, AttributeError, TypeError) as error:
+                return f"{case.__name__}, {order}: {type(error).__name__}"
+    return None
+
+
+@pytest.mark.parametrize(("module", "name", "user", "dropped"), [*mutations()])
+@pytest.mark.full
+def test_a_dropped_wait_is_caught(module, name, user, dropped, tmp_path):
+    assert caught_by(tmp_path, module, name, user, dropped)
+
+
+def test_what_is_not_caught_is_there():
+    calls = {call for module, name, _ in MUTATED for call in calls_of(module, name)}
+    assert calls >= {*NOT_CAUGHT, *MEASURES}
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("case", CASES)
+def test_nothing_is_caught_where_nothing_is_dropped(case, policy, tmp_path, monkeypatch):
+    case(tmp_path, monkeypatch)
+
+
+def table() -> str:
+    """Return what catches each dropped call, as it is kept in tests/results/waits.md."""
+    lines = ["| class | dropped | caught by |", "|---|---|---|"]
+    for module, name, user in MUTATED:
+        for index, call in enumerate(calls_of(module, name)):
+            if call in MEASURES:
+                said = "not tried: it only takes the time"
+            elif call in NOT_CAUGHT:
+                said = f"nothing: {NOT_CAUGHT[call]}"
+            else:
+                with tempfile.TemporaryDirectory() as folder:
+                    said = caught_by(Path(folder), module, name, user, index)
+            lines.append(f"| `{name}` | `{call}` | {said} |")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    with pytest.MonkeyPatch.context() as plans:
+        for module in test_run.PLANNED:
+            plans.setattr(module, "CPU", test_run.CUDA)
+        print(table())
