@@ -154,6 +154,10 @@ def test_readme_is_short_and_links_wherever_it_is_shown() -> None:
     assert not LINK.findall(text), "a package index shows it too: absolute links alone"
 
 
+def test_readme_is_read_in_a_few_minutes() -> None:
+    assert len((ROOT / "README.md").read_text(encoding="utf-8").split()) <= 800
+
+
 def test_readme_has_the_predicted_gains() -> None:
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     assert gains.filled(text, "gains", gains.table(json.loads(gains.KEPT.read_text()))) == text, (
