@@ -170,12 +170,19 @@ def _rows_of(model: Model, tokens: int, rows: Rows) -> None:
     if not DRY:
         limit_card(None)
     began = time.perf_counter()
-    case, prices = priced(setting)
-    rows.about[f"{tokens} tokens"] = {**prices, "analyze_and_time_s": time.perf_counter() - began}
+    case, failure = None, None
+    try:
+        case, prices = priced(setting)
+        rows.about[f"{tokens} tokens"] = {**prices, "analyze_and_time_s": time.perf_counter() - began}
+    except Exception as error:  # each of the rows says so
+        failure = error.with_traceback(None)
     free_card()
     for gib in waiting:
         with rows.turn(f"{tokens} tokens, {gib} GiB") as row:
-            if row is not None:
+            if row is not None and case is None:
+                assert failure is not None
+                raise failure
+            if row is not None and case is not None:
                 card = dataclasses.replace(setting, card_bytes=card_bytes(gib, case))
                 under_card(row, card, case, plan_name(model, tokens, gib), reference)
         left = free_card()

@@ -47,7 +47,7 @@ def keep(name: str, code: int, seconds: float, output: Path, out: Path) -> Path:
         "part": name,
         "exit_code": code,
         "took_s": seconds,
-        "complete": code in (0, 1) and found is not None,
+        "complete": code in (0, 1) and found is not None and found.get("ended", True),
         "result": found,
         "last_lines": text.splitlines()[-LAST_LINES:] if found is None else [],
     }

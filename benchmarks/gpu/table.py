@@ -28,6 +28,10 @@ def shown(row: dict[str, Any], key: str, form: str | Callable[[int], str]) -> st
     return form.format(value) if isinstance(form, str) else form(int(value))
 
 
+def word(row: dict[str, Any], key: str, yes: str, no: str) -> str:
+    return "-" if row.get(key) is None else yes if row[key] else no
+
+
 def tests(found: dict[str, Any]) -> list[str]:
     counts = ", ".join(f"{found[kind]} {kind}" for kind in ("passed", "failed", "error", "skipped") if kind in found)
     ended = "" if found["finished"] else "; the time was over before all had run"
@@ -48,9 +52,9 @@ def cards(found: dict[str, Any]) -> list[str]:
         rows.append([
             row["row"], shown(row, "tokens_per_s", "{:,.0f}"), shown(row, "step_s", "{:.3f}"),
             shown(row, "of_whole", "{:.2f}"), shown(row, "reserved", format_bytes),
-            shown(row, "card_bytes", format_bytes), {True: "yes", False: "NO"}.get(row.get("within_card"), "-"),  # type: ignore[arg-type, unused-ignore]
+            shown(row, "card_bytes", format_bytes), word(row, "within_card", "yes", "NO"),
             shown(row, "over_bound", "{:+.1%}"), shown(row, "step_error", "{:+.1%}"),
-            shown(row, "peak_error", "{:+.2%}"), {True: "same bits", False: "differ"}.get(row.get("losses_equal"), "-"),  # type: ignore[arg-type, unused-ignore]
+            shown(row, "peak_error", "{:+.2%}"), word(row, "losses_equal", "same bits", "differ"),
         ])  # fmt: skip
     return [*grid(head, rows), "", *not_run(found)]
 
@@ -70,10 +74,10 @@ def peers(found: dict[str, Any]) -> list[str]:
             row["row"], shown(row, "tokens_per_s", "{:,.0f}"), shown(row, "step_s", "{:.3f}"),
             shown(row, "of_whole", "{:.2f}"), shown(row, "device_peak_bytes", format_bytes),
             shown(row, "reserved_peak_bytes", format_bytes), shown(row, "rss_peak_bytes", format_bytes), gradients,
-            {True: "same bits", False: "differ"}.get(row.get("losses_equal"), "-"),  # type: ignore[arg-type, unused-ignore]
+            word(row, "losses_equal", "same bits", "differ"),
         ])  # fmt: skip
-    return [f"{found['model']}, {found['tokens']} tokens, a card of {found['card_gib']} GiB.", "", *grid(head, rows), "",
-            *not_run(found)]  # fmt: skip
+    case = f"{found['model']}, {found['tokens']} tokens, a card of {found['card_gib']} GiB."
+    return [case, "", *grid(head, rows), "", *not_run(found)]
 
 
 def not_run(found: dict[str, Any]) -> list[str]:
@@ -106,7 +110,7 @@ def timeline(found: dict[str, Any]) -> list[str]:
     rows = [
         ["step", shown(found, "unprofiled_step_s", "{:.3f} s"), "profiled: " + shown(found, "step_s", "{:.3f} s")],
         ["kernels run", shown(found, "compute_s", "{:.3f} s"), shown(found, "kernels", "{} kernels")],
-        ["copies run", shown(found, "copying_s", "{:.3f} s"), "beside kernels: " + shown(found, "overlap_share", "{:.1%}")],
+        ["copies run", shown(found, "copying_s", "{:.3f} s"), shown(found, "overlap_share", "beside kernels: {:.1%}")],
         ["only copies run", shown(found, "waiting_s", "{:.3f} s"), ""],
         ["nothing runs", shown(found, "idle_s", "{:.3f} s"), shown(found, "idle_gaps", "{} gaps")],
         ["the host waits", shown(found, "host_waiting_s", "{:.3f} s"), shown(found, "host_waits", "{} times")],

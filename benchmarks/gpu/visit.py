@@ -113,12 +113,12 @@ class Rows:
         self.rows[name] = row
         print(json.dumps(self.result()), flush=True)
 
-    def result(self) -> dict[str, Any]:
-        return {**self.about, "rows": list(self.rows.values()), "untried": self.untried}
+    def result(self, *, ended: bool = False) -> dict[str, Any]:
+        return {**self.about, "rows": list(self.rows.values()), "untried": self.untried, "ended": ended}
 
     def end(self) -> int:
         """Print the whole; return the exit code: 75 where rows had no turn, 1 where all failed."""
-        print(json.dumps(self.result()), flush=True)
+        print(json.dumps(self.result(ended=True)), flush=True)
         if self.untried:
             return AGAIN
         return int(bool(self.rows) and all("error" in row for row in self.rows.values()))
