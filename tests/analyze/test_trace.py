@@ -332,7 +332,7 @@ def test_a_loss_that_reaches_no_adapter():
 
 
 def test_attention_with_fewer_heads_of_keys_counts_as_with_all():
-    """torch 2.11 refuses to count it. Its own count of the heads repeated is the truth."""
+    """Which torch 2.11 refuses to count. Its own count of the heads repeated is the truth."""
     query, key = torch.empty(2, 8, 5, 16, device="meta"), torch.empty(2, 2, 7, 16, device="meta")
     value, repeated = torch.empty(2, 2, 7, 12, device="meta"), (2, 8, 7)
     forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
