@@ -92,9 +92,9 @@ part() {
 [ $# -gt 0 ] || set -- tests cards-bf16 cards-nf4 peers calibrate truth timeline
 for name in "$@"; do
     case $name in
-        tests) part tests 110 "$python" -m benchmarks.gpu.suite --seconds LIMIT ;;
-        cards-bf16 | cards-nf4) part "$name" 130 "$python" -m benchmarks.gpu.cards --model "${name#cards-}" --seconds LIMIT ;;
-        peers) part peers 170 "$python" -m benchmarks.gpu.peers --seconds LIMIT ;;
+        tests) part tests 100 "$python" -m benchmarks.gpu.suite --seconds LIMIT ;;
+        cards-bf16 | cards-nf4) part "$name" $([ "$name" = cards-bf16 ] && echo 160 || echo 110) "$python" -m benchmarks.gpu.cards --model "${name#cards-}" --seconds LIMIT ;;
+        peers) part peers 160 "$python" -m benchmarks.gpu.peers --seconds LIMIT ;;
         calibrate) part calibrate 35 "$python" -m memplan calibrate --json ;;
         truth) part truth 80 "$python" -m benchmarks.truth --few --times --seconds LIMIT ;;
         timeline) part timeline 55 "$python" -m benchmarks.gpu.timeline ;;
