@@ -1,87 +1,113 @@
 #!/usr/bin/env bash
-# The one entry for a CUDA machine without network. Each part takes at most nine minutes and writes a JSON file of its own;
-# one whose file lies there already is not run again.
+# One visit of twelve minutes to a machine with a CUDA card and no network: seven parts, each with a limit of its own,
+# each kept as it ends, and a page of all for people.
 #
 #   bash benchmarks/gpu.sh [PART ...]
+#   GPU_DRY=cpu bash benchmarks/gpu.sh
 #
 # tests        pytest -m gpu
-# calibrate    this card's measured profile (a copy for profiles/ lies beside the result)
-# demo         the demo, whole and under a plan
-# truth-LLAMA  predicted memory and times beside measured ones, small models of an architecture: llama, qwen3, gemma2,
-#              gpt2, t5 or mixtral
-# any other    a part of benchmarks.versus (its --list): memplan side by side with the peers. What had no turn in a call has
-#              one in the next, beside the whole model again
+# cards-bf16   an 8B in bfloat16, 2,048 and 512 tokens, on emulated cards of 8, 12 and 4 GiB, beside checkpointing only
+# cards-nf4    the same in nf4, where bitsandbytes is
+# peers        who else streams, on the first of these cases
+# calibrate    the card's measured profile
+# truth        predicted memory and times beside measured ones, small models
+# timeline     one micro-batch by torch's profiler: copies beside compute, gaps
+# any other    a part of benchmarks.versus (its --list)
 #
-# Without any: tests, calibrate, demo and a short llama-3.1-8b-bf16-2048, nine minutes in all. OUT: where results lie (default:
-# benchmarks/results). CHECKPOINTS: where random weights are kept between parts (default: they go). COMMIT: of a copy
-# without its history. Unproven until a results file of it stands in benchmarks/results/.
+# A call ends what an earlier one began: a part that this commit has ended is not run again, rows that had no turn have
+# one. What is between calls lies in GPU_STATE (.gpu/: results, checkpoints, installed wheels). Of a commit with
+# uncommitted changes, delete it after each change.
+# OUT: where results go (benchmarks/results). GPU_SECONDS: after which nothing begins (700). CHECKPOINTS: where random
+# weights are until all parts have ended (/dev/shm where it has room). COMMIT: of a copy without its history. PYTHON.
+# Wheels are installed from .gpu-wheels/ (benchmarks/gpu_wheels.sh gathers them). GPU_DRY=cpu: every part on a CPU with
+# tiny shapes, so that a visit does not fail on a typo; its figures mean nothing and stay in .gpu-dry/.
+# Unproven until results of it are in benchmarks/results/.
 set -u
 cd "$(dirname "$0")/.."
 python=${PYTHON:-python3}
-"$python" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' || {
-    echo "benchmarks/gpu.sh needs a CUDA device, and torch sees none (or there is no torch)" >&2
-    exit 1
-}
-out=${OUT:-benchmarks/results}
-mkdir -p "$out"
+dry=${GPU_DRY:-}
+began=$SECONDS
+if [ "$dry" = cpu ]; then
+    state=${GPU_STATE:-.gpu-dry} scale=${GPU_SCALE:-2} out=${OUT:-${GPU_STATE:-.gpu-dry}/results}
+    export CUDA_VISIBLE_DEVICES=
+else
+    state=${GPU_STATE:-.gpu} scale=${GPU_SCALE:-1} out=${OUT:-benchmarks/results}
+    "$python" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' || {
+        echo "benchmarks/gpu.sh needs a CUDA device, and torch sees none (or there is no torch); GPU_DRY=cpu tries it without" >&2
+        exit 1
+    }
+fi
+seconds=${GPU_SECONDS:-$((700 * scale))}
+mkdir -p "$out" "$state"
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
-export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
-export MEMPLAN_CACHE=${MEMPLAN_CACHE:-$work/cache}
+if [ -z "${CHECKPOINTS:-}" ]; then
+    CHECKPOINTS=$state/checkpoints
+    free=$(df -Pk /dev/shm 2>/dev/null | awk 'NR == 2 { print $4 }')
+    [ "$dry" = cpu ] || [ "${free:-0}" -lt $((28 << 20)) ] || CHECKPOINTS=/dev/shm/memplan-gpu
+fi
+export CHECKPOINTS GPU_STATE=$state PYTHONPATH="$PWD/$state/site:$PWD${PYTHONPATH:+:$PYTHONPATH}"
+export PYTHONUNBUFFERED=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1 HF_HUB_DISABLE_PROGRESS_BARS=1
+export MEMPLAN_CACHE=${MEMPLAN_CACHE:-$PWD/$state/cache}
 bad=0
 
-# part NAME SECONDS COMMAND...: run it, keep its exit code and the JSON that it printed: all of it, or the last such line.
-# With that it is done, whatever it says; without it only if nothing failed.
+# The wheels, all at once; one that does not fit this Python then only lacks itself.
+if compgen -G ".gpu-wheels/*.whl" >/dev/null && [ ! -d "$state/site" ]; then
+    install=("$python" -m pip install -q --no-index --find-links .gpu-wheels --no-deps --no-compile --target "$state/site" --upgrade)
+    "${install[@]}" .gpu-wheels/*.whl >"$work/pip" 2>&1 || for wheel in .gpu-wheels/*.whl; do
+        "${install[@]}" "$wheel" >"$work/pip" 2>&1 || echo "not installed: ${wheel##*/}: $(grep -m 1 ERROR "$work/pip")"
+    done
+    mkdir -p "$state/site"
+fi
+"$python" -c 'import memplan.api, memplan.run.attach, peft, accelerate, transformers' || {
+    echo "memplan cannot be imported here; benchmarks/gpu_wheels.sh gathers what a bare machine lacks" >&2
+    exit 1
+}
+
+# part NAME SECONDS COMMAND...: run it within what is left, and keep its exit code and the last JSON that it printed.
 part() {
-    local name=$1 seconds=$2
+    local name=$1 limit=$(($2 * scale)) left=$((seconds - SECONDS + began)) from=$SECONDS code
     shift 2
-    if compgen -G "$out/*-gpu-$name.json" >/dev/null; then
-        echo "$name: done before"
+    if "$python" -m benchmarks.gpu.keep done "$name"; then
+        echo "== $name: done before"
         return
     fi
-    timeout -k 15 "$seconds" "$@" >"$work/$name" 2>"$work/$name.err"
-    local code=$?
-    tail -n 25 "$work/$name.err" "$work/$name" | cut -c1-400
-    "$python" - "$work/$name" "$out" "$name" $code <<'PY' || code=1
-import json, pathlib, sys
-from benchmarks.about import keep
-
-path, out, name, code = pathlib.Path(sys.argv[1]), pathlib.Path(sys.argv[2]), sys.argv[3], int(sys.argv[4])
-text, found = path.read_text(errors="replace").strip(), None
-lines = text.splitlines()
-for part in (*lines, text):
-    try:
-        found = json.loads(part) if part.startswith("{") else found
-    except ValueError:
-        pass
-result = {"part": name, "exit_code": code, "result": found, "last_lines": lines[-40:] if found is None else []}
-print(keep(result, f"gpu-{name}" if code == 0 or found is not None else f"gpu-{name}-failed", out))
-PY
+    [ "$left" -lt "$limit" ] && limit=$left
+    if [ "$limit" -lt 20 ]; then
+        echo "== $name: no time is left; another call goes on here"
+        bad=1
+        return
+    fi
+    echo "== $name: at most $limit s"
+    # It is told when to end by itself; the limit is for what hangs.
+    timeout -k 10 "$limit" "${@//LIMIT/$((limit > 50 ? limit - 12 : limit * 3 / 4))}" >"$work/$name" 2>"$work/$name.err"
+    code=$?
+    grep -vE 'Loading weights|^\{' "$work/$name.err" | tail -n 12 | cut -c1-300
+    "$python" -m benchmarks.gpu.keep keep "$name" $code $((SECONDS - from)) "$work/$name" "$out" || code=1
+    cp "$work/$name" "$work/$name.err" "$state/" 2>/dev/null
+    echo "== $name: exit code $code after $((SECONDS - from)) s"
     [ $code -eq 0 ] || bad=1
 }
 
-# versus NAME SECONDS [LIMIT]: it keeps its own file, and knows by it what is done.
-versus() {
-    local folder=()
-    [ -n "${CHECKPOINTS:-}" ] && folder=(--folder "$CHECKPOINTS")
-    timeout -k 15 "$2" "$python" -m benchmarks.versus --part "$1" --out "$out" --profile --seconds "$3" "${folder[@]}" || bad=1
-}
-
-short=0
-[ $# -gt 0 ] || { short=1; set -- tests calibrate demo llama-3.1-8b-bf16-2048; }
+[ $# -gt 0 ] || set -- tests cards-bf16 cards-nf4 peers calibrate truth timeline
 for name in "$@"; do
     case $name in
-        tests)
-            part tests $((short ? 100 : 520)) "$python" -m pytest -q -rf -m gpu -p no:cacheprovider \
-                tests/run/test_gpu.py tests/run/test_recompute.py tests/test_hardware.py
+        tests) part tests 100 "$python" -m benchmarks.gpu.suite --seconds LIMIT ;;
+        cards-bf16 | cards-nf4) part "$name" $([ "$name" = cards-bf16 ] && echo 160 || echo 110) "$python" -m benchmarks.gpu.cards --model "${name#cards-}" --seconds LIMIT ;;
+        peers) part peers 160 "$python" -m benchmarks.gpu.peers --seconds LIMIT ;;
+        calibrate) part calibrate 35 "$python" -m memplan calibrate --json ;;
+        truth) part truth 80 "$python" -m benchmarks.truth --few --times --seconds LIMIT ;;
+        timeline) part timeline 55 "$python" -m benchmarks.gpu.timeline ;;
+        *)
+            timeout -k 15 $((520 * scale)) "$python" -m benchmarks.versus --part "$name" --out "$out" --profile \
+                --seconds $((390 * scale)) --folder "$CHECKPOINTS" || bad=1
             ;;
-        calibrate)
-            part calibrate 110 "$python" -m memplan calibrate --json --out "$work/profile.json"
-            [ ! -f "$work/profile.json" ] || cp "$work/profile.json" "$out/profile.json"
-            ;;
-        demo) part demo 85 "$python" -m memplan demo --json ;;
-        truth-*) part "$name" 520 "$python" -m benchmarks.truth --times --only "${name#truth-}" ;;
-        *) versus "$name" $((short ? 210 : 520)) $((short ? 150 : 390)) ;;
     esac
 done
+"$python" -m benchmarks.gpu.keep collect "$out"
+"$python" -m benchmarks.gpu.table "$out"
+for name in tests cards-bf16 cards-nf4 peers calibrate truth timeline; do
+    "$python" -m benchmarks.gpu.keep done "$name" || { echo "$name has not ended: $CHECKPOINTS stays for the next call"; exit $bad; }
+done
+rm -rf "$CHECKPOINTS"
 exit $bad

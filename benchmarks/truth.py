@@ -1,13 +1,14 @@
 """Predicted peaks of memory and times of a step against measured ones: real training of small models, whole, on this
 machine.
 
-    python -m benchmarks.truth [--only TEXT] [--times] [--keep]
+    python -m benchmarks.truth [--only TEXT] [--few] [--times] [--seconds N] [--keep]
 
 Six architectures by batch, sequence, checkpointing, dtype, adapter, attention and quantization. Each model is predicted
 from its configuration alone, then made with random weights and trained for two AdamW steps; measured is the greatest
 number of bytes in live storages in the second. On CUDA the allocator's own figures stand beside it. ``--times``: the
 time of a step too, as ``memplan plan --measure`` predicts it and as the machine's measured rates do, in turns with the
-steps themselves; only on a quiet machine. A table for people; the last line is JSON.
+steps themselves; only on a quiet machine. ``--few``: two cases of each architecture. A table for people; the last line
+is JSON.
 """
 
 from __future__ import annotations
@@ -73,7 +74,8 @@ class Case:
         return " ".join([self.architecture, *(f"{key}={value}" for key, value in parts.items())])
 
 
-DEFAULTS = asdict(Case(architecture=""))
+BASE = Case(architecture="")
+DEFAULTS = asdict(BASE)
 
 
 def cases() -> list[Case]:
@@ -105,6 +107,15 @@ def cases() -> list[Case]:
             moved = [point for point in moved if point.get("attention") != "eager"]
         found += [replace(base, **point) for point in moved]
     return found
+
+
+def few(all_cases: list[Case]) -> list[Case]:
+    """Return of each architecture the base point and the one in bfloat16 with checkpointing, base points first."""
+    base = [
+        case for case in all_cases if case == replace(BASE, architecture=case.architecture, attention=case.attention)
+    ]
+    recomputed = [replace(case, dtype="bfloat16", checkpointing=True) for case in base]
+    return [*base, *recomputed]
 
 
 def configuration(case: Case) -> Any:
@@ -341,13 +352,20 @@ def main() -> int:
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     options.add_argument("--only", default="", help="cases whose name holds this")
     options.add_argument("--times", action="store_true", help="the time of a step too, on a quiet machine")
+    options.add_argument("--few", action="store_true", help="two cases of each architecture")
+    options.add_argument("--seconds", type=float, default=float("inf"), help="no case begins that might end later")
     options.add_argument("--keep", action="store_true", help="keep the result in benchmarks/results")
     given = options.parse_args()
     table = Table("case", "predicted", "measured", "error", "step", "predicted", "by rates", box=None)
+    began, longest_s = time.monotonic(), 0.0
     profile = current.measured_now() if given.times else None
-    rows, failures = [], []
-    for case in cases():
+    rows, failures, untried = [], [], []
+    for case in few(cases()) if given.few else cases():
         if given.only not in case.name:
+            continue
+        case_began = time.monotonic()
+        if case_began - began + longest_s > given.seconds:
+            untried.append(case.name)
             continue
         try:
             with _calm():
@@ -359,6 +377,7 @@ def main() -> int:
             print(case.name, failures[-1]["error"], file=sys.stderr, flush=True)
             gc.collect()
             continue
+        longest_s = max(longest_s, time.monotonic() - case_began)
         rows.append(row)
         live = row["measured"]["live_bytes"]
         cells = [f"{row['predicted_bytes']:,}", f"{live:,}", f"{error_of(row):+.2%}"]
@@ -372,6 +391,8 @@ def main() -> int:
     result: dict[str, Any] = {"benchmark": "truth", "device": device().type, "cases": len(rows), "rows": rows}
     if failures:
         result["failures"] = failures
+    if untried:
+        result["untried"] = untried
     if not rows:
         print(json.dumps({**about(), **result}))
         return 1

@@ -16,6 +16,7 @@ import pytest
 
 from benchmarks import peers_page
 from benchmarks.about import about
+from benchmarks.gpu import timeline
 from benchmarks.versus import __main__ as main
 from benchmarks.versus import parts
 from benchmarks.versus.harness import NO_TURN, Rounds, compare
@@ -175,44 +176,107 @@ def test_a_result_says_what_it_depends_on_without_git(monkeypatch):
 
 
 STUB = """#!/usr/bin/env bash
-case $1 in
-    -c) exit 0 ;;
-    -) exec {python} "$@" ;;
+case $* in
+    -c*) exit 0 ;;
+    *gpu.keep*) exec {python} "$@" ;;
+    *gpu.table*) exec {python} "$@" ;;
 esac
 echo "$@" >> {calls}
 case $* in
     *calibrate*) printf 'measuring\\n' >&2; printf '{{\\n  "name": "a card"\\n}}\\n' ;;
-    *demo*) printf '{{broken\\n{{"same": false}}\\n'; exit 1 ;;
-    *) echo "1 failed"; exit 1 ;;
+    *truth*) printf '{{broken\\n{{"cases": 0}}\\n'; exit 1 ;;
+    *cards*) printf '{{"rows": [], "untried": [], "ended": false}}\\n'; echo Traceback >&2; exit 1 ;;
+    *peers*) printf '{{"model": "m", "tokens": 1, "card_gib": 8, "rows": [], "untried": ["one"]}}\\n'; exit 75 ;;
+    *) echo "1 failed"; exit 2 ;;
 esac
 """
 
 
+def visit(tmp_path, *names, python=None, **more):
+    """Run gpu.sh dry; return what it printed, and what it kept by part."""
+    environment = {
+        **os.environ, "GPU_DRY": "cpu", "GPU_STATE": str(tmp_path / "state"), "OUT": str(tmp_path / "out"),
+        "PYTHON": str(python or sys.executable), "PYTHONPATH": str(ROOT), **more,
+    }  # fmt: skip
+    done = subprocess.run(
+        ["bash", str(ROOT / "benchmarks" / "gpu.sh"), *names], env=environment, capture_output=True, text=True
+    )
+    kept = {path.stem.partition("-gpu-")[2]: path for path in (tmp_path / "out").glob("*.json")}
+    return done, {part: json.loads(path.read_text()) for part, path in kept.items()}
+
+
 @pytest.mark.full
-def test_gpu_parts_are_kept_and_not_run_again(tmp_path):
-    """Whatever their JSON says; what printed none and failed is run again."""
-    stub, calls, out = tmp_path / "python", tmp_path / "calls", tmp_path / "out"
+def test_parts_of_a_visit_are_kept_and_not_run_again(tmp_path):
+    """Failures are results; what crashed, printed nothing or had rows left is run again."""
+    stub, calls = tmp_path / "python", tmp_path / "calls"
     stub.write_text(STUB.format(python=sys.executable, calls=calls))
     stub.chmod(0o755)
+    parts_run = ("calibrate", "truth", "cards-bf16", "peers", "tests")
     for _ in range(2):
-        done = subprocess.run(
-            ["bash", str(ROOT / "benchmarks" / "gpu.sh"), "calibrate", "demo", "tests"],
-            env={**os.environ, "PYTHON": str(stub), "OUT": str(out), "CUDA_VISIBLE_DEVICES": ""},
-            capture_output=True,
-            text=True,
-        )
+        done, kept = visit(tmp_path, *parts_run, python=stub)
         assert done.returncode == 1, done.stderr
-    kept = {path.stem.partition("-gpu-")[2]: json.loads(path.read_text()) for path in out.glob("*.json")}
-    assert set(kept) == {"calibrate", "demo", "tests-failed"}
+    assert set(kept) == set(parts_run)
+    assert {part: one["complete"] for part, one in kept.items()} == {
+        "calibrate": True, "truth": True, "cards-bf16": False, "peers": False, "tests": False,
+    }  # fmt: skip
     assert kept["calibrate"]["result"] == {"name": "a card"}
-    assert (kept["demo"]["result"], kept["demo"]["exit_code"]) == ({"same": False}, 1)
-    assert kept["tests-failed"]["last_lines"] == ["1 failed"]
-    assert [("pytest" in call, "demo" in call) for call in calls.read_text().splitlines()] == [
-        (False, False),
-        (False, True),
-        (True, False),
-        (True, False),
-    ]
+    assert (kept["truth"]["result"], kept["truth"]["exit_code"]) == ({"cases": 0}, 1)
+    assert kept["tests"]["last_lines"] == ["1 failed"]
+    again = ["benchmarks.gpu.cards", "benchmarks.gpu.peers", "benchmarks.gpu.suite"]
+    first = ["calibrate", "benchmarks.truth", *again]
+    for call, what in zip(calls.read_text().splitlines(), first + again, strict=True):
+        assert what in call
+    assert "calibrate: done before" in done.stdout
+    assert "**Dry: tiny shapes on a CPU. No figure here is a measurement.**" in done.stdout
+    assert "- one: no time was left" in done.stdout
+    assert "## One micro-batch, kernel by kernel\n\nNot run." in done.stdout
+    assert not list((ROOT / "benchmarks" / "results").glob("*-gpu-calibrate.json"))
+
+
+@pytest.mark.full
+def test_a_visit_whose_time_is_over_says_so(tmp_path):
+    done, kept = visit(tmp_path, "calibrate", "timeline", GPU_SECONDS="10")
+    assert done.returncode == 1
+    assert done.stdout.count("no time is left; another call goes on here") == 2
+    assert not kept
+
+
+@pytest.mark.full
+def test_a_dry_visit_runs_every_part(tmp_path):
+    done, kept = visit(tmp_path)
+    assert set(kept) == {"tests", "cards-bf16", "cards-nf4", "peers", "calibrate", "truth", "timeline"}
+    cut_short = {part for part, one in kept.items() if not one["complete"]}
+    assert not cut_short, done.stdout + done.stderr
+    assert kept["tests"]["result"]["passed"] > 0
+    assert not kept["tests"]["result"]["failures"]
+    for part in ("cards-bf16", "cards-nf4"):
+        rows = {row["row"]: row for row in kept[part]["result"]["rows"]}
+        assert len(rows) == 8
+        assert "DoesNotFitError" in rows["64 tokens, 4 GiB"]["error"]
+        for name, row in rows.items():
+            if "12 GiB" in name:
+                assert row["losses_equal"], name
+                assert row["device_peak_bytes"] <= row["card_bytes"], name
+                assert abs(row["peak_error"]) < 0.02, name
+    peers = {row["row"]: row for row in kept["peers"]["result"]["rows"]}
+    assert peers["memplan"]["gradients_equal"]
+    assert "command line" in peers["streamft"]["error"]
+    assert kept["timeline"]["result"]["host_events"] > 0
+    assert kept["truth"]["result"]["cases"] > 0
+
+
+def test_a_timeline_tells_copies_beside_compute_from_waiting_and_idling():
+    kernels = [(0.0, 10.0), (10.0, 20.0), (50.0, 60.0)]
+    copies = [(5.0, 30.0), (25.0, 35.0), (55.0, 58.0)]
+    found = timeline.account(kernels, copies)
+    assert found["device_span_s"] == pytest.approx(60e-6)
+    assert found["compute_s"] == pytest.approx(30e-6)
+    assert found["copying_s"] == pytest.approx(33e-6)
+    assert found["overlap_s"] == pytest.approx(18e-6)
+    assert found["overlap_share"] == pytest.approx(18 / 33)
+    assert found["waiting_s"] == pytest.approx(15e-6)
+    assert (found["idle_gaps"], found["longest_idle_us"]) == (1, [15.0])
+    assert timeline.account([(0.0, 1.0)], [])["overlap_share"] is None
 
 
 def test_gradients_are_compared():

@@ -278,8 +278,21 @@ CARD = ("memplan-card", "spread-card")
 def begin(name: str, setting: Setting) -> Training:
     """Return the contender of that name, ready to train."""
     if setting.card_bytes is not None:
-        free, total = torch.cuda.mem_get_info()
-        # Of such a card the process's context would take its part too; the fraction is of what torch allocates.
-        torch.cuda.set_per_process_memory_fraction(min(1.0, max(0, setting.card_bytes - (total - free)) / total))
-    make = whole if name == "whole" else PEERS.get(name, planned)
+        limit_card(setting.card_bytes)
+    from benchmarks.versus.streamers import STREAMERS  # which is made of what is here
+
+    make = whole if name == "whole" else {**PEERS, **STREAMERS}.get(name, planned)
     return make(setting, name)
+
+
+def limit_card(card_bytes: int | None) -> int:
+    """Have torch allocate no more than a card of ``card_bytes`` would give (None: this one); return the bytes that the
+    process takes beside its allocator.
+    """
+    torch.zeros(1, device="cuda")  # the context is there from now on
+    free, total = torch.cuda.mem_get_info()
+    # Of such a card the process's context would take its part too; the fraction is of what torch allocates.
+    context = max(0, total - free - torch.cuda.memory_reserved())
+    fraction = 1.0 if card_bytes is None else min(1.0, max(0, card_bytes - context) / total)
+    torch.cuda.set_per_process_memory_fraction(fraction)
+    return context

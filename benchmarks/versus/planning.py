@@ -24,6 +24,21 @@ ROOM_BYTES = 4 << 40
 def make_plans(setting: Setting, names: Sequence[str], whole_s: float | None) -> dict[str, Any]:
     """Write the plans of those names to their folder; return the frozen bytes, the link's rate, and the errors of those
     without one.
+    """
+    case, found = priced(setting, whole_s)
+    frozen = found["frozen_bytes"]
+    beside = case.whole_vram_bytes() - frozen
+    errors: dict[str, str] = {}
+    for name in names:
+        try:
+            _plan(case, name, beside, frozen, setting.card_bytes).save(setting.plans / f"{name}.json")
+        except MemplanError as error:
+            errors[name] = type_and_line(error)
+    return {**found, "plan_errors": errors}
+
+
+def priced(setting: Setting, whole_s: float | None = None) -> tuple[Case, dict[str, Any]]:
+    """Return the case of a setting with as much vram as it wants, and the figures that its plans rest on.
 
     Accesses are timed on this machine; where the whole model's step is known, ``whole_s``, they are scaled to it, so
     that a plan's bound is of the compute that the contenders did beside it. On the CPU, which has no link, one is
@@ -42,20 +57,11 @@ def make_plans(setting: Setting, names: Sequence[str], whole_s: float | None) ->
     if profile.device == "cpu":
         half_s = sum(row.time_s for row in rows) / 2
         table = replace(table, host_to_device_bytes_per_s=frozen / half_s, device_to_host_bytes_per_s=frozen / half_s)
-    case = replace_case(case, table=table)
-    beside = case.whole_vram_bytes() - frozen
-    errors: dict[str, str] = {}
-    for name in names:
-        try:
-            _plan(case, name, beside, frozen, setting.card_bytes).save(setting.plans / f"{name}.json")
-        except MemplanError as error:
-            errors[name] = type_and_line(error)
-    return {
+    return replace_case(case, table=table), {
         "frozen_bytes": frozen,
         "link_bytes_per_s": table.host_to_device_bytes_per_s,
         "whole_s_planned_with": whole_s,
         "compute_scale": scale,
-        "plan_errors": errors,
     }
 
 

@@ -8,8 +8,10 @@ import numpy
 import pytest
 import torch
 from torch import nn
+from torch.utils.flop_counter import sdpa_backward_flop_count, sdpa_flop_count
 
 from memplan.analyze.inputs.prepare import _copy_on_meta as prepare_copy
+from memplan.analyze.trace.operators import flops
 from memplan.analyze.trace.trace import analyze
 from memplan.errors import InputError, ModelError
 from memplan.hooks.triggers import modules_by_name
@@ -327,3 +329,16 @@ def test_a_loss_that_reaches_no_adapter():
         analyze(model, batch)
     with pytest.raises(ModelError, match="does not depend"):
         analyze(Reads("off"), torch.randn(3, 8), loss=lambda output: torch.zeros(()))
+
+
+def test_attention_with_fewer_heads_of_keys_counts_as_with_all():
+    """Which torch 2.11 refuses to count. Its own count of the heads repeated is the truth."""
+    query, key = torch.empty(2, 8, 5, 16, device="meta"), torch.empty(2, 2, 7, 16, device="meta")
+    value, repeated = torch.empty(2, 2, 7, 12, device="meta"), (2, 8, 7)
+    forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
+    backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
+    gradient = torch.empty(2, 8, 5, 12, device="meta")
+    shapes = query.shape, torch.Size((*repeated, 16)), torch.Size((*repeated, 12))
+    assert flops(forward, (query, key, value), {}, None) == sdpa_flop_count(*shapes)
+    counted = flops(backward, (gradient, query, key, value), {}, None)
+    assert counted == sdpa_backward_flop_count(gradient.shape, *shapes)

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
+from torch.utils.flop_counter import flop_registry
 
 _aten = torch.ops.aten
 _ROWS = {_aten.embedding.default, _aten.index_select.default, _aten.gather.default, _aten.index.Tensor}
@@ -84,9 +84,9 @@ def flops(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any)
         return int(counted(*args, **kwargs, out_val=result))
     name = packet.__name__
     if name == _ATTENTION:
-        return int(sdpa_flop_count(args[0].shape, args[1].shape, args[2].shape))
-    if name == _ATTENTION + "_backward":
-        return int(sdpa_backward_flop_count(*(tensor.shape for tensor in args[:4])))
+        return _attention_flops(*args[:3], key_products=1, value_products=1)
+    if name == _ATTENTION + "_backward":  # the scores again, and the gradients of query, key, scores and value
+        return _attention_flops(*args[1:4], key_products=3, value_products=2)
     if name in _BITSANDBYTES:  # (rows, quantized matrix, …) -> rows of another width
         return 2 * int(args[0].numel()) * int(result.shape[-1])
     return _grouped_flops(name, [a for a in args if isinstance(a, torch.Tensor)])
@@ -112,6 +112,16 @@ def tensors(arguments: Any) -> Iterator[torch.Tensor]:
 def size_bytes(tensor: torch.Tensor) -> int:
     """Return the bytes of a tensor's elements."""
     return tensor.numel() * tensor.element_size()
+
+
+def _attention_flops(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *, key_products: int, value_products: int
+) -> int:
+    """Products of scores' size, each over a head's width of keys or of values. torch 2.11 counts the same, but refuses
+    fewer heads of keys than of queries, which the kernel takes.
+    """
+    batch, heads, length, width = query.shape
+    return 2 * batch * heads * length * key.shape[-2] * (key_products * width + value_products * value.shape[-1])
 
 
 def _grouped_flops(name: str, given: list[torch.Tensor]) -> int:
