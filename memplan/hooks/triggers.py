@@ -64,11 +64,29 @@ class Watcher(Protocol):
 
 
 _CALLER = "memplan.caller"
+_STASHED: list[int] = []
+"""What was ever kept for :func:`caller`, one for each thread that computes: torch 2.11 takes a reference over that it
+was never given, and an object without another would be freed while it is still there."""
 
 
 def compute_here() -> None:
     """Have this thread, and what of autograd's works for it, be told from others by :func:`caller`."""
-    torch._C._stash_obj_in_tls(_CALLER, threading.get_ident())
+    if caller() is _marked():
+        return
+    _STASHED.append(_marked())
+    torch._C._stash_obj_in_tls(_CALLER, _marked())
+
+
+def _marked() -> int:
+    """Return this thread's identity, always the same object."""
+    if not hasattr(_OWN, "identity"):
+        _OWN.identity = threading.get_ident()
+        _STASHED.append(_OWN.identity)
+    identity: int = _OWN.identity
+    return identity
+
+
+_OWN = threading.local()
 
 
 def caller() -> int:
