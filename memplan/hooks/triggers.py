@@ -71,19 +71,10 @@ was never given, and an object without another would be freed while it is still 
 
 def compute_here() -> None:
     """Have this thread, and what of autograd's works for it, be told from others by :func:`caller`."""
-    if caller() is _marked():
-        return
-    _STASHED.append(_marked())
-    torch._C._stash_obj_in_tls(_CALLER, _marked())
-
-
-def _marked() -> int:
-    """Return this thread's identity, always the same object."""
-    if not hasattr(_OWN, "identity"):
+    if "identity" not in _OWN.__dict__:
         _OWN.identity = threading.get_ident()
-        _STASHED.append(_OWN.identity)
-    identity: int = _OWN.identity
-    return identity
+        _STASHED.extend((_OWN.identity,) * 2)
+        torch._C._stash_obj_in_tls(_CALLER, _OWN.identity)
 
 
 _OWN = threading.local()
