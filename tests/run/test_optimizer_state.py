@@ -33,7 +33,7 @@ from tests.support.training import CPU, KINDS, LENGTH, _base, assert_equal, batc
 def plan_for(model, kind="llama", vram=None, home="host", accumulation=1, length=LENGTH):
     """A plan under which something streams and the state waits in RAM."""
     graph = graph_of(model, batch_of(kind, length=length), loss_of, accumulation=accumulation)
-    key = (id(graph), vram, home, accumulation)  # graphs stay to the end
+    key = (id(graph), CPU.name, vram, home, accumulation)  # graphs stay to the end
     if key not in _plans:
         _plans[key] = _plan_for(graph, vram, home, accumulation)
     return _plans[key]
