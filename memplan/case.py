@@ -106,8 +106,7 @@ class Case:
         """Return the vram in bytes that holds all weights and all activations: with more, nothing is faster."""
         kept: dict[str, Activations] = dict.fromkeys(self.table.recomputable, "keep")
         kept |= self.activations
-        peak = max(self.table.device_bytes_at(access.index, kept) for access in self.table.accesses)
-        return peak + sum(align_up(block.size_bytes) for block in self.table.blocks)
+        return max(self.table.device_bytes(kept)) + sum(align_up(block.size_bytes) for block in self.table.blocks)
 
 
 def again(plan: Plan, vram_bytes: int) -> Plan:

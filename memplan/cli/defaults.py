@@ -7,13 +7,14 @@ standard error.
 
 from __future__ import annotations
 
-import difflib
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import click
+
+from memplan.model.arguments import like
 
 PREFIX = "MEMPLAN_"
 """Before an option's name in capitals: ``MEMPLAN_VRAM`` is ``--vram``."""
@@ -58,9 +59,7 @@ def from_file(folder: Path, options: Mapping[str, str]) -> tuple[Path | None, di
 def _checked(key: str, value: object, file: Path, options: Mapping[str, str]) -> str:
     name = key.replace("_", "-")
     if name not in options:
-        near = difflib.get_close_matches(name, list(options), n=3, cutoff=0.5)
-        hint = f"; near it: {', '.join(near)}" if near else ""
-        raise click.BadParameter(f"{file} has {key!r}, which is no option{hint}.", param_hint=file.name)
+        raise click.BadParameter(f"{file} has {key!r}, which is no option{like(name, options)}.", param_hint=file.name)
     if not isinstance(value, (str, int, float, list)):
         raise click.BadParameter(
             f"{file} has {key} = {value!r}: give text, a number, true or false, or a list.", param_hint=file.name

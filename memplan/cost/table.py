@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from itertools import accumulate
+
 from msgspec import Struct
 
 from memplan.analyze.graph import AccessKind, Activations, Block, Fixed, Lifetime, Rows
@@ -79,3 +82,16 @@ class CostTable(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
                     total += life.size_bytes
         access = self.accesses[index]
         return total + access.transient(policies.get(access.module, "keep"))
+
+    def device_bytes(self, policies: Mapping[str, Activations]) -> list[int]:
+        """Return what :meth:`device_bytes_at` says of each access, of all of them at once."""
+        changes = [0] * (len(self.accesses) + 1)
+        for life in self.lifetimes:
+            if life.policy in ("any", policies.get(self.accesses[life.born].module, "keep")):
+                changes[life.born] += life.size_bytes
+                changes[life.last + 1] -= life.size_bytes
+        always = sum(row.size_bytes for row in self.fixed)
+        return [
+            always + alive + row.transient(policies.get(row.module, "keep"))
+            for alive, row in zip(accumulate(changes), self.accesses, strict=False)
+        ]

@@ -7,12 +7,14 @@ made.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from itertools import accumulate
 
+from memplan.analyze.graph import Activations
 from memplan.cost.table import CostTable
 from memplan.program.schema import Plan
 from memplan.program.timeline import durations
 from memplan.units import align_up
+
+_RECOMPUTE: Activations = "recompute"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,31 +40,15 @@ def checkpointing_only(plan: Plan) -> Whole | None:
 
 
 def _whole(plan: Plan, recomputed: frozenset[str]) -> Whole:
-    table = plan.table
+    table, policies = plan.table, dict.fromkeys(recomputed, _RECOMPUTE)
     weights = sum(align_up(block.size_bytes) for block in table.blocks)
-    pass_s = sum(durations(table, dict.fromkeys(recomputed, "recompute")))
+    # State that waits in RAM is among the bytes of the optimizer's step alone.
+    state = table.state_on_host_bytes
+    beside = zip(table.device_bytes(policies), table.accesses, strict=True)
     return Whole(
-        vram_bytes=weights + max(_beside(table, recomputed), default=0),
-        step_s=plan.workload.accumulation * pass_s + _optimizer_s(table),
+        vram_bytes=weights + max(size + (0 if row.kind == "optimizer" else state) for size, row in beside),
+        step_s=plan.workload.accumulation * sum(durations(table, policies)) + _optimizer_s(table),
     )
-
-
-def _beside(table: CostTable, recomputed: frozenset[str]) -> list[int]:
-    """Return the device bytes at the peak of each access, frozen weights apart; as
-    :meth:`memplan.cost.table.CostTable.device_bytes_at`, of all accesses at once.
-    """
-    length = len(table.accesses)
-    changes = [0] * (length + 1)
-    for life in table.lifetimes:
-        policy = "recompute" if table.accesses[life.born].module in recomputed else "keep"
-        if life.kind != "optimizer" and life.policy in ("any", policy):
-            changes[life.born] += life.size_bytes
-            changes[life.last + 1] -= life.size_bytes
-    always = sum(row.size_bytes for row in table.fixed) + table.state_on_host_bytes
-    return [
-        always + alive + row.transient("recompute" if row.module in recomputed else "keep")
-        for alive, row in zip(accumulate(changes), table.accesses, strict=False)
-    ]
 
 
 def _optimizer_s(table: CostTable) -> float:

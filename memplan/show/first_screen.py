@@ -9,7 +9,6 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from memplan.program.whole import checkpointing_only, everything_kept
 from memplan.show import sentences as words
 from memplan.show.glyphs import PLAIN, Glyphs
 from memplan.show.rows import VRAM_LABELS
@@ -55,7 +54,7 @@ def screen(plan: Plan, beside: Beside, glyphs: Glyphs) -> RenderableType:
         Text(_step(plan, known, glyphs)),
         Text(_subject(plan, glyphs), style="dim"),
         Text(""),
-        _baselines(plan, beside, glyphs),
+        _baselines(plan, known, beside, glyphs),
         Text(_vram(plan)),
     ]
     if more := _more(plan, glyphs):
@@ -72,11 +71,8 @@ def screen(plan: Plan, beside: Beside, glyphs: Glyphs) -> RenderableType:
 
 def _step(plan: Plan, known: Facts, glyphs: Glyphs) -> str:
     """Return the time of a step, with its rate where that leaves it one line."""
-    line = words.step(plan, known, glyphs)
-    if known.tokens_per_s is None:
-        return line
-    longer = line.replace(" per step,", f" per step, {words.rate(known.tokens_per_s)} {plan.workload.unit}/s,", 1)
-    return longer if len(longer) <= WIDTH else line
+    line = words.step(plan, known, glyphs, with_rate=True)
+    return line if len(line) <= WIDTH else words.step(plan, known, glyphs)
 
 
 def _subject(plan: Plan, glyphs: Glyphs) -> str:
@@ -85,7 +81,7 @@ def _subject(plan: Plan, glyphs: Glyphs) -> str:
     return f"{words.trained(plan, glyphs)}, {workload.size}{times} per step"
 
 
-def _baselines(plan: Plan, beside: Beside, glyphs: Glyphs) -> Table:
+def _baselines(plan: Plan, known: Facts, beside: Beside, glyphs: Glyphs) -> Table:
     """Return the plan beside what people would do else, each with whether the device holds it."""
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
     table.add_column("predicted", no_wrap=True)
@@ -95,7 +91,7 @@ def _baselines(plan: Plan, beside: Beside, glyphs: Glyphs) -> Table:
     table.add_column(f"fits {format_bytes(limit)}")
     peaks = plan.prediction.peaks
     rows: list[tuple[str, int, int, float]] = [("memplan", peaks.vram_bytes, peaks.ram_bytes, plan.prediction.step_s)]
-    for name, whole in (("checkpointing only", checkpointing_only(plan)), ("everything kept", everything_kept(plan))):
+    for name, whole in (("checkpointing only", known.checkpointed), ("everything kept", known.kept)):
         if whole is not None:
             rows.append((name, whole.vram_bytes, 0, whole.step_s))
     for name, vram, ram, step_s in rows:

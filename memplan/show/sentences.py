@@ -48,9 +48,12 @@ def fits(plan: Plan) -> str:
     return text + "."
 
 
-def step(plan: Plan, facts: Facts, glyphs: Glyphs) -> str:
-    """Return the time of a step, and beside what it is slower or faster."""
-    return f"{glyphs.seconds(plan.prediction.step_s)} per step, {binds(plan, glyphs)}: {speed(facts)}."
+def step(plan: Plan, facts: Facts, glyphs: Glyphs, *, with_rate: bool = False) -> str:
+    """Return the time of a step, and beside what it is slower or faster. ``with_rate``: and its tokens a second."""
+    shown = f"{glyphs.seconds(plan.prediction.step_s)} per step"
+    if with_rate and facts.tokens_per_s is not None:
+        shown += f", {rate(facts.tokens_per_s)} {plan.workload.unit}/s"
+    return f"{shown}, {binds(plan, glyphs)}: {speed(facts)}."
 
 
 def speed(facts: Facts) -> str:

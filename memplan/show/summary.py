@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from memplan.errors import DoesNotFitError, PlanMismatchError
 from memplan.program.memory_timeline import timeline
 from memplan.program.page_lock import page_locked_bytes, pageable_items
-from memplan.program.whole import checkpointing_only, everything_kept
+from memplan.program.whole import Whole, checkpointing_only, everything_kept
 
 if TYPE_CHECKING:
     from memplan.program.memory_timeline import Moment
@@ -42,9 +42,13 @@ class Facts:
     """A pass that holds every weight and every activation."""
     slowdown: float | None
     """``pass_s / held_s - 1``, not below 0."""
+    kept: Whole
+    """All weights on the device, and all activations."""
+    checkpointed: Whole | None
+    """All weights on the device, each layer recomputed; None where memplan cannot set what layers do."""
     baseline: str
     """What people compare with: ``everything kept`` where that fits the budget, else ``checkpointing only``, as people
-    train where memory is short (all weights on the device, each layer recomputed)."""
+    train where memory is short."""
     step_ratio: float | None
     """A step over one of the baseline."""
     recompute_slowdown: float | None
@@ -113,6 +117,8 @@ def facts(plan: Plan) -> Facts:
         recompute_s=recompute_s,
         held_s=held_s,
         slowdown=_excess(prediction.pass_s, held_s),
+        kept=kept,
+        checkpointed=checkpointed,
         baseline="everything kept" if is_kept else "checkpointing only",
         step_ratio=_ratio(prediction.step_s, baseline.step_s),
         recompute_slowdown=_ratio(recompute_s, held_s),

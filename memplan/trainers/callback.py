@@ -14,9 +14,8 @@ from memplan.hooks.compiled import WAY_OUT
 from memplan.model.calls import Step
 from memplan.request import PlanOptions, completed
 from memplan.run.handle import Handle, handle_of
-from memplan.trainers.hf_trainer import check_early, loss_of, optimizer_of, put_under
+from memplan.trainers.hf_trainer import check_early, put_under, said_by
 from memplan.trainers.loading.deferred_placement import wait, waits
-from memplan.trainers.loading.mapped_weights import folder_of
 from memplan.trainers.log_callback import Telling
 from memplan.trainers.other_models import Scope
 
@@ -88,13 +87,9 @@ class MemplanCallback(TrainerCallback):
     ) -> None:
         options = completed(
             self._options,
-            accumulation=args.gradient_accumulation_steps,
+            **said_by(args, model),
             steps=state.max_steps or None,
-            optimizer=optimizer_of(args),
             autocast="bf16" if args.bf16 else "fp16" if args.fp16 else None,
-            loss=loss_of,
-            checkpoint=folder_of(model),
-            gains=False,
         )
         plan = api.plan(model, step, **options)
         checkpoint = self._options.get("checkpoint")

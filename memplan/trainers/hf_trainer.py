@@ -176,18 +176,21 @@ def _plan(
     args = trainer.args
     first, steps = _first_call(trainer) if batch is None else (batch, _steps(args, None))
     model: Any = trainer.model
-    asked = completed(
-        options,
-        accumulation=args.gradient_accumulation_steps,
-        steps=steps,
-        optimizer=optimizer_of(args),
-        loss=loss_of,
-        checkpoint=folder_of(model),
-        gains=False,
-    )
+    asked = completed(options, **said_by(args, model), steps=steps)
     own = options.get("autocast") is None
     with _autocast_as_in_training(model, trainer.accelerator) if own else contextlib.nullcontext():
         return scope.plan(model, lambda within: api.plan(model, first, **within), asked, models_beside(trainer))
+
+
+def said_by(args: Any, model: nn.Module) -> dict[str, Any]:
+    """Return the options of a plan that a trainer's arguments say, but for its steps and autocast."""
+    return {
+        "accumulation": args.gradient_accumulation_steps,
+        "optimizer": optimizer_of(args),
+        "loss": loss_of,
+        "checkpoint": folder_of(model),
+        "gains": False,
+    }
 
 
 def optimizer_of(args: Any) -> str:

@@ -11,17 +11,7 @@ from memplan.errors import InputError
 from memplan.run.handle import handle_of
 from memplan.trainers.callback import MemplanCallback
 from tests.support.training import CPU
-from tests.trainers.small import align, save_small_llama
 from tests.trainers.test_transformers import budget, build, finish
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("model")
-    save_small_llama(folder)
-    align(folder)
-    return folder
-
 
 CASES = [{"gradient_accumulation_steps": 2}, pytest.param({"bf16": True}, marks=pytest.mark.full)]
 
