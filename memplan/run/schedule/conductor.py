@@ -58,8 +58,7 @@ class Conductor:
         self._used_by = 0  # the thread whose access was the last to begin
         self._closed = False
         self._paused = ""
-        self._trained_by = 0
-        """The thread of the last forward with gradients."""
+        self._trained_by = 0  # the thread of the last forward with gradients
         self._measured = Measured()
         self._blocks: tuple[BlockRecord, ...] = ()  # as they were when it was closed
         in_place = read_in_place(plan)
@@ -231,8 +230,6 @@ class Conductor:
         """Serve again."""
         with self._lock:
             self._paused = ""
-        self._trained_by = 0
-        """The thread of the last forward with gradients."""
 
     def close(self) -> None:
         """Stop serving. A backward of a call made before raises."""
