@@ -46,6 +46,7 @@ def test_a_forward_takes_what_sizes_make(name):
         model(**call)
 
 
+@pytest.mark.quick("FluxTransformer2DModel")
 @pytest.mark.parametrize("name", TRAINED)
 def test_training_under_a_plan_of_sizes_is_bit_identical(name):
     def step(model):
