@@ -23,7 +23,7 @@ from memplan.run.attach import attach_on
 from memplan.run.memory import arena, page_lock
 from memplan.run.memory.disk import DiskReader, Extent
 from memplan.run.modules import install, optimizer_state
-from memplan.run.transfer import transfer
+from memplan.run.transfer import streams, transfer
 from tests.device import backend, test_run
 from tests.device.test_run import SIM, plans_for_a_gpu  # noqa: F401
 from tests.device.test_sim import batches, on_host
@@ -31,8 +31,8 @@ from tests.run import test_optimizer_state
 from tests.run.test_parity import plan_for
 from tests.support.training import assert_equal, batch_of, make, train
 
-WAITS = ("wait_event", "wait_stream", "synchronize", "record", "record_event", "_await")
-MUTATED = ((transfer, "StreamTransfers", install), (optimizer_state, "_State", optimizer_state))
+WAITS = ("wait_event", "wait_stream", "synchronize", "record", "record_event", "await_job")
+MUTATED = ((streams, "StreamTransfers", install), (optimizer_state, "_State", optimizer_state))
 """Where a class is written, and who makes one of it."""
 
 MEASURES = {"before.record(stream)", "after.record(stream)"}
@@ -40,7 +40,6 @@ MEASURES = {"before.record(stream)", "after.record(stream)"}
 
 
 NOT_CAUGHT = {
-    "free.synchronize()": "every copy into pageable memory has returned once it was done",
     "current_stream(self._device).wait_event(self._sent)": "the state is sent and brought on one stream",
 }
 """What no case here shows to be needed, and what may be why. Whoever drops one needs more of an argument."""

@@ -9,7 +9,8 @@ import torch
 from memplan.program.schema import RING_BYTES
 from memplan.run.memory.arena import Arena
 from memplan.run.memory.page_lock import page_locked
-from memplan.run.transfer.transfer import HostSource, StreamTransfers
+from memplan.run.transfer.streams import StreamTransfers
+from memplan.run.transfer.transfer import HostSource
 from tests.run.test_staging import GAP, SIZE, data, source_of  # noqa: F401
 
 SIM = torch.device("sim", 0)

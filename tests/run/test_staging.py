@@ -20,7 +20,7 @@ from memplan.program.schema import RING_BYTES, STAGING_BYTES
 from memplan.run.memory.arena import Arena
 from memplan.run.memory.disk import DiskReader, Extent
 from memplan.run.tiers import host_arenas, locked_blocks
-from memplan.run.transfer import transfer
+from memplan.run.transfer import streams
 from memplan.run.transfer.transfer import DiskSource, HostSource, is_staged
 from tests.support.training import CPU, batch_of, make
 
@@ -87,7 +87,7 @@ def test_page_locked_where_there_is_a_device_that_can_do_it(source_of, caplog):
 
 def with_small_rings(monkeypatch):
     """Have rings of 4 KiB: those of the tests' models would be larger than all that is on the host."""
-    for module in (page_lock, check_page_locks, transfer):
+    for module in (page_lock, check_page_locks, streams):
         monkeypatch.setattr(module, "RING_BYTES", 4096)
 
 

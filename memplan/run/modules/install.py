@@ -35,7 +35,8 @@ from memplan.run.schedule.streamed import Streamed
 from memplan.run.tiers import Tiers
 from memplan.run.transfer.device import is_apart
 from memplan.run.transfer.interrupts import Undo
-from memplan.run.transfer.transfer import CpuTransfers, StreamTransfers, Transfers
+from memplan.run.transfer.streams import StreamTransfers
+from memplan.run.transfer.transfer import CpuTransfers, Transfers
 from memplan.run.verify.race_check import ClockedTransfers
 from memplan.run.verify.saved_tensor_check import CheckedReads
 from memplan.run.verify.spans import Spans, TracedWatcher
@@ -66,6 +67,7 @@ def install(
                 poisoned=checked,
                 spans=spans,
                 is_ring_locked=is_ring_locked(plan),
+                most_waits=2 * (len(plan.table.accesses) + len(plan.items)),
             )
             if is_apart(device)
             else CpuTransfers(poisoned=checked, spans=spans)

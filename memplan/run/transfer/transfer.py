@@ -1,7 +1,7 @@
 """Bringing bytes to a slot: one small interface, two implementations.
 
-``CpuTransfers``: the compute device is the CPU; a channel is a worker thread, a ticket a future.
-``StreamTransfers``: a channel is a stream, a ticket an event (behind a future where a thread reads the disk first).
+``CpuTransfers``: the compute device is the CPU; a channel is a worker thread, a ticket a future. For a device with
+streams see :mod:`memplan.run.transfer.streams`.
 
 Start and wait are a pair: ``load`` starts a transfer and never blocks; ``wait`` makes the compute wait for it.
 A load may overwrite its slot at once on the CPU, where compute is done when the host says so; elsewhere the copy
@@ -11,9 +11,7 @@ stream first waits for all the compute that was enqueued when the load was start
 from __future__ import annotations
 
 import time
-from collections import deque
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Protocol
 
@@ -21,10 +19,9 @@ import torch
 
 from memplan.cache import checksum
 from memplan.errors import TransferError
-from memplan.program.schema import RING_BYTES, Channel
-from memplan.run.memory.arena import Arena, poison
+from memplan.program.schema import Channel
+from memplan.run.memory.arena import POISON, poison
 from memplan.run.memory.disk import Bytes, DiskReader, Extent, copy_bytes
-from memplan.run.transfer.device import current_stream, made_current, synchronize
 from memplan.run.transfer.interrupts import defer_sigint
 from memplan.run.transfer.worker import Job, Worker
 from memplan.run.verify.spans import Spans
@@ -119,13 +116,19 @@ class Ticket(Protocol):
     """A load that was started."""
 
 
+Tickets = Sequence[Ticket]
+
+
 class Transfers(Protocol):
     """What the conductor asks of a device."""
 
-    def load(self, channel: Channel, block: int, source: Source, destination: torch.Tensor) -> Ticket:
-        """Start filling ``destination`` (uint8) with the block, behind all compute enqueued so far.
+    def load(
+        self, channel: Channel, block: int, source: Source, destination: torch.Tensor, after: Tickets = ()
+    ) -> Ticket:
+        """Start filling ``destination`` (uint8) with the block, behind all compute enqueued so far and behind the loads
+        ``after``, for which the compute need not wait.
 
-        Loads of a channel run in turn.
+        Loads of a channel run in turn. Raises, when it is waited for, what one of those raised.
         """
 
     def wait(self, ticket: Ticket, block: int) -> float:
@@ -148,7 +151,7 @@ class Transfers(Protocol):
         """End the threads. Loads under way are finished first."""
 
 
-def _await(load: Job) -> float:
+def await_job(load: Job) -> float:
     """Wait for a load; return the seconds that it took. Raises what the load raised, and TransferError past a
     deadline.
     """
@@ -162,7 +165,7 @@ def _await(load: Job) -> float:
     return time.perf_counter() - began
 
 
-def _nothing() -> None:
+def nothing() -> None:
     pass
 
 
@@ -175,8 +178,8 @@ class CpuTransfers:
         self._arrays: dict[int, Bytes] = {}  # each block's slot, made once: to make it runs an operator
         self._poisoned = poisoned
 
-    def load(self, channel: Channel, block: int, source: Source, destination: torch.Tensor) -> Job:
-        if self._poisoned:
+    def load(self, channel: Channel, block: int, source: Source, destination: torch.Tensor, after: Tickets = ()) -> Job:
+        if self._poisoned and not after:
             poison(destination)
         array = self._arrays.get(block)
         if array is None:
@@ -185,9 +188,20 @@ class CpuTransfers:
         if worker is None:
             with defer_sigint():
                 worker = self._channels[channel] = Worker(f"memplan-{channel}")
-        if self._spans is None:
-            return worker.submit(self._fill, source, array)
-        return worker.submit(self._fill_noted, self._spans, channel, block, source, array)
+        fill = self._fill if self._spans is None else partial(self._fill_noted, self._spans, channel, block)
+        if after:
+            return worker.submit(self._fill_after, after, fill, source, array)
+        return worker.submit(fill, source, array)
+
+    def _fill_after(
+        self, after: Tickets, fill: Callable[[Source, Bytes], None], source: Source, destination: Bytes
+    ) -> None:
+        for ticket in after:
+            assert isinstance(ticket, Job)
+            await_job(ticket)
+        if self._poisoned:
+            destination.fill(POISON)
+        fill(source, destination)
 
     def _fill_noted(self, spans: Spans, channel: Channel, block: int, source: Source, destination: Bytes) -> None:
         with spans.of(channel, block):
@@ -205,7 +219,7 @@ class CpuTransfers:
         if ticket.done():
             ticket.result()
             return 0.0
-        return _await(ticket)
+        return await_job(ticket)
 
     def device_stalls(self) -> dict[int, float]:
         return {}
@@ -216,182 +230,10 @@ class CpuTransfers:
 
     def drain(self) -> None:
         for worker in self._channels.values():
-            _await(worker.submit(_nothing))
+            await_job(worker.submit(nothing))
 
     def close(self) -> None:
         for worker in self._channels.values():
             worker.close()
         self._channels.clear()
         self._arrays.clear()
-
-
-class _StreamTicket:
-    """Done when ``event`` is; ``filled`` is there where a thread enqueues the copies."""
-
-    def __init__(self, event: torch.Event, filled: Job | None) -> None:
-        self.event = event
-        self.filled = filled
-
-
-class StreamTransfers:
-    """Streams and events. Unproven: no GPU has run it yet.
-
-    The host never synchronises with the device here, except in staging threads. What lies on the disk or in pageable
-    memory goes through a page-locked ring, one for each of the two, whose thread waits until its own piece of it is
-    free again. What goes back to pageable memory is waited for by another thread: one that waits for the compute must
-    not hold up loads.
-    """
-
-    _TIMED = 256
-
-    def __init__(
-        self,
-        device: torch.device,
-        *,
-        poisoned: bool = False,
-        spans: Spans | None = None,
-        is_ring_locked: bool = True,
-    ) -> None:
-        """``is_ring_locked``: whether rings may be page-locked; else what is in pageable memory is left to the
-        driver.
-        """
-        self._device = device
-        self._spans = spans
-        self._stream = torch.Stream(device)
-        self._back_stream = torch.Stream(device)
-        self._staged: dict[Channel, torch.Stream] = {}
-        self._workers: dict[str, Worker] = {}
-        self._rings: dict[Channel, list[tuple[torch.Tensor, torch.Event]]] = {}
-        self._is_ring_locked = is_ring_locked
-        self._poisoned = poisoned
-        self._timed: deque[tuple[int, torch.Event, torch.Event]] = deque(maxlen=self._TIMED)
-        # The arena was allocated on the compute stream: what was enqueued there comes before any copy into it.
-        self._stream.wait_stream(current_stream(device))
-        self._back_stream.wait_stream(current_stream(device))
-
-    def load(self, channel: Channel, block: int, source: Source, destination: torch.Tensor) -> _StreamTicket:
-        if self._poisoned and destination.device.type != "cpu":  # in no stream: a copy that waits may still read it
-            poison(destination)
-        free = torch.Event(self._device)
-        free.record(current_stream(self._device))
-        done = torch.Event(self._device)
-        if channel not in self._staged and is_staged(source, destination):
-            # For good, as its loads run in turn: those of page-locked memory too are enqueued by the thread then.
-            self._staged[channel] = self._back_stream
-            if channel != "d2h":
-                self._staged[channel] = torch.Stream(self._device)
-                self._staged[channel].wait_stream(self._stream)
-        if channel not in self._staged:
-            assert isinstance(source, HostSource)
-            stream = self._back_stream if channel == "d2h" else self._stream
-            self._copy(channel, block, stream, source, destination, free, done)
-            return _StreamTicket(done, None)
-        what = channel, block, self._staged[channel]
-        fill = self._stage if self._is_staged(channel, source, destination) else self._copy
-        filled = self._worker(f"staging-{channel}").submit(fill, *what, source, destination, free, done)
-        return _StreamTicket(done, filled)
-
-    def _is_staged(self, channel: Channel, source: Source, destination: torch.Tensor) -> bool:
-        """Whether a load goes through its channel's ring. One copy into pageable memory, or out of it where there is no
-        better ring, is the driver's: it returns when it is done.
-        """
-        if isinstance(source, DiskSource):
-            return True
-        return channel != "d2h" and self._is_ring_locked and is_staged(source, destination)
-
-    def _worker(self, name: str) -> Worker:
-        worker = self._workers.get(name)
-        if worker is None:
-            with defer_sigint():
-                worker = self._workers[name] = Worker(f"memplan-{name}")
-        return worker
-
-    def _noted(self, channel: Channel, block: int, stream: torch.Stream) -> AbstractContextManager[None]:
-        return nullcontext() if self._spans is None else self._spans.of(channel, block, stream)
-
-    def _copy(
-        self,
-        channel: Channel,
-        block: int,
-        stream: torch.Stream,
-        source: Source,
-        destination: torch.Tensor,
-        free: torch.Event,
-        done: torch.Event,
-    ) -> None:
-        """Enqueue a copy. Into pageable memory, or out of it, this returns when it is done."""
-        assert isinstance(source, HostSource)
-        stream.wait_event(free)
-        if channel == "h2d" and is_staged(source, destination):  # the processor reads it: see _stage
-            free.synchronize()
-        noted = self._noted(channel, block, stream)
-        with noted, stream, torch.inference_mode(False), torch.no_grad():
-            destination.copy_(source.part, non_blocking=True)
-        done.record(stream)
-
-    def _stage(
-        self,
-        channel: Channel,
-        block: int,
-        stream: torch.Stream,
-        source: Source,
-        destination: torch.Tensor,
-        free: torch.Event,
-        done: torch.Event,
-    ) -> None:
-        ring = self._rings.get(channel)
-        if ring is None:  # where even this is refused, a copy from it returns when the driver has taken it
-            with made_current(self._device):  # this thread's own is the first one
-                held = Arena(RING_BYTES, torch.device("cpu"), pinned=self._is_ring_locked)
-            half = RING_BYTES // 2
-            halves = (held.part(turn * half, half) for turn in range(2))
-            ring = self._rings[channel] = [(buffer, torch.Event(self._device)) for buffer in halves]
-        stream.wait_event(free)
-        if isinstance(source, HostSource):  # the processor reads it: what was sent there must have come
-            free.synchronize()
-        with self._noted(channel, block, stream):
-            for turn, (offset, size, fill) in enumerate(source.pieces(ring[0][0].numel())):
-                buffer, empty = ring[turn % 2]
-                empty.synchronize()
-                fill(buffer.numpy()[:size])
-                with stream, torch.inference_mode(False), torch.no_grad():
-                    destination[offset : offset + size].copy_(buffer[:size], non_blocking=True)
-                empty.record(stream)
-        done.record(stream)
-
-    def wait(self, ticket: Ticket, block: int) -> float:
-        assert isinstance(ticket, _StreamTicket)
-        stalled = 0.0
-        if ticket.filled is not None:
-            stalled = _await(ticket.filled)
-        if not ticket.event.query():
-            stream = current_stream(self._device)
-            before, after = torch.Event(self._device, enable_timing=True), torch.Event(self._device, enable_timing=True)
-            before.record(stream)
-            stream.wait_event(ticket.event)
-            after.record(stream)
-            self._timed.append((block, before, after))
-        return stalled
-
-    def device_stalls(self) -> dict[int, float]:
-        stalls: dict[int, float] = {}
-        while self._timed and self._timed[0][2].query():
-            block, before, after = self._timed.popleft()
-            stalls[block] = stalls.get(block, 0.0) + before.elapsed_time(after) / 1e3
-        return stalls
-
-    @property
-    def ring_bytes(self) -> int:
-        return sum(buffer.numel() for ring in list(self._rings.values()) for buffer, _ in ring)
-
-    def drain(self) -> None:
-        for worker in self._workers.values():
-            _await(worker.submit(_nothing))
-        synchronize(self._device)
-
-    def close(self) -> None:
-        for worker in self._workers.values():
-            worker.close()
-        synchronize(self._device)  # the compute too: it reads rows in page-locked memory
-        self._workers.clear()
-        self._rings.clear()
