@@ -2,6 +2,7 @@
 
     python -m benchmarks.gpu.timeline
 
+Then steps with loads in pieces of several sizes, and what a copy of 4 KiB takes meanwhile, as a trainer's batch does.
 memplan on the case and the emulated card that it meets first. On a CPU there are no device events: only the host's
 operators are counted.
 """
@@ -133,6 +134,39 @@ def look(training: Any) -> dict[str, Any]:
     }
 
 
+def by_piece(training: Any, steps: int = 3) -> dict[str, dict[str, float]]:
+    """Return seconds a step, and median and greatest seconds of a small copy in each access, by MiB of a load's
+    piece.
+    """
+    if DRY:
+        return {}
+    transfers = training.handle._runtime.conductor._transfers
+    small, there = torch.zeros(4096, dtype=torch.uint8).pin_memory(), torch.empty(4096, dtype=torch.uint8).cuda()
+    side, taken = torch.cuda.Stream(), []
+
+    def copies(*args: object) -> None:
+        began = time.perf_counter()
+        with torch.cuda.stream(side):
+            there.copy_(small, non_blocking=True)
+        side.synchronize()
+        taken.append(time.perf_counter() - began)
+
+    layers = [m for name, m in training.handle.model.named_modules() if name.rpartition(".")[2].isdigit()]
+    found = {}
+    for mib in (4, 16, 32, 64, 1024):
+        transfers.PIECE_BYTES = mib << 20
+        transfers._loads.clear()
+        training.train(1)
+        step_s = min(training.train(1) for _ in range(steps))
+        hooks = [layer.register_forward_hook(copies) for layer in layers]
+        taken.clear()
+        training.train(1)
+        for hook in hooks:
+            hook.remove()
+        found[str(mib)] = {"step_s": step_s, "copy_s": sorted(taken)[len(taken) // 2], "longest_copy_s": max(taken)}
+    return found
+
+
 def main() -> int:
     argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     warnings.simplefilter("ignore")
@@ -150,7 +184,8 @@ def main() -> int:
     training.train(WARM_STEPS)
     unprofiled_s = min(training.train(2))
     result = {"dry": DRY, "model": model.name, "tokens": tokens, "card_gib": gib, "unprofiled_step_s": unprofiled_s}
-    print(json.dumps({**result, **look(training)}))
+    result |= look(training)
+    print(json.dumps({**result, "by_piece_mib": by_piece(training)}))
     return 0
 
 
