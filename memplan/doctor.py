@@ -98,11 +98,20 @@ def _seen_by_torch() -> list[Finding]:
                 meaning=meaning,
             )
         )
-    if len(found) > 1:
+    setting = os.environ.get("PYTORCH_ALLOC_CONF") or os.environ.get("PYTORCH_CUDA_ALLOC_CONF") or ""
+    if "expandable_segments" not in setting:
+        found.append(
+            Finding(
+                what="allocator",
+                found="expandable_segments is not set",
+                meaning="PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True keeps what torch reserves near what is used",
+            )
+        )
+    if torch.cuda.device_count() > 1:
         found.append(
             Finding(
                 what="GPUs",
-                found=f"{len(found)}",
+                found=f"{torch.cuda.device_count()}",
                 meaning="one process trains on one: choose with CUDA_VISIBLE_DEVICES",
             )
         )

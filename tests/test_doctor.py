@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 from importlib.metadata import PackageNotFoundError
+from types import SimpleNamespace
 
 import pytest
+import torch
 
 from memplan import doctor
 from memplan.cli import main
@@ -91,3 +93,19 @@ def test_a_containers_limit(monkeypatch):
     monkeypatch.setattr(machine, "_container_room_bytes", lambda: [GIB // 4])
     assert "container" in told()["RAM"].meaning
     assert told()["RAM"].found.startswith("256.0 MiB")
+
+
+@pytest.mark.parametrize("setting", ["", "expandable_segments:True"])
+def test_the_allocators_setting_is_told_where_there_is_a_gpu(setting, monkeypatch):
+    """A stand-in for torch's answers."""
+    properties = SimpleNamespace(name="a card", major=9, minor=0)
+    for name, value in {
+        "is_available": True, "device_count": 1, "get_device_properties": properties, "mem_get_info": (GIB, 2 * GIB),
+    }.items():  # fmt: skip
+        monkeypatch.setattr(torch.cuda, name, lambda *args, value=value: value)
+    monkeypatch.setenv("PYTORCH_CUDA_ALLOC_CONF", setting)
+    monkeypatch.delenv("PYTORCH_ALLOC_CONF", raising=False)
+    found = told()
+    assert found["GPU 0"].found.startswith("a card, 1.00 GiB free of 2.00 GiB")
+    assert ("allocator" in found) == (not setting)
+    assert "GPUs" not in found

@@ -24,7 +24,7 @@ from memplan.run.modules.guard import guard_of
 from memplan.run.recovery import Before, is_out_of_memory
 from memplan.run.runtime import Runtime
 from memplan.run.tiers import Tiers
-from memplan.run.transfer.device import empty_cache, is_apart, peak_bytes
+from memplan.run.transfer.device import is_apart, peak_bytes
 from memplan.run.transfer.interrupts import defer_sigint
 from memplan.run.verify.scalars import Scalars
 from memplan.units import format_bytes
@@ -72,12 +72,15 @@ class Handle:
 
     @property
     def record(self) -> RunRecord:
-        """What was measured so far. ``vram_peak_bytes`` on the CPU is that of the steps inside ``watch_memory``."""
+        """What was measured so far. ``vram_peak_bytes`` on the CPU is that of the steps inside ``watch_memory``; on a
+        GPU it is torch's, of the whole process since the last ``attach``, which resets torch's peak statistics.
+        """
         return self._measured()[0]
 
     def scalars(self) -> dict[str, float]:
         """Return figures for a log, since the last call: ``memplan/pass_s``, ``memplan/stall_share``,
-        ``memplan/loaded_gib_per_s``, and ``memplan/vram_peak_gib`` so far, where it is measured.
+        ``memplan/loaded_gib_per_s``, and ``memplan/vram_peak_gib`` and ``memplan/vram_reserved_gib`` so far, where they
+        are measured.
         """
         return self._scalars.take(self.record)
 
@@ -91,15 +94,16 @@ class Handle:
         if runtime is None:
             assert self._last is not None
             return self._last
-        peak = self._vram_peak_bytes
+        peak, reserved = self._vram_peak_bytes, 0
         if is_apart(runtime.tiers.device):
-            peak = peak_bytes(runtime.tiers.device)
+            peak, reserved = peak_bytes(runtime.tiers.device)
         record = runtime.conductor.record(
             vram_peak_bytes=peak,
             ram_peak_bytes=runtime.tiers.host_bytes,
             recoveries=self.recoveries,
             weight_copy_bytes=runtime.copies.unforeseen_bytes if runtime.copies else 0,
         )
+        record = replace(record, vram_reserved_bytes=reserved)
         if runtime.spans is not None:
             record = replace(record, spans=runtime.spans.last())
         return record, runtime.checked.checked if runtime.checked else 0
@@ -223,7 +227,6 @@ class Handle:
         gc.collect()
         with self._counted_anew():
             self.change(plan)
-        empty_cache(self._runtime.tiers.device)
         self.recoveries += 1
         _LOG.warning(
             "the device ran out of memory (%s) under a plan for %s; the micro-batch is repeated under one for %s",

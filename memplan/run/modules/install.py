@@ -128,6 +128,8 @@ def _hook(model: nn.Module, runtime: Runtime, triggers: Mapping[str, nn.Module],
     watcher = conductor if runtime.spans is None else TracedWatcher(conductor, runtime.spans)
     within = _within_triggers(plan, triggers, tiers)
     taps = _taps(within, _kept_reads(plan, triggers, tiers), conductor.entrances)
+    for one in taps.values():
+        undo.callback(one.forget)
     look = None if runtime.copies is None else runtime.copies.look
     hooks = Triggers(triggers, watcher, within, _around(model, triggers), taps, look)
     undo.callback(hooks.remove)

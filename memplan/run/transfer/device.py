@@ -44,9 +44,37 @@ def synchronize(device: torch.device) -> None:
         _module(device).synchronize(device)
 
 
-def peak_bytes(device: torch.device) -> int:
-    """Return the most bytes that torch has had allocated on a device so far."""
-    return int(_module(device).max_memory_allocated(device))
+def reset_peaks(device: torch.device) -> None:
+    """Have :func:`peak_bytes` count from now on."""
+    if is_apart(device):
+        _module(device).reset_peak_memory_stats(device)
+
+
+def peak_bytes(device: torch.device) -> tuple[int, int]:
+    """Return the most bytes that torch has had allocated on a device, and in reserve for it, since the last reset."""
+    module = _module(device)
+    return int(module.max_memory_allocated(device)), int(module.max_memory_reserved(device))
+
+
+def reserved_bytes(device: torch.device) -> int:
+    """Return what torch has of a device now, allocated or cached."""
+    return int(_module(device).memory_reserved(device))
+
+
+def total_bytes(device: torch.device) -> int:
+    """Return the memory of a device."""
+    return int(_module(device).mem_get_info(device)[1])
+
+
+def memory_share(device: torch.device) -> float | None:
+    """Return the share of a device's memory that torch may have in reserve; None where that cannot be limited."""
+    read = getattr(_module(device), "get_per_process_memory_fraction", None)
+    return None if read is None else float(read(device))
+
+
+def limit_memory(device: torch.device, share: float) -> None:
+    """Have torch reserve no more than that share: beyond it gives back what it caches, then raises out of memory."""
+    _module(device).set_per_process_memory_fraction(share, device)
 
 
 def empty_cache(device: torch.device) -> None:
