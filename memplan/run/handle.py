@@ -18,10 +18,11 @@ from torch import nn
 from memplan.errors import DoesNotFitError, RunError, first_line
 from memplan.hooks.recompute import drop_hooks_that_stayed
 from memplan.model.live_storages import StorageLedger
+from memplan.program.page_lock import page_locked_bytes
 from memplan.program.record import RunRecord
 from memplan.program.schema import Plan
 from memplan.run.modules.guard import guard_of
-from memplan.run.recovery import Before, is_out_of_memory
+from memplan.run.recovery import Before, Room, is_out_of_memory
 from memplan.run.runtime import Runtime
 from memplan.run.tiers import Tiers
 from memplan.run.transfer.device import is_apart, peak_bytes
@@ -59,6 +60,8 @@ class Handle:
         self._readers = 0
         self._last: tuple[RunRecord, int] | None = None
         self._scalars = Scalars()
+        self._before: Room | None = None
+        """Where gradients wait while a micro-batch runs that may be repeated."""
         self._runtime: Runtime | None = install(self)
         """None once detached: the arenas go, though the handle may stay for its record."""
         self.plan = self._runtime.tiers.plan
@@ -99,7 +102,7 @@ class Handle:
             peak, reserved = peak_bytes(runtime.tiers.device)
         record = runtime.conductor.record(
             vram_peak_bytes=peak,
-            ram_peak_bytes=runtime.tiers.host_bytes,
+            ram_peak_bytes=runtime.tiers.host_bytes + (self._before.size_bytes if self._before else 0),
             recoveries=self.recoveries,
             weight_copy_bytes=runtime.copies.unforeseen_bytes if runtime.copies else 0,
         )
@@ -187,12 +190,16 @@ class Handle:
         step an optimizer: that cannot be undone. What a record counts begins anew with each plan; ``recoveries`` goes
         on.
 
-        A copy of the gradients of what is trained is held meanwhile, beside what the plan counts (on CUDA in RAM).
+        A copy of the gradients of what is trained is held meanwhile, beside what the plan counts (of a GPU's in RAM,
+        which is kept until ``detach`` and in the record's ``ram_peak_bytes``).
         While the plan is changed RAM holds what was on the device. Raises RunError where no smaller plan is left.
         """
         if self._runtime is None or self._replan is None or not any(p.requires_grad for p in self.model.parameters()):
             return run()  # of what is trained beside the model the gradients are not known
-        before = Before(self.model)
+        if self._before is None:
+            limit, plan = self.plan.budgets.page_lock_bytes, self.plan
+            self._before = Room(None if limit is None else max(0, limit - page_locked_bytes(plan)))
+        before = Before(self.model, self._before)
         while True:
             try:
                 return run()
@@ -269,7 +276,7 @@ class Handle:
         if runtime is not None:
             with defer_sigint():
                 self._last = self._measured()
-                self._runtime = self._install = self._replan = None
+                self._runtime = self._install = self._replan = self._before = None
                 with self.undo:
                     runtime.undo.close()
                 drop_hooks_that_stayed()

@@ -24,7 +24,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook, register_op
 from torch.utils._python_dispatch import _disable_current_modes
 
 from memplan.model.weights import plain_parts
-from memplan.run.memory.arena import Arena
+from memplan.run.memory.arena import Arena, has_no_gaps
 from memplan.run.transfer.device import current_stream, is_apart
 from memplan.run.transfer.interrupts import defer_sigint
 from memplan.units import align_up
@@ -133,7 +133,7 @@ class _State:
                 ):
                     parts.setdefault(id(part), part)
         once = Counter(part.data_ptr() for part in parts.values())
-        return [part for part in parts.values() if once[part.data_ptr()] == 1 and _has_no_gaps(part)]
+        return [part for part in parts.values() if once[part.data_ptr()] == 1 and has_no_gaps(part)]
 
 
 class OptimizerState:
@@ -233,9 +233,3 @@ def _tensors_in(held: object) -> Iterator[torch.Tensor]:
     elif isinstance(held, (list, tuple)):
         for value in held:
             yield from _tensors_in(value)
-
-
-def _has_no_gaps(tensor: torch.Tensor) -> bool:
-    """Whether a tensor fills a range of memory, in whatever order of its dimensions."""
-    reach = sum((size - 1) * stride for size, stride in zip(tensor.size(), tensor.stride(), strict=True))
-    return reach + 1 == tensor.numel()
