@@ -25,7 +25,7 @@ from memplan.run.memory.disk import DiskReader, Extent
 from memplan.run.memory.home import Checkpoint, Home, Weights
 from memplan.run.memory.prefault import touch_ahead
 from memplan.run.modules.embedding_rows import as_seen_from, read_in_place
-from memplan.run.modules.optimizer_state import OptimizerState
+from memplan.run.modules.optimizer_state import OptimizerState, has_room_aside
 from memplan.run.schedule.streamed import Streamed
 from memplan.run.transfer.device import empty_cache, is_apart, reads
 from memplan.run.transfer.interrupts import Undo, defer_sigint
@@ -91,7 +91,9 @@ class Tiers:
         if plan.optimizer_state == "host":
             is_locked = is_state_locked(plan.table.state_on_host_bytes, plan.budgets.page_lock_bytes)
             with defer_sigint():
-                self.optimizer_state = OptimizerState(model, device, is_pageable=not is_locked)
+                self.optimizer_state = OptimizerState(
+                    model, device, is_pageable=not is_locked, is_sent_aside=has_room_aside(plan)
+                )
                 undo.callback(self.optimizer_state.close)
 
     @property

@@ -20,10 +20,13 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from memplan.case import case_of_plan
 from memplan.errors import StrayReadError
 from memplan.hooks.same_again import FIRST
+from memplan.program.memory_timeline import timeline
 from memplan.program.page_lock import pageable_items
 from memplan.program.schema import RING_BYTES
+from memplan.run import tiers
 from memplan.run.attach import attach_on
 from memplan.run.memory import arena, page_lock
+from memplan.run.modules.optimizer_state import has_room_aside
 from tests.device import backend
 from tests.device.test_sim import batches, on_host
 from tests.run import test_optimizer_state, test_parity, test_rows
@@ -108,6 +111,55 @@ def test_segments_that_come_and_go(kind, checked, policy, tmp_path, monkeypatch)
 
 
 def test_the_optimizers_state_waits_on_the_host(policy):
+    state_on_the_host()
+
+
+def test_the_state_is_sent_beside_the_next_forward(monkeypatch):
+    """Neither the host nor the compute waits for it: what the compute has done leaves the copy to be done."""
+    left = {True: [], False: []}
+
+    @contextmanager
+    def looked_at(optimizer):
+        torch.sim.synchronize()
+        backend.forget_waits()
+        yield
+        waited = backend.waits()
+        torch.sim.current_stream().synchronize()
+        left[is_aside].append((backend.pending() > 0, waited))
+
+    for is_aside in left:
+        monkeypatch.setattr(tiers, "has_room_aside", lambda plan, is_aside=is_aside: is_aside)
+        model = make("llama")
+        with backend.present("compute first"):
+            with attach_on(model, test_optimizer_state.plan_for(model), SIM):
+                run = train(model, "llama", batches=batches, around_step=looked_at)
+            assert_equal(whole("llama"), on_host(run))
+    # The first step makes the state, which then goes to a room that is had for it.
+    assert [is_left for is_left, _ in left[True][1:]] == [True] * 2
+    assert [is_left for is_left, _ in left[False][1:]] == [False] * 2
+    assert [waited for _, waited in left[True][1:]] == [waited for _, waited in left[False][1:]]
+
+
+def test_the_state_is_sent_in_turn_where_there_is_no_room():
+    plan = test_optimizer_state.plan_for(make("llama"))
+    state = plan.table.state_on_host_bytes
+    assert state > 0
+    assert has_room_aside(plan)
+    first = timeline(plan)[0].vram_bytes + state
+    for vram_bytes, fits in ((first - 1, False), (first, True)):
+        quick = replace(plan.table, device_to_host_bytes_per_s=1e18)
+        assert has_room_aside(with_vram(replace(plan, table=quick), vram_bytes)) == fits
+    slow = replace(plan, table=replace(plan.table, device_to_host_bytes_per_s=1.0))  # beside all of the pass
+    peak = plan.prediction.peaks.vram_bytes
+    assert not has_room_aside(with_vram(slow, peak))
+    assert has_room_aside(with_vram(slow, peak + state))
+
+
+def with_vram(plan, vram_bytes):
+    return replace(plan, budgets=replace(plan.budgets, vram_bytes=vram_bytes))
+
+
+def state_on_the_host():
     model, pinned = make("llama"), []
     plan = test_optimizer_state.plan_for(model)
 
