@@ -8,12 +8,13 @@ import shutil
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import psutil
 from msgspec import Struct
 
 from memplan.errors import HardwareError
-from memplan.hardware import machine
+from memplan.hardware import machine, numa
 from memplan.hardware import profile as profiles
 from memplan.units import format_bytes
 
@@ -98,6 +99,9 @@ def _seen_by_torch() -> list[Finding]:
                 meaning=meaning,
             )
         )
+        where, advice = numa.advice(_pci_address(properties))
+        if where:
+            found.append(Finding(what=f"GPU {index}", found=where, meaning=advice))
     setting = os.environ.get("PYTORCH_ALLOC_CONF") or os.environ.get("PYTORCH_CUDA_ALLOC_CONF") or ""
     if "expandable_segments" not in setting:
         found.append(
@@ -116,6 +120,12 @@ def _seen_by_torch() -> list[Finding]:
             )
         )
     return found
+
+
+def _pci_address(properties: Any) -> str:
+    """Return a GPU's address as Linux writes it; empty where this torch does not tell."""
+    numbers = [int(getattr(properties, f"pci_{part}_id", -1)) for part in ("domain", "bus", "device")]
+    return "" if min(numbers) < 0 else "{:04x}:{:02x}:{:02x}.0".format(*numbers)
 
 
 def _packages() -> list[Finding]:
