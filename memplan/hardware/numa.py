@@ -1,7 +1,8 @@
 """Which memory is near a device, on machines whose processors have memory of their own (NUMA nodes).
 
 Copies to a card cross the processors' link where the RAM is another node's, at a fraction of the rate; a measured rate
-is that of the node where it was measured. Where pages are is decided by the processor that touches them first. memplan binds nothing: ``numactl`` does, of the whole process. Unproven: no machine with two has run it.
+is that of the node where it was measured. Pages are where the processor is that touches them first. memplan binds
+nothing: ``numactl`` does, of the whole process. Unproven: no machine with two has run it.
 """
 
 from __future__ import annotations

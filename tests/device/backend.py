@@ -115,6 +115,11 @@ class Sim(types.ModuleType):
             raise RuntimeError(_sim.sim_error().decode())
 
     @staticmethod
+    def host_device_pointer(address: int) -> int | None:
+        """Return the address by which the device has pinned memory of the host: the host's own."""
+        return address
+
+    @staticmethod
     def mapped(host: torch.Tensor) -> torch.Tensor:
         """Return pinned memory of the host as a tensor of the device, without a copy."""
         return torch.ops.sim.mapped(host)

@@ -174,19 +174,23 @@ def state_on_the_host():
     assert_equal(whole("llama"), on_host(run))
 
 
-@pytest.mark.parametrize("is_pinned", [True, False], ids=["mapped", "looked-up"])
-def test_rows_that_are_read_on_the_host(is_pinned, policy, monkeypatch):
+@pytest.mark.parametrize("where", ["mapped", "pageable", full("no address")])
+def test_rows_that_are_read_on_the_host(where, policy, monkeypatch):
+    """By the device where they lie only if it names an address for them; else they are looked up by the CPU."""
+
     def batches_there(kind, seed):
         return {name: value.to("sim") for name, value in test_rows.batch_of(kind, seed=seed).items()}
 
-    if not is_pinned:
+    if where == "pageable":
         monkeypatch.setattr(arena, "page_locked", refused)
+    elif where == "no address":
+        monkeypatch.setattr(torch.sim, "host_device_pointer", lambda address: None)
     model = test_rows.make("untied", dropout=0.0)
     plan = test_rows.plan_of("untied", share=0.0, table_at="host")
     with attach_on(model, plan, SIM) as handle:
         run = train(model, "untied", batches=batches_there)
         table = model.get_input_embeddings().weight
-        assert table.device.type == ("sim" if is_pinned else "cpu")
+        assert table.device.type == ("sim" if where == "mapped" else "cpu")
     assert handle.record.misses == 0
     assert_equal(whole_rows(), on_host(run))
 
