@@ -115,6 +115,10 @@ class Sim(types.ModuleType):
             raise RuntimeError(_sim.sim_error().decode())
 
     @staticmethod
+    def is_current_stream_capturing() -> bool:
+        return False  # it has no graphs
+
+    @staticmethod
     def host_device_pointer(address: int) -> int | None:
         """Return the address by which the device has pinned memory of the host: the host's own."""
         return address

@@ -18,7 +18,7 @@ from msgspec.structs import replace
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from memplan.case import case_of_plan
-from memplan.errors import StrayReadError
+from memplan.errors import RunError, StrayReadError
 from memplan.hooks.same_again import FIRST
 from memplan.program.memory_timeline import timeline
 from memplan.program.page_lock import pageable_items
@@ -33,7 +33,7 @@ from tests.run import test_optimizer_state, test_parity, test_rows
 from tests.run.test_parity import assert_forwards, plan_for
 from tests.run.test_staging import with_small_rings
 from tests.support import inside
-from tests.support.training import CPU, assert_equal, make, train
+from tests.support.training import CPU, assert_equal, batch_of, make, train
 
 SIM = torch.device("sim", 0)
 CUDA = replace(CPU, name="test-cuda", device="cuda")
@@ -213,7 +213,10 @@ def test_where_pinning_is_refused(offload, is_ring_pinned, policy, tmp_path, mon
     monkeypatch.setattr(
         arena, "page_locked", lambda size: lock(size) if is_ring_pinned and size == RING_BYTES else refused()
     )
-    planned("llama", tmp_path, share=0.2, offload=offload, checked=True)
+    handle = planned("llama", tmp_path, share=0.2, offload=offload, checked=True)
+    said = handle.plan.prediction  # of a plan that has one ring less than pages that are refused take
+    state_bytes = said.ram_parts["optimizer"]  # of AdamW, which does not train here
+    assert handle.record.ram_peak_bytes == said.peaks.ram_bytes - state_bytes + 2 * RING_BYTES
 
 
 @pytest.mark.parametrize("share", [full(0.0), 0.5])
@@ -252,6 +255,21 @@ def test_a_model_that_is_dropped_leaves_nothing(policy, tmp_path):
     while torch.sim.memory_allocated() > before + 2**10:  # a thread may be on its way out of its last job
         assert time.monotonic() < deadline
         gc.collect()
+
+
+def test_a_capture_is_refused(policy, tmp_path, monkeypatch):
+    """Before anything is asked of the device; what comes after is as it was."""
+    model, is_capturing = make("llama"), []
+    monkeypatch.setattr(torch.sim, "is_current_stream_capturing", lambda: bool(is_capturing))
+    with attach_on(model, plan_for(model, "llama"), SIM, cache=tmp_path):
+        is_capturing.append(True)
+        with pytest.raises(RunError, match="captured for a CUDA graph"):
+            model(**batches("llama", 0))
+        is_capturing.clear()
+        run = train(model, "llama", batches=batches)
+    assert_equal(whole("llama"), on_host(run))
+    is_capturing.append(True)
+    model(**batch_of("llama", seed=0))
 
 
 def test_a_stray_read_raises(policy, tmp_path):

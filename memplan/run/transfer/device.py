@@ -8,6 +8,7 @@ memplan is made for; the others are untested. In tests a simulated device stands
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -53,6 +54,12 @@ def reset_peaks(device: torch.device) -> None:
     """Have :func:`peak_bytes` count from now on."""
     if is_apart(device):
         _module(device).reset_peak_memory_stats(device)
+
+
+def capture_check(device: torch.device) -> Callable[[], bool] | None:
+    """Return what says whether this thread's kernels are captured for a graph; None where a device has no graphs."""
+    found: Callable[[], bool] | None = getattr(_module(device), "is_current_stream_capturing", None)
+    return found if is_apart(device) else None
 
 
 def peak_bytes(device: torch.device) -> tuple[int, int]:
