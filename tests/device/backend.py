@@ -166,16 +166,25 @@ def present(policy: Policy = "copies first", *, limit_bytes: int = LIMIT_BYTES) 
     """
     _sim.sim_enable(1)
     _sim.sim_policy(POLICIES.index(policy))
-    _sim.sim_limit(_sim.sim_allocated() + limit_bytes)
     torch.sim.manual_seed(0)
     forget_waits()
     try:
-        yield
-        torch.sim.synchronize()  # what failed late is heard
+        with limited(limit_bytes):
+            yield
+            torch.sim.synchronize()  # what failed late is heard
     finally:
         torch.sim.empty_cache()
-        _sim.sim_limit(LIMIT_BYTES)
         _sim.sim_enable(0)
+
+
+@contextlib.contextmanager
+def limited(limit_bytes: int) -> Iterator[None]:
+    """Have the device have that much memory beside what is allocated already."""
+    _sim.sim_limit(_sim.sim_allocated() + limit_bytes)
+    try:
+        yield
+    finally:
+        _sim.sim_limit(LIMIT_BYTES)
 
 
 def waits() -> dict[str, int]:

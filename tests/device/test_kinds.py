@@ -17,30 +17,28 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from memplan.api import smaller
 from memplan.run.attach import attach_on
 from tests.device import backend
-from tests.device.test_run import SIM, full, plans_for_a_gpu, whole  # noqa: F401
-from tests.device.test_sim import batches, on_host
 from tests.run.test_parity import plan_for
-from tests.support import families, quantized
-from tests.support.training import assert_equal, make, train
+from tests.support import devices, families, quantized
+from tests.support.training import assert_equal, make
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # the quantizers' own, and dynamo's of a leaf's gradient
+
+SIM = devices.Apart("sim")
+
+
+def full(*values, id=None):
+    return pytest.param(*values, id=id, marks=pytest.mark.full)
+
 
 CHECKED = pytest.mark.parametrize("checked", [False, full(True)], ids=["plain", "checked"])
 
 
-def on_cpu(model: nn.Module, kind: str, **options):
-    """Train the whole model with the attention that a device without kernels of its own takes."""
-    with sdpa_kernel(SDPBackend.MATH):
-        return train(model, kind, **options)
-
-
-def compare(expected, model, kind, tmp_path, *, checked=False, share=0.4, offload=(), around_forward=nullcontext):
+def compare(whole, apart, model, kind, tmp_path, *, checked=False, share=0.4, offload=(), around_forward=nullcontext):
     plan = plan_for(model, kind, share=share, offload=offload)
-    with attach_on(model, plan, SIM, checked=checked, cache=tmp_path) as handle:
-        run = train(model, kind, batches=batches, around_forward=around_forward)
-    assert_equal(expected, on_host(run))
+    with attach_on(model, plan, apart.device, checked=checked, cache=tmp_path) as handle:
+        run = apart.train(model, kind, around_forward=around_forward)
+    assert_equal(whole, run)
     assert handle.record.loads > 0
-    return handle
 
 
 def family_of(family: str, precision: str) -> nn.Module:
@@ -54,7 +52,7 @@ def family_of(family: str, precision: str) -> nn.Module:
 
 @cache
 def whole_family(family: str, precision: str):
-    return on_cpu(family_of(family, precision), family, around_forward=families.around(precision))
+    return SIM.whole(family_of(family, precision), family, around_forward=families.around(precision))
 
 
 def lowered():
@@ -72,10 +70,10 @@ def lowered():
         *(full(family, "bfloat16") for family in ("llama", "t5", "plain")),
     ],
 )  # fmt: skip
-def test_families(family, precision, offload, checked, policy, tmp_path):
+def test_families(family, precision, offload, checked, apart, tmp_path):
     around = lowered if precision == "autocast" else nullcontext
     compare(
-        whole_family(family, precision), family_of(family, precision), family, tmp_path,
+        whole_family(family, precision), apart, family_of(family, precision), family, tmp_path,
         offload=offload, checked=checked, around_forward=around,
     )  # fmt: skip
 
@@ -100,7 +98,7 @@ def no_inductor() -> Iterator[None]:
 @cache
 def whole_quantized(kind: str):
     with as_on_a_gpu():
-        return on_cpu(quantized.make(kind), "llama")
+        return SIM.whole(quantized.make(kind), "llama")
 
 
 @CHECKED
@@ -109,8 +107,8 @@ def whole_quantized(kind: str):
     "kind",
     ["nf4-nested", "int8", full("torchao-int8"), full("nf4"), full("fp4"), full("torchao-int4"), full("gptq-like")],
 )
-def test_quantized(kind, share, checked, policy, no_inductor, tmp_path):
-    compare(whole_quantized(kind), quantized.make(kind), "llama", tmp_path, share=share, checked=checked)
+def test_quantized(kind, share, checked, apart, no_inductor, tmp_path):
+    compare(whole_quantized(kind), apart, quantized.make(kind), "llama", tmp_path, share=share, checked=checked)
 
 
 def compiled(kind: str, way: str, backend: str) -> nn.Module:
@@ -132,13 +130,13 @@ def compiled(kind: str, way: str, backend: str) -> nn.Module:
         full("llama", "call", "aot_eager"), full("llama", "wrapped", "eager"),
     ],
 )  # fmt: skip
-def test_compiled_layers(kind, way, compiler, checked, policy, tmp_path, monkeypatch):
+def test_compiled_layers(kind, way, compiler, checked, apart, tmp_path, monkeypatch):
     """Not with inductor, which knows no such device."""
     monkeypatch.setattr("tests.support.training.count_forwards", lambda model, counter: [])  # a graph for each layer
     torch._dynamo.reset()
     try:
-        expected = on_cpu(compiled(kind, way, compiler), kind)
-        compare(expected, compiled(kind, way, compiler), kind, tmp_path, checked=checked)
+        expected = SIM.whole(compiled(kind, way, compiler), kind)
+        compare(expected, apart, compiled(kind, way, compiler), kind, tmp_path, checked=checked)
     finally:
         torch._dynamo.reset()
 
@@ -173,17 +171,16 @@ def never_short():
         return recovered(make("llama"))
 
 
-@pytest.mark.parametrize("order", backend.EXTREMES)
 @CHECKED
 @pytest.mark.parametrize("offload", [(), full("all")], ids=["kept", "offloaded"])
-def test_where_the_device_has_less_than_was_said(offload, checked, order, tmp_path):
+def test_where_the_device_has_less_than_was_said(offload, checked, apart, tmp_path):
     """It runs out of memory itself; the micro-batch is done over under a smaller plan until it fits."""
     model = make("llama")
     plan = plan_for(model, "llama", share=0.9, offload=offload)
     limit = int(0.8 * plan.prediction.peaks.vram_bytes)
     with (
-        backend.present(order, limit_bytes=limit),
-        attach_on(model, plan, SIM, cache=tmp_path, checked=checked, replan=smaller) as handle,
+        backend.limited(limit),
+        attach_on(model, plan, apart.device, cache=tmp_path, checked=checked, replan=smaller) as handle,
     ):
         found = recovered(model, handle.micro_batch)
         assert handle.recoveries >= 1

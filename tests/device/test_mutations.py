@@ -19,18 +19,21 @@ import pytest
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from memplan.program.schema import RING_BYTES
 from memplan.run.attach import attach_on
 from memplan.run.memory import arena, page_lock
 from memplan.run.memory.disk import DiskReader, Extent
 from memplan.run.modules import install, optimizer_state
 from memplan.run.transfer import transfer
-from tests.device import backend, test_run
-from tests.device.test_run import SIM, plans_for_a_gpu  # noqa: F401
-from tests.device.test_sim import batches, on_host
-from tests.run import test_optimizer_state
+from tests.device import backend
+from tests.run import test_gpu, test_optimizer_state
 from tests.run.test_parity import plan_for
-from tests.support.training import assert_equal, batch_of, make, train
+from tests.support import devices
+from tests.support.devices import planned
+from tests.support.training import assert_equal, batch_of, make
 
+SIM = devices.Apart("sim")
+THERE = SIM.device
 WAITS = ("wait_event", "wait_stream", "synchronize", "record", "record_event", "_await")
 MUTATED = ((transfer, "StreamTransfers", install), (optimizer_state, "_State", optimizer_state))
 """Where a class is written, and who makes one of it."""
@@ -90,27 +93,27 @@ def mutated(module: ModuleType, name: str, dropped: int) -> type:
 
 
 def streamed(tmp_path, monkeypatch):
-    test_run.planned("llama", tmp_path, share=0.4)
+    planned(SIM, "llama", tmp_path, share=0.4)
 
 
 def tight(tmp_path, monkeypatch):
-    test_run.planned("llama", tmp_path, share=0.0)
+    planned(SIM, "llama", tmp_path, share=0.0)
 
 
 def offloaded(tmp_path, monkeypatch):
-    test_run.planned("llama", tmp_path, share=0.2, offload="all")
+    planned(SIM, "llama", tmp_path, share=0.2, offload="all")
 
 
 def pageable(tmp_path, monkeypatch):
     lock = page_lock.page_locked
-    only_rings = lambda size: lock(size) if size == test_run.RING_BYTES else test_run.refused()  # noqa: E731
+    only_rings = lambda size: lock(size) if size == RING_BYTES else test_gpu.refused()  # noqa: E731
     monkeypatch.setattr(arena, "page_locked", only_rings)
-    test_run.planned("llama", tmp_path, share=0.2, offload="all")
+    planned(SIM, "llama", tmp_path, share=0.2, offload="all")
 
 
 def unpinned(tmp_path, monkeypatch):
-    monkeypatch.setattr(arena, "page_locked", test_run.refused)
-    test_run.planned("llama", tmp_path, share=0.2, offload="all")
+    monkeypatch.setattr(arena, "page_locked", test_gpu.refused)
+    planned(SIM, "llama", tmp_path, share=0.2, offload="all")
 
 
 def first_loads(tmp_path, monkeypatch):
@@ -120,11 +123,11 @@ def first_loads(tmp_path, monkeypatch):
     extent = Extent(path=str(tmp_path / "block"), file_offset_bytes=0, size_bytes=4096)
     reader = DiskReader()
     reader.open([extent])
-    there = [torch.empty(4096, dtype=torch.uint8, device=SIM) for _ in range(2)]
-    stored = torch.full((4096,), 5, dtype=torch.uint8, device=SIM)
+    there = [torch.empty(4096, dtype=torch.uint8, device=THERE) for _ in range(2)]
+    stored = torch.full((4096,), 5, dtype=torch.uint8, device=THERE)
     home, room = (page_lock.page_locked(4096).zero_() for _ in range(2))
-    transfers = install.StreamTransfers(SIM)
-    with torch.Stream(SIM):
+    transfers = install.StreamTransfers(THERE)
+    with torch.Stream(THERE):
         tickets = [
             transfers.load("h2d", 0, transfer.HostSource(home.fill_(5)), there[0]),
             transfers.load("disk", 1, transfer.DiskSource(((extent, 0),), reader, "a block"), there[1]),
@@ -140,16 +143,16 @@ def first_loads(tmp_path, monkeypatch):
 
 def ended(tmp_path, monkeypatch):
     """What is drained or closed uses no memory any more, by copies or by jobs."""
-    there = torch.empty(4096, dtype=torch.uint8, device=SIM)
+    there = torch.empty(4096, dtype=torch.uint8, device=THERE)
     for end in ("drain", "close"):
-        transfers, home = install.StreamTransfers(SIM), torch.zeros(4096, dtype=torch.uint8)
+        transfers, home = install.StreamTransfers(THERE), torch.zeros(4096, dtype=torch.uint8)
         torch.sim.host_register(home.data_ptr(), home.numel())
         transfers.load("h2d", 0, transfer.HostSource(home), there)
         getattr(transfers, end)()
         torch.sim.host_unregister(home.data_ptr())  # raises under a copy
         transfers.close()
-    transfers, staged = install.StreamTransfers(SIM), transfer.HostSource(torch.zeros(2**26, dtype=torch.uint8))
-    ticket = transfers.load("h2d", 0, staged, torch.empty(2**26, dtype=torch.uint8, device=SIM))
+    transfers, staged = install.StreamTransfers(THERE), transfer.HostSource(torch.zeros(2**26, dtype=torch.uint8))
+    ticket = transfers.load("h2d", 0, staged, torch.empty(2**26, dtype=torch.uint8, device=THERE))
     transfers.drain()
     assert ticket.filled.done()
     transfers.close()
@@ -159,28 +162,28 @@ def interrupted(tmp_path, monkeypatch):
     """Forwards and backwards that fail on their way, and training that goes on."""
     model = make("llama")
     layers = model.base_model.model.model.layers
-    with attach_on(model, plan_for(model, "llama", share=0.2, offload="all"), SIM, cache=tmp_path):
+    with attach_on(model, plan_for(model, "llama", share=0.2, offload="all"), THERE, cache=tmp_path):
         for layer in (1, 4):
             hook = layers[layer].register_forward_hook(fail)
             with pytest.raises(KeyError):
-                model(**batches("llama", 0))
+                model(**SIM.batches("llama", 0))
             hook.remove()
             hook = layers[layer].mlp.register_full_backward_hook(fail)
             with pytest.raises(KeyError):
-                model(**batches("llama", 0)).loss.backward()
+                model(**SIM.batches("llama", 0)).loss.backward()
             hook.remove()
             model.zero_grad()
-        run = train(model, "llama", batches=batches)
-    assert_equal(test_run.whole("llama"), on_host(run))
+        run = SIM.train(model, "llama")
+    assert_equal(devices.whole_of(SIM, "llama"), run)
 
 
 def detached(tmp_path, monkeypatch):
     """What is allocated after a detach is nobody else's, though loads were on their way."""
-    monkeypatch.setattr(arena, "page_locked", test_run.refused)
+    monkeypatch.setattr(arena, "page_locked", test_gpu.refused)
     model = make("llama")
-    with attach_on(model, plan_for(model, "llama", share=0.2), SIM, cache=tmp_path):
-        model(**batches("llama", 0))
-    held = [torch.zeros(2**16, dtype=torch.uint8, device=SIM) for _ in range(32)]
+    with attach_on(model, plan_for(model, "llama", share=0.2), THERE, cache=tmp_path):
+        model(**SIM.batches("llama", 0))
+    held = [torch.zeros(2**16, dtype=torch.uint8, device=THERE) for _ in range(32)]
     torch.sim.synchronize()
     assert not any(part.any().item() for part in held)
 
@@ -190,14 +193,14 @@ def fail(*args):
 
 
 def optimizer(tmp_path, monkeypatch):
-    test_run.test_the_optimizers_state_waits_on_the_host(None)
+    test_gpu.test_the_optimizers_state_waits_on_the_host(SIM)
 
 
 def saved_state(tmp_path, monkeypatch):
     """What a checkpoint is written of is there when it is asked for."""
     model = make("llama")
-    with attach_on(model, test_optimizer_state.plan_for(model), SIM):
-        found = stepped(model, batches)
+    with attach_on(model, test_optimizer_state.plan_for(model), THERE):
+        found = stepped(model, SIM.batches)
     for one, other in zip(whole_state(), found, strict=True):
         assert np.array_equal(one, other)
 
@@ -231,7 +234,7 @@ def caught_by(tmp_path, module, name, user, dropped) -> str | None:
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(user, name, changed)
             try:
-                with backend.present(order):
+                with devices.on(order.replace(" ", "-")):
                     case(tmp_path / str(turn), patch)
             except (AssertionError, RuntimeError, AttributeError, TypeError) as error:
                 return f"{case.__name__}, {order}: {type(error).__name__}"
@@ -251,7 +254,7 @@ def test_what_is_not_caught_is_there():
 
 @pytest.mark.full
 @pytest.mark.parametrize("case", CASES)
-def test_nothing_is_caught_where_nothing_is_dropped(case, policy, tmp_path, monkeypatch):
+def test_nothing_is_caught_where_nothing_is_dropped(case, apart, tmp_path, monkeypatch):
     case(tmp_path, monkeypatch)
 
 
@@ -272,7 +275,4 @@ def table() -> str:
 
 
 if __name__ == "__main__":
-    with pytest.MonkeyPatch.context() as plans:
-        for module in test_run.PLANNED:
-            plans.setattr(module, "CPU", test_run.CUDA)
-        print(table())
+    print(table())
