@@ -12,7 +12,6 @@ from functools import cache
 import pytest
 import torch
 from torch import nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from memplan.api import smaller
 from memplan.run.attach import attach_on
@@ -167,7 +166,7 @@ def recovered(model: nn.Module, run=None, accumulation: int = 2):
 
 @cache
 def never_short():
-    with sdpa_kernel(SDPBackend.MATH):
+    with SIM.attention():
         return recovered(make("llama"))
 
 

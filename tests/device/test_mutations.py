@@ -17,7 +17,6 @@ from types import ModuleType
 import numpy as np
 import pytest
 import torch
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from memplan.program.schema import RING_BYTES
 from memplan.run.attach import attach_on
@@ -207,7 +206,7 @@ def saved_state(tmp_path, monkeypatch):
 
 @cache
 def whole_state():
-    with sdpa_kernel(SDPBackend.MATH):
+    with SIM.attention():
         return stepped(make("llama"), batch_of)
 
 

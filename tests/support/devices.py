@@ -8,7 +8,7 @@ simulated device the CPU's.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -53,6 +53,10 @@ class Apart:
     def profile(self) -> HardwareProfile:
         return replace(CPU, name="test-cuda", device="cuda")
 
+    def attention(self) -> AbstractContextManager[None]:
+        """The attention that a device without a kernel of its own takes, where a trace or the CPU is to take it too."""
+        return sdpa_kernel(SDPBackend.MATH) if self.kind == "sim" else nullcontext()
+
     def there(self, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         return {name: value.to(self.device) for name, value in batch.items()}
 
@@ -68,7 +72,7 @@ class Apart:
         if self.kind != "sim":
             there = lambda *args, **more: self.there(batches(*args, **more))  # noqa: E731
             return self.train(model.to(self.device), kind, batches=there, **options)
-        with sdpa_kernel(SDPBackend.MATH):  # what a device without an attention kernel of its own takes
+        with self.attention():
             return train(model, kind, batches=batches, **options)
 
 
