@@ -183,7 +183,7 @@ class Handle:
         step an optimizer: that cannot be undone. What a record counts begins anew with each plan; ``recoveries`` goes
         on.
 
-        A copy of the gradients of what is trained is held meanwhile, beside what the plan counts (on CUDA in RAM).
+        A copy of the gradients of what is trained is held meanwhile, beside what the plan counts (of a GPU's in RAM).
         While the plan is changed RAM holds what was on the device. Raises RunError where no smaller plan is left.
         """
         if self._runtime is None or self._replan is None or not any(p.requires_grad for p in self.model.parameters()):

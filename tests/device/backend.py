@@ -15,6 +15,7 @@ from typing import Literal
 import torch
 import torch._meta_registrations  # the shape functions that are written in Python
 
+from memplan import device_kinds
 from tests.device.build import library
 
 Policy = Literal["copies first", "compute first", "lazy"]
@@ -155,6 +156,8 @@ if torch._C._get_privateuse1_backend_name() != "sim":
     torch.utils.rename_privateuse1_backend("sim")
     torch._register_device_module("sim", Sim("torch.sim"))
     torch.utils.generate_methods_for_privateuse1_backend()
+
+device_kinds.add("sim")
 
 SIM = torch.device("sim", 0)
 

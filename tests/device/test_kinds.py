@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from memplan.api import smaller
-from memplan.run.attach import attach_on
+from memplan.run.attach import attach
 from tests.device import backend
 from tests.run.test_parity import plan_for
 from tests.support import devices, families, quantized
@@ -34,7 +34,7 @@ CHECKED = pytest.mark.parametrize("checked", [False, full(True)], ids=["plain", 
 
 def compare(whole, apart, model, kind, tmp_path, *, checked=False, share=0.4, offload=(), around_forward=nullcontext):
     plan = plan_for(model, kind, share=share, offload=offload)
-    with attach_on(model, plan, apart.device, checked=checked, cache=tmp_path) as handle:
+    with attach(model, plan, checked=checked, cache=tmp_path) as handle:
         run = apart.train(model, kind, around_forward=around_forward)
     assert_equal(whole, run)
     assert handle.record.loads > 0
@@ -179,7 +179,7 @@ def test_where_the_device_has_less_than_was_said(offload, checked, apart, tmp_pa
     limit = int(0.8 * plan.prediction.peaks.vram_bytes)
     with (
         backend.limited(limit),
-        attach_on(model, plan, apart.device, cache=tmp_path, checked=checked, replan=smaller) as handle,
+        attach(model, plan, cache=tmp_path, checked=checked, replan=smaller) as handle,
     ):
         found = recovered(model, handle.micro_batch)
         assert handle.recoveries >= 1

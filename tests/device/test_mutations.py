@@ -19,7 +19,7 @@ import pytest
 import torch
 
 from memplan.program.schema import RING_BYTES
-from memplan.run.attach import attach_on
+from memplan.run.attach import attach
 from memplan.run.memory import arena, page_lock
 from memplan.run.memory.disk import DiskReader, Extent
 from memplan.run.modules import install, optimizer_state
@@ -161,7 +161,7 @@ def interrupted(tmp_path, monkeypatch):
     """Forwards and backwards that fail on their way, and training that goes on."""
     model = make("llama")
     layers = model.base_model.model.model.layers
-    with attach_on(model, plan_for(model, "llama", share=0.2, offload="all"), THERE, cache=tmp_path):
+    with attach(model, plan_for(model, "llama", share=0.2, offload="all"), cache=tmp_path):
         for layer in (1, 4):
             hook = layers[layer].register_forward_hook(fail)
             with pytest.raises(KeyError):
@@ -180,7 +180,7 @@ def detached(tmp_path, monkeypatch):
     """What is allocated after a detach is nobody else's, though loads were on their way."""
     monkeypatch.setattr(arena, "page_locked", test_gpu.refused)
     model = make("llama")
-    with attach_on(model, plan_for(model, "llama", share=0.2), THERE, cache=tmp_path):
+    with attach(model, plan_for(model, "llama", share=0.2), cache=tmp_path):
         model(**SIM.batches("llama", 0))
     held = [torch.zeros(2**16, dtype=torch.uint8, device=THERE) for _ in range(32)]
     torch.sim.synchronize()
@@ -198,7 +198,7 @@ def optimizer(tmp_path, monkeypatch):
 def saved_state(tmp_path, monkeypatch):
     """What a checkpoint is written of is there when it is asked for."""
     model = make("llama")
-    with attach_on(model, test_optimizer_state.plan_for(model), THERE):
+    with attach(model, test_optimizer_state.plan_for(model)):
         found = stepped(model, SIM.batches)
     for one, other in zip(whole_state(), found, strict=True):
         assert np.array_equal(one, other)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from memplan.hooks.same_again import FIRST
-from memplan.run.attach import attach_on
+from memplan.run.attach import attach
 from tests.device import backend
 from tests.run.test_parity import plan_for
 from tests.support.training import make
@@ -36,7 +36,7 @@ def test_the_host_waits_no_more_than_for_a_whole_model(offload, tiers, apart, tm
     expected = waits_of(apart, make("llama").to(apart.device), 0)
     model = make("llama")
     plan = plan_for(model, "llama", tiers=tiers, offload=offload)
-    with attach_on(model, plan, apart.device, cache=tmp_path) as handle:
+    with attach(model, plan, cache=tmp_path) as handle:
         found = waits_of(apart, model, warm)
         assert handle.record.loads > 0
     for before, now in zip(expected, found, strict=True):

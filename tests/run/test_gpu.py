@@ -9,24 +9,25 @@ import dataclasses
 import gc
 import time
 from contextlib import contextmanager
-from functools import cache
+from functools import cache, partial
 
 import pytest
 import torch
 from msgspec.structs import replace
 
+import memplan
 from memplan.case import case_of_plan
-from memplan.errors import StrayReadError
+from memplan.errors import DoesNotFitError, StrayReadError
 from memplan.program.page_lock import pageable_items
 from memplan.program.schema import RING_BYTES
-from memplan.run.attach import attach_on
+from memplan.run.attach import attach, attach_on
 from memplan.run.memory import arena, page_lock
 from tests.run import test_optimizer_state, test_parity, test_rows
 from tests.run.test_parity import plan_for
 from tests.run.test_staging import with_small_rings
 from tests.support import devices, inside
 from tests.support.devices import planned, whole_of
-from tests.support.training import CPU, assert_equal, make
+from tests.support.training import CPU, assert_equal, batch_of, make
 
 CHECKPOINTING = ("off", "inside-other", "inside-reentrant", "around-other", "around-reentrant")
 CHECKED = pytest.mark.parametrize("checked", [False, True], ids=["plain", "checked"])
@@ -68,7 +69,8 @@ def test_segments_that_come_and_go(kind, checked, apart, tmp_path, monkeypatch):
     """A plan for the CPU has them where these small models' plans for a GPU have none."""
     monkeypatch.setattr(test_parity, "CPU", CPU)
     share = {"llama": 0.4, "gpt2": 0.3, "plain": 0.6}[kind]
-    handle = planned(apart, kind, tmp_path, share=share, checked=checked)
+    attach_there = partial(attach_on, device=apart.device)
+    handle = planned(apart, kind, tmp_path, share=share, checked=checked, attach=attach_there)
     assert any(segment.absent for segment in handle.plan.arenas[0].segments)
 
 
@@ -81,7 +83,7 @@ def test_the_optimizers_state_waits_on_the_host(apart):
         yield
         pinned.extend(room.is_pinned() for room in inside.optimizer_rooms(handle))
 
-    with attach_on(model, plan, apart.device) as handle:
+    with attach(model, plan) as handle:
         run = apart.train(model, "llama", around_step=looked_at)
     assert pinned == [True] * 3
     assert_equal(whole_of(apart, "llama"), run)
@@ -93,7 +95,7 @@ def test_rows_that_are_read_on_the_host(is_pinned, apart, monkeypatch):
         monkeypatch.setattr(arena, "page_locked", refused)
     model = test_rows.make("untied", dropout=0.0)
     plan = test_rows.plan_of("untied", share=0.0, table_at="host")
-    with attach_on(model, plan, apart.device) as handle:
+    with attach(model, plan) as handle:
         run = apart.train(model, "untied", batches=lambda *args, **more: apart.there(test_rows.batch_of(*args, **more)))
         table = model.get_input_embeddings().weight
         assert table.device.type == (apart.kind if is_pinned else "cpu")
@@ -109,7 +111,7 @@ def whole_rows(apart):
 def test_detach_gives_the_model_back_to_where_it_was(apart, tmp_path):
     model = make("llama")
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
-    with attach_on(model, plan_for(model, "llama"), apart.device, cache=tmp_path):
+    with attach(model, plan_for(model, "llama"), cache=tmp_path):
         assert {p.device.type for p in model.parameters()} == {apart.kind}
     for name, parameter in model.named_parameters():
         assert parameter.device.type == "cpu"
@@ -120,7 +122,7 @@ def test_a_model_that_is_dropped_leaves_nothing(apart, tmp_path):
     gc.collect()
     before = apart.module.memory_allocated()
     model = make("llama")
-    attach_on(model, plan_for(model, "llama"), apart.device, cache=tmp_path)
+    attach(model, plan_for(model, "llama"), cache=tmp_path)
     model(**apart.batches("llama", 0)).loss.backward()
     assert apart.module.memory_allocated() > before + 2**18
     del model
@@ -147,7 +149,7 @@ def test_peak_is_what_was_predicted(share, apart, tmp_path):
     model = make("llama")
     with apart.attention():
         plan = plan_for(model, "llama", share=share)
-    with attach_on(model, plan, apart.device, cache=tmp_path) as handle:
+    with attach(model, plan, cache=tmp_path) as handle:
         trained(model, 1)
         apart.module.reset_peak_memory_stats()
         trained(model, 2)
@@ -160,7 +162,7 @@ def test_peak_is_what_was_predicted(share, apart, tmp_path):
 
 def test_a_stray_read_raises(apart, tmp_path):
     model = make("llama")
-    with attach_on(model, plan_for(model, "llama"), apart.device, checked=True, cache=tmp_path) as handle:
+    with attach(model, plan_for(model, "llama"), checked=True, cache=tmp_path) as handle:
         loss = model(**apart.batches("llama", 0)).loss
         inside.quiesce(handle)
         inside.conductor(handle).backward_begins = lambda module, call: None
@@ -180,7 +182,7 @@ def test_where_pinning_is_refused(checked, offload, apart, tmp_path, monkeypatch
     model = make("llama")
     plan = plan_for(model, "llama", share=0.2, offload=offload)
     monkeypatch.setattr(arena, "page_locked", refused)
-    with attach_on(model, plan, apart.device, checked=checked, cache=tmp_path) as handle:
+    with attach(model, plan, checked=checked, cache=tmp_path) as handle:
         assert_equal(whole_of(apart, "llama"), apart.train(model, "llama"))
         assert handle.record.loads > 0
         # One for the disk, one for what is pageable.
@@ -196,9 +198,8 @@ def test_a_ring_between_pageable_memory_and_the_device(offload, apart, tmp_path,
     lock = page_lock.page_locked
     monkeypatch.setattr(arena, "page_locked", lambda size: lock(size) if size == RING_BYTES else refused())
     model = make("llama")
-    with attach_on(
-        model, plan_for(model, "llama", share=0.2, offload=offload), apart.device, checked=True, cache=tmp_path
-    ) as handle:
+    plan = plan_for(model, "llama", share=0.2, offload=offload)
+    with attach(model, plan, checked=True, cache=tmp_path) as handle:
         assert not any(held.bytes.is_pinned() for held in inside.host_arenas(handle).values())
         assert_equal(whole_of(apart, "llama"), apart.train(model, "llama"))
 
@@ -216,7 +217,7 @@ def test_what_the_plan_has_pageable_is_pageable(offload, share, apart, tmp_path,
     case = case_of_plan(replace(kept, table=table, budgets=replace(kept.budgets, page_lock_bytes=limit)))
     plan = dataclasses.replace(case, activations=kept.policies()).place(pieces=False)
     assert pageable_items(plan)
-    with attach_on(model, plan, apart.device, checked=True, cache=tmp_path) as handle:
+    with attach(model, plan, checked=True, cache=tmp_path) as handle:
         for one in plan.arenas[1:]:
             assert inside.host_arenas(handle)[one.id].bytes.is_pinned() != one.pageable
         assert_equal(whole_of(apart, "llama"), apart.train(model, "llama"))
@@ -234,3 +235,19 @@ def test_page_locked_memory_has_its_exact_size_and_is_let_go(apart, monkeypatch)
     assert not let_go
     del part
     assert let_go == [address]
+
+
+def test_a_plan_names_its_kind_of_device(apart, tmp_path):
+    """It is made by the public functions, kept in a file, and brings the model to that kind by itself."""
+    model = make("llama")
+    batch = batch_of("llama")
+    given = {"ram": "1GiB", "hardware": apart.profile, "gains": False}
+    with pytest.raises(DoesNotFitError) as refusal:
+        memplan.plan(model, batch, vram=1, **given)
+    memplan.plan(model, batch, vram=refusal.value.least_vram_bytes, **given).save(tmp_path / "plan.json")
+    plan = memplan.Plan.load(tmp_path / "plan.json")
+    assert plan.table.device == apart.kind
+    with memplan.attach(model, plan, cache=tmp_path) as handle:
+        assert {p.device for p in model.parameters()} == {apart.device}
+        assert_equal(whole_of(apart, "llama"), apart.train(model, "llama"))
+        assert handle.record.loads > 0

@@ -8,7 +8,7 @@ simulated device the CPU's.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -21,7 +21,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from memplan.demo import deterministic
 from memplan.hardware.profile import HardwareProfile
-from memplan.run.attach import attach_on
+from memplan.run.attach import attach
 from tests.run import test_optimizer_state, test_parity, test_rows
 from tests.run.test_parity import assert_forwards, plan_for
 from tests.support.training import CPU, Run, assert_equal, batch_of, make, train
@@ -51,7 +51,7 @@ class Apart:
 
     @property
     def profile(self) -> HardwareProfile:
-        return replace(CPU, name="test-cuda", device="cuda")
+        return replace(CPU, name=f"test-{self.kind}", device=self.kind)
 
     def attention(self) -> AbstractContextManager[None]:
         """The attention that a device without a kernel of its own takes, where a trace or the CPU is to take it too."""
@@ -82,13 +82,11 @@ def whole_of(apart: Apart, kind: str, **options: Any) -> Run:
     return apart.whole(make(kind, **options), kind)
 
 
-def planned(
-    apart: Apart, kind: str, tmp_path, *, checked=False, plan=None, share=0.4, offload=(), tiers="all", **options
-):
+def planned(apart: Apart, kind: str, tmp_path, *, checked=False, share=0.4, offload=(), attach=attach, **options):
     """Train three steps under a plan, compare, and return the handle of the run, which has ended."""
     model = make(kind, **options)
-    plan = plan or plan_for(model, kind, share=share, offload=offload, tiers=tiers)
-    with attach_on(model, plan, apart.device, checked=checked, cache=tmp_path) as handle:
+    plan = plan_for(model, kind, share=share, offload=offload)
+    with attach(model, plan, checked=checked, cache=tmp_path) as handle:
         run = apart.train(model, kind)
     whole = whole_of(apart, kind, **options)
     assert_equal(whole, run)
@@ -111,14 +109,13 @@ def at_home(run: Run) -> Run:
 def on(name: str) -> Iterator[Apart]:
     """Have the device of that name there, and the plans of tests made for it."""
     apart = Apart("cuda" if name == "cuda" else "sim")
-    with pytest.MonkeyPatch.context() as patch:
+    with ExitStack() as there, pytest.MonkeyPatch.context() as patch:
+        if name == "cuda":
+            there.enter_context(deterministic())  # only warned, attention's backward is not; see conftest.py too
+        else:
+            from tests.device import backend
+
+            there.enter_context(backend.present(name.replace("-", " ")))
         for module in _PLANNED:
             patch.setattr(module, "CPU", apart.profile)
-        if name == "cuda":
-            with deterministic():  # only warned, attention's backward is not; see conftest.py too
-                yield apart
-            return
-        from tests.device import backend
-
-        with backend.present(name.replace("-", " ")):
-            yield apart
+        yield apart
