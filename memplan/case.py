@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from msgspec.structs import replace
 
+from memplan.device_kinds import is_apart
 from memplan.errors import InputError, ModelError
 from memplan.hardware import machine
 from memplan.hardware.budgets import beyond, require_vram
@@ -320,7 +321,7 @@ def _times(request: Request, graph: LayerGraph, profile: HardwareProfile, room_b
 
 def _staging_bytes(device: str) -> int:
     """Return the host bytes that the disk is read through."""
-    return STAGING_BYTES + (RING_BYTES if device == "cuda" else 0)
+    return STAGING_BYTES + (RING_BYTES if is_apart(device) else 0)
 
 
 def _only(asked: Mapping[str, Activations], row: AccessRow) -> AccessRow:

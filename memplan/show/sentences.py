@@ -156,7 +156,7 @@ def place(plan: Plan, index: int, glyphs: Glyphs) -> str:
 
 
 def ram_by_lock(plan: Plan, facts: Facts) -> list[tuple[str, int]]:
-    """Return the bytes of the ram peak that are pinned for a CUDA device, and those that are not."""
+    """Return the bytes of the ram peak that are pinned for a GPU, and those that are not."""
     ram = plan.prediction.peaks.ram_bytes
     if plan.table.device == "cpu" or not ram:
         return []
