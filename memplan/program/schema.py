@@ -204,19 +204,23 @@ class Peaks(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
 
 
 class Prediction(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """What the plan expects. Bytes include padding; times are of the steady state."""
+    """What the plan expects. Bytes include padding; times are of the steady state. A pass is of one micro-batch, or of
+    all those of a group (``Plan.group``).
+    """
 
     compute_s: float
-    """Compute of one micro-batch, recomputes included."""
+    """Compute of one pass, recomputes included."""
     pass_s: float
+    last_pass_s: float = 0.0
+    """Of the smaller group that a step ends with; 0 where there is none."""
     step_s: float
-    """``accumulation`` passes and the optimizer."""
+    """``accumulation`` micro-batches and the optimizer."""
     bound_s: float
     """No plan of these blocks within this vram has a shorter pass (design: window bound)."""
     stall_s: float
     """pass_s - compute_s."""
     binds: str
-    """What sets the micro-batch time: ``compute``, ``link`` or ``disk``."""
+    """What sets the time of a pass: ``compute``, ``link`` or ``disk``."""
     loads_per_pass: int
     loaded_bytes_per_pass: int
     """Of frozen weights."""
@@ -237,7 +241,7 @@ class Prediction(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
 
 
 class Gain(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """What a micro-batch would take if one thing were otherwise, by the solver."""
+    """What a pass would take if one thing were otherwise, by the solver."""
 
     of: Changed
     more: int
@@ -252,6 +256,10 @@ class Plan(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     model: str
     fingerprint: str
     workload: Workload
+    group: int = 1
+    """Micro-batches that pass each access one after another before any of them goes on, so that they share each load.
+    Accesses, residences and the prediction's pass are those of a group; ``table.group`` says the same of the rows.
+    """
     budgets: Budgets
     hardware: str
     table: CostTable
@@ -275,6 +283,17 @@ class Plan(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """What would make a micro-batch shorter, each alone, where that was looked at."""
     least_vram_bytes: int | None = None
     """The least vram for which there is a plan with the other budgets as given, where that was looked at."""
+
+    @property
+    def groups(self) -> tuple[int, int]:
+        """How many full groups a step has, and how many micro-batches are in the smaller one behind them."""
+        return divmod(self.workload.accumulation, self.group)
+
+    @property
+    def micro_batch_s(self) -> float:
+        """Seconds of a micro-batch, the mean of a step's."""
+        full, said = self.groups[0], self.prediction
+        return (full * said.pass_s + said.last_pass_s) / self.workload.accumulation if self.group > 1 else said.pass_s
 
     @property
     def optimizer_state(self) -> StateHome:

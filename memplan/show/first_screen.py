@@ -112,7 +112,7 @@ def _vram(plan: Plan) -> str:
 def _more(plan: Plan, glyphs: Glyphs) -> str:
     """Return what a GiB more buys, and the least that works."""
     found = []
-    step_s, passes = plan.prediction.step_s, plan.workload.accumulation
+    step_s, passes = plan.prediction.step_s, plan.workload.accumulation / plan.group
     gain = next((gain for gain in plan.gains if gain.of == "vram" and gain.more == GIB), None)
     if gain is not None:
         saved_s = (plan.prediction.pass_s - gain.pass_s) * passes
