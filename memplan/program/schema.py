@@ -204,12 +204,12 @@ class Peaks(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
 
 
 class Prediction(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """What the plan expects. Bytes include padding; times are of the steady state. A pass is of one micro-batch, or of
-    all those of a group (``Plan.group``).
+    """What the plan expects. Bytes include padding; times are of the steady state, of one micro-batch or of all those
+    of a group (``Plan.group``).
     """
 
     compute_s: float
-    """Compute of one pass, recomputes included."""
+    """Compute of one micro-batch or group, recomputes included."""
     pass_s: float
     last_pass_s: float = 0.0
     """Of the smaller group that a step ends with; 0 where there is none."""
@@ -220,7 +220,7 @@ class Prediction(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     stall_s: float
     """pass_s - compute_s."""
     binds: str
-    """What sets the time of a pass: ``compute``, ``link`` or ``disk``."""
+    """What sets the micro-batch time: ``compute``, ``link`` or ``disk``."""
     loads_per_pass: int
     loaded_bytes_per_pass: int
     """Of frozen weights."""
@@ -241,7 +241,7 @@ class Prediction(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
 
 
 class Gain(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """What a pass would take if one thing were otherwise, by the solver."""
+    """What a micro-batch or group would take if one thing were otherwise, by the solver."""
 
     of: Changed
     more: int
@@ -258,7 +258,7 @@ class Plan(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     workload: Workload
     group: int = 1
     """Micro-batches that pass each access one after another before any of them goes on, so that they share each load.
-    Accesses, residences and the prediction's pass are those of a group; ``table.group`` says the same of the rows.
+    Accesses, residences and the prediction are those of a group; ``table.group`` says the same of the rows.
     """
     budgets: Budgets
     hardware: str

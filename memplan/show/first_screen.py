@@ -78,7 +78,7 @@ def _step(plan: Plan, known: Facts, glyphs: Glyphs) -> str:
 def _subject(plan: Plan, glyphs: Glyphs) -> str:
     workload = plan.workload
     times = f" {glyphs.times} {workload.accumulation}" if workload.accumulation > 1 else ""
-    return f"{words.trained(plan, glyphs)}, {workload.size}{times} per step"
+    return f"{words.trained(plan, glyphs)}, {workload.size}{times} per step{words.shared(plan)}"
 
 
 def _baselines(plan: Plan, known: Facts, beside: Beside, glyphs: Glyphs) -> Table:
