@@ -18,17 +18,17 @@ from msgspec.structs import replace
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from memplan.errors import PlanMismatchError, RunError, TransferError
+from memplan.errors import PlanCheckError, PlanMismatchError, RunError, TransferError
+from memplan.program.support import require_supported
 from memplan.run.attach import attach
 from memplan.run.lanes import turns
-from tests.run import test_experts
+from tests.run import test_experts as of_experts
 from tests.run.test_parity import plan_for
 from tests.support import routed
 from tests.support.groups import train_in_groups, uneven
 from tests.support.training import (
     Decoder,
     PlainLayer,
-    Run,
     assert_equal,
     batch_of,
     checkpoint_layer,
@@ -91,18 +91,15 @@ def test_a_group_of_one_is_a_plain_loop():
 
 def test_offloaded_activations_are_refused():
     model = make("llama")
-    plan = plan_for(model, "llama", share=0.2, offload="all")
+    plan = plan_for(model, "llama", share=0.4, accumulation=ACCUMULATION, tiers="host")
+    saved = replace(plan.items[-1], kind="saved")
     with pytest.raises(PlanMismatchError, match="groups of 2 micro-batches and offloads"):
-        attach(model, replace(plan, group=2))
+        require_supported(replace(plan, group=2, items=(*plan.items[:-1], saved)))
+    with pytest.raises(PlanCheckError, match="a group has 0 micro-batches"):
+        attach(model, replace(plan, group=0))
 
 
 # ---- one by one, where that must be ---------------------------------------------------------------------------------
-
-
-def dropped_out(model, monkeypatch):
-    for module in model.modules():
-        if isinstance(module, PlainLayer):
-            module.dropout.p = 0.2
 
 
 class Counts(PlainLayer):
@@ -242,7 +239,7 @@ def test_experts(kind, checkpointing, tmp_path):
     whole = train(made(), kind, accumulation=8, batches=routed.batch_of)
     for checked in (False, True):
         model = made()
-        plan = test_experts.plan_for(kind, checkpointing=checkpointing)
+        plan = of_experts.plan_for(kind, checkpointing=checkpointing)
         with attached(model, plan=plan, checked=checked, cache=tmp_path) as handle:
             assert_equal(whole, train_in_groups(model, kind, handle, batches=routed.batch_of))
             assert handle.record.passes == 24
@@ -473,7 +470,8 @@ def test_a_block_that_cannot_be_read(tmp_path, monkeypatch):
     from memplan.run.memory.disk import DiskReader
 
     model, one = make("llama"), one_of("llama")
-    with attach(model, replace(plan_for(model, "llama"), group=GROUP), cache=tmp_path) as handle:
+    plan = plan_for(model, "llama", share=0.4, accumulation=ACCUMULATION)
+    with attached(model, plan=plan, cache=tmp_path) as handle:
         learned(model, handle)
 
         def fails(*args, **kwargs):
@@ -486,30 +484,71 @@ def test_a_block_that_cannot_be_read(tmp_path, monkeypatch):
         assert_goes_on(model, handle)
 
 
+class Reference(nn.Module):
+    """A loss beside a reference with the adapters off, as in DPO; ``is_off``: of these micro-batches."""
+
+    def __init__(self, model, is_off):
+        super().__init__()
+        self.model = model
+        self.is_off = is_off
+        self.count = 0
+
+    def loss(self, batch):
+        self.count += 1
+        if not self.is_off(self.count):
+            return loss_of(self.model(**batch))
+        first = loss_of(self.model(**batch)) if self.count % 2 else 0.0
+        with self.model.disable_adapter(), torch.no_grad():
+            reference = loss_of(self.model(**batch))
+        return loss_of(self.model(**batch)) - reference + first
+
+
+@pytest.mark.parametrize("is_off", [lambda count: True, lambda count: count == 4, lambda count: count > 3])
+def test_adapters_that_are_off_for_a_reference(is_off):
+    """The settings of one micro-batch are not another's, whether that was so from the first on or comes later."""
+    whole, model = make("llama"), make("llama")
+    given = seeds(8)
+
+    def run_of(model, runs):
+        reference, losses = Reference(model, is_off), []
+        for _ in range(2):
+
+            def one(batch):
+                loss = reference.loss(batch)
+                loss.backward()
+                return loss.detach().clone()
+
+            losses += runs(one, given)
+        return losses
+
+    losses = run_of(whole, lambda one, batches: [one(batch) for batch in batches])
+    with attached(model) as handle:
+        assert all(map(torch.equal, losses, run_of(model, handle.accumulate)))
+        for (name, a), (_, b) in zip(whole.named_parameters(), model.named_parameters(), strict=True):
+            assert not a.requires_grad or torch.equal(a.grad, b.grad), name
+
+
 def test_another_thread_is_refused():
     model, one, refused = make("llama"), one_of("llama"), []
 
     def elsewhere():
-        try:
+        with pytest.raises(RunError, match="in a thread while another"):
             one(model, seeds(1)[0])
-        except RunError as error:
-            refused.append(str(error))
+        refused.append(threading.current_thread())
 
-    def run(batch):
-        result = one(model, batch)
-        if threading.current_thread().name == "memplan-lane-0":
+    def within(module, args):
+        if threading.current_thread().name == "memplan-lane-2":
             thread = threading.Thread(target=elsewhere)
             thread.start()
             thread.join()
-        return result
 
     with attached(model) as handle:
         learned(model, handle)
-        hook = model.get_submodule("base_model.model.model.layers.3.self_attn")
-        handle.accumulate(run, seeds(4))
-        del hook
-        model.zero_grad()
-    assert len(refused) <= 1
+        hook = model.get_submodule("base_model.model.model.layers.3.self_attn").register_forward_pre_hook(within)
+        handle.accumulate(lambda batch: one(model, batch), seeds(4))
+        hook.remove()
+        assert len(refused) == 1
+        assert_goes_on(model, handle)
 
 
 def test_evaluation_and_generation_between():
@@ -562,5 +601,3 @@ def test_nothing_is_left_behind():
         assert not any(reference() is not None for reference in kept)
         assert len(losses) == 4
         assert all(not p._backward_hooks for p in model.parameters())
-    assert isinstance(losses, list)
-    assert isinstance(Run(), Run)

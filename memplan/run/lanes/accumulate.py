@@ -93,6 +93,7 @@ class Accumulation:
                 self._within,
                 self._exchanged,
                 Inherited(self._device),
+                self._habits.flags().is_changed,
             )
             order.group, order.serve_again = group, self._conductor.serve_again
             self._conductor.gave = order.gave

@@ -52,6 +52,8 @@ class GradientOrder:
         if group is None:
             return
         lane = group.now.index
+        if not group.is_in_lane():
+            return
         if self._due[place] < lane:
             self._wait(place, lane, group)
         elif self._due[place] > lane + 1:
@@ -70,11 +72,12 @@ class GradientOrder:
             return all(
                 other.is_over
                 or self._given[place] >> other.index & 1
-                or (owner is not None and owner not in other.called)
+                or (other.is_in_backward and owner is not None and owner not in other.called)
                 for other in group.lanes[:lane]
             )
 
         if not is_due():
+            group.refuse_changed()
             again = self.serve_again()
             group.let_others(is_due)
             again()

@@ -71,6 +71,10 @@ class Habits:
             self._known[key] = found
         return result
 
+    def flags(self) -> Flags:
+        """Return what modules have of plain values now."""
+        return Flags(self._modules)
+
     def watch(self) -> Callable[[], None]:
         """Return what raises RunError where a group that is over did what no pass before it did."""
         drawn, buffers = self._drawn(), _versions(self._modules)
@@ -99,6 +103,22 @@ class Habits:
             module: Any = torch.get_device_module(self._device)
             states.append(module.get_rng_state().cpu().numpy().tobytes())
         return (*states, *positions())
+
+
+class Flags:
+    """What modules have of plain values: whether they train, which adapter is active, and the like."""
+
+    def __init__(self, modules: Sequence[nn.Module]) -> None:
+        self._places = [
+            (module.__dict__, name, value)
+            for module in modules
+            for name, value in module.__dict__.items()
+            if type(value) in (bool, int, float, str, list, type(None))
+        ]
+
+    def is_changed(self) -> bool:
+        """Whether any is another now."""
+        return any(held.get(name) is not value for held, name, value in self._places)
 
 
 class _Pass:

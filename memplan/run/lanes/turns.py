@@ -17,7 +17,7 @@ import threading
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
-from memplan.errors import TransferError
+from memplan.errors import RunError, TransferError
 from memplan.hooks.triggers import Triggers
 from memplan.run.lanes.inherited import Inherited
 from memplan.run.schedule.conductor import Conductor
@@ -54,6 +54,9 @@ class Lane:
         """The access that it is to begin, or is doing; -1: none yet."""
         self.called: set[str] = set()
         """Trigger modules whose forwards it has called."""
+        self.is_in_backward = False
+        self.is_parked = False
+        """It has a thread, and waits for its turn."""
         self.until: Callable[[], bool] | None = None
         """What it waits for besides its turn."""
         self.own: tuple[Any, ...] = (None, conductors, None)
@@ -76,10 +79,13 @@ class Group:
         within: frozenset[str],
         exchanged: Exchanged | None,
         inherited: Inherited,
+        is_changed: Callable[[], bool],
     ) -> None:
         """``within``: trigger modules that others call whose forwards memplan runs again. ``exchanged``: what else has
-        a state for each micro-batch.
+        a state for each micro-batch. ``is_changed``: whether modules have other settings than they had before.
         """
+        self._is_changed = is_changed
+        self._takes_turns = True
         self._run = run
         self._triggers = triggers
         self._conductor = conductor
@@ -133,6 +139,7 @@ class Group:
         for lane in self.lanes:
             name = f"memplan-lane-{lane.index}"
             lane.thread = threading.Thread(target=self._in_lane, args=(lane,), name=name, daemon=True)
+            lane.is_parked = True
             lane.thread.start()
 
     def _end_all(self) -> None:
@@ -144,7 +151,11 @@ class Group:
                     self._live.remove(lane)
             if self._live and not self._turns:
                 self._give(self._live[-1])
-            if self._live:
+            if self._live and not self._all_over.acquire(timeout=DEADLINE_S):
+                # It may go on once the others have let go of what they hold.
+                parked = self._next()
+                if parked is not None:
+                    self._give(parked)
                 self._all_over.acquire(timeout=DEADLINE_S)
 
     def _wait(self) -> None:
@@ -164,6 +175,7 @@ class Group:
     def _in_lane(self, lane: Lane) -> None:
         lane.identity = threading.get_ident()
         lane.wake.acquire()
+        lane.is_parked = False
         try:
             if not self._fails:
                 lane.result = self._inherited.run(self._run, lane.batch)
@@ -174,36 +186,59 @@ class Group:
         finally:
             lane.batch, lane.is_over = None, True
             self._live.remove(lane)
-            following = self._next()
-            if following is None:
+            if not self._live:
                 self._all_over.release()
-            else:
+            elif lane is self.now and (following := self._next()) is not None:
                 self._keep(lane)
                 self._give(following)
 
+    def is_in_lane(self) -> bool:
+        """Return whether this thread is the one whose turn it is."""
+        return self.now.identity == threading.get_ident()
+
+    def refuse_changed(self) -> None:
+        """Raise RunError where others cannot go on now: modules have settings of one micro-batch's own."""
+        if self._is_changed():
+            raise RunError(
+                "a micro-batch of a group came to a gradient before another one, while it had settings of modules "
+                "changed (adapters off, evaluation): do not step the optimizer, zero the gradients, and have accumulate() "
+                "be given one micro-batch at a time"
+            )
+
     def before_forward(self, module: str, *, in_backward: bool) -> None:
         """Return when the lane's forward may begin."""
+        if not self._goes_on(in_backward=in_backward):
+            return
         if in_backward:
             self._turn(self._position.recompute_due(module), module)
-        else:
-            if self.now.identity == threading.get_ident():
-                self.now.called.add(module)
-            self._turn(self._position.forward_due(module), module)
+            return
+        self.now.called.add(module)
+        at, now, length = self._position.forward_due(module), self._position.now, self._position.sequence.length
+        if at // length != now // length and self._is_changed():
+            # Others would compute with that. What they are at they have done without.
+            self._takes_turns = False
+        self._turn(at, module)
 
     def before_backward(self, module: str, call: int) -> None:
         """Return when the lane's backward may begin."""
-        self._turn(self._position.backward_due(module, call), module)
+        if self._goes_on(in_backward=True):
+            self._turn(self._position.backward_due(module, call), module)
+
+    def _goes_on(self, *, in_backward: bool) -> bool:
+        """Return whether this thread is a lane. Raises LaneEnded."""
+        if not self.is_in_lane():
+            if any(other.identity == threading.get_ident() for other in self.lanes):
+                raise LaneEnded  # the deadline was past
+            return False  # another's altogether: the conductor refuses that
+        if self._fails:
+            raise LaneEnded
+        self.now.is_in_backward = in_backward
+        return True
 
     def _turn(self, at: int, module: str) -> None:
         """Let others have their turn before the access ``at`` begins."""
         lane, now = self.now, self._position.now
-        if lane.identity != threading.get_ident():
-            if any(other.identity == threading.get_ident() for other in self.lanes):
-                raise LaneEnded  # the deadline was past
-            return  # another's altogether: the conductor refuses that
-        if self._fails:
-            raise LaneEnded
-        if at <= now or module in self._within:
+        if at <= now or module in self._within or not self._takes_turns:
             return
         lane.at = at
         sequence = self._position.sequence
@@ -224,8 +259,10 @@ class Group:
         if following is lane:
             return False
         self._keep(lane)
+        lane.is_parked = True  # first: the other may be done before this thread stands still
         self._give(following)
         lane.wake.acquire()
+        lane.is_parked, lane.until = False, None
         if self._fails:
             raise LaneEnded
         return True
@@ -233,7 +270,7 @@ class Group:
     def _next(self) -> Lane | None:
         """Return whose turn it is."""
         if self._fails:
-            return self._live[-1] if self._live else None
+            return next((lane for lane in reversed(self._live) if lane.is_parked), None)
         best = None
         for lane in self._live:
             if (best is None or lane.at < best.at) and (lane.until is None or lane.until()):
