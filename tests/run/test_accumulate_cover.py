@@ -26,7 +26,7 @@ FAMILIES = ("llama", "gpt2", "t5", "plain", "mixtral-attention", "mixtral-expert
 PRECISIONS = ("float32", "autocast", "bfloat16", "nf4-nested", "torchao-int8")
 GROUPS = ("2-of-8", "3-of-8", "4-of-8", "8-of-8", "4-of-6")
 WATCHED = ("plain", "checked", "traced")
-STEPS = 3
+STEPS = 2
 
 
 class Case(NamedTuple):
