@@ -6,7 +6,7 @@ import contextlib
 import gc
 import logging
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
 from types import TracebackType
 from typing import TypeVar
@@ -30,6 +30,7 @@ from memplan.run.verify.scalars import Scalars
 from memplan.units import format_bytes
 
 Result = TypeVar("Result")
+Batch = TypeVar("Batch")
 _LOG = logging.getLogger("memplan")
 
 _SMALLER = 0.9
@@ -204,6 +205,23 @@ class Handle:
             tries -= 1
             before.restore()
             self._take_less(said)
+
+    def accumulate(self, run: Callable[[Batch], Result], batches: Iterable[Batch]) -> list[Result]:
+        """Return ``run(batch)`` of each of ``batches``, a forward and backward of one micro-batch each, in order.
+
+        Under a plan with a ``group`` so many micro-batches pass each block one after another before it leaves, and
+        share its loads; gradients, losses and all else are to the last bit what they are one by one. ``run`` is called
+        in threads, of which one at a time goes on: it must not step an optimizer, nor wait for another micro-batch, and
+        the next one's forward must not hang on what it leaves. Where a pass draws random numbers, changes buffers or
+        attributes of modules, or several processes train together, they go one by one, which is logged once; so does
+        the first one, of which that is learned.
+
+        Raises what ``run`` raises for the first of those that fail; the others then end at their next layer.
+        """
+        runtime = self._runtime
+        if runtime is None or runtime.accumulation is None:
+            return [run(batch) for batch in batches]
+        return runtime.accumulation.run(run, batches)
 
     def _take_less(self, said: str) -> None:
         """Go on under a plan that takes less vram. Raises RunError where there is none."""

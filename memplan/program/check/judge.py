@@ -116,6 +116,8 @@ def _references(plan: Plan) -> Iterator[str]:
         yield (
             f"a direction of the link reaches {table.duplex_factor} of its rate while the other is busy: 0 to 1 can be"
         )
+    if plan.group < 1:
+        yield f"a group has {plan.group} micro-batches"
     if plan.workload.accumulation < 1:
         yield f"a step has {plan.workload.accumulation} micro-batches"
     if not plan.group == table.group >= 1:

@@ -145,6 +145,15 @@ class TracedWatcher:
         self._end()
         self._inner.backward_ends()
 
+    def lane(self) -> set[str]:
+        """End the access under way, of a micro-batch that lets others go on; return what is its own."""
+        self._end()
+        return self._forwards
+
+    def be_lane(self, lane: set[str] | None) -> None:
+        """Go on with another micro-batch; None: with one that has not begun."""
+        self._forwards = set() if lane is None else lane
+
     @contextmanager
     def _access(self, kind: str, module: str) -> Iterator[None]:
         """Begin an access once what it reads, which is waited for inside, is there."""

@@ -1,0 +1,194 @@
+"""What a pass does that would be another where micro-batches take turns: looked at while one runs by itself.
+
+[Note: what is in the way] What one micro-batch leaves for the next is there too early, or too late: random numbers that
+were drawn, attributes and buffers that a pass changes, or changes and puts back (adapters that are off for a reference
+pass), an optimizer that steps within backward. A pass of which that is not known goes by itself, and is looked at; so
+does the next one where something was in the way, since first passes do what others do not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from memplan.errors import RunError
+from memplan.hooks.compiled import is_compiled, untraced_deep
+from memplan.hooks.triggers import Triggers
+from memplan.run.transfer.device import is_apart
+from memplan.state.process_state import positions
+from memplan.state.setting import Held
+
+TRIES = 3
+"""Passes that are looked at until one is found with nothing in the way."""
+
+
+class Habits:
+    """What is known of one model's passes."""
+
+    def __init__(self, model: nn.Module, triggers: Triggers, device: torch.device) -> None:
+        self._model = model
+        self._triggers = triggers
+        self._device = device
+        self._modules = tuple(model.modules())
+        self._is_whole = is_compiled(model)
+        self._known: dict[tuple[bool, ...], str] = {}
+        """By which modules are in training: what is in the way, or nothing."""
+        self._tries: dict[tuple[bool, ...], int] = {}
+
+    def in_the_way(self) -> str | None:
+        """Return what is in the way of taking turns now, or nothing; None where a pass is to be looked at."""
+        if self._is_whole:
+            return "the model is compiled as a whole"
+        if not torch.is_grad_enabled() or torch.is_inference_mode_enabled():
+            return "gradients are off"
+        if torch._C._current_graph_task_id() != -1:
+            return "it is called within a backward"
+        if torch._C._functorch.peek_interpreter_stack() is not None:
+            return "it is called within a transform of torch.func"
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            return "several processes train together"
+        if any(p._post_accumulate_grad_hooks for p in self._model.parameters() if p.requires_grad):
+            return "a hook takes each gradient as soon as it is there (an optimizer within backward)"
+        return self._known.get(self._key())
+
+    def look(self, run: Callable[[Any], Any], batch: Any) -> Any:
+        """Return ``run(batch)``, looked at."""
+        key = self._key()
+        trained = [p for p in self._model.parameters() if p.requires_grad]
+        seen = _Pass(self._modules, self._drawn, trained, self._triggers.own_hooks())
+        self._triggers.turns = seen
+        try:
+            result = run(batch)
+        finally:
+            self._triggers.turns = None
+            seen.end()
+        found = seen.in_the_way()
+        self._tries[key] = self._tries.get(key, 0) + 1
+        if not found or self._tries[key] >= TRIES:
+            self._known[key] = found
+        return result
+
+    def flags(self) -> Flags:
+        """Return what modules have of plain values now."""
+        return Flags(self._modules)
+
+    def watch(self) -> Callable[[], None]:
+        """Return what raises RunError where a group that is over did what no pass before it did."""
+        drawn, buffers = self._drawn(), _versions(self._modules)
+
+        def refuse() -> None:
+            what = "random numbers were drawn" if self._drawn() != drawn else ""
+            if _versions(self._modules) != buffers:
+                what = "a buffer was written to"
+            if what:
+                self._known[self._key()] = what
+                raise RunError(
+                    f"{what} in micro-batches that took turns, which was not so in the pass before them, so results "
+                    "are not those of one by one: do not step the optimizer, zero the gradients and go on. From now on "
+                    "they run one by one"
+                )
+
+        return refuse
+
+    def _key(self) -> tuple[bool, ...]:
+        return tuple([module.training for module in self._modules])
+
+    def _drawn(self) -> tuple[object, ...]:
+        """Return what is another once random numbers were drawn."""
+        states = [torch.get_rng_state().numpy().tobytes()]
+        if is_apart(self._device):
+            module: Any = torch.get_device_module(self._device)
+            states.append(module.get_rng_state().cpu().numpy().tobytes())
+        return (*states, *positions())
+
+
+class Flags:
+    """What modules have of plain values: whether they train, which adapter is active, and the like."""
+
+    def __init__(self, modules: Sequence[nn.Module]) -> None:
+        self._places = [
+            (module.__dict__, name, value)
+            for module in modules
+            for name, value in module.__dict__.items()
+            if type(value) in (bool, int, float, str, list, type(None))
+        ]
+
+    def is_changed(self) -> bool:
+        """Whether any is another now."""
+        return any(held.get(name) is not value for held, name, value in self._places)
+
+
+class _Pass:
+    """One pass, by itself."""
+
+    def __init__(
+        self,
+        modules: Sequence[nn.Module],
+        drawn: Callable[[], tuple[object, ...]],
+        trained: Sequence[nn.Parameter],
+        ignored: frozenset[int],
+    ) -> None:
+        self._ignored = ignored
+        self._modules = modules
+        self._drawn_now = drawn
+        self._held = Held(modules)
+        self._state = self._held.state()
+        self._buffers = _versions(modules)
+        self._drawn = drawn()
+        self._is_changed = False
+        self._given = [0] * len(trained)
+        self._hooks = [p.register_hook(self._counts(place)) for place, p in enumerate(trained)]
+        self._way = ""
+
+    def before_forward(self, module: str, *, in_backward: bool) -> None:
+        if not in_backward and not self._is_changed:
+            self._look()
+
+    def before_backward(self, module: str, call: int) -> None:
+        pass
+
+    @untraced_deep
+    def _look(self) -> None:
+        self._is_changed = self._held.is_changed() or self._state.is_changed(self._ignored)
+
+    def _counts(self, place: int) -> Callable[[torch.Tensor], None]:
+        def count(gradient: torch.Tensor) -> None:
+            self._given[place] += 1
+
+        return count
+
+    def end(self) -> None:
+        """Look at what has come of it."""
+        for hook in self._hooks:
+            hook.remove()
+        self._look_last()
+
+    def _look_last(self) -> None:
+        if self._drawn_now() != self._drawn:
+            self._way = "a pass draws random numbers (dropout)"
+        elif _versions(self._modules) != self._buffers:
+            self._way = "a pass writes to buffers"
+        elif any(times > 1 for times in self._given):
+            self._way = "a pass gives parameters more than one gradient each"
+        else:
+            if not self._is_changed:
+                self._look()
+            if self._is_changed:
+                self._way = "a pass changes attributes of modules, or puts them back as it goes"
+
+    def in_the_way(self) -> str:
+        """Return what is in the way of taking turns, or nothing."""
+        return self._way
+
+
+def _versions(modules: Sequence[nn.Module]) -> list[tuple[int, int]]:
+    """Return what is another once a buffer was written to, or another took its place."""
+    return [
+        (id(buffer), 0 if buffer.is_inference() else buffer._version)
+        for module in modules
+        for buffer in module._buffers.values()
+        if buffer is not None
+    ]

@@ -1,0 +1,57 @@
+"""Micro-batches that take turns at each block, on the simulated device: copies and compute in either order."""
+
+from __future__ import annotations
+
+from functools import cache
+
+import pytest
+import torch
+from msgspec.structs import replace
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from memplan.run.attach import attach_on
+from tests.device.test_run import CUDA
+from tests.device.test_sim import batches, on_host
+from tests.run import test_parity
+from tests.run.test_parity import plan_for
+from tests.support.groups import train_in_groups
+from tests.support.training import assert_equal, make, train
+
+SIM = torch.device("sim", 0)
+
+
+@pytest.fixture(autouse=True)
+def plans_for_a_gpu(monkeypatch):
+    monkeypatch.setattr(test_parity, "CPU", CUDA)
+
+
+@cache
+def whole(kind, **options):
+    with sdpa_kernel(SDPBackend.MATH):
+        return train(make(kind, **options), kind, steps=2, accumulation=4)
+
+
+def full(*values):
+    return pytest.param(*values, marks=pytest.mark.full)
+
+
+@pytest.mark.parametrize(
+    ("kind", "checkpointing", "share", "group", "checked"),
+    [
+        ("llama", "off", 0.4, 4, True),
+        ("llama", "inside-other", 0.0, 2, False),
+        full("llama", "around-reentrant", 0.4, 4, True),
+        full("llama", "inside-reentrant", 0.0, 3, False),
+        full("t5", "off", 0.4, 4, True),
+        full("t5", "around-other", 0.0, 3, False),
+        full("plain", "off", 0.0, 4, False),
+    ],
+)
+def test_in_turns(kind, checkpointing, share, group, checked, policy, tmp_path):
+    model, loads = make(kind, checkpointing=checkpointing), []
+    plan = plan_for(model, kind, share=share)
+    with attach_on(model, replace(plan, group=group), SIM, checked=checked, cache=tmp_path) as handle:
+        run = train_in_groups(model, kind, handle, steps=2, accumulation=4, batches=batches, loads=loads)
+        assert loads[1] == -(-4 // group) * plan.prediction.loads_per_pass > 0
+        assert handle.record.misses == 0
+    assert_equal(whole(kind, checkpointing=checkpointing), on_host(run))
