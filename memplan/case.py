@@ -86,14 +86,17 @@ class Case:
         """Return what another way of placing comes to (:mod:`memplan.place.baselines`); None where it does not fit."""
         from memplan.place.solve import place_as
 
-        return place_as(way, grouped(self.table, 1), self.budgets, **self._asked(), **self._said())
+        return place_as(way, self._table_of(1), self.budgets, **self._asked(), **self._said())
 
     def least_vram_bytes(self) -> int | None:
         """Return the least vram for which there is a plan, in bytes; None where RAM and disk are too little for any."""
         from memplan.place.min_vram import least_vram_bytes
 
         more = {"pins": self.pins, "optimizer_state": self.optimizer_state, **self._asked()}
-        return least_vram_bytes(grouped(self.table, self.groups[0]), self.budgets, **more)
+        return least_vram_bytes(self._table_of(self.groups[0]), self.budgets, **more)
+
+    def _table_of(self, group: int) -> CostTable:
+        return grouped(self.table, group, self.workload.accumulation)
 
     def _asked(self) -> dict[str, Any]:
         return {"activations": self.activations, "staging_bytes": self.staging_bytes}
@@ -111,7 +114,7 @@ class Case:
         """Return the vram in bytes that holds all weights and all activations: with more, nothing is faster."""
         kept: dict[str, Activations] = dict.fromkeys(self.table.recomputable, "keep")
         kept |= self.activations
-        table = grouped(self.table, self.groups[0])
+        table = self._table_of(self.groups[0])
         return max(table.device_bytes(kept)) + sum(align_up(block.size_bytes) for block in self.table.blocks)
 
 

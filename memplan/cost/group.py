@@ -10,6 +10,7 @@ is the most. Gradients of adapters, the optimizer's state and weights are there 
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 
 from msgspec.structs import replace
@@ -18,11 +19,41 @@ from memplan.analyze.graph import Activations, Lifetime
 from memplan.cost.table import CostTable
 
 
-def grouped(table: CostTable, group: int) -> CostTable:
-    """Return the rows of groups of so many micro-batches. Raises ValueError where there can be none of such rows."""
+def grouped(table: CostTable, group: int, accumulation: int) -> CostTable:
+    """Return the rows of groups of so many micro-batches, of ``accumulation`` in a step. Raises ValueError where there
+    can be none of such rows.
+
+    Gradients of adapters are there from the first access on where a micro-batch went before in the step. Where all of
+    them are one group, each comes where the first one makes it.
+    """
     if group < 1 or (group > 1 and table.turn_around is None):
         raise ValueError(f"groups of {group} micro-batches cannot pass these accesses")
-    return table if table.group == group else replace(table, group=group)
+    if group == table.group == 1:
+        return table
+    others = [life for life in table.lifetimes if life.kind != "gradients"]
+    lifetimes = sorted([*others, *_gradients(table, is_sole=group == accumulation)], key=_order)
+    return replace(table, group=group, lifetimes=tuple(lifetimes))
+
+
+def _gradients(table: CostTable, *, is_sole: bool) -> list[Lifetime]:
+    given = [life for life in table.lifetimes if life.kind == "gradients"]
+    totals = Counter[str]()
+    for life in given:
+        totals[life.policy] += life.size_bytes
+    of_all = totals.pop("any", 0)
+    # What the first access has from the beginning is said once for each policy where its module has a choice.
+    total, last = of_all + max(totals.values(), default=0), max((life.last for life in given), default=0)
+    made = [(row.index, row.gradient_bytes) for row in table.accesses if row.gradient_bytes] if is_sole else []
+    before = total - sum(size_bytes for _, size_bytes in made)
+    return [
+        Lifetime(kind="gradients", born=born, last=last, size_bytes=size_bytes, policy="any")
+        for born, size_bytes in ([(0, total)] if before < 0 else [(0, before), *made])
+        if size_bytes
+    ]
+
+
+def _order(life: Lifetime) -> tuple[int, int, str, str]:
+    return life.born, life.last, life.kind, life.policy
 
 
 def sizes(accumulation: int) -> tuple[int, ...]:

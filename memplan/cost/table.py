@@ -30,6 +30,7 @@ class AccessRow(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     offload_s: float = 0.0
     """Forward accesses: the time in which the device sets aside what is offloaded."""
     weight_copy_bytes: int = 0
+    gradient_bytes: int = 0
 
     def reads_rows_of(self, block: int) -> bool:
         """Whether it reads no more than rows of the block."""

@@ -114,7 +114,7 @@ def _changes(
             "checkpoint that blocks may be read from",
         )
     for group in reversed(sizes(task.table.group)[:-1]):
-        fewer = _least_of(task._replace(table=grouped(task.table, group)))
+        fewer = _least_of(task._replace(table=grouped(task.table, group, workload.accumulation)))
         if any(fitting(least, budgets) for least in fewer):
             yield _Change(0.0, f"let {group} of the step's micro-batches share a load, not {task.table.group} (group)")
             break

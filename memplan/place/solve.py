@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import NotRequired, TypedDict, Unpack
 
 import numpy as np
+from msgspec.structs import replace
 
 from memplan.analyze.graph import Activations
 from memplan.cost.group import copies_at, grouped
@@ -91,13 +92,15 @@ def place(
     elastic = table.device in ELASTIC_DEVICES if elastic is None else elastic
     task = Task(table, budgets, staging_bytes, pins or {}, activations or {}, optimizer_state, elastic)
     first, *larger = sorted(groups or (table.group,))
-    found = _placed(task._replace(table=grouped(table, first)), pieces, said)
+    accumulation = said["workload"].accumulation
+    least = task._replace(table=grouped(table, first, accumulation))
+    found = _placed(least, pieces, said)
     if found is None:
-        raise does_not_fit(task._replace(table=grouped(table, first)), said["workload"])
+        raise does_not_fit(least, said["workload"])
     for group in larger:
         if not found.prediction.loads_per_pass or found.prediction.step_s <= _least_step_s(found) * (1 + _WORTH):
             break  # there is nothing to share, or nothing to gain
-        other = _placed(task._replace(table=grouped(table, group)), pieces, said)
+        other = _placed(task._replace(table=grouped(table, group, accumulation)), pieces, said)
         if other is None:
             break  # nor does anything larger fit
         if other.prediction.step_s < found.prediction.step_s * (1 - _WORTH):
@@ -107,9 +110,8 @@ def place(
 
 def _least_step_s(plan: Plan) -> float:
     """Return the step in s that no group beats: its compute, nothing recomputed but what was asked."""
-    one = grouped(plan.table, 1)
-    kept_s = sum(durations(one, plan.asked))
-    return plan.workload.accumulation * kept_s + _optimizer_s(one)
+    kept_s = sum(durations(plan.table, plan.asked)) / plan.group
+    return plan.workload.accumulation * kept_s + _optimizer_s(plan.table)
 
 
 def _placed(task: Task, pieces: bool, said: PlanInfo) -> Plan | None:
@@ -307,7 +309,7 @@ def _plan(solution: _Solution, asked: Mapping[str, Activations], said: PlanInfo,
     full, rest = divmod(said["workload"].accumulation, table.group)
     last_pass_s = 0.0
     if rest:
-        fewer = grouped(table, rest)
+        fewer = replace(table, group=rest)
         last_pass_s = replay(fewer, layout.items, layout.residences, policies, layout.pageable).pass_s
     prediction = Prediction(
         compute_s=timeline.compute_s,

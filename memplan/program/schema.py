@@ -283,10 +283,6 @@ class Plan(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """What would make a micro-batch shorter, each alone, where that was looked at."""
     least_vram_bytes: int | None = None
     """The least vram for which there is a plan with the other budgets as given, where that was looked at."""
-    group: int = 1
-    """Micro-batches that pass a block one after another before it leaves. The plan's cycle is that of the group: each
-    access is all of theirs.
-    """
 
     @property
     def groups(self) -> tuple[int, int]:

@@ -46,7 +46,7 @@ def test_bytes_are_those_of_every_turn(seed):
     rng = random.Random(seed)
     table, group = random_table(rng), rng.choice((1, 2, 3, 4, 8))
     policies = {module: rng.choice(POLICIES) for module in table.recomputable}
-    rows = grouped(table, group)
+    rows = replace(table, group=group)
     want = bytes_of_turns(table, policies, group)
     assert rows.device_bytes(policies) == want
     assert [rows.device_bytes_at(row.index, policies) for row in rows.accesses] == want
@@ -74,8 +74,8 @@ def test_an_access_takes_the_sum_of_its_micro_batches():
     policies = {"layers.1": "recompute"}
     one = durations(table, policies, on_host={0})
     assert one[0] > table.accesses[0].time_s
-    assert durations(grouped(table, 5), policies, on_host={0}) == pytest.approx([5 * time_s for time_s in one])
-    assert durations(grouped(table, 5), policies)[-1] == 0.0
+    assert durations(grouped(table, 5, 9), policies, on_host={0}) == pytest.approx([5 * time_s for time_s in one])
+    assert durations(grouped(table, 5, 9), policies)[-1] == 0.0
 
 
 def test_only_what_turns_around_in_one_module_can_be_grouped():
@@ -87,10 +87,10 @@ def test_only_what_turns_around_in_one_module_can_be_grouped():
     rows[first.index] = replace(first, forward=0, module="layers.0")
     other = replace(table, accesses=tuple(rows))
     assert other.turn_around is None
-    assert grouped(other, 1) is other
+    assert grouped(other, 1, 4) is other
     for rows, group in ((other, 2), (table, 0)):
         with pytest.raises(ValueError, match=f"groups of {group}"):
-            grouped(rows, group)
+            grouped(rows, group, 4)
 
 
 def test_sizes_that_are_looked_at():
@@ -98,3 +98,27 @@ def test_sizes_that_are_looked_at():
     assert sizes(6) == (1, 2, 3, 4, 6)
     assert sizes(16) == (1, 2, 4, 8, 16)
     assert sizes(7) == (1, 2, 4, 7)
+
+
+def test_gradients_are_there_from_where_a_micro_batch_made_them():
+    """From the first access on behind another group; where a step is one group, from its first micro-batch's on."""
+    table = make_table([MIB] * 3)
+    last = len(table.accesses) - 1
+    lives = tuple(life for life in table.lifetimes if life.kind != "gradients")
+    before = Lifetime(kind="gradients", born=0, last=last, size_bytes=70, policy="any")
+    made = {4: 10, 5: 20, 6: 30}
+    rows = tuple(replace(row, gradient_bytes=made.get(row.index, 0)) for row in table.accesses)
+    table = replace(table, accesses=rows, lifetimes=(*lives, before))
+
+    def gradients(rows):
+        return {life.born: life.size_bytes for life in rows.lifetimes if life.kind == "gradients"}
+
+    assert gradients(grouped(table, 2, 4)) == gradients(grouped(table, 1, 4)) == {0: 70}
+    sole = grouped(table, 4, 4)
+    assert gradients(sole) == {0: 10, **made}
+    assert {life.last for life in sole.lifetimes if life.kind == "gradients"} == {last}
+    for group in (1, 2):
+        assert gradients(grouped(sole, group, 4)) == {0: 70}
+    # What the first access has is said once for each policy, where its module has a choice.
+    each = tuple(replace(before, policy=policy) for policy in POLICIES)
+    assert gradients(grouped(replace(table, lifetimes=(*lives, *each)), 4, 4)) == {0: 10, **made}

@@ -6,7 +6,6 @@ from functools import cache
 
 import pytest
 import torch
-from msgspec.structs import replace
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from memplan.run.attach import attach_on
@@ -14,7 +13,7 @@ from tests.device.test_run import CUDA
 from tests.device.test_sim import batches, on_host
 from tests.run import test_parity
 from tests.run.test_parity import plan_for
-from tests.support.groups import train_in_groups
+from tests.support.groups import in_groups, train_in_groups
 from tests.support.training import assert_equal, make, train
 
 SIM = torch.device("sim", 0)
@@ -50,7 +49,7 @@ def full(*values):
 def test_in_turns(kind, checkpointing, share, group, checked, policy, tmp_path):
     model, loads = make(kind, checkpointing=checkpointing), []
     plan = plan_for(model, kind, share=share)
-    with attach_on(model, replace(plan, group=group), SIM, checked=checked, cache=tmp_path) as handle:
+    with attach_on(model, in_groups(plan, group), SIM, checked=checked, cache=tmp_path) as handle:
         run = train_in_groups(model, kind, handle, steps=2, accumulation=4, batches=batches, loads=loads)
         assert loads[1] == -(-4 // group) * plan.prediction.loads_per_pass > 0
         assert handle.record.misses == 0

@@ -63,7 +63,7 @@ def test_loads_that_nobody_waits_for_are_not_shared():
 def test_what_does_not_fit_is_not_chosen():
     """Where boundaries are large, only small groups have room; where none has, what is said is of the smallest."""
     table = make_table([100 * MIB] * 8, link=1e9, saved_bytes=40 * MIB, boundary_bytes=8 * MIB)
-    least = {group: least_vram_bytes(grouped(table, group), budgets(0)) for group in sizes(8)}
+    least = {group: least_vram_bytes(grouped(table, group, 8), budgets(0)) for group in sizes(8)}
     assert sorted(least.values()) == [least[group] for group in sizes(8)]
     plan = place(table, budgets(least[4]), groups=sizes(8), **EIGHT)
     assert plan.group in (2, 4)
@@ -83,7 +83,9 @@ def test_a_step_ends_with_what_is_left(accumulation, group):
     plan = place(table, budgets(rest_of(table) + 32 * MIB), groups=(group,), **of(accumulation))
     said, policies = plan.prediction, plan.policies()
     full, rest = divmod(accumulation, group)
-    took = [replay(grouped(plan.table, n), plan.items, plan.residences, policies).pass_s for n in (group, rest) if n]
+    took = [
+        replay(replace(plan.table, group=n), plan.items, plan.residences, policies).pass_s for n in (group, rest) if n
+    ]
     assert said.pass_s == pytest.approx(took[0])
     assert said.last_pass_s == pytest.approx(took[1] if rest else 0.0)
     assert said.step_s == pytest.approx(full * took[0] + sum(took[1:]) + 0.001)
@@ -106,7 +108,7 @@ def test_beside_every_choice_of_what_is_held(seed):
         sizes_bytes, saved_bytes=0, boundary_bytes=MIB // 4, transient_bytes=0, recomputable=False, link=rate
     )
     rows = tuple(replace(row, time_s=float(rng.randint(1, 8))) for row in table.accesses)
-    table = grouped(replace(table, accesses=rows), group)
+    table = grouped(replace(table, accesses=rows), group, group)
     room = max(sizes_bytes) + rng.randint(0, (sum(sizes_bytes) - max(sizes_bytes)) // MIB) * MIB
     vram = max(table.device_bytes({})) + room
     plan = place(table, budgets(vram, disk=0), **of(group), pieces=False, elastic=False)
@@ -135,7 +137,7 @@ def test_every_plan_of_a_group_holds(data):
     )
     group = data.draw(st.integers(1, 6))
     names = of(data.draw(st.integers(group, 13)))
-    rows = grouped(table, group)
+    rows = grouped(table, group, names["workload"].accumulation)
     elastic = data.draw(st.booleans())
     ram, disk = data.draw(st.sampled_from([(1 << 40, 0), (40 * MIB, None), (20 * MIB, None)]))
     least = least_vram_bytes(rows, budgets(0, ram, disk))

@@ -25,7 +25,7 @@ from memplan.run.lanes import turns
 from tests.run import test_experts as of_experts
 from tests.run.test_parity import plan_for
 from tests.support import routed
-from tests.support.groups import train_in_groups, uneven
+from tests.support.groups import in_groups, train_in_groups, uneven
 from tests.support.training import (
     Decoder,
     PlainLayer,
@@ -44,7 +44,7 @@ GROUP, ACCUMULATION = 4, 8
 def attached(model, kind="llama", *, group=GROUP, plan=None, **options):
     plan = plan or plan_for(model, kind, share=0.4, accumulation=ACCUMULATION, tiers="host")
     assert any(item.home != "device" for item in plan.items)
-    return attach(model, replace(plan, group=group), **options)
+    return attach(model, in_groups(plan, group), **options)
 
 
 def lanes_alive():
@@ -580,10 +580,8 @@ def test_a_plan_that_changes():
     other = plan_for(model, "llama", share=0.1, accumulation=ACCUMULATION, tiers="host")
     with attached(model, plan=plan) as handle:
         learned(model, handle)
-        handle.change(replace(other, group=3))
-        assert_equal(
-            whole_run("llama", accumulation=8, steps=3), train_in_groups(model, "llama", handle)
-        )
+        handle.change(in_groups(other, 3))
+        assert_equal(whole_run("llama", accumulation=8, steps=3), train_in_groups(model, "llama", handle))
 
 
 def test_nothing_is_left_behind():

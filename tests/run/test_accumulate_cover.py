@@ -10,14 +10,13 @@ from functools import lru_cache
 from typing import NamedTuple
 
 import pytest
-from msgspec.structs import replace
 from torch import nn
 
 from memplan.run.attach import attach
 from tests.run import test_parity_cover
 from tests.run.test_parity_cover import cover
 from tests.support import families
-from tests.support.groups import train_in_groups
+from tests.support.groups import in_groups, train_in_groups
 from tests.support.training import CHECKPOINTING, assert_equal, train
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # the quantizers' own, of versions and of float32 inputs
@@ -70,7 +69,7 @@ def test_pairs(case, tmp_path):
     )
     loads: list[int] = []
     watched = {"checked": case.watched == "checked", "traced": case.watched == "traced"}
-    with attach(model, replace(plan, group=group), cache=tmp_path, **watched) as handle:
+    with attach(model, in_groups(plan, group), cache=tmp_path, **watched) as handle:
         options = {"around_forward": families.around(case.precision), "batches": families.batches}
         run = train_in_groups(
             model, case.family, handle, steps=STEPS, accumulation=accumulation, loads=loads, **options

@@ -17,6 +17,10 @@ def group_faults(plan: Plan) -> Iterator[str]:
         return
     if plan.group > plan.workload.accumulation:
         yield f"a group has {plan.group} micro-batches, a step {plan.workload.accumulation}"
+    if plan.group < plan.workload.accumulation and any(
+        life.kind == "gradients" and life.born for life in plan.table.lifetimes
+    ):
+        yield f"the gradients of {plan.group} micro-batches are there for the next ones from the first access on"
     for item in plan.items:
         if item.kind != "weights":
             yield f"what {item.module} saves is offloaded, but each of {plan.group} micro-batches has its own"

@@ -120,7 +120,7 @@ def _references(plan: Plan) -> Iterator[str]:
         yield f"a group has {plan.group} micro-batches"
     if plan.workload.accumulation < 1:
         yield f"a step has {plan.workload.accumulation} micro-batches"
-    if not plan.group == table.group >= 1:
+    if plan.group != table.group:
         yield f"groups are of {plan.group} micro-batches, and of {table.group} by the rows"
     if not 0 <= plan.prediction.vram_peak_at < len(table.accesses):
         yield f"the prediction's vram peak is at access {plan.prediction.vram_peak_at}, which is not there"
