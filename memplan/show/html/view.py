@@ -66,6 +66,8 @@ class Page:
     figures: Table
     notes: tuple[str, ...]
     version: str
+    cycle: str
+    """What is repeated: a micro-batch, or a group of them."""
 
 
 def page(plan: Plan, record: RunRecord | None, points: Sequence[Point], machine: Machine | None) -> Page:
@@ -110,6 +112,7 @@ def page(plan: Plan, record: RunRecord | None, points: Sequence[Point], machine:
         figures=_figures(plan, machine),
         notes=words.notes(plan, record),
         version=__version__,
+        cycle=words.cycle(plan),
     )
 
 
