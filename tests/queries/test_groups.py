@@ -77,6 +77,24 @@ def test_a_plan_beside_others():
     assert again(plan_of(1), plan.budgets.vram_bytes).group == 1
 
 
+def test_what_each_vram_buys():
+    """Every point has the group that is best there; all on the device there is none."""
+    asked = {**ASKED, "group": "auto"}
+    del asked["gains"]
+    points = memplan.frontier(config_of("llama"), (1, 32), points=5, **asked)
+    alone = memplan.frontier(config_of("llama"), (1, 32), points=5, **{**asked, "group": 1})
+    assert points[-1].group == 1
+    assert any(point.group > 1 for point in points)
+    assert {point.group for point in alone} == {1}
+    for point in alone:
+        assert min(p.step_s for p in points if p.vram_bytes <= point.vram_bytes) <= point.step_s * 1.001
+    del asked["adapter"]
+    found = memplan.fit(config_of("llama"), (1, 32), rank=4, vram=least_of(1) + 200_000, quantizations=False, **asked)
+    assert found.asked.group > 1
+    assert found.least.vram_bytes == least_of(1)
+    assert found.whole.group == 1
+
+
 def test_the_slowest_step_that_will_do():
     plan = plan_of(3, accumulation=8)
     said = plan.prediction
