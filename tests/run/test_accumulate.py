@@ -339,10 +339,10 @@ def test_memory_is_watched_in_lanes(checkpointing):
     model, peaks = make("llama", checkpointing=checkpointing), {}
     with attached(model) as handle:
         train_in_groups(model, "llama", handle, steps=1)  # optimizer state that comes is none of it
+        one = one_of("llama")
         for count in (1, 4):
             handle._vram_peak_bytes = 0
             with handle.watch_memory():
-                one = one_of("llama")
                 handle.accumulate(lambda batch: one(model, batch), seeds(count))
             model.zero_grad()
             peaks[count] = handle.record.vram_peak_bytes
@@ -581,9 +581,7 @@ def test_a_plan_that_changes():
     with attached(model, plan=plan) as handle:
         learned(model, handle)
         handle.change(replace(other, group=3))
-        assert_equal(
-            whole_run("llama", accumulation=8, steps=3), train_in_groups(model, "llama", handle)
-        )
+        assert_equal(whole_run("llama", accumulation=8, steps=3), train_in_groups(model, "llama", handle))
 
 
 def test_nothing_is_left_behind():
