@@ -49,6 +49,11 @@ class Accumulation:
         self._is_running = threading.Lock()
         self._said: set[str] = set()
 
+    @property
+    def takes_turns(self) -> bool:
+        """Whether a group is under way."""
+        return self._conductor.gave is not None
+
     def run(self, run: Callable[[Any], Any], batches: Iterable[Any]) -> list[Any]:
         """Return ``run(batch)`` of each, in order."""
         if not self._is_running.acquire(blocking=False):
@@ -86,7 +91,7 @@ class Accumulation:
     def _in_turns(self, run: Callable[[Any], Any], batches: list[Any], advances: list[int]) -> list[Any]:
         exchanged: list[tuple[Exchanged, list[Any]]] = []
         if self._spans is not None:
-            exchanged.append((self._spans, [None] * len(batches)))
+            exchanged.append((self._spans, [self._spans.lane(), *[None] * (len(batches) - 1)]))
         numbers = self._habits.numbers if any(advances) else None
         offsets: list[int] = []
         if numbers is not None:
@@ -104,7 +109,7 @@ class Accumulation:
                 self._within,
                 exchanged,
                 Inherited(self._device),
-                self._habits.flags().is_changed,
+                self._habits.is_changed,
             )
             order.group, order.serve_again = group, self._conductor.serve_again
             self._conductor.gave = order.gave

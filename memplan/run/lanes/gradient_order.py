@@ -44,7 +44,8 @@ class GradientOrder:
     def gave(self, parameter: nn.Parameter) -> bool:
         """Return whether the lane whose turn it is has given a parameter a gradient."""
         assert self.group is not None
-        return bool(self._given[self._places[id(parameter)]] >> self.group.now.index & 1)
+        place = self._places.get(id(parameter))
+        return place is not None and bool(self._given[place] >> self.group.now.index & 1)
 
     def _coming(self, place: int) -> Callable[[torch.Tensor], None]:
         """Return the hook of a parameter, which is called before each of its gradients is added."""

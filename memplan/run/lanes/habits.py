@@ -25,6 +25,10 @@ from memplan.state.setting import Held
 
 TRIES = 3
 """Passes that are looked at until one is found with nothing in the way."""
+MOST_CHANGES = 16
+"""Times that modules' settings may change before what is in the way is taken for good."""
+
+_PLAIN = (bool, int, float, str, type(None))
 
 
 class Habits:
@@ -41,14 +45,15 @@ class Habits:
         self._known: str | None = None
         """What is in the way, or nothing, as long as modules have the same flags."""
         self._flags: Flags | None = None
-        self._tries = 0
+        self._tries = self._changes = 0
         self._advances: dict[Hashable, int] = {}
         """By the shapes of a micro-batch, how far the device's generator goes on in its pass."""
 
     def in_the_way(self) -> str | None:
         """Return what is in the way of taking turns now, or nothing; None where a pass is to be looked at."""
-        if self._flags is not None and self._flags.is_changed():
-            self._known, self._tries = None, 0
+        is_changed = self._flags is not None and self._flags.is_changed()
+        if is_changed and (not self._known or self._changes < MOST_CHANGES):
+            self._known, self._tries, self._changes = None, 0, self._changes + 1
             self._advances.clear()
         if self._is_whole:
             return "the model is compiled as a whole"
@@ -84,7 +89,7 @@ class Habits:
                 found = found or "a pass draws random numbers, and how many is not known of the next one"
         self._tries += 1
         if not found or self._tries >= TRIES:
-            self._known, self._flags = found, self.flags()
+            self._known, self._flags = found, Flags(self._modules)
         return result
 
     def advances(self, batches: Sequence[Any]) -> list[int]:
@@ -94,9 +99,9 @@ class Habits:
         known = takewhile(lambda shapes: shapes in self._advances, map(shapes_of, batches))
         return [self._advances[shapes] for shapes in known]
 
-    def flags(self) -> Flags:
-        """Return what modules have of plain values now."""
-        return Flags(self._modules)
+    def is_changed(self) -> bool:
+        """Whether modules have other settings than when their passes were looked at."""
+        return self._flags is not None and self._flags.is_changed()
 
     def watch(self) -> Callable[..., None]:
         """Return what raises RunError where a group that is over did what no pass before it did. ``is_astray``: a
@@ -111,7 +116,7 @@ class Habits:
             if is_astray:
                 what = "more or fewer random numbers were drawn"
             if what:
-                self._known, self._flags = f"in an earlier group {what}", self.flags()
+                self._known, self._flags = f"in an earlier group {what}", Flags(self._modules)
                 raise RunError(
                     f"{what} in micro-batches that took turns, which was not so in the pass before them, so results "
                     "are not those of one by one: do not step the optimizer, zero the gradients and go on. From now on "
@@ -133,7 +138,7 @@ class Flags:
             (module.__dict__, name, value)
             for module in modules
             for name, value in module.__dict__.items()
-            if type(value) in (bool, int, float, str, list, type(None))
+            if type(value) in _PLAIN or (type(value) is list and all(type(part) in _PLAIN for part in value))
         ]
 
     def is_changed(self) -> bool:
