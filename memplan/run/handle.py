@@ -182,13 +182,16 @@ class Handle:
         Gradients, buffers and random numbers are then as they were before it, so its result is the one it would have
         been. ``run`` is called again, up to ``tries`` times, so it must not consume what it was given, and must not
         step an optimizer: that cannot be undone. What a record counts begins anew with each plan; ``recoveries`` goes
-        on.
+        on. Within :meth:`accumulate`, where micro-batches take turns, it is not repeated.
 
         A copy of the gradients of what is trained is held meanwhile, beside what the plan counts (on CUDA in RAM).
         While the plan is changed RAM holds what was on the device. Raises RunError where no smaller plan is left.
         """
-        if self._runtime is None or self._replan is None or not any(p.requires_grad for p in self.model.parameters()):
+        runtime = self._runtime
+        if runtime is None or self._replan is None or not any(p.requires_grad for p in self.model.parameters()):
             return run()  # of what is trained beside the model the gradients are not known
+        if runtime.accumulation is not None and runtime.accumulation.takes_turns:
+            return run()  # there are gradients of others by now, which would be lost
         before = Before(self.model)
         while True:
             try:
@@ -212,7 +215,8 @@ class Handle:
         Under a plan with a ``group`` so many micro-batches pass each block one after another before it leaves, and
         share its loads; gradients, losses and all else are to the last bit what they are one by one. ``run`` is called
         in threads, of which one at a time goes on: it must not step an optimizer, nor wait for another micro-batch, and
-        the next one's forward must not hang on what it leaves. Where a pass draws random numbers, changes buffers or
+        the next one's must not hang on what it leaves, such as a running mean that the script keeps (nobody can see
+        that). Where a pass draws random numbers, changes buffers or
         attributes of modules, or several processes train together, they go one by one, which is logged once; so does
         the first one, of which that is learned.
 

@@ -34,6 +34,23 @@ def full(*values):
     return pytest.param(*values, marks=pytest.mark.full)
 
 
+@pytest.mark.parametrize("checkpointing", ["off", full("around-reentrant"), "inside-other"])
+def test_the_devices_random_numbers(checkpointing, policy, monkeypatch):
+    """Each micro-batch has those that it has one by one."""
+    monkeypatch.setattr(torch.sim, "_initialized", True, raising=False)  # else a checkpoint keeps none of them
+    options = {"dropout": 0.2, "checkpointing": checkpointing}
+    torch.sim.manual_seed(5)
+    with sdpa_kernel(SDPBackend.MATH):
+        alone = train(make("llama", **options).to("sim"), "llama", steps=2, accumulation=4, batches=batches)
+    model, loads = make("llama", **options), []
+    plan = plan_for(model, "llama", share=0.4)
+    torch.sim.manual_seed(5)
+    with attach_on(model, in_groups(plan, 4), SIM) as handle:
+        run = train_in_groups(model, "llama", handle, steps=2, accumulation=4, batches=batches, loads=loads)
+        assert loads[1] == plan.prediction.loads_per_pass > 0
+    assert_equal(on_host(alone), on_host(run))
+
+
 @pytest.mark.parametrize(
     ("kind", "checkpointing", "share", "group", "checked"),
     [

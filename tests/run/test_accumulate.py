@@ -339,10 +339,9 @@ def test_memory_is_watched_in_lanes(checkpointing):
     model, peaks = make("llama", checkpointing=checkpointing), {}
     with attached(model) as handle:
         train_in_groups(model, "llama", handle, steps=1)  # optimizer state that comes is none of it
+        one = one_of("llama")
         for count in (1, 4):
-            handle._vram_peak_bytes = 0
             with handle.watch_memory():
-                one = one_of("llama")
                 handle.accumulate(lambda batch: one(model, batch), seeds(count))
             model.zero_grad()
             peaks[count] = handle.record.vram_peak_bytes
@@ -572,6 +571,41 @@ def test_evaluation_and_generation_between():
         assert torch.equal(other(**batch_of("llama")).loss, before)
         assert torch.equal(other.generate(input_ids=prompt, max_new_tokens=4, do_sample=False, pad_token_id=0), said)
         assert not torch.equal(before, after)
+
+
+def test_spans_of_a_group():
+    """Each access of each micro-batch is there, in its place."""
+    model, one = make("llama"), one_of("llama")
+    with attached(model, traced=True) as handle:
+        for _ in range(2):
+            handle.accumulate(lambda batch: one(model, batch), seeds(8))
+        handle.accumulate(lambda batch: one(model, batch), seeds(1))  # a pass is known once the next one begins
+        spans = [span for span in handle.record.spans if span.lane == "compute"]
+        accesses = [a for a in handle.plan.table.accesses if a.kind in ("forward", "backward")]
+    assert {span.name.split()[0] for span in spans} >= {"forward", "backward"}
+    for kind in ("forward", "backward"):
+        named = [span.name.split()[1] for span in spans if span.name.startswith(kind)]
+        expected = [a.module for a in accesses if a.kind == kind for _ in range(GROUP)]
+        assert sorted(named) == sorted(expected), kind
+
+
+def test_out_of_memory_is_not_repeated_in_turns():
+    model, one, calls = make("llama"), one_of("llama"), []
+    plan = plan_for(model, "llama", share=0.4, accumulation=ACCUMULATION, tiers="host")
+
+    def run(batch):
+        calls.append(threading.current_thread().name)
+        if calls.count("memplan-lane-1"):
+            raise torch.OutOfMemoryError("out of memory")
+        return one(model, batch)
+
+    with attached(model, plan=plan, replan=lambda plan, vram: plan) as handle:
+        learned(model, handle)
+        with pytest.raises(torch.OutOfMemoryError):
+            handle.accumulate(lambda batch: handle.micro_batch(lambda: run(batch)), seeds(4))
+        assert calls == ["memplan-lane-0", "memplan-lane-1"]
+        assert handle.record.recoveries == 0
+        assert_goes_on(model, handle)
 
 
 def test_a_plan_that_changes():

@@ -16,13 +16,13 @@ from memplan.run.attach import attach
 from tests.run import test_parity_cover
 from tests.run.test_parity_cover import cover
 from tests.support import families
+from tests.support.families import FAMILIES
 from tests.support.groups import in_groups, train_in_groups
 from tests.support.training import CHECKPOINTING, assert_equal, train
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # the quantizers' own, of versions and of float32 inputs
 
-FAMILIES = ("llama", "gpt2", "t5", "plain", "mixtral-attention", "mixtral-experts", "gemma2", "vit", "zamba2")
-PRECISIONS = ("float32", "autocast", "bfloat16", "nf4-nested", "torchao-int8")
+PRECISIONS = ("float32", "autocast", "bfloat16", "nf4", "nf4-nested", "torchao-int8")
 GROUPS = ("2-of-8", "3-of-8", "4-of-8", "8-of-8", "4-of-6")
 WATCHED = ("plain", "checked", "traced")
 STEPS = 2
@@ -42,6 +42,7 @@ class Case(NamedTuple):
 
 CHOICES = Case(FAMILIES, ("host", "disk"), CHECKPOINTING, PRECISIONS, GROUPS, WATCHED)
 CASES = [Case(*values) for values in cover(CHOICES, 2)]
+assert len(CASES) >= 60
 
 
 def make(family, precision, checkpointing):
@@ -59,6 +60,20 @@ def whole_run(family, precision, checkpointing, accumulation):
     return train(make(family, precision, checkpointing), family, steps=STEPS, accumulation=accumulation, **options)
 
 
+@pytest.mark.quick(
+    "llama-disk-inside-reentrant-autocast-3-of-8-checked",
+    "qwen3-host-inside-reentrant-bfloat16-4-of-8-traced",
+    "gemma2-host-inside-other-nf4-nested-4-of-6-checked",
+    "gpt2-disk-off-bfloat16-4-of-6-plain",
+    "bloom-host-around-reentrant-nf4-nested-4-of-6-plain",
+    "t5-host-around-other-nf4-4-of-6-traced",
+    "mixtral-attention-host-around-reentrant-float32-4-of-6-traced",
+    "mixtral-experts-host-inside-other-float32-8-of-8-plain",
+    "vit-host-off-float32-2-of-8-traced",
+    "zamba2-host-off-torchao-int8-2-of-8-plain",
+    "plain-host-around-other-nf4-nested-4-of-6-plain",
+    "llama-host-off-nf4-nested-2-of-8-plain",
+)
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_pairs(case, tmp_path):
     group, accumulation = map(int, case.groups.split("-of-"))

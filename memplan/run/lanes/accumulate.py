@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from itertools import islice
+from itertools import accumulate, islice
 from typing import Any
 
 import torch
@@ -33,29 +33,33 @@ class Accumulation:
         triggers: Triggers,
         conductor: Conductor,
         device: torch.device,
-        exchanged: Exchanged | None,
+        spans: Exchanged | None,
     ) -> None:
-        """``modules``: the plan's trigger modules by name. ``exchanged``: what else has a state for each
-        micro-batch.
-        """
+        """``modules``: the plan's trigger modules by name. ``spans``: who notes them, in traced mode alone."""
         self._model = model
         self._size = plan.group
         self._triggers = triggers
         self._conductor = conductor
         self._device = device
-        self._exchanged = exchanged
-        self._habits = Habits(model, triggers, device)
+        self._spans = spans
+        has_experts = any(block.kind == "expert" for block in plan.table.blocks)
+        self._habits = Habits(model, triggers, device, has_experts=has_experts)
         self._within = _within_recomputed(plan, modules)
         self._owners = _owners(modules)
         self._is_running = threading.Lock()
         self._said: set[str] = set()
+
+    @property
+    def takes_turns(self) -> bool:
+        """Whether a group is under way."""
+        return self._conductor.gave is not None
 
     def run(self, run: Callable[[Any], Any], batches: Iterable[Any]) -> list[Any]:
         """Return ``run(batch)`` of each, in order."""
         if not self._is_running.acquire(blocking=False):
             return self._one_by_one(run, batches, "it is called within itself")
         try:
-            results = []
+            results: list[Any] = []
             given = iter(batches)
             while group := list(islice(given, self._size)):
                 results += self._group(run, group)
@@ -64,15 +68,19 @@ class Accumulation:
             self._is_running.release()
 
     def _group(self, run: Callable[[Any], Any], batches: list[Any]) -> Iterator[Any]:
-        while (in_the_way := self._habits.in_the_way()) is None and batches:
-            yield self._habits.look(run, batches[0])
-            batches = batches[1:]
-        if in_the_way:
-            yield from self._one_by_one(run, batches, in_the_way)
-        elif len(batches) > 1:
-            yield from self._in_turns(run, batches)
-        else:
-            yield from map(run, batches)
+        while batches:
+            in_the_way, count = self._habits.in_the_way(), 1
+            if in_the_way:
+                count = len(batches)
+                yield from self._one_by_one(run, batches, in_the_way)
+            elif in_the_way is None or not (advances := self._habits.advances(batches)):
+                yield self._habits.look(run, batches[0])
+            elif len(advances) == 1:
+                yield run(batches[0])
+            else:
+                count = len(advances)
+                yield from self._in_turns(run, batches[:count], advances)
+            batches = batches[count:]
 
     def _one_by_one(self, run: Callable[[Any], Any], batches: Iterable[Any], in_the_way: str) -> list[Any]:
         if in_the_way not in self._said:
@@ -80,7 +88,15 @@ class Accumulation:
             _LOG.warning("micro-batches run one by one, each with loads of its own: %s", in_the_way)
         return [run(batch) for batch in batches]
 
-    def _in_turns(self, run: Callable[[Any], Any], batches: list[Any]) -> list[Any]:
+    def _in_turns(self, run: Callable[[Any], Any], batches: list[Any], advances: list[int]) -> list[Any]:
+        exchanged: list[tuple[Exchanged, list[Any]]] = []
+        if self._spans is not None:
+            exchanged.append((self._spans, [self._spans.lane(), *[None] * (len(batches) - 1)]))
+        numbers = self._habits.numbers if any(advances) else None
+        offsets: list[int] = []
+        if numbers is not None:
+            offsets = list(accumulate(advances, initial=numbers.lane()))
+            exchanged.append((numbers, offsets[:-1]))
         refuse = self._habits.watch()
         trained = [parameter for parameter in self._model.parameters() if parameter.requires_grad]
         order = GradientOrder(trained, self._owners)
@@ -91,9 +107,9 @@ class Accumulation:
                 self._triggers,
                 self._conductor,
                 self._within,
-                self._exchanged,
+                exchanged,
                 Inherited(self._device),
-                self._habits.flags().is_changed,
+                self._habits.is_changed,
             )
             order.group, order.serve_again = group, self._conductor.serve_again
             self._conductor.gave = order.gave
@@ -101,7 +117,9 @@ class Accumulation:
         finally:
             self._conductor.gave = None
             order.remove()
-        refuse()
+        if numbers is not None:
+            numbers.be_lane(offsets[-1])
+        refuse(is_astray=numbers is not None and [lane.own[2][-1] for lane in group.lanes] != offsets[1:])
         return results
 
 

@@ -9,7 +9,6 @@ in.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -35,7 +34,7 @@ class GradientOrder:
         self.group: Group | None = None
         self.serve_again: Callable[[], Callable[[], None]] = lambda: lambda: None
         """Returns what has the access under way go on once others have had their turn."""
-        self._hooks = [p.register_hook(partial(self._comes, place)) for place, p in enumerate(parameters)]
+        self._hooks = [p.register_hook(self._coming(place)) for place, p in enumerate(parameters)]
 
     def remove(self) -> None:
         """Take the hooks away."""
@@ -45,15 +44,27 @@ class GradientOrder:
     def gave(self, parameter: nn.Parameter) -> bool:
         """Return whether the lane whose turn it is has given a parameter a gradient."""
         assert self.group is not None
-        return bool(self._given[self._places[id(parameter)]] >> self.group.now.index & 1)
+        place = self._places.get(id(parameter))
+        return place is not None and bool(self._given[place] >> self.group.now.index & 1)
 
-    def _comes(self, place: int, gradient: torch.Tensor) -> None:
-        group = self.group
-        if group is None:
-            return
-        lane = group.now.index
-        if not group.is_in_lane():
-            return
+    def _coming(self, place: int) -> Callable[[torch.Tensor], None]:
+        """Return the hook of a parameter, which is called before each of its gradients is added."""
+        due, given = self._due, self._given
+
+        def comes(gradient: torch.Tensor) -> None:
+            group = self.group
+            if group is None:
+                return
+            lane = group.now.index
+            if due[place] != lane:
+                self._out_of_turn(place, lane, group)
+            due[place] = lane + 1
+            given[place] |= 1 << lane
+
+        return comes
+
+    def _out_of_turn(self, place: int, lane: int, group: Group) -> None:
+        """Return when the lane's gradient may be added. Raises RunError where it is too late."""
         if self._due[place] < lane:
             self._wait(place, lane, group)
         elif self._due[place] > lane + 1:
@@ -61,8 +72,6 @@ class GradientOrder:
                 "a parameter was given a gradient twice in one backward, with another micro-batch's between, so the "
                 "sum is not that of the micro-batches one by one: do not step the optimizer; zero the gradients"
             )
-        self._due[place] = lane + 1
-        self._given[place] |= 1 << lane
 
     def _wait(self, place: int, lane: int, group: Group) -> None:
         """Return when all lanes before have given theirs, or never will."""

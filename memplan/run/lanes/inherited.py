@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 import torch
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack, _pop_mode, _push_mode
 
+from memplan.hooks.recompute import hooks_around
 from memplan.hooks.triggers import caller, computing_for
 from memplan.run.transfer.device import current_stream, is_apart, made_current
 
@@ -36,7 +37,7 @@ class Inherited:
             torch._C._get_function_stack_at(place) for place in range(torch._C._len_torch_function_stack())
         ]
         self._dispatched = list(_get_current_dispatch_mode_stack())
-        self._default_device = getattr(torch._GLOBAL_DEVICE_CONTEXT, "device_context", None)  # type: ignore[attr-defined]
+        self._default_device = getattr(torch._GLOBAL_DEVICE_CONTEXT, "device_context", None)
         self._casts = {
             kind: (torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)) for kind in _casting(device)
         }
@@ -70,7 +71,7 @@ class Inherited:
         for _ in range(self._casting_depth):
             torch.autocast_increment_nesting()
         if self._default_device is not None:
-            torch._GLOBAL_DEVICE_CONTEXT.device_context = self._default_device  # type: ignore[attr-defined]
+            torch._GLOBAL_DEVICE_CONTEXT.device_context = self._default_device
         try:
             for mode in self._functions:
                 torch._C._push_on_torch_function_stack(mode)
@@ -80,7 +81,7 @@ class Inherited:
                 torch._C._autograd._push_saved_tensors_default_hooks(*hooks)
             yield
         finally:
-            while torch._C._autograd._top_saved_tensors_default_hooks(True) is not None:
+            while hooks_around() is not None:
                 torch._C._autograd._pop_saved_tensors_default_hooks()
             while _get_current_dispatch_mode_stack():
                 _pop_mode()
@@ -96,7 +97,7 @@ def _casting(device: torch.device) -> set[str]:
 def _saved_tensor_hooks() -> list[tuple[Any, Any]]:
     """Return this thread's saved-tensor hooks, the outermost first."""
     found: list[tuple[Any, Any]] = []
-    while (top := torch._C._autograd._top_saved_tensors_default_hooks(True)) is not None:
+    while (top := hooks_around()) is not None:
         found.append(top)
         torch._C._autograd._pop_saved_tensors_default_hooks()
     found.reverse()

@@ -44,7 +44,7 @@ class Exchanged(Protocol):
 class Lane:
     """One micro-batch on its way."""
 
-    def __init__(self, index: int, batch: Any, conductors: tuple[Any, ...]) -> None:
+    def __init__(self, index: int, batch: Any, own: tuple[Any, ...]) -> None:
         self.index = index
         self.batch = batch
         self.result: Any = None
@@ -59,9 +59,10 @@ class Lane:
         """It has a thread, and waits for its turn."""
         self.until: Callable[[], bool] | None = None
         """What it waits for besides its turn."""
-        self.own: tuple[Any, ...] = (None, conductors, None)
+        self.own = own
         """The states of triggers, of the conductor, and of what else is exchanged, while others have their turn."""
-        self.wake = threading.Semaphore(0)
+        self.wake = threading.Lock()  # a seventh of what a Semaphore takes, which is Python
+        self.wake.acquire()
         self.thread = threading.Thread(target=lambda: None)
         self.identity = 0
         """Of its thread, once that runs."""
@@ -77,12 +78,13 @@ class Group:
         triggers: Triggers,
         conductor: Conductor,
         within: frozenset[str],
-        exchanged: Exchanged | None,
+        exchanged: Sequence[tuple[Exchanged, Sequence[Any]]],
         inherited: Inherited,
         is_changed: Callable[[], bool],
     ) -> None:
         """``within``: trigger modules that others call whose forwards memplan runs again. ``exchanged``: what else has
-        a state for each micro-batch. ``is_changed``: whether modules have other settings than they had before.
+        a state for each micro-batch, with each one's. ``is_changed``: whether modules have other settings than they had
+        before.
         """
         self._is_changed = is_changed
         self._takes_turns = True
@@ -91,10 +93,14 @@ class Group:
         self._conductor = conductor
         self._position = conductor.position
         self._within = within
-        self._exchanged = exchanged
+        self._exchanged = [one for one, _ in exchanged]
         self._inherited = inherited
         begins = conductor.group_begins(len(batches))
-        self.lanes = [Lane(i, batch, own) for i, (batch, own) in enumerate(zip(batches, begins, strict=True))]
+        others = [[states[index] for _, states in exchanged] for index in range(len(batches))]
+        self.lanes = [
+            Lane(i, batch, (None, own, other))
+            for i, (batch, own, other) in enumerate(zip(batches, begins, others, strict=True))
+        ]
         self.now = self.lanes[0]
         self._live = list(self.lanes)
         self._fails = False
@@ -201,8 +207,8 @@ class Group:
         if self._is_changed():
             raise RunError(
                 "a micro-batch of a group came to a gradient before another one, while it had settings of modules "
-                "changed (adapters off, evaluation): do not step the optimizer, zero the gradients, and have accumulate() "
-                "be given one micro-batch at a time"
+                "changed (adapters off, evaluation): do not step the optimizer, zero the gradients, and give "
+                "accumulate() one micro-batch at a time"
             )
 
     def before_forward(self, module: str, *, in_backward: bool) -> None:
@@ -281,21 +287,21 @@ class Group:
         lane.own = self._taken()
 
     def _taken(self) -> tuple[Any, ...]:
-        others = None if self._exchanged is None else self._exchanged.lane()
-        return self._triggers.lane(), self._conductor.lane(), others
+        return self._triggers.lane(), self._conductor.lane(), [one.lane() for one in self._exchanged]
 
     def _put(self, own: tuple[Any, ...], floor: int) -> None:
         triggers, conductor, others = own
         self._triggers.be_lane(triggers)
         self._conductor.be_lane(conductor, floor)
-        if self._exchanged is not None:
-            self._exchanged.be_lane(others)
+        for one, state in zip(self._exchanged, others, strict=True):
+            one.be_lane(state)
 
     def _give(self, lane: Lane) -> None:
         """Have a lane go on."""
         self._put(lane.own, min((other.at for other in self._live if other is not lane), default=_LAST))
         self.now, self._turns = lane, self._turns + 1
-        lane.wake.release()
+        if lane.wake.locked():  # else it was woken, past the deadline
+            lane.wake.release()
 
 
 _LAST = 1 << 62

@@ -98,8 +98,8 @@ def install(
         )
         watched, watcher = _hook(model, runtime, triggers, handle, undo)
         if plan.group > 1 and tiers.streamed:
-            exchanged = watcher if isinstance(watcher, TracedWatcher) else None
-            accumulation = Accumulation(model, plan, triggers, watched, conductor, device, exchanged)
+            noted = watcher if isinstance(watcher, TracedWatcher) else None
+            accumulation = Accumulation(model, plan, triggers, watched, conductor, device, noted)
             runtime = replace(runtime, accumulation=accumulation)
         conductor.begin()
         runtime.undo.enter_context(undo.pop_all())
