@@ -22,6 +22,8 @@ from memplan.errors import PlanCheckError, PlanMismatchError, RunError, Transfer
 from memplan.program.support import require_supported
 from memplan.run.attach import attach
 from memplan.run.lanes import turns
+from memplan.run.modules import install as install_module
+from tests.run import adversary
 from tests.run import test_experts as of_experts
 from tests.run.test_parity import plan_for
 from tests.support import routed
@@ -67,6 +69,21 @@ def test_a_group_loads_each_block_once_a_sweep(group, accumulation):
         assert loads[0] - loads[1] <= 2 * a_pass  # the first pass is looked at by itself
         assert handle.record.passes == 2 * accumulation
         assert handle.record.misses == handle.record.out_of_order == 0
+
+
+@pytest.mark.parametrize("transfers", adversary.ALL)
+@pytest.mark.parametrize("share", [0.0, 0.4])
+def test_transfers_that_do_their_worst(share, transfers, tmp_path, monkeypatch):
+    """At 0.4 segments of the arena come and go."""
+    model = make("llama")
+    plan = plan_for(model, "llama", share=share, accumulation=ACCUMULATION)
+    assert any(segment.absent for segment in plan.arenas[0].segments) == (share > 0)
+    with monkeypatch.context() as patch:
+        patch.setattr(install_module, "CpuTransfers", transfers)
+        handle = attached(model, plan=plan, cache=tmp_path)
+    with handle:
+        run = train_in_groups(model, "llama", handle, steps=2)
+    assert_equal(whole_run("llama", accumulation=ACCUMULATION, steps=2), run)
 
 
 def test_micro_batches_of_other_lengths():

@@ -78,8 +78,11 @@ class Position:
         """Note that a forward is over; return whether it is the access under way."""
         if call != self._first_call + self.now:
             return False
-        self.done = max(self.done, min(self.now + 1, self.floor))
-        return self.done > self.now
+        end = self.now + 1
+        if end > self.floor:
+            return False  # others are yet to do it
+        self.done = end
+        return True
 
     def backward_begins(self, module: str, call: int) -> Reads:
         """Return what the backward of a call reads."""
@@ -114,7 +117,7 @@ class Position:
     def _go_to(self, position: int) -> Reads:
         self.now = position
         if position > self.done:
-            self.done = max(self.done, min(position, self.floor))
+            self.done = position if position <= self.floor else max(self.done, self.floor)
         return self.sequence.steps[position % self.sequence.length].blocks
 
     def _beside(self, module: str) -> Reads:
