@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 from msgspec.structs import replace
 
-from memplan.device_kinds import is_apart
 from memplan.cost.group import grouped, sizes
+from memplan.device_kinds import is_apart
 from memplan.errors import InputError, ModelError
 from memplan.hardware import machine
 from memplan.hardware.budgets import beyond, require_vram

@@ -15,8 +15,8 @@ from typing import NamedTuple
 from msgspec.structs import replace
 
 from memplan.cost.chunked import CHUNK_TOKENS, chunked_loss
-from memplan.device_kinds import is_apart
 from memplan.cost.group import grouped, sizes
+from memplan.device_kinds import is_apart
 from memplan.errors import DoesNotFitError
 from memplan.place.alternatives import Task
 from memplan.place.min_vram import Least, fitting, least_disk_bytes, least_ram_bytes

@@ -151,7 +151,6 @@ def measured(plan: Plan, record: RunRecord) -> Measured:
     """Return what the run says beside the plan. Raises PlanMismatchError where it is the run of another plan."""
     check_pair(plan, record)
     prediction = plan.prediction
-    pass_s = record.pass_s if record.pass_s > 0 else None
     context = prediction.vram_parts.get("context", 0)
     vram, reserved = (size + context if size else None for size in (record.vram_peak_bytes, record.vram_reserved_bytes))
     # A record is of micro-batches, what is said of groups of them.
@@ -159,7 +158,6 @@ def measured(plan: Plan, record: RunRecord) -> Measured:
     pass_s = None if each_s is None else plan.group * each_s
     full, rest = plan.groups
     mean_group = plan.workload.accumulation / (full + bool(rest))
-    vram = record.vram_peak_bytes or None
     ram = record.ram_peak_bytes or None
     seen: dict[str, float | None] = {
         "pass_s": pass_s,

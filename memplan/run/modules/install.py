@@ -136,6 +136,9 @@ def _hook(
         if any(tiers.is_beyond_the_device(block) for block in blocks):
             for owner in tiers.owners(triggers[trigger], blocks):
                 undo.callback(look_up_on_host(owner, device))
+    is_capturing = capture_check(device)
+    if is_capturing is not None:
+        undo.callback(watch_captures(is_capturing))
     watcher: Watcher = conductor if runtime.spans is None else TracedWatcher(conductor, runtime.spans)
     within = _within_triggers(plan, triggers, tiers)
     taps = _taps(within, _kept_reads(plan, triggers, tiers), conductor.entrances)
