@@ -171,6 +171,7 @@ class Handle:
         """Have the same blocks run under another plan. On failure the model is detached."""
         assert self._runtime is not None
         assert self._install is not None
+        self._refuse_in_turns("change()")
         tiers = self._runtime.tiers
         try:
             with defer_sigint():
@@ -291,8 +292,10 @@ class Handle:
     def detach(self) -> nn.Module:
         """Give the model back as it was and return it: the same parameters with their weights, no hooks.
 
-        A forward before it can have no backward after it. Raises TransferError where a block cannot be read from disk.
+        A forward before it can have no backward after it. Raises TransferError where a block cannot be read from disk,
+        RunError in micro-batches that take turns.
         """
+        self._refuse_in_turns("detach()")
         runtime = self._runtime
         if runtime is not None:
             with defer_sigint():
@@ -302,6 +305,15 @@ class Handle:
                     runtime.undo.close()
                 drop_hooks_that_stayed()
         return self.model
+
+    def _refuse_in_turns(self, what: str) -> None:
+        """Raise RunError where others are in their middle."""
+        runtime = self._runtime
+        if runtime is not None and runtime.accumulation is not None and runtime.accumulation.takes_turns:
+            raise RunError(
+                f"{what} was called in a micro-batch while others take turns with it: call it once accumulate() has "
+                "returned"
+            )
 
     def __enter__(self) -> Handle:
         return self

@@ -66,6 +66,26 @@ def positions() -> tuple[object, ...]:
     return ctypes.string_at(id(python) + _HEADER_BYTES, _PYTHONS_BYTES), numpys
 
 
+def settings() -> tuple[object, ...]:
+    """Return torch's settings that the whole process shares, by which the same call may compute another result."""
+    cuda, cudnn = torch.backends.cuda, torch.backends.cudnn
+    return (
+        torch.get_default_dtype(),
+        torch.get_float32_matmul_precision(),
+        torch.are_deterministic_algorithms_enabled(),
+        torch.is_deterministic_algorithms_warn_only_enabled(),
+        torch.is_anomaly_enabled(),
+        torch.is_anomaly_check_nan_enabled(),
+        cuda.flash_sdp_enabled(),
+        cuda.mem_efficient_sdp_enabled(),
+        cuda.math_sdp_enabled(),
+        cuda.cudnn_sdp_enabled(),
+        cudnn.enabled,
+        cudnn.benchmark,
+        cudnn.deterministic,
+    )
+
+
 @contextlib.contextmanager
 def settings_kept() -> Iterator[None]:
     """Leave what of torch's settings a forward may change, and the environment, as they were."""
