@@ -11,29 +11,23 @@ from memplan.run.transfer.transfer import CpuTransfers
 class EarlyTransfers(CpuTransfers):
     """A load is over before the call that starts it returns: what is still needed in its slot is lost."""
 
-    def load(self, channel, block, source, destination, after=()):
-        ticket = super().load(channel, block, source, destination, after)
+    def load(self, channel, block, source, destination):
+        ticket = super().load(channel, block, source, destination)
         ticket.result()
         return ticket
 
 
 class LateTransfers(CpuTransfers):
-    """A load begins when the compute waits for it, or another one comes after it: until then its slot is poison, and
-    what is not waited for stays so.
+    """A load begins when the compute waits for it: until then its slot is poison, and what is not waited for stays
+    so.
     """
 
-    def load(self, channel, block, source, destination, after=()):
-        for ticket in after:
-            self.wait(ticket, block)
+    def load(self, channel, block, source, destination):
         poison(destination)
-        return [channel, block, source, destination]
+        return (channel, block, source, destination)
 
     def wait(self, ticket, block):
-        if not ticket:
-            return 0.0
-        load = tuple(ticket)
-        ticket.clear()
-        return super().wait(super().load(*load), block)
+        return super().wait(super().load(*ticket), block)
 
 
 class LastTransfers(LateTransfers):
@@ -43,8 +37,8 @@ class LastTransfers(LateTransfers):
         super().__init__(**options)
         self.queues = {}
 
-    def load(self, channel, block, source, destination, after=()):
-        ticket = super().load(channel, block, source, destination, after)
+    def load(self, channel, block, source, destination):
+        ticket = super().load(channel, block, source, destination)
         self.queues.setdefault(channel, []).append(ticket)
         return ticket
 
@@ -54,7 +48,7 @@ class LastTransfers(LateTransfers):
 
     def wait(self, ticket, block):
         stalled = 0.0
-        queue = self.queues[ticket[0]] if ticket else []
+        queue = self.queues[ticket[0]]
         while any(started is ticket for started in queue):
             stalled += super().wait(queue.pop(0), block)
         return stalled

@@ -25,7 +25,7 @@ from memplan.units import align_up, format_bytes
 
 _LOG = logging.getLogger("memplan")
 
-POISON = 0xFF
+_POISON = 0xFF
 """All bits set: NaN in every floating-point format, -1 in every signed integer."""
 
 
@@ -171,7 +171,7 @@ def _span(part: torch.Tensor) -> tuple[int, int]:
 
 def poison(part: torch.Tensor) -> None:
     """Fill a byte range so that whoever reads it too early gets NaN."""
-    part.fill_(POISON)
+    part.fill_(_POISON)
 
 
 def view(part: torch.Tensor, tensor: Tensor, strides: tuple[int, ...] | None = None) -> torch.Tensor:
@@ -250,7 +250,7 @@ class Placeholders:
             element = self._elements.get(dtype)
             if element is None:
                 element = torch.empty(1, dtype=dtype, device=self._device)
-                element.view(torch.uint8).fill_(POISON)
+                element.view(torch.uint8).fill_(_POISON)
                 self._elements[dtype] = _ELEMENTS[element.data_ptr()] = element
             return element.expand(shape) if shape else element[0]
 

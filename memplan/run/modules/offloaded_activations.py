@@ -40,19 +40,12 @@ class SavedState(Enum):
     """In the slot alone. Nobody writes."""
     STORING = auto()
     """In the slot, and a transfer writes them to the room. Nobody writes to the slot, nor reads the room."""
-    LEAVING = auto()
-    """In the slot, and a transfer writes them to the room, behind which another load fills the slot. Nobody reads the
-    room but what comes behind that transfer too.
-    """
     ON_HOST = auto()
     """In the room alone. The slot is free."""
     LOADING = auto()
     """In the room, and a transfer writes them to the slot. Nobody reads the slot, nor writes to the room."""
     IN_BOTH = auto()
     """In both. Nobody writes; the slot may be had without a store."""
-
-
-_AWAY = (SavedState.LEAVING, SavedState.ON_HOST)
 
 
 @dataclass(slots=True, kw_only=True)
@@ -75,7 +68,7 @@ class Offloaded:
     """The call. What is left of one that is gone is nobody's."""
     state: SavedState = SavedState.NOWHERE
     ticket: Ticket | None = None
-    """Of the transfer that is under way, while they are storing, leaving or loading."""
+    """Of the transfer that is under way, while they are storing or loading."""
     stored: int = 0
     offload_skipped: int = 0
     """Forwards whose activations stayed on the device: their place was taken, or too small for all of them."""
@@ -182,18 +175,14 @@ class Offloads:
         transfers: Transfers,
         lock: AbstractContextManager[object],
         evict: Callable[[int], None],
-        vacate: Callable[[int], Ticket | None],
         arena: Arena,
     ) -> None:
-        """``evict``: clears the bytes of what has that key. ``vacate``: does so for a load that comes after what is
-        returned. ``arena``: the device's.
-        """
+        """``evict``: clears the bytes of what has that key. ``arena``: the device's."""
         self.by_key = held
         self._transfers = transfers
         self._clocks = transfers if isinstance(transfers, ClockedTransfers) else None
         self._lock = lock
         self._evict = evict
-        self._vacate = vacate
         self._weights = arena.addresses
         self._closed = False
 
@@ -239,62 +228,41 @@ class Offloads:
 
     def _clear(self, held: Offloaded) -> None:
         """Have the slot free for anybody: what it holds is on the host, or nobody's."""
-        self._leave(held)
-        if held.ticket is not None:
-            self._wait(held)
-            held.state = SavedState.ON_HOST
-
-    def _leave(self, held: Offloaded) -> Ticket | None:
-        """Have the slot free for a load that comes after the transfer that is returned, if one is."""
         if held.state is SavedState.IN_SLOT and held.is_owned():
             self._store(held)
-        if held.state is SavedState.STORING:
-            held.state = SavedState.LEAVING
-        if held.state is SavedState.LEAVING:
-            return held.ticket
-        if held.state is SavedState.LOADING:
-            self._wait(held)
-            held.state = SavedState.IN_BOTH
-        on_host = held.state in (SavedState.ON_HOST, SavedState.IN_BOTH)
+        on_host = held.state in (SavedState.ON_HOST, SavedState.IN_BOTH) or held.ticket is not None
+        self._wait(held)
         held.state = SavedState.ON_HOST if on_host else SavedState.NOWHERE
-        return None
 
     def _wait(self, held: Offloaded) -> None:
         """Make the compute wait for the transfer that is under way, where one is."""
         if held.ticket is not None:
             ticket, held.ticket = held.ticket, None
-            self._transfers.wait(ticket, held.key if held.state is SavedState.LOADING else held.key + 1)
+            self._transfers.wait(ticket, held.key + 1 if held.state is SavedState.STORING else held.key)
 
     def clear(self, key: int) -> None:
         """Have the slot free: see ``_clear``. Raises RunError where a forward is writing to it."""
-        self._refuse_filling(self.by_key[key])
-        self._clear(self.by_key[key])
-
-    def vacate(self, key: int) -> Ticket | None:
-        """Have the slot free for a load: see ``_leave``. Raises RunError where a forward is writing to it."""
-        self._refuse_filling(self.by_key[key])
-        return self._leave(self.by_key[key])
-
-    def _refuse_filling(self, held: Offloaded) -> None:
+        held = self.by_key[key]
         if held.state is SavedState.FILLING and held.is_owned():  # else it was interrupted as it began
             raise RunError(
                 f"what {held.module} saves is to be offloaded while its forward still writes to it: "
                 "the model calls that block within another one's forward; do not offload its activations"
             )
+        self._clear(held)
 
     def is_due(self, key: int) -> bool:
         """Whether a planned load has anything to bring."""
         held = self.by_key[key]
-        return held.state in _AWAY and held.is_owned()
+        return held.state is SavedState.ON_HOST and held.is_owned()
 
     def load(self, key: int) -> None:
         """Start bringing what is on the host back into its slot, whose bytes are evicted first."""
         held = self.by_key[key]
-        left = (held.ticket, *(self._vacate(rival) for rival in held.overlapping))
+        for rival in held.overlapping:
+            self._evict(rival)
         assert held.host is not None
-        assert held.state in _AWAY
-        after = tuple(ticket for ticket in left if ticket is not None)
-        held.ticket = self._transfers.load("h2d", held.key, HostSource(held.host), held.part, after)
+        assert held.state is SavedState.ON_HOST
+        held.ticket = self._transfers.load("h2d", held.key, HostSource(held.host), held.part)
         held.state = SavedState.LOADING
 
     def bring(self, call: _Call, held: Offloaded) -> None:
@@ -306,7 +274,7 @@ class Offloads:
                     "forward: run the forward again"
                 )
             assert held.state is not SavedState.NOWHERE
-            if held.state in _AWAY:
+            if held.state is SavedState.ON_HOST:
                 self.load(held.key)
             if held.state is SavedState.LOADING:
                 self._wait(held)
@@ -338,4 +306,4 @@ class Offloads:
             held.state = SavedState.NOWHERE
             held.part = held.part.new_empty(0)  # a graph that is still alive must not keep the arenas
             held.host = None
-        self._evict = self._vacate = _nothing  # they belong to who owns this: no circle is left
+        self._evict = _nothing  # it belongs to who owns this: no circle is left

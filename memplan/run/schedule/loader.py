@@ -21,7 +21,7 @@ from memplan.run.schedule.position import Position
 from memplan.run.schedule.sequence import Sequence
 from memplan.run.schedule.streamed import AWAY, HIDDEN, IN_SLOT, LOADING, OPEN, SHUT, Streamed
 from memplan.run.transfer.lock import Lock
-from memplan.run.transfer.transfer import Ticket, Transfers
+from memplan.run.transfer.transfer import Transfers
 from memplan.run.verify.metrics import Measured
 
 
@@ -47,7 +47,7 @@ class Loader:
         self.streamed = streamed
         self.used: tuple[Streamed, ...] = ()
         """What the access under way reads, open or not."""
-        self.offloads = Offloads(offloaded, transfers, self.lock, self._clear, self._vacate, arena)
+        self.offloads = Offloads(offloaded, transfers, self.lock, self._clear, arena)
         self.at_home = {module: held for module, held in at_home.items() if held}
         self._transfers = transfers
         self._elastic = elastic
@@ -244,9 +244,10 @@ class Loader:
     def _load(self, streamed: Streamed) -> None:
         if streamed.is_shared_out:
             self._written.settle(streamed.block)
-        after = [left for rival in streamed.overlapping if (left := self._vacate(rival)) is not None]
+        for rival in streamed.overlapping:
+            self._clear(rival)
         self._elastic.come(streamed.block)
-        streamed.start(self._transfers.load(streamed.channel, streamed.block, streamed.source, streamed.part, after))
+        streamed.start(self._transfers.load(streamed.channel, streamed.block, streamed.source, streamed.part))
 
     def _clear(self, key: int) -> None:
         """Have a slot's bytes free for others."""
@@ -254,13 +255,6 @@ class Loader:
             self._evict(self.streamed[key])
         else:
             self.offloads.clear(key)
-
-    def _vacate(self, key: int) -> Ticket | None:
-        """Have a slot's bytes free for a load that comes after what is returned."""
-        if key not in self.streamed:
-            return self.offloads.vacate(key)
-        self._evict(self.streamed[key])
-        return None
 
     def _evict(self, streamed: Streamed) -> None:
         if streamed.state is OPEN:

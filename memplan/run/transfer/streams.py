@@ -19,7 +19,7 @@ from memplan.program.schema import RING_BYTES, Channel
 from memplan.run.memory.arena import Arena, poison
 from memplan.run.transfer.device import current_stream, made_current, synchronize
 from memplan.run.transfer.interrupts import defer_sigint
-from memplan.run.transfer.transfer import DiskSource, HostSource, Source, Ticket, Tickets, await_job, is_staged, nothing
+from memplan.run.transfer.transfer import DiskSource, HostSource, Source, Ticket, await_job, is_staged, nothing
 from memplan.run.transfer.worker import Job, Worker
 from memplan.run.verify.spans import Spans
 from memplan.units import MIB
@@ -94,11 +94,8 @@ class StreamTransfers:
         self._stream.wait_stream(current_stream(device))
         self._back_stream.wait_stream(current_stream(device))
 
-    def load(
-        self, channel: Channel, block: int, source: Source, destination: torch.Tensor, after: Tickets = ()
-    ) -> _Load:
-        # What comes before may still read it; so may, of the host's memory, a copy that waits.
-        if self._poisoned and destination.device.type != "cpu" and not after:
+    def load(self, channel: Channel, block: int, source: Source, destination: torch.Tensor) -> _Load:
+        if self._poisoned and destination.device.type != "cpu":  # the host's memory a copy that waits may still read
             poison(destination)
         load = self._loads.get(block)
         if load is None or not load.is_of(source, destination):
@@ -111,12 +108,10 @@ class StreamTransfers:
                 self._staged[channel] = torch.Stream(self._device)
                 self._staged[channel].wait_stream(self._stream)
         if channel not in self._staged:
-            self._copy(channel, block, self._back_stream if channel == "d2h" else self._stream, load, after)
+            self._copy(channel, block, self._back_stream if channel == "d2h" else self._stream, load)
             return load
         fill = self._stage if self._goes_through_ring(channel, load) else self._copy
-        load.filled = self._worker(f"staging-{channel}").submit(
-            fill, channel, block, self._staged[channel], load, after
-        )
+        load.filled = self._worker(f"staging-{channel}").submit(fill, channel, block, self._staged[channel], load)
         return load
 
     def _goes_through_ring(self, channel: Channel, load: _Load) -> bool:
@@ -137,24 +132,15 @@ class StreamTransfers:
     def _noted(self, channel: Channel, block: int, stream: torch.Stream) -> AbstractContextManager[None]:
         return nullcontext() if self._spans is None else self._spans.of(channel, block, stream)
 
-    def _order(self, stream: torch.Stream, load: _Load, after: Tickets) -> None:
-        """Have a stream wait for what comes before a load."""
-        stream.wait_event(load.free)
-        for ticket in after:
-            assert isinstance(ticket, _Load)
-            if ticket.filled is not None:
-                await_job(ticket.filled)
-            stream.wait_event(ticket.done)
-
-    def _copy(self, channel: Channel, block: int, stream: torch.Stream, load: _Load, after: Tickets) -> None:
+    def _copy(self, channel: Channel, block: int, stream: torch.Stream, load: _Load) -> None:
         """Enqueue a copy. Into pageable memory, or out of it, this returns when it is done."""
-        self._order(stream, load, after)
+        stream.wait_event(load.free)
         with self._noted(channel, block, stream), stream:
             for to, of in load.copies:
                 to.copy_(of, non_blocking=True)
         load.done.record(stream)
 
-    def _stage(self, channel: Channel, block: int, stream: torch.Stream, load: _Load, after: Tickets) -> None:
+    def _stage(self, channel: Channel, block: int, stream: torch.Stream, load: _Load) -> None:
         # Pageable memory that the device writes to has been written when that copy returns: no event is behind it.
         ring = self._rings.get(channel)
         if ring is None:  # where even this is refused, a copy from it returns when the driver has taken it
@@ -163,7 +149,7 @@ class StreamTransfers:
             half = RING_BYTES // 2
             halves = (held.part(turn * half, half) for turn in range(2))
             ring = self._rings[channel] = [(buffer, torch.Event(self._device)) for buffer in halves]
-        self._order(stream, load, after)
+        stream.wait_event(load.free)
         with self._noted(channel, block, stream):
             for turn, (offset, size, fill) in enumerate(load.source.pieces(ring[0][0].numel())):
                 buffer, empty = ring[turn % 2]

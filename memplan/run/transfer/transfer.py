@@ -11,7 +11,7 @@ stream first waits for all the compute that was enqueued when the load was start
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Protocol
 
@@ -20,7 +20,7 @@ import torch
 from memplan.cache import checksum
 from memplan.errors import TransferError
 from memplan.program.schema import Channel
-from memplan.run.memory.arena import POISON, poison
+from memplan.run.memory.arena import poison
 from memplan.run.memory.disk import Bytes, DiskReader, Extent, copy_bytes
 from memplan.run.transfer.interrupts import defer_sigint
 from memplan.run.transfer.worker import Job, Worker
@@ -116,19 +116,13 @@ class Ticket(Protocol):
     """A load that was started."""
 
 
-Tickets = Sequence[Ticket]
-
-
 class Transfers(Protocol):
     """What the conductor asks of a device."""
 
-    def load(
-        self, channel: Channel, block: int, source: Source, destination: torch.Tensor, after: Tickets = ()
-    ) -> Ticket:
-        """Start filling ``destination`` (uint8) with the block, behind all compute enqueued so far and behind the loads
-        ``after``, for which the compute need not wait.
+    def load(self, channel: Channel, block: int, source: Source, destination: torch.Tensor) -> Ticket:
+        """Start filling ``destination`` (uint8) with the block, behind all compute enqueued so far.
 
-        Loads of a channel run in turn. Raises, when it is waited for, what one of those raised.
+        Loads of a channel run in turn.
         """
 
     def wait(self, ticket: Ticket, block: int) -> float:
@@ -179,7 +173,7 @@ class CpuTransfers:
         self._poisoned = poisoned
 
     def load(self, channel: Channel, block: int, source: Source, destination: torch.Tensor, after: Tickets = ()) -> Job:
-        if self._poisoned and not after:
+        if self._poisoned:
             poison(destination)
         array = self._arrays.get(block)
         if array is None:
@@ -188,20 +182,9 @@ class CpuTransfers:
         if worker is None:
             with defer_sigint():
                 worker = self._channels[channel] = Worker(f"memplan-{channel}")
-        fill = self._fill if self._spans is None else partial(self._fill_noted, self._spans, channel, block)
-        if after:
-            return worker.submit(self._fill_after, after, fill, source, array)
-        return worker.submit(fill, source, array)
-
-    def _fill_after(
-        self, after: Tickets, fill: Callable[[Source, Bytes], None], source: Source, destination: Bytes
-    ) -> None:
-        for ticket in after:
-            assert isinstance(ticket, Job)
-            await_job(ticket)
-        if self._poisoned:
-            destination.fill(POISON)
-        fill(source, destination)
+        if self._spans is None:
+            return worker.submit(self._fill, source, array)
+        return worker.submit(self._fill_noted, self._spans, channel, block, source, array)
 
     def _fill_noted(self, spans: Spans, channel: Channel, block: int, source: Source, destination: Bytes) -> None:
         with spans.of(channel, block):

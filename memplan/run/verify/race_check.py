@@ -14,7 +14,7 @@ import torch
 
 from memplan.errors import StrayReadError, TransferError
 from memplan.program.schema import Channel
-from memplan.run.transfer.transfer import HostSource, Source, Ticket, Tickets, Transfers
+from memplan.run.transfer.transfer import HostSource, Source, Ticket, Transfers
 
 COMPUTE = "compute"
 
@@ -59,20 +59,14 @@ class ClockedTransfers:
         self._clocks: dict[str, dict[str, int]] = {COMPUTE: {}}
         self._ranges: list[_Written] = []
 
-    def load(
-        self, channel: Channel, block: int, source: Source, destination: torch.Tensor, after: Tickets = ()
-    ) -> _ClockedTicket:
+    def load(self, channel: Channel, block: int, source: Source, destination: torch.Tensor) -> _ClockedTicket:
         compute, mover = self._clocks[COMPUTE], self._clocks.setdefault(channel, {})
         _learn(mover, compute)
-        before = [ticket for ticket in after if isinstance(ticket, _ClockedTicket)]
-        for ticket in before:
-            _learn(mover, ticket.knows)
         what = f"the load of {self._names[block]}"
         if isinstance(source, HostSource):
             self._read(source.part, what, channel)
         self._write(block, destination, what, channel)
-        started = self._inner.load(channel, block, source, destination, [ticket.inner for ticket in before])
-        return _ClockedTicket(started, dict(mover))
+        return _ClockedTicket(self._inner.load(channel, block, source, destination), dict(mover))
 
     def write(self, block: int, part: torch.Tensor, what: str) -> None:
         """Note that the compute writes to a slot from now on. Raises TransferError."""
