@@ -172,7 +172,7 @@ class CpuTransfers:
         self._arrays: dict[int, Bytes] = {}  # each block's slot, made once: to make it runs an operator
         self._poisoned = poisoned
 
-    def load(self, channel: Channel, block: int, source: Source, destination: torch.Tensor, after: Tickets = ()) -> Job:
+    def load(self, channel: Channel, block: int, source: Source, destination: torch.Tensor) -> Job:
         if self._poisoned:
             poison(destination)
         array = self._arrays.get(block)
