@@ -20,6 +20,8 @@ from memplan.hooks.recompute import drop_hooks_that_stayed
 from memplan.model.live_storages import StorageLedger
 from memplan.program.record import RunRecord
 from memplan.program.schema import Plan
+from memplan.ranks.data_parallel import why_not_repeatable
+from memplan.ranks.world import world
 from memplan.run.modules.guard import guard_of
 from memplan.run.recovery import Before, is_out_of_memory
 from memplan.run.runtime import Runtime
@@ -188,6 +190,8 @@ class Handle:
         """
         if self._runtime is None or self._replan is None or not any(p.requires_grad for p in self.model.parameters()):
             return run()  # of what is trained beside the model the gradients are not known
+        if (why := why_not_repeatable(self.model)) is not None:
+            return self._not_repeated(run, why)
         before = Before(self.model)
         while True:
             try:
@@ -204,6 +208,21 @@ class Handle:
             tries -= 1
             before.restore()
             self._take_less(said)
+
+    def _not_repeated(self, run: Callable[[], Result], why: str) -> Result:
+        """Return ``run()``, of which the other ranks do a part. Raises RunError where memory runs out."""
+        try:
+            return run()
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            ranks = world()
+            taken = self.plan.prediction.peaks.vram_bytes
+            raise RunError(
+                f"rank {0 if ranks is None else ranks.rank} ran out of device memory ({first_line(error)}) under a "
+                f"plan for {format_bytes(taken)}, and the micro-batch cannot be repeated on one rank: {why}. Start "
+                f"anew with vram of {format_bytes(int(taken * _SMALLER))} ({int(taken * _SMALLER)}B) at most"
+            ) from error
 
     def _take_less(self, said: str) -> None:
         """Go on under a plan that takes less vram. Raises RunError where there is none."""

@@ -20,6 +20,7 @@ from memplan.model.calls import Call, Step
 from memplan.model.checkpoint import StoredTensor, read_checkpoint
 from memplan.model.meta_model import keep_in_float32
 from memplan.program.schema import Plan
+from memplan.ranks.world import world
 from memplan.request import PlanOptions, Request, completed, refuse_beside_plan
 from memplan.run.attach import attach
 from memplan.run.handle import Handle
@@ -144,11 +145,21 @@ def placed_by_others(trainer: Trainer) -> str | None:
     """Return who else places a trainer's model or copies it, if someone does."""
     if trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled:
         return "DeepSpeed or FSDP places the model"
-    if trainer.args.world_size > 1:
-        return "it serves one process, and this is one of several"
+    if trainer.args.world_size > 1 and world() is None:
+        return "this is one of several processes that torch.distributed does not know"
+    if splits(trainer.accelerator):
+        return "accelerate's parallelism_config splits the model"
     if trainer.args.n_gpu > 1:
         return "the trainer copies the model to several devices: let it see one"
     return None
+
+
+def splits(accelerator: Any) -> bool:
+    """Whether an accelerator splits a model, or what goes through it, over ranks (tensor or context parallel)."""
+    config = getattr(accelerator, "parallelism_config", None)
+    return config is not None and any(
+        getattr(config, f"{kind}_enabled", False) for kind in ("tp", "cp", "sp", "dp_shard")
+    )
 
 
 def compiles(trainer: Trainer) -> bool:
@@ -179,7 +190,9 @@ def _plan(
     asked = completed(options, **said_by(args, model), steps=steps)
     own = options.get("autocast") is None
     with _autocast_as_in_training(model, trainer.accelerator) if own else contextlib.nullcontext():
-        return scope.plan(model, lambda within: api.plan(model, first, **within), asked, models_beside(trainer))
+        return scope.plan(
+            model, lambda within: api.plan(model, first, **within), asked, models_beside(trainer), call=first
+        )
 
 
 def said_by(args: Any, model: nn.Module) -> dict[str, Any]:
@@ -310,6 +323,8 @@ def _first_call(trainer: Trainer) -> tuple[Call, int | None]:
     with random_states_kept(), unchanged(**looked_at):
         try:
             loader = trainer.get_train_dataloader()
+            if world() is not None and getattr(loader, "rng_types", None):
+                loader.rng_types = None  # else the ranks' random states are made one as it begins, all at once
             batch = longest_batch(loader) or next(iter(loader))
             call = _call_of_loss(trainer, batch)
             steps = _steps(trainer.args, loader)

@@ -8,6 +8,7 @@ from typing import Any, Unpack
 
 import torch
 from lightning import Callback, LightningModule, Trainer
+from lightning.pytorch.strategies import DDPStrategy
 from torch import nn
 
 from memplan import api
@@ -25,6 +26,7 @@ from memplan.trainers.loading.deferred_placement import waits
 from memplan.trainers.loading.mapped_weights import folder_of
 from memplan.trainers.loading.stored import checkpoint_of
 from memplan.trainers.longest_batch import longest_batch
+from memplan.trainers.one_plan import one_plan
 
 _AUTOCAST = {"bf16-mixed": "bf16", "16-mixed": "fp16"}
 
@@ -67,8 +69,11 @@ class Placement(Callback):
         """Place it, before anything is moved."""
         if stage != "fit" or handle_of(pl_module) is not None:
             return
-        if trainer.world_size > 1:
-            raise InputError("the trainer runs several processes, and memplan serves one: give it devices=1")
+        if trainer.world_size > 1 and not isinstance(trainer.strategy, DDPStrategy):
+            raise InputError(
+                f"the trainer's strategy is {type(trainer.strategy).__name__}, and memplan serves several processes "
+                'with DDP alone: give it strategy="ddp", or devices=1'
+            )
         model, call = _first_call(trainer, pl_module)
         options = completed(
             self._options,
@@ -78,7 +83,8 @@ class Placement(Callback):
             checkpoint=folder_of(model),
             gains=False,
         )
-        plan = self._plan or api.plan(model, self._batch or call, **options)
+        batch = self._batch or call
+        plan = self._plan or one_plan(model, lambda given: api.plan(model, batch, **given), options, batch)
         files = self._options.get("checkpoint") or checkpoint_of(model)
         self.handle = attach(model, plan, checkpoint=files, checked=self._checked, replan=api.smaller)
 

@@ -39,6 +39,7 @@ from memplan.trainers.loading.from_pretrained import (
     of_transformers,
 )
 from memplan.trainers.loading.mapped_weights import is_mapped
+from memplan.trainers.one_plan import agreed
 from memplan.trainers.serve_loop import (
     FINISHED,
     SCOPE,
@@ -142,6 +143,7 @@ def _place(trainer: Trainer) -> None:
         return  # placed at its first call, as for a loop
     if why is None and not is_trained_in_part(model):
         why = "nothing in the model is trained"
+    why = agreed(why)
     with not_waiting(model):
         if why is None:
             asked = settings()
