@@ -38,19 +38,39 @@ def wrapper_of(model: nn.Module) -> DistributedDataParallel | None:
     return None
 
 
-def why_not_repeatable(model: nn.Module) -> str | None:
-    """Return why a micro-batch of a model must not be done again by one rank alone, or None.
-
-    As its forward is about to begin: what DDP does in it with the other ranks they would do once and this rank twice.
-    """
-    wrapper = wrapper_of(model)
-    if wrapper is None:
-        return None
+def why_not_repeatable(wrapper: DistributedDataParallel) -> str | None:
+    """Return why a micro-batch that is about to begin must not be done again by one rank alone, or None."""
     if wrapper.require_backward_grad_sync:
         return "its backward sums gradients over the ranks (only micro-batches under no_sync can be repeated)"
-    if wrapper.will_sync_module_buffers():
-        return "its forward broadcasts buffers to all ranks (DDP's broadcast_buffers)"
+    if wrapper._join_config.enable:
+        return "the ranks tell each other of each forward (DDP's join)"
     return None
+
+
+class Broadcast:
+    """Whether a forward has broadcast buffers to the other ranks, who do that once: it is not to do so again."""
+
+    def __init__(self, wrapper: DistributedDataParallel, then: Callable[[], None]) -> None:
+        """``then``: called when the buffers have come."""
+        self._wrapper, self._then = wrapper, then
+        self._is_done = False
+
+    def __enter__(self) -> Broadcast:
+        self._wrapper.__dict__["_sync_buffers"] = self._sync
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._wrapper.__dict__.pop("_sync_buffers", None)
+
+    def _sync(self) -> None:
+        type(self._wrapper)._sync_buffers(self._wrapper)
+        self._is_done = True
+        self._then()
+
+    def repeat(self) -> None:
+        """Have the next forward not broadcast what has come."""
+        if self._is_done:
+            self._wrapper.require_forward_param_sync = False
 
 
 def _change_constructor() -> None:

@@ -44,18 +44,23 @@ class RankError(RunError):
 
 
 class Member(msgspec.Struct, frozen=True):
-    """A rank, as the others know it. ``purpose``: what it has come for."""
+    """A rank's process, as the others know it."""
 
     rank: int
     pid: int
     boot: str
     pids: str
-    purpose: str
-    versions: str
 
     @property
     def node(self) -> Node:
         return Node(boot=self.boot, pids=self.pids)
+
+
+class _Came(msgspec.Struct, frozen=True):
+    """What a rank has come for, and with what."""
+
+    purpose: str
+    versions: str
 
 
 class _Failure(msgspec.Struct, frozen=True):
@@ -79,23 +84,24 @@ class Session:
         self._number = next(_NUMBERS)
         self._deadline_s = deadline_s()
         self._has_failed = False
-        self._members: tuple[Member, ...] = ()
-        node = this_node(self.rank)
-        own = Member(
-            rank=self.rank, pid=os.getpid(), boot=node.boot, pids=node.pids, purpose=purpose, versions=_versions()
-        )
-        records = self.gather("meeting the other ranks", msgspec.msgpack.encode(own))
-        self._members = tuple(msgspec.msgpack.decode(record, type=Member) for record in records)
-        first = self._members[0]
-        for member in self._members:
-            if member.purpose != first.purpose:
+        self._members: dict[int, Member] = {}
+        """Those that have announced themselves, as far as they were looked at."""
+        announce(ranks)
+        come = _Came(purpose=purpose, versions=_versions())
+        records = self.gather("meeting the other ranks", msgspec.msgpack.encode(come))
+        came = [msgspec.msgpack.decode(record, type=_Came) for record in records]
+        for rank, other in enumerate(came):
+            if other.purpose != came[0].purpose:
                 raise RankError(
-                    f"rank {member.rank} has come to {member.purpose} while rank 0 has come to {first.purpose}: all "
-                    "ranks must do the same with memplan"
+                    f"rank {rank} has come to {other.purpose} while rank 0 has come to {came[0].purpose}: all ranks "
+                    "must do the same with memplan"
                 )
-            if member.versions != first.versions:
-                raise RankError(f"rank {member.rank} has {member.versions}, and rank 0 has {first.versions}")
-        self.node = tuple(member for member in self._members if member.node == own.node)
+            if other.versions != came[0].versions:
+                raise RankError(f"rank {rank} has {other.versions}, and rank 0 has {came[0].versions}")
+        with self._heard("meeting the other ranks"):
+            self._look_for_members()
+        own = self._members[self.rank].node
+        self.node = tuple(self._members[rank] for rank in range(self.size) if self._members[rank].node == own)
         """The ranks of this node, in order."""
 
     @property
@@ -106,13 +112,13 @@ class Session:
     @property
     def most_per_node(self) -> int:
         """The most ranks that a node has."""
-        nodes = [member.node for member in self._members]
+        nodes = [member.node for member in self._members.values()]
         return max(map(nodes.count, nodes))
 
     @property
     def machine_share(self) -> int:
         """How many nodes of this session are on one machine, at most: containers that do not see each other."""
-        nodes = {member.node for member in self._members}
+        nodes = {member.node for member in self._members.values()}
         boots = [node.boot for node in nodes]
         return max(map(boots.count, boots))
 
@@ -229,11 +235,17 @@ class Session:
 
     def _ended(self) -> int | None:
         """Return a rank of this node whose process is there no more, or None."""
+        self._look_for_members()
         own = this_node(self.rank)
-        for member in self._members:
+        for member in self._members.values():
             if member.rank != self.rank and member.node == own and _is_gone(member.pid):
                 return member.rank
         return None
+
+    def _look_for_members(self) -> None:
+        for rank in range(self.size):
+            if rank not in self._members and self._store.check([f"process {rank}"]):
+                self._members[rank] = msgspec.msgpack.decode(self._store.get(f"process {rank}"), type=Member)
 
     def _fail(self, doing: str, error: BaseException) -> None:
         """Tell the others that this rank has failed, and stay until they have heard it."""
@@ -276,6 +288,15 @@ def session(purpose: str) -> Session | None:
     """Return a session of all ranks, or None where this process trains alone. Raises RankError."""
     ranks = world()
     return None if ranks is None else Session(ranks, purpose)
+
+
+def announce(ranks: World | None) -> None:
+    """Have the other ranks know this process, so that they find out where it ends before it comes to them."""
+    if ranks is not None:
+        node = this_node(ranks.rank)
+        own = Member(rank=ranks.rank, pid=os.getpid(), boot=node.boot, pids=node.pids)
+        with contextlib.suppress(Exception):  # a store that is gone is told of by who waits for it
+            ranks.store.set(f"process {ranks.rank}", msgspec.msgpack.encode(own))
 
 
 def stage(ranks: Session | None, doing: str) -> contextlib.AbstractContextManager[None]:

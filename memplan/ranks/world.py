@@ -24,7 +24,9 @@ class World:
 def world() -> World | None:
     """Return the ranks, or None where this process trains alone as far as torch.distributed knows."""
     dist: Any = sys.modules.get("torch.distributed")
-    if dist is None or not dist.is_available() or not dist.is_initialized() or dist.get_world_size() < 2:
+    if dist is None or not hasattr(dist, "is_initialized"):  # torch may be on its way in
+        return None
+    if not dist.is_available() or not dist.is_initialized() or dist.get_world_size() < 2:
         return None
     if dist.get_backend() == "fake":  # stands for ranks that there are none of
         return None

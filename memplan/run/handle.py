@@ -20,7 +20,7 @@ from memplan.hooks.recompute import drop_hooks_that_stayed
 from memplan.model.live_storages import StorageLedger
 from memplan.program.record import RunRecord
 from memplan.program.schema import Plan
-from memplan.ranks.data_parallel import why_not_repeatable
+from memplan.ranks.data_parallel import Broadcast, why_not_repeatable, wrapper_of
 from memplan.ranks.world import world
 from memplan.run.modules.guard import guard_of
 from memplan.run.recovery import Before, is_out_of_memory
@@ -190,9 +190,19 @@ class Handle:
         """
         if self._runtime is None or self._replan is None or not any(p.requires_grad for p in self.model.parameters()):
             return run()  # of what is trained beside the model the gradients are not known
-        if (why := why_not_repeatable(self.model)) is not None:
+        wrapper = wrapper_of(self.model)
+        if wrapper is not None and (why := why_not_repeatable(wrapper)) is not None:
             return self._not_repeated(run, why)
         before = Before(self.model)
+        if wrapper is None:
+            return self._repeated(run, before, tries)
+        with Broadcast(wrapper, before.note_buffers) as broadcast:
+            return self._repeated(run, before, tries, broadcast.repeat)
+
+    def _repeated(
+        self, run: Callable[[], Result], before: Before, tries: int, again: Callable[[], None] = lambda: None
+    ) -> Result:
+        """As ``micro_batch``. ``again``: called before each try but the first."""
         while True:
             try:
                 return run()
@@ -208,6 +218,7 @@ class Handle:
             tries -= 1
             before.restore()
             self._take_less(said)
+            again()
 
     def _not_repeated(self, run: Callable[[], Result], why: str) -> Result:
         """Return ``run()``, of which the other ranks do a part. Raises RunError where memory runs out."""

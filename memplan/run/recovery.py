@@ -25,15 +25,20 @@ class Before:
     """The state that a forward and backward change: gradients of what is trained, buffers, random numbers."""
 
     def __init__(self, model: nn.Module) -> None:
-        managed = {id(weight.tensor) for weight in frozen_weights("", model, deep=True)}
+        self._managed = {id(weight.tensor) for weight in frozen_weights("", model, deep=True)}
         self._gradients = [(p, _copy(p.grad)) for p in model.parameters() if p.requires_grad]
+        self._model = model
+        self.note_buffers()
+        self._random = RandomStates()
+
+    def note_buffers(self) -> None:
+        """Have the buffers of now be those that were before."""
         self._buffers = [
             (module, name, buffer, _copy(buffer))
-            for module in model.modules()
+            for module in self._model.modules()
             for name, buffer in module._buffers.items()
-            if buffer is not None and id(buffer) not in managed
+            if buffer is not None and id(buffer) not in self._managed
         ]
-        self._random = RandomStates()
 
     def restore(self) -> None:
         """Have all of it as it was."""

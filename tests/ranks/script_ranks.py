@@ -24,7 +24,8 @@ MORE = {
     "static": "DDP's static_graph",
     "unused": "DDP's find_unused_parameters",
     "quiet": "DDP's buffers are not broadcast",
-    "disk": "no RAM for weights",
+    "disk": "layers have their homes on disk, in the checkpoint's own files",
+    "packed": "so they have, and are packed: the script has changed them all",
     "checked": "the checked mode",
     "uneven": "rank 0 has one micro-batch more, within DDP's join",
     "evaluated": "an evaluation on rank 0 alone",
@@ -63,6 +64,8 @@ def options(given, more):
         return None
     vram, ram = given
     found = {"vram": vram, "ram": ram, "hardware": os.environ["PROFILE"]}
+    if {"disk", "packed"} & set(more):
+        found |= {"pins": {f"model.layers.{index}": "disk" for index in range(4)}, "disk": "64MiB"}
     return found | {"checked": True} if "checked" in more else found
 
 
@@ -72,6 +75,10 @@ def adapted(folder, more):
     if ("unlike" in more and rank == 1) or "seeded" in more:
         with torch.no_grad():
             model.model.layers[2].mlp.up_proj.weight[5, 3] += 1 + rank
+    if "packed" in more:
+        with torch.no_grad():
+            for layer in model.model.layers:
+                layer.mlp.up_proj.weight.mul_(1.25)
     torch.manual_seed(6 + rank)  # DDP has them begin as rank 0's
     model = get_peft_model(model, LoraConfig(r=4, lora_dropout=0.1, target_modules="all-linear"))
     if "thinned" in more and rank == 1:
@@ -267,7 +274,29 @@ def lightning(folder, out, more, asked):
         print("streamed", callbacks[0].handle.record.loads > 0, flush=True)
 
 
+def fault(where):
+    """Have this rank fail where it plans, maps, fills, packs or attaches."""
+    import memplan.run.attach
+    import memplan.trainers.loading.mapped_weights as mapped
+    from memplan.cache import BlockCache
+    from memplan.run.memory.home import Weights
+    from memplan.trainers import one_plan
+
+    def fail(*args, **kwargs):
+        if where.endswith("killed"):
+            os.kill(os.getpid(), 9)
+        raise OSError(f"injected where it {where}")
+
+    owner, name = {
+        "plans": (one_plan, "_signature"), "maps": (mapped, "put_weights"), "fills": (Weights, "fill"),
+        "packs": (BlockCache, "put"), "attaches": (memplan.run.attach, "install"),
+    }[where.split(" ")[0]]  # fmt: skip
+    setattr(owner, name, fail)
+
+
 def main():
+    if os.environ.get("FAULT") and os.environ["RANK"] == os.environ.get("FAULTY", "1"):
+        fault(os.environ["FAULT"])
     folder, out, kind, *given = sys.argv[1:]
     kind, *more = kind.split("+")
     assert set(more) <= set(MORE), more

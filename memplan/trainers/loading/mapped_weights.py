@@ -25,6 +25,8 @@ from torch import nn
 from memplan.hardware.machine import cache_folder
 from memplan.model.checkpoint import StoredTensor
 from memplan.ranks.data_parallel import leave_alone
+from memplan.ranks.session import announce
+from memplan.ranks.world import world
 from memplan.run.memory.arena import Placeholders, dtype_of, is_placeholder
 from memplan.run.memory.disk import DiskReader
 from memplan.run.memory.home import Stored, as_bytes
@@ -44,6 +46,7 @@ def map_weights(model: nn.Module, folder: str | Path) -> None:
     CheckpointError where the checkpoint is not the model's; the model then is as it was.
     """
     leave_alone(left_alone)
+    announce(world())
     with contextlib.ExitStack() as files:
         casts = _Casts(files)
         put_weights(model, folder, lambda reader, meta, stored: casts.read(reader, stored, meta.dtype), heads=True)

@@ -1,0 +1,195 @@
+"""Two ranks on gloo: losses and adapters are those of whole DDP to the last bit, or all of them end and say why."""
+
+from __future__ import annotations
+
+import os
+import time
+from pathlib import Path
+
+import pytest
+
+SCRIPT = Path(__file__).with_name("script_ranks.py")
+VRAM = {"checkpointing": "1300KiB"}
+OTHERS = 30
+"""Seconds until the others have ended too, once one rank has failed."""
+
+QUICK = ("trainer-run+memory",)
+WAYS = ("asked", "run")
+CASES = [
+    "ddp",
+    "ddp+accumulated+disk+checked",
+    "ddp+packed+accumulated",
+    "ddp+static+checkpointing",
+    "ddp+unused+evaluated+quiet",
+    "ddp+uneven+disk",
+    "ddp+written+late",
+    "accelerate+accumulated+checkpointing",
+    "accelerate+disk+checked",
+    "trainer+accumulated+disk",
+    "trainer+checkpointing+packed",
+    "lightning",
+    "lightning+checkpointing+disk",
+]
+
+
+def exact(done):
+    return [[line for line in out.splitlines() if line.startswith(("loss", "eval"))] for out in done.stdout]
+
+
+def adapter(folder):
+    return (folder / "adapter.safetensors").read_bytes()
+
+
+@pytest.fixture(scope="session")
+def whole(ranks, checkpoint, tmp_path_factory):
+    """Runs a kind of script as whole DDP, once."""
+    known = {}
+
+    def run(kind):
+        kind = "+".join(part for part in kind.split("+") if part not in ("disk", "checked", "late", "memory"))
+        if kind not in known:
+            out = tmp_path_factory.mktemp("whole")
+            done = ranks(SCRIPT, checkpoint, out, kind)
+            assert done.codes == [0, 0], done.stderr
+            known[kind] = exact(done), adapter(out)
+        return known[kind]
+
+    return run
+
+
+def same_as_whole(whole, kind, done, out):
+    assert done.codes == [0, 0], [text[-3000:] for text in done.stderr]
+    losses, its = whole(kind)
+    assert exact(done) == losses
+    assert len(losses[0]) >= 3
+    assert adapter(out) == its
+
+
+def memory(done):
+    """The kB of each rank: resident, proportional and its own of what is shared; its own of the checkpoint's files."""
+    return [[int(word) for word in out.split("memory ")[1].split()[:4]] for out in done.stdout]
+
+
+def test_a_script_as_it_is_trains_as_whole_ddp_and_shares_its_weights(whole, ranks_under, checkpoint, tmp_path):
+    done = ranks_under("2500KiB", SCRIPT, checkpoint, tmp_path, "trainer+memory")
+    same_as_whole(whole, "trainer", done, tmp_path)
+    assert "streamed from" in done.stderr[0]
+    assert "memplan" not in done.stderr[1]
+    for resident, proportional, own, of_files in memory(done):
+        assert resident > 800
+        assert proportional <= 0.55 * resident
+        assert own == 0
+        assert of_files == 0
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("kind", CASES)
+def test_memplans_own_lines_train_as_whole_ddp(whole, ranks, checkpoint, tmp_path, kind):
+    vram = next((VRAM[part] for part in kind.split("+") if part in VRAM), "2500KiB")
+    done = ranks(SCRIPT, checkpoint, tmp_path, kind, vram, "64MiB", MEMPLAN_CACHE=str(tmp_path / "cache"))
+    same_as_whole(whole, kind, done, tmp_path)
+    assert all("streamed True" in out for out in done.stdout)
+    packed = [*(tmp_path / "cache" / "blocks").glob("*.block")]
+    assert len(packed) == (4 if "packed" in kind else 0)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("kind", ["ddp", "ddp+written", "accelerate+accumulated", "trainer+checkpointing", "lightning"])
+def test_scripts_as_they_are(whole, ranks_under, checkpoint, tmp_path, kind):
+    vram = next((VRAM[part] for part in kind.split("+") if part in VRAM), "2500KiB")
+    done = ranks_under(vram, SCRIPT, checkpoint, tmp_path, kind)
+    same_as_whole(whole, kind, done, tmp_path)
+    assert "streamed from" in done.stderr[0]
+
+
+@pytest.mark.parametrize(
+    ("kind", "said"),
+    [
+        ("trainer+unlike", "the frozen weights of rank 1 are not those of rank 0 (model.layers.2)"),
+        pytest.param("ddp+seeded", "the frozen weights of rank 1 are not those of rank 0", marks=pytest.mark.full),
+        pytest.param("ddp+replanned", "rank 1 has another plan than rank 0", marks=pytest.mark.full),
+        pytest.param("trainer+thinned", "rank 1 has another model than rank 0", marks=pytest.mark.full),
+    ],
+)
+def test_what_differs_is_an_error_that_names_the_rank(ranks, checkpoint, tmp_path, kind, said):
+    done = ranks(SCRIPT, checkpoint, tmp_path, kind, "2500KiB", "64MiB", alone=True)
+    assert all(done.codes)
+    assert all(said in text for text in done.stderr), done.stderr
+    assert max(done.seconds) - min(done.seconds) < OTHERS
+
+
+FAULTS = [
+    (where, faulty, way)
+    for where in ("plans", "maps", "fills", "packs", "attaches", "fills killed")
+    for faulty in (0, 1)
+    for way in WAYS
+]
+
+
+@pytest.mark.quick("asked-1-fills")
+@pytest.mark.parametrize(("where", "faulty", "way"), FAULTS, ids=[f"{way}-{f}-{where}" for where, f, way in FAULTS])
+def test_a_fault_on_one_rank_ends_all(ranks, ranks_under, checkpoint, tmp_path, where, faulty, way):
+    if where == "packs" and faulty == 1:
+        faulty = 0  # the first of the node packs
+    kind = "trainer+packed" if where == "packs" else "trainer"
+    fault = {"FAULT": where, "FAULTY": str(faulty), "MEMPLAN_CACHE": str(tmp_path / "cache"), "alone": True}
+    if way == "asked":
+        done = ranks(SCRIPT, checkpoint, tmp_path, kind, "2500KiB", "64MiB", **fault)
+    else:
+        done = ranks_under("2500KiB", SCRIPT, checkpoint, tmp_path, kind, **fault)
+    if where == "packs" and way == "run":
+        return  # without pins nothing is packed
+    assert all(done.codes), done.stderr
+    assert max(done.seconds) - min(done.seconds) < OTHERS
+    assert f"rank {faulty}" in done.stderr[1 - faulty], done.stderr[1 - faulty][-2000:]
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("kind", ["ddp+faulted", "ddp+killed"])
+def test_who_fails_in_training_ends_all(ranks, checkpoint, tmp_path, kind):
+    done = ranks(SCRIPT, checkpoint, tmp_path, kind, "2500KiB", "64MiB")
+    assert all(done.codes)
+    assert max(done.seconds) - min(done.seconds) < OTHERS
+    assert not [*left_open()]
+
+
+@pytest.mark.full
+def test_memory_that_runs_out_under_no_sync_is_had_by_trying_again(whole, ranks, checkpoint, tmp_path):
+    done = ranks(SCRIPT, checkpoint, tmp_path, "ddp+accumulated+crowded", "2500KiB", "64MiB")
+    assert done.codes == [0, 0], done.stderr
+    assert "streamed True 0" in done.stdout[0]
+    assert "streamed True 1" in done.stdout[1]
+    assert adapter(tmp_path) == whole("ddp+accumulated")[1]
+
+
+@pytest.mark.full
+def test_memory_that_runs_out_where_gradients_are_summed_is_an_error(ranks, checkpoint, tmp_path):
+    done = ranks(SCRIPT, checkpoint, tmp_path, "ddp+crowded", "2500KiB", "64MiB")
+    assert all(done.codes)
+    assert "rank 1 ran out of device memory" in done.stderr[1]
+    assert "B) at most" in done.stderr[1]
+
+
+def left_open():
+    """Yield the processes that still map what ranks have shared."""
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            text = (folder / "maps").read_text()
+        except OSError:
+            continue
+        if "memfd:memplan" in text:
+            yield folder.name
+
+
+def test_nothing_is_left_of_what_was_shared():
+    until = time.monotonic() + 5
+    while (found := [*left_open()]) and time.monotonic() < until:
+        time.sleep(0.1)
+    assert not [pid for pid in found if _is_ours(pid)]
+
+
+def _is_ours(pid):
+    try:
+        return f"{os.getpid()}" in Path(f"/proc/{pid}/stat").read_text()
+    except OSError:
+        return False
