@@ -28,6 +28,8 @@ _NUMBERS = itertools.count()
 _VARIABLE = "MEMPLAN_RANKS_TIMEOUT"
 _DEADLINE_S = 600.0
 """Ranks load their models and prepare their data at different speeds."""
+_LONGER = 6
+"""Once all have come they are at work: a plan of many experts takes minutes, and so does filling much RAM."""
 _GRACE_S = 5.0
 """How long a rank that has failed stays for the others to hear why: it may be the one that keeps the store."""
 _FIRST_POLL_S, _LAST_POLL_S = 0.002, 0.1
@@ -82,6 +84,7 @@ class Session:
         self.rank, self.size = ranks.rank, ranks.size
         self._store = ranks.store
         self._number = next(_NUMBERS)
+        self._steps = itertools.count()
         self._deadline_s = deadline_s()
         self._has_failed = False
         self._members: dict[int, Member] = {}
@@ -103,6 +106,7 @@ class Session:
         own = self._members[self.rank].node
         self.node = tuple(self._members[rank] for rank in range(self.size) if self._members[rank].node == own)
         """The ranks of this node, in order."""
+        self._deadline_s *= _LONGER
 
     @property
     def place(self) -> int:
@@ -150,7 +154,7 @@ class Session:
 
     def gather(self, doing: str, record: bytes) -> list[bytes]:
         """Return what each rank has given, by rank, once all have. Raises RankError."""
-        name = f"{self._number}/{doing}"
+        name = self._next(doing)
         with self._heard(doing):
             self._put(f"{name}/{self.rank}", record)
             self._store.add(f"{name}/count", 1)
@@ -164,7 +168,7 @@ class Session:
 
     def from_one(self, doing: str, one: int, make: Callable[[], bytes]) -> bytes:
         """Return what ``make`` gives on rank ``one``, on every rank. Raises RankError, and what it raises there."""
-        name = f"{self._number}/{doing}"
+        name = self._next(doing)
         if self.rank == one:
             with self.telling(doing):
                 made = make()
@@ -174,6 +178,10 @@ class Session:
         with self._heard(doing):
             self._wait(lambda: bool(self._store.check([name])), doing, None)
             return self._get(name)
+
+    def _next(self, doing: str) -> str:
+        """Return the name of what comes next: the same on every rank, and no two of a session."""
+        return f"{self._number}/{next(self._steps)} {doing}"
 
     def _put(self, name: str, data: bytes) -> None:
         packed = zlib.compress(data, 1)

@@ -17,8 +17,8 @@ from memplan.program.check.judge import require
 from memplan.program.schema import Plan
 from memplan.program.support import require_supported
 from memplan.ranks.data_parallel import leave_alone
-from memplan.ranks.session import Session, session, stage
-from memplan.ranks.world import unknown_ranks
+from memplan.ranks.session import Session, announce, session, stage
+from memplan.ranks.world import unknown_ranks, world
 from memplan.run.agreement import require_same
 from memplan.run.handle import Handle, handle_of
 from memplan.run.memory.home import Checkpoint
@@ -62,6 +62,7 @@ def attach(
 
     Raises InputError, PlanCheckError, PlanMismatchError, ModelError, CheckpointError; the model then is as it was.
     """
+    announce(world())
     given: tuple[object, object] = (model, plan)
     if not isinstance(given[0], nn.Module) or not isinstance(given[1], Plan):
         raise InputError(
@@ -75,6 +76,7 @@ def attach(
             f"the plan was made for the CUDA device of {plan.hardware!r}, and torch sees none here: "
             "make a plan with hardware='auto'"
         )
+    device = device_of_rank(model, device)
     return attach_on(
         model,
         plan,
@@ -87,6 +89,16 @@ def attach(
         progress=progress,
         replan=replan,
     )
+
+
+def device_of_rank(model: nn.Module, device: torch.device) -> torch.device:
+    """Return where a model is trained: ``device``, or of several ranks where this one has what it trains, which may
+    never have made its device the current one.
+    """
+    if world() is None:
+        return device
+    trained = (parameter.device for parameter in model.parameters() if parameter.requires_grad)
+    return next((found for found in trained if found.type == device.type), device)
 
 
 def attach_on(

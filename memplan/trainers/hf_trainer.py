@@ -22,7 +22,7 @@ from memplan.model.meta_model import keep_in_float32
 from memplan.program.schema import Plan
 from memplan.ranks.world import world
 from memplan.request import PlanOptions, Request, completed, refuse_beside_plan
-from memplan.run.attach import attach
+from memplan.run.attach import attach, device_of_rank
 from memplan.run.handle import Handle
 from memplan.run.memory.arena import dtype_of
 from memplan.state.process_state import random_states_kept
@@ -237,7 +237,8 @@ def put_under(
 
     Raises what ``attach`` raises; the model then is as it was.
     """
-    give_back = release_mapped(model, torch.device(plan.table.device)) if is_mapped(model) else None
+    device = device_of_rank(model, torch.device(plan.table.device))
+    give_back = release_mapped(model, device) if is_mapped(model) else None
     try:
         files = checkpoint or checkpoint_of(model)
         handle = attach(model, plan, checkpoint=files, checked=checked, traced=traced, replan=api.smaller)

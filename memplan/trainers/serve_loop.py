@@ -93,7 +93,7 @@ def serve_optimizer(optimizer: torch.optim.Optimizer) -> None:
     long as that takes a fiftieth of the time: some scripts make an optimizer for each parameter.
     """
     global _looked_s
-    if is_distributed():
+    if is_distributed() or unknown_ranks() is not None:
         return
     trained = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
     for handle in list(_HANDLES):
@@ -132,6 +132,10 @@ def _trained_in_part(trained: set[int]) -> Iterator[nn.Module]:
     within = {id(part) for module in modules for part in module.__dict__.get("_modules", {}).values()}
     for model in modules:
         if id(model) in within or isinstance(model, torch.jit.ScriptModule) or "_modules" not in model.__dict__:
+            continue
+        if isinstance(model, nn.parallel.DistributedDataParallel):
+            model = model.module
+        if is_split(model):
             continue
         if is_trained_in_part(model) and any(id(parameter) in trained for parameter in model.parameters()):
             yield model
@@ -272,13 +276,18 @@ def _place_again(model: nn.Module, step: Step, differs: bool) -> None:
 _UNPLACED = Unplaced()
 
 
+def is_split(model: nn.Module) -> bool:
+    """Whether FSDP or tensor parallelism has split a model's weights over processes."""
+    return any(type(parameter).__name__ in ("DTensor", "FlatParameter") for parameter in model.parameters())
+
+
 def nothing_to_do(model: nn.Module) -> str | None:
     frozen = [not parameter.requires_grad for parameter in model.parameters()]
     if not any(frozen):
         return "nothing in the model is frozen, so there is nothing to stream"
     if not all(isinstance(parameter, nn.Parameter) for parameter in model.parameters()):
         return "it is called with other tensors in the place of its parameters (torch.func.functional_call)"
-    if any(type(parameter).__name__ in ("DTensor", "FlatParameter") for parameter in model.parameters()):
+    if is_split(model):
         return "FSDP or tensor parallelism splits its weights over processes"
     if (unknown := unknown_ranks()) is not None:
         return unknown

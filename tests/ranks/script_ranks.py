@@ -14,9 +14,9 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from peft import LoraConfig, get_peft_model
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch.nn.parallel import DistributedDataParallel
-from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
+from transformers import AutoConfig, AutoModelForCausalLM, Trainer, TrainingArguments
 
 MORE = {
     "accumulated": "micro-batches of which every second sums gradients, the first under no_sync",
@@ -34,6 +34,7 @@ MORE = {
     "late": "attached after DDP is built",
     "unlike": "rank 1 has other frozen weights",
     "seeded": "frozen weights of each rank's own seed",
+    "built": "the model is built from its configuration, and filled by load_state_dict",
     "thinned": "rank 1 trains fewer parameters",
     "replanned": "rank 1 is given another plan",
     "killed": "rank 1 is killed with -9 in its second micro-batch",
@@ -71,7 +72,12 @@ def options(given, more):
 
 def adapted(folder, more):
     rank = int(os.environ["RANK"])
-    model = AutoModelForCausalLM.from_pretrained(folder)
+    if "built" in more:
+        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder))
+        for shard in Path(folder).glob("*.safetensors"):
+            model.load_state_dict(load_file(shard), strict=False)
+    else:
+        model = AutoModelForCausalLM.from_pretrained(folder)
     if ("unlike" in more and rank == 1) or "seeded" in more:
         with torch.no_grad():
             model.model.layers[2].mlp.up_proj.weight[5, 3] += 1 + rank

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import time
 from pathlib import Path
 
@@ -13,7 +14,6 @@ VRAM = {"checkpointing": "1300KiB"}
 OTHERS = 30
 """Seconds until the others have ended too, once one rank has failed."""
 
-QUICK = ("trainer-run+memory",)
 WAYS = ("asked", "run")
 CASES = [
     "ddp",
@@ -94,7 +94,7 @@ def test_memplans_own_lines_train_as_whole_ddp(whole, ranks, checkpoint, tmp_pat
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("kind", ["ddp", "ddp+written", "accelerate+accumulated", "trainer+checkpointing", "lightning"])
+@pytest.mark.parametrize("kind", ["ddp", "ddp+written", "ddp+built", "accelerate+accumulated", "trainer+checkpointing", "lightning"])
 def test_scripts_as_they_are(whole, ranks_under, checkpoint, tmp_path, kind):
     vram = next((VRAM[part] for part in kind.split("+") if part in VRAM), "2500KiB")
     done = ranks_under(vram, SCRIPT, checkpoint, tmp_path, kind)
@@ -168,6 +168,16 @@ def test_memory_that_runs_out_where_gradients_are_summed_is_an_error(ranks, chec
     assert all(done.codes)
     assert "rank 1 ran out of device memory" in done.stderr[1]
     assert "B) at most" in done.stderr[1]
+
+
+@pytest.mark.full
+def test_pinned_memory_is_shared_and_who_writes_to_it_does_so_alone(ranks, tmp_path):
+    done = ranks(SCRIPT.with_name("script_device.py"), tmp_path, timeout_s=200)
+    assert done.codes == [0, 0], [text[-3000:] for text in done.stderr]
+    for out in done.stdout:
+        assert re.search(r"pinned and shared [1-9]\d* True", out)
+        assert "written True True" in out
+        assert "same True" in out
 
 
 def left_open():
