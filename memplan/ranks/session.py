@@ -22,6 +22,7 @@ from typing import Any
 import msgspec
 
 from memplan.errors import DoesNotFitError, MemplanError, RunError, type_and_line
+from memplan.ranks.ended import tell_who_ended
 from memplan.ranks.world import Node, World, this_node, world
 
 _NUMBERS = itertools.count()
@@ -82,7 +83,7 @@ class Session:
         versions.
         """
         self.rank, self.size = ranks.rank, ranks.size
-        self._store = ranks.store
+        self._ranks, self._store = ranks, ranks.store
         self._number = next(_NUMBERS)
         self._steps = itertools.count()
         self._deadline_s = deadline_s()
@@ -102,7 +103,7 @@ class Session:
             if other.versions != came[0].versions:
                 raise RankError(f"rank {rank} has {other.versions}, and rank 0 has {came[0].versions}")
         with self._heard("meeting the other ranks"):
-            self._look_for_members()
+            _look_for(ranks, self._members)
         own = self._members[self.rank].node
         self.node = tuple(self._members[rank] for rank in range(self.size) if self._members[rank].node == own)
         """The ranks of this node, in order."""
@@ -243,17 +244,7 @@ class Session:
 
     def _ended(self) -> int | None:
         """Return a rank of this node whose process is there no more, or None."""
-        self._look_for_members()
-        own = this_node(self.rank)
-        for member in self._members.values():
-            if member.rank != self.rank and member.node == own and _is_gone(member.pid):
-                return member.rank
-        return None
-
-    def _look_for_members(self) -> None:
-        for rank in range(self.size):
-            if rank not in self._members and self._store.check([f"process {rank}"]):
-                self._members[rank] = msgspec.msgpack.decode(self._store.get(f"process {rank}"), type=Member)
+        return _ended(self._ranks, self._members)
 
     def _fail(self, doing: str, error: BaseException) -> None:
         """Tell the others that this rank has failed, and stay until they have heard it."""
@@ -305,6 +296,21 @@ def announce(ranks: World | None) -> None:
         own = Member(rank=ranks.rank, pid=os.getpid(), boot=node.boot, pids=node.pids)
         with contextlib.suppress(Exception):  # a store that is gone is told of by who waits for it
             ranks.store.set(f"process {ranks.rank}", msgspec.msgpack.encode(own))
+        tell_who_ended(ranks, lambda: _ended(ranks, {}))
+
+
+def _ended(ranks: World, known: dict[int, Member]) -> int | None:
+    """Return another rank of this node whose process is there no more, of those that have announced themselves."""
+    _look_for(ranks, known)
+    own = this_node(ranks.rank)
+    others = (member for member in known.values() if member.rank != ranks.rank and member.node == own)
+    return next((member.rank for member in others if _is_gone(member.pid)), None)
+
+
+def _look_for(ranks: World, known: dict[int, Member]) -> None:
+    for rank in range(ranks.size):
+        if rank not in known and ranks.store.check([f"process {rank}"]):
+            known[rank] = msgspec.msgpack.decode(ranks.store.get(f"process {rank}"), type=Member)
 
 
 def stage(ranks: Session | None, doing: str) -> contextlib.AbstractContextManager[None]:

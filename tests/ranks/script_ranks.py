@@ -7,6 +7,7 @@ do more, each in ``MORE``. With VRAM memplan's own lines are used; without, none
 from __future__ import annotations
 
 import contextlib
+import gc
 import os
 import sys
 from pathlib import Path
@@ -35,6 +36,9 @@ MORE = {
     "unlike": "rank 1 has other frozen weights",
     "seeded": "frozen weights of each rank's own seed",
     "built": "the model is built from its configuration, and filled by load_state_dict",
+    "saved": "a checkpoint is saved in the second step",
+    "resumed": "and training goes on from it",
+    "cast": "the model is cast before it is trained",
     "thinned": "rank 1 trains fewer parameters",
     "replanned": "rank 1 is given another plan",
     "killed": "rank 1 is killed with -9 in its second micro-batch",
@@ -81,6 +85,8 @@ def adapted(folder, more):
     if ("unlike" in more and rank == 1) or "seeded" in more:
         with torch.no_grad():
             model.model.layers[2].mlp.up_proj.weight[5, 3] += 1 + rank
+    if "cast" in more:
+        model = model.to(torch.bfloat16)
     if "packed" in more:
         with torch.no_grad():
             for layer in model.model.layers:
@@ -96,7 +102,7 @@ def adapted(folder, more):
 
 
 def save(model, out):
-    if dist.get_rank() == 0:
+    if not dist.is_initialized() or dist.get_rank() == 0:
         found = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
         Path(out).mkdir(parents=True, exist_ok=True)
         save_file(found, f"{out}/adapter.safetensors")
@@ -128,6 +134,15 @@ def tell_memory():
     print("memory", rss, pss, shared, anonymous, flush=True)
 
 
+def what_is_left():
+    """How many mappings and descriptors of shared memory there are."""
+    count = Path("/proc/self/maps").read_text().count("memfd:memplan")
+    for file in Path("/proc/self/fd").iterdir():
+        with contextlib.suppress(OSError):
+            count += "memfd:memplan" in os.readlink(file)
+    return count
+
+
 def micro_batches(rank, more):
     count = 2 if "accumulated" in more else 1
     for step in range(STEPS):
@@ -136,8 +151,6 @@ def micro_batches(rank, more):
 
 
 def ddp(folder, out, more, asked):
-    import memplan
-
     dist.init_process_group("gloo")
     rank = dist.get_rank()
     model = adapted(folder, more)
@@ -200,7 +213,10 @@ def ddp(folder, out, more, asked):
     save(model, out)
     if handle is not None:
         print("streamed", handle.record.loads > 0, handle.recoveries, flush=True)
-    del memplan
+        handle.detach()
+        del handle
+        gc.collect()
+        print("left", what_is_left(), flush=True)
 
 
 def accelerate(folder, out, more, asked):
@@ -233,12 +249,13 @@ def trainer(folder, out, more, asked):
 
     args = TrainingArguments(
         output_dir=out, max_steps=STEPS, per_device_train_batch_size=2, learning_rate=1e-2, use_cpu=True,
-        report_to=[], disable_tqdm=True, seed=7, logging_steps=100, save_strategy="no",
+        report_to=[], disable_tqdm=True, seed=7, logging_steps=100,
+        save_strategy="steps" if {"saved", "resumed"} & set(more) else "no", save_steps=2,
         gradient_accumulation_steps=2 if "accumulated" in more else 1,
     )  # fmt: skip
     with memplan.placing(**asked) if asked else contextlib.nullcontext():
         made = Trainer(model=adapted(folder, more), args=args, train_dataset=Rows())
-    made.train()
+    made.train(resume_from_checkpoint=f"{out}/checkpoint-2" if "resumed" in more else None)
     if "memory" in more:
         tell_memory()
     save(made.model, out)
@@ -281,10 +298,12 @@ def lightning(folder, out, more, asked):
 
 
 def fault(where):
-    """Have this rank fail where it plans, maps, fills, packs or attaches."""
+    """Have this rank fail where it plans, maps, fills, packs or attaches; be of another node; or share no memory."""
     import memplan.run.attach
     import memplan.trainers.loading.mapped_weights as mapped
     from memplan.cache import BlockCache
+    from memplan.ranks import session, shared_memory
+    from memplan.ranks.world import Node
     from memplan.run.memory.home import Weights
     from memplan.trainers import one_plan
 
@@ -293,6 +312,12 @@ def fault(where):
             os.kill(os.getpid(), 9)
         raise OSError(f"injected where it {where}")
 
+    if where == "apart":
+        session.this_node = lambda rank: Node(boot="another", pids="")
+        return
+    if where == "unshared":
+        shared_memory._opened = lambda offer, size_bytes: None
+        return
     owner, name = {
         "plans": (one_plan, "_signature"), "maps": (mapped, "put_weights"), "fills": (Weights, "fill"),
         "packs": (BlockCache, "put"), "attaches": (memplan.run.attach, "install"),

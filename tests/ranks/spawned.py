@@ -8,10 +8,12 @@ once one has failed, unless ``alone`` is asked for.
 
 from __future__ import annotations
 
+import atexit
 import gc
 import importlib
 import json
 import os
+import runpy
 import select
 import signal
 import socket
@@ -20,9 +22,9 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
-from tests.trainers.forked import LIBRARIES, ROOT, clean, run_as_child, tell_losses
+from tests.trainers.forked import LIBRARIES, ROOT, clean, tell_losses
 
 
 @dataclass(frozen=True)
@@ -80,6 +82,26 @@ class Spawned:
         self._log.close()
 
 
+def _become(job: dict[str, Any], rank: int, environment: dict[str, str]) -> NoReturn:
+    """Become the script on one rank."""
+    for number, name in ((1, "out"), (2, "err")):
+        file = os.open(f"{job['base']}.{rank}.{name}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+        os.dup2(file, number)
+        os.close(file)
+    os.environ.update(environment)
+    sys.argv = job["argv"]
+    code = 0
+    try:
+        runpy.run_path(sys.argv[0], run_name="__main__")
+    except BaseException:
+        sys.excepthook(*sys.exc_info())  # type: ignore[arg-type]
+        code = 1
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
 def _port() -> int:
     with socket.socket() as held:
         held.bind(("127.0.0.1", 0))
@@ -95,14 +117,7 @@ def _ranks(job: dict[str, Any]) -> tuple[list[int | None], list[float]]:
         env = {name: str(value) for name, value in names.items()} | {"MASTER_ADDR": "127.0.0.1"} | job["environment"]
         child = os.fork()
         if child == 0:
-            run_as_child(
-                {
-                    "argv": job["argv"],
-                    "out": f"{job['base']}.{rank}.out",
-                    "err": f"{job['base']}.{rank}.err",
-                    "environment": env,
-                }
-            )
+            _become(job, rank, env)
         children.append(child)
     codes: list[int | None] = [None] * size
     seconds = [0.0] * size

@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import os
 import re
+import subprocess
+import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
 
+from tests.trainers.forked import clean
+
 SCRIPT = Path(__file__).with_name("script_ranks.py")
-VRAM = {"checkpointing": "1300KiB"}
+VRAM = {"checkpointing": "1300KiB", "cast": "1200KiB"}
 OTHERS = 30
 """Seconds until the others have ended too, once one rank has failed."""
 
@@ -27,6 +32,7 @@ CASES = [
     "accelerate+disk+checked",
     "trainer+accumulated+disk",
     "trainer+checkpointing+packed",
+    "trainer+cast",
     "lightning",
     "lightning+checkpointing+disk",
 ]
@@ -91,10 +97,14 @@ def test_memplans_own_lines_train_as_whole_ddp(whole, ranks, checkpoint, tmp_pat
     assert all("streamed True" in out for out in done.stdout)
     packed = [*(tmp_path / "cache" / "blocks").glob("*.block")]
     assert len(packed) == (4 if "packed" in kind else 0)
+    if kind.startswith("ddp"):
+        assert all("left 0" in out for out in done.stdout), done.stdout
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("kind", ["ddp", "ddp+written", "ddp+built", "accelerate+accumulated", "trainer+checkpointing", "lightning"])
+@pytest.mark.parametrize(
+    "kind", ["ddp", "ddp+written", "ddp+built", "accelerate+accumulated", "trainer+checkpointing", "lightning"]
+)
 def test_scripts_as_they_are(whole, ranks_under, checkpoint, tmp_path, kind):
     vram = next((VRAM[part] for part in kind.split("+") if part in VRAM), "2500KiB")
     done = ranks_under(vram, SCRIPT, checkpoint, tmp_path, kind)
@@ -141,16 +151,30 @@ def test_a_fault_on_one_rank_ends_all(ranks, ranks_under, checkpoint, tmp_path, 
         return  # without pins nothing is packed
     assert all(done.codes), done.stderr
     assert max(done.seconds) - min(done.seconds) < OTHERS
-    assert f"rank {faulty}" in done.stderr[1 - faulty], done.stderr[1 - faulty][-2000:]
+    told = done.stderr[1 - faulty]
+    # Rank 0 keeps the store, and where it has gone before it was met nobody can be asked.
+    assert f"rank {faulty}" in told, told[-2000:]
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("kind", ["ddp+faulted", "ddp+killed"])
-def test_who_fails_in_training_ends_all(ranks, checkpoint, tmp_path, kind):
-    done = ranks(SCRIPT, checkpoint, tmp_path, kind, "2500KiB", "64MiB")
+@pytest.mark.parametrize("how", ["apart", "unshared"])
+def test_where_memory_cannot_be_shared_each_has_its_own(whole, ranks, checkpoint, tmp_path, how):
+    done = ranks(SCRIPT, checkpoint, tmp_path, "trainer+memory", "2500KiB", "1MiB", FAULT=how)
+    same_as_whole(whole, "trainer", done, tmp_path)
+    assert all(resident == 0 for resident, *_ in memory(done))
+    assert all(("cannot share memory" in text) == (how == "unshared") for text in done.stderr)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize(
+    ("kind", "said"),
+    [("ddp+faulted", "ended by ValueError: something of the script's own"), ("ddp+killed", "was there no more")],
+)
+def test_who_fails_in_training_ends_all(ranks, checkpoint, tmp_path, kind, said):
+    done = ranks(SCRIPT, checkpoint, tmp_path, kind, "2500KiB", "64MiB", alone=True)
     assert all(done.codes)
     assert max(done.seconds) - min(done.seconds) < OTHERS
-    assert not [*left_open()]
+    assert f"memplan: rank 1 {said}" in done.stderr[0]
 
 
 @pytest.mark.full
@@ -168,6 +192,37 @@ def test_memory_that_runs_out_where_gradients_are_summed_is_an_error(ranks, chec
     assert all(done.codes)
     assert "rank 1 ran out of device memory" in done.stderr[1]
     assert "B) at most" in done.stderr[1]
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("way", ["before", "after", "accelerate"])
+def test_launchers(whole, checkpoint, hardware, tmp_path, way):
+    budgets = ["--vram", "2500KiB", "--ram", "64MiB", "--hardware", hardware, "--report", tmp_path / "report.txt"]
+    memplan = [sys.executable, "-m", "memplan", "run", *budgets, "--"]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"]
+    script = [SCRIPT, checkpoint, tmp_path, "trainer"]
+    command = {
+        "before": [*memplan, *torchrun, *script],
+        "after": [*torchrun, "--no-python", *memplan, sys.executable, *script],
+        "accelerate": [
+            *memplan, sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2",
+            "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", *script,
+        ],
+    }[way]  # fmt: skip
+    done = subprocess.run(command, capture_output=True, text=True, env=clean(), timeout=200, check=False)
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert adapter(tmp_path) == whole("trainer")[1]
+    assert done.stderr.count("streamed from") == 1
+    assert "measured" in (tmp_path / "report.txt").read_text()
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("fewer", [1, 2])
+def test_training_goes_on_with_another_number_of_ranks(ranks, ranks_under, checkpoint, tmp_path, fewer):
+    for out, run in ((tmp_path / "whole", ranks), (tmp_path / "run", partial(ranks_under, "2500KiB"))):
+        assert run(SCRIPT, checkpoint, out, "trainer+saved").codes == [0, 0]
+        assert not any(run(SCRIPT, checkpoint, out, "trainer+resumed", ranks=fewer).codes)
+    assert adapter(tmp_path / "run") == adapter(tmp_path / "whole")
 
 
 @pytest.mark.full
