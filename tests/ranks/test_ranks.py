@@ -205,7 +205,7 @@ def test_launchers(whole, checkpoint, hardware, tmp_path, way):
         "before": [*memplan, *torchrun, *script],
         "after": [*torchrun, "--no-python", *memplan, sys.executable, *script],
         "accelerate": [
-            *memplan, sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2",
+            *memplan, sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2",
             "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", *script,
         ],
     }[way]  # fmt: skip
