@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from msgspec.structs import replace
 
+from memplan.device_kinds import is_apart
 from memplan.errors import InputError, ModelError
 from memplan.hardware import machine
 from memplan.hardware.budgets import beyond, require_vram
@@ -206,7 +207,10 @@ def profile_of(hardware: str | Path | HardwareProfile) -> HardwareProfile:
 def _margin(sizes: Sizes) -> tuple[str, ...]:
     if not sizes.margin_bytes:
         return ()
-    return (f"Of the vram {format_bytes(sizes.margin_bytes)} are left free (margin): the budget is what is left.",)
+    return (
+        f"Of the vram {format_bytes(sizes.margin_bytes)} are left free (margin): the budget is what is left. On a GPU "
+        "torch may reserve that much beside it, and no more.",
+    )
 
 
 def vram_of(sizes: Sizes, profile: HardwareProfile) -> int:
@@ -232,6 +236,7 @@ def _budgets(sizes: Sizes, profile: HardwareProfile, lies_in: str | Path | None)
         ram_bytes=ram_of(sizes, profile),
         disk_bytes=disk_bytes,
         page_lock_bytes=page_lock_bytes,
+        margin_bytes=sizes.margin_bytes,
     )
 
 
@@ -316,7 +321,7 @@ def _times(request: Request, graph: LayerGraph, profile: HardwareProfile, room_b
 
 def _staging_bytes(device: str) -> int:
     """Return the host bytes that the disk is read through."""
-    return STAGING_BYTES + (RING_BYTES if device == "cuda" else 0)
+    return STAGING_BYTES + (RING_BYTES if is_apart(device) else 0)
 
 
 def _only(asked: Mapping[str, Activations], row: AccessRow) -> AccessRow:

@@ -45,7 +45,7 @@ class PlanOptions(TypedDict, total=False):
     disk: int | str | None
     """Disk for packed blocks, as ``vram``. None: no disk beyond the checkpoint's own files."""
     page_lock: int | str | None
-    """Maximum pinned host memory for a CUDA device; the rest of ``ram`` is read at the rate of pageable RAM. None: the
+    """Maximum pinned host memory for a GPU; the rest of ``ram`` is read at the rate of pageable RAM. None: the
     profile's limit, where pinning was seen to fail, and else all."""
     hardware: str | Path | HardwareProfile
     """``"auto"``, the default (measured once, then cached), a shipped profile's name, or a profile's file."""

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from memplan.analyze.graph import Access, Fixed, LayerGraph
 from memplan.cost.table import AccessRow, CostTable
 from memplan.cost.time import access_seconds
+from memplan.device_kinds import is_apart
 
 if TYPE_CHECKING:
     from memplan.analyze.blocks.measure import Times
@@ -16,7 +17,7 @@ STEP_SHARE = 0.25
 """Of ``operator_s``, what an operator of the optimizer's takes: no module around it, no autograd. Measured on a CPU."""
 
 FOREACH = 64
-"""Tensors that one kernel of torch's foreach takes on a CUDA device, about."""
+"""Tensors that one kernel of torch's foreach takes on a GPU, about."""
 
 PAGEABLE_SHARE = 0.5
 """Of the rate from page-locked RAM, where a profile has none for pageable RAM: each byte is copied once more."""
@@ -37,7 +38,7 @@ def cost_table(graph: LayerGraph, hardware: HardwareProfile, times: Times | None
     flops_per_s = rates.get(graph.matmul_dtype, rates[FALLBACK_DTYPE]).value
 
     operator_s = 0.0 if hardware.operator_s is None else hardware.operator_s.value
-    runs_ahead = hardware.device != "cpu"
+    runs_ahead = is_apart(hardware.device)
 
     def seconds(
         *, flops: int, matmul_bytes: int, other_bytes: int, kernels: int, operator_s: float = operator_s
@@ -108,11 +109,9 @@ def cost_table(graph: LayerGraph, hardware: HardwareProfile, times: Times | None
         device_to_host_bytes_per_s=hardware.device_to_host_bytes_per_s.value,
         disk_bytes_per_s=hardware.disk_bytes_per_s.value,
         load_latency_s=hardware.load_latency_s.value,
-        pageable_bytes_per_s=None
-        if hardware.device == "cpu"
-        else to_device * PAGEABLE_SHARE
-        if pageable is None
-        else pageable.value,
+        pageable_bytes_per_s=(to_device * PAGEABLE_SHARE if pageable is None else pageable.value)
+        if is_apart(hardware.device)
+        else None,
         duplex_factor=1.0 if duplex is None else min(1.0, duplex.value),
     )
 

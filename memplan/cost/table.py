@@ -51,14 +51,14 @@ class CostTable(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     fixed: tuple[Fixed, ...]
     recomputable: tuple[str, ...]
     device: str
-    """``"cpu"`` or ``"cuda"``."""
+    """Its kind, by torch's name: ``"cpu"``, ``"cuda"`` (ROCm too) or ``"xpu"``."""
     host_to_device_bytes_per_s: float
     device_to_host_bytes_per_s: float
     disk_bytes_per_s: float
     load_latency_s: float
     """Added to each load, whatever its size."""
     pageable_bytes_per_s: float | None = None
-    """Between a CUDA device and RAM that is not pinned, either way; None on the CPU."""
+    """Between a GPU and RAM that is not pinned, either way; None on the CPU."""
     duplex_factor: float = 1.0
     """Share of its own rate that a direction of the link reaches while the other is busy too."""
 

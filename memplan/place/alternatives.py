@@ -10,6 +10,7 @@ from typing import NamedTuple
 from memplan.analyze.graph import Activations
 from memplan.cost.optimizer_state import state_on_host
 from memplan.cost.table import CostTable
+from memplan.device_kinds import is_apart
 from memplan.place.problem import MOST_SUBSETS, Problem, evenly, make_problem, subsets
 from memplan.program.page_lock import is_state_locked
 from memplan.program.schema import Budgets, StateHome, Tier
@@ -21,7 +22,7 @@ _PARTS = 6
 def state_away(table: CostTable, page_lock_bytes: int | None) -> CostTable:
     """Return the cost rows with the optimizer's state in RAM, where no more than so much may be page-locked."""
     away = state_on_host(table)
-    if table.device == "cpu" or is_state_locked(away.state_on_host_bytes, page_lock_bytes):
+    if not is_apart(table.device) or is_state_locked(away.state_on_host_bytes, page_lock_bytes):
         return away
     return state_on_host(table, is_pageable=True)
 
@@ -50,7 +51,7 @@ class Task(NamedTuple):
         away = state_away(self.table, self.budgets.page_lock_bytes)
         if self.optimizer_state == "host":
             return (away,)
-        is_one = self.optimizer_state == "device" or away is self.table or self.table.device == "cpu"
+        is_one = self.optimizer_state == "device" or away is self.table or not is_apart(self.table.device)
         return (self.table,) if is_one else (self.table, away)
 
     def problems(self) -> Iterator[Problem]:
@@ -71,7 +72,7 @@ class Variants:
 
     def __init__(self, table: CostTable, given: Mapping[str, Activations]) -> None:
         can = {access.module for access in table.accesses if access.kind == "forward" and access.offload_bytes}
-        on_cpu = table.device == "cpu"
+        on_cpu = not is_apart(table.device)
         self._given = given
         self._free = [m for m in table.recomputable if m in can and m not in given and not on_cpu]
         few = len(self._free) <= MOST_SUBSETS

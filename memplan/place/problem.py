@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from memplan.analyze.graph import Activations
 from memplan.cost.table import CostTable
+from memplan.device_kinds import is_apart
 from memplan.errors import InputError
 from memplan.place.layout.offload import Saves, make_saves
 from memplan.program.page_lock import is_state_locked, rings_bytes
@@ -74,12 +75,12 @@ class Problem:
     @property
     def disk_may_help(self) -> bool:
         """Whether the disk brings bytes beside what RAM does: on the CPU; to a card both take the one link."""
-        return self.table.device == "cpu" and self.budgets.disk_bytes != 0
+        return not is_apart(self.table.device) and self.budgets.disk_bytes != 0
 
     @property
     def page_lock_bytes(self) -> int | None:
         """What may be page-locked; None where all may be. On the CPU there is nothing to lock pages for."""
-        return None if self.table.device == "cpu" else self.budgets.page_lock_bytes
+        return self.budgets.page_lock_bytes if is_apart(self.table.device) else None
 
     def is_pageable(self, host_bytes: int, *, reads_disk: bool) -> bool:
         """Whether some of so many bytes of weights on the host, and of offloaded activations, cannot be page-locked."""

@@ -15,6 +15,7 @@ from typing import NamedTuple
 from msgspec.structs import replace
 
 from memplan.cost.chunked import CHUNK_TOKENS, chunked_loss
+from memplan.device_kinds import is_apart
 from memplan.errors import DoesNotFitError
 from memplan.place.alternatives import Task
 from memplan.place.min_vram import Least, fitting, least_disk_bytes, least_ram_bytes
@@ -194,7 +195,7 @@ def _more_tips(task: Task, workload: Workload, of: Least, is_found: bool, *, is_
     if fixed <= least // 4 or peak - fixed > smallest.device_bytes // 4:
         yield "use a smaller micro-batch with more accumulation, or shorter sequences: activations shrink with them"
     looked = any(row.offload_bytes for row in table.accesses)
-    if of.level and not looked and table.device != "cpu":
+    if of.level and not looked and is_apart(table.device):
         yield 'let activations wait in ram too (activations "any"), which may need less vram'
 
 

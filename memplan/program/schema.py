@@ -40,7 +40,7 @@ STAGING_BYTES = 16 << 20
 """Host bytes through which a runtime reads the disk; counted in ``ram`` where any block's home is there."""
 
 RING_BYTES = 16 << 20
-"""Host bytes through which a CUDA device gets what is on the disk or in pageable memory; counted beside. Page-locked,
+"""Host bytes through which a GPU gets what is on the disk or in pageable memory; counted beside. Page-locked,
 where so much may be.
 """
 
@@ -98,7 +98,11 @@ class Budgets(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     disk_bytes: int | None
     """None: no disk beyond the checkpoint's own files."""
     page_lock_bytes: int | None = None
-    """Of ``ram`` what may be pinned for a CUDA device; None: all of it."""
+    """Of ``ram`` what may be pinned for a GPU; None: all of it."""
+    margin_bytes: int = 0
+    """Of the device, beside ``vram_bytes``: what was asked to be left for fragmentation. A run that has some is held to
+    both.
+    """
 
 
 class Item(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -137,7 +141,7 @@ class Arena(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     tier: Literal["device", "host"]
     segments: tuple[Segment, ...]
     pageable: bool = False
-    """Of the host beside a CUDA device: not pinned. What is there passes through the staging ring."""
+    """Of the host beside a GPU: not pinned. What is there passes through the staging ring."""
 
     @property
     def size_bytes(self) -> int:

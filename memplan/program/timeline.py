@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 from memplan.analyze.graph import Activations
 from memplan.cost.table import AccessRow, CostTable
+from memplan.device_kinds import is_apart
 from memplan.errors import PlanCheckError
 from memplan.program.duplex import BothWays, Pair, Start
 from memplan.program.page_lock import pageable_items
@@ -244,7 +245,7 @@ def durations(
 
 def rows_s(table: CostTable, row: AccessRow, on_host: Container[int], pageable: Container[int]) -> float:
     """Return the time in s in which an access reads rows over the link; on the CPU they lie in its own memory."""
-    if table.device == "cpu":
+    if not is_apart(table.device):
         return 0.0
     link = table.host_to_device_bytes_per_s
     slow = min(link, table.pageable_bytes_per_s or link)
@@ -259,7 +260,7 @@ def load_s(table: CostTable, size_bytes: int, channel: Channel, disk_used: bool,
     through RAM that is not page-locked; those from the disk then are read first and sent after.
     """
     link, back, disk = table.host_to_device_bytes_per_s, table.device_to_host_bytes_per_s, table.disk_bytes_per_s
-    if table.device != "cpu":
+    if is_apart(table.device):
         disk = min(disk, link / 2)
         link -= disk if disk_used else 0.0
     if pageable and table.pageable_bytes_per_s is not None:

@@ -22,12 +22,13 @@ from memplan.ranks.world import unknown_ranks, world
 from memplan.run.agreement import require_same
 from memplan.run.handle import Handle, handle_of
 from memplan.run.memory.home import Checkpoint
+from memplan.run.memory.limit import limit, others_bytes
 from memplan.run.memory.storage_aliases import Watched, refuse_gaps, refuse_shared
 from memplan.run.modules.guard import managed
 from memplan.run.modules.install import install
 from memplan.run.modules.match_model import match_weights, stored_tensors, trigger_modules
 from memplan.run.tiers import Files, Tiers
-from memplan.run.transfer.device import chosen
+from memplan.run.transfer.device import chosen, reset_peaks
 from memplan.run.transfer.interrupts import Undo, defer_sigint
 
 
@@ -70,17 +71,10 @@ def attach(
             "first, then the plan that memplan.plan or Plan.load returned"
         )
     require(plan)
-    device = chosen(plan.table.device)
-    if device is None:
-        raise PlanMismatchError(
-            f"the plan was made for the CUDA device of {plan.hardware!r}, and torch sees none here: "
-            "make a plan with hardware='auto'"
-        )
-    device = device_of_rank(model, device)
     return attach_on(
         model,
         plan,
-        device,
+        device_of_rank(model, device_of(plan)),
         checkpoint=checkpoint,
         checked=checked,
         traced=traced,
@@ -99,6 +93,17 @@ def device_of_rank(model: nn.Module, device: torch.device) -> torch.device:
         return device
     trained = (parameter.device for parameter in model.parameters() if parameter.requires_grad)
     return next((found for found in trained if found.type == device.type), device)
+
+
+def device_of(plan: Plan) -> torch.device:
+    """Return the device of the kind that a plan was made for. Raises PlanMismatchError where torch sees none."""
+    device = chosen(plan.table.device)
+    if device is None:
+        raise PlanMismatchError(
+            f"the plan was made for the {plan.table.device} device of {plan.hardware!r}, and torch sees none here: "
+            "make a plan with hardware='auto'"
+        )
+    return device
 
 
 def attach_on(
@@ -166,11 +171,14 @@ def _attached(
         # A Ctrl-C on the way in or out of a no_grad leaves it on.
         modes.callback(torch.set_grad_enabled, torch.is_grad_enabled())
         with stage(ranks, "filling the homes of blocks"):
+            others = others_bytes(model, device)
             tiers = Tiers(model, plan, device, weights, files, undo, poisoned=checked, progress=progress, ranks=ranks)
         with defer_sigint():
             undo.callback(forget_compiled)
             forget_compiled()
             runs = partial(install, model, tiers, triggers, checked=checked, traced=traced)
+            limit(model, plan, device, others, undo)
+            reset_peaks(device)
             handle = Handle(model, runs, undo, replan)
     try:
         with stage(ranks, "attaching"):

@@ -90,7 +90,7 @@ def one_plan(
     ram_bytes = min(record.ram_bytes for record in found)
     if sizes.ram_bytes is None:
         ram_bytes //= ranks.machine_share
-    given = {**options, "vram": vram_bytes, "margin": 0}
+    given = {**options, "vram": vram_bytes + sizes.margin_bytes}  # the margin is taken off once more
     most = max(record.numbers for record in found)
     planner = next(rank for rank, record in enumerate(found) if record.numbers == most)
 

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping
 
 from memplan.analyze.graph import Activations
 from memplan.cost.table import AccessRow
+from memplan.device_kinds import is_apart
 from memplan.program.check.page_locks import slow_items
 from memplan.program.schema import Plan, Residence
 
@@ -140,7 +141,7 @@ def _load_s(plan: Plan, stay: Residence, *, reads_disk: bool, slow: bool) -> flo
     """
     table, item = plan.table, plan.items[stay.item]
     host, disk, back = table.host_to_device_bytes_per_s, table.disk_bytes_per_s, table.device_to_host_bytes_per_s
-    if table.device == "cuda":
+    if is_apart(table.device):
         disk = min(disk, 0.5 * host)
         if reads_disk:
             host = host - disk
@@ -166,7 +167,7 @@ def _durations(plan: Plan) -> list[float]:
         policy: Activations = policies.get(row.module, "keep")
         more = row.recompute_s if policy == "recompute" else row.offload_s if policy == "offload" else 0.0
         read_s = sum(rows.size_bytes / rates[rows.block] for rows in row.rows if rows.block in rates)
-        return row.time_s + more + (0.0 if plan.table.device == "cpu" else read_s)
+        return row.time_s + more + (read_s if is_apart(plan.table.device) else 0.0)
 
     return [0.0 if row.kind == "optimizer" else seconds(row) for row in plan.table.accesses]
 

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from memplan import device_kinds
+from memplan.device_kinds import is_apart
 from memplan.errors import PlanCheckError
 from memplan.program.check.flow import flow_faults
 from memplan.program.check.occupancy import absence_faults
@@ -77,6 +79,8 @@ def _references(plan: Plan) -> Iterator[str]:
             yield f"{module} reads rows of a block in one access, and all of it or nothing in another"
     if not table.accesses:
         yield "there are no accesses"
+    if fault := device_kinds.fault(table.device):
+        yield f"the table cannot be a machine's: {fault}"
     for item in plan.items:
         if not 0 <= item.block < len(table.blocks):
             yield f"item {item.id} is of block {item.block}, which is not there"
@@ -185,7 +189,7 @@ def _is_copy_of(plan: Plan, stay: Residence) -> bool:
 
 def _expected_source(home: Tier, device: str) -> tuple[str, str]:
     if home == "disk":
-        return ("home" if device == "cpu" else "staging", "disk")
+        return ("staging" if is_apart(device) else "home", "disk")
     return ("home", "h2d")
 
 
