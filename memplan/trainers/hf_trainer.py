@@ -32,6 +32,7 @@ from memplan.trainers.loading.load import at_detach
 from memplan.trainers.loading.mapped_weights import folder_of, is_mapped, release_mapped
 from memplan.trainers.loading.stored import checkpoint_of
 from memplan.trainers.longest_batch import longest_batch
+from memplan.trainers.one_plan import planning
 from memplan.trainers.other_models import Scope
 
 if TYPE_CHECKING:
@@ -185,13 +186,20 @@ def _plan(
 ) -> Plan:
     """Return a plan of what the trainer will do, but for what the options say."""
     args = trainer.args
-    first, steps = _first_call(trainer) if batch is None else (batch, _steps(args, None))
+    ranks = planning()
+    with contextlib.nullcontext() if ranks is None else ranks.telling("looking at the largest micro-batch"):
+        first, steps = _first_call(trainer) if batch is None else (batch, _steps(args, None))
     model: Any = trainer.model
     asked = completed(options, **said_by(args, model), steps=steps)
     own = options.get("autocast") is None
     with _autocast_as_in_training(model, trainer.accelerator) if own else contextlib.nullcontext():
         return scope.plan(
-            model, lambda within: api.plan(model, first, **within), asked, models_beside(trainer), call=first
+            model,
+            lambda within: api.plan(model, first, **within),
+            asked,
+            models_beside(trainer),
+            call=first,
+            ranks=ranks,
         )
 
 

@@ -47,19 +47,28 @@ def agreed(why: str | None) -> str | None:
     return next((one for one in said if one is not None), None)
 
 
+def planning() -> Session | None:
+    """Return a session for :func:`one_plan`, in which a rank may fail before it comes to that; None on one process."""
+    return session("plan for a model")
+
+
 def one_plan(
-    model: nn.Module, planned: Callable[[dict[str, Any]], Plan], options: Mapping[str, Any], call: object
+    model: nn.Module,
+    planned: Callable[[dict[str, Any]], Plan],
+    options: Mapping[str, Any],
+    call: object,
+    ranks: Session | None = None,
 ) -> Plan:
     """Return the plan that is ``planned`` with options; on several ranks, that of the one whose micro-batch is largest.
 
-    ``call``: what the model is called with. ``planned`` is asked on one rank alone, with the least vram that a rank
-    has, and the RAM of the smallest node, in which weights on the host lie once where its ranks can share memory.
-    Raises what ``planned`` raises, on every rank; RankError.
+    ``call``: what the model is called with. ``ranks``: a session that has begun with it. ``planned`` is asked on one
+    rank alone, with the least vram that a rank has, and the RAM of the smallest node, in which weights on the host lie
+    once where its ranks can share memory. Raises what ``planned`` raises, on every rank; RankError.
     """
     unknown = unknown_ranks()
     if unknown is not None:
         raise InputError(f"a model was to be planned for, but {unknown}")
-    ranks = session("plan for a model")
+    ranks = ranks or planning()
     if ranks is None:
         return planned(dict(options))
     hardware = options.get("hardware", "auto")
@@ -86,7 +95,7 @@ def one_plan(
     shares = count > 1 and _can_share(ranks)
     vram_bytes = min(record.vram_bytes for record in found)
     if sizes.vram_bytes is None and profile.device == "cpu":
-        vram_bytes //= count  # what is free is there once
+        vram_bytes //= count * ranks.machine_share  # what is free is there once
     ram_bytes = min(record.ram_bytes for record in found)
     if sizes.ram_bytes is None:
         ram_bytes //= ranks.machine_share
@@ -100,7 +109,7 @@ def one_plan(
         return codec.encode(_within_node(planned, given, ram_bytes, count))
 
     made = ranks.from_one("planning", planner, make)
-    with ranks.telling("reading the plan"):
+    with ranks.stage("reading the plan"):
         return codec.decode(made, Plan, f"rank {planner}").judged()
 
 

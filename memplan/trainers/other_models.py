@@ -15,6 +15,7 @@ from memplan import api
 from memplan.case import case_of_plan, profile_of, ram_of, vram_of
 from memplan.errors import DoesNotFitError
 from memplan.program.schema import Plan
+from memplan.ranks.session import Session
 from memplan.request import Sizes
 from memplan.run.handle import Handle
 from memplan.run.memory.arena import is_placeholder
@@ -49,6 +50,7 @@ class Scope:
         more: Iterable[nn.Module] = (),
         *,
         call: object = None,
+        ranks: Session | None = None,
     ) -> Plan:
         """Return the plan that is ``planned`` within what others leave of the budgets among ``options``.
 
@@ -56,14 +58,15 @@ class Scope:
         vram where it lies on the compute device or was asked to, and RAM else, as much as there is: beyond that the
         kernel reads a mapped one from its files again. One that waits to be trained takes nothing yet. ``more``: models
         that ``from_pretrained`` may not have given. ``call``: what the model is called with: of several ranks
-        the one with the largest plans for all. Raises DoesNotFitError, which names the others; RankError.
+        the one with the largest plans for all. ``ranks``: as for ``one_plan``. Raises DoesNotFitError, which names the
+        others; RankError.
         """
         only_to_come = Sizes.of(options).vram_bytes is None
 
         def within(given: dict[str, Any]) -> Plan:
             return self._plan(model, planned, given, more, only_to_come=only_to_come)
 
-        return one_plan(model, within, options, call)
+        return one_plan(model, within, options, call, ranks)
 
     def _plan(
         self,

@@ -8,7 +8,7 @@ import pytest
 
 from memplan.trainers.launch import VARIABLE, Settings, environment
 from tests.ranks.spawned import Spawned
-from tests.trainers.conftest import checkpoint, hardware  # noqa: F401
+from tests.trainers.conftest import checkpoint, data, hardware  # noqa: F401
 
 
 @pytest.fixture(scope="session")

@@ -39,6 +39,8 @@ MORE = {
     "saved": "a checkpoint is saved in the second step",
     "resumed": "and training goes on from it",
     "cast": "the model is cast before it is trained",
+    "wrapped": "memplan.wrap in place of memplan.placing",
+    "callback": "MemplanCallback in place of it",
     "thinned": "rank 1 trains fewer parameters",
     "replanned": "rank 1 is given another plan",
     "killed": "rank 1 is killed with -9 in its second micro-batch",
@@ -253,14 +255,23 @@ def trainer(folder, out, more, asked):
         save_strategy="steps" if {"saved", "resumed"} & set(more) else "no", save_steps=2,
         gradient_accumulation_steps=2 if "accumulated" in more else 1,
     )  # fmt: skip
-    with memplan.placing(**asked) if asked else contextlib.nullcontext():
-        made = Trainer(model=adapted(folder, more), args=args, train_dataset=Rows())
+    callbacks = []
+    if asked and "callback" in more:
+        from memplan.trainers.callback import MemplanCallback
+
+        callbacks.append(MemplanCallback(**asked))
+    is_placed = asked and not {"wrapped", "callback"} & set(more)
+    with memplan.placing(**asked) if is_placed else contextlib.nullcontext():
+        made = Trainer(model=adapted(folder, more), args=args, train_dataset=Rows(), callbacks=callbacks)
+    if asked and "wrapped" in more:
+        memplan.wrap(made, **asked)
     made.train(resume_from_checkpoint=f"{out}/checkpoint-2" if "resumed" in more else None)
     if "memory" in more:
         tell_memory()
     save(made.model, out)
     if asked:
-        print("streamed", made.memplan.record.loads > 0, flush=True)
+        handle = callbacks[0].handle if callbacks else made.memplan
+        print("streamed", handle.record.loads > 0, flush=True)
 
 
 def lightning(folder, out, more, asked):

@@ -15,6 +15,7 @@ import pytest
 from tests.trainers.forked import clean
 
 SCRIPT = Path(__file__).with_name("script_ranks.py")
+EXAMPLES = Path(__file__).parents[2] / "examples"
 VRAM = {"checkpointing": "1300KiB", "cast": "1200KiB"}
 OTHERS = 30
 """Seconds until the others have ended too, once one rank has failed."""
@@ -33,6 +34,8 @@ CASES = [
     "trainer+accumulated+disk",
     "trainer+checkpointing+packed",
     "trainer+cast",
+    "trainer+wrapped+accumulated",
+    "trainer+callback",
     "lightning",
     "lightning+checkpointing+disk",
 ]
@@ -52,7 +55,9 @@ def whole(ranks, checkpoint, tmp_path_factory):
     known = {}
 
     def run(kind):
-        kind = "+".join(part for part in kind.split("+") if part not in ("disk", "checked", "late", "memory"))
+        kind = "+".join(
+            part for part in kind.split("+") if part not in ("disk", "checked", "late", "memory", "wrapped", "callback")
+        )
         if kind not in known:
             out = tmp_path_factory.mktemp("whole")
             done = ranks(SCRIPT, checkpoint, out, kind)
@@ -214,6 +219,30 @@ def test_launchers(whole, checkpoint, hardware, tmp_path, way):
     assert adapter(tmp_path) == whole("trainer")[1]
     assert done.stderr.count("streamed from") == 1
     assert "measured" in (tmp_path / "report.txt").read_text()
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("name", ["trl_sft", "transformers_trainer", "accelerate_loop"])
+def test_examples(ranks, ranks_under, checkpoint, data, tmp_path, name):
+    cache = {"HF_DATASETS_CACHE": str(tmp_path / "cache")}
+
+    def given(out):
+        return EXAMPLES / f"{name}.py", checkpoint, data / "text.jsonl", tmp_path / out, "--steps", 4
+
+    first = ranks(*given("whole"), **cache)
+    assert first.codes == [0, 0], first.stderr
+    refused = ranks_under("10KiB", *given("none"), **cache)
+    assert all(refused.codes)
+    least = [re.search(r"vram \((\d+) bytes\)", text) for text in refused.stderr]
+    assert all(least), refused.stderr
+    assert least[0][1] == least[1][1]
+    done = ranks_under(f"{int(least[0][1]) + 100_000}B", *given("run"), **cache)
+    assert done.codes == [0, 0], done.stderr
+    assert "streamed from" in done.stderr[0]
+    assert exact(done) == exact(first)
+    assert len(exact(done)[0]) >= 4
+    name = "adapter_model.safetensors"
+    assert (tmp_path / "run" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
 
 
 @pytest.mark.full
