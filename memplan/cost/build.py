@@ -93,6 +93,7 @@ def cost_table(graph: LayerGraph, hardware: HardwareProfile, times: Times | None
             offload_bytes=access.offload_bytes,
             offload_s=2 * access.offload_bytes / hardware.memory_bytes_per_s.value,  # read once, written once
             weight_copy_bytes=access.weight_copy_bytes,
+            gradient_bytes=access.gradient_bytes,
         )
 
     context = Fixed(kind="context", size_bytes=int(hardware.context_bytes.value))

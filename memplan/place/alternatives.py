@@ -67,14 +67,15 @@ class Task(NamedTuple):
 class Variants:
     """What was asked, with the activations of some of the other modules offloaded, evenly spread.
 
-    There is none on the CPU, whose own memory is where they would go.
+    There is none on the CPU, whose own memory is where they would go, nor where groups pass: an item has one place, and
+    each micro-batch of a group would have its own.
     """
 
     def __init__(self, table: CostTable, given: Mapping[str, Activations]) -> None:
         can = {access.module for access in table.accesses if access.kind == "forward" and access.offload_bytes}
-        on_cpu = not is_apart(table.device)
+        is_none = not is_apart(table.device) or table.group > 1
         self._given = given
-        self._free = [m for m in table.recomputable if m in can and m not in given and not on_cpu]
+        self._free = [m for m in table.recomputable if m in can and m not in given and not is_none]
         few = len(self._free) <= MOST_SUBSETS
         self.every = [self._with(chosen) for chosen in subsets(self._free)[1:]] if few else []
         """Every choice of modules, where there are few."""

@@ -227,7 +227,8 @@ def durations(
     on_host: Container[int] = (),
     pageable: Container[int] = (),
 ) -> list[float]:
-    """Return the compute time of each access in s; the optimizer's is 0, it counts once a step and not once a pass.
+    """Return the compute time of each access in s, all micro-batches of a group together; the optimizer's is 0, it
+    counts once a step and not once a pass.
 
     ``on_host``: blocks whose home is the host. A device of its own reads rows of them over the link, as it computes.
     ``pageable``: those of them that are not page-locked there.
@@ -236,9 +237,12 @@ def durations(
     return [
         0.0
         if row.kind == "optimizer"
-        else row.time_s
-        + (more[policy](row) if (policy := policies.get(row.module)) in more else 0.0)
-        + rows_s(table, row, on_host, pageable)
+        else table.group
+        * (
+            row.time_s
+            + (more[policy](row) if (policy := policies.get(row.module)) in more else 0.0)
+            + rows_s(table, row, on_host, pageable)
+        )
         for row in table.accesses
     ]
 

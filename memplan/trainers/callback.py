@@ -12,13 +12,13 @@ from memplan import api
 from memplan.errors import InputError
 from memplan.hooks.compiled import WAY_OUT
 from memplan.model.calls import Step
+from memplan.queries.one_plan import one_plan
 from memplan.ranks.world import world
 from memplan.request import PlanOptions, completed
 from memplan.run.handle import Handle, handle_of
 from memplan.trainers.hf_trainer import check_early, put_under, said_by
 from memplan.trainers.loading.deferred_placement import wait, waits
 from memplan.trainers.log_callback import Telling
-from memplan.trainers.one_plan import one_plan
 from memplan.trainers.other_models import Scope
 
 

@@ -20,6 +20,7 @@ from memplan.model.calls import Call, Step
 from memplan.model.checkpoint import StoredTensor, read_checkpoint
 from memplan.model.meta_model import keep_in_float32
 from memplan.program.schema import Plan
+from memplan.queries.one_plan import planning
 from memplan.ranks.world import world
 from memplan.request import PlanOptions, Request, completed, refuse_beside_plan
 from memplan.run.attach import attach, device_of_rank
@@ -27,12 +28,12 @@ from memplan.run.handle import Handle
 from memplan.run.memory.arena import dtype_of
 from memplan.state.process_state import random_states_kept
 from memplan.state.snapshot import unchanged
+from memplan.trainers.hf_groups import GroupedSteps
 from memplan.trainers.loading.deferred_placement import arrived, not_waiting
 from memplan.trainers.loading.load import at_detach
 from memplan.trainers.loading.mapped_weights import folder_of, is_mapped, release_mapped
 from memplan.trainers.loading.stored import checkpoint_of
 from memplan.trainers.longest_batch import longest_batch
-from memplan.trainers.one_plan import planning
 from memplan.trainers.other_models import Scope
 
 if TYPE_CHECKING:
@@ -131,7 +132,7 @@ def wrap_within(
         # Before all others: those that report see what it adds.
         trainer.callback_handler.callbacks.insert(0, Telling(handle, log=log, lines=lines))
     if not args.auto_find_batch_size:  # the trainer itself then takes a smaller batch
-        trainer.__dict__["training_step"] = _done_over(trainer, handle)
+        GroupedSteps(trainer, handle)
     return handle
 
 
@@ -259,20 +260,6 @@ def put_under(
     arrived(model)
     scope.placed.add(handle)
     return handle
-
-
-def _done_over(trainer: Trainer, handle: Handle) -> Callable[..., torch.Tensor]:
-    """Have a trainer's forward and backward done over where memory runs out. It takes the inputs apart: a copy each
-    time.
-    """
-    step = trainer.training_step
-
-    def training_step(model: Any, inputs: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
-        if trainer.optimizer is not None:
-            handle.adopt(trainer.optimizer)  # its state may come from a checkpoint
-        return handle.micro_batch(lambda: step(model, copy.copy(inputs), *args, **kwargs))
-
-    return training_step
 
 
 def _checkpoint_activations(model: Any, options: Any) -> Callable[[], None]:

@@ -16,6 +16,7 @@ from memplan.errors import InputError
 from memplan.hooks.compiled import replace_call
 from memplan.model.calls import Call
 from memplan.program.schema import Plan
+from memplan.queries.one_plan import one_plan
 from memplan.request import PlanOptions, completed
 from memplan.run.attach import attach
 from memplan.run.handle import Handle, handle_of
@@ -26,7 +27,6 @@ from memplan.trainers.loading.deferred_placement import waits
 from memplan.trainers.loading.mapped_weights import folder_of
 from memplan.trainers.loading.stored import checkpoint_of
 from memplan.trainers.longest_batch import longest_batch
-from memplan.trainers.one_plan import one_plan
 
 _AUTOCAST = {"bf16-mixed": "bf16", "16-mixed": "fp16"}
 

@@ -15,12 +15,12 @@ from memplan import api
 from memplan.case import case_of_plan, profile_of, ram_of, vram_of
 from memplan.errors import DoesNotFitError
 from memplan.program.schema import Plan
+from memplan.queries.one_plan import one_plan
 from memplan.ranks.session import Session
 from memplan.request import Sizes
 from memplan.run.handle import Handle
 from memplan.run.memory.arena import is_placeholder
 from memplan.trainers.loading.deferred_placement import asked_device, is_trained_in_part, waits_itself
-from memplan.trainers.one_plan import one_plan
 from memplan.units import format_bytes
 
 

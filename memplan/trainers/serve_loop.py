@@ -26,6 +26,7 @@ from memplan.hooks.compiled import IN_SCRIPT
 from memplan.model.calls import Step
 from memplan.program.record import RunRecord
 from memplan.program.schema import Plan
+from memplan.queries.one_plan import agreed
 from memplan.ranks.session import RankError
 from memplan.ranks.world import is_first, unknown_ranks, world
 from memplan.request import completed
@@ -53,7 +54,6 @@ from memplan.trainers.loading.from_pretrained import (
     is_distributed,
 )
 from memplan.trainers.loading.mapped_weights import folder_of, is_mapped
-from memplan.trainers.one_plan import agreed
 from memplan.trainers.other_models import Scope, Unplaced, name_of, plan_of_least, together
 from memplan.trainers.release import give_back, let_go, taken_back
 

@@ -14,6 +14,7 @@ from weakref import ref
 from torch import nn
 
 from memplan.hooks.compiled import IN_SCRIPT
+from memplan.queries.one_plan import agreed
 from memplan.run.handle import handle_of
 from memplan.trainers.hf_trainer import (
     compiles,
@@ -39,7 +40,6 @@ from memplan.trainers.loading.from_pretrained import (
     of_transformers,
 )
 from memplan.trainers.loading.mapped_weights import is_mapped
-from memplan.trainers.one_plan import agreed
 from memplan.trainers.serve_loop import (
     FINISHED,
     SCOPE,

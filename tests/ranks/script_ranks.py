@@ -40,6 +40,7 @@ MORE = {
     "resumed": "and training goes on from it",
     "cast": "the model is cast before it is trained",
     "wrapped": "memplan.wrap in place of memplan.placing",
+    "grouped": "under a plan whose micro-batches share loads, which ranks do not do",
     "callback": "MemplanCallback in place of it",
     "thinned": "rank 1 trains fewer parameters",
     "replanned": "rank 1 is given another plan",
@@ -260,11 +261,14 @@ def trainer(folder, out, more, asked):
         from memplan.trainers.callback import MemplanCallback
 
         callbacks.append(MemplanCallback(**asked))
-    is_placed = asked and not {"wrapped", "callback"} & set(more)
+    is_placed = asked and not {"wrapped", "callback", "grouped"} & set(more)
     with memplan.placing(**asked) if is_placed else contextlib.nullcontext():
         made = Trainer(model=adapted(folder, more), args=args, train_dataset=Rows(), callbacks=callbacks)
     if asked and "wrapped" in more:
         memplan.wrap(made, **asked)
+    if asked and "grouped" in more:
+        memplan.wrap(made, plan=memplan.plan(made.model, batch(0, 0), accumulation=2, group=2, **asked))
+        assert made.memplan.plan.group == 2
     made.train(resume_from_checkpoint=f"{out}/checkpoint-2" if "resumed" in more else None)
     if "memory" in more:
         tell_memory()
@@ -313,10 +317,10 @@ def fault(where):
     import memplan.run.attach
     import memplan.trainers.loading.mapped_weights as mapped
     from memplan.cache import BlockCache
+    from memplan.queries import one_plan
     from memplan.ranks import session, shared_memory
     from memplan.ranks.world import Node
     from memplan.run.memory.home import Weights
-    from memplan.trainers import one_plan
 
     def fail(*args, **kwargs):
         if where.endswith("killed"):

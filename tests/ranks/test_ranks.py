@@ -14,7 +14,7 @@ from tests.trainers.forked import clean
 
 SCRIPT = Path(__file__).with_name("script_ranks.py")
 EXAMPLES = Path(__file__).parents[2] / "examples"
-VRAM = {"checkpointing": "1300KiB", "cast": "1200KiB"}
+VRAM = {"grouped": "4MiB", "checkpointing": "1300KiB", "cast": "1200KiB"}
 OTHERS = 30
 """Seconds until the others have ended too, once one rank has failed."""
 
@@ -33,6 +33,7 @@ CASES = [
     "trainer+checkpointing+packed",
     "trainer+cast",
     "trainer+wrapped+accumulated",
+    "trainer+grouped+accumulated",
     "trainer+callback",
     "lightning",
     "lightning+checkpointing+disk",
@@ -54,7 +55,9 @@ def whole(ranks, checkpoint, tmp_path_factory):
 
     def run(kind):
         kind = "+".join(
-            part for part in kind.split("+") if part not in ("disk", "checked", "late", "memory", "wrapped", "callback")
+            part
+            for part in kind.split("+")
+            if part not in ("disk", "checked", "late", "memory", "wrapped", "grouped", "callback")
         )
         if kind not in known:
             out = tmp_path_factory.mktemp("whole")

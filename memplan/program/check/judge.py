@@ -12,6 +12,7 @@ from memplan import device_kinds
 from memplan.device_kinds import is_apart
 from memplan.errors import PlanCheckError
 from memplan.program.check.flow import flow_faults
+from memplan.program.check.groups import device_bytes, group_faults
 from memplan.program.check.occupancy import absence_faults
 from memplan.program.check.offloads import offload_faults
 from memplan.program.check.page_locks import page_lock_faults, stages
@@ -34,6 +35,7 @@ def check(plan: Plan) -> tuple[str, ...]:
     return (
         *_homes(plan),
         *offload_faults(plan),
+        *group_faults(plan),
         *_layout(plan),
         *_order(plan),
         *_coverage(plan),
@@ -118,8 +120,12 @@ def _references(plan: Plan) -> Iterator[str]:
         yield (
             f"a direction of the link reaches {table.duplex_factor} of its rate while the other is busy: 0 to 1 can be"
         )
+    if plan.group < 1:
+        yield f"a group has {plan.group} micro-batches"
     if plan.workload.accumulation < 1:
         yield f"a step has {plan.workload.accumulation} micro-batches"
+    if plan.group != table.group:
+        yield f"groups are of {plan.group} micro-batches, and of {table.group} by the rows"
     if not 0 <= plan.prediction.vram_peak_at < len(table.accesses):
         yield f"the prediction's vram peak is at access {plan.prediction.vram_peak_at}, which is not there"
     modules = {policy.module for policy in plan.activations}
@@ -345,10 +351,10 @@ def _until(stay: Residence, other: Residence) -> int:
 def _peaks(plan: Plan) -> Iterator[str]:
     table, budgets, stated = plan.table, plan.budgets, plan.prediction
     host = sum(arena.size_bytes for arena in plan.arenas if arena.tier == "host")
-    policies = plan.policies()
+    beside = device_bytes(plan)
 
     def bytes_at(index: int) -> int:
-        return table.device_bytes_at(index, policies) + sum(
+        return beside[index] + sum(
             segment.size_bytes
             for arena in plan.arenas
             for segment in arena.segments
@@ -379,6 +385,7 @@ def _peaks(plan: Plan) -> Iterator[str]:
     stored = sum(item.size_bytes for item, channel in moved if channel == "d2h")
     homes = {item.block: item.home for item in plan.items if item.kind == "weights"}
     rows = sum(r.size_bytes for access in table.accesses for r in access.rows if homes.get(r.block) == "host")
+    rows *= plan.group
     if rows != stated.rows_bytes_per_pass:
         yield (
             f"the prediction says {stated.rows_bytes_per_pass} bytes of rows are read on the host, the rows are {rows}"

@@ -145,6 +145,15 @@ class TracedWatcher:
         self._end()
         self._inner.backward_ends()
 
+    def lane(self) -> tuple[set[str], bool]:
+        """End the access under way, of a micro-batch that lets others go on; return what is its own."""
+        self._end()
+        return self._forwards, self._came_back
+
+    def be_lane(self, lane: tuple[set[str], bool] | None) -> None:
+        """Go on with another micro-batch; None: with one that has not begun."""
+        self._forwards, self._came_back = (set(), False) if lane is None else lane
+
     @contextmanager
     def _access(self, kind: str, module: str) -> Iterator[None]:
         """Begin an access once what it reads, which is waited for inside, is there."""

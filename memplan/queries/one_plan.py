@@ -99,7 +99,8 @@ def one_plan(
     ram_bytes = min(record.ram_bytes for record in found)
     if sizes.ram_bytes is None:
         ram_bytes //= ranks.machine_share
-    given = {**options, "vram": vram_bytes + sizes.margin_bytes}  # the margin is taken off once more
+    # The margin is taken off once more. Micro-batches of ranks share no loads: DDP sums gradients in the last one's.
+    given = {**options, "vram": vram_bytes + sizes.margin_bytes, "group": 1}
     most = max(record.numbers for record in found)
     planner = next(rank for rank, record in enumerate(found) if record.numbers == most)
 
