@@ -149,7 +149,7 @@ def placed_by_others(trainer: Trainer) -> str | None:
         return "DeepSpeed or FSDP places the model"
     if trainer.args.world_size > 1 and world() is None:
         return "this is one of several processes that torch.distributed does not know"
-    if splits(trainer.accelerator):
+    if splits(getattr(trainer, "accelerator", None)):
         return "accelerate's parallelism_config splits the model"
     if trainer.args.n_gpu > 1:
         return "the trainer copies the model to several devices: let it see one"
