@@ -390,12 +390,9 @@ def _groups(given: object, accumulation: int) -> tuple[int, ...]:
     """Return the sizes of groups that may be chosen, the smallest first."""
     if given == AUTO:
         return sizes(accumulation)
-    if isinstance(given, bool) or not isinstance(given, int) or not 1 <= given <= accumulation:
-        raise InputError(
-            f"group was given as {given!r}: give a number of micro-batches from 1 to the accumulation "
-            f"({accumulation}), or {AUTO}"
-        )
-    return (given,)
+    if isinstance(given, bool) or not isinstance(given, int) or given < 1:
+        raise InputError(f"group was given as {given!r}: give a number of micro-batches, 1 or more, or {AUTO}")
+    return (min(given, accumulation),)
 
 
 def _activations(given: str | Mapping[str, str] | None) -> dict[str, Activations]:

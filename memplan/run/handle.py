@@ -254,12 +254,11 @@ class Handle:
         """Return ``run(batch)`` of each of ``batches``, a forward and backward of one micro-batch each, in order.
 
         Under a plan with a ``group`` so many micro-batches pass each block one after another before it leaves, and
-        share its loads; gradients, losses and all else are to the last bit what they are one by one. ``run`` is called
-        in threads, of which one at a time goes on: it must not step an optimizer, nor wait for another micro-batch, and
+        share its loads; gradients, losses and all else are bit-identical to those of one by one. ``run`` is called in
+        threads, of which one at a time goes on: it must not step an optimizer, nor wait for another micro-batch, and
         the next one's must not hang on what it leaves, such as a running mean that the script keeps (nobody can see
-        that). Where a pass draws random numbers, changes buffers or
-        attributes of modules, or several processes train together, they go one by one, which is logged once; so does
-        the first one, of which that is learned.
+        that). Where a micro-batch draws random numbers, changes buffers or attributes of modules, or several processes
+        train together, they go one by one, which is logged once; so does the first one, of which that is learned.
 
         Raises what ``run`` raises for the first of those that fail; the others then end at their next layer.
         """

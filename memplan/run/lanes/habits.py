@@ -86,7 +86,7 @@ class Habits:
             end = numbers.at()
             self._advances[shapes] = end[1] - begin[1]
             if begin != end and (begin[0] != end[0] or end < begin or shapes is None or self._has_experts):
-                found = found or "a pass draws random numbers, and how many is not known of the next one"
+                found = found or "a micro-batch draws random numbers, and how many is not known of the next one"
         self._tries += 1
         if not found or self._tries >= TRIES:
             self._known, self._flags = found, Flags(self._modules)
@@ -118,7 +118,7 @@ class Habits:
             if what:
                 self._known, self._flags = f"in an earlier group {what}", Flags(self._modules)
                 raise RunError(
-                    f"{what} in micro-batches that took turns, which was not so in the pass before them, so results "
+                    f"{what} in micro-batches that took turns, which was not so in the one before them, so results "
                     "are not those of one by one: do not step the optimizer, zero the gradients and go on. From now on "
                     "they run one by one"
                 )
@@ -193,16 +193,16 @@ class _Pass:
 
     def _look_last(self) -> None:
         if self._drawn_now() != self._drawn:
-            self._way = "a pass draws random numbers (dropout)"
+            self._way = "a micro-batch draws random numbers (dropout)"
         elif _versions(self._modules) != self._buffers:
-            self._way = "a pass writes to buffers"
+            self._way = "a micro-batch writes to buffers"
         elif any(times > 1 for times in self._given):
-            self._way = "a pass gives parameters more than one gradient each"
+            self._way = "a micro-batch gives parameters more than one gradient each"
         else:
             if not self._is_changed:
                 self._look()
             if self._is_changed:
-                self._way = "a pass changes attributes of modules, or puts them back as it goes"
+                self._way = "a micro-batch changes attributes of modules, or puts them back as it goes"
 
     def in_the_way(self) -> str:
         """Return what is in the way of taking turns, or nothing."""
