@@ -4,7 +4,7 @@ changes.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -263,18 +263,25 @@ class Tiers:
         """
         ranks = self._ranks
         found: dict[int, tuple[Path, str]] = {}
-        with nullcontext() if ranks is None else ranks.telling("packing blocks"):
-            if blocks and (ranks is None or ranks.place == 0):
+
+        def pack(blocks: Sequence[Block]) -> None:
+            if blocks:
                 cache.require_room(sum(block.size_bytes for block in blocks))
-                for block in blocks:
-                    pieces, twice = partial(origin.layout, block), origin.is_held(block)
-                    found[block.id] = cache.put(pieces, block.size_bytes, _about(self.plan, block), twice=twice)
+            for block in blocks:
+                pieces, twice = partial(origin.layout, block), origin.is_held(block)
+                found[block.id] = cache.put(pieces, block.size_bytes, _about(self.plan, block), twice=twice)
+
+        with nullcontext() if ranks is None else ranks.telling("packing blocks"):
+            if ranks is None or ranks.place == 0:
+                pack(blocks)
         if ranks is None:
             return found
         told = {block: (str(path), expected) for block, (path, expected) in found.items()}
         records = ranks.gather("packing blocks", msgspec.json.encode(told))
         of_first = msgspec.json.decode(records[ranks.node[0].rank], type=dict[int, tuple[str, str]])
-        return {block: (Path(path), expected) for block, (path, expected) in of_first.items()}
+        found = {block: (Path(path), expected) for block, (path, expected) in of_first.items()}
+        pack([block for block in blocks if block.id not in found])  # the first reads them from files that are not here
+        return found
 
     def _take_the_rest(self, model: nn.Module, undo: ExitStack) -> None:
         """Move to the device what no block holds: adapters, buffers, small tensors."""

@@ -27,7 +27,7 @@ from memplan.model.calls import Step
 from memplan.program.record import RunRecord
 from memplan.program.schema import Plan
 from memplan.queries.one_plan import agreed
-from memplan.ranks.session import RankError
+from memplan.ranks.session import RankError, session, stage
 from memplan.ranks.world import is_first, unknown_ranks, world
 from memplan.request import completed
 from memplan.run.handle import Handle, handle_of
@@ -157,9 +157,7 @@ def _place_for_loop(model: nn.Module, step: Step) -> Again | None:
         unplaced = _UNPLACED.take(model)
         more = {} if unplaced is None else {"vram": 0}  # to know what both need
         try:
-            why = served(
-                model, lambda: _planned(model, step, more, is_first=world() is None), partial(_attached, model)
-            )
+            why = served(model, lambda: _planned(model, step, more, is_first=True), partial(_attached, model))
         except DoesNotFitError as error:
             if not is_trained_in_part(model) and any(handle.is_attached for handle in SCOPE.placed):
                 move(model)  # what it takes was counted as that of a model that is read
@@ -303,7 +301,7 @@ def served(model: nn.Module, planned: Callable[[], Plan], attach: Callable[[Plan
     try:
         try:
             with progress("memplan: planning"):
-                plan = Plan.load(file) if file else _with_room(planned)
+                plan = _loaded(file) if file else _with_room(planned)
         except MemplanError:
             raise
         except Exception as error:  # the trace runs the script's own code, and the script is to run all the same
@@ -324,6 +322,12 @@ def served(model: nn.Module, planned: Callable[[], Plan], attach: Callable[[Plan
     for line in begin_lines(plan):
         say(line)
     return None
+
+
+def _loaded(file: str) -> Plan:
+    """Return the plan of a file, which every rank must be able to read."""
+    with stage(session("load a plan"), "reading the plan"):
+        return Plan.load(file)
 
 
 def _with_room(planned: Callable[[], Plan]) -> Plan:
