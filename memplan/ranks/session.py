@@ -264,9 +264,10 @@ class Session:
         )
         with contextlib.suppress(Exception):  # the store may be gone, and the error itself is raised all the same
             self._store.set(f"{self._number}/error", msgspec.msgpack.encode(failure))
+            self._store.add(f"{self._number}/heard", 1)  # all may fail alike
             if isinstance(error, Exception):
                 until = time.monotonic() + _GRACE_S
-                while time.monotonic() < until and int(self._store.add(f"{self._number}/heard", 0)) < self.size - 1:
+                while time.monotonic() < until and int(self._store.add(f"{self._number}/heard", 0)) < self.size:
                     time.sleep(_FIRST_POLL_S)
 
     def _raise_of_others(self) -> None:

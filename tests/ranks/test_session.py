@@ -94,6 +94,16 @@ def test_what_does_not_fit_does_so_on_all():
     assert became[1].suggestions == ("give more",)
 
 
+def test_all_may_fail_alike():
+    def act(world):
+        with Session(world, "try").telling("doing it"):
+            raise InputError(f"on rank {world.rank}")
+
+    became, seconds = together(act, act)
+    assert [str(error) for error in became] == ["on rank 0", "on rank 1"]
+    assert seconds < 4
+
+
 def test_who_does_not_come_is_named(monkeypatch):
     monkeypatch.setenv("MEMPLAN_RANKS_TIMEOUT", "0.5")
     became, seconds = together(
