@@ -20,8 +20,10 @@ from memplan.model.calls import Call, Step
 from memplan.model.checkpoint import StoredTensor, read_checkpoint
 from memplan.model.meta_model import keep_in_float32
 from memplan.program.schema import Plan
+from memplan.queries.one_plan import planning
+from memplan.ranks.world import world
 from memplan.request import PlanOptions, Request, completed, refuse_beside_plan
-from memplan.run.attach import attach
+from memplan.run.attach import attach, device_of_rank
 from memplan.run.handle import Handle
 from memplan.run.memory.arena import dtype_of
 from memplan.state.process_state import random_states_kept
@@ -145,11 +147,21 @@ def placed_by_others(trainer: Trainer) -> str | None:
     """Return who else places a trainer's model or copies it, if someone does."""
     if trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled:
         return "DeepSpeed or FSDP places the model"
-    if trainer.args.world_size > 1:
-        return "it serves one process, and this is one of several"
+    if trainer.args.world_size > 1 and world() is None:
+        return "this is one of several processes that torch.distributed does not know"
+    if splits(getattr(trainer, "accelerator", None)):
+        return "accelerate's parallelism_config splits the model"
     if trainer.args.n_gpu > 1:
         return "the trainer copies the model to several devices: let it see one"
     return None
+
+
+def splits(accelerator: Any) -> bool:
+    """Whether an accelerator splits a model, or what goes through it, over ranks (tensor or context parallel)."""
+    config = getattr(accelerator, "parallelism_config", None)
+    return config is not None and any(
+        getattr(config, f"{kind}_enabled", False) for kind in ("tp", "cp", "sp", "dp_shard")
+    )
 
 
 def compiles(trainer: Trainer) -> bool:
@@ -175,12 +187,21 @@ def _plan(
 ) -> Plan:
     """Return a plan of what the trainer will do, but for what the options say."""
     args = trainer.args
-    first, steps = _first_call(trainer) if batch is None else (batch, _steps(args, None))
+    ranks = planning()
+    with contextlib.nullcontext() if ranks is None else ranks.telling("looking at the largest micro-batch"):
+        first, steps = _first_call(trainer) if batch is None else (batch, _steps(args, None))
     model: Any = trainer.model
     asked = completed(options, **said_by(args, model), steps=steps)
     own = options.get("autocast") is None
     with _autocast_as_in_training(model, trainer.accelerator) if own else contextlib.nullcontext():
-        return scope.plan(model, lambda within: api.plan(model, first, **within), asked, models_beside(trainer))
+        return scope.plan(
+            model,
+            lambda within: api.plan(model, first, **within),
+            asked,
+            models_beside(trainer),
+            call=first,
+            ranks=ranks,
+        )
 
 
 def said_by(args: Any, model: nn.Module) -> dict[str, Any]:
@@ -225,7 +246,8 @@ def put_under(
 
     Raises what ``attach`` raises; the model then is as it was.
     """
-    give_back = release_mapped(model, torch.device(plan.table.device)) if is_mapped(model) else None
+    device = device_of_rank(model, torch.device(plan.table.device))
+    give_back = release_mapped(model, device) if is_mapped(model) else None
     try:
         files = checkpoint or checkpoint_of(model)
         handle = attach(model, plan, checkpoint=files, checked=checked, traced=traced, replan=api.smaller)
@@ -297,6 +319,8 @@ def _first_call(trainer: Trainer) -> tuple[Call, int | None]:
     with random_states_kept(), unchanged(**looked_at):
         try:
             loader = trainer.get_train_dataloader()
+            if world() is not None and getattr(loader, "rng_types", None):
+                loader.rng_types = None  # else the ranks' random states are made one as it begins, all at once
             batch = longest_batch(loader) or next(iter(loader))
             call = _call_of_loss(trainer, batch)
             steps = _steps(trainer.args, loader)
