@@ -17,6 +17,7 @@ from memplan.ranks.world import world
 from memplan.request import PlanOptions, completed
 from memplan.run.handle import Handle, handle_of
 from memplan.trainers.hf_trainer import check_early, put_under, said_by
+from memplan.trainers.launch import one_by_one
 from memplan.trainers.loading.deferred_placement import wait, waits
 from memplan.trainers.log_callback import Telling
 from memplan.trainers.other_models import Scope
@@ -88,7 +89,7 @@ class MemplanCallback(TrainerCallback):
         optimizer: torch.optim.Optimizer | None,
     ) -> None:
         options = completed(
-            self._options,
+            one_by_one(self._options),
             **said_by(args, model),
             steps=state.max_steps or None,
             autocast="bf16" if args.bf16 else "fp16" if args.fp16 else None,

@@ -29,6 +29,7 @@ from memplan.run.memory.arena import dtype_of
 from memplan.state.process_state import random_states_kept
 from memplan.state.snapshot import unchanged
 from memplan.trainers.hf_groups import GroupedSteps
+from memplan.trainers.launch import one_by_one
 from memplan.trainers.loading.deferred_placement import arrived, not_waiting
 from memplan.trainers.loading.load import at_detach
 from memplan.trainers.loading.mapped_weights import folder_of, is_mapped, release_mapped
@@ -122,6 +123,8 @@ def wrap_within(
         if args.gradient_checkpointing:
             undo.callback(_checkpoint_activations(model, args.gradient_checkpointing_kwargs))
         if plan is None:
+            if args.auto_find_batch_size:  # which has steps of its own
+                options["group"] = one_by_one(options)["group"]
             plan = _plan(trainer, scope, batch, **options)
         handle = put_under(model, plan, scope, checked=checked, checkpoint=options.get("checkpoint"))
         undo.pop_all()

@@ -58,6 +58,19 @@ def say(text: str) -> None:
         print(f"memplan: {text}", file=sys.stderr, flush=True)  # noqa: T201
 
 
+def one_by_one(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Return options without groups of micro-batches, where whoever trains runs them one by one; say so where groups
+    were asked for.
+    """
+    if options.get("group") not in (None, 1) and not Seen.group:
+        Seen.group = True
+        say(
+            "group has no effect: this loop runs its micro-batches one by one, so each loads weights for itself. "
+            "Have handle.accumulate(run, batches) run those of a step (docs/howto/loop.md), or use a transformers Trainer"
+        )
+    return {**options, "group": 1}
+
+
 def saw_model() -> None:
     """Note that a model was loaded."""
     Seen.model = True
@@ -79,4 +92,5 @@ class Seen:
     model = False
     training = False
     served = False
+    group = False
     error = False

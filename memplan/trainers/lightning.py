@@ -23,6 +23,7 @@ from memplan.run.handle import Handle, handle_of
 from memplan.state.process_state import random_states_kept
 from memplan.state.snapshot import unchanged
 from memplan.trainers.hf_trainer import Called, check_early, loss_of
+from memplan.trainers.launch import one_by_one
 from memplan.trainers.loading.deferred_placement import forget, move, waits
 from memplan.trainers.loading.mapped_weights import folder_of
 from memplan.trainers.loading.stored import checkpoint_of
@@ -76,7 +77,7 @@ class Placement(Callback):
             )
         model, call = _first_call(trainer, pl_module)
         options = completed(
-            self._options,
+            one_by_one(self._options),
             accumulation=trainer.accumulate_grad_batches,
             autocast=_AUTOCAST.get(str(trainer.precision)),
             loss=loss_of,

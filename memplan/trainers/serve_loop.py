@@ -40,7 +40,7 @@ from memplan.trainers.hf_trainer import (
     models_beside,
     put_under,
 )
-from memplan.trainers.launch import saw_decision, say, settings
+from memplan.trainers.launch import one_by_one, saw_decision, say, settings
 from memplan.trainers.loading.deferred_placement import (
     Again,
     forget,
@@ -217,7 +217,7 @@ def _planned(model: nn.Module, step: Step, more: Mapping[str, Any], *, is_first:
     from accelerate.state import GradientState
 
     options = completed(
-        settings().options,
+        one_by_one(settings().options),
         accumulation=int(GradientState().num_steps) if GradientState._shared_state else 1,
         loss=loss_of,
         checkpoint=folder_of(model),
