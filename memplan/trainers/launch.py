@@ -66,7 +66,7 @@ def one_by_one(options: Mapping[str, Any]) -> dict[str, Any]:
         Seen.group = True
         say(
             "group has no effect: this loop runs its micro-batches one by one, so each loads weights for itself. "
-            "Have handle.accumulate(run, batches) run those of a step (docs/howto/loop.md), or use a transformers Trainer"
+            "Have handle.accumulate(run, batches) run those of a step (docs/howto/loop.md), or use a Trainer"
         )
     return {**options, "group": 1}
 
