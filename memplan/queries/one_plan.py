@@ -13,6 +13,7 @@ from msgspec import structs
 from torch import nn
 
 from memplan.case import profile_of, ram_of, vram_of
+from memplan.device_kinds import is_apart
 from memplan.errors import InputError
 from memplan.hooks.nested import tensors_in
 from memplan.model.calls import Call, Step
@@ -94,7 +95,7 @@ def one_plan(
     count = ranks.most_per_node
     shares = count > 1 and _can_share(ranks)
     vram_bytes = min(record.vram_bytes for record in found)
-    if sizes.vram_bytes is None and profile.device == "cpu":
+    if sizes.vram_bytes is None and not is_apart(profile.device):
         vram_bytes //= count * ranks.machine_share  # what is free is there once
     ram_bytes = min(record.ram_bytes for record in found)
     if sizes.ram_bytes is None:

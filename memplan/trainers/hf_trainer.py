@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 import math
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -13,19 +12,16 @@ import torch
 from torch import nn
 
 from memplan import api
-from memplan.errors import CheckpointError, InputError
+from memplan.errors import InputError
 from memplan.hooks.compiled import WAY_OUT, call_of, replace_call
 from memplan.hooks.nested import tensors_in
 from memplan.model.calls import Call, Step
-from memplan.model.checkpoint import StoredTensor, read_checkpoint
-from memplan.model.meta_model import keep_in_float32
 from memplan.program.schema import Plan
 from memplan.queries.one_plan import planning
 from memplan.ranks.world import world
 from memplan.request import PlanOptions, Request, completed, refuse_beside_plan
 from memplan.run.attach import attach, device_of_rank
 from memplan.run.handle import Handle
-from memplan.run.memory.arena import dtype_of
 from memplan.state.process_state import random_states_kept
 from memplan.state.snapshot import unchanged
 from memplan.trainers.hf_groups import GroupedSteps
@@ -39,24 +35,6 @@ from memplan.trainers.other_models import Scope
 
 if TYPE_CHECKING:
     from transformers import Trainer
-
-_LOADING = {
-    "config",
-    "dtype",
-    "torch_dtype",
-    "attn_implementation",
-    "local_files_only",
-    "low_cpu_mem_usage",
-    "use_cache",
-}
-_PASSED_BY_AUTO = {
-    "_from_auto",
-    "_commit_hash",
-    "adapter_kwargs",
-    "use_safetensors",
-    "trust_remote_code",
-    "code_revision",
-}
 
 
 def wrap(
@@ -386,57 +364,3 @@ def loss_of(output: Any) -> torch.Tensor:
         return held
     made = [tensor for tensor in tensors_in(output) if tensor.is_floating_point() and tensor.requires_grad]
     return torch.stack([tensor.float().square().mean() for tensor in made]).sum()
-
-
-def not_served(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[str]:
-    """Return what of the arguments of ``from_pretrained`` is not understood here."""
-    unknown = sorted(
-        name for name, value in kwargs.items() if value is not None and name not in _LOADING | _PASSED_BY_AUTO
-    )
-    if kwargs.get("trust_remote_code"):
-        unknown.append("trust_remote_code")
-    if isinstance(kwargs.get("config"), (str, Path)) or isinstance(kwargs.get("dtype"), dict):
-        unknown.append("a path as config, or a dtype for each part")
-    return ["positional arguments"] * bool(args) + unknown
-
-
-def skeleton_of(cls: Any, folder: Path, kwargs: Mapping[str, Any], *, name: str | None = None) -> Any:
-    """Return the model that ``from_pretrained`` would, with its parameters on ``meta``, in evaluation mode.
-
-    ``name``: what it says it came from (default: the folder).
-    """
-    from accelerate import init_empty_weights
-
-    stored = read_checkpoint(folder)
-    config = kwargs.get("config")
-    if config is not None:
-        config = copy.deepcopy(config)
-    elif not (folder / "config.json").is_file():
-        raise CheckpointError(f"{folder} holds no config.json: without it the model's shape is not known")
-    else:
-        wanted = {} if kwargs.get("use_cache") is None else {"use_cache": kwargs["use_cache"]}
-        config = cls.config_class.from_pretrained(folder, **wanted)
-    config._name_or_path = name or str(folder)  # the model keeps it apart as it is built
-    dtype = _dtype(kwargs.get("dtype") or kwargs.get("torch_dtype"), config, stored)
-    more = {"attn_implementation": kwargs["attn_implementation"]} if kwargs.get("attn_implementation") else {}
-    with torch.random.fork_rng(devices=[]), init_empty_weights(include_buffers=False):
-        model = cls._from_config(config, dtype=dtype, **more)
-    keep_in_float32(model, dtype)
-    model.tie_weights()
-    if model.can_generate() and (folder / "generation_config.json").is_file():
-        from transformers import GenerationConfig
-
-        model.generation_config = GenerationConfig.from_pretrained(folder)
-    return model.eval()
-
-
-def _dtype(given: Any, config: Any, stored: Mapping[str, StoredTensor]) -> torch.dtype:
-    if isinstance(given, torch.dtype):
-        return given
-    if isinstance(given, str) and given != "auto":
-        return dtype_of(given)
-    held = getattr(config, "dtype", None)
-    if held is not None:
-        return dtype_of(held) if isinstance(held, str) else held
-    floats = [t.dtype for t in stored.values() if t.dtype.startswith(("float", "bfloat"))]
-    return dtype_of(floats[0]) if floats else torch.float32

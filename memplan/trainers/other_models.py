@@ -13,6 +13,7 @@ from torch import nn
 
 from memplan import api
 from memplan.case import case_of_plan, profile_of, ram_of, vram_of
+from memplan.device_kinds import is_apart
 from memplan.errors import DoesNotFitError
 from memplan.program.schema import Plan
 from memplan.queries.one_plan import one_plan
@@ -168,9 +169,9 @@ class Scope:
                 if id(tensor) in seen:
                     continue
                 seen.add(id(tensor))
-                if device != "cpu" and tensor.device.type == device:
+                if is_apart(device) and tensor.device.type == device:
                     vram += 0 if only_to_come else _size(tensor)
-                elif device != "cpu" and asked is not None and asked.type == device:
+                elif is_apart(device) and asked is not None and asked.type == device:
                     vram += _size(tensor)
                 elif tensor.device.type == "cpu":
                     ram += _size(tensor)

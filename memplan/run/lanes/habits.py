@@ -21,6 +21,7 @@ from memplan.hooks.compiled import is_compiled, untraced_deep
 from memplan.hooks.triggers import Triggers
 from memplan.run.lanes.device_numbers import DeviceNumbers, shapes_of
 from memplan.run.lanes.hooked import HookState, count_hooks
+from memplan.run.lanes.inherited import casting
 from memplan.run.transfer.device import is_apart
 from memplan.state.process_state import positions, settings
 from memplan.state.setting import Held
@@ -31,9 +32,6 @@ MOST_CHANGES = 16
 """Times that modules' settings may change before what is in the way is taken for good."""
 
 _PLAIN = (bool, int, float, str, type(None))
-_ACCELERATOR = torch.accelerator.current_accelerator()
-_CASTING = ("cpu",) if _ACCELERATOR is None else ("cpu", _ACCELERATOR.type)
-"""Kinds of devices that autocast may be on for."""
 
 
 class Habits:
@@ -45,6 +43,7 @@ class Habits:
         self._triggers = triggers
         self.numbers = DeviceNumbers(device) if is_apart(device) else None
         self._has_experts = has_experts
+        self._kinds = casting(device)
         self._modules = tuple(model.modules())
         self._is_whole = is_compiled(model)
         self._known: str | None = None
@@ -69,7 +68,7 @@ class Habits:
         if torch._C._functorch.peek_interpreter_stack() is not None:
             return "it is called within a transform of torch.func"
         if torch.distributed.is_available() and torch.distributed.is_initialized():
-            return "several processes train together"
+            return "torch.distributed is in use, whose DDP sums gradients in each backward"
         if any(p._post_accumulate_grad_hooks for p in self._model.parameters() if p.requires_grad):
             return "a hook takes each gradient as soon as it is there (an optimizer within backward)"
         return self._known
@@ -79,7 +78,7 @@ class Habits:
         numbers, shapes = self.numbers, shapes_of(batch)
         begin = (0, 0) if numbers is None else numbers.at()
         trained = [p for p in self._model.parameters() if p.requires_grad]
-        seen = _Pass(self._modules, self._drawn, numbers, trained, self._triggers)
+        seen = _Pass(self._modules, self._drawn, numbers, trained, self._triggers, self._kinds)
         self._triggers.turns = seen
         try:
             result = run(batch)
@@ -176,7 +175,10 @@ class _Pass:
         numbers: DeviceNumbers | None,
         trained: Sequence[nn.Parameter],
         triggers: Triggers,
+        kinds: Sequence[str],
     ) -> None:
+        """``kinds``: of devices that autocast may be on for."""
+        self._kinds = kinds
         self._ignored = triggers.own_hooks()
         self._modules = modules
         self._drawn_now = drawn
@@ -203,7 +205,7 @@ class _Pass:
             self._look()
         if not self._way:
             self._look_at_process()
-        if torch.is_autocast_cache_enabled() and any(map(torch.is_autocast_enabled, _CASTING)):
+        if torch.is_autocast_cache_enabled() and any(map(torch.is_autocast_enabled, self._kinds)):
             own = self._own[module]
             if own & self._casting:
                 self._way = "autocast has casts of a weight that several layers, or passes, of a micro-batch share"
