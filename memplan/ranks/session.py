@@ -305,7 +305,7 @@ def _ended(ranks: World, known: dict[int, Member]) -> int | None:
     _look_for(ranks, known)
     own = this_node(ranks.rank)
     others = (member for member in known.values() if member.rank != ranks.rank and member.node == own)
-    return next((member.rank for member in others if _is_gone(member.pid)), None)
+    return next((member.rank for member in others if is_gone(member.pid)), None)
 
 
 def _look_for(ranks: World, known: dict[int, Member]) -> None:
@@ -335,7 +335,7 @@ def _versions() -> str:
     return f"memplan {version('memplan')} with torch {torch.__version__}"
 
 
-def _is_gone(pid: int) -> bool:
+def is_gone(pid: int) -> bool:
     """Whether a process of this node is there no more, or is dead and nobody has looked."""
     try:
         with open(f"/proc/{pid}/stat", "rb") as file:

@@ -19,6 +19,9 @@ from safetensors.torch import load_file, save_file
 from torch.nn.parallel import DistributedDataParallel
 from transformers import AutoConfig, AutoModelForCausalLM, Trainer, TrainingArguments
 
+from memplan.run import tiers
+from tests.support import inside
+
 MORE = {
     "accumulated": "micro-batches of which every second sums gradients, the first under no_sync",
     "checkpointing": "gradient checkpointing",
@@ -216,6 +219,7 @@ def ddp(folder, out, more, asked):
     save(model, out)
     if handle is not None:
         print("streamed", handle.record.loads > 0, handle.recoveries, flush=True)
+        print("read", inside.bytes_read_from_disk(handle), flush=True)
         handle.detach()
         del handle
         gc.collect()
@@ -347,6 +351,7 @@ def main():
     kind, *more = kind.split("+")
     assert set(more) <= set(MORE), more
     torch.set_num_threads(1)
+    tiers.RING_BYTES = int(os.environ.get("RING", tiers.RING_BYTES))
     globals()[kind](folder, out, more, options(given, more))
     if dist.is_initialized():
         dist.destroy_process_group()

@@ -172,6 +172,25 @@ def test_where_memory_cannot_be_shared_each_has_its_own(whole, ranks, checkpoint
 
 
 @pytest.mark.full
+@pytest.mark.parametrize("kind", ["ddp+disk+accumulated", "ddp+packed"])
+def test_a_node_reads_its_disk_as_one_rank_does(whole, ranks, checkpoint, tmp_path, kind):
+    def read(count, out):
+        asked = checkpoint, tmp_path / out, kind, "2500KiB", "64MiB"
+        done = ranks(SCRIPT, *asked, ranks=count, RING="262144", MEMPLAN_CACHE=str(tmp_path / "cache"))
+        assert not any(done.codes), done.stderr
+        return done, [int(re.search(r"read (\d+)", text)[1]) for text in done.stdout]
+
+    read(1, "packed")  # from here on what has to be packed is there
+    _, one = read(1, "one")
+    done, two = read(2, "two")
+    same_as_whole(whole, kind, done, tmp_path / "two")
+    blocks = 4 * (96 << 10)
+    assert one[0] > 5 * blocks  # they are loaded over and over
+    assert sum(two) <= 1.1 * one[0]
+    assert sum(two) > 0.5 * one[0]
+
+
+@pytest.mark.full
 @pytest.mark.parametrize(
     ("kind", "said"),
     [("ddp+faulted", "ended by ValueError: something of the script's own"), ("ddp+killed", "was there no more")],

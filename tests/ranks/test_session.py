@@ -117,7 +117,7 @@ def test_who_does_not_come_is_named(monkeypatch):
 
 def test_who_has_ended_is_named_at_once(monkeypatch):
     gone = [False]
-    monkeypatch.setattr(sessions, "_is_gone", lambda pid: gone[0])
+    monkeypatch.setattr(sessions, "is_gone", lambda pid: gone[0])
 
     def ends(world):
         sessions.announce(world)
