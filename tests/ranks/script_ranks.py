@@ -47,7 +47,8 @@ MORE = {
     "callback": "MemplanCallback in place of it",
     "thinned": "rank 1 trains fewer parameters",
     "replanned": "rank 1 is given another plan",
-    "killed": "rank 1 is killed with -9 in its second micro-batch",
+    "killed": "rank 1 is killed with -9 in its second micro-batch, unless it was started anew",
+    "felled": "all ranks are, in theirs",
     "faulted": "rank 1 raises in its second micro-batch",
     "crowded": "rank 1 runs out of memory in its second micro-batch, once",
 }
@@ -190,7 +191,7 @@ def ddp(folder, out, more, asked):
             if "written" in more and number == 1:
                 with torch.no_grad():
                     model.get_base_model().model.layers[1].mlp.up_proj.base_layer.weight.mul_(1.5)
-            if "killed" in more and rank == 1 and number == 1:
+            if number == 1 and (("killed" in more and rank == 1 and not is_restarted()) or "felled" in more):
                 os.kill(os.getpid(), 9)
             if "faulted" in more and rank == 1 and number == 1:
                 raise ValueError("something of the script's own")
@@ -251,6 +252,20 @@ def accelerate(folder, out, more, asked):
         print("streamed", handle.record.loads > 0, flush=True)
 
 
+def is_restarted():
+    return os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
+
+
+class Crowded(Trainer):
+    """Rank 1 runs out of memory in its second micro-batch, unless it was started anew."""
+
+    def compute_loss(self, model, inputs, *args, **kwargs):
+        loss = super().compute_loss(model, inputs, *args, **kwargs)
+        if self.state.global_step == 1 and self.args.process_index == 1 and not is_restarted():
+            raise torch.OutOfMemoryError("out of memory, it says")
+        return loss
+
+
 def trainer(folder, out, more, asked):
     import memplan
 
@@ -267,7 +282,8 @@ def trainer(folder, out, more, asked):
         callbacks.append(MemplanCallback(**asked))
     is_placed = asked and not {"wrapped", "callback", "grouped"} & set(more)
     with memplan.placing(**asked) if is_placed else contextlib.nullcontext():
-        made = Trainer(model=adapted(folder, more), args=args, train_dataset=Rows(), callbacks=callbacks)
+        kind = Crowded if "crowded" in more else Trainer
+        made = kind(model=adapted(folder, more), args=args, train_dataset=Rows(), callbacks=callbacks)
     if asked and "wrapped" in more:
         memplan.wrap(made, **asked)
     if asked and "grouped" in more:
@@ -280,6 +296,7 @@ def trainer(folder, out, more, asked):
     if asked:
         handle = callbacks[0].handle if callbacks else made.memplan
         print("streamed", handle.record.loads > 0, flush=True)
+        print("budget", handle.plan.budgets.vram_bytes, flush=True)
 
 
 def lightning(folder, out, more, asked):

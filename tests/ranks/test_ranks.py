@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 import subprocess
 import sys
@@ -217,6 +218,50 @@ def test_memory_that_runs_out_where_gradients_are_summed_is_an_error(ranks, chec
     assert all(done.codes)
     assert "rank 1 ran out of device memory" in done.stderr[1]
     assert "B) at most" in done.stderr[1]
+
+
+@pytest.mark.full
+def test_a_restart_goes_on_with_what_one_that_ran_out_of_memory_has_left(whole, ranks, checkpoint, tmp_path):
+    asked = SCRIPT, checkpoint, tmp_path, "trainer+crowded", "2500KiB", "64MiB"
+    more = {"TORCHELASTIC_MAX_RESTARTS": "1", "MEMPLAN_CACHE": str(tmp_path / "cache")}
+    done = ranks(*asked, **more, TORCHELASTIC_RESTART_COUNT="0")
+    assert all(done.codes)
+    smaller = int(re.search(r"The launcher's restart plans for vram of .* \((\d+)B\)", done.stderr[1])[1])
+    done = ranks(*asked, **more, TORCHELASTIC_RESTART_COUNT="1")
+    same_as_whole(whole, "trainer", done, tmp_path)
+    assert [re.search(r"budget (\d+)", text)[1] for text in done.stdout] == [str(smaller)] * 2
+    fresh = ranks(*asked, **more, TORCHELASTIC_RESTART_COUNT="0")
+    assert "restart plans for" in fresh.stderr[1]  # a run of its own begins with its own budget
+    assert str(smaller) in fresh.stderr[1]
+
+
+def processes_of(mark):
+    """The processes that have a line in their environment."""
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            if mark.encode() in (folder / "environ").read_bytes():
+                found.append(folder)
+    return found
+
+
+@pytest.mark.full
+@pytest.mark.parametrize(("who", "restarts"), [("killed", 1), ("killed", 0), ("felled", 0)])
+def test_who_is_killed_leaves_nothing_and_a_restart_trains_anew(whole, checkpoint, hardware, tmp_path, who, restarts):
+    mark = f"MEMPLAN_TEST={tmp_path}"
+    command = [
+        sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone", "--max-restarts",
+        str(restarts), SCRIPT, checkpoint, tmp_path, f"ddp+disk+{who}", "2500KiB", "64MiB",
+    ]  # fmt: skip
+    # Else gloo finds what the ranks before have left in the launcher's store, and may fail to connect (torch 2.13).
+    own_store = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
+    env = clean() | {"PROFILE": str(hardware)} | own_store | dict([mark.split("=")])
+    done = subprocess.run(command, capture_output=True, text=True, env=env, timeout=200, check=False)
+    assert (done.returncode == 0) == bool(restarts), done.stderr[-3000:]
+    assert "-9" in done.stderr
+    if restarts:
+        assert adapter(tmp_path) == whole("ddp")[1]
+    assert processes_of(mark) == []  # memory without a name goes with the last of them
 
 
 @pytest.mark.full

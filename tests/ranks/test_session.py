@@ -10,6 +10,7 @@ import torch.distributed as dist
 
 from memplan.errors import DoesNotFitError, InputError
 from memplan.ranks import session as sessions
+from memplan.ranks import world as worlds
 from memplan.ranks.session import RankError, Session
 from memplan.ranks.world import World
 
@@ -126,6 +127,24 @@ def test_who_has_ended_is_named_at_once(monkeypatch):
     became, seconds = together(lambda world: Session(world, "try"), ends)
     assert "rank 1 has ended" in str(became[0])
     assert seconds < 10  # of these are some for others to hear it
+
+
+def test_ranks_that_are_started_anew_do_not_hear_those_before(monkeypatch):
+    """Their launcher's store is the same."""
+    store = dist.HashStore()
+    monkeypatch.setattr(dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(dist, "get_world_size", lambda: 2)
+    monkeypatch.setattr(dist, "get_rank", lambda: 0)
+    monkeypatch.setattr(dist, "get_backend", lambda: "gloo")
+    monkeypatch.setattr(dist.distributed_c10d, "_get_default_store", lambda: store)
+    monkeypatch.setattr(worlds._Known, "rank", None)
+    monkeypatch.setenv("GROUP_WORLD_SIZE", "1")
+    for start in ("0", "1", "2"):
+        monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", start)
+        ranks = worlds.world()
+        assert not ranks.store.check(["process 0"])
+        sessions.announce(ranks)
+        assert worlds.world().store.check(["process 0"])
 
 
 def test_they_must_have_come_for_the_same():
