@@ -22,7 +22,7 @@ from typing import Any
 import msgspec
 
 from memplan.errors import DoesNotFitError, MemplanError, RunError, type_and_line
-from memplan.ranks.ended import tell_who_ended
+from memplan.ranks.ended import first_ended, tell_who_ended
 from memplan.ranks.world import Node, World, this_node, world
 
 _NUMBERS = itertools.count()
@@ -222,6 +222,10 @@ class Session:
             pause = min(_LAST_POLL_S, pause * 1.5)
             if pause < _LAST_POLL_S:
                 continue
+            said = first_ended(self._ranks)  # on whatever node
+            if said is not None and not is_there():
+                self._raise_of_others()
+                raise RankError(f"{said}, while rank {self.rank} was {doing}: no rank goes on")
             ended = self._ended()
             if ended is not None and not is_there():
                 self._raise_of_others()

@@ -193,7 +193,7 @@ def ddp(folder, out, more, asked):
                     model.get_base_model().model.layers[1].mlp.up_proj.base_layer.weight.mul_(1.5)
             if number == 1 and (("killed" in more and rank == 1 and not is_restarted()) or "felled" in more):
                 os.kill(os.getpid(), 9)
-            if "faulted" in more and rank == 1 and number == 1:
+            if "faulted" in more and rank == int(os.environ.get("FAULTY", "1")) and number == 1:
                 raise ValueError("something of the script's own")
 
             def run(number=number):

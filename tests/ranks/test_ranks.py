@@ -164,6 +164,32 @@ def test_a_fault_on_one_rank_ends_all(ranks, ranks_under, checkpoint, tmp_path, 
 
 
 @pytest.mark.full
+@pytest.mark.parametrize("kind", ["trainer+memory", "ddp+disk+accumulated"])
+def test_two_nodes_train_as_whole_ddp(whole, ranks, nodes, checkpoint, tmp_path, kind):
+    """They are network and process namespaces of one machine: ranks that meet over a link, and share nothing."""
+    done = ranks(SCRIPT, checkpoint, tmp_path, kind, "2500KiB", "64MiB", nodes=nodes)
+    same_as_whole(whole, kind, done, tmp_path)
+    if "memory" in kind:
+        assert all(resident == 0 for resident, *_ in memory(done))
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("faulty", [0, 1])
+@pytest.mark.parametrize("where", ["plans", "maps", "fills", "packs", "attaches", "trains"])
+def test_a_fault_on_one_node_ends_the_other(ranks, nodes, checkpoint, tmp_path, where, faulty):
+    kind = {"packs": "trainer+packed", "trains": "ddp+faulted"}.get(where, "trainer")
+    fault = {"FAULTY": str(faulty), "MEMPLAN_CACHE": str(tmp_path / "cache"), "alone": True, "nodes": nodes}
+    if where != "trains":
+        fault["FAULT"] = where
+    done = ranks(SCRIPT, checkpoint, tmp_path, kind, "2500KiB", "64MiB", **fault)
+    assert all(done.codes), done.stderr
+    assert max(done.seconds) - min(done.seconds) < OTHERS
+    told = done.stderr[1 - faulty]
+    # Who keeps the store takes it along, where it fails in training.
+    assert f"rank {faulty}" in told, told[-2000:]
+
+
+@pytest.mark.full
 @pytest.mark.parametrize("how", ["apart", "unshared"])
 def test_where_memory_cannot_be_shared_each_has_its_own(whole, ranks, checkpoint, tmp_path, how):
     done = ranks(SCRIPT, checkpoint, tmp_path, "trainer+memory", "2500KiB", "64MiB", FAULT=how)

@@ -129,6 +129,18 @@ def test_who_has_ended_is_named_at_once(monkeypatch):
     assert seconds < 10  # of these are some for others to hear it
 
 
+def test_who_ended_by_an_error_before_it_came_is_named_wherever_it_ran():
+    """Its node is another, whose processes nobody here sees."""
+
+    def ends(world):
+        world.store.compare_set("first to fail", "", "rank 1 ended by ValueError: no such file")
+
+    became, seconds = together(lambda world: Session(world, "try"), ends)
+    assert isinstance(became[0], RankError)
+    assert "rank 1 ended by ValueError: no such file, while rank 0 was meeting the other ranks" in str(became[0])
+    assert seconds < 3
+
+
 def test_ranks_that_are_started_anew_do_not_hear_those_before(monkeypatch):
     """Their launcher's store is the same."""
     store = dist.HashStore()
