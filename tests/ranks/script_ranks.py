@@ -1,5 +1,7 @@
 """A script for several ranks: ``python script_ranks.py FOLDER OUT KIND [VRAM RAM]``.
 
+Several kinds, and the VRAM of each, may be given with commas between them: they are trained in turn.
+
 KIND: ``trainer`` (transformers' Trainer), ``accelerate`` or ``ddp`` (loops), ``lightning``; what follows a ``+`` has it
 do more, each in ``MORE``. With VRAM memplan's own lines are used; without, none.
 """
@@ -29,6 +31,7 @@ MORE = {
     "unused": "DDP's find_unused_parameters",
     "quiet": "DDP's buffers are not broadcast",
     "disk": "layers have their homes on disk, in the checkpoint's own files",
+    "resident": "two layers have theirs on the device",
     "packed": "so they have, and are packed: the script has changed them all",
     "checked": "the checked mode",
     "uneven": "rank 0 has one micro-batch more, within DDP's join",
@@ -78,6 +81,8 @@ def options(given, more):
     found = {"vram": vram, "ram": ram, "hardware": os.environ["PROFILE"]}
     if {"disk", "packed"} & set(more):
         found |= {"pins": {f"model.layers.{index}": "disk" for index in range(4)}, "disk": "64MiB"}
+    if "resident" in more:
+        found |= {"pins": {f"model.layers.{index}": "device" for index in (1, 2)}}
     return found | {"checked": True} if "checked" in more else found
 
 
@@ -158,7 +163,8 @@ def micro_batches(rank, more):
 
 
 def ddp(folder, out, more, asked):
-    dist.init_process_group("gloo")
+    if not dist.is_initialized():
+        dist.init_process_group("gloo")
     rank = dist.get_rank()
     model = adapted(folder, more)
     handle = None
@@ -364,12 +370,15 @@ def fault(where):
 def main():
     if os.environ.get("FAULT") and os.environ["RANK"] == os.environ.get("FAULTY", "1"):
         fault(os.environ["FAULT"])
-    folder, out, kind, *given = sys.argv[1:]
-    kind, *more = kind.split("+")
-    assert set(more) <= set(MORE), more
+    folder, out, kinds, *given = sys.argv[1:]
     torch.set_num_threads(1)
     tiers.RING_BYTES = int(os.environ.get("RING", tiers.RING_BYTES))
-    globals()[kind](folder, out, more, options(given, more))
+    for number, kind in enumerate(kinds.split(",")):
+        kind, *more = kind.split("+")
+        assert set(more) <= set(MORE), more
+        print("case", number, flush=True)
+        asked = options([given[0].split(",")[number], *given[1:]] if given else given, more)
+        globals()[kind](folder, f"{out}/{number}" if "," in kinds else out, more, asked)
     if dist.is_initialized():
         dist.destroy_process_group()
 

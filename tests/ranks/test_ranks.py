@@ -20,6 +20,23 @@ OTHERS = 30
 """Seconds until the others have ended too, once one rank has failed."""
 
 WAYS = ("asked", "run")
+GRID = [
+    "ddp+resident+checked",
+    "ddp+accumulated+checkpointing",
+    "ddp+disk+static",
+    "ddp+resident+unused+checkpointing",
+    "ddp+quiet+accumulated+disk",
+    "ddp+packed+evaluated+checkpointing",
+    "ddp+resident+static+checkpointing",
+    "ddp+unused+disk",
+    "ddp+quiet+checkpointing",
+    "ddp+resident+quiet+accumulated",
+    "ddp+packed+unused+accumulated",
+    "ddp+disk+checkpointing+accumulated",
+]
+"""Every two of: where homes are, checkpointing, accumulation under no_sync, DDP's own settings (of which torch has no
+static graph with no_sync before the first sum). The first six are quick.
+"""
 CASES = [
     "ddp",
     "ddp+accumulated+disk+checked",
@@ -41,6 +58,13 @@ CASES = [
 ]
 
 
+def vram_for(kind):
+    """So much that something is streamed."""
+    if "resident" in kind:
+        return "1600KiB" if "checkpointing" in kind else "2MiB"
+    return next((VRAM[part] for part in kind.split("+") if part in VRAM), "2500KiB")
+
+
 def exact(done):
     return [[line for line in out.splitlines() if line.startswith(("loss", "eval"))] for out in done.stdout]
 
@@ -49,17 +73,19 @@ def adapter(folder):
     return (folder / "adapter.safetensors").read_bytes()
 
 
+def without(kind):
+    """What of a kind is not memplan's."""
+    of_memplan = ("disk", "resident", "checked", "late", "memory", "wrapped", "grouped", "callback")
+    return "+".join(part for part in kind.split("+") if part not in of_memplan)
+
+
 @pytest.fixture(scope="session")
 def whole(ranks, checkpoint, tmp_path_factory):
     """Runs a kind of script as whole DDP, once."""
     known = {}
 
     def run(kind):
-        kind = "+".join(
-            part
-            for part in kind.split("+")
-            if part not in ("disk", "checked", "late", "memory", "wrapped", "grouped", "callback")
-        )
+        kind = without(kind)
         if kind not in known:
             out = tmp_path_factory.mktemp("whole")
             done = ranks(SCRIPT, checkpoint, out, kind)
@@ -95,10 +121,37 @@ def test_a_script_as_it_is_trains_as_whole_ddp_and_shares_its_weights(whole, ran
         assert of_files == 0
 
 
+def cases(done):
+    """The losses that each rank tells of each case, of several that one launch trains in turn."""
+    found = []
+    for out in done.stdout:
+        told = [part.splitlines()[1:] for part in out.split("case ")[1:]]
+        found.append([[line for line in lines if line.startswith(("loss", "eval"))] for lines in told])
+    return [list(one) for one in zip(*found, strict=True)]
+
+
+@pytest.mark.parametrize("kinds", [GRID[:6], pytest.param(GRID[6:], marks=pytest.mark.full)], ids=["quick", "more"])
+def test_one_launch_after_another_model_trains_as_whole_ddp(ranks, checkpoint, tmp_path, kinds):
+    vrams = ",".join(vram_for(kind) for kind in kinds)
+    whole = ranks(SCRIPT, checkpoint, tmp_path / "whole", ",".join(map(without, kinds)))
+    assert whole.codes == [0, 0], whole.stderr
+    asked = SCRIPT, checkpoint, tmp_path / "run", ",".join(kinds), vrams, "64MiB"
+    done = ranks(*asked, MEMPLAN_CACHE=str(tmp_path / "cache"))
+    assert done.codes == [0, 0], [text[-3000:] for text in done.stderr]
+    assert len(cases(done)) == len(kinds)
+    for number, (kind, its, wholes) in enumerate(zip(kinds, cases(done), cases(whole), strict=True)):
+        assert its == wholes, kind
+        assert len(its[0]) >= 3
+        assert adapter(tmp_path / "run" / str(number)) == adapter(tmp_path / "whole" / str(number)), kind
+    for out in done.stdout:
+        assert out.count("streamed True") == len(kinds)
+        assert out.count("left 0") == len(kinds)
+
+
 @pytest.mark.full
 @pytest.mark.parametrize("kind", CASES)
 def test_memplans_own_lines_train_as_whole_ddp(whole, ranks, checkpoint, tmp_path, kind):
-    vram = next((VRAM[part] for part in kind.split("+") if part in VRAM), "2500KiB")
+    vram = vram_for(kind)
     done = ranks(SCRIPT, checkpoint, tmp_path, kind, vram, "64MiB", MEMPLAN_CACHE=str(tmp_path / "cache"))
     same_as_whole(whole, kind, done, tmp_path)
     assert all("streamed True" in out for out in done.stdout)
@@ -113,7 +166,7 @@ def test_memplans_own_lines_train_as_whole_ddp(whole, ranks, checkpoint, tmp_pat
     "kind", ["ddp", "ddp+written", "ddp+built", "accelerate+accumulated", "trainer+checkpointing", "lightning"]
 )
 def test_scripts_as_they_are(whole, ranks_under, checkpoint, tmp_path, kind):
-    vram = next((VRAM[part] for part in kind.split("+") if part in VRAM), "2500KiB")
+    vram = vram_for(kind)
     done = ranks_under(vram, SCRIPT, checkpoint, tmp_path, kind)
     same_as_whole(whole, kind, done, tmp_path)
     assert "streamed from" in done.stderr[0]
