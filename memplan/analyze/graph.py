@@ -149,6 +149,9 @@ class LayerGraph(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     trainable_bytes: int
     matmul_dtype: str
     """dtype of the matrix products that hold most FLOPs."""
+    fragmentation_bytes: int = 0
+    """What torch's caching allocator of a CUDA device holds at the peak beyond what is alive, weights apart: the pass
+    replayed on it (:mod:`memplan.model.caching_allocator`), activations kept or recomputed, whichever is more."""
     notes: tuple[str, ...] = ()
     """What the reader of a report should know, one sentence each."""
 

@@ -54,6 +54,7 @@ from memplan.hooks import recompute
 from memplan.hooks.flows import leaves_behind
 from memplan.hooks.late_hooks import note_traced
 from memplan.hooks.triggers import Triggers, in_backward
+from memplan.model.caching_allocator import fragmentation_bytes
 from memplan.model.live_storages import storage_of
 from memplan.model.weights import once, trained_bytes
 from memplan.state.process_state import random_states_kept
@@ -384,6 +385,7 @@ def _trace(
             stateful={**drawn, **recorder.stateful},
             state=state,
             outside=tuple((tuple(parameter.shape), parameter.element_size()) for parameter in outside),
+            fragmentation_bytes=fragmentation_bytes(recorder.events or ()),
             updated=updated,
         )
 

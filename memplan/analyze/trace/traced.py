@@ -30,5 +30,7 @@ class Traced:
     """What the model's objects held at its end (``Snapshot.state``)."""
     outside: tuple[tuple[tuple[int, ...], int], ...]
     """Shape and bytes an element of each parameter that was trained and is none of the model's."""
+    fragmentation_bytes: int
+    """See :class:`memplan.analyze.graph.LayerGraph`."""
     updated: Mapping[int, str]
     """Ids of objects that held a tensor which was read and replaced, each with its name."""
