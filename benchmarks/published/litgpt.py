@@ -11,7 +11,7 @@ PAD = 512
 """LitGPT pads its vocabulary to a multiple of this."""
 
 
-def model(name: str, *, rank: int, targets: list[str], dropout: float, quantization: str, dtype: torch.dtype) -> Any:
+def model(name: str, *, rank: int, targets: list[str], dropout: float, quantization: str) -> Any:
     """Return a model by LitGPT's name for it, on ``meta``, with its loss; call it with ids and labels.
 
     Raises ImportError where LitGPT is not installed.
@@ -21,7 +21,7 @@ def model(name: str, *, rank: int, targets: list[str], dropout: float, quantizat
     where = {f"lora_{target}": True for target in targets}
     off = {f"lora_{target}": False for target in ("query", "key", "value", "projection", "mlp", "head")}
     config = Config.from_name(name, lora_r=rank, lora_alpha=16, lora_dropout=dropout, **{**off, **where})
-    before = torch.get_default_dtype()
+    dtype, before = torch.bfloat16, torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
         with torch.device("meta"):

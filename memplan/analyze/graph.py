@@ -73,6 +73,8 @@ class Access(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Those of them of which it reads rows only: they may be read where they are on the host."""
     flops: int
     """Of matrix products and attention. In backward without any recompute of the model's own choice included."""
+    float32_flops: int = 0
+    """Of those, what is computed in float32, whatever the dtype of most: adapters' own products."""
     matmul_bytes: int
     """Bytes read and written by those."""
     other_bytes: int

@@ -35,6 +35,8 @@ def cost_table(graph: LayerGraph, hardware: HardwareProfile, times: Times | None
     """
     rates = hardware.matmul_flops_per_s
     flops_per_s = rates.get(graph.matmul_dtype, rates[FALLBACK_DTYPE]).value
+    float32_costs = flops_per_s / rates[FALLBACK_DTYPE].value - 1
+    """What a FLOP in float32 costs beyond one in the dtype of most, in such FLOPs."""
 
     operator_s = 0.0 if hardware.operator_s is None else hardware.operator_s.value
     runs_ahead = hardware.device != "cpu"
@@ -60,7 +62,7 @@ def cost_table(graph: LayerGraph, hardware: HardwareProfile, times: Times | None
             each_s *= STEP_SHARE
             kernels = -(-kernels // FOREACH) if runs_ahead else kernels
         return seconds(
-            flops=access.flops,
+            flops=access.flops + int(max(0.0, float32_costs) * access.float32_flops),
             matmul_bytes=access.matmul_bytes,
             other_bytes=access.other_bytes,
             kernels=kernels,
