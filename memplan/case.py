@@ -206,7 +206,10 @@ def profile_of(hardware: str | Path | HardwareProfile) -> HardwareProfile:
 def _margin(sizes: Sizes) -> tuple[str, ...]:
     if not sizes.margin_bytes:
         return ()
-    return (f"Of the vram {format_bytes(sizes.margin_bytes)} are left free (margin): the budget is what is left.",)
+    return (
+        f"Of the vram {format_bytes(sizes.margin_bytes)} are left free (margin): the budget is what is left. On a GPU "
+        "torch may reserve that much beside it, and no more.",
+    )
 
 
 def vram_of(sizes: Sizes, profile: HardwareProfile) -> int:
@@ -232,6 +235,7 @@ def _budgets(sizes: Sizes, profile: HardwareProfile, lies_in: str | Path | None)
         ram_bytes=ram_of(sizes, profile),
         disk_bytes=disk_bytes,
         page_lock_bytes=page_lock_bytes,
+        margin_bytes=sizes.margin_bytes,
     )
 
 

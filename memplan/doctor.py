@@ -8,12 +8,13 @@ import shutil
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import psutil
 from msgspec import Struct
 
 from memplan.errors import HardwareError
-from memplan.hardware import machine
+from memplan.hardware import machine, numa
 from memplan.hardware import profile as profiles
 from memplan.units import format_bytes
 
@@ -98,15 +99,33 @@ def _seen_by_torch() -> list[Finding]:
                 meaning=meaning,
             )
         )
-    if len(found) > 1:
+        where, advice = numa.advice(_pci_address(properties))
+        if where:
+            found.append(Finding(what=f"GPU {index}", found=where, meaning=advice))
+    setting = os.environ.get("PYTORCH_ALLOC_CONF") or os.environ.get("PYTORCH_CUDA_ALLOC_CONF") or ""
+    if "expandable_segments" not in setting:
+        found.append(
+            Finding(
+                what="allocator",
+                found="expandable_segments is not set",
+                meaning="PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True keeps what torch reserves near what is used",
+            )
+        )
+    if torch.cuda.device_count() > 1:
         found.append(
             Finding(
                 what="GPUs",
-                found=f"{len(found)}",
+                found=f"{torch.cuda.device_count()}",
                 meaning="one process trains on one: choose with CUDA_VISIBLE_DEVICES",
             )
         )
     return found
+
+
+def _pci_address(properties: Any) -> str:
+    """Return a GPU's address as Linux writes it; empty where this torch does not tell."""
+    numbers = [int(getattr(properties, f"pci_{part}_id", -1)) for part in ("domain", "bus", "device")]
+    return "" if min(numbers) < 0 else "{:04x}:{:02x}:{:02x}.0".format(*numbers)
 
 
 def _packages() -> list[Finding]:

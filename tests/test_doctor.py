@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 from importlib.metadata import PackageNotFoundError
+from types import SimpleNamespace
 
 import pytest
+import torch
 
 from memplan import doctor
 from memplan.cli import main
-from memplan.hardware import machine
+from memplan.hardware import machine, numa
 from memplan.hardware import profile as profiles
 from memplan.hardware.calibrate import current
 from memplan.units import GIB
@@ -91,3 +93,31 @@ def test_a_containers_limit(monkeypatch):
     monkeypatch.setattr(machine, "_container_room_bytes", lambda: [GIB // 4])
     assert "container" in told()["RAM"].meaning
     assert told()["RAM"].found.startswith("256.0 MiB")
+
+
+def test_where_a_gpu_is_is_told_where_there_are_several_nodes(monkeypatch):
+    properties = SimpleNamespace(name="a card", major=9, minor=0, pci_domain_id=0, pci_bus_id=193, pci_device_id=0)
+    for name, value in {
+        "is_available": True, "device_count": 1, "get_device_properties": properties, "mem_get_info": (GIB, 2 * GIB),
+    }.items():  # fmt: skip
+        monkeypatch.setattr(torch.cuda, name, lambda *args, value=value: value)
+    monkeypatch.setattr(numa, "advice", lambda address: (f"{address} is near node 1 of 2", "numactl"))
+    found = [one for one in doctor.findings() if one.what == "GPU 0"]
+    assert [one.found for one in found][1:] == ["0000:c1:00.0 is near node 1 of 2"]
+    assert found[-1].meaning == "numactl"
+
+
+@pytest.mark.parametrize("setting", ["", "expandable_segments:True"])
+def test_the_allocators_setting_is_told_where_there_is_a_gpu(setting, monkeypatch):
+    """A stand-in for torch's answers."""
+    properties = SimpleNamespace(name="a card", major=9, minor=0)
+    for name, value in {
+        "is_available": True, "device_count": 1, "get_device_properties": properties, "mem_get_info": (GIB, 2 * GIB),
+    }.items():  # fmt: skip
+        monkeypatch.setattr(torch.cuda, name, lambda *args, value=value: value)
+    monkeypatch.setenv("PYTORCH_CUDA_ALLOC_CONF", setting)
+    monkeypatch.delenv("PYTORCH_ALLOC_CONF", raising=False)
+    found = told()
+    assert found["GPU 0"].found.startswith("a card, 1.00 GiB free of 2.00 GiB")
+    assert ("allocator" in found) == (not setting)
+    assert "GPUs" not in found

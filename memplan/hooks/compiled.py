@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import types
 from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any, TypeVar, cast
 
 import torch
@@ -108,9 +109,29 @@ def in_region() -> bool:
     return torch._C._dynamo.eval_frame.get_eval_frame_callback() not in (None, False)
 
 
+_CAPTURES: list[Callable[[], bool]] = []
+"""What says whether the thread's kernels are being captured for a graph: of each model's device, as far as it has
+graphs.
+"""
+
+
+def watch_captures(is_capturing: Callable[[], bool]) -> Callable[[], None]:
+    """Have :func:`refuse_region` ask ``is_capturing`` too. Returns what undoes it."""
+    _CAPTURES.append(is_capturing)
+    return partial(_CAPTURES.remove, is_capturing)
+
+
 @untraced
 def refuse_region(name: str) -> None:
-    """Raise RunError where the thread is inside a compiled region. To be called from an :func:`untraced` function."""
+    """Raise RunError where the thread is inside a compiled region, or captures its kernels. To be called from an
+    :func:`untraced` function.
+    """
+    for is_capturing in _CAPTURES:
+        if is_capturing():
+            raise RunError(
+                f"{name} was called while its kernels are captured for a CUDA graph, whose replays would read weights "
+                "that nobody brings: capture nothing that calls it, or detach() first"
+            )
     if torch._C._dynamo.eval_frame.get_eval_frame_callback() not in (None, False):
         raise RunError(
             f"{name} was called from within a compiled region, whose graphs would be others than without a plan, and "

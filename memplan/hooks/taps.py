@@ -84,6 +84,12 @@ class Taps:
         self._is_told.clear()
         self._made.clear()
 
+    def forget(self) -> None:
+        """Let go of the graph of a forward that is looked at and failed: nobody else can, as it holds who watches."""
+        self.stops = None
+        self._is_told.clear()
+        self._made.clear()
+
     def _hooks_came(self) -> bool:
         """Whether forward hooks of others are in the layer, looked at where there are more or fewer than the last
         time.

@@ -65,10 +65,12 @@ class RunRecord(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     recoveries: int
     """Micro-batches that ran out of device memory and were repeated under a smaller plan."""
     vram_peak_bytes: int
-    """Greatest live device bytes, 0 where nobody measured them."""
+    """Greatest live device bytes as torch counts them (without the context), 0 where nobody measured them."""
     ram_peak_bytes: int
     """Host arena and staging."""
     blocks: tuple[BlockRecord, ...]
+    vram_reserved_bytes: int = 0
+    """The most device memory that torch had in reserve, allocated or cached; 0 on the CPU."""
     weight_copy_bytes: int = 0
     """Copies of weights that the first pass saved for backward beyond what the plan has (not looked for in the checked
     mode)."""

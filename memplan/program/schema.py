@@ -99,6 +99,10 @@ class Budgets(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """None: no disk beyond the checkpoint's own files."""
     page_lock_bytes: int | None = None
     """Of ``ram`` what may be pinned for a CUDA device; None: all of it."""
+    margin_bytes: int = 0
+    """Of the device, beside ``vram_bytes``: what was asked to be left for fragmentation. A run that has some is held to
+    both.
+    """
 
 
 class Item(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

@@ -17,11 +17,12 @@ from memplan.program.schema import Plan
 from memplan.program.support import require_supported
 from memplan.run.handle import Handle, handle_of
 from memplan.run.memory.home import Checkpoint
+from memplan.run.memory.limit import limit, others_bytes
 from memplan.run.memory.storage_aliases import Watched, refuse_gaps, refuse_shared
 from memplan.run.modules.install import install
 from memplan.run.modules.match_model import match_weights, stored_tensors, trigger_modules
 from memplan.run.tiers import Files, Tiers
-from memplan.run.transfer.device import chosen
+from memplan.run.transfer.device import chosen, reset_peaks
 from memplan.run.transfer.interrupts import Undo, defer_sigint
 
 
@@ -110,11 +111,14 @@ def attach_on(
     with Undo() as modes, Undo() as undo:
         # A Ctrl-C on the way in or out of a no_grad leaves it on.
         modes.callback(torch.set_grad_enabled, torch.is_grad_enabled())
+        others = others_bytes(model, device)
         tiers = Tiers(model, plan, device, weights, files, undo, poisoned=checked, progress=progress)
         with defer_sigint():
             undo.callback(forget_compiled)
             forget_compiled()
             runs = partial(install, model, tiers, triggers, checked=checked, traced=traced)
+            limit(model, plan, device, others, undo)
+            reset_peaks(device)
             handle = Handle(model, runs, undo, replan)
     watched.tell(model)
     return handle

@@ -18,13 +18,14 @@ from torch import nn
 from memplan.errors import DoesNotFitError, RunError, first_line
 from memplan.hooks.recompute import drop_hooks_that_stayed
 from memplan.model.live_storages import StorageLedger
+from memplan.program.page_lock import page_locked_bytes
 from memplan.program.record import RunRecord
 from memplan.program.schema import Plan
 from memplan.run.modules.guard import guard_of
-from memplan.run.recovery import Before, is_out_of_memory
+from memplan.run.recovery import Before, Room, is_out_of_memory
 from memplan.run.runtime import Runtime
 from memplan.run.tiers import Tiers
-from memplan.run.transfer.device import empty_cache, is_apart, peak_bytes
+from memplan.run.transfer.device import is_apart, peak_bytes
 from memplan.run.transfer.interrupts import defer_sigint
 from memplan.run.verify.scalars import Scalars
 from memplan.units import format_bytes
@@ -59,6 +60,8 @@ class Handle:
         self._readers = 0
         self._last: tuple[RunRecord, int] | None = None
         self._scalars = Scalars()
+        self._before: Room | None = None
+        """Where gradients wait while a micro-batch runs that may be repeated."""
         self._runtime: Runtime | None = install(self)
         """None once detached: the arenas go, though the handle may stay for its record."""
         self.plan = self._runtime.tiers.plan
@@ -72,12 +75,15 @@ class Handle:
 
     @property
     def record(self) -> RunRecord:
-        """What was measured so far. ``vram_peak_bytes`` on the CPU is that of the steps inside ``watch_memory``."""
+        """What was measured so far. ``vram_peak_bytes`` on the CPU is that of the steps inside ``watch_memory``; on a
+        GPU it is torch's, of the whole process since the last ``attach``, which resets torch's peak statistics.
+        """
         return self._measured()[0]
 
     def scalars(self) -> dict[str, float]:
         """Return figures for a log, since the last call: ``memplan/pass_s``, ``memplan/stall_share``,
-        ``memplan/loaded_gib_per_s``, and ``memplan/vram_peak_gib`` so far, where it is measured.
+        ``memplan/loaded_gib_per_s``, and ``memplan/vram_peak_gib`` and ``memplan/vram_reserved_gib`` so far, where they
+        are measured.
         """
         return self._scalars.take(self.record)
 
@@ -91,15 +97,16 @@ class Handle:
         if runtime is None:
             assert self._last is not None
             return self._last
-        peak = self._vram_peak_bytes
+        peak, reserved = self._vram_peak_bytes, 0
         if is_apart(runtime.tiers.device):
-            peak = peak_bytes(runtime.tiers.device)
+            peak, reserved = peak_bytes(runtime.tiers.device)
         record = runtime.conductor.record(
             vram_peak_bytes=peak,
-            ram_peak_bytes=runtime.tiers.host_bytes,
+            ram_peak_bytes=runtime.tiers.host_bytes + (self._before.size_bytes if self._before else 0),
             recoveries=self.recoveries,
             weight_copy_bytes=runtime.copies.unforeseen_bytes if runtime.copies else 0,
         )
+        record = replace(record, vram_reserved_bytes=reserved)
         if runtime.spans is not None:
             record = replace(record, spans=runtime.spans.last())
         return record, runtime.checked.checked if runtime.checked else 0
@@ -183,12 +190,16 @@ class Handle:
         step an optimizer: that cannot be undone. What a record counts begins anew with each plan; ``recoveries`` goes
         on.
 
-        A copy of the gradients of what is trained is held meanwhile, beside what the plan counts (on CUDA in RAM).
+        A copy of the gradients of what is trained is held meanwhile, beside what the plan counts (of a GPU's in RAM,
+        which is kept until ``detach`` and in the record's ``ram_peak_bytes``).
         While the plan is changed RAM holds what was on the device. Raises RunError where no smaller plan is left.
         """
         if self._runtime is None or self._replan is None or not any(p.requires_grad for p in self.model.parameters()):
             return run()  # of what is trained beside the model the gradients are not known
-        before = Before(self.model)
+        if self._before is None:
+            limit, plan = self.plan.budgets.page_lock_bytes, self.plan
+            self._before = Room(None if limit is None else max(0, limit - page_locked_bytes(plan)))
+        before = Before(self.model, self._before)
         while True:
             try:
                 return run()
@@ -223,7 +234,6 @@ class Handle:
         gc.collect()
         with self._counted_anew():
             self.change(plan)
-        empty_cache(self._runtime.tiers.device)
         self.recoveries += 1
         _LOG.warning(
             "the device ran out of memory (%s) under a plan for %s; the micro-batch is repeated under one for %s",
@@ -266,7 +276,7 @@ class Handle:
         if runtime is not None:
             with defer_sigint():
                 self._last = self._measured()
-                self._runtime = self._install = self._replan = None
+                self._runtime = self._install = self._replan = self._before = None
                 with self.undo:
                     runtime.undo.close()
                 drop_hooks_that_stayed()

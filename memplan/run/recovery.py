@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from typing import overload
-
 import torch
 from torch import nn
 
 from memplan.model.weights import frozen_weights
+from memplan.run.memory.arena import Arena, has_no_gaps
 from memplan.run.transfer.device import is_apart
 from memplan.state.process_state import RandomStates
+from memplan.units import align_up
 
 _WORDS = ("can't allocate memory", "not enough memory", "out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
+_ALIGNMENT_BYTES = 16
+"""Enough for any dtype."""
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -21,18 +23,68 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and any(word in str(error) for word in _WORDS)
 
 
+class Room:
+    """RAM in which what lies on a device waits while a micro-batch runs: had once, used for each, and pinned where a
+    ``limit_bytes`` of pinned RAM leaves room (None: no limit).
+
+    Copies come and go in the order of the compute stream, so one room does for all.
+    """
+
+    def __init__(self, limit_bytes: int | None) -> None:
+        self._limit_bytes = limit_bytes
+        self._held: torch.Tensor | None = None
+        self._used_bytes = 0
+
+    @property
+    def size_bytes(self) -> int:
+        """What it takes of RAM."""
+        return 0 if self._held is None else self._held.numel()
+
+    def empty_for(self, size_bytes: int) -> None:
+        """Have it empty, and of so many bytes at least."""
+        self._used_bytes = 0
+        if size_bytes > self.size_bytes:
+            self._held = None  # before another is there
+            pinned = self._limit_bytes is None or size_bytes <= self._limit_bytes
+            self._held = Arena(size_bytes, torch.device("cpu"), pinned=pinned).bytes
+
+    def copy(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Return a copy of what lies on a device, in the stream's order, without waiting for it where it is pinned."""
+        assert self._held is not None
+        begin = self._used_bytes
+        self._used_bytes = begin + room_bytes(tensor)
+        raw = self._held[begin : begin + tensor.nbytes].view(tensor.dtype)
+        kept = raw.as_strided(tensor.size(), tensor.stride())
+        return kept.copy_(tensor.detach(), non_blocking=True)
+
+
+def room_bytes(tensor: torch.Tensor) -> int:
+    """Return what a tensor takes of a room; 0 for one that is copied where it lies: on the CPU, sparse, with gaps."""
+    if not is_apart(tensor.device) or tensor.layout != torch.strided or not has_no_gaps(tensor):
+        return 0
+    return align_up(tensor.nbytes, _ALIGNMENT_BYTES)
+
+
 class Before:
     """The state that a forward and backward change: gradients of what is trained, buffers, random numbers."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, room: Room) -> None:
         managed = {id(weight.tensor) for weight in frozen_weights("", model, deep=True)}
-        self._gradients = [(p, _copy(p.grad)) for p in model.parameters() if p.requires_grad]
-        self._buffers = [
-            (module, name, buffer, _copy(buffer))
+        trained = [p for p in model.parameters() if p.requires_grad]
+        buffers = [
+            (module, name, buffer)
             for module in model.modules()
             for name, buffer in module._buffers.items()
             if buffer is not None and id(buffer) not in managed
         ]
+        held = [*(p.grad for p in trained if p.grad is not None), *(buffer for _, _, buffer in buffers)]
+        room.empty_for(sum(map(room_bytes, held)))
+
+        def copy(tensor: torch.Tensor) -> torch.Tensor:
+            return room.copy(tensor) if room_bytes(tensor) else tensor.detach().clone()
+
+        self._gradients = [(p, None if p.grad is None else copy(p.grad)) for p in trained]
+        self._buffers = [(module, name, buffer, copy(buffer)) for module, name, buffer in buffers]
         self._random = RandomStates()
 
     def restore(self) -> None:
@@ -49,14 +101,3 @@ class Before:
                 buffer.copy_(value)
                 module._buffers[name] = buffer  # a forward may have put another in its place
         self._random.restore()
-
-
-@overload
-def _copy(tensor: None) -> None: ...
-@overload
-def _copy(tensor: torch.Tensor) -> torch.Tensor: ...
-def _copy(tensor: torch.Tensor | None) -> torch.Tensor | None:
-    """Return a copy, in RAM where the tensor lies on a device: in the stream's order, without waiting for it."""
-    if tensor is None or not is_apart(tensor.device):
-        return None if tensor is None else tensor.detach().clone()
-    return torch.empty_like(tensor, device="cpu", pin_memory=True).copy_(tensor.detach(), non_blocking=True)

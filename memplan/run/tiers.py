@@ -25,9 +25,9 @@ from memplan.run.memory.disk import DiskReader, Extent
 from memplan.run.memory.home import Checkpoint, Home, Weights
 from memplan.run.memory.prefault import touch_ahead
 from memplan.run.modules.embedding_rows import as_seen_from, read_in_place
-from memplan.run.modules.optimizer_state import OptimizerState
+from memplan.run.modules.optimizer_state import OptimizerState, has_room_aside
 from memplan.run.schedule.streamed import Streamed
-from memplan.run.transfer.device import is_apart, reads
+from memplan.run.transfer.device import empty_cache, is_apart, reads
 from memplan.run.transfer.interrupts import Undo, defer_sigint
 from memplan.run.transfer.transfer import DiskSource, HostSource, Source
 from memplan.units import format_bytes
@@ -87,10 +87,13 @@ class Tiers:
             touch_ahead(self._to_be_filled(), ahead)
             self._settle(undo, progress)
         self._take_the_rest(model, undo)
+        empty_cache(device)  # of weights that lay there
         if plan.optimizer_state == "host":
             is_locked = is_state_locked(plan.table.state_on_host_bytes, plan.budgets.page_lock_bytes)
             with defer_sigint():
-                self.optimizer_state = OptimizerState(model, device, is_pageable=not is_locked)
+                self.optimizer_state = OptimizerState(
+                    model, device, is_pageable=not is_locked, is_sent_aside=has_room_aside(plan)
+                )
                 undo.callback(self.optimizer_state.close)
 
     @property
@@ -247,6 +250,7 @@ class Tiers:
         self.streamed.clear()
         self.arena = Arena(0, self.device)  # the old one goes before the new one comes
         self.host = {}
+        empty_cache(self.device)
         self.plan, self.arena = plan, self._device_arena(plan)
         files, slots = self._files, self._slots()
         in_place = _blocks_read_in_place(plan)

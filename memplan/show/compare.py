@@ -140,6 +140,7 @@ def compare_records(first: RunRecord, second: RunRecord) -> Compared:
         Row(what="micro-batch", first=first.pass_s, second=second.pass_s, unit="s"),
         Row(what="waiting", first=first.stall_s, second=second.stall_s, unit="s"),
         Row(what="vram peak", first=first.vram_peak_bytes, second=second.vram_peak_bytes, unit="bytes"),
+        Row(what="vram reserved", first=first.vram_reserved_bytes, second=second.vram_reserved_bytes, unit="bytes"),
         Row(what="ram peak", first=first.ram_peak_bytes, second=second.ram_peak_bytes, unit="bytes"),
         Row(what="loads/micro-batch", first=first.loads / passes[0], second=second.loads / passes[1], unit=""),
         Row(

@@ -53,6 +53,8 @@ def end_lines(plan: Plan, record: RunRecord, report: str | None) -> tuple[str, .
         )
         if value
     ]
+    if seen.vram_reserved_bytes is not None:
+        peaks.insert(1, f"{format_bytes(seen.vram_reserved_bytes)} reserved by torch")
     lines.append(f"{', '.join(peaks)}." if peaks else "memory peaks were not measured.")
     if over := words.over_budget(plan, seen):
         lines.append(over)
@@ -68,4 +70,6 @@ def step_line(step: int, scalars: Mapping[str, float]) -> str:
     parts.append(f"loading {format_bytes(round(scalars['memplan/loaded_gib_per_s'] * GIB))}/s")
     if "memplan/vram_peak_gib" in scalars:
         parts.append(f"vram peak {format_bytes(round(scalars['memplan/vram_peak_gib'] * GIB))}")
+    if "memplan/vram_reserved_gib" in scalars:
+        parts.append(f"reserved {format_bytes(round(scalars['memplan/vram_reserved_gib'] * GIB))}")
     return ", ".join(parts)

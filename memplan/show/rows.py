@@ -108,5 +108,7 @@ def memory_rows(
     if seen is not None:
         measured = (seen.vram_bytes, seen.ram_bytes, None)
         yield MemoryRow(label="measured", cells=measured, rank="sum", begins=True)
+        if seen.vram_reserved_bytes is not None:
+            yield MemoryRow(label="reserved by torch", cells=(seen.vram_reserved_bytes, None, None))
         extra = (seen.unaccounted_vram_bytes, seen.unaccounted_ram_bytes, None)
         yield MemoryRow(label="unaccounted", cells=extra, is_difference=True)

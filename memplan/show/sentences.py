@@ -129,10 +129,21 @@ def whole_run(workload: Workload) -> str:
 
 
 def over_budget(plan: Plan, seen: Measured | None) -> str:
-    """Return by how much a run left the vram budget; empty where it kept it, or nobody looked."""
-    if seen is None or seen.vram_bytes is None or seen.vram_bytes <= plan.budgets.vram_bytes:
+    """Return by how much a run left the vram budget; empty where it kept it, or nobody looked. What was reserved may
+    take the margin too.
+    """
+    if seen is None or seen.vram_bytes is None:
         return ""
-    return f"The run went {format_bytes(seen.vram_bytes - plan.budgets.vram_bytes)} over the vram budget."
+    limit = plan.budgets.vram_bytes
+    if seen.vram_bytes > limit:
+        return f"The run went {format_bytes(seen.vram_bytes - limit)} over the vram budget."
+    limit += plan.budgets.margin_bytes
+    if seen.vram_reserved_bytes is None or seen.vram_reserved_bytes <= limit:
+        return ""
+    return (
+        f"The run kept the vram budget, but torch reserved {format_bytes(seen.vram_reserved_bytes - limit)} beyond it "
+        "(fragmentation): leave a larger margin."
+    )
 
 
 def place(plan: Plan, index: int, glyphs: Glyphs) -> str:

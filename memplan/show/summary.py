@@ -78,6 +78,8 @@ class Measured:
     loads_per_pass: float | None
     loaded_bytes_per_pass: int | None
     vram_bytes: int | None
+    """With the context that the plan counts, which torch does not; so is what was reserved."""
+    vram_reserved_bytes: int | None
     ram_bytes: int | None
     unaccounted_vram_bytes: int | None
     """Measured less predicted."""
@@ -147,7 +149,8 @@ def measured(plan: Plan, record: RunRecord) -> Measured:
     check_pair(plan, record)
     prediction = plan.prediction
     pass_s = record.pass_s if record.pass_s > 0 else None
-    vram = record.vram_peak_bytes or None
+    context = prediction.vram_parts.get("context", 0)
+    vram, reserved = (size + context if size else None for size in (record.vram_peak_bytes, record.vram_reserved_bytes))
     ram = record.ram_peak_bytes or None
     seen: dict[str, float | None] = {
         "pass_s": pass_s,
@@ -175,6 +178,7 @@ def measured(plan: Plan, record: RunRecord) -> Measured:
         loads_per_pass=seen["loads_per_pass"],
         loaded_bytes_per_pass=None if loaded is None else round(loaded),
         vram_bytes=vram,
+        vram_reserved_bytes=reserved,
         ram_bytes=ram,
         unaccounted_vram_bytes=None if vram is None else vram - prediction.peaks.vram_bytes,
         unaccounted_ram_bytes=None if ram is None else ram - prediction.peaks.ram_bytes,
@@ -317,7 +321,11 @@ def _measured_dict(plan: Plan, record: RunRecord) -> dict[str, object]:
         "offload_skipped": record.offload_skipped,
         "recoveries": record.recoveries,
         "weight_copy_bytes": record.weight_copy_bytes,
-        "peaks": {"vram_bytes": seen.vram_bytes, "ram_bytes": seen.ram_bytes},
+        "peaks": {
+            "vram_bytes": seen.vram_bytes,
+            "vram_reserved_bytes": seen.vram_reserved_bytes,
+            "ram_bytes": seen.ram_bytes,
+        },
         "unaccounted": {"vram_bytes": seen.unaccounted_vram_bytes, "ram_bytes": seen.unaccounted_ram_bytes},
         "errors": dict(seen.errors),
         "blocks": [

@@ -22,6 +22,7 @@ POLICIES: tuple[Policy, ...] = ("copies first", "compute first", "lazy")
 EXTREMES: tuple[Policy, ...] = POLICIES[:2]
 WAITS = ("stream", "event", "device", "copy", "value")
 LIMIT_BYTES = 8 * 2**30
+_memory = {"total": LIMIT_BYTES, "fraction": 1.0}
 
 _PATH = library()
 torch.ops.load_library(_PATH)
@@ -114,6 +115,15 @@ class Sim(types.ModuleType):
             raise RuntimeError(_sim.sim_error().decode())
 
     @staticmethod
+    def is_current_stream_capturing() -> bool:
+        return False  # it has no graphs
+
+    @staticmethod
+    def host_device_pointer(address: int) -> int | None:
+        """Return the address by which the device has pinned memory of the host: the host's own."""
+        return address
+
+    @staticmethod
     def mapped(host: torch.Tensor) -> torch.Tensor:
         """Return pinned memory of the host as a tensor of the device, without a copy."""
         return torch.ops.sim.mapped(host)
@@ -148,7 +158,17 @@ class Sim(types.ModuleType):
 
     @staticmethod
     def mem_get_info(device: object = None) -> tuple[int, int]:
-        return torch.accelerator.get_memory_info()
+        total = _memory["total"]
+        return max(0, total - torch.accelerator.memory_reserved()), total
+
+    @staticmethod
+    def set_per_process_memory_fraction(fraction: float, device: object = None) -> None:
+        _memory["fraction"] = fraction
+        _sim.sim_limit(int(fraction * _memory["total"]))
+
+    @staticmethod
+    def get_per_process_memory_fraction(device: object = None) -> float:
+        return _memory["fraction"]
 
 
 if torch._C._get_privateuse1_backend_name() != "sim":
@@ -166,7 +186,8 @@ def present(policy: Policy = "copies first", *, limit_bytes: int = LIMIT_BYTES) 
     """
     _sim.sim_enable(1)
     _sim.sim_policy(POLICIES.index(policy))
-    _sim.sim_limit(_sim.sim_allocated() + limit_bytes)
+    _memory["total"] = _sim.sim_allocated() + limit_bytes
+    torch.sim.set_per_process_memory_fraction(1.0)
     torch.sim.manual_seed(0)
     forget_waits()
     try:
@@ -174,7 +195,8 @@ def present(policy: Policy = "copies first", *, limit_bytes: int = LIMIT_BYTES) 
         torch.sim.synchronize()  # what failed late is heard
     finally:
         torch.sim.empty_cache()
-        _sim.sim_limit(LIMIT_BYTES)
+        _memory["total"] = LIMIT_BYTES
+        torch.sim.set_per_process_memory_fraction(1.0)
         _sim.sim_enable(0)
 
 

@@ -18,19 +18,22 @@ from msgspec.structs import replace
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from memplan.case import case_of_plan
-from memplan.errors import StrayReadError
+from memplan.errors import RunError, StrayReadError
 from memplan.hooks.same_again import FIRST
+from memplan.program.memory_timeline import timeline
 from memplan.program.page_lock import pageable_items
 from memplan.program.schema import RING_BYTES
+from memplan.run import tiers
 from memplan.run.attach import attach_on
 from memplan.run.memory import arena, page_lock
+from memplan.run.modules.optimizer_state import has_room_aside
 from tests.device import backend
 from tests.device.test_sim import batches, on_host
 from tests.run import test_optimizer_state, test_parity, test_rows
 from tests.run.test_parity import assert_forwards, plan_for
 from tests.run.test_staging import with_small_rings
 from tests.support import inside
-from tests.support.training import CPU, assert_equal, make, train
+from tests.support.training import CPU, assert_equal, batch_of, make, train
 
 SIM = torch.device("sim", 0)
 CUDA = replace(CPU, name="test-cuda", device="cuda")
@@ -108,6 +111,55 @@ def test_segments_that_come_and_go(kind, checked, policy, tmp_path, monkeypatch)
 
 
 def test_the_optimizers_state_waits_on_the_host(policy):
+    state_on_the_host()
+
+
+def test_the_state_is_sent_beside_the_next_forward(monkeypatch):
+    """Neither the host nor the compute waits for it: what the compute has done leaves the copy to be done."""
+    left = {True: [], False: []}
+
+    @contextmanager
+    def looked_at(optimizer):
+        torch.sim.synchronize()
+        backend.forget_waits()
+        yield
+        waited = backend.waits()
+        torch.sim.current_stream().synchronize()
+        left[is_aside].append((backend.pending() > 0, waited))
+
+    for is_aside in left:
+        monkeypatch.setattr(tiers, "has_room_aside", lambda plan, is_aside=is_aside: is_aside)
+        model = make("llama")
+        with backend.present("compute first"):
+            with attach_on(model, test_optimizer_state.plan_for(model), SIM):
+                run = train(model, "llama", batches=batches, around_step=looked_at)
+            assert_equal(whole("llama"), on_host(run))
+    # The first step makes the state, which then goes to a room that is had for it.
+    assert [is_left for is_left, _ in left[True][1:]] == [True] * 2
+    assert [is_left for is_left, _ in left[False][1:]] == [False] * 2
+    assert [waited for _, waited in left[True][1:]] == [waited for _, waited in left[False][1:]]
+
+
+def test_the_state_is_sent_in_turn_where_there_is_no_room():
+    plan = test_optimizer_state.plan_for(make("llama"))
+    state = plan.table.state_on_host_bytes
+    assert state > 0
+    assert has_room_aside(plan)
+    first = timeline(plan)[0].vram_bytes + state
+    for vram_bytes, fits in ((first - 1, False), (first, True)):
+        quick = replace(plan.table, device_to_host_bytes_per_s=1e18)
+        assert has_room_aside(with_vram(replace(plan, table=quick), vram_bytes)) == fits
+    slow = replace(plan, table=replace(plan.table, device_to_host_bytes_per_s=1.0))  # beside all of the pass
+    peak = plan.prediction.peaks.vram_bytes
+    assert not has_room_aside(with_vram(slow, peak))
+    assert has_room_aside(with_vram(slow, peak + state))
+
+
+def with_vram(plan, vram_bytes):
+    return replace(plan, budgets=replace(plan.budgets, vram_bytes=vram_bytes))
+
+
+def state_on_the_host():
     model, pinned = make("llama"), []
     plan = test_optimizer_state.plan_for(model)
 
@@ -122,19 +174,23 @@ def test_the_optimizers_state_waits_on_the_host(policy):
     assert_equal(whole("llama"), on_host(run))
 
 
-@pytest.mark.parametrize("is_pinned", [True, False], ids=["mapped", "looked-up"])
-def test_rows_that_are_read_on_the_host(is_pinned, policy, monkeypatch):
+@pytest.mark.parametrize("where", ["mapped", "pageable", full("no address")])
+def test_rows_that_are_read_on_the_host(where, policy, monkeypatch):
+    """By the device where they lie only if it names an address for them; else they are looked up by the CPU."""
+
     def batches_there(kind, seed):
         return {name: value.to("sim") for name, value in test_rows.batch_of(kind, seed=seed).items()}
 
-    if not is_pinned:
+    if where == "pageable":
         monkeypatch.setattr(arena, "page_locked", refused)
+    elif where == "no address":
+        monkeypatch.setattr(torch.sim, "host_device_pointer", lambda address: None)
     model = test_rows.make("untied", dropout=0.0)
     plan = test_rows.plan_of("untied", share=0.0, table_at="host")
     with attach_on(model, plan, SIM) as handle:
         run = train(model, "untied", batches=batches_there)
         table = model.get_input_embeddings().weight
-        assert table.device.type == ("sim" if is_pinned else "cpu")
+        assert table.device.type == ("sim" if where == "mapped" else "cpu")
     assert handle.record.misses == 0
     assert_equal(whole_rows(), on_host(run))
 
@@ -157,7 +213,10 @@ def test_where_pinning_is_refused(offload, is_ring_pinned, policy, tmp_path, mon
     monkeypatch.setattr(
         arena, "page_locked", lambda size: lock(size) if is_ring_pinned and size == RING_BYTES else refused()
     )
-    planned("llama", tmp_path, share=0.2, offload=offload, checked=True)
+    handle = planned("llama", tmp_path, share=0.2, offload=offload, checked=True)
+    said = handle.plan.prediction  # of a plan that has one ring less than pages that are refused take
+    state_bytes = said.ram_parts["optimizer"]  # of AdamW, which does not train here
+    assert handle.record.ram_peak_bytes == said.peaks.ram_bytes - state_bytes + 2 * RING_BYTES
 
 
 @pytest.mark.parametrize("share", [full(0.0), 0.5])
@@ -196,6 +255,21 @@ def test_a_model_that_is_dropped_leaves_nothing(policy, tmp_path):
     while torch.sim.memory_allocated() > before + 2**10:  # a thread may be on its way out of its last job
         assert time.monotonic() < deadline
         gc.collect()
+
+
+def test_a_capture_is_refused(policy, tmp_path, monkeypatch):
+    """Before anything is asked of the device; what comes after is as it was."""
+    model, is_capturing = make("llama"), []
+    monkeypatch.setattr(torch.sim, "is_current_stream_capturing", lambda: bool(is_capturing))
+    with attach_on(model, plan_for(model, "llama"), SIM, cache=tmp_path):
+        is_capturing.append(True)
+        with pytest.raises(RunError, match="captured for a CUDA graph"):
+            model(**batches("llama", 0))
+        is_capturing.clear()
+        run = train(model, "llama", batches=batches)
+    assert_equal(whole("llama"), on_host(run))
+    is_capturing.append(True)
+    model(**batch_of("llama", seed=0))
 
 
 def test_a_stray_read_raises(policy, tmp_path):

@@ -169,9 +169,21 @@ class Figures:
         pairs = zip(self.limits, self.tops, strict=True)
         return tuple(self.none if limit is None else format_bytes(limit - top) for limit, top in pairs)
 
+    @property
+    def vram_seen(self) -> int:
+        """What torch counted and the context, which it does not count; 0 where nobody measured."""
+        assert self.record is not None
+        peak = self.record.vram_peak_bytes
+        return peak + self.said.vram_parts.get("context", 0) if peak else 0
+
+    @property
+    def vram_reserved(self) -> int:
+        assert self.record is not None
+        return self.record.vram_reserved_bytes + self.said.vram_parts.get("context", 0)
+
     def unaccounted(self) -> tuple[str, str]:
         assert self.record is not None
-        seen = (self.record.vram_peak_bytes, self.record.ram_peak_bytes)
+        seen = (self.vram_seen, self.record.ram_peak_bytes)
         vram, ram = (self.more(got - said) if got else self.none for got, said in zip(seen, self.tops[:2], strict=True))
         return vram, ram
 
@@ -285,8 +297,14 @@ class Figures:
 
     def over(self) -> str:
         """By how much a run left the budget; empty where it did not."""
-        over = 0 if self.record is None else self.record.vram_peak_bytes - self.plan.budgets.vram_bytes
-        return f"The run went {self.size(over)} over the vram budget." if over > 0 else ""
+        if self.record is None or not self.record.vram_peak_bytes:
+            return ""
+        limit = self.plan.budgets.vram_bytes
+        if self.vram_seen > limit:
+            return f"The run went {self.size(self.vram_seen - limit)} over the vram budget."
+        over = self.vram_reserved - limit - self.plan.budgets.margin_bytes
+        said = f"The run kept the vram budget, but torch reserved {self.size(over)} beyond it (fragmentation): "
+        return f"{said}leave a larger margin." if over > 0 else ""
 
     def peak(self) -> str:
         row = self.rows[self.said.vram_peak_at]

@@ -145,6 +145,7 @@ def make_plan(
 def make_record(plan: Plan, *, pass_s: float, extra_bytes: int = 0, passes: int = 40, **fields: object) -> RunRecord:
     """Return the record of a run under ``plan``: block i was waited for i milliseconds in all."""
     streamed = [item.block for item in plan.items if item.home != "device"]
+    allocated_bytes = plan.prediction.peaks.vram_bytes - plan.prediction.vram_parts.get("context", 0) + extra_bytes
     values: dict[str, object] = {
         "schema_version": SCHEMA_VERSION,
         "fingerprint": plan.fingerprint,
@@ -161,7 +162,8 @@ def make_record(plan: Plan, *, pass_s: float, extra_bytes: int = 0, passes: int 
         "offloaded_bytes": 0,
         "offload_skipped": 0,
         "recoveries": 0,
-        "vram_peak_bytes": plan.prediction.peaks.vram_bytes + extra_bytes,
+        "vram_peak_bytes": allocated_bytes,
+        "vram_reserved_bytes": allocated_bytes + 6 * MIB,
         "ram_peak_bytes": plan.prediction.peaks.ram_bytes,
         "blocks": tuple(
             BlockRecord(block=i, loads=2 * passes, loaded_bytes=LAYER_BYTES * passes, stall_s=i * 1e-3, misses=i % 2)

@@ -131,8 +131,10 @@ def test_the_text(plan: Plan, measured: bool) -> None:
         ("budget", *map(want.size, want.limits)),
     ]
     if record is not None:
-        seen = (want.size(record.vram_peak_bytes), want.size(record.ram_peak_bytes or None))
-        expected += [dashes, ("measured", *seen, want.none), ("unaccounted", *want.unaccounted(), want.none)]
+        seen = (want.size(want.vram_seen), want.size(record.ram_peak_bytes or None))
+        expected += [dashes, ("measured", *seen, want.none)]
+        expected += [("reserved by torch", want.size(want.vram_reserved), want.none, want.none)]
+        expected += [("unaccounted", *want.unaccounted(), want.none)]
     assert [row for row in rows if row not in inside and row not in copies] == expected
 
     # Time.
@@ -274,7 +276,8 @@ def test_the_tables_of_a_page(plan: Plan, measured: bool) -> None:
     expected["free"] = want.free()
     expected["budget"] = tuple(map(want.size, want.limits))
     if record is not None:
-        expected["measured"] = (want.size(record.vram_peak_bytes), want.size(record.ram_peak_bytes), want.none)
+        expected["measured"] = (want.size(want.vram_seen), want.size(record.ram_peak_bytes), want.none)
+        expected["reserved by torch"] = (want.size(want.vram_reserved), want.none, want.none)
         expected["unaccounted"] = (*want.unaccounted(), want.none)
     assert {row[0]: row[1:] for row in rows} == expected
     assert len(rows) == len(expected)
@@ -360,7 +363,7 @@ def page_times(want: Figures, record: RunRecord | None) -> list[tuple[str, ...]]
     seen = [said.pass_s, want.tokens_per_s, said.loads_per_pass, said.loaded_bytes_per_pass, *want.tops[:2]]
     if record:
         per_pass = [record.loads / record.passes, record.loaded_bytes / record.passes]
-        peaks = [record.vram_peak_bytes, record.ram_peak_bytes]
+        peaks = [want.vram_seen, record.ram_peak_bytes]
         seen = [record.pass_s, want.tokens_per_s_seen, *per_pass, *peaks]
 
     def beside(name: str, predicted: float, measured: float, form: object) -> None:
@@ -749,6 +752,7 @@ def test_two_runs_as_text(capsys: pytest.CaptureFixture[str]) -> None:
         ("micro-batch", "200.0 ms", "300.0 ms", "+50.0%"),
         ("waiting", "30.0 ms", "100 ns", "-100.0%"),
         ("vram peak", want.size(first.vram_peak_bytes), want.size(second.vram_peak_bytes), "+1.0 MiB"),
+        ("vram reserved", want.size(first.vram_reserved_bytes), want.size(second.vram_reserved_bytes), "+1.0 MiB"),
         ("ram peak", want.size(first.ram_peak_bytes), want.size(second.ram_peak_bytes)),
         ("loads/micro-batch", count(per_pass[0]), count(per_pass[1]), percent(per_pass[1] / per_pass[0] - 1, "+")),
         ("loaded/micro-batch", whole(loaded[0]), whole(loaded[1])),

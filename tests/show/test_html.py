@@ -71,9 +71,12 @@ def test_numbers_in_sentences_are_the_plans(plan: Plan) -> None:
     )
     moments, line = timeline(plan), timeline_of(plan)
     gap = max(0.0, said.pass_s / said.bound_s - 1)
-    sizes = [*msgspec.structs.astuple(said.peaks), *msgspec.structs.astuple(plan.budgets), record.vram_peak_bytes]
+    sizes = [*msgspec.structs.astuple(said.peaks), *msgspec.structs.astuple(plan.budgets)]
+    context = said.vram_parts.get("context", 0)
+    sizes += [record.vram_peak_bytes + context, record.vram_reserved_bytes + context]
     sizes += [max(moment.vram_bytes for moment in moments), max(moment.ram_bytes for moment in moments)]
-    sizes += [record.vram_peak_bytes - plan.budgets.vram_bytes]
+    sizes += [record.vram_peak_bytes + context - plan.budgets.vram_bytes]
+    sizes += [record.vram_reserved_bytes + context - plan.budgets.vram_bytes]
     slow = [plan.items[item].size_bytes for item in pageable_items(plan)]
     sizes.append(sum(slow))
     times_s = [said.pass_s, said.step_s, said.bound_s, record.pass_s, record.wall_s, 0.0]

@@ -8,6 +8,7 @@ import lightning
 import pytest
 import torch
 from lightning.pytorch.loggers import CSVLogger
+from msgspec.structs import replace
 from transformers import TrainerCallback
 
 import memplan
@@ -16,7 +17,7 @@ from memplan.run.verify.scalars import Scalars
 from memplan.show.glyphs import PLAIN
 from memplan.show.log_lines import begin_lines, end_lines, step_line
 from memplan.trainers.lightning import Placement
-from memplan.units import format_bytes
+from memplan.units import MIB, format_bytes
 from tests.show.plans import make_record, solve_plan
 from tests.support.training import CPU
 from tests.trainers.test_transformers import Rows, budget, build, checkpoint, finish  # noqa: F401
@@ -80,14 +81,20 @@ def test_four_lines_begin_and_four_end_a_training():
     assert f"{PLAIN.seconds(said.step_s)} per step, " in begun[2]
     assert f"{format_bytes(said.loaded_bytes_per_pass)} loaded per micro-batch" in begun[3]
     measured = make_record(plan, pass_s=1.2, extra_bytes=5 << 20)
+    vram, reserved = (
+        size + said.vram_parts["context"] for size in (measured.vram_peak_bytes, measured.vram_reserved_bytes)
+    )
     ended = end_lines(plan, measured, "report.txt")
-    assert len(ended) == 4 + (measured.vram_peak_bytes > budgets.vram_bytes)
+    assert len(ended) == 4 + (vram > budgets.vram_bytes)
+    assert f", {format_bytes(reserved)} reserved by torch, ram peak" in ended[2]
     assert ended[1].startswith(f"micro-batch 1.20 s (predicted {PLAIN.seconds(said.pass_s)}, ")
-    assert f"vram peak {format_bytes(measured.vram_peak_bytes)} of {format_bytes(budgets.vram_bytes)}" in ended[2]
+    assert f"vram peak {format_bytes(vram)} of {format_bytes(budgets.vram_bytes)}" in ended[2]
     assert ended[-1].endswith("the report is in report.txt.")
     assert end_lines(plan, measured, None)[-1].endswith("add --report FILE.")
     scalars = {"memplan/pass_s": 1.5, "memplan/stall_share": 0.25, "memplan/loaded_gib_per_s": 2.0}
     assert step_line(7, scalars) == "step 7: micro-batch 1.50 s, waiting 25.0%, loading 2.00 GiB/s"
+    scalars |= {"memplan/vram_peak_gib": 3.0, "memplan/vram_reserved_gib": 4.0}
+    assert step_line(7, scalars).endswith(", vram peak 3.00 GiB, reserved 4.00 GiB")
 
 
 @pytest.mark.full
@@ -128,3 +135,14 @@ def test_lightning_logs_them_too(checkpoint, tmp_path):  # noqa: F811
     losses, logged = fitted(vram=budget(checkpoint, tmp_path), ram="1GiB", hardware=CPU, log=True)
     assert losses == whole
     assert logged.keys() >= NAMES
+
+
+def test_what_is_reserved_beyond_vram_and_margin_is_told():
+    plan = solve_plan()
+    for margin, told in ((0, 3 * MIB), (2 * MIB, MIB), (3 * MIB, 0)):
+        budgets = replace(plan.budgets, margin_bytes=margin)
+        context = plan.prediction.vram_parts["context"]
+        record = make_record(plan, pass_s=1.2, vram_reserved_bytes=budgets.vram_bytes + 3 * MIB - context)
+        lines = [line for line in end_lines(replace(plan, budgets=budgets), record, None) if "fragmentation" in line]
+        assert len(lines) == bool(told)
+        assert not told or f"torch reserved {format_bytes(told)} beyond it" in lines[0]

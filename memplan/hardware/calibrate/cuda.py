@@ -25,7 +25,6 @@ def measure(say: Progress) -> Rates:
     held_before = torch.cuda.memory_allocated()
     rates = _rates(say)
     torch.cuda.empty_cache()  # what stays reserved is not free to a plan
-    torch._C._host_emptyCache()
     free, total = torch.cuda.mem_get_info()
     # Only now: kernels are loaded, and cuBLAS has its workspaces (a forward's and a backward's, in torch's own pool),
     # as in training. What else the driver counts as used is the context (and other processes, if there are any).
@@ -50,46 +49,49 @@ def _rates(say: Progress) -> Rates:
     b = torch.empty_like(a)
     rates.memory = 2 * a.nbytes / _median_cuda_s(lambda: torch.mul(a, 2.0, out=b))
     say("link")
-    rates.page_lock, rates.page_lock_refused = tried_page_locks(_lock, available_host_bytes() // 4)
-    torch._C._host_emptyCache()  # lest all that were tried stay locked
-    pinned = torch.empty(COPY_BYTES, dtype=torch.uint8, pin_memory=True)
-    there = torch.empty(COPY_BYTES, dtype=torch.uint8, device="cuda")
-    rates.to_device = COPY_BYTES / _median_cuda_s(lambda: there.copy_(pinned, non_blocking=True))
-    rates.to_host = COPY_BYTES / _median_cuda_s(lambda: pinned.copy_(there, non_blocking=True))
-    pageable = torch.empty(COPY_BYTES, dtype=torch.uint8).fill_(1)
-    rates.pageable = COPY_BYTES / _median_cuda_s(lambda: there.copy_(pageable))
-    rates.duplex = _duplex(pinned, there, max(COPY_BYTES / rates.to_device, COPY_BYTES / rates.to_host))
+    rates.page_lock, rates.page_lock_refused = tried_page_locks(page_locked, available_host_bytes() // 4)
+    measure_link(rates, torch.device("cuda"), _median_cuda_s)
     say("launches")
     small, out = torch.ones(8, device="cuda"), torch.empty(8, device="cuda")
     rates.launch = _median_cuda_s(lambda: [torch.add(small, small, out=out) for _ in range(1000)]) / 1000
     say("operators of a step")
     rates.operator = operator_s("cuda")
-    few, few_there = pinned[:512], there[:512]
-    rates.latency = _median_cuda_s(lambda: [few_there.copy_(few, non_blocking=True) for _ in range(200)]) / 200
     return rates
 
 
-def _duplex(pinned: torch.Tensor, there: torch.Tensor, alone_s: float) -> float:
-    """Return the share of its own rate that a copy reaches while one goes the other way. ``alone_s``: of the slower."""
-    back, here = torch.empty_like(pinned, pin_memory=True), torch.empty_like(there)
-    down, up = torch.cuda.Stream(), torch.cuda.Stream()
+def page_locked(size_bytes: int) -> torch.Tensor:
+    """Return so many page-locked bytes, of the very kind that a run has. Raises RuntimeError."""
+    from memplan.run.memory import page_lock
+
+    return page_lock.page_locked(size_bytes)
+
+
+def measure_link(rates: Rates, device: torch.device, median_s: Callable[[Callable[[], object]], float]) -> None:
+    """Measure copies between RAM and a device. ``median_s``: the device's own clock."""
+    pinned, there = page_locked(COPY_BYTES), torch.empty(COPY_BYTES, dtype=torch.uint8, device=device)
+    rates.to_device = COPY_BYTES / median_s(lambda: there.copy_(pinned, non_blocking=True))
+    rates.to_host = COPY_BYTES / median_s(lambda: pinned.copy_(there, non_blocking=True))
+    pageable = torch.empty(COPY_BYTES, dtype=torch.uint8).fill_(1)
+    rates.pageable = COPY_BYTES / median_s(lambda: there.copy_(pageable))
+    few, few_there = pinned[:512], there[:512]
+    rates.latency = median_s(lambda: [few_there.copy_(few, non_blocking=True) for _ in range(200)]) / 200
+    # The share of its own rate that a copy reaches while one goes the other way.
+    back, here = page_locked(COPY_BYTES), torch.empty_like(there)
+    down, up = torch.Stream(device), torch.Stream(device)
 
     def both() -> None:
+        compute = torch.accelerator.current_stream()
         for stream in (down, up):
-            stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(down):
+            stream.wait_stream(compute)
+        with down:
             there.copy_(pinned, non_blocking=True)
-        with torch.cuda.stream(up):
+        with up:
             back.copy_(here, non_blocking=True)
         for stream in (down, up):
-            torch.cuda.current_stream().wait_stream(stream)
+            compute.wait_stream(stream)
 
-    return min(1.0, alone_s / _median_cuda_s(both))
-
-
-def _lock(size_bytes: int) -> object:
-    """Page-lock so many bytes more, a power of two: torch's allocator rounds others up. Raises RuntimeError."""
-    return torch.empty(size_bytes, dtype=torch.uint8, pin_memory=True)
+    alone_s = max(COPY_BYTES / rates.to_device, COPY_BYTES / rates.to_host)
+    rates.duplex = min(1.0, alone_s / median_s(both))
 
 
 def tried_page_locks(lock: Callable[[int], object], most_bytes: int) -> tuple[int, int | None]:

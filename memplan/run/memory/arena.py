@@ -200,6 +200,12 @@ def strides_of(tensor: torch.Tensor) -> tuple[int, ...] | None:
     return None if is_plain or not tensor.permute(dims).is_contiguous() else strides
 
 
+def has_no_gaps(tensor: torch.Tensor) -> bool:
+    """Whether a tensor fills a range of memory, in whatever order of its dimensions."""
+    reach = sum((size - 1) * stride for size, stride in zip(tensor.size(), tensor.stride(), strict=True))
+    return reach + 1 == tensor.numel()
+
+
 def own_storage(part: torch.Tensor) -> torch.Tensor:
     """Return the same memory (uint8, one dimension) under a storage of its own.
 

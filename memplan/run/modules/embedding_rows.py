@@ -2,8 +2,8 @@
 
 On the CPU the host's memory is the device's own. A CUDA device reads page-locked memory over the link, as it computes:
 the lookup is the very kernel of a whole run, on a tensor of the device whose memory is the host's, and nobody waits.
-Where they are not page-locked (it was refused, or is over the plan's limit) the rows are looked up on the host and
-sent, which waits for the indices. Both unproven: no GPU has run them yet.
+Where they are not page-locked (it was refused, or is over the plan's limit), or the driver names no address for them,
+the rows are looked up on the host and sent, which waits for the indices. Both unproven: no GPU has run them yet.
 """
 
 from __future__ import annotations
@@ -46,9 +46,9 @@ def look_up_on_host(module: nn.Module, device: torch.device) -> Callable[[], Non
     """
     if type(module).forward is not nn.Embedding.forward:
         raise RunError(
-            f"cannot read rows of a {type(module).__name__} in RAM: it is not pinned (that failed, or is over the "
-            "plan's limit), and its forward does more than look them up: keep its block on the device "
-            "(pins={...: 'device'}), or raise the limit on pinned RAM"
+            f"cannot read rows of a {type(module).__name__} in RAM: the device cannot (pinning failed or is over the "
+            "plan's limit, or the driver names no address), and its forward does more than look them up: keep its "
+            "block on the device (pins={...: 'device'}), or raise the limit on pinned RAM"
         )
     original = call_of(module)
 

@@ -12,7 +12,7 @@ from torch import nn
 
 from memplan.analyze.graph import Tensor
 from memplan.hooks import offload, recompute
-from memplan.hooks.compiled import hides_hooks, is_compiled
+from memplan.hooks.compiled import hides_hooks, is_compiled, watch_captures
 from memplan.hooks.late_hooks import Calls, LateHooks
 from memplan.hooks.same_again import SameAgain, Turns
 from memplan.hooks.taps import Taps
@@ -33,7 +33,7 @@ from memplan.run.schedule.conductor import Conductor
 from memplan.run.schedule.sequence import offload_key
 from memplan.run.schedule.streamed import Streamed
 from memplan.run.tiers import Tiers
-from memplan.run.transfer.device import is_apart
+from memplan.run.transfer.device import capture_check, is_apart
 from memplan.run.transfer.interrupts import Undo
 from memplan.run.transfer.streams import StreamTransfers
 from memplan.run.transfer.transfer import CpuTransfers, Transfers
@@ -127,9 +127,14 @@ def _hook(model: nn.Module, runtime: Runtime, triggers: Mapping[str, nn.Module],
         if any(tiers.is_beyond_the_device(block) for block in blocks):
             for owner in tiers.owners(triggers[trigger], blocks):
                 undo.callback(look_up_on_host(owner, device))
+    is_capturing = capture_check(device)
+    if is_capturing is not None:
+        undo.callback(watch_captures(is_capturing))
     watcher = conductor if runtime.spans is None else TracedWatcher(conductor, runtime.spans)
     within = _within_triggers(plan, triggers, tiers)
     taps = _taps(within, _kept_reads(plan, triggers, tiers), conductor.entrances)
+    for one in taps.values():
+        undo.callback(one.forget)
     look = None if runtime.copies is None else runtime.copies.look
     hooks = Triggers(triggers, watcher, within, _around(model, triggers), taps, look)
     undo.callback(hooks.remove)

@@ -6,6 +6,10 @@ the model is the model's. So it may be built before the model is attached, or af
 
 [Note: a step that runs the pass] With a closure (Lightning's steps have one) forward and backward run inside the step.
 The state comes when the closure has returned.
+
+[Note: sent beside the next forward] Where the plan has room for the state in the accesses that its copy may last, the
+copy goes on a stream of its own, and the state's memory is the compute stream's again once it is done. Else the compute
+waits for it, as it does for the state to come: its memory is taken in the compute's order, behind the whole backward.
 """
 
 from __future__ import annotations
@@ -24,7 +28,9 @@ from torch.optim.optimizer import register_optimizer_step_post_hook, register_op
 from torch.utils._python_dispatch import _disable_current_modes
 
 from memplan.model.weights import plain_parts
-from memplan.run.memory.arena import Arena
+from memplan.program.memory_timeline import timeline
+from memplan.program.schema import Plan
+from memplan.run.memory.arena import Arena, has_no_gaps
 from memplan.run.transfer.device import current_stream, is_apart
 from memplan.run.transfer.interrupts import defer_sigint
 from memplan.units import align_up
@@ -50,9 +56,11 @@ class _Place:
 class _State:
     """The state of one optimizer."""
 
-    def __init__(self, optimizer: Optimizer, device: torch.device) -> None:
+    def __init__(self, optimizer: Optimizer, device: torch.device, aside: torch.Stream | None) -> None:
+        """``aside``: what it is sent on; None for the compute stream."""
         self._optimizer = weakref.ref(optimizer)
         self._device = device
+        self._aside = aside
         self._places: tuple[_Place, ...] = ()
         self.room: torch.Tensor | None = None
         """On the host; None before there is a state."""
@@ -87,12 +95,23 @@ class _State:
         if self.room is None or [id(place.tensor) for place in self._places] != [id(tensor) for tensor in tensors]:
             self._lay_out(tensors, new_room)
         elif self._there is not None:
-            self.room.copy_(self._there, non_blocking=True)
+            self._copy_back(self.room, self._there)
             for place in self._places:
                 place.bind(self.room)
         self._there = None
-        if is_apart(self._device):  # who reads the state in RAM waits for it
-            self._sent = current_stream(self._device).record_event()
+
+    def _copy_back(self, room: torch.Tensor, there: torch.Tensor) -> None:
+        if not is_apart(self._device):
+            room.copy_(there)
+            return
+        stream = compute = current_stream(self._device)
+        if self._aside is not None and room.is_pinned():
+            stream = self._aside
+            stream.wait_stream(compute)
+            there.record_stream(stream)
+        with stream:
+            room.copy_(there, non_blocking=True)
+        self._sent = stream.record_event()  # who reads the state in RAM waits for it
 
     def wait(self) -> None:
         """Return once the state in RAM is whole."""
@@ -133,15 +152,20 @@ class _State:
                 ):
                     parts.setdefault(id(part), part)
         once = Counter(part.data_ptr() for part in parts.values())
-        return [part for part in parts.values() if once[part.data_ptr()] == 1 and _has_no_gaps(part)]
+        return [part for part in parts.values() if once[part.data_ptr()] == 1 and has_no_gaps(part)]
 
 
 class OptimizerState:
     """Keeps the state of a model's optimizers in RAM between their steps, until ``close``."""
 
-    def __init__(self, model: nn.Module, device: torch.device, *, is_pageable: bool = False) -> None:
-        """``is_pageable``: whether it may not be page-locked for a device."""
+    def __init__(
+        self, model: nn.Module, device: torch.device, *, is_pageable: bool = False, is_sent_aside: bool = False
+    ) -> None:
+        """``is_pageable``: whether it may not be page-locked for a device. ``is_sent_aside``: whether it may be on the
+        device still while the next forward begins.
+        """
         self._device = device
+        self._aside = torch.Stream(device) if is_sent_aside and is_apart(device) else None
         self._is_pageable = is_pageable
         self._parameters = {id(parameter) for parameter in model.parameters()}
         self._states: weakref.WeakKeyDictionary[Optimizer, _State] = weakref.WeakKeyDictionary()
@@ -185,7 +209,7 @@ class OptimizerState:
         if found is None and any(
             id(p) in self._parameters for group in optimizer.param_groups for p in group["params"]
         ):
-            found = self._states[optimizer] = _State(optimizer, self._device)
+            found = self._states[optimizer] = _State(optimizer, self._device, self._aside)
             for hook in (
                 optimizer.register_state_dict_pre_hook(self._wait),
                 optimizer.register_load_state_dict_post_hook(self._send),
@@ -235,7 +259,16 @@ def _tensors_in(held: object) -> Iterator[torch.Tensor]:
             yield from _tensors_in(value)
 
 
-def _has_no_gaps(tensor: torch.Tensor) -> bool:
-    """Whether a tensor fills a range of memory, in whatever order of its dimensions."""
-    reach = sum((size - 1) * stride for size, stride in zip(tensor.size(), tensor.stride(), strict=True))
-    return reach + 1 == tensor.numel()
+def has_room_aside(plan: Plan) -> bool:
+    """Whether a plan has room for the optimizer's state in the accesses that run while it is sent to RAM: those of
+    twice the time that the link takes for it.
+    """
+    state_bytes = plan.table.state_on_host_bytes
+    left_s = 2 * state_bytes / plan.table.device_to_host_bytes_per_s
+    for moment, row in zip(timeline(plan), plan.table.accesses, strict=True):
+        if moment.vram_bytes + state_bytes > plan.budgets.vram_bytes:
+            return False
+        left_s -= row.time_s
+        if left_s <= 0:
+            break
+    return True

@@ -7,10 +7,16 @@ memplan is made for; the others are untested. In tests a simulated device stands
 
 from __future__ import annotations
 
+import ctypes
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
+
+_MAPPED = 2
+"""``cudaHostRegisterMapped``, which is without effect where a device cannot have it."""
+_DRIVER = "libcuda.so.1"
 
 
 def is_apart(device: torch.device) -> bool:
@@ -44,9 +50,43 @@ def synchronize(device: torch.device) -> None:
         _module(device).synchronize(device)
 
 
-def peak_bytes(device: torch.device) -> int:
-    """Return the most bytes that torch has had allocated on a device so far."""
-    return int(_module(device).max_memory_allocated(device))
+def reset_peaks(device: torch.device) -> None:
+    """Have :func:`peak_bytes` count from now on."""
+    if is_apart(device):
+        _module(device).reset_peak_memory_stats(device)
+
+
+def capture_check(device: torch.device) -> Callable[[], bool] | None:
+    """Return what says whether this thread's kernels are captured for a graph; None where a device has no graphs."""
+    found: Callable[[], bool] | None = getattr(_module(device), "is_current_stream_capturing", None)
+    return found if is_apart(device) else None
+
+
+def peak_bytes(device: torch.device) -> tuple[int, int]:
+    """Return the most bytes that torch has had allocated on a device, and in reserve for it, since the last reset."""
+    module = _module(device)
+    return int(module.max_memory_allocated(device)), int(module.max_memory_reserved(device))
+
+
+def reserved_bytes(device: torch.device) -> int:
+    """Return what torch has of a device now, allocated or cached."""
+    return int(_module(device).memory_reserved(device))
+
+
+def total_bytes(device: torch.device) -> int:
+    """Return the memory of a device."""
+    return int(_module(device).mem_get_info(device)[1])
+
+
+def memory_share(device: torch.device) -> float | None:
+    """Return the share of a device's memory that torch may have in reserve; None where that cannot be limited."""
+    read = getattr(_module(device), "get_per_process_memory_fraction", None)
+    return None if read is None else float(read(device))
+
+
+def limit_memory(device: torch.device, share: float) -> None:
+    """Have torch reserve no more than that share: beyond it gives back what it caches, then raises out of memory."""
+    _module(device).set_per_process_memory_fraction(share, device)
 
 
 def empty_cache(device: torch.device) -> None:
@@ -73,7 +113,7 @@ def pin_pages(device: torch.device, address: int, size_bytes: int) -> None:
     """Pin pages. Raises RuntimeError where the driver refuses."""
     with made_current(device):
         if device.type == "cuda":
-            torch.cuda.check_error(torch.cuda.cudart().cudaHostRegister(address, size_bytes, 0))
+            torch.cuda.check_error(torch.cuda.cudart().cudaHostRegister(address, size_bytes, _MAPPED))
         else:
             _module(device).host_register(address, size_bytes)
 
@@ -91,30 +131,57 @@ def unpin_pages(device: torch.device, address: int) -> None:
 
 
 def reads(device: torch.device, part: torch.Tensor) -> bool:
-    """Whether kernels of a device read ``part``, memory of the host, where it lies."""
-    if not is_apart(device):
-        return True
-    return part.is_pinned() and (device.type == "cuda" or hasattr(_module(device), "mapped"))
+    """Whether kernels of a device are known to read ``part``, memory of the host, where it lies."""
+    return not is_apart(device) or (part.is_pinned() and _address_on(device, part) is not None)
 
 
 def mapped(device: torch.device, part: torch.Tensor) -> torch.Tensor:
-    """Return pinned memory of the host (uint8, one dimension) as a tensor of the device, without a copy."""
+    """Return memory of the host that a device reads (uint8, one dimension) as a tensor of the device, without a
+    copy.
+    """
     with torch.inference_mode(False), torch.no_grad():
         if device.type == "cuda":
-            return torch.as_tensor(_Pinned(part), device=device)
+            return torch.as_tensor(_Pinned(part, _address_on(device, part)), device=device)
         tensor: torch.Tensor = _module(device).mapped(part)
         return tensor
 
 
-class _Pinned:
-    """Pinned memory as CUDA's array interface has it: with unified addresses a device reads it where it lies."""
+def _address_on(device: torch.device, part: torch.Tensor) -> int | None:
+    """Return the address by which a device has pinned memory of the host, which need not be the host's; None where the
+    driver names none, or there is none to ask.
+    """
+    begin = part.untyped_storage().data_ptr()  # of the pages that were registered
+    with made_current(device):
+        if device.type == "cuda":
+            found = _named_by_driver(begin)
+        else:
+            ask = getattr(_module(device), "host_device_pointer", None)
+            found = None if ask is None else ask(begin)
+    return None if found is None else found + part.data_ptr() - begin
 
-    def __init__(self, part: torch.Tensor) -> None:
+
+def _named_by_driver(address: int) -> int | None:
+    """Ask CUDA's driver, since torch's ``cudart`` has no ``cudaHostGetDevicePointer``. ROCm has no such library."""
+    try:
+        ask = ctypes.CDLL(_DRIVER).cuMemHostGetDevicePointer_v2
+    except (OSError, AttributeError):
+        return None
+    found = ctypes.c_uint64()
+    failed = ask(ctypes.byref(found), ctypes.c_void_p(address), ctypes.c_uint(0))
+    return None if failed or not found.value else found.value
+
+
+class _Pinned:
+    """Pinned memory as CUDA's array interface has it, by its address on the device."""
+
+    def __init__(self, part: torch.Tensor, address: int | None) -> None:
+        if address is None:
+            raise RuntimeError("the device does not read this memory of the host where it lies")
         self._part = part  # the tensor that is made of this holds it
         self.__cuda_array_interface__ = {
             "shape": (part.numel(),),
             "typestr": "|u1",
-            "data": (part.data_ptr(), False),
+            "data": (address, False),
             "strides": None,
             "version": 3,
         }

@@ -23,7 +23,8 @@ class Scalars:
 
     def take(self, record: RunRecord) -> dict[str, float]:
         """Return figures by name: seconds a pass and the share of it in which the compute waited, GiB loaded a second,
-        both since the last call; and the greatest device memory so far in GiB, where it is measured.
+        both since the last call; and the greatest device memory so far in GiB, allocated and reserved, where they are
+        measured.
         """
         now = _Counted(record.passes, record.wall_s, sum(b.stall_s for b in record.blocks), record.loaded_bytes)
         before = self._before
@@ -38,4 +39,6 @@ class Scalars:
         }
         if record.vram_peak_bytes:
             found["memplan/vram_peak_gib"] = record.vram_peak_bytes / GIB
+        if record.vram_reserved_bytes:
+            found["memplan/vram_reserved_gib"] = record.vram_reserved_bytes / GIB
         return found
