@@ -16,7 +16,7 @@ import statistics
 import sys
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -36,30 +36,36 @@ GIB = 2**30
 
 def predicted(run: Run) -> dict[str, Any]:
     """Return what is predicted for a run: bytes by lines, seconds of a step, trained parameters."""
-    from memplan.cost.reserved import reserved
+    from memplan.cost.reserved import rounding_bytes
     from memplan.hardware.profile import load
 
     hardware = load(run.card)
-    with _as_it_was(run):
+    with _as_it_was(run) as kept_bytes:
         graph, table, trained = _priced(run, run.shape, hardware)
-        timed = table
+        graph_timed, timed = graph, table
         if run.timed_shape:
-            _, timed, _ = _priced(run, run.timed_shape, hardware)
+            graph_timed, timed, _ = _priced(run, run.timed_shape, hardware)
     context = sum(row.size_bytes for row in table.fixed if row.kind == "context")
     weights = sum(tensor.size_bytes for block in graph.blocks for tensor in block.tensors)
-    live = weights + max(table.device_bytes({})) - context + run.besides_bytes
-    lines = {line.what: line.size_bytes for line in reserved(graph, hardware)}
+    besides = run.besides_bytes + max(kept_bytes().values(), default=0)
+    live = weights + max(table.device_bytes({})) - context + besides
+    lines = {line.what: line.size_bytes for line in table.reserved}
+    lines["rounding of weights"] = rounding_bytes(
+        tensor.size_bytes for block in graph.blocks for tensor in block.tensors
+    )
     total = live + sum(lines.values())
     found: dict[str, Any] = {
         "trainable": trained,
         "weights_bytes": weights,
         "live_bytes": live,
+        "besides_bytes": besides,
         "lines": lines,
         "reserved_bytes": total,
         "predicted_bytes": live if run.measure == "allocated" else total,
         "predicted_s": sum(row.time_s for row in timed.accesses),
     }
-    found["kernels"] = sum(access.kernels for access in graph.accesses)
+    names = ("flops", "float32_flops", "matmul_bytes", "other_bytes", "kernels")
+    found["work"] = {name: sum(getattr(access, name) for access in graph_timed.accesses) for name in names}
     return found
 
 
@@ -68,11 +74,17 @@ def _priced(run: Run, shape: Any, hardware: Any) -> tuple[Any, Any, int]:
     from memplan.analyze.trace.trace import analyze
     from memplan.cost.build import cost_table
     from memplan.cost.chunked import chunked_loss
+    from memplan.model.adapters import with_adapter
 
     if callable(run.model):
         model, short = run.model(), False
         ids = torch.zeros(shape, dtype=torch.long, device="meta")
         batch: Any = {"input_ids": ids, "labels": ids}
+    elif isinstance(shape, dict):  # of diffusers, whose checkpointing memplan does not turn on by name
+        model, short, batch = prepare(run.model, dtype="bfloat16").model, False, shape
+        if run.checkpointing:
+            model.enable_gradient_checkpointing()
+        model = with_adapter(model, run.adapter() if run.adapter else None)
     else:
         prepared = prepare(
             run.model,
@@ -92,21 +104,30 @@ def _priced(run: Run, shape: Any, hardware: Any) -> tuple[Any, Any, int]:
 
 
 @contextlib.contextmanager
-def _as_it_was(run: Run) -> Iterator[None]:
-    """Have bitsandbytes keep what it kept when a run was made."""
+def _as_it_was(run: Run) -> Iterator[Callable[[], dict[int, int]]]:
+    """Have bitsandbytes keep what it kept when a run was made: the input of each 4-bit product, as an attribute.
+
+    Autograd does not let go of an attribute as backward goes by, and LitGPT's loop holds the loss of one micro-batch
+    until that of the next is there: so there are those of two. Yields what the bytes of the former are, by trace.
+    """
+    kept: dict[int, dict[int, int]] = {}
     if not run.keeps_inputs:
-        yield
+        yield dict
         return
     from bitsandbytes.autograd._functions import MatMul4Bit
 
-    forward = MatMul4Bit.forward
+    forward, modes = MatMul4Bit.forward, []
 
     def keeping(ctx: Any, given: Any, *rest: Any, **more: Any) -> Any:
         ctx.given = given
+        mode = getattr(given, "fake_mode", None)
+        modes.append(mode)  # lest its id is another's later
+        storage = given.untyped_storage()
+        kept.setdefault(id(mode), {})[storage._cdata] = storage.nbytes()
         return forward(ctx, given, *rest, **more)
 
     with patch.object(MatMul4Bit, "forward", staticmethod(keeping)):
-        yield
+        yield lambda: {mode: sum(sizes.values()) for mode, sizes in kept.items()}
 
 
 def row_of(run: Run) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""LitGPT's own model, as its fine-tuning script makes it, for rows that were measured with it: ``pip install litgpt``."""
+"""LitGPT's own model, as its fine-tuning script makes it, for rows measured with it: ``pip install litgpt``."""
 
 from __future__ import annotations
 
@@ -46,6 +46,7 @@ class _WithLoss(nn.Module):
 
         self.model.max_seq_length = input_ids.shape[1]
         logits = self.model(input_ids, lm_head_chunk_size=128)
+        logits = [chunk.float() for chunk in logits]  # what Fabric's convert_output does, to torch's default dtype
         logits[-1] = logits[-1][..., :-1, :]
         return {"loss": chunked_cross_entropy(logits, labels[..., 1:])}
 

@@ -18,7 +18,10 @@ PEFT_ANCHOR = "lora--llama-3.2-3B-rank32.json"
 SCORER_BYTES = 86_580_480 * 4 + 14 * 512 * 7680 * 2
 """What PEFT's image script keeps on the card besides (method_comparison/image-gen/run.py and its default settings):
 DINOv2-base in float32, and the embeddings of 14 prompts."""
-BEFORE_1270 = "bitsandbytes before its pull request 1270 (July 2024) keeps the input of each 4-bit product for backward"
+BEFORE_1270 = (
+    "bitsandbytes before its pull request 1270 (July 2024) keeps the input of each 4-bit product, from one micro-batch "
+    "to the next"
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -116,7 +119,7 @@ def _of_peft(number: int, row: dict[str, str]) -> Run | str:
         row=number, source="PEFT, Llama 3.2 3B", name=name.removesuffix(".json").replace("llama-3.2-3B-", ""),
         model="llama-3.2-3b", adapter=lambda: _peft_config(kind, name, row, klein=False),
         trainable=_number(r"trainable ([\d,]+)", notes), shape=(4, PEFT_TOKENS), timed_shape=(4, round(mean)),
-        card="l40s", published_bytes=float(re.search(r"p99 of steps ([\d.]+)", notes)[1]) * 2**30,  # type: ignore[index]
+        card="l40s", published_bytes=_decimal(r"p99 of steps ([\d.]+)", notes) * 2**30,
         published_s=float(row["s_per_step"]), tokens=round(4 * mean),
     )  # fmt: skip
 
@@ -143,12 +146,12 @@ def _peft_config(kind: str, name: str, row: dict[str, str], *, klein: bool) -> A
 
     rank = {"r": int(row["rank"])} if row["rank"].isdigit() else {}
     names = {
-        "ADALORA": "AdaLoraConfig", "BEFT": "BeftConfig", "C3A": "C3AConfig", "DEFT": "DeftConfig", "GLORA": "GloraConfig",
-        "FOURIERFT": "FourierFTConfig", "GRALORA": "GraloraConfig", "HRA": "HRAConfig", "IA3": "IA3Config",
-        "LILY": "LilyConfig", "LOHA": "LoHaConfig", "LOKR": "LoKrConfig", "LORA": "LoraConfig", "MISS": "MissConfig",
-        "PSOFT": "PsoftConfig", "PVERA": "PveraConfig", "RANDLORA": "RandLoraConfig", "ROAD": "RoadConfig",
-        "TINYLORA": "TinyLoraConfig", "TRAINABLE_TOKENS": "TrainableTokensConfig", "VBLORA": "VBLoRAConfig",
-        "VERA": "VeraConfig", "WAVEFT": "WaveFTConfig",
+        "ADALORA": "AdaLoraConfig", "BEFT": "BeftConfig", "C3A": "C3AConfig", "DEFT": "DeftConfig",
+        "FOURIERFT": "FourierFTConfig", "GLORA": "GloraConfig", "GRALORA": "GraloraConfig", "HRA": "HRAConfig",
+        "IA3": "IA3Config", "LILY": "LilyConfig", "LOHA": "LoHaConfig", "LOKR": "LoKrConfig", "LORA": "LoraConfig",
+        "MISS": "MissConfig", "PSOFT": "PsoftConfig", "PVERA": "PveraConfig", "RANDLORA": "RandLoraConfig",
+        "ROAD": "RoadConfig", "TINYLORA": "TinyLoraConfig", "TRAINABLE_TOKENS": "TrainableTokensConfig",
+        "VBLORA": "VBLoRAConfig", "VERA": "VeraConfig", "WAVEFT": "WaveFTConfig",
     }  # fmt: skip
     more: dict[str, Any] = {
         "ADALORA": {"init_r": 64, "target_r": 32, "total_step": 5000, "tinit": 200, "tfinal": 500},
@@ -179,6 +182,13 @@ LITGPT = {"gemma-2b": "Gemma-2b", "gemma-2-9b": "Gemma-2-9b", "llama-3.1-8b": "L
 """Names of LitGPT's for those of the table."""
 
 
+VOCABULARY = {
+    "falcon-7b": 65024, "gemma-2b": 256000, "gemma-2-9b": 256000, "llama-3.1-8b": 128256, "mistral-7b": 32000,
+    "mistral-7b-v0.2": 32000, "phi-2": 51200, "Phi-3-mini-4k-instruct": 32064, "stablelm-base-alpha-3b": 50688,
+}  # fmt: skip
+"""Padded. Its loop holds the logits of one micro-batch, in float32, while the next runs."""
+
+
 def _of_litgpt(number: int, row: dict[str, str]) -> Run:
     from benchmarks.published import litgpt
 
@@ -190,7 +200,8 @@ def _of_litgpt(number: int, row: dict[str, str]) -> Run:
             model, rank=int(row["rank"]), targets=row["targets"].split(), quantization=quantization,
             dropout=0.1 if "gemma" in row["model"] else 0.05,
         ),
-        shape=(int(row["batch"]), 512), keeps_inputs=bool(quantization), measure="allocated", card="a10",
+        shape=(int(row["batch"]), 512), besides_bytes=int(row["batch"]) * 512 * VOCABULARY[row["model"]] * 4,
+        keeps_inputs=bool(quantization), measure="allocated", card="a10",
         published_bytes=float(row["peak_gb"]) * 1e9, causes=(BEFORE_1270,) if quantization else (),
     )  # fmt: skip
 
@@ -242,3 +253,10 @@ def _of_axolotl(number: int, row: dict[str, str]) -> Run | str:
 def _number(pattern: str, text: str) -> int:
     match = re.search(pattern, text)
     return 0 if match is None else int(match[1].replace(",", ""))
+
+
+def _decimal(pattern: str, text: str) -> float:
+    match = re.search(pattern, text)
+    if match is None:
+        raise ValueError(f"no {pattern} in {text}")
+    return float(match[1])

@@ -8,9 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from msgspec import Struct
-
 from memplan.analyze.graph import LayerGraph
+from memplan.cost.table import Reserved
 from memplan.hardware.profile import HardwareProfile
 from memplan.model.caching_allocator import CachingAllocator
 from memplan.units import MIB
@@ -29,33 +28,21 @@ _HOPPER_ON = ("h100", "h200", "b200", "b300", "gh200")
 """Beginnings of the names of profiles of such cards."""
 
 
-class Reserved(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """One line."""
-
-    what: str
-    size_bytes: int
-    source: str
-
-
 def reserved(graph: LayerGraph, hardware: HardwareProfile) -> tuple[Reserved, ...]:
-    """Return the lines of a pass on a device; none where it is no CUDA device."""
+    """Return the lines of a pass on a device; none where it is no CUDA device. Frozen weights are taken to lie in one
+    arena: loaded one by one they have a line of :func:`rounding_bytes` besides.
+    """
     if hardware.device != "cuda":
         return ()
     each = HOPPER_WORKSPACE_BYTES if hardware.name.startswith(_HOPPER_ON) else WORKSPACE_BYTES
-    sizes = [tensor.size_bytes for block in graph.blocks for tensor in block.tensors]
     return (
-        Reserved(
-            what="rounding of weights",
-            size_bytes=rounding_bytes(sizes),
-            source="segments of torch's caching allocator for each weight, as they are loaded one by one",
-        ),
         Reserved(
             what="fragmentation",
             size_bytes=graph.fragmentation_bytes,
             source="the traced pass replayed on torch's caching allocator",
         ),
         Reserved(
-            what="workspaces of matrix products",
+            what="workspaces",
             size_bytes=HANDLES * each,
             source="torch's default of CUBLAS_WORKSPACE_CONFIG, for forward and backward",
         ),

@@ -42,6 +42,15 @@ class AccessRow(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
         return self.transient_recompute_bytes if policy == "recompute" else self.transient_offload_bytes
 
 
+class Reserved(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What a CUDA device reserves beyond what is alive (:mod:`memplan.cost.reserved`); it is in no peak."""
+
+    what: str
+    size_bytes: int
+    source: str
+    """Where its constants come from."""
+
+
 class CostTable(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Everything the placement may know of the model and the machine."""
 
@@ -61,6 +70,7 @@ class CostTable(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Between a CUDA device and RAM that is not pinned, either way; None on the CPU."""
     duplex_factor: float = 1.0
     """Share of its own rate that a direction of the link reaches while the other is busy too."""
+    reserved: tuple[Reserved, ...] = ()
 
     @property
     def state_on_host_bytes(self) -> int:
