@@ -40,8 +40,7 @@ MEASURES = {"before.record(stream)", "after.record(stream)"}
 """What only takes the time."""
 
 
-NOT_CAUGHT = {
-}
+NOT_CAUGHT = {}
 """What no case here shows to be needed, and what may be why. Whoever drops one needs more of an argument."""
 
 
