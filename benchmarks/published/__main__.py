@@ -47,8 +47,12 @@ def predicted(run: Run) -> dict[str, Any]:
             graph_timed, timed, _ = _priced(run, run.timed_shape, hardware)
     context = sum(row.size_bytes for row in table.fixed if row.kind == "context")
     weights = sum(tensor.size_bytes for block in graph.blocks for tensor in block.tensors)
-    besides = run.besides_bytes + max(kept_bytes().values(), default=0)
-    live = weights + max(table.device_bytes({})) - context + besides
+    before = run.before_bytes + max(kept_bytes().values(), default=0)
+    peak = max(
+        size_bytes + (before if access.kind == "forward" else 0)
+        for access, size_bytes in zip(table.accesses, table.device_bytes({}), strict=True)
+    )
+    live = weights + peak - context + run.besides_bytes
     lines = {line.what: line.size_bytes for line in table.reserved}
     lines["rounding of weights"] = rounding_bytes(
         tensor.size_bytes for block in graph.blocks for tensor in block.tensors
@@ -58,7 +62,7 @@ def predicted(run: Run) -> dict[str, Any]:
         "trainable": trained,
         "weights_bytes": weights,
         "live_bytes": live,
-        "besides_bytes": besides,
+        "before_bytes": before,
         "lines": lines,
         "reserved_bytes": total,
         "predicted_bytes": live if run.measure == "allocated" else total,
@@ -108,7 +112,8 @@ def _as_it_was(run: Run) -> Iterator[Callable[[], dict[int, int]]]:
     """Have bitsandbytes keep what it kept when a run was made: the input of each 4-bit product, as an attribute.
 
     Autograd does not let go of an attribute as backward goes by, and LitGPT's loop holds the loss of one micro-batch
-    until that of the next is there: so there are those of two. Yields what the bytes of the former are, by trace.
+    until that of the next is there: so there are those of two in each forward. Yields what gives the bytes of the
+    former, by trace.
     """
     kept: dict[int, dict[int, int]] = {}
     if not run.keeps_inputs:

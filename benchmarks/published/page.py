@@ -23,8 +23,8 @@ CAUSES = """\
 - **4-bit rows of LitGPT lay 17 to 26% under.** They were measured before bitsandbytes' pull request 1270 (July 2024):
   `MatMul4Bit` kept its input as an attribute, which autograd does not let go of as backward goes by, and LitGPT's
   loop holds the loss of one micro-batch until the next is there. The benchmark plans them with that put back
-  (`_as_it_was`), counting both micro-batches. With today's bitsandbytes the same trainings need that much less:
-  Falcon-7B 7.0 GB of live bytes where 9.4 were published.
+  (`_as_it_was`), counting both micro-batches in a forward. With today's bitsandbytes the same trainings need that much
+  less: Falcon-7B 7.0 GB of live bytes where 9.4 were published.
 - **Rows with large vocabularies lay under (Gemma 2B by 8%).** Lightning's Fabric converts what a model returns to
   torch's default dtype: logits are there once more, in float32. They are planned so.
 - **GELU models lay 10 to 44% over** when transformers' models stood in for LitGPT's own: Falcon-7B 18.4 GB (with

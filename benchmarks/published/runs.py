@@ -50,6 +50,8 @@ class Run:
     measure: str = "reserved"
     """``allocated`` where that is what its program prints."""
     besides_bytes: int = 0
+    before_bytes: int = 0
+    """Of the micro-batch before, what is still there in a forward."""
     card: str = ""
     published_bytes: float = 0.0
     published_s: float = 0.0
@@ -200,7 +202,7 @@ def _of_litgpt(number: int, row: dict[str, str]) -> Run:
             model, rank=int(row["rank"]), targets=row["targets"].split(), quantization=quantization,
             dropout=0.1 if "gemma" in row["model"] else 0.05,
         ),
-        shape=(int(row["batch"]), 512), besides_bytes=int(row["batch"]) * 512 * VOCABULARY[row["model"]] * 4,
+        shape=(int(row["batch"]), 512), before_bytes=int(row["batch"]) * 512 * VOCABULARY[row["model"]] * 4,
         keeps_inputs=bool(quantization), measure="allocated", card="a10",
         published_bytes=float(row["peak_gb"]) * 1e9, causes=(BEFORE_1270,) if quantization else (),
     )  # fmt: skip
