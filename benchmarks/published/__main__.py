@@ -41,10 +41,10 @@ def predicted(run: Run) -> dict[str, Any]:
 
     hardware = load(run.card)
     with _as_it_was(run) as kept_bytes:
-        graph, table, trained = _priced(run, run.shape, hardware)
+        graph, table, trained = _priced(run, run.shape, hardware, run.head_tokens)
         graph_timed, timed = graph, table
-        if run.timed_shape:
-            graph_timed, timed, _ = _priced(run, run.timed_shape, hardware)
+        if run.timed_shape or run.head_tokens:
+            graph_timed, timed, _ = _priced(run, run.timed_shape or run.shape, hardware)
     context = sum(row.size_bytes for row in table.fixed if row.kind == "context")
     weights = sum(tensor.size_bytes for block in graph.blocks for tensor in block.tensors)
     before = run.before_bytes + max(kept_bytes().values(), default=0)
@@ -73,11 +73,11 @@ def predicted(run: Run) -> dict[str, Any]:
     return found
 
 
-def _priced(run: Run, shape: Any, hardware: Any) -> tuple[Any, Any, int]:
+def _priced(run: Run, shape: Any, hardware: Any, head_tokens: int = 0) -> tuple[Any, Any, int]:
+    """``head_tokens``: for how many tokens at a time there are logits; 0 for all at once."""
     from memplan.analyze.inputs.prepare import prepare
     from memplan.analyze.trace.trace import analyze
     from memplan.cost.build import cost_table
-    from memplan.cost.chunked import chunked_loss
     from memplan.model.adapters import with_adapter
 
     if callable(run.model):
@@ -100,11 +100,22 @@ def _priced(run: Run, shape: Any, hardware: Any) -> tuple[Any, Any, int]:
         )
         model, short, batch = prepared.model, prepared.short, shape
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-    graph = analyze(model, batch, short=short, optimizer=run.optimizer)
-    table = cost_table(graph, hardware)
-    if run.loss != "full":
-        table = chunked_loss(table, graph.tokens, 1 if run.loss == "fused" else 512) or table
-    return graph, table, trained
+    if run.adapter_dtype:
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.data = parameter.data.to(getattr(torch, run.adapter_dtype))
+    loss = None
+    if head_tokens:
+        ids = torch.zeros(shape, dtype=torch.long, device="meta")
+        batch = {"input_ids": ids, "logits_to_keep": torch.arange(head_tokens)}
+        loss = _loss_of_some
+    graph = analyze(model, batch, short=short, optimizer=run.optimizer, loss=loss)
+    return graph, cost_table(graph, hardware), trained
+
+
+def _loss_of_some(output: Any) -> torch.Tensor:
+    logits = output.logits[:1].flatten(0, 1).float()  # tokens of the whole batch go through the head in turns
+    return torch.nn.functional.cross_entropy(logits, logits.new_zeros(len(logits), dtype=torch.long))
 
 
 @contextlib.contextmanager

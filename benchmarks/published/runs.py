@@ -45,8 +45,10 @@ class Run:
     """Of bitsandbytes' 4-bit products: see :data:`BEFORE_1270`."""
     checkpointing: bool = False
     optimizer: str = "adamw"
-    loss: str = "full"
-    """``chunked``, or ``fused`` where no logits are ever there."""
+    head_tokens: int = 0
+    """For how many tokens at a time there are logits; 0 for all at once."""
+    adapter_dtype: str = ""
+    """Where it is not float32, as PEFT makes it."""
     measure: str = "reserved"
     """``allocated`` where that is what its program prints."""
     besides_bytes: int = 0
@@ -215,7 +217,7 @@ def _of_fsdp_qlora(number: int, row: dict[str, str]) -> Run | str:
         row=number, source="fsdp_qlora", name=f"Llama-2-7b nf4, {row['card'].split(' (')[0]}", model="llama-2-7b",
         adapter=lambda: {"rank": 64, "dropout": 0.1,
                          "targets": ["q_proj", "k_proj", "v_proj", "up_proj", "down_proj", "gate_proj"]},
-        quantization="nf4", checkpointing=True, shape=(int(row["batch"]), 2048),
+        quantization="nf4", checkpointing=True, adapter_dtype="bfloat16", shape=(int(row["batch"]), 2048),
         card="rtx-4090" if "4090" in row["card"] else "rtx-3090", published_bytes=float(row["peak_gb"]) * 2**30,
         published_s=float(row["s_per_step"]), tokens=int(row["batch"]) * 2048 * 2,
     )  # fmt: skip
@@ -228,7 +230,8 @@ def _of_torchtune(number: int, row: dict[str, str]) -> Run | str:
     return Run(
         row=number, source="torchtune", name=f"Llama 3.1 8B {'nf4' if nf4 else ''}, compiled", model="llama-3.1-8b",
         adapter=lambda: {"rank": 8, "targets": ["q_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]},
-        quantization="nf4" if nf4 else "", checkpointing=True, shape=(2, 2048), loss="chunked", card="rtx-4090",
+        quantization="nf4" if nf4 else "", checkpointing=True, shape=(2, 2048), head_tokens=512,
+        adapter_dtype="bfloat16", card="rtx-4090",
         published_bytes=float(row["peak_gb"]) * 2**30, published_s=float(row["s_per_step"]), tokens=2 * 2048,
         stock=False, causes=("torchtune's own model, compiled: its layers save less",),
     )  # fmt: skip
@@ -246,7 +249,7 @@ def _of_axolotl(number: int, row: dict[str, str]) -> Run | str:
     return Run(
         row=number, source="axolotl", name=f"{own} nf4", model=AXOLOTL[own],
         adapter=lambda: {"rank": 32, "targets": "all-linear"}, quantization="nf4-nested", kbit=True, checkpointing=True,
-        shape=(2, 2048), loss="fused", optimizer="adamw8bit" if "8bit" in row["optimizer"] else "adamw",
+        shape=(2, 2048), head_tokens=1, optimizer="adamw_8bit" if "8bit" in row["optimizer"] else "adamw",
         published_bytes=float(row["peak_gb"]) * 2**30, card="l40s", stock=False,
         causes=("rounded by its README ('about'); the card is not stated; cut cross entropy",),
     )  # fmt: skip
