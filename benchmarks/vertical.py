@@ -2,10 +2,11 @@
 
     python -m benchmarks.vertical [--rounds 6] [--keep]
 
-As in ``benchmarks.link`` transfers are throttled to a rate, at which a micro-batch's loads take three times its
-compute. Steps of a whole model, of one that streams for each micro-batch, and of one whose groups share loads are timed
-in turn; the floor of a grouped step is the whole one. What lanes cost is measured apart, where layers compute next to
-nothing. A table for people; the last line is JSON.
+One budget of vram for all, a layer more than the least for the largest group. As in ``benchmarks.link`` transfers are
+throttled to a rate, at which the loads of a micro-batch that loads for itself take three times its compute. Steps of a
+whole model, of one that streams for each micro-batch, and of ones whose groups share loads are timed in turn; the floor
+of a grouped step is the whole one. What lanes cost is measured apart, where layers compute next to nothing. A table for
+people; the last line is JSON.
 """
 
 from __future__ import annotations
@@ -25,9 +26,10 @@ from torch import nn
 import memplan
 from benchmarks import overhead
 from benchmarks.about import about, keep
-from benchmarks.link import DEPTH, ROWS, WIDTH, Throttled, build, loss_of, profile
+from benchmarks.link import DEPTH, WIDTH, Throttled, build, loss_of, profile
+from memplan.errors import DoesNotFitError
 
-ACCUMULATION, LINK_SHARE = 8, 3.0
+ACCUMULATION, LINK_SHARE, ROWS = 8, 3.0, 48
 GROUPS = (2, 4, 8)
 OF_WHOLE, FASTER, OF_PREDICTED, LANE_US = 1.10, 2.4, 1.05, 60.0
 
@@ -49,6 +51,15 @@ def step(model: nn.Module, batches: list[torch.Tensor], handle: memplan.Handle |
     return took
 
 
+def least_vram_bytes(model: nn.Module, shape: dict[str, torch.Tensor], options: dict[str, object]) -> int:
+    """Return the least for the largest group."""
+    try:
+        memplan.plan(model, shape, hardware=profile(1.0, 1.0), vram=1, group=ACCUMULATION, **options)
+    except DoesNotFitError as error:
+        return error.least_vram_bytes or 0
+    raise AssertionError("a byte is enough")
+
+
 def in_turn(steps: dict[str, Callable[[], float]], rounds: int) -> dict[str, list[float]]:
     """Return the seconds of each, timed in turn, forwards and backwards, after a round that is not kept."""
     times: dict[str, list[float]] = {name: [] for name in steps}
@@ -65,10 +76,11 @@ def compare(rounds: int) -> dict[str, dict[str, float]]:
     batches = [torch.randn(ROWS, WIDTH) for _ in range(ACCUMULATION)]
     whole = build()
     options = {
-        "vram": "4GiB", "ram": "4GiB", "loss": loss_of, "accumulation": ACCUMULATION, "activations": "keep",
+        "ram": "4GiB", "loss": loss_of, "accumulation": ACCUMULATION, "activations": "keep",
         "pins": {str(i): "host" for i in range(DEPTH)},
     }  # fmt: skip
     shape = {"input": batches[0]}
+    options["vram"] = least_vram_bytes(whole, shape, options) + sum(p.nbytes for p in whole[0].parameters())
     step(whole, batches)
     compute_s = statistics.median(step(whole, batches) for _ in range(3)) / ACCUMULATION
     unit = memplan.plan(whole, shape, hardware=profile(1.0, 1.0), **options)

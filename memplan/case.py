@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -10,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 from msgspec.structs import replace
 
+from memplan.cost.group import grouped, sizes
+from memplan.device_kinds import is_apart
 from memplan.errors import InputError, ModelError
 from memplan.hardware import machine
 from memplan.hardware.budgets import beyond, require_vram
@@ -57,6 +60,8 @@ class Case:
     """Where the optimizer's state lies between steps; None: as is best, of those that :func:`memplan.place.solve.place`
     tries.
     """
+    groups: tuple[int, ...] = (1,)
+    """Sizes of groups of micro-batches of which one is chosen, the smallest first."""
 
     def place(self, *, pieces: bool = True, **budgets: int) -> Plan:
         """Return the plan. ``budgets``: bytes in place of the case's own, such as ``vram_bytes``. Raises
@@ -66,7 +71,8 @@ class Case:
 
         within = replace(self.budgets, **budgets)
         more = {"pins": self.pins, "pieces": pieces, "elastic": self.elastic, **self._asked()}
-        return place(self.table, within, optimizer_state=self.optimizer_state, **more, **self._said())
+        more |= {"optimizer_state": self.optimizer_state, "groups": self.groups}
+        return place(self.table, within, **more, **self._said())
 
     def pass_below_s(self, below_s: float) -> float | None:
         """Return the pass in s of the plan, whole blocks alone; None where it does not fit or takes ``below_s`` or
@@ -81,14 +87,17 @@ class Case:
         """Return what another way of placing comes to (:mod:`memplan.place.baselines`); None where it does not fit."""
         from memplan.place.solve import place_as
 
-        return place_as(way, self.table, self.budgets, **self._asked(), **self._said())
+        return place_as(way, self._table_of(1), self.budgets, **self._asked(), **self._said())
 
     def least_vram_bytes(self) -> int | None:
         """Return the least vram for which there is a plan, in bytes; None where RAM and disk are too little for any."""
         from memplan.place.min_vram import least_vram_bytes
 
         more = {"pins": self.pins, "optimizer_state": self.optimizer_state, **self._asked()}
-        return least_vram_bytes(self.table, self.budgets, **more)
+        return least_vram_bytes(self._table_of(self.groups[0]), self.budgets, **more)
+
+    def _table_of(self, group: int) -> CostTable:
+        return grouped(self.table, group, self.workload.accumulation)
 
     def _asked(self) -> dict[str, Any]:
         return {"activations": self.activations, "staging_bytes": self.staging_bytes}
@@ -106,12 +115,16 @@ class Case:
         """Return the vram in bytes that holds all weights and all activations: with more, nothing is faster."""
         kept: dict[str, Activations] = dict.fromkeys(self.table.recomputable, "keep")
         kept |= self.activations
-        return max(self.table.device_bytes(kept)) + sum(align_up(block.size_bytes) for block in self.table.blocks)
+        table = self._table_of(self.groups[0])
+        return max(table.device_bytes(kept)) + sum(align_up(block.size_bytes) for block in self.table.blocks)
 
 
 def again(plan: Plan, vram_bytes: int) -> Plan:
-    """Return a plan of the same blocks for another budget of vram, in bytes. Raises DoesNotFitError."""
-    return case_of_plan(plan).place(pieces=False, vram_bytes=vram_bytes)
+    """Return a plan of the same blocks for another budget of vram, in bytes, in groups that are no larger. Raises
+    DoesNotFitError.
+    """
+    groups = tuple(group for group in sizes(plan.workload.accumulation) if group <= plan.group)
+    return dataclasses.replace(case_of_plan(plan), groups=groups).place(pieces=False, vram_bytes=vram_bytes)
 
 
 def case_of_plan(plan: Plan) -> Case:
@@ -129,6 +142,7 @@ def case_of_plan(plan: Plan) -> Case:
         notes=plan.notes,
         elastic=plan.elastic,
         optimizer_state=plan.optimizer_state,
+        groups=(plan.group,),
     )
 
 
@@ -187,6 +201,7 @@ def case_of(request: Request) -> Case:
         ),
         elastic=choices.elastic,
         optimizer_state=choices.optimizer_state,
+        groups=_groups(training.groups, table, asked),
     )
 
 
@@ -320,7 +335,20 @@ def _times(request: Request, graph: LayerGraph, profile: HardwareProfile, room_b
 
 def _staging_bytes(device: str) -> int:
     """Return the host bytes that the disk is read through."""
-    return STAGING_BYTES + (RING_BYTES if device == "cuda" else 0)
+    return STAGING_BYTES + (RING_BYTES if is_apart(device) else 0)
+
+
+def _groups(groups: tuple[int, ...], table: CostTable, asked: Mapping[str, Activations]) -> tuple[int, ...]:
+    """Return the sizes of groups that can pass. Raises InputError where one was asked for that cannot."""
+    if table.turn_around is None:
+        why = "the last module of its forward is not the first of its backward"
+    elif "offload" in asked.values():
+        why = "activations were to be offloaded, and each micro-batch of a group would have its own"
+    else:
+        return groups
+    if groups[0] > 1:
+        raise InputError(f"groups of {groups[0]} micro-batches were asked for, but {why}: leave group out")
+    return (1,)
 
 
 def _only(asked: Mapping[str, Activations], row: AccessRow) -> AccessRow:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypedDict, cast
 
 from memplan.analyze.blocks.optimizers import optimizer_name
+from memplan.cost.group import sizes
 from memplan.errors import InputError
 from memplan.model.arguments import QLORA, Understood, autocast_name, like, understood
 from memplan.units import format_bytes, parse_size
@@ -24,6 +25,9 @@ if TYPE_CHECKING:
 TIERS: tuple[Tier, ...] = ("device", "host", "disk")
 STATE_HOMES: tuple[StateHome, ...] = ("device", "host")
 ACTIVATIONS: tuple[Activations, ...] = ("keep", "recompute", "offload")
+AUTO = "auto"
+DEFAULT_GROUP: int | str = 1
+"""Of the option ``group``, here alone: ``"auto"`` once what trains under a plan passes groups unless told otherwise."""
 ANY = "any"
 """Activations that may be offloaded too, where that is fastest."""
 
@@ -45,7 +49,7 @@ class PlanOptions(TypedDict, total=False):
     disk: int | str | None
     """Disk for packed blocks, as ``vram``. None: no disk beyond the checkpoint's own files."""
     page_lock: int | str | None
-    """Maximum pinned host memory for a CUDA device; the rest of ``ram`` is read at the rate of pageable RAM. None: the
+    """Maximum pinned host memory for a GPU; the rest of ``ram`` is read at the rate of pageable RAM. None: the
     profile's limit, where pinning was seen to fail, and else all."""
     hardware: str | Path | HardwareProfile
     """``"auto"``, the default (measured once, then cached), a shipped profile's name, or a profile's file."""
@@ -74,6 +78,9 @@ class PlanOptions(TypedDict, total=False):
     base for backward. None: as the autocast that this is called in, if any."""
     accumulation: int
     """Micro-batches per step: 1 unless it is given."""
+    group: int | str
+    """Micro-batches of a step that share each load: so many pass each layer one after another before it leaves, which
+    :meth:`memplan.Handle.accumulate` does. 1 unless it is given; ``"auto"``: as many as make a step shortest."""
     steps: int | None
     """Total steps, to estimate run time."""
     examples: int | None
@@ -154,6 +161,8 @@ class Training:
     """What is done with the model, and how often."""
 
     accumulation: int
+    groups: tuple[int, ...]
+    """Sizes of groups of micro-batches of which one is chosen, the smallest first."""
     steps: int | None
     """Of the whole run, as far as they are known: counted from the examples where those are given."""
     examples: int | None
@@ -230,6 +239,7 @@ class Request:
             raise InputError(
                 f"accumulation was given as {accumulation!r}: give a whole number of micro-batches, at least 1"
             )
+        groups = _groups(given.get("group", DEFAULT_GROUP), accumulation)
         qlora, kbit, autocast, optimizer = (
             given.get("qlora", False), given.get("kbit"), given.get("autocast"), given.get("optimizer"),
         )  # fmt: skip
@@ -252,6 +262,7 @@ class Request:
             sizes=sizes,
             training=Training(
                 accumulation=accumulation,
+                groups=groups,
                 steps=steps,
                 examples=given.get("examples"),
                 epochs=epochs,
@@ -373,6 +384,15 @@ def _run_of(batch: Any, accumulation: int, given: PlanOptions) -> tuple[int | No
     epochs = 1 if epochs is None else epochs
     passes = -(-examples // max(1, batch["batch"] if isinstance(batch, Mapping) else batch[0]))
     return epochs * -(-passes // accumulation), epochs
+
+
+def _groups(given: object, accumulation: int) -> tuple[int, ...]:
+    """Return the sizes of groups that may be chosen, the smallest first."""
+    if given == AUTO:
+        return sizes(accumulation)
+    if isinstance(given, bool) or not isinstance(given, int) or given < 1:
+        raise InputError(f"group was given as {given!r}: give a number of micro-batches, 1 or more, or {AUTO}")
+    return (min(given, accumulation),)
 
 
 def _activations(given: str | Mapping[str, str] | None) -> dict[str, Activations]:

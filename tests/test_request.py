@@ -209,6 +209,10 @@ def test_qlora_is_its_parts_unless_they_are_given() -> None:
     [
         ({"accumulation": 0}, InputError, "accumulation was given as 0"),
         ({"accumulation": "2"}, InputError, "accumulation was given as '2'"),
+        ({"group": -2}, InputError, "group was given as -2: give a number of micro-batches, 1 or more, or auto"),
+        ({"group": 0, "accumulation": 4}, InputError, "group was given as 0"),
+        ({"group": True, "accumulation": 4}, InputError, "group was given as True"),
+        ({"group": "all", "accumulation": 4}, InputError, "group was given as 'all'"),
         ({"page_lock": "half"}, SizeError, "page_lock was given as 'half'"),
         ({"pins": ["layers.3"]}, InputError, "give a tier by block name"),
         ({"activations": {"h.1": "any"}}, InputError, "the activations of h.1 were given as 'any'"),

@@ -99,6 +99,9 @@ class Access(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     weight_copy_bytes: int = 0
     """Forward accesses: of what it saves for backward where activations are kept, bytes that were made of weights
     alone, whatever the batch: autocast's casts, weights merged with an adapter, dequantized weights."""
+    gradient_bytes: int = 0
+    """Where a step has several micro-batches: of gradients that are there from the first access on, those that the
+    first micro-batch makes in this access."""
 
 
 class Lifetime(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

@@ -13,7 +13,7 @@ import click
 
 from memplan.cli.defaults import from_file, variable
 from memplan.model.arguments import ALL_LINEAR, DEFAULT_TARGETS
-from memplan.request import ACTIVATIONS, ANY, STATE_HOMES, TIERS, tier_of
+from memplan.request import ACTIVATIONS, ANY, AUTO, STATE_HOMES, TIERS, tier_of
 from memplan.units import parse_size
 
 if TYPE_CHECKING:
@@ -68,6 +68,14 @@ def _pins(given: tuple[str, ...]) -> dict[str, str] | None:
         if tiers.setdefault(block, tier) != tier:
             raise click.BadParameter(f"{block!r} is pinned to {tiers[block]} and to {tier}.", param_hint="--pin")
     return tiers or None
+
+
+def _group(given: str | None) -> int | str | None:
+    if given is None or given == AUTO:
+        return given
+    if not given.isascii() or not given.isdecimal() or int(given) < 1:
+        raise click.BadParameter(f"{given!r} is neither a number of micro-batches nor {AUTO}.", param_hint="--group")
+    return int(given)
 
 
 def _flag(given: bool) -> bool | None:
@@ -176,6 +184,14 @@ OPTIONS: dict[str, Row] = {
             type=COUNT,
             help="Micro-batches per step.  [default: 1; with a script its trainer's]",
         )
+    ),
+    "group": Row(
+        _option(
+            "--group",
+            metavar="N|auto",
+            help="Micro-batches of a step that share each load; auto: as many as make a step shortest.  [default: 1]",
+        ),
+        _group,
     ),
     "steps": Row(
         _option(

@@ -8,6 +8,7 @@ from memplan.analyze.graph import Access, Fixed, LayerGraph
 from memplan.cost.reserved import reserved
 from memplan.cost.table import AccessRow, CostTable
 from memplan.cost.time import access_seconds
+from memplan.device_kinds import is_apart
 
 if TYPE_CHECKING:
     from memplan.analyze.blocks.measure import Times
@@ -26,7 +27,7 @@ STEP_SHARE = 0.25
 """Of ``operator_s``, what an operator of the optimizer's takes: no module around it, no autograd. Measured on a CPU."""
 
 FOREACH = 64
-"""Tensors that one kernel of torch's foreach takes on a CUDA device, about."""
+"""Tensors that one kernel of torch's foreach takes on a GPU, about."""
 
 PAGEABLE_SHARE = 0.5
 """Of the rate from page-locked RAM, where a profile has none for pageable RAM: each byte is copied once more."""
@@ -49,7 +50,7 @@ def cost_table(graph: LayerGraph, hardware: HardwareProfile, times: Times | None
     """What a FLOP in float32 costs beyond one in the dtype of most, in such FLOPs."""
 
     bytes_per_s = achieved(hardware.memory_bytes_per_s)
-    runs_ahead = hardware.device != "cpu"
+    runs_ahead = is_apart(hardware.device)
     unknown_s = OPERATOR_S if runs_ahead else 0.0
     operator_s = unknown_s if hardware.operator_s is None else hardware.operator_s.value
 
@@ -106,6 +107,7 @@ def cost_table(graph: LayerGraph, hardware: HardwareProfile, times: Times | None
             offload_bytes=access.offload_bytes,
             offload_s=2 * access.offload_bytes / bytes_per_s,  # read once, written once
             weight_copy_bytes=access.weight_copy_bytes,
+            gradient_bytes=access.gradient_bytes,
         )
 
     context = Fixed(kind="context", size_bytes=int(hardware.context_bytes.value))
@@ -122,11 +124,9 @@ def cost_table(graph: LayerGraph, hardware: HardwareProfile, times: Times | None
         device_to_host_bytes_per_s=hardware.device_to_host_bytes_per_s.value,
         disk_bytes_per_s=hardware.disk_bytes_per_s.value,
         load_latency_s=hardware.load_latency_s.value,
-        pageable_bytes_per_s=None
-        if hardware.device == "cpu"
-        else to_device * PAGEABLE_SHARE
-        if pageable is None
-        else pageable.value,
+        pageable_bytes_per_s=(to_device * PAGEABLE_SHARE if pageable is None else pageable.value)
+        if is_apart(hardware.device)
+        else None,
         duplex_factor=1.0 if duplex is None else min(1.0, duplex.value),
         reserved=reserved(graph, hardware),
     )

@@ -30,6 +30,7 @@ class AccessRow(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     offload_s: float = 0.0
     """Forward accesses: the time in which the device sets aside what is offloaded."""
     weight_copy_bytes: int = 0
+    gradient_bytes: int = 0
 
     def reads_rows_of(self, block: int) -> bool:
         """Whether it reads no more than rows of the block."""
@@ -60,16 +61,19 @@ class CostTable(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     fixed: tuple[Fixed, ...]
     recomputable: tuple[str, ...]
     device: str
-    """``"cpu"`` or ``"cuda"``."""
+    """Its kind, by torch's name: ``"cpu"``, ``"cuda"`` (ROCm too) or ``"xpu"``."""
     host_to_device_bytes_per_s: float
     device_to_host_bytes_per_s: float
     disk_bytes_per_s: float
     load_latency_s: float
     """Added to each load, whatever its size."""
     pageable_bytes_per_s: float | None = None
-    """Between a CUDA device and RAM that is not pinned, either way; None on the CPU."""
+    """Between a GPU and RAM that is not pinned, either way; None on the CPU."""
     duplex_factor: float = 1.0
     """Share of its own rate that a direction of the link reaches while the other is busy too."""
+    group: int = 1
+    """Micro-batches that pass each access one after another before any of them goes on (:mod:`memplan.cost.group`);
+    rows and lifetimes are those of one of them."""
     reserved: tuple[Reserved, ...] = ()
 
     @property
@@ -79,29 +83,58 @@ class CostTable(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
         """
         return sum(life.size_bytes for life in self.lifetimes if life.kind == "optimizer")
 
-    def device_bytes_at(self, index: int, policies: dict[str, Activations]) -> int:
+    def device_bytes_at(self, index: int, policies: Mapping[str, Activations]) -> int:
         """Return the device bytes at the peak of access ``index``, frozen weights apart.
 
         ``policies`` maps a trigger module to its activation policy; a module not in it keeps.
         """
-        total = sum(row.size_bytes for row in self.fixed)
-        for life in self.lifetimes:
-            if life.born <= index <= life.last:
-                policy = policies.get(self.accesses[life.born].module, "keep")
-                if life.policy in ("any", policy):
-                    total += life.size_bytes
-        access = self.accesses[index]
-        return total + access.transient(policies.get(access.module, "keep"))
+        return self.device_bytes(policies)[index]
 
     def device_bytes(self, policies: Mapping[str, Activations]) -> list[int]:
         """Return what :meth:`device_bytes_at` says of each access, of all of them at once."""
-        changes = [0] * (len(self.accesses) + 1)
+        length = len(self.accesses)
+        changes, crossing = [0] * (length + 1), [0] * (length + 1)
         for life in self.lifetimes:
             if life.policy in ("any", policies.get(self.accesses[life.born].module, "keep")):
                 changes[life.born] += life.size_bytes
                 changes[life.last + 1] -= life.size_bytes
+                if life.kind == "activations":
+                    crossing[life.born + 1] += life.size_bytes
+                    crossing[life.last + 1] -= life.size_bytes
         always = sum(row.size_bytes for row in self.fixed)
-        return [
+        alone = [
             always + alive + row.transient(policies.get(row.module, "keep"))
             for alive, row in zip(accumulate(changes), self.accesses, strict=False)
         ]
+        if self.group == 1:
+            return alone
+        waits = list(accumulate(crossing))
+        return [
+            max(alone[first : last + 1]) + (self.group - 1) * (max(waits[first], waits[last + 1]) + self.batch_bytes)
+            for first, last in map(self.visit, range(length))
+        ]
+
+    @property
+    def batch_bytes(self) -> int:
+        """What one micro-batch is given."""
+        return sum(row.size_bytes for row in self.fixed if row.kind == "batch")
+
+    @property
+    def turn_around(self) -> tuple[int, int] | None:
+        """The accesses, first and last, that a micro-batch of a group passes in one visit, so that its logits are gone
+        before the next one makes its own: the last forward, the loss and the first backward. None where these two are
+        not of one module: then no group can pass.
+        """
+        at = next((row.index for row in self.accesses if row.kind == "loss"), 0)
+        if not 0 < at < len(self.accesses) - 1:
+            return None
+        before, behind = self.accesses[at - 1], self.accesses[at + 1]
+        is_one = (before.kind, behind.kind) == ("forward", "backward") and behind.forward == before.index
+        return (at - 1, at + 1) if is_one else None
+
+    def visit(self, index: int) -> tuple[int, int]:
+        """Return the accesses, first and last, that each micro-batch of a group passes before the next one begins the
+        first of them: ``index`` itself, but at the turn-around.
+        """
+        around = self.turn_around if self.group > 1 else None
+        return around if around is not None and around[0] <= index <= around[1] else (index, index)

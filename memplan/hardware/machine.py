@@ -18,6 +18,7 @@ from typing import Literal
 import platformdirs
 import psutil
 
+from memplan.device_kinds import is_apart
 from memplan.errors import HardwareError
 from memplan.hardware.profile import HardwareProfile, read, shipped_folder
 from memplan.units import GIB, MIB
@@ -26,7 +27,7 @@ DEVICE_RESERVE_BYTES = 512 * MIB
 """Left free on a CUDA device by ``vram="auto"``: matrix libraries' workspaces, a display, other processes' growth."""
 
 HOST_RESERVE_BYTES = 2 * GIB
-"""Left free in RAM by ``ram=None`` on a machine with a CUDA device: Python, the data loader, the page cache."""
+"""Left free in RAM by ``ram=None`` on a machine with a GPU: Python, the data loader, the page cache."""
 
 
 def cache_path() -> Path:
@@ -100,7 +101,7 @@ def is_limited() -> bool:
 
 def free_device_bytes(device: Literal["cpu", "cuda"]) -> int:
     """Return the memory of the device that can be had now; for ``"cpu"`` that is :func:`available_host_bytes`."""
-    if device == "cpu":
+    if not is_apart(device):
         return available_host_bytes()
     import torch
 
@@ -111,12 +112,13 @@ def free_device_bytes(device: Literal["cpu", "cuda"]) -> int:
 def auto_vram_bytes(profile: HardwareProfile) -> int:
     """Return the bytes that ``vram="auto"`` stands for.
 
-    On this machine's CUDA device: what is free, and the process's own context (a plan counts it), less
-    DEVICE_RESERVE_BYTES. On the CPU: half of the RAM that is available; :func:`auto_ram_bytes` takes a quarter, so that
-    both fit beside everything else. For a profile of another machine: the same of all the memory that it names.
+    On this machine's CUDA device (other GPUs are not measured): what is free, and the process's own context (a plan
+    counts it), less DEVICE_RESERVE_BYTES. On the CPU: half of the RAM that is available; :func:`auto_ram_bytes` takes a
+    quarter, so that both fit beside everything else. For a profile of another machine: the same of all the memory that
+    it names.
     """
     here = is_here(profile)
-    if profile.device == "cpu":
+    if not is_apart(profile.device):
         return (available_host_bytes() if here else int(profile.device_bytes.value)) // 2
     total = int(profile.device_bytes.value)
     if here:
@@ -127,12 +129,12 @@ def auto_vram_bytes(profile: HardwareProfile) -> int:
 def auto_ram_bytes(profile: HardwareProfile) -> int:
     """Return the bytes that ``ram=None`` stands for.
 
-    With a CUDA device: what is available, less HOST_RESERVE_BYTES. On the CPU: a quarter of what is available. For a
+    With a GPU: what is available, less HOST_RESERVE_BYTES. On the CPU: a quarter of what is available. For a
     profile of another machine: the same of the RAM that it names, and of this machine's where it names none.
     """
     named = None if is_here(profile) else profile.host_bytes
     room = available_host_bytes() if named is None else int(named.value)
-    return room // 4 if profile.device == "cpu" else max(0, room - HOST_RESERVE_BYTES)
+    return max(0, room - HOST_RESERVE_BYTES) if is_apart(profile.device) else room // 4
 
 
 def notes(profile: HardwareProfile, folder: str | Path | None) -> tuple[str, ...]:
@@ -147,7 +149,7 @@ def notes(profile: HardwareProfile, folder: str | Path | None) -> tuple[str, ...
             "none. Untested."
         )
     if "microsoft" in platform.release().lower():
-        if profile.device == "cuda":
+        if is_apart(profile.device):
             found.append(
                 "WSL2 lets only a part of the RAM be pinned, often half of it; the rest is pageable and slower to "
                 "copy. Raise memory= in .wslconfig if you need more."

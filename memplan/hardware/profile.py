@@ -15,7 +15,9 @@ from typing import Literal
 import msgspec
 from msgspec import Struct
 
+from memplan import device_kinds
 from memplan.atomic_write import write_whole
+from memplan.device_kinds import is_apart
 from memplan.errors import HardwareError
 from memplan.hardware import cards
 from memplan.units import format_bytes, format_seconds
@@ -48,7 +50,8 @@ class HardwareProfile(Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     schema_version: int
     name: str
     description: str
-    device: Literal["cpu", "cuda"]
+    device: str
+    """Its kind, by torch's name: ``"cpu"``, ``"cuda"`` (ROCm too) or ``"xpu"``."""
     device_bytes: Figure
     """All memory of the device; on the CPU, all RAM."""
     host_bytes: Figure | None
@@ -91,6 +94,8 @@ class HardwareProfile(Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
                 f"schema_version is {self.schema_version}; this memplan reads version {SCHEMA_VERSION}: "
                 "make the profile again"
             )
+        if fault := device_kinds.fault(self.device):
+            raise HardwareError(f"{fault}: give the name that torch has for the kind of device")
         if not self.name.strip():
             raise HardwareError("name is empty: give the profile a name")
         if "float32" not in self.matmul_flops_per_s or not set(self.matmul_flops_per_s) <= set(_DTYPES):
@@ -146,7 +151,7 @@ def _has(profile: HardwareProfile, gigabytes: int | None) -> bool:
 
 def page_lock_limit_bytes(profile: HardwareProfile) -> int | None:
     """Return how much RAM may be pinned at once; None where no limit is known: no try was ever refused."""
-    if profile.device == "cpu" or profile.page_lock_refused_bytes is None:
+    if not is_apart(profile.device) or profile.page_lock_refused_bytes is None:
         return None
     locked = profile.page_lock_bytes
     return 0 if locked is None else int(locked.value)

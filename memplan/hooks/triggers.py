@@ -16,7 +16,8 @@ from __future__ import annotations
 
 import sys
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
 from types import MappingProxyType
 from typing import Any, Protocol
@@ -63,6 +64,16 @@ class Watcher(Protocol):
         """The outermost backward that accesses were seen in has ended."""
 
 
+class Turns(Protocol):
+    """Who lets the micro-batches of a group take turns: asked before anything is told of an access."""
+
+    def before_forward(self, module: str, *, in_backward: bool) -> None:
+        """A forward of the trigger module is to begin. Returns when it may."""
+
+    def before_backward(self, module: str, call: int) -> None:
+        """The backward of one of its calls is to begin. Returns when it may."""
+
+
 _CALLER = "memplan.caller"
 _STASHED: list[int] = []
 """What was ever kept for :func:`caller`, one for each thread that computes: torch 2.11 takes a reference over that it
@@ -78,12 +89,28 @@ def compute_here() -> None:
 
 
 _OWN = threading.local()
+_ON_BEHALF: dict[int, int] = {}
+"""By thread, the one that it computes for."""
+
+
+@contextmanager
+def computing_for(identity: int) -> Iterator[None]:
+    """Have this thread, in which autograd's backwards run too, be taken by :func:`caller` for another, which waits."""
+    own = threading.get_ident()
+    _OWN.identity, _ON_BEHALF[own] = identity, identity
+    try:
+        yield
+    finally:
+        del _OWN.identity, _ON_BEHALF[own]
 
 
 def caller() -> int:
     """Return the thread that called what runs here: autograd's threads take over what is kept of it."""
-    found: int = torch._C._get_obj_in_tls(_CALLER) if torch._C._is_key_in_tls(_CALLER) else threading.get_ident()
-    return found
+    if torch._C._is_key_in_tls(_CALLER):
+        found: int = torch._C._get_obj_in_tls(_CALLER)
+        return found
+    own = threading.get_ident()
+    return _ON_BEHALF.get(own, own)
 
 
 def in_backward() -> bool:
@@ -125,6 +152,8 @@ class Triggers:
         handed out that tensor.
         """
         self._watcher = watcher
+        self.turns: Turns | None = None
+        """Who is asked before each access, where micro-batches take turns."""
         self._taps = taps
         self._announced: set[tuple[str, int]] = set()
         """The calls whose backward was announced, of the outermost backward under way."""
@@ -161,6 +190,20 @@ class Triggers:
         """Take the hooks away. Backwards of calls made before still reach the watcher, which must bear it."""
         while self._undo:
             self._undo.pop()()
+
+    def own_hooks(self) -> frozenset[int]:
+        """Return the ids of where modules have hooks that come and go by themselves."""
+        return frozenset(id(module._forward_hooks) for taps in self._taps.values() for module in taps.watched)
+
+    def lane(self) -> tuple[Any, ...]:
+        """Return what is one micro-batch's own, for :meth:`be_lane`."""
+        return self._calls, self._announced, self.told, self._outermost, self._computes, self._around
+
+    def be_lane(self, lane: tuple[Any, ...] | None) -> None:
+        """Go on with another micro-batch; None: with one that has not begun."""
+        if lane is None:
+            lane = {}, set(), ("", -1), -1, (0, lambda: None), set()
+        self._calls, self._announced, self.told, self._outermost, self._computes, self._around = lane
 
     def _watch(self, name: str, module: nn.Module) -> None:
         before, after = self._before(name), self._after(name)
@@ -205,6 +248,8 @@ class Triggers:
                     "would read where they are not: detach() first"
                 )
             backward = torch._C._current_graph_task_id() != -1
+            if self.turns is not None:
+                self.turns.before_forward(name, in_backward=backward)
             if backward:
                 self._watch_end(name)
             else:
@@ -249,14 +294,12 @@ class Triggers:
     def _inside_of(self, name: str) -> Any:
         taps = self._taps.get(name)
 
-        calls = self._calls
-
         def hook(module: nn.Module, args: object, output: object) -> None:
             made = (output,) if type(output) is torch.Tensor else tensors_in(output)
             for tensor in made:
                 # Of the node: to put it there takes two thirds of what a tensor's hook does.
                 if (node := tensor.grad_fn) is not None and torch._C._current_graph_task_id() == -1:
-                    node.register_prehook(partial(_tell_from_within, self, name, calls.get(name, -1)))
+                    node.register_prehook(partial(_tell_from_within, self, name, self._calls.get(name, -1)))
             if taps is not None and taps.stops is not None:
                 taps.look(module, [tensor for tensor in made if tensor.grad_fn is not None])
 
@@ -284,6 +327,8 @@ class Triggers:
 
     def backward_begins(self, name: str, call: int) -> None:
         """Tell that a gradient of what a call produced is there."""
+        if self.turns is not None:
+            self.turns.before_backward(name, call)
         self._watch_end(name)
         self.told = (name, call)
         self._announced.add((name, call))

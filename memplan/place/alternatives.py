@@ -10,6 +10,7 @@ from typing import NamedTuple
 from memplan.analyze.graph import Activations
 from memplan.cost.optimizer_state import state_on_host
 from memplan.cost.table import CostTable
+from memplan.device_kinds import is_apart
 from memplan.place.problem import MOST_SUBSETS, Problem, evenly, make_problem, subsets
 from memplan.program.page_lock import is_state_locked
 from memplan.program.schema import Budgets, StateHome, Tier
@@ -21,7 +22,7 @@ _PARTS = 6
 def state_away(table: CostTable, page_lock_bytes: int | None) -> CostTable:
     """Return the cost rows with the optimizer's state in RAM, where no more than so much may be page-locked."""
     away = state_on_host(table)
-    if table.device == "cpu" or is_state_locked(away.state_on_host_bytes, page_lock_bytes):
+    if not is_apart(table.device) or is_state_locked(away.state_on_host_bytes, page_lock_bytes):
         return away
     return state_on_host(table, is_pageable=True)
 
@@ -50,7 +51,7 @@ class Task(NamedTuple):
         away = state_away(self.table, self.budgets.page_lock_bytes)
         if self.optimizer_state == "host":
             return (away,)
-        is_one = self.optimizer_state == "device" or away is self.table or self.table.device == "cpu"
+        is_one = self.optimizer_state == "device" or away is self.table or not is_apart(self.table.device)
         return (self.table,) if is_one else (self.table, away)
 
     def problems(self) -> Iterator[Problem]:
@@ -66,14 +67,15 @@ class Task(NamedTuple):
 class Variants:
     """What was asked, with the activations of some of the other modules offloaded, evenly spread.
 
-    There is none on the CPU, whose own memory is where they would go.
+    There is none on the CPU, whose own memory is where they would go, nor where groups pass: an item has one place, and
+    each micro-batch of a group would have its own.
     """
 
     def __init__(self, table: CostTable, given: Mapping[str, Activations]) -> None:
         can = {access.module for access in table.accesses if access.kind == "forward" and access.offload_bytes}
-        on_cpu = table.device == "cpu"
+        is_none = not is_apart(table.device) or table.group > 1
         self._given = given
-        self._free = [m for m in table.recomputable if m in can and m not in given and not on_cpu]
+        self._free = [m for m in table.recomputable if m in can and m not in given and not is_none]
         few = len(self._free) <= MOST_SUBSETS
         self.every = [self._with(chosen) for chosen in subsets(self._free)[1:]] if few else []
         """Every choice of modules, where there are few."""

@@ -18,6 +18,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
+from memplan.device_kinds import is_apart
 from memplan.place.problem import Bytes, Problem
 
 _MOST_STARTS = 192
@@ -50,7 +51,7 @@ def _windows(problem: Problem, room_bytes: list[int], disk_used: bool) -> Second
     """Return the least time from the end of access p (row) to the start of access p + span (column)."""
     table, length = problem.table, problem.length
     disk = table.disk_bytes_per_s
-    beside = disk_used and table.device == "cpu"  # else the disk's bytes cross the same link
+    beside = disk_used and not is_apart(table.device)  # else the disk's bytes cross the same link
     together = table.host_to_device_bytes_per_s + (disk if beside else 0.0)
     ram_bytes = max(problem.ram_bytes - problem.staging_bytes, 0)
     sizes = [block.size_bytes for block in table.blocks]

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from functools import cache, partial
 from typing import NamedTuple
 
+from memplan.device_kinds import is_apart
 from memplan.place.layout.layout import Arrangement, Key, Stay, channel_of, stays_of
 from memplan.place.layout.page_lock import NOTHING, Pageable, pageable_of
 from memplan.place.layout.ring_layout import LayoutRecipe, Rings
@@ -166,7 +167,7 @@ class Evaluator:
 
     def _time(self, arrangement: Arrangement, level: int, recipe: LayoutRecipe | None) -> Choice | None:
         times, compute_s = self._durations(level)
-        reads_rows = arrangement.rows_bytes and self.problem.table.device != "cpu"
+        reads_rows = arrangement.rows_bytes and is_apart(self.problem.table.device)
         if reads_rows:
             times, compute_s = self._durations_with_rows(arrangement, level, NOTHING)
         too_long_s = self.best_s * (1 + TIE)

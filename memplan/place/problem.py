@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from memplan.analyze.graph import Activations
 from memplan.cost.table import CostTable
+from memplan.device_kinds import is_apart
 from memplan.errors import InputError
 from memplan.place.layout.offload import Saves, make_saves
 from memplan.program.page_lock import is_state_locked, rings_bytes
@@ -64,7 +65,7 @@ class Problem:
     ranks: tuple[tuple[int, int], ...]
     """What the blocks are sorted by: their first access, then their number."""
     rows: tuple[tuple[int, int], ...]
-    """Each reading of rows: of which block, and their bytes."""
+    """Each reading of rows: of which block, and their bytes, of all micro-batches of a group."""
 
     @property
     def ram_bytes(self) -> int:
@@ -74,12 +75,12 @@ class Problem:
     @property
     def disk_may_help(self) -> bool:
         """Whether the disk brings bytes beside what RAM does: on the CPU; to a card both take the one link."""
-        return self.table.device == "cpu" and self.budgets.disk_bytes != 0
+        return not is_apart(self.table.device) and self.budgets.disk_bytes != 0
 
     @property
     def page_lock_bytes(self) -> int | None:
         """What may be page-locked; None where all may be. On the CPU there is nothing to lock pages for."""
-        return None if self.table.device == "cpu" else self.budgets.page_lock_bytes
+        return self.budgets.page_lock_bytes if is_apart(self.table.device) else None
 
     def is_pageable(self, host_bytes: int, *, reads_disk: bool) -> bool:
         """Whether some of so many bytes of weights on the host, and of offloaded activations, cannot be page-locked."""
@@ -215,7 +216,7 @@ def make_problem(
             for block, indices in enumerate(reads)
         ),
         ranks=tuple((indices[0] if indices else len(table.accesses), block) for block, indices in enumerate(reads)),
-        rows=tuple((rows.block, rows.size_bytes) for access in table.accesses for rows in access.rows),
+        rows=tuple((rows.block, table.group * rows.size_bytes) for access in table.accesses for rows in access.rows),
     )
 
 
@@ -261,17 +262,27 @@ class Memory:
     def __init__(self, table: CostTable) -> None:
         length = len(table.accesses)
         position = {module: index for index, module in enumerate(table.recomputable)}
+        self._table = table
         self._modules = table.recomputable
         self._base = np.full(length, sum(row.size_bytes for row in table.fixed), dtype=np.int64)
         zeros = np.zeros((len(position), length), dtype=np.int64)
         self._more: dict[Activations, Bytes] = {policy: zeros.copy() for policy in _POLICIES}
+        waits = np.zeros((len(position), length + 1) if table.group > 1 else (0, 0), dtype=np.int64)
+        self._waits_base = np.full(length + 1, table.batch_bytes, dtype=np.int64)
+        self._waits: dict[Activations, Bytes] = {policy: waits.copy() for policy in _POLICIES}
+        """Of activations what crosses from each access to the next; where groups pass."""
         for life in table.lifetimes:
             module = position.get(table.accesses[life.born].module)
+            is_each = table.group > 1 and life.kind == "activations"
             if life.policy == "any" or module is None:
                 if life.policy in ("any", "keep"):
                     self._base[life.born : life.last + 1] += life.size_bytes
+                    if is_each:
+                        self._waits_base[life.born + 1 : life.last + 1] += life.size_bytes
             else:
                 self._more[life.policy][module, life.born : life.last + 1] += life.size_bytes
+                if is_each:
+                    self._waits[life.policy][module, life.born + 1 : life.last + 1] += life.size_bytes
         for access in table.accesses:
             module = position.get(access.module)
             if module is None:
@@ -282,10 +293,21 @@ class Memory:
 
     def at(self, policies: Mapping[str, Activations]) -> Bytes:
         """Return the bytes at each access."""
-        total: Bytes = self._base.copy()
+        total, waits = self._base.copy(), self._waits_base.copy()
+        group = self._table.group
         for policy, more in self._more.items():
-            total += more[[policies.get(module, "keep") == policy for module in self._modules]].sum(axis=0)
-        return total
+            chosen = [policies.get(module, "keep") == policy for module in self._modules]
+            total += more[chosen].sum(axis=0)
+            if group > 1:
+                waits += self._waits[policy][chosen].sum(axis=0)
+        if group == 1:
+            return total
+        found: Bytes = total + (group - 1) * np.maximum(waits[:-1], waits[1:])
+        if (around := self._table.turn_around) is not None:
+            first, last = around
+            most_waiting = max(waits[first], waits[last + 1])
+            found[first : last + 1] = total[first : last + 1].max() + (group - 1) * most_waiting
+        return found
 
 
 def evenly(count: int, of: int) -> tuple[int, ...]:

@@ -15,6 +15,8 @@ from typing import NamedTuple
 from msgspec.structs import replace
 
 from memplan.cost.chunked import CHUNK_TOKENS, chunked_loss
+from memplan.cost.group import grouped, sizes
+from memplan.device_kinds import is_apart
 from memplan.errors import DoesNotFitError
 from memplan.place.alternatives import Task
 from memplan.place.min_vram import Least, fitting, least_disk_bytes, least_ram_bytes
@@ -112,6 +114,11 @@ def _changes(
             f"give a disk budget of at least {format_bytes(least_disk)} ({least_disk} bytes), or the folder of a "
             "checkpoint that blocks may be read from",
         )
+    for group in reversed(sizes(task.table.group)[:-1]):
+        fewer = _least_of(task._replace(table=grouped(task.table, group, workload.accumulation)))
+        if any(fitting(least, budgets) for least in fewer):
+            yield _Change(0.0, f"let {group} of the step's micro-batches share a load, not {task.table.group} (group)")
+            break
     chunked = chunked_loss(task.table, workload.tokens)
     if chunked is not None:
         needed = min(least.vram_bytes for least in _least_of(task._replace(table=chunked)))
@@ -194,7 +201,7 @@ def _more_tips(task: Task, workload: Workload, of: Least, is_found: bool, *, is_
     if fixed <= least // 4 or peak - fixed > smallest.device_bytes // 4:
         yield "use a smaller micro-batch with more accumulation, or shorter sequences: activations shrink with them"
     looked = any(row.offload_bytes for row in table.accesses)
-    if of.level and not looked and table.device != "cpu":
+    if of.level and not looked and is_apart(table.device):
         yield 'let activations wait in ram too (activations "any"), which may need less vram'
 
 

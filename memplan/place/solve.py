@@ -4,13 +4,15 @@ fits.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NotRequired, TypedDict, Unpack
 
 import numpy as np
+from msgspec.structs import replace
 
 from memplan.analyze.graph import Activations
+from memplan.cost.group import copies_at, grouped
 from memplan.cost.table import CostTable
 from memplan.place.alternatives import Task, Variants, state_away
 from memplan.place.baselines import Baseline, generator_of
@@ -72,6 +74,7 @@ def place(
     pieces: bool = True,
     elastic: bool | None = None,
     optimizer_state: StateHome | None = None,
+    groups: Sequence[int] | None = None,
     **said: Unpack[PlanInfo],
 ) -> Plan:
     """Return the plan with the shortest step that keeps the budgets. Same input, same plan.
@@ -80,23 +83,47 @@ def place(
     ``pieces``: whether blocks may be split into their natural parts where that buys time; the plan's table then has
     these for blocks. ``elastic``: whether the device arena may have bytes beyond what the access with the least room
     allows, which are given back around it; None: on the CPU alone, since no GPU has proven it. ``optimizer_state``:
-    where that lies between steps; None: where a step is shorter, but on the CPU alone on the device. Raises
+    where that lies between steps; None: where a step is shorter, but on the CPU alone on the device. ``groups``:
+    numbers of micro-batches of which one is chosen for a group, from the least up; None: the table's own. Raises
     DoesNotFitError with the least vram for which this returns a plan, InputError for a pin or activations that cannot
     be kept, and for budgets or a table that cannot be (see :mod:`memplan.place.validate`).
     """
     require_input(table, budgets, staging_bytes)
     elastic = table.device in ELASTIC_DEVICES if elastic is None else elastic
     task = Task(table, budgets, staging_bytes, pins or {}, activations or {}, optimizer_state, elastic)
+    first, *larger = sorted(groups or (table.group,))
+    accumulation = said["workload"].accumulation
+    least = task._replace(table=grouped(table, first, accumulation))
+    found = _placed(least, pieces, said)
+    if found is None:
+        raise does_not_fit(least, said["workload"])
+    for group in larger:
+        if not found.prediction.loads_per_pass or found.prediction.step_s <= _least_step_s(found) * (1 + _WORTH):
+            break  # there is nothing to share, or nothing to gain
+        other = _placed(task._replace(table=grouped(table, group, accumulation)), pieces, said)
+        if other is None:
+            break  # nor does anything larger fit
+        if other.prediction.step_s < found.prediction.step_s * (1 - _WORTH):
+            found = other
+    return found
+
+
+def _least_step_s(plan: Plan) -> float:
+    """Return the step in s that no group beats: its compute, nothing recomputed but what was asked."""
+    kept_s = sum(durations(plan.table, plan.asked)) / plan.group
+    return plan.workload.accumulation * kept_s + _optimizer_s(plan.table)
+
+
+def _placed(task: Task, pieces: bool, said: PlanInfo) -> Plan | None:
+    """Return the plan with the shortest pass of a group; None where nothing keeps the budgets."""
     first, *others = task.tables()
     solution = _best(task._replace(table=first), pieces)
     for away in others:
         if solution.choice is None:
             solution = _best(task._replace(table=away), pieces)
         else:
-            solution = _with_state_away(solution, task, said["workload"].accumulation)
-    if solution.choice is None:
-        raise does_not_fit(task, said["workload"])
-    return _plan(solution, task.activations, said, elastic=elastic)
+            solution = _with_state_away(solution, task, said["workload"].accumulation / task.table.group)
+    return None if solution.choice is None else _plan(solution, task.activations, said, elastic=task.elastic)
 
 
 def pass_below_s(
@@ -187,7 +214,7 @@ def _best(task: Task, pieces: bool) -> _Solution:
     return solution
 
 
-def _with_state_away(solution: _Solution, task: Task, passes: int) -> _Solution:
+def _with_state_away(solution: _Solution, task: Task, passes: float) -> _Solution:
     """Return what is better of the same blocks where the optimizer's state waits in RAM, its copies in a step included.
 
     Its room spares a pass two loads of as many bytes at most, which is what those copies are, or what recomputing as
@@ -279,11 +306,16 @@ def _plan(solution: _Solution, asked: Mapping[str, Activations], said: PlanInfo,
     kinds = {on_disk > 0} | ({True, False} if problem.disk_may_help else set())
     least_s = min(window_bound(problem, times_s, nonweight, disk_used) for disk_used in kinds)
     bound = max(least_s, sum(times_s))
-    optimizer_s = sum(row.time_s for row in table.accesses if row.kind == "optimizer")
+    full, rest = divmod(said["workload"].accumulation, table.group)
+    last_pass_s = 0.0
+    if rest:
+        fewer = replace(table, group=rest)
+        last_pass_s = replay(fewer, layout.items, layout.residences, policies, layout.pageable).pass_s
     prediction = Prediction(
         compute_s=timeline.compute_s,
         pass_s=timeline.pass_s,
-        step_s=said["workload"].accumulation * timeline.pass_s + optimizer_s,
+        last_pass_s=last_pass_s,
+        step_s=full * timeline.pass_s + last_pass_s + _optimizer_s(table),
         bound_s=bound,
         stall_s=max(timeline.pass_s - timeline.compute_s, 0.0),
         binds=_binds(timeline),
@@ -308,6 +340,7 @@ def _plan(solution: _Solution, asked: Mapping[str, Activations], said: PlanInfo,
     plan = Plan(
         schema_version=SCHEMA_VERSION,
         **said,
+        group=table.group,
         budgets=problem.budgets,
         table=table,
         items=layout.items,
@@ -326,17 +359,19 @@ def _plan(solution: _Solution, asked: Mapping[str, Activations], said: PlanInfo,
     return plan
 
 
+def _optimizer_s(table: CostTable) -> float:
+    return sum(row.time_s for row in table.accesses if row.kind == "optimizer")
+
+
 def _vram_parts(table: CostTable, policies: Mapping[str, Activations], at: int) -> dict[str, int]:
     """Return the device bytes at an access by kind, frozen weights apart. None is negative."""
     parts = dict.fromkeys(VRAM_KINDS, 0)
     for row in table.fixed:
-        parts[row.kind] += row.size_bytes
-    for life in table.lifetimes:
-        if life.born <= at <= life.last:
-            policy = policies.get(table.accesses[life.born].module, "keep")
-            if life.policy in ("any", policy):
-                parts[life.kind] += life.size_bytes
-    access = table.accesses[at]
+        parts[row.kind] += row.size_bytes * (table.group if row.kind == "batch" else 1)
+    busiest, lives = copies_at(table, policies, at)
+    for life, count in lives:
+        parts[life.kind] += count * life.size_bytes
+    access = table.accesses[busiest]
     transient = access.transient(policies.get(access.module, "keep"))
     if transient >= 0:
         parts["workspace"] = transient

@@ -5,7 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 
+from memplan import device_kinds
 from memplan.cost.table import AccessRow, CostTable
+from memplan.device_kinds import is_apart
 from memplan.errors import InputError, SizeError
 from memplan.program.schema import Budgets
 
@@ -18,7 +20,7 @@ def require_input(table: CostTable, budgets: Budgets, staging_bytes: int) -> Non
         if not _is_size(size) and not (what in ("disk", "page lock") and size is None):
             raise SizeError(what, size)
     faults = [*_machine(table), *_rows(table), *_bytes(table)]
-    if table.device == "cuda" and budgets.page_lock_bytes is not None and table.pageable_bytes_per_s is None:
+    if is_apart(table.device) and budgets.page_lock_bytes is not None and table.pageable_bytes_per_s is None:
         faults.append("not all of RAM may be pinned, and there is no rate for the rest, which is pageable")
     if faults:
         more = f"; and {len(faults) - 3} more" if len(faults) > 3 else ""
@@ -37,8 +39,8 @@ def _is_time(time_s: float) -> bool:
 
 
 def _machine(table: CostTable) -> Iterator[str]:
-    if table.device not in ("cpu", "cuda"):
-        yield f"its device is {table.device!r}, not cpu or cuda"
+    if fault := device_kinds.fault(table.device):
+        yield fault
     for what, rate in (
         ("host to device", table.host_to_device_bytes_per_s),
         ("device to host", table.device_to_host_bytes_per_s),

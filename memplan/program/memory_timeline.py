@@ -162,7 +162,7 @@ def _beside(plan: Plan) -> _Sums:
     edges = {kind: _sums(listed, length) for kind, listed in meeting.items()}
     for fixed in table.fixed:
         found[fixed.kind] = [size + fixed.size_bytes for size in found.get(fixed.kind, [0] * length)]
-    for kind in ("recomputed", "logits", "workspace"):
+    for kind in ("batch", "recomputed", "logits", "workspace"):
         found.setdefault(kind, [0] * length)
     for row in table.accesses:
         policy = policies.get(row.module, "keep")
@@ -176,6 +176,30 @@ def _beside(plan: Plan) -> _Sums:
         found["recomputed"][row.index] += again
         own = "logits" if row.kind == "loss" or row.index in heads else "workspace"
         found[own][row.index] += transient - again
+    return found if plan.group == 1 else _grouped(plan, found, heads)
+
+
+def _grouped(plan: Plan, alone: _Sums, heads: frozenset[int]) -> _Sums:
+    """Return the bytes of a group from those of one micro-batch ``alone``: with what the others hold that wait, before
+    an access or behind it, whichever is more. A visit of several accesses is shown as the one that needs most.
+    """
+    table, policies, others = plan.table, plan.policies(), plan.group - 1
+    length = len(table.accesses)
+    crossing = dict[str, list[tuple[int, int, int]]]()
+    for life in table.lifetimes:
+        born = table.accesses[life.born]
+        if life.kind == "activations" and life.policy in ("any", policies.get(born.module, "keep")):
+            crossing.setdefault(_kind(life, born, heads), []).append((life.born + 1, life.last, life.size_bytes))
+    waits = {kind: _sums(spans, length + 1) for kind, spans in crossing.items()}
+    totals = [sum(sizes[index] for sizes in waits.values()) for index in range(length + 1)]
+    found = {kind: list(sizes) for kind, sizes in alone.items()}
+    for index in range(length):
+        first, last = table.visit(index)
+        at = max(range(first, last + 1), key=lambda at: sum(sizes[at] for sizes in alone.values()))
+        where = first if totals[first] >= totals[last + 1] else last + 1
+        for kind, sizes in alone.items():
+            found[kind][index] = sizes[at] + others * (waits[kind][where] if kind in waits else 0)
+        found["batch"][index] += others * table.batch_bytes
     return found
 
 

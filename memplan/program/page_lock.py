@@ -1,12 +1,13 @@
-"""What of RAM is page-locked under a plan. The rest a CUDA device gets through a staging ring, at another rate."""
+"""What of RAM is page-locked under a plan. The rest a GPU gets through a staging ring, at another rate."""
 
 from __future__ import annotations
 
+from memplan.device_kinds import is_apart
 from memplan.program.schema import RING_BYTES, Plan
 
 
 def rings_bytes(*, reads_disk: bool, is_pageable: bool) -> int:
-    """Return the bytes of the rings to a CUDA device: one for what lies on the disk, one for what is pageable."""
+    """Return the bytes of the rings to a GPU: one for what lies on the disk, one for what is pageable."""
     return RING_BYTES * (reads_disk + is_pageable)
 
 
@@ -17,7 +18,7 @@ def are_rings_locked(rings: int, page_lock_bytes: int | None) -> bool:
 
 def ring_bytes(plan: Plan) -> int:
     """Return the bytes of a plan's rings."""
-    if plan.table.device == "cpu":
+    if not is_apart(plan.table.device):
         return 0
     reads_disk, is_pageable = (any(item.home == "disk" for item in plan.items), any(a.pageable for a in plan.arenas))
     return rings_bytes(reads_disk=reads_disk, is_pageable=is_pageable)
@@ -36,10 +37,8 @@ def is_state_locked(state_bytes: int, page_lock_bytes: int | None) -> bool:
 
 
 def pageable_items(plan: Plan) -> frozenset[int]:
-    """Return the items whose bytes pass through RAM that is not page-locked on their way to a CUDA device or from
-    it.
-    """
-    if plan.table.device == "cpu":
+    """Return the items whose bytes pass through RAM that is not page-locked on their way to a GPU or from it."""
+    if not is_apart(plan.table.device):
         return frozenset()
     arenas = {arena.id for arena in plan.arenas if arena.pageable}
     found = {address.item for address in plan.addresses if address.arena in arenas}
@@ -50,7 +49,7 @@ def pageable_items(plan: Plan) -> frozenset[int]:
 
 def page_locked_bytes(plan: Plan) -> int:
     """Return the bytes of RAM that a plan has page-locked; none where the compute device is the CPU."""
-    if plan.table.device == "cpu":
+    if not is_apart(plan.table.device):
         return 0
     homes = sum(arena.size_bytes for arena in plan.arenas if arena.tier == "host" and not arena.pageable)
     state = plan.table.state_on_host_bytes

@@ -32,6 +32,8 @@ class Point(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     offloaded: int
     """Layers whose activations wait in RAM."""
     binds: str
+    group: int = 1
+    """Micro-batches that share each load: figures but the step's are of so many."""
 
 
 def point_of(plan: Plan) -> Point:
@@ -51,6 +53,7 @@ def point_of(plan: Plan) -> Point:
         recomputed=policies.count("recompute"),
         offloaded=policies.count("offload"),
         binds=said.binds,
+        group=plan.group,
     )
 
 

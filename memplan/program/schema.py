@@ -40,7 +40,7 @@ STAGING_BYTES = 16 << 20
 """Host bytes through which a runtime reads the disk; counted in ``ram`` where any block's home is there."""
 
 RING_BYTES = 16 << 20
-"""Host bytes through which a CUDA device gets what is on the disk or in pageable memory; counted beside. Page-locked,
+"""Host bytes through which a GPU gets what is on the disk or in pageable memory; counted beside. Page-locked,
 where so much may be.
 """
 
@@ -98,7 +98,7 @@ class Budgets(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     disk_bytes: int | None
     """None: no disk beyond the checkpoint's own files."""
     page_lock_bytes: int | None = None
-    """Of ``ram`` what may be pinned for a CUDA device; None: all of it."""
+    """Of ``ram`` what may be pinned for a GPU; None: all of it."""
     margin_bytes: int = 0
     """Of the device, beside ``vram_bytes``: what was asked to be left for fragmentation. A run that has some is held to
     both.
@@ -141,7 +141,7 @@ class Arena(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     tier: Literal["device", "host"]
     segments: tuple[Segment, ...]
     pageable: bool = False
-    """Of the host beside a CUDA device: not pinned. What is there passes through the staging ring."""
+    """Of the host beside a GPU: not pinned. What is there passes through the staging ring."""
 
     @property
     def size_bytes(self) -> int:
@@ -208,13 +208,17 @@ class Peaks(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
 
 
 class Prediction(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """What the plan expects. Bytes include padding; times are of the steady state."""
+    """What the plan expects. Bytes include padding; times are of the steady state, of one micro-batch or of all those
+    of a group (``Plan.group``).
+    """
 
     compute_s: float
-    """Compute of one micro-batch, recomputes included."""
+    """Compute of one micro-batch or group, recomputes included."""
     pass_s: float
+    last_pass_s: float = 0.0
+    """Of the smaller group that a step ends with; 0 where there is none."""
     step_s: float
-    """``accumulation`` passes and the optimizer."""
+    """``accumulation`` micro-batches and the optimizer."""
     bound_s: float
     """No plan of these blocks within this vram has a shorter pass (design: window bound)."""
     stall_s: float
@@ -241,7 +245,7 @@ class Prediction(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
 
 
 class Gain(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """What a micro-batch would take if one thing were otherwise, by the solver."""
+    """What a micro-batch or group would take if one thing were otherwise, by the solver."""
 
     of: Changed
     more: int
@@ -256,6 +260,10 @@ class Plan(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     model: str
     fingerprint: str
     workload: Workload
+    group: int = 1
+    """Micro-batches that pass each access one after another before any of them goes on, so that they share each load.
+    Accesses, residences and the prediction are those of a group; ``table.group`` says the same of the rows.
+    """
     budgets: Budgets
     hardware: str
     table: CostTable
@@ -279,6 +287,17 @@ class Plan(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """What would make a micro-batch shorter, each alone, where that was looked at."""
     least_vram_bytes: int | None = None
     """The least vram for which there is a plan with the other budgets as given, where that was looked at."""
+
+    @property
+    def groups(self) -> tuple[int, int]:
+        """How many full groups a step has, and how many micro-batches are in the smaller one behind them."""
+        return divmod(self.workload.accumulation, self.group)
+
+    @property
+    def micro_batch_s(self) -> float:
+        """Seconds of a micro-batch, the mean of a step's."""
+        full, said = self.groups[0], self.prediction
+        return (full * said.pass_s + said.last_pass_s) / self.workload.accumulation if self.group > 1 else said.pass_s
 
     @property
     def optimizer_state(self) -> StateHome:

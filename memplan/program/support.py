@@ -44,6 +44,11 @@ def _unsupported(plan: Plan) -> Iterator[str]:
                 f"the plan keeps what {item.module} saved in bytes that are given back for part of a micro-batch, "
                 "which this version does for weights alone"
             )
+    if plan.group > 1 and any(item.kind == "saved" for item in plan.items):
+        yield (
+            f"the plan has groups of {plan.group} micro-batches and offloads activations, of which this version does "
+            "one alone"
+        )
     for stay in plan.residences:
         item = plan.items[stay.item]
         if item.kind == "boundary" or (item.kind == "weights" and stay.source.startswith("residence:")):

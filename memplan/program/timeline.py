@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 from memplan.analyze.graph import Activations
 from memplan.cost.table import AccessRow, CostTable
+from memplan.device_kinds import is_apart
 from memplan.errors import PlanCheckError
 from memplan.program.duplex import BothWays, Pair, Start
 from memplan.program.page_lock import pageable_items
@@ -226,7 +227,8 @@ def durations(
     on_host: Container[int] = (),
     pageable: Container[int] = (),
 ) -> list[float]:
-    """Return the compute time of each access in s; the optimizer's is 0, it counts once a step and not once a pass.
+    """Return the compute time of each access in s, all micro-batches of a group together; the optimizer's is 0, it
+    counts once a step and not once a pass.
 
     ``on_host``: blocks whose home is the host. A device of its own reads rows of them over the link, as it computes.
     ``pageable``: those of them that are not page-locked there.
@@ -235,16 +237,19 @@ def durations(
     return [
         0.0
         if row.kind == "optimizer"
-        else row.time_s
-        + (more[policy](row) if (policy := policies.get(row.module)) in more else 0.0)
-        + rows_s(table, row, on_host, pageable)
+        else table.group
+        * (
+            row.time_s
+            + (more[policy](row) if (policy := policies.get(row.module)) in more else 0.0)
+            + rows_s(table, row, on_host, pageable)
+        )
         for row in table.accesses
     ]
 
 
 def rows_s(table: CostTable, row: AccessRow, on_host: Container[int], pageable: Container[int]) -> float:
     """Return the time in s in which an access reads rows over the link; on the CPU they lie in its own memory."""
-    if table.device == "cpu":
+    if not is_apart(table.device):
         return 0.0
     link = table.host_to_device_bytes_per_s
     slow = min(link, table.pageable_bytes_per_s or link)
@@ -259,7 +264,7 @@ def load_s(table: CostTable, size_bytes: int, channel: Channel, disk_used: bool,
     through RAM that is not page-locked; those from the disk then are read first and sent after.
     """
     link, back, disk = table.host_to_device_bytes_per_s, table.device_to_host_bytes_per_s, table.disk_bytes_per_s
-    if table.device != "cpu":
+    if is_apart(table.device):
         disk = min(disk, link / 2)
         link -= disk if disk_used else 0.0
     if pageable and table.pageable_bytes_per_s is not None:

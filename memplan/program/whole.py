@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from memplan.analyze.graph import Activations
+from memplan.cost.group import grouped
 from memplan.cost.table import CostTable
 from memplan.program.schema import Plan
 from memplan.program.timeline import durations
@@ -40,7 +41,7 @@ def checkpointing_only(plan: Plan) -> Whole | None:
 
 
 def _whole(plan: Plan, recomputed: frozenset[str]) -> Whole:
-    table, policies = plan.table, dict.fromkeys(recomputed, _RECOMPUTE)
+    table, policies = grouped(plan.table, 1, plan.workload.accumulation), dict.fromkeys(recomputed, _RECOMPUTE)
     weights = sum(align_up(block.size_bytes) for block in table.blocks)
     # State that waits in RAM is among the bytes of the optimizer's step alone.
     state = table.state_on_host_bytes

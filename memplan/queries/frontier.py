@@ -102,7 +102,10 @@ def require_speed(case: Case, plan: Plan, max_step_s: float) -> None:
     if said.step_s <= max_step_s:
         return
     enough = least_for(case, ends_of(case), max_step_s)
-    bound_step_s = said.step_s - (said.pass_s - said.bound_s) * plan.workload.accumulation
+    # Of a smaller group that ends a step no more is known than that its waiting is not its compute.
+    full, rest = plan.groups
+    rest_s = max(0.0, said.last_pass_s - said.compute_s * rest / plan.group)
+    bound_step_s = said.step_s - (said.pass_s - said.bound_s) * full - rest_s
     way_out = (
         f"{format_bytes(enough.vram_bytes)} of vram would do ({format_seconds(enough.step_s)})"
         if enough is not None

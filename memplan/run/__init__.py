@@ -3,7 +3,7 @@
 ``attach`` puts a plan to work and ``handle`` is what the user holds; ``tiers`` is where its blocks lie and ``runtime``
 what serves it there; ``recovery`` does a micro-batch again. A block's bytes go from ``memory`` (homes, arenas) by
 ``transfer`` as ``schedule`` says, when ``modules``' hooks announce an access; ``access`` serves reads that nothing
-announces; ``verify`` looks whether all that is so.
+announces; ``lanes`` have micro-batches take turns at each block; ``verify`` looks whether all that is so.
 """
 
 from __future__ import annotations

@@ -64,16 +64,10 @@ def attach(
             "first, then the plan that memplan.plan or Plan.load returned"
         )
     require(plan)
-    device = chosen(plan.table.device)
-    if device is None:
-        raise PlanMismatchError(
-            f"the plan was made for the CUDA device of {plan.hardware!r}, and torch sees none here: "
-            "make a plan with hardware='auto'"
-        )
     return attach_on(
         model,
         plan,
-        device,
+        device_of(plan),
         checkpoint=checkpoint,
         checked=checked,
         traced=traced,
@@ -82,6 +76,17 @@ def attach(
         progress=progress,
         replan=replan,
     )
+
+
+def device_of(plan: Plan) -> torch.device:
+    """Return the device of the kind that a plan was made for. Raises PlanMismatchError where torch sees none."""
+    device = chosen(plan.table.device)
+    if device is None:
+        raise PlanMismatchError(
+            f"the plan was made for the {plan.table.device} device of {plan.hardware!r}, and torch sees none here: "
+            "make a plan with hardware='auto'"
+        )
+    return device
 
 
 def attach_on(

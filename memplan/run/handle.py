@@ -6,7 +6,7 @@ import contextlib
 import gc
 import logging
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
 from types import TracebackType
 from typing import TypeVar
@@ -31,6 +31,7 @@ from memplan.run.verify.scalars import Scalars
 from memplan.units import format_bytes
 
 Result = TypeVar("Result")
+Batch = TypeVar("Batch")
 _LOG = logging.getLogger("memplan")
 
 _SMALLER = 0.9
@@ -188,14 +189,17 @@ class Handle:
         Gradients, buffers and random numbers are then as they were before it, so its result is the one it would have
         been. ``run`` is called again, up to ``tries`` times, so it must not consume what it was given, and must not
         step an optimizer: that cannot be undone. What a record counts begins anew with each plan; ``recoveries`` goes
-        on.
+        on. Within :meth:`accumulate`, where micro-batches take turns, it is not repeated.
 
         A copy of the gradients of what is trained is held meanwhile, beside what the plan counts (of a GPU's in RAM,
         which is kept until ``detach`` and in the record's ``ram_peak_bytes``).
         While the plan is changed RAM holds what was on the device. Raises RunError where no smaller plan is left.
         """
-        if self._runtime is None or self._replan is None or not any(p.requires_grad for p in self.model.parameters()):
+        runtime = self._runtime
+        if runtime is None or self._replan is None or not any(p.requires_grad for p in self.model.parameters()):
             return run()  # of what is trained beside the model the gradients are not known
+        if runtime.accumulation is not None and runtime.accumulation.takes_turns:
+            return run()  # there are gradients of others by now, which would be lost
         if self._before is None:
             limit, plan = self.plan.budgets.page_lock_bytes, self.plan
             self._before = Room(None if limit is None else max(0, limit - page_locked_bytes(plan)))
@@ -215,6 +219,23 @@ class Handle:
             tries -= 1
             before.restore()
             self._take_less(said)
+
+    def accumulate(self, run: Callable[[Batch], Result], batches: Iterable[Batch]) -> list[Result]:
+        """Return ``run(batch)`` of each of ``batches``, a forward and backward of one micro-batch each, in order.
+
+        Under a plan with a ``group`` so many micro-batches pass each block one after another before it leaves, and
+        share its loads; gradients, losses and all else are bit-identical to those of one by one. ``run`` is called in
+        threads, of which one at a time goes on: it must not step an optimizer, nor wait for another micro-batch, and
+        the next one's must not hang on what it leaves, such as a running mean that the script keeps (nobody can see
+        that). Where a micro-batch draws random numbers, changes buffers or attributes of modules, or several processes
+        train together, they go one by one, which is logged once; so does the first one, of which that is learned.
+
+        Raises what ``run`` raises for the first of those that fail; the others then end at their next layer.
+        """
+        runtime = self._runtime
+        if runtime is None or runtime.accumulation is None:
+            return [run(batch) for batch in batches]
+        return runtime.accumulation.run(run, batches)
 
     def _take_less(self, said: str) -> None:
         """Go on under a plan that takes less vram. Raises RunError where there is none."""

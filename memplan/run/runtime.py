@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from memplan.run.access.direct_access import DirectAccess
+from memplan.run.lanes.accumulate import Accumulation
 from memplan.run.schedule.conductor import Conductor
 from memplan.run.tiers import Tiers
 from memplan.run.transfer.interrupts import Undo
@@ -28,5 +29,7 @@ class Runtime:
     """Outside of it alone."""
     spans: Spans | None
     """In traced mode alone."""
+    accumulation: Accumulation | None
+    """Where the plan has groups of micro-batches alone."""
     undo: Undo
     """What unhooks the model and ends the transfers."""

@@ -91,23 +91,33 @@ def compare_plans(first: Plan, second: Plan) -> Compared:
             second=second.prediction.peaks.disk_bytes,
             unit="bytes",
         ),
-        Row(what="compute", first=first.prediction.compute_s, second=second.prediction.compute_s, unit="s"),
-        Row(what="  recompute", first=one.recompute_s, second=other.recompute_s, unit="s"),
-        Row(what="waiting", first=first.prediction.stall_s, second=second.prediction.stall_s, unit="s"),
-        Row(what="micro-batch", first=first.prediction.pass_s, second=second.prediction.pass_s, unit="s"),
+        *(
+            Row(what=what, first=of_one / first.group, second=of_other / second.group, unit="s")
+            for what, of_one, of_other in (
+                ("compute", first.prediction.compute_s, second.prediction.compute_s),
+                ("  recompute", one.recompute_s, other.recompute_s),
+                ("waiting", first.prediction.stall_s, second.prediction.stall_s),
+                ("micro-batch", first.prediction.pass_s, second.prediction.pass_s),
+            )
+        ),
         Row(what="step", first=first.prediction.step_s, second=second.prediction.step_s, unit="s"),
-        Row(what="lower bound", first=first.prediction.bound_s, second=second.prediction.bound_s, unit="s"),
+        Row(
+            what="lower bound",
+            first=first.prediction.bound_s / first.group,
+            second=second.prediction.bound_s / second.group,
+            unit="s",
+        ),
         Row(what=f"{first.workload.unit}/s", first=one.tokens_per_s, second=other.tokens_per_s, unit="tokens/s"),
         Row(
             what="loads/micro-batch",
-            first=first.prediction.loads_per_pass,
-            second=second.prediction.loads_per_pass,
+            first=_each(first.prediction.loads_per_pass, first),
+            second=_each(second.prediction.loads_per_pass, second),
             unit="",
         ),
         Row(
             what="loaded/micro-batch",
-            first=first.prediction.loaded_bytes_per_pass,
-            second=second.prediction.loaded_bytes_per_pass,
+            first=_each(first.prediction.loaded_bytes_per_pass, first),
+            second=_each(second.prediction.loaded_bytes_per_pass, second),
             unit="bytes",
         ),
     ]
@@ -125,6 +135,11 @@ def compare_plans(first: Plan, second: Plan) -> Compared:
         moved=tuple(moved),
         notes=tuple(notes),
     )
+
+
+def _each(count: int, plan: Plan) -> float:
+    """Return what of a pass's count comes to each micro-batch of its group."""
+    return count if plan.group == 1 else count / plan.group
 
 
 def compare_records(first: RunRecord, second: RunRecord) -> Compared:
@@ -213,6 +228,7 @@ _SETTINGS: dict[str, Callable[[Plan], str]] = {
     "optimizer's state": lambda plan: plan.optimizer_state,
     "batch": lambda plan: ", ".join(f"{k} {'x'.join(map(str, v))}" for k, v in plan.workload.batch.items()),
     "micro-batches per step": lambda plan: str(plan.workload.accumulation),
+    "micro-batches that share a load": lambda plan: str(plan.group),
 }
 
 

@@ -78,7 +78,7 @@ def _step(plan: Plan, known: Facts, glyphs: Glyphs) -> str:
 def _subject(plan: Plan, glyphs: Glyphs) -> str:
     workload = plan.workload
     times = f" {glyphs.times} {workload.accumulation}" if workload.accumulation > 1 else ""
-    return f"{words.trained(plan, glyphs)}, {workload.size}{times} per step"
+    return f"{words.trained(plan, glyphs)}, {workload.size}{times} per step{words.shared(plan)}"
 
 
 def _baselines(plan: Plan, known: Facts, beside: Beside, glyphs: Glyphs) -> Table:
@@ -112,7 +112,7 @@ def _vram(plan: Plan) -> str:
 def _more(plan: Plan, glyphs: Glyphs) -> str:
     """Return what a GiB more buys, and the least that works."""
     found = []
-    step_s, passes = plan.prediction.step_s, plan.workload.accumulation
+    step_s, passes = plan.prediction.step_s, plan.workload.accumulation / plan.group
     gain = next((gain for gain in plan.gains if gain.of == "vram" and gain.more == GIB), None)
     if gain is not None:
         saved_s = (plan.prediction.pass_s - gain.pass_s) * passes

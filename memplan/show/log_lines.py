@@ -22,7 +22,7 @@ def begin_lines(plan: Plan) -> tuple[str, ...]:
     policies = list(plan.policies().values())
     parts = [f"{at['device']:,} of {words.plural(len(known.blocks), 'block', 'blocks')} stay on the device"]
     parts += [f"{at[tier]:,} streamed from {word}" for tier, word in (("host", "ram"), ("disk", "disk")) if at[tier]]
-    parts.append(f"{format_bytes(said.loaded_bytes_per_pass)} loaded per micro-batch")
+    parts.append(f"{format_bytes(said.loaded_bytes_per_pass)} loaded per {words.cycle(plan)}")
     for policy, what in (("recompute", "recomputed"), ("offload", "offloaded")):
         if policy in policies:
             parts.append(f"{words.plural(policies.count(policy), 'layer', 'layers')} {what}")
@@ -42,8 +42,8 @@ def end_lines(plan: Plan, record: RunRecord, report: str | None) -> tuple[str, .
         error = seen.errors.get("pass_s")
         beside = "" if error is None else f", {words.percent(error, '+')}"
         lines.append(
-            f"micro-batch {PLAIN.seconds(seen.pass_s)} (predicted {PLAIN.seconds(said.pass_s)}{beside}), of it waiting "
-            f"{words.percent(seen.stall_s / seen.pass_s)}."
+            f"{words.cycle(plan)} {PLAIN.seconds(seen.pass_s)} (predicted {PLAIN.seconds(said.pass_s)}{beside}), of it "
+            f"waiting {words.percent(seen.stall_s / seen.pass_s)}."
         )
     peaks = [
         f"{name} peak {format_bytes(value)} of {format_bytes(budget)} (predicted {format_bytes(predicted)})"

@@ -44,7 +44,7 @@ def _frontier(points: Sequence[Point], glyphs: Glyphs) -> Table:
             glyphs.seconds(point.step_s),
             _slower(point.step_s, fastest),
             f"{point.recomputed:,}" if point.recomputed else "-",
-            format_bytes(point.loaded_bytes_per_pass) if point.loaded_bytes_per_pass else "-",
+            _loaded(point) if point.loaded_bytes_per_pass else "-",
             Text(glyphs.safe(point.binds)),
             "#" * max(1, round(_BAR * point.step_s / slowest)),
         )
@@ -94,9 +94,14 @@ def _compared(rows: Sequence[tuple[str, Point | None]], glyphs: Glyphs) -> Table
             format_bytes(point.ram_bytes),
             glyphs.seconds(point.step_s),
             _slower(point.step_s, best.step_s) if point is not best else "-",
-            format_bytes(point.loaded_bytes_per_pass),
+            _loaded(point),
         )
     return table
+
+
+def _loaded(point: Point) -> str:
+    """Return what a micro-batch loads, or its share of what its group does."""
+    return format_bytes(round(point.loaded_bytes_per_pass / point.group))
 
 
 def _slower(step_s: float, than_s: float) -> str:

@@ -46,8 +46,8 @@ class MemoryRow:
 
 
 def time_rows(plan: Plan, facts: Facts, seen: Measured | None) -> Iterator[TimeRow]:
-    """Yield times and traffic of a micro-batch."""
-    prediction = plan.prediction
+    """Yield times and traffic of a micro-batch, or of a group of them."""
+    prediction, short = plan.prediction, "group" if plan.group > 1 else "micro-batch"
     beside = {} if seen is None else asdict(seen)
 
     def row(
@@ -64,13 +64,13 @@ def time_rows(plan: Plan, facts: Facts, seen: Measured | None) -> Iterator[TimeR
         yield row("of it recompute", facts.recompute_s, rank="part")
     # Without an error, though measured: the ratio of two times near nothing says nothing.
     yield row("waiting", prediction.stall_s, key="stall_s")
-    yield row("micro-batch", prediction.pass_s, key="pass_s", rank="sum")
+    yield row(words.cycle(plan), prediction.pass_s, key="pass_s", rank="sum")
     yield row("lower bound", prediction.bound_s)
     yield row("step", prediction.step_s)
     if facts.tokens_per_s is not None:
         yield row(f"{plan.workload.unit}/s", facts.tokens_per_s, words.rate, "tokens_per_s")
-    yield row("loads/micro-batch", prediction.loads_per_pass, words.number, "loads_per_pass")
-    yield row("loaded/micro-batch", prediction.loaded_bytes_per_pass, format_bytes, "loaded_bytes_per_pass")
+    yield row(f"loads/{short}", prediction.loads_per_pass, words.number, "loads_per_pass")
+    yield row(f"loaded/{short}", prediction.loaded_bytes_per_pass, format_bytes, "loaded_bytes_per_pass")
     if prediction.offloaded_bytes_per_pass:
         yield row("offloaded", prediction.offloaded_bytes_per_pass, format_bytes)
     if prediction.rows_bytes_per_pass:

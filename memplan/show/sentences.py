@@ -30,7 +30,17 @@ def subject(plan: Plan, glyphs: Glyphs) -> str:
     else:
         batch = "micro-batch " + ", ".join(f"{glyphs.safe(name)} {shape}" for name, shape in shapes.items())
     where = f"{glyphs.safe(plan.hardware)} ({glyphs.safe(plan.table.device)})"
-    return f"{batch} ({workload.size}), {workload.accumulation} per step, on {where}"
+    return f"{batch} ({workload.size}), {workload.accumulation} per step{shared(plan)}, on {where}"
+
+
+def shared(plan: Plan) -> str:
+    """Return how many micro-batches share each load, as the end of a clause; empty where each loads for itself."""
+    return f", {plan.group} share each load" if plan.group > 1 else ""
+
+
+def cycle(plan: Plan) -> str:
+    """Return what a pass of the plan is: a micro-batch, or a group of them."""
+    return f"group of {plan.group}" if plan.group > 1 else "micro-batch"
 
 
 def trained(plan: Plan, glyphs: Glyphs) -> str:
@@ -90,7 +100,7 @@ def gains(plan: Plan, glyphs: Glyphs) -> list[str]:
     """Return what would make a micro-batch shorter, and by how much; the most first."""
     pass_s = plan.prediction.pass_s
     return [
-        f"With {_CHANGED[gain.of](gain.more)} a micro-batch would be {glyphs.seconds(pass_s - gain.pass_s)} "
+        f"With {_CHANGED[gain.of](gain.more)} a {cycle(plan)} would be {glyphs.seconds(pass_s - gain.pass_s)} "
         f"({percent(1 - gain.pass_s / pass_s)}) shorter."
         for gain in sorted(plan.gains, key=lambda gain: gain.pass_s)
     ]
@@ -156,7 +166,7 @@ def place(plan: Plan, index: int, glyphs: Glyphs) -> str:
 
 
 def ram_by_lock(plan: Plan, facts: Facts) -> list[tuple[str, int]]:
-    """Return the bytes of the ram peak that are pinned for a CUDA device, and those that are not."""
+    """Return the bytes of the ram peak that are pinned for a GPU, and those that are not."""
     ram = plan.prediction.peaks.ram_bytes
     if plan.table.device == "cpu" or not ram:
         return []

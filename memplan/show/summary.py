@@ -98,7 +98,8 @@ def facts(plan: Plan) -> Facts:
     """Return what the plan says."""
     policies = plan.policies()
     slow = {plan.items[item].block for item in pageable_items(plan) if plan.items[item].kind == "weights"}
-    recompute_s = sum((row.recompute_s for row in plan.table.accesses if policies.get(row.module) == "recompute"), 0.0)
+    again = [row.recompute_s for row in plan.table.accesses if policies.get(row.module) == "recompute"]
+    recompute_s = plan.group * sum(again, 0.0)
     prediction = plan.prediction
     held_s = prediction.compute_s - recompute_s
     kept, checkpointed = everything_kept(plan), checkpointing_only(plan)
@@ -134,10 +135,12 @@ def facts(plan: Plan) -> Facts:
 
 
 def _derived_at(plan: Plan, index: int) -> int:
-    """Return the bytes of copies of weights that are alive in an access: each from its forward to its backward."""
+    """Return the bytes of copies of weights that are alive in an access: each from its forward to its backward, for
+    each micro-batch of a group.
+    """
     policies, rows = plan.policies(), plan.table.accesses
     last = {row.forward: row.index for row in rows if row.kind == "backward"}
-    return sum(
+    return plan.group * sum(
         row.weight_copy_bytes
         for row in rows
         if row.index <= index <= last.get(row.index, row.index) and policies.get(row.module, "keep") == "keep"
@@ -148,16 +151,20 @@ def measured(plan: Plan, record: RunRecord) -> Measured:
     """Return what the run says beside the plan. Raises PlanMismatchError where it is the run of another plan."""
     check_pair(plan, record)
     prediction = plan.prediction
-    pass_s = record.pass_s if record.pass_s > 0 else None
     context = prediction.vram_parts.get("context", 0)
     vram, reserved = (size + context if size else None for size in (record.vram_peak_bytes, record.vram_reserved_bytes))
+    # A record is of micro-batches, what is said of groups of them.
+    each_s = record.pass_s if record.pass_s > 0 else None
+    pass_s = None if each_s is None else plan.group * each_s
+    full, rest = plan.groups
+    mean_group = plan.workload.accumulation / (full + bool(rest))
     ram = record.ram_peak_bytes or None
     seen: dict[str, float | None] = {
         "pass_s": pass_s,
-        "stall_s": None if pass_s is None else record.stall_s,
-        "tokens_per_s": None if pass_s is None else plan.workload.tokens / pass_s,
-        "loads_per_pass": _ratio(record.loads, record.passes),
-        "loaded_bytes_per_pass": _ratio(record.loaded_bytes, record.passes),
+        "stall_s": None if each_s is None else plan.group * record.stall_s,
+        "tokens_per_s": None if each_s is None else plan.workload.tokens / each_s,
+        "loads_per_pass": _ratio(mean_group * record.loads, record.passes),
+        "loaded_bytes_per_pass": _ratio(mean_group * record.loaded_bytes, record.passes),
         "vram_bytes": vram,
         "ram_bytes": ram,
     }
@@ -218,6 +225,7 @@ def as_dict(plan: Plan, record: RunRecord | None = None) -> dict[str, object]:
         "batch": {name: list(shape) for name, shape in workload.batch.items()},
         "tokens": workload.tokens,
         "accumulation": workload.accumulation,
+        "group": plan.group,
         "steps": workload.steps,
         "examples": workload.examples,
         "epochs": workload.epochs,

@@ -26,6 +26,7 @@ from memplan.run.handle import Handle
 from memplan.run.memory.arena import dtype_of
 from memplan.state.process_state import random_states_kept
 from memplan.state.snapshot import unchanged
+from memplan.trainers.hf_groups import GroupedSteps
 from memplan.trainers.loading.deferred_placement import arrived, not_waiting
 from memplan.trainers.loading.load import at_detach
 from memplan.trainers.loading.mapped_weights import folder_of, is_mapped, release_mapped
@@ -129,7 +130,7 @@ def wrap_within(
         # Before all others: those that report see what it adds.
         trainer.callback_handler.callbacks.insert(0, Telling(handle, log=log, lines=lines))
     if not args.auto_find_batch_size:  # the trainer itself then takes a smaller batch
-        trainer.__dict__["training_step"] = _done_over(trainer, handle)
+        GroupedSteps(trainer, handle)
     return handle
 
 
@@ -237,20 +238,6 @@ def put_under(
     arrived(model)
     scope.placed.add(handle)
     return handle
-
-
-def _done_over(trainer: Trainer, handle: Handle) -> Callable[..., torch.Tensor]:
-    """Have a trainer's forward and backward done over where memory runs out. It takes the inputs apart: a copy each
-    time.
-    """
-    step = trainer.training_step
-
-    def training_step(model: Any, inputs: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
-        if trainer.optimizer is not None:
-            handle.adopt(trainer.optimizer)  # its state may come from a checkpoint
-        return handle.micro_batch(lambda: step(model, copy.copy(inputs), *args, **kwargs))
-
-    return training_step
 
 
 def _checkpoint_activations(model: Any, options: Any) -> Callable[[], None]:

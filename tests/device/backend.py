@@ -15,6 +15,7 @@ from typing import Literal
 import torch
 import torch._meta_registrations  # the shape functions that are written in Python
 
+from memplan import device_kinds
 from tests.device.build import library
 
 Policy = Literal["copies first", "compute first", "lazy"]
@@ -176,6 +177,8 @@ if torch._C._get_privateuse1_backend_name() != "sim":
     torch._register_device_module("sim", Sim("torch.sim"))
     torch.utils.generate_methods_for_privateuse1_backend()
 
+device_kinds.add("sim")
+
 SIM = torch.device("sim", 0)
 
 
@@ -186,18 +189,27 @@ def present(policy: Policy = "copies first", *, limit_bytes: int = LIMIT_BYTES) 
     """
     _sim.sim_enable(1)
     _sim.sim_policy(POLICIES.index(policy))
-    _memory["total"] = _sim.sim_allocated() + limit_bytes
-    torch.sim.set_per_process_memory_fraction(1.0)
     torch.sim.manual_seed(0)
     forget_waits()
     try:
-        yield
-        torch.sim.synchronize()  # what failed late is heard
+        with limited(limit_bytes):
+            yield
+            torch.sim.synchronize()  # what failed late is heard
     finally:
         torch.sim.empty_cache()
+        _sim.sim_enable(0)
+
+
+@contextlib.contextmanager
+def limited(limit_bytes: int) -> Iterator[None]:
+    """Have the device have that much memory beside what is allocated already."""
+    _memory["total"] = _sim.sim_allocated() + limit_bytes
+    torch.sim.set_per_process_memory_fraction(1.0)
+    try:
+        yield
+    finally:
         _memory["total"] = LIMIT_BYTES
         torch.sim.set_per_process_memory_fraction(1.0)
-        _sim.sim_enable(0)
 
 
 def waits() -> dict[str, int]:

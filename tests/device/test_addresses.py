@@ -11,7 +11,7 @@ import torch
 
 from memplan.run.memory.page_lock import page_locked
 from memplan.run.transfer import device as devices
-from tests.device.test_run import SIM
+from tests.device.backend import SIM
 
 
 class Driver:

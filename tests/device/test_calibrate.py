@@ -10,7 +10,7 @@ from memplan.hardware.calibrate import cuda
 from memplan.hardware.calibrate.rates import Rates
 from memplan.run.memory import page_lock
 from memplan.units import MIB
-from tests.device.test_run import SIM
+from tests.device.backend import SIM
 
 
 def seconds(work):

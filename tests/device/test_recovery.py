@@ -8,22 +8,20 @@ import pytest
 import torch
 
 from memplan.api import smaller
-from memplan.run.attach import attach_on
+from memplan.run.attach import attach
 from memplan.run.memory import arena, page_lock
 from memplan.run.recovery import Room, room_bytes
-from tests.device.test_run import SIM, plans_for_a_gpu  # noqa: F401
-from tests.device.test_sim import batches
 from tests.run.test_parity import plan_for
 from tests.support.training import make
 
 
-def losses_and_gradients(model, handle=None, fails_at=()):
+def losses_and_gradients(apart, model, handle=None, fails_at=()):
     """Of two steps of three micro-batches. One that fails has changed gradients before it does."""
     found, fails = [], set(fails_at)
     for number in range(6):
 
         def run(number=number):
-            loss = model(**batches("llama", number)).loss
+            loss = model(**apart.batches("llama", number)).loss
             loss.backward()
             if number in fails:
                 fails.remove(number)
@@ -37,14 +35,14 @@ def losses_and_gradients(model, handle=None, fails_at=()):
     return [part.cpu() for part in (*found, *(p.grad for p in model.parameters() if p.requires_grad))]
 
 
-def test_the_room_is_had_once_and_given_back(policy, tmp_path, monkeypatch):
-    asked, whole = [], losses_and_gradients(make("llama").to(SIM))
+def test_the_room_is_had_once_and_given_back(apart, tmp_path, monkeypatch):
+    asked, whole = [], losses_and_gradients(apart, make("llama").to(apart.device))
     model, lock = make("llama"), page_lock.page_locked
     grads = sum(p.nbytes for p in model.parameters() if p.requires_grad)
-    with attach_on(model, plan_for(model, "llama", tiers="host"), SIM, replan=smaller) as handle:
+    with attach(model, plan_for(model, "llama", tiers="host"), replan=smaller) as handle:
         before = handle.record.ram_peak_bytes
         monkeypatch.setattr(arena, "page_locked", lambda size: asked.append(weakref.ref(room := lock(size))) or room)
-        assert all(map(torch.equal, losses_and_gradients(model, handle), whole))
+        assert all(map(torch.equal, losses_and_gradients(apart, model, handle), whole))
         held = handle.record.ram_peak_bytes - before
         assert grads <= held < 1.1 * grads
         # Of buffers at first, of gradients beside them from the second on; then never again.
@@ -55,8 +53,8 @@ def test_the_room_is_had_once_and_given_back(policy, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(("limit", "is_pinned"), [(None, True), (2**12, True), (2**12 - 1, False)])
-def test_no_more_is_pinned_than_may_be(limit, is_pinned, policy):
-    room, there = Room(limit), torch.arange(1024, dtype=torch.float32).to(SIM).view(32, 32).t()
+def test_no_more_is_pinned_than_may_be(limit, is_pinned, apart):
+    room, there = Room(limit), torch.arange(1024, dtype=torch.float32).to(apart.device).view(32, 32).t()
     for _ in range(2):
         room.empty_for(room_bytes(there))
         kept = room.copy(there)
@@ -65,14 +63,14 @@ def test_no_more_is_pinned_than_may_be(limit, is_pinned, policy):
         assert kept.stride() == there.stride()
         assert torch.equal(kept, there.cpu())
     assert room.size_bytes == 2**12
-    apart = [torch.ones(4), there[0], torch.eye(4).to_sparse()]
-    assert list(map(room_bytes, apart)) == [0, 0, 0]
+    others = [torch.ones(4), there[0], torch.eye(4).to_sparse()]
+    assert list(map(room_bytes, others)) == [0, 0, 0]
 
 
-def test_what_is_repeated_begins_where_it_began(policy, tmp_path):
-    whole = losses_and_gradients(make("llama").to(SIM))
+def test_what_is_repeated_begins_where_it_began(apart, tmp_path):
+    whole = losses_and_gradients(apart, make("llama").to(apart.device))
     model = make("llama")
-    with attach_on(model, plan_for(model, "llama", share=0.4), SIM, cache=tmp_path, replan=smaller) as handle:
-        found = losses_and_gradients(model, handle, fails_at=(0, 2, 4))
+    with attach(model, plan_for(model, "llama", share=0.4), cache=tmp_path, replan=smaller) as handle:
+        found = losses_and_gradients(apart, model, handle, fails_at=(0, 2, 4))
         assert handle.recoveries == 3
     assert all(map(torch.equal, found, whole))

@@ -15,22 +15,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from tests.device import backend
 from tests.device.backend import peek, pending, present, waits
 from tests.device.build import build
-from tests.support.training import Run, assert_equal, batch_of, make, train
+from tests.support import devices
+from tests.support.training import assert_equal, make, train
 
 ROOT = Path(__file__).parents[2]
-
-
-def on_host(run: Run) -> Run:
-    return Run(
-        losses=[loss.cpu() for loss in run.losses],
-        gradients=[{name: value.cpu() for name, value in gradients.items()} for gradients in run.gradients],
-        adapters={name: value.cpu() for name, value in run.adapters.items()},
-        forwards=run.forwards,
-    )
-
-
-def batches(kind, seed):
-    return {name: value.to("sim") for name, value in batch_of(kind, seed=seed).items()}
 
 
 def model_of(kind, attention):
@@ -48,9 +36,9 @@ def model_of(kind, attention):
 def test_training_is_the_cpus_to_the_bit(kind, attention, policy):
     with sdpa_kernel(SDPBackend.MATH):  # the CPU's own kernel is not what a device without one takes
         whole = train(model_of(kind, attention), kind, steps=2)
-        run = train(model_of(kind, attention).to("sim"), kind, steps=2, batches=batches)
+        run = train(model_of(kind, attention).to("sim"), kind, steps=2, batches=devices.Apart("sim").batches)
     assert backend.operators_waited() == {}
-    assert_equal(whole, on_host(run))
+    assert_equal(whole, devices.at_home(run))
 
 
 def test_nothing_runs_before_somebody_waits(lazy):

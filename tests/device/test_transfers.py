@@ -36,7 +36,7 @@ def test_each_source_goes_its_own_way(is_ring_locked, data, source_of, policy, m
     for block, source in enumerate(sources[:3]):
         assert torch.equal(came[block], source.part)
     assert np.array_equal(came[3][4001 + GAP :].numpy(), data[4001:])
-    assert staged == ([1, 3] if is_ring_locked else [3])
+    assert sorted(staged) == ([1, 3] if is_ring_locked else [3])
     assert transfers.ring_bytes == RING_BYTES * len(staged)
     assert all(ring[0][0].is_pinned() == is_ring_locked for ring in transfers._rings.values())
     transfers.close()

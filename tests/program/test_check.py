@@ -130,7 +130,7 @@ def test_page_locks(pageable_plan):
     expect(locked, "of ram are to be pinned, the budget is 46.0 MiB")
     expect(replace(plan, budgets=replace(plan.budgets, page_lock_bytes=limit - 1)), "of ram are to be pinned")
     expect(replace(plan, arenas=moved(plan.arenas, 1, pageable=True)), "a micro-batch of")
-    expect(replace(plan, arenas=moved(plan.arenas, 0, pageable=True)), "only RAM beside a CUDA device is")
+    expect(replace(plan, arenas=moved(plan.arenas, 0, pageable=True)), "only RAM beside a GPU is")
     expect(replace(plan, staging_bytes=RING_BYTES - 1), "passes through 16.0 MiB of staging")
     said = replace(
         plan.prediction, peaks=replace(plan.prediction.peaks, ram_bytes=plan.prediction.peaks.ram_bytes - RING_BYTES)
@@ -139,7 +139,7 @@ def test_page_locks(pageable_plan):
     expect(replace(plan, table=replace(plan.table, pageable_bytes_per_s=None)), "no rate at which it is read")
     expect(replace(plan, table=replace(plan.table, pageable_bytes_per_s=8e8)), "a micro-batch of")
     expect(replace(plan, table=replace(plan.table, pageable_bytes_per_s=0.0)), "the rate of pageable RAM is")
-    expect(replace(plan, table=replace(plan.table, device="cpu")), "only RAM beside a CUDA device is")
+    expect(replace(plan, table=replace(plan.table, device="cpu")), "only RAM beside a GPU is")
     slow = next(address for address in plan.addresses if address.arena == 2)
     twice = (*plan.addresses, replace(slow, arena=1))
     expect(replace(plan, addresses=twice), f"item {slow.item} is both in pinned and in pageable RAM")

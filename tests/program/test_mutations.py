@@ -10,8 +10,8 @@ from msgspec.structs import replace
 from memplan.place.solve import place
 from memplan.program.check.judge import check
 from memplan.program.page_lock import page_locked_bytes
-from memplan.program.schema import RING_BYTES, STAGING_BYTES
-from tests.support.tables import MIB, NAMES, budgets, make_table
+from memplan.program.schema import RING_BYTES, STAGING_BYTES, Segment
+from tests.support.tables import MIB, NAMES, WORKLOAD, budgets, make_table
 
 CAUGHT = 0.95
 
@@ -40,6 +40,15 @@ def _plans():
     yield place(offloads, budgets(40 * MIB, page_lock=RING_BYTES), activations=saved, pieces=False, **NAMES)
     shared = make_table(sizes, [(0,), (1,), (2,), (0,), (3,), (4,), (5,), (6,)])
     yield place(shared, budgets(rest + 26 * MIB), **NAMES)
+    for accumulation, group in ((8, 4), (7, 3)):
+        yield _grouped(accumulation, group)
+
+
+def _grouped(accumulation, group):
+    """A plan of groups of micro-batches, that wait for loads and recompute some layers."""
+    table = make_table([10 * MIB] * 8, link=2e8, saved_bytes=2 * MIB)
+    names = {**NAMES, "workload": replace(WORKLOAD, accumulation=accumulation)}
+    return place(table, budgets(55 * MIB), groups=(group,), **names)
 
 
 def _one_of(rng, rows, **changes):
@@ -123,6 +132,10 @@ def _pages_changed(rng, plan):
     return replace(plan, arenas=tuple(arenas))
 
 
+def _regrouped(plan, group):
+    return replace(plan, group=group, table=replace(plan.table, group=group))
+
+
 MUTATIONS = {
     "a load later": lambda rng, plan: _load_changed(rng, plan, load_after=lambda at: at + rng.randint(1, 4)),
     "a load earlier": lambda rng, plan: _load_changed(rng, plan, load_after=lambda at: at - rng.randint(1, 4)),
@@ -169,6 +182,7 @@ MUTATIONS = {
         plan, budgets=replace(plan.budgets, vram_bytes=plan.prediction.peaks.vram_bytes - 1)
     ),
     "an other figure": _said,
+    "an other group": lambda rng, plan: _regrouped(plan, plan.group + rng.choice((-1, 1)) if plan.group > 1 else 2),
     "other pages": _pages_changed,
     "less may be page-locked": lambda rng, plan: (
         replace(plan, budgets=replace(plan.budgets, page_lock_bytes=max(page_locked_bytes(plan) - 1, 0)))
@@ -180,7 +194,16 @@ MUTATIONS = {
 
 def _meaning(plan):
     """What a plan says, but for what changes nothing: a load's earliest start that others hold up anyway."""
-    return (plan.residences, plan.addresses, plan.items, plan.activations, plan.budgets, plan.prediction, plan.arenas)
+    return (
+        plan.residences,
+        plan.addresses,
+        plan.items,
+        plan.activations,
+        plan.budgets,
+        plan.prediction,
+        plan.arenas,
+        plan.group,
+    )
 
 
 @pytest.mark.parametrize("count", [1000])
@@ -199,3 +222,49 @@ def test_nearly_every_mutation_is_caught(count):
         if not check(other):
             missed[name] = missed.get(name, 0) + 1
     assert sum(missed.values()) <= (1 - CAUGHT) * count, missed
+
+
+@pytest.mark.parametrize(("accumulation", "group"), [(8, 4), (7, 3), (6, 6)])
+def test_a_wrong_group_is_always_caught(accumulation, group):
+    """Whatever says so: the plan alone, its rows alone, both; and rows of which the sum was taken already."""
+    plan = _grouped(accumulation, group)
+    assert check(plan) == ()
+    for other in (1, 2, 3, 4, 5, 6, 7, 8):
+        if other == group:
+            continue
+        assert check(_regrouped(plan, other))
+        assert any("by the rows" in fault for fault in check(replace(plan, group=other)))
+        assert any("by the rows" in fault for fault in check(replace(plan, table=replace(plan.table, group=other))))
+    ungrouped = place(plan.table, plan.budgets, groups=(1,), **{**NAMES, "workload": plan.workload})
+    assert check(ungrouped) == ()
+    assert check(_regrouped(ungrouped, group))
+
+
+def test_what_no_group_can_do_is_caught():
+    """A block that leaves within the visit at the turn-around, bytes given back for part of it, offloads."""
+    plan = _grouped(8, 4)
+    first, last = plan.table.turn_around
+    block = plan.table.accesses[first].blocks[0]
+    streamed = [
+        stay
+        for stay in plan.residences
+        if stay.begins == "load" and plan.items[stay.item].block == block and stay.first_use <= first <= stay.last_use
+    ]
+    assert streamed or plan.home_of(block) == "device"
+    for stay in streamed:
+        stays = list(plan.residences)
+        stays[stay.id] = replace(stay, last_use=first)
+        assert any("before the next one" in fault for fault in check(replace(plan, residences=tuple(stays))))
+    device, *others = plan.arenas
+    more = Segment(offset_bytes=device.size_bytes, size_bytes=0, absent=((first, first),))
+    arenas = (replace(device, segments=(*device.segments, more)), *others)
+    assert any("for part of a visit" in fault for fault in check(replace(plan, arenas=arenas)))
+    arenas = (replace(device, segments=(*device.segments, replace(more, absent=((first, last),)))), *others)
+    assert check(replace(plan, arenas=arenas)) == ()
+    rows = list(plan.table.accesses)
+    rows[last] = replace(rows[last], forward=0)
+    assert any(
+        "not of one module" in fault for fault in check(replace(plan, table=replace(plan.table, accesses=tuple(rows))))
+    )
+    many = replace(plan, workload=replace(plan.workload, accumulation=3))
+    assert any("a group has 4 micro-batches, a step 3" in fault for fault in check(many))

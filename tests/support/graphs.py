@@ -82,7 +82,8 @@ def traced_once(known: dict | None = None) -> Iterator[None]:
 def _context() -> tuple[object, ...]:
     """What a trace depends on besides what it is given."""
     autocast = (torch.is_autocast_enabled("cpu"), torch.get_autocast_dtype("cpu"))
-    return (*autocast, torch.is_grad_enabled(), torch.get_default_dtype(), torch.get_num_threads())
+    attention = (torch.backends.cuda.flash_sdp_enabled(), torch.backends.cuda.math_sdp_enabled())
+    return (*autocast, *attention, torch.is_grad_enabled(), torch.get_default_dtype(), torch.get_num_threads())
 
 
 def _is_watched() -> bool:

@@ -20,7 +20,7 @@ def folder() -> TemporaryDirectory[str]:
     """Return a folder with a float32 checkpoint, the same for all; it goes with the process."""
     torch.manual_seed(0)
     config = LlamaConfig(
-        hidden_size=64, intermediate_size=176, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2,
+        hidden_size=64, intermediate_size=192, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2,
         vocab_size=VOCABULARY, max_position_embeddings=64, dtype="float32",
     )  # fmt: skip
     made = TemporaryDirectory(prefix="memplan-tests-")

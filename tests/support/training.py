@@ -181,7 +181,7 @@ def batch_of(kind: str, seed: int = 3, length: int = LENGTH) -> dict[str, torch.
 
 def loss_of(output) -> torch.Tensor:
     if isinstance(output, torch.Tensor):
-        target = torch.arange(output.shape[1]).expand(output.shape[:2]) % VOCABULARY
+        target = torch.arange(output.shape[1], device=output.device).expand(output.shape[:2]) % VOCABULARY
         return nn.functional.cross_entropy(output.flatten(0, 1), target.flatten())
     return output.loss
 

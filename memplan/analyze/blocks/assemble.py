@@ -65,6 +65,9 @@ class _Pass:
             self._add("activations", owner[born], owner[died], size)
         for kind, born, size in traced.left:
             self._add(kind, owner[born], last, size)
+        self.gradients = [0] * len(self.accesses)
+        for segment, size in traced.gradients:
+            self.gradients[owner[segment]] += size
         self.derived = [0] * len(self.accesses)
         self.derived_how: Counter[str] = Counter()
         for (born, died, how), size in traced.derived.items():
@@ -132,6 +135,7 @@ def assemble(
                 transient_offload_bytes=transient_offload,
                 offload_bytes=moved.get(access.module, 0) if can and access.kind == "forward" else 0,
                 weight_copy_bytes=one.derived[index],
+                gradient_bytes=one.gradients[index],
             )
         )
     return LayerGraph(

@@ -1,8 +1,8 @@
 """The autocast that a trace runs under: one that is asked for, else the caller's own; and the rest of the caller's
 contexts, which a trace leaves.
 
-[Note: a trace is on the CPU] So an autocast for CUDA is traced as the CPU's of the same dtype. Products are lowered
-alike; a few operators that CUDA keeps in float32 (norms, softmax) are not, and count for less than they will take.
+[Note: a trace is on the CPU] So an autocast for a GPU is traced as the CPU's of the same dtype. Products are lowered
+alike; a few operators that it keeps in float32 (norms, softmax) are not, and count for less than they will take.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from memplan import device_kinds
 from memplan.model.arguments import autocast_name
 
 
@@ -24,7 +25,7 @@ def dtype_of_autocast(given: object) -> torch.dtype | None:
     if given is not None:
         found: torch.dtype = getattr(torch, autocast_name(given))
         return found
-    for device in ("cuda", "cpu"):
+    for device in sorted(device_kinds.known(), key=device_kinds.is_apart, reverse=True):
         if torch.is_autocast_enabled(device):
             return torch.get_autocast_dtype(device)
     return None

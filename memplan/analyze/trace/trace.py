@@ -324,11 +324,13 @@ def _trace(
             for parameter in others:  # counted by themselves: see Traced.outside
                 parameter.grad = torch.empty_like(parameter)
         versions = [parameter.grad._version for parameter in others if parameter.grad is not None]
+        made: dict[int, tuple[int, int]] = {}
         if accumulates:
             with mode:
                 for parameter in trainables:
                     parameter.grad = torch.empty_like(parameter)
                     recorder.add(parameter.grad)
+                    undo.callback(parameter.register_post_accumulate_grad_hook(partial(_note, made, recorder)).remove)
         _notice_recomputes(units, ran_again)
         drawn = watch_draws(units)
         offloads = Offloads(recorder, mode)
@@ -379,6 +381,7 @@ def _trace(
             recorder=recorder,
             spans=dict(recorder.spans),
             left=tuple(left),
+            gradients=tuple(made.values()),
             ran_again=frozenset(ran_again),
             derived=recorder.derived(),
             offload_bytes=dict(offloads.size_bytes),
@@ -388,6 +391,13 @@ def _trace(
             fragmentation_bytes=fragmentation_bytes(recorder.events or ()),
             updated=updated,
         )
+
+
+def _note(made: dict[int, tuple[int, int]], recorder: Recorder, parameter: torch.Tensor) -> None:
+    """Note in which segment a parameter is given its first gradient."""
+    held = None if parameter.grad is None else recorder.held(parameter.grad)
+    if held is not None:
+        made.setdefault(id(parameter), (recorder.segment, held.size_bytes))
 
 
 def _is_trained(tensor: torch.Tensor) -> bool:

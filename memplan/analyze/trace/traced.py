@@ -18,6 +18,8 @@ class Traced:
     """Bytes of what died in the trace, by the segments of birth and death."""
     left: tuple[tuple[LifetimeKind, int, int], ...]
     """What was alive at its end: kind, segment of birth, bytes."""
+    gradients: tuple[tuple[int, int], ...]
+    """Where gradients are there from the first access on: in which segment each was added to first, and its bytes."""
     ran_again: frozenset[str]
     """Units of which something ran again in backward: the model checkpoints them itself."""
     derived: Mapping[tuple[int, int, str], int]

@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 from msgspec.structs import replace
 
+from memplan.device_kinds import is_apart
 from memplan.place.layout.elastic import ElasticSegment
 from memplan.place.layout.offload import addresses_of, items_of, residences_of
 from memplan.place.layout.page_lock import Pageable, pageable_of
@@ -282,7 +283,7 @@ def _loaded(problem: Problem, stay: Stay, channel: Channel) -> Residence:
         item=stay.block,
         arena=0,
         begins="load",
-        source="staging" if channel == "disk" and problem.table.device == "cuda" else "home",
+        source="staging" if channel == "disk" and is_apart(problem.table.device) else "home",
         channel=channel,
         order=-1,
         load_after=stay.load_after,

@@ -5,10 +5,11 @@ Written for the judge alone: the solvers have their timeline elsewhere.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 
 from memplan.analyze.graph import Activations
 from memplan.cost.table import AccessRow
+from memplan.device_kinds import is_apart
 from memplan.program.check.page_locks import slow_items
 from memplan.program.schema import Plan, Residence
 
@@ -24,6 +25,25 @@ _SAME = 1e-6
 
 def flow_faults(plan: Plan) -> Iterator[str]:
     """Yield what can never move, and times that are not those of the rows."""
+    said = plan.prediction
+    one_s = _durations(plan)
+    full, rest = divmod(plan.workload.accumulation, plan.group)
+    every = [time_s * plan.group for time_s in one_s]
+    yield from _pass_faults(plan, every, said.pass_s, "a micro-batch" if plan.group == 1 else "a group")
+    if rest:
+        yield from _pass_faults(plan, [time_s * rest for time_s in one_s], said.last_pass_s, "the last group")
+    for what, stated, found in (
+        ("compute", said.compute_s, sum(every)),
+        ("stall", said.stall_s, max(said.pass_s - sum(every), 0.0)),
+        ("the last group", said.last_pass_s, said.last_pass_s if rest else 0.0),
+        ("step", said.step_s, full * said.pass_s + said.last_pass_s + _optimizer_s(plan)),
+    ):
+        if abs(stated - found) > _SAME * max(said.pass_s, found):
+            yield f"the prediction says {stated:.6g} s of {what}, the rows say {found:.6g} s"
+
+
+def _pass_faults(plan: Plan, durations: Sequence[float], stated: float, what: str) -> Iterator[str]:
+    """Yield why a pass whose accesses take ``durations`` in s can never end, or takes another time than is said."""
     length = len(plan.table.accesses)
     queues = _queues(plan)
     places = {stay.id: (channel, turn) for channel, queue in queues.items() for turn, stay in enumerate(queue)}
@@ -32,7 +52,6 @@ def flow_faults(plan: Plan) -> Iterator[str]:
         for stay in queue:
             if 0 <= stay.first_use < length:
                 needed[stay.first_use].append(stay)
-    durations = _durations(plan)
     slow = slow_items(plan)
     alone = {
         stay.id: _load_s(plan, stay, reads_disk="disk" in queues, slow=stay.item in slow)
@@ -88,20 +107,12 @@ def flow_faults(plan: Plan) -> Iterator[str]:
         for name in over:
             del under_way[name]
             (ended[name] if name else ends).append(now)
-        if "" in over and len(ends) % length == 0 and _is_said(plan.prediction.pass_s, ends, ended, turns):
+        if "" in over and len(ends) % length == 0 and _is_said(stated, ends, ended, turns):
             break
     else:
-        found, stated = (ends[-1] - ends[-1 - _MOST_PASSES // 2 * length]) / (_MOST_PASSES // 2), plan.prediction.pass_s
+        found = (ends[-1] - ends[-1 - _MOST_PASSES // 2 * length]) / (_MOST_PASSES // 2)
         if abs(found - stated) > _SAME * max(found, stated):
-            yield f"the prediction says a micro-batch of {stated:.6g} s, the rows say {found:.6g} s"
-    compute_s, said = sum(durations), plan.prediction
-    for what, stated, found in (
-        ("compute", said.compute_s, compute_s),
-        ("stall", said.stall_s, max(said.pass_s - compute_s, 0.0)),
-        ("step", said.step_s, plan.workload.accumulation * said.pass_s + _optimizer_s(plan)),
-    ):
-        if abs(stated - found) > _SAME * max(said.pass_s, found):
-            yield f"the prediction says {stated:.6g} s of {what}, the rows say {found:.6g} s"
+            yield f"the prediction says {what} of {stated:.6g} s, the rows say {found:.6g} s"
 
 
 def _is_said(pass_s: float, ends: list[float], ended: Mapping[str, list[float]], turns: Mapping[str, int]) -> bool:
@@ -140,7 +151,7 @@ def _load_s(plan: Plan, stay: Residence, *, reads_disk: bool, slow: bool) -> flo
     """
     table, item = plan.table, plan.items[stay.item]
     host, disk, back = table.host_to_device_bytes_per_s, table.disk_bytes_per_s, table.device_to_host_bytes_per_s
-    if table.device == "cuda":
+    if is_apart(table.device):
         disk = min(disk, 0.5 * host)
         if reads_disk:
             host = host - disk
@@ -153,7 +164,7 @@ def _load_s(plan: Plan, stay: Residence, *, reads_disk: bool, slow: bool) -> flo
 
 
 def _durations(plan: Plan) -> list[float]:
-    """Return the seconds of each access; the optimizer's counts once a step, not in a pass."""
+    """Return the seconds of each access for one micro-batch; the optimizer's counts once a step, not in a pass."""
     policies = plan.policies()
     link, slow = plan.table.host_to_device_bytes_per_s, slow_items(plan)
     rates = {
@@ -166,7 +177,7 @@ def _durations(plan: Plan) -> list[float]:
         policy: Activations = policies.get(row.module, "keep")
         more = row.recompute_s if policy == "recompute" else row.offload_s if policy == "offload" else 0.0
         read_s = sum(rows.size_bytes / rates[rows.block] for rows in row.rows if rows.block in rates)
-        return row.time_s + more + (0.0 if plan.table.device == "cpu" else read_s)
+        return row.time_s + more + (read_s if is_apart(plan.table.device) else 0.0)
 
     return [0.0 if row.kind == "optimizer" else seconds(row) for row in plan.table.accesses]
 

@@ -8,8 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from memplan import device_kinds
+from memplan.device_kinds import is_apart
 from memplan.errors import PlanCheckError
 from memplan.program.check.flow import flow_faults
+from memplan.program.check.groups import device_bytes, group_faults
 from memplan.program.check.occupancy import absence_faults
 from memplan.program.check.offloads import offload_faults
 from memplan.program.check.page_locks import page_lock_faults, stages
@@ -32,6 +35,7 @@ def check(plan: Plan) -> tuple[str, ...]:
     return (
         *_homes(plan),
         *offload_faults(plan),
+        *group_faults(plan),
         *_layout(plan),
         *_order(plan),
         *_coverage(plan),
@@ -77,6 +81,8 @@ def _references(plan: Plan) -> Iterator[str]:
             yield f"{module} reads rows of a block in one access, and all of it or nothing in another"
     if not table.accesses:
         yield "there are no accesses"
+    if fault := device_kinds.fault(table.device):
+        yield f"the table cannot be a machine's: {fault}"
     for item in plan.items:
         if not 0 <= item.block < len(table.blocks):
             yield f"item {item.id} is of block {item.block}, which is not there"
@@ -114,8 +120,12 @@ def _references(plan: Plan) -> Iterator[str]:
         yield (
             f"a direction of the link reaches {table.duplex_factor} of its rate while the other is busy: 0 to 1 can be"
         )
+    if plan.group < 1:
+        yield f"a group has {plan.group} micro-batches"
     if plan.workload.accumulation < 1:
         yield f"a step has {plan.workload.accumulation} micro-batches"
+    if plan.group != table.group:
+        yield f"groups are of {plan.group} micro-batches, and of {table.group} by the rows"
     if not 0 <= plan.prediction.vram_peak_at < len(table.accesses):
         yield f"the prediction's vram peak is at access {plan.prediction.vram_peak_at}, which is not there"
     modules = {policy.module for policy in plan.activations}
@@ -185,7 +195,7 @@ def _is_copy_of(plan: Plan, stay: Residence) -> bool:
 
 def _expected_source(home: Tier, device: str) -> tuple[str, str]:
     if home == "disk":
-        return ("home" if device == "cpu" else "staging", "disk")
+        return ("staging" if is_apart(device) else "home", "disk")
     return ("home", "h2d")
 
 
@@ -341,10 +351,10 @@ def _until(stay: Residence, other: Residence) -> int:
 def _peaks(plan: Plan) -> Iterator[str]:
     table, budgets, stated = plan.table, plan.budgets, plan.prediction
     host = sum(arena.size_bytes for arena in plan.arenas if arena.tier == "host")
-    policies = plan.policies()
+    beside = device_bytes(plan)
 
     def bytes_at(index: int) -> int:
-        return table.device_bytes_at(index, policies) + sum(
+        return beside[index] + sum(
             segment.size_bytes
             for arena in plan.arenas
             for segment in arena.segments
@@ -375,6 +385,7 @@ def _peaks(plan: Plan) -> Iterator[str]:
     stored = sum(item.size_bytes for item, channel in moved if channel == "d2h")
     homes = {item.block: item.home for item in plan.items if item.kind == "weights"}
     rows = sum(r.size_bytes for access in table.accesses for r in access.rows if homes.get(r.block) == "host")
+    rows *= plan.group
     if rows != stated.rows_bytes_per_pass:
         yield (
             f"the prediction says {stated.rows_bytes_per_pass} bytes of rows are read on the host, the rows are {rows}"

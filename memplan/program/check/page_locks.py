@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from memplan.device_kinds import is_apart
 from memplan.program.schema import RING_BYTES, Plan
 from memplan.units import format_bytes
 
@@ -17,8 +18,8 @@ def page_lock_faults(plan: Plan) -> Iterator[str]:
     """
     pageable = [arena for arena in plan.arenas if arena.pageable]
     for arena in pageable:
-        if arena.tier != "host" or plan.table.device == "cpu":
-            yield f"arena {arena.id} is pageable: only RAM beside a CUDA device is, and this is on the {arena.tier}"
+        if arena.tier != "host" or not is_apart(plan.table.device):
+            yield f"arena {arena.id} is pageable: only RAM beside a GPU is, and this is on the {arena.tier}"
     tiers = {(address.item, plan.arenas[address.arena].pageable) for address in plan.addresses
              if plan.arenas[address.arena].tier == "host"}  # fmt: skip
     for item in {item for item, is_pageable in tiers if is_pageable and (item, False) in tiers}:
@@ -31,7 +32,7 @@ def page_lock_faults(plan: Plan) -> Iterator[str]:
             f"{format_bytes(plan.staging_bytes)} are set aside"
         )
     limit = plan.budgets.page_lock_bytes
-    if limit is None or plan.table.device == "cpu":
+    if limit is None or not is_apart(plan.table.device):
         return
     locked = sum(
         segment.size_bytes
@@ -58,14 +59,14 @@ def _rings_bytes(plan: Plan) -> int:
     anything else, where both can be.
     """
     to_card = (any(item.home == "disk" for item in plan.items), any(arena.pageable for arena in plan.arenas))
-    return sum(to_card) * RING_BYTES if plan.table.device == "cuda" else 0
+    return sum(to_card) * RING_BYTES if is_apart(plan.table.device) else 0
 
 
 def slow_items(plan: Plan) -> set[int]:
     """Return the items that pass through pageable memory beside a card: where they wait, or in a ring that is not
     locked.
     """
-    if plan.table.device != "cuda":
+    if not is_apart(plan.table.device):
         return set()
     slow = {address.item for address in plan.addresses if plan.arenas[address.arena].pageable}
     limit = plan.budgets.page_lock_bytes

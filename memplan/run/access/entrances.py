@@ -10,7 +10,7 @@ out that the plan has is this looked for.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NoReturn
 
 import torch
@@ -67,6 +67,28 @@ class Entrances:
             _refuse_poison(self._trained)
         self._announced.clear()
         self.mark()
+
+    # Where micro-batches take turns, gradients are of several: who gave one is asked for.
+
+    def lane(self) -> tuple[set[str], set[str]]:
+        """Return what is one micro-batch's own, for :meth:`be_lane`."""
+        return self._called, self._announced
+
+    def be_lane(self, lane: tuple[set[str], set[str]]) -> None:
+        """Go on with another micro-batch."""
+        self._called, self._announced = lane
+
+    def lane_ends(self, gave: Callable[[nn.Parameter], bool], *, left_out: bool) -> None:
+        """Do the same as ``backward_ends`` for one of several. ``gave``: whether it has given a parameter a
+        gradient.
+        """
+        if left_out:
+            unseen = self._called - self._announced
+            for name, parameter in self._watched:
+                if name in unseen and gave(parameter) and parameter.grad is not None and bool(parameter.grad.any()):
+                    refuse_entrance(name)
+            _refuse_poison(self._trained)
+        self._announced.clear()
 
     def _refuse(self) -> None:
         unseen = self._called - self._announced

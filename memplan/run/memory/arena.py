@@ -2,7 +2,7 @@
 
 [Note: bytes that come and go] A segment may be given back and brought back, while views of it live on (autograd's saved
 ones too). On the CPU all segments lie in one mapping at addresses that never change: the kernel takes the pages of what
-is given back, and reads there give zeros until it is filled again. On a CUDA device each is a storage of its own that
+is given back, and reads there give zeros until it is filled again. On a GPU each is a storage of its own that
 is resized to nothing and back, which its views follow; it is allocated and freed in the order of the compute stream,
 behind which every copy into it waits. Unproven: no GPU has run it yet.
 """
@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import logging
 import mmap
+import weakref
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -52,8 +53,8 @@ class Addresses:
 
 
 class Arena:
-    """Bytes of one tier, all there at first. On the compute device, or on the host (page-locked where the device is a
-    CUDA one).
+    """Bytes of one tier, all there at first. On the compute device, or on the host (page-locked where the device is
+    apart from it).
 
     [Note: alignment changes bits] torch aligns CPU allocations to 64 bytes and CUDA ones to 512, and addresses are
     multiples of 512: a weight's alignment here is that of a tensor of its own, so results are a whole run's to the bit.
@@ -257,12 +258,15 @@ class Placeholders:
             if element is None:
                 element = torch.empty(1, dtype=dtype, device=self._device)
                 element.view(torch.uint8).fill_(_POISON)
-                self._elements[dtype] = _ELEMENTS[element.data_ptr()] = element
+                self._elements[dtype] = element
+                _ELEMENTS[element.data_ptr()] = element.untyped_storage()
             return element.expand(shape) if shape else element[0]
 
 
-_ELEMENTS: dict[int, torch.Tensor] = {}
-"""The element of every placeholder by its address, kept: of a weight of one element nothing else tells."""
+_ELEMENTS: weakref.WeakValueDictionary[int, torch.UntypedStorage] = weakref.WeakValueDictionary()
+"""The memory of each placeholder's element by its address, while it lives: of a weight of one element nothing else
+tells.
+"""
 
 
 def is_placeholder(parameter: nn.Parameter | torch.Tensor) -> bool:

@@ -1,6 +1,6 @@
 """Blocks that stay on the host while the device reads rows of them there: embeddings.
 
-On the CPU the host's memory is the device's own. A CUDA device reads page-locked memory over the link, as it computes:
+On the CPU the host's memory is the device's own. A GPU reads page-locked memory over the link, as it computes:
 the lookup is the very kernel of a whole run, on a tensor of the device whose memory is the host's, and nobody waits.
 Where they are not page-locked (it was refused, or is over the plan's limit), or the driver names no address for them,
 the rows are looked up on the host and sent, which waits for the indices. Both unproven: no GPU has run them yet.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -16,13 +17,14 @@ from memplan.hooks.compiled import hides_hooks, is_compiled, watch_captures
 from memplan.hooks.late_hooks import Calls, LateHooks
 from memplan.hooks.same_again import SameAgain, Turns
 from memplan.hooks.taps import Taps
-from memplan.hooks.triggers import Triggers
+from memplan.hooks.triggers import Triggers, Watcher
 from memplan.model.weights import frozen_weights, is_quantized, keep_layout
 from memplan.program.page_lock import is_ring_locked
 from memplan.program.schema import Plan
 from memplan.run.access.direct_access import DirectAccess
 from memplan.run.access.entrances import Entrances, refuse_entrance
 from memplan.run.handle import Handle
+from memplan.run.lanes.accumulate import Accumulation
 from memplan.run.memory.home import Home
 from memplan.run.modules.embedding_rows import look_up_on_host, read_in_place
 from memplan.run.modules.encoder_fast_path import hide_hooks, show_first_layer
@@ -93,16 +95,23 @@ def install(
             checked=CheckedReads(tiers.arena, tiers.streamed, conductor.loader, clocked) if clocked else None,
             copies=None if checked else Copies(plan, triggers, tiers.arena),
             spans=spans,
+            accumulation=None,
             undo=Undo(),
         )
-        _hook(model, runtime, triggers, handle, undo)
+        watched, watcher = _hook(model, runtime, triggers, handle, undo)
+        if plan.group > 1 and tiers.streamed:
+            noted = watcher if isinstance(watcher, TracedWatcher) else None
+            accumulation = Accumulation(model, plan, triggers, watched, conductor, device, noted)
+            runtime = replace(runtime, accumulation=accumulation)
         conductor.begin()
         runtime.undo.enter_context(undo.pop_all())
     return runtime
 
 
-def _hook(model: nn.Module, runtime: Runtime, triggers: Mapping[str, nn.Module], handle: Handle, undo: Undo) -> None:
-    """Hook the model's modules, and note how to unhook them."""
+def _hook(
+    model: nn.Module, runtime: Runtime, triggers: Mapping[str, nn.Module], handle: Handle, undo: Undo
+) -> tuple[Triggers, Watcher]:
+    """Hook the model's modules, and note how to unhook them. Return what watches, and whom that tells."""
     tiers, plan, device = runtime.tiers, runtime.tiers.plan, runtime.tiers.device
     conductor, checked = runtime.conductor, runtime.checked
     if checked is not None:
@@ -130,7 +139,7 @@ def _hook(model: nn.Module, runtime: Runtime, triggers: Mapping[str, nn.Module],
     is_capturing = capture_check(device)
     if is_capturing is not None:
         undo.callback(watch_captures(is_capturing))
-    watcher = conductor if runtime.spans is None else TracedWatcher(conductor, runtime.spans)
+    watcher: Watcher = conductor if runtime.spans is None else TracedWatcher(conductor, runtime.spans)
     within = _within_triggers(plan, triggers, tiers)
     taps = _taps(within, _kept_reads(plan, triggers, tiers), conductor.entrances)
     for one in taps.values():
@@ -146,6 +155,7 @@ def _hook(model: nn.Module, runtime: Runtime, triggers: Mapping[str, nn.Module],
     for module in model.modules():
         if any(id(weight.tensor) in kept for weight in frozen_weights("", module, deep=True)):
             undo.callback(Guard(module, kept, device, runtime.direct, handle).remove)
+    return hooks, watcher
 
 
 def _readers(tiers: Tiers, direct: DirectAccess) -> dict[int, Callable[[], torch.Tensor]]:

@@ -8,9 +8,12 @@ and counted.
 from __future__ import annotations
 
 import os
-import threading
+import sys
+from collections.abc import Callable
+from typing import Any
 
 import torch
+from torch import nn
 
 from memplan.errors import RunError
 from memplan.hooks.triggers import caller, compute_here
@@ -60,6 +63,11 @@ class Conductor:
         self._paused = ""
         self._trained_by = 0  # the thread of the last forward with gradients
         self._measured = Measured()
+        self.gave: Callable[[nn.Parameter], bool] | None = None
+        """Where micro-batches take turns: whether the one whose turn it is has given a parameter a gradient."""
+        self._lane_begins_cycle = True
+        self._lanes = 1  # micro-batches that take turns now
+        self._side_by_side = 1  # in the cycle that is under way
         self._blocks: tuple[BlockRecord, ...] = ()  # as they were when it was closed
         in_place = read_in_place(plan)
         reads = {
@@ -123,7 +131,7 @@ class Conductor:
             return  # autograd's own threads
         refuse_transforms(module, self._recomputed)
         self._refuse_beside_forward(module)
-        self._forward_of = threading.get_ident()
+        self._forward_of = caller()
 
     def _refuse_beside_forward(self, module: str) -> None:
         """Raise RunError where the forward that is under way is another thread's."""
@@ -144,8 +152,8 @@ class Conductor:
                 return
             self.loader.shut_all()
             if torch.is_grad_enabled():
-                self._trained_by = threading.get_ident()
-            elif self._trained_by != threading.get_ident():
+                self._trained_by = caller()
+            elif self._trained_by != caller():
                 passes_by_no_more()  # it evaluates: what it reads by itself, while another trains, it is given
             if self._position.forward_ends(call):
                 self.loader.start_loads(is_over=True)
@@ -181,18 +189,78 @@ class Conductor:
             self.loader.shut_all()
             if self._closed or self._position.now < 0:
                 return
-            self.entrances.backward_ends(left_out=self._position.backward_ends())
+            left_out = self._position.backward_ends()
+            if self.gave is not None:
+                self.entrances.lane_ends(self.gave, left_out=left_out)
+                self._position.count_backward()
+                return
+            self.entrances.backward_ends(left_out=left_out)
             self._position.backward_ended()
             self._position.learn(self.loader.sequence_of)
             self.loader.start_loads(is_over=True)
 
+    # ---- micro-batches that take turns ------------------------------------------------------------------------------
+
+    @property
+    def position(self) -> Position:
+        """Where in its sequence the run is."""
+        return self._position
+
+    def group_begins(self, count: int) -> list[tuple[Any, ...]]:
+        """So many micro-batches are to take turns. Return what is each one's own, for :meth:`be_lane`."""
+        begins = self._position.lanes_at_begin(count)
+        return [(at, (set(), set()), not turn, count) for turn, at in enumerate(begins)]
+
+    def lane(self) -> tuple[Any, ...]:
+        """Return what is one micro-batch's own."""
+        return self._position.lane(), self.entrances.lane(), self._lane_begins_cycle, self._lanes
+
+    def be_lane(self, lane: tuple[Any, ...], floor: int) -> None:
+        """Go on with another micro-batch. ``floor``: accesses from there on are yet to be done by others."""
+        at, entrances, self._lane_begins_cycle, self._lanes = lane
+        self._position.be_lane(at)
+        self._position.floor = floor
+        self.entrances.be_lane(entrances)
+
+    def serve_again(self) -> Callable[[], None]:
+        """Return what has the blocks of the access under way be there, once others have had their turn."""
+        blocks = tuple(streamed.block for streamed in self.loader.used)
+
+        def again() -> None:
+            with self._lock:
+                self.loader.use(blocks, opens=False)
+
+        return again
+
+    def group_ends(self, lanes: list[tuple[Any, ...]], *, failed: bool) -> None:
+        """All have had their turn."""
+        position = self._position
+        with self._lock:
+            self.gave, self._lane_begins_cycle, self._lanes = None, True, 1
+            now, had_backward, strayed, _ = max((lane[0] for lane in lanes), key=lambda at: int(at[0]))
+            position.be_lane((now, had_backward, strayed, lanes[0][0][3]))
+            position.floor = sys.maxsize
+            self.entrances.be_lane((set(), set()))
+            self.loader.unpin()
+            self.loader.shut_all()
+            self._forward_of = None
+            if self._closed or position.now < 0 or failed:
+                return
+            self.entrances.mark()
+            position.cycle_ended()
+            position.learn(self.loader.sequence_of)
+            self.loader.start_loads(is_over=True)
+
     def _cycle_begins(self) -> None:
+        if not self._lane_begins_cycle:
+            return
         self.entrances.pass_begins()
         for block, stalled in self._transfers.device_stalls().items():
             if block in self.loader.streamed:
                 self.loader.streamed[block].stall_s += stalled
             self._measured.stalled_s += stalled
-        self._measured.cycle_begins(self._position.sequence.passes)
+        self._measured.cycle_begins(self._position.sequence.passes * self._side_by_side)
+        self._side_by_side = self._lanes
 
     # ---- the record ------------------------------------------------------------------------------------------------
 

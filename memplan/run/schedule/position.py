@@ -6,6 +6,7 @@ backward; it stays what it was where another sequence is followed meanwhile.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Mapping
 
 from memplan.program.schema import Channel
@@ -32,6 +33,7 @@ class Position:
         self._strayed_in_backward = False  # or its forwards did, of which some may have none that is seen
         self._first_call = 0  # what a forward at position 0 of this sequence is called: calls before it lie below
         self._aside = -1  # the last name of a forward that the sequence lacks: it counts down
+        self.floor = sys.maxsize  # other micro-batches of a group are yet to do the accesses from here on
         self._follow(sequence)
 
     def _follow(self, sequence: Sequence) -> None:
@@ -76,7 +78,10 @@ class Position:
         """Note that a forward is over; return whether it is the access under way."""
         if call != self._first_call + self.now:
             return False
-        self.done = self.now + 1
+        end = self.now + 1
+        if end > self.floor:
+            return False  # others are yet to do it
+        self.done = end
         return True
 
     def backward_begins(self, module: str, call: int) -> Reads:
@@ -112,7 +117,7 @@ class Position:
     def _go_to(self, position: int) -> Reads:
         self.now = position
         if position > self.done:
-            self.done = position
+            self.done = position if position <= self.floor else max(self.done, self.floor)
         return self.sequence.steps[position % self.sequence.length].blocks
 
     def _beside(self, module: str) -> Reads:
@@ -134,10 +139,51 @@ class Position:
 
     def backward_ended(self) -> None:
         """Count it, and go to the end of the cycle where none is to come."""
-        is_over = self.sequence.is_over(self.now)
+        self.count_backward()
+        self.cycle_ended()
+
+    def count_backward(self) -> None:
+        """Count it."""
+        self._measured.backward_ends(self.sequence.passes if self.sequence.is_over(self.now) else 0)
+
+    def cycle_ended(self) -> None:
+        """Go to the end of the cycle where no backward is to come."""
         cycle = self.now // self.sequence.length
-        self.done = (cycle + 1) * self.sequence.length if is_over else self.now + 1
-        self._measured.backward_ends(self.sequence.passes if is_over else 0)
+        self.done = (cycle + 1) * self.sequence.length if self.sequence.is_over(self.now) else self.now + 1
+
+    # ---- micro-batches that take turns ------------------------------------------------------------------------------
+
+    def lane(self) -> tuple[int, bool, bool, Learner]:
+        """Return what is one micro-batch's own, for :meth:`be_lane`."""
+        return self.now, self._had_backward, self._strayed_in_backward, self._learner
+
+    def be_lane(self, lane: tuple[int, bool, bool, Learner]) -> None:
+        """Go on with another micro-batch."""
+        self.now, self._had_backward, self._strayed_in_backward, self._learner = lane
+
+    def lanes_at_begin(self, count: int) -> list[tuple[int, bool, bool, Learner]]:
+        """Return that of micro-batches that have not begun. What the first one does is what is learned."""
+        now, had, strayed, _ = self.lane()
+        return [(now, had, strayed, Learner() if turn else self._learner) for turn in range(count)]
+
+    def forward_due(self, module: str) -> int:
+        """Return where the module's forward, if it begins now, will be; the present access off the sequence."""
+        if self.sequence.passed_expert(module, self.now) is not None:
+            return self.now
+        position = self.sequence.next_forward(module, self.now)
+        return self.now if position is None else position
+
+    def recompute_due(self, module: str) -> int:
+        """Return the same of its forward within a backward."""
+        position = self.sequence.next_backward(module, self.now)
+        if position is None or (position != self.now and self.sequence.skipped_reads(self.now, position)):
+            return self.now
+        return position
+
+    def backward_due(self, module: str, call: int) -> int:
+        """Return the same of the backward of a call."""
+        position = self.sequence.backward_at(module, call - self._first_call, self.now)
+        return self.now if position is None else position
 
     def learn(self, sequence_of: Callable[[Cycle], Sequence | None]) -> None:
         """Follow another sequence where passes have left this one for good. ``sequence_of``: makes it of a cycle."""

@@ -81,6 +81,15 @@ class Sequence:
                 self.backwards[step.module] = (*self.backwards.get(step.module, ()), index)
                 self._backwards_of[step.forward] = (*self._backwards_of.get(step.forward, ()), index)
         self.last_backward = max((i for indices in self.backwards.values() for i in indices), default=-1)
+        self.turn_around = self._turn_around()
+        """The backward that a micro-batch of a group goes on to from its last forward before others take their turn:
+        so logits and losses are those of one at a time. -1 where there is none.
+        """
+
+    def _turn_around(self) -> int:
+        first = min((i for indices in self.backwards.values() for i in indices), default=-1)
+        before = [i for i in range(first) if self.steps[i].kind == "forward"]
+        return first if before and self.steps[first].forward == before[-1] else -1
 
     def next_forward(self, module: str, now: int) -> int | None:
         """Return the linear position of the module's next forward access after ``now``; None where it has none."""

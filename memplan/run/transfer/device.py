@@ -14,6 +14,8 @@ from typing import Any
 
 import torch
 
+from memplan import device_kinds
+
 _MAPPED = 2
 """``cudaHostRegisterMapped``, which is without effect where a device cannot have it."""
 _DRIVER = "libcuda.so.1"
@@ -21,14 +23,17 @@ _DRIVER = "libcuda.so.1"
 
 def is_apart(device: torch.device) -> bool:
     """Whether a device has memory and streams of its own; else it is the CPU, whose memory is the host's."""
-    return device.type != "cpu"
+    return device_kinds.is_apart(device.type)
 
 
 def chosen(kind: str) -> torch.device | None:
-    """Return the current device of a kind, or None where torch sees none of it."""
-    if kind == "cpu":
+    """Return the current device of a kind that plans are made for, or None where torch sees none of it."""
+    if not device_kinds.is_apart(kind):
         return torch.device(kind)
-    module: Any = torch.get_device_module(kind)
+    try:
+        module: Any = torch.get_device_module(kind)
+    except RuntimeError:  # of a package that is not imported
+        return None
     return torch.device(kind, module.current_device()) if module.is_available() else None
 
 

@@ -13,8 +13,8 @@ class Lock:
 
     [Note: half done] An error, or a Ctrl-C in a notebook, may come between the start of a load and the note of it;
     where training goes on then, that load must not write to what has come into its slot since. Nor may what a load that
-    failed has left on its way: one that comes too late, or the first pieces of one that a disk cut short (on CUDA they
-    wait in a stream).
+    failed has left on its way: one that comes too late, or the first pieces of one that a disk cut short (of a
+    GPU they wait in a stream).
     """
 
     def __init__(self, mend: Callable[[], None]) -> None:

@@ -1,8 +1,8 @@
 """When each access and each load of a pass took place: the traced mode.
 
-Marks are taken where the triggers are told and where channels do their work. On the CPU a mark is the clock; on CUDA an
-event in the stream that does the work, so nothing waits for it and its time is known later (unproven: no GPU has run
-it). Each access is a range in torch's profiler too, named after what it reads.
+Marks are taken where the triggers are told and where channels do their work. On the CPU a mark is the clock;
+elsewhere an event in the stream that does the work, so nothing waits for it and its time is known later (unproven: no
+GPU has run it). Each access is a range in torch's profiler too, named after what it reads.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class Spans:
         self._last: list[_Timed] = []
 
     def mark(self, stream: torch.Stream | None = None) -> Mark:
-        """Return the present moment; on CUDA that of ``stream``, or else of the compute."""
+        """Return the present moment; elsewhere that of ``stream``, or else of the compute."""
         if not is_apart(self._device):
             return time.perf_counter()
         event = torch.Event(self._device, enable_timing=True)
@@ -144,6 +144,15 @@ class TracedWatcher:
     def backward_ends(self) -> None:
         self._end()
         self._inner.backward_ends()
+
+    def lane(self) -> tuple[set[str], bool]:
+        """End the access under way, of a micro-batch that lets others go on; return what is its own."""
+        self._end()
+        return self._forwards, self._came_back
+
+    def be_lane(self, lane: tuple[set[str], bool] | None) -> None:
+        """Go on with another micro-batch; None: with one that has not begun."""
+        self._forwards, self._came_back = (set(), False) if lane is None else lane
 
     @contextmanager
     def _access(self, kind: str, module: str) -> Iterator[None]:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from memplan.program.schema import Plan, Tier
+from memplan.show import sentences as words
 from memplan.show.html.tables import NONE, Row, Table, size
 from memplan.show.summary import BlockFact, home_of
 from memplan.units import format_bytes
@@ -83,7 +84,7 @@ def loads_by_block(plan: Plan) -> list[int]:
     return loads
 
 
-def strip(found: Sequence[Layer]) -> tuple[Line, ...]:
+def strip(plan: Plan, found: Sequence[Layer]) -> tuple[Line, ...]:
     """Return the marks, a line for each stack; neighbours beside the stacks share one."""
     lines: list[tuple[str, list[Layer]]] = []
     for layer in found:
@@ -91,7 +92,7 @@ def strip(found: Sequence[Layer]) -> tuple[Line, ...]:
             lines[-1][1].append(layer)
         else:
             lines.append((layer.stack, [layer]))
-    return tuple(Line(name=_span(inside), tens=_tens(stack, inside)) for stack, inside in lines)
+    return tuple(Line(name=_span(inside), tens=_tens(words.cycle(plan), stack, inside)) for stack, inside in lines)
 
 
 def homes(blocks: Sequence[BlockFact]) -> Table:
@@ -121,7 +122,7 @@ def homes(blocks: Sequence[BlockFact]) -> Table:
     )
 
 
-def runs(found: Sequence[Layer]) -> Table:
+def runs(plan: Plan, found: Sequence[Layer]) -> Table:
     """Return the layers in their order, a line for neighbours that are alike."""
     groups: list[list[Layer]] = []
     for layer in found:
@@ -138,7 +139,13 @@ def runs(found: Sequence[Layer]) -> Table:
     return Table(
         id="layers",
         caption="Layers by home, one line for neighbours that are alike",
-        head=("layers", "count", *(TIERS[place][0] for place in tiers), "activations", "loads per micro-batch"),
+        head=(
+            "layers",
+            "count",
+            *(TIERS[place][0] for place in tiers),
+            "activations",
+            f"loads per {words.cycle(plan)}",
+        ),
         rows=tuple(rows),
         texts=frozenset({2 + len(tiers)}),
         long=len(rows) > 24,
@@ -160,7 +167,7 @@ def table(plan: Plan, blocks: Sequence[BlockFact], found: Sequence[Layer]) -> Ta
     return Table(
         id="blocks",
         caption="Every block",
-        head=("block", "bytes", "home", "activations", "loads per micro-batch"),
+        head=("block", "bytes", "home", "activations", f"loads per {words.cycle(plan)}"),
         rows=tuple(rows),
         texts=frozenset({2, 3}),
         long=True,
@@ -200,14 +207,15 @@ def _span(group: Sequence[Layer]) -> str:
     return f"{first.name} … {last.name}"
 
 
-def _tens(stack: str, inside: Sequence[Layer]) -> tuple[tuple[str, tuple[Mark, ...]], ...]:
+def _tens(cycle: str, stack: str, inside: Sequence[Layer]) -> tuple[tuple[str, tuple[Mark, ...]], ...]:
+    marks = [_mark(cycle, layer) for layer in inside]
     return tuple(
-        (inside[first].name.removeprefix(f"{stack}.") if stack else "", tuple(map(_mark, inside[first : first + 10])))
+        (inside[first].name.removeprefix(f"{stack}.") if stack else "", tuple(marks[first : first + 10]))
         for first in range(0, len(inside), 10)
     )
 
 
-def _mark(layer: Layer) -> Mark:
+def _mark(cycle: str, layer: Layer) -> Mark:
     parts, top, said = list[tuple[str, float, float]](), float(_CELL), list[str]()
     for (tier, _), size_bytes in zip(TIERS, layer.by_tier, strict=True):
         if size_bytes:
@@ -219,5 +227,5 @@ def _mark(layer: Layer) -> Mark:
     if layer.activations in _POLICIES:
         text += f", {layer.activations}"
     if layer.loads:
-        text += f", {layer.loads:,} {'load' if layer.loads == 1 else 'loads'} per micro-batch"
+        text += f", {layer.loads:,} {'load' if layer.loads == 1 else 'loads'} per {cycle}"
     return Mark(title=text, parts=tuple(parts), activations=layer.activations)

@@ -123,7 +123,7 @@ def _table(mine: Point, points: Sequence[Point]) -> Table:
                     percent(point.step_s / fastest - 1, "+") if point.step_s > fastest else NONE,
                     f"{point.recomputed:,}",
                     f"{point.offloaded:,}",
-                    size(point.loaded_bytes_per_pass or None),
+                    size(round(point.loaded_bytes_per_pass / point.group) or None),
                     point.binds,
                 ),
                 style=style,

@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from memplan.program.record import RunRecord
 from memplan.program.schema import Plan
 from memplan.program.timeline import Timeline
+from memplan.show import sentences as words
 from memplan.show.html.axes import Tick, time_ticks
 from memplan.show.html.blocks import layer_of
 from memplan.show.html.memory import WIDTH, short
 from memplan.show.html.tables import NONE, Row, Table, numbers, time
-from memplan.show.sentences import percent
 from memplan.show.summary import BlockFact
 
 _CHANNELS = {"h2d": "RAM to device", "d2h": "device to RAM", "disk": "disk to device"}
@@ -74,7 +74,7 @@ def lanes(plan: Plan, line: Timeline) -> Lanes:
     compute = Bars(
         name="compute",
         busy_s=line.compute_s,
-        busy=_busy(line.compute_s, end_s),
+        busy=_busy(plan, line.compute_s, end_s),
         marks=tuple(
             (look, path, title)
             for look, path, title in (
@@ -92,12 +92,12 @@ def lanes(plan: Plan, line: Timeline) -> Lanes:
             busy = _sum(spans)
             title = f"{len(spans):,} loads: {time(busy)}"
             path = _bars(_within(spans, line.pass_s), end_s)
-            found.append(Bars(name=name, busy_s=busy, busy=_busy(busy, end_s), marks=(("moves", path, title),)))
+            found.append(Bars(name=name, busy_s=busy, busy=_busy(plan, busy, end_s), marks=(("moves", path, title),)))
     first = next((row.index for row in rows if row.kind in ("loss", "backward")), len(rows))
     begun = line.access_start_s[first] if first < len(rows) else end_s
     share = begun / end_s if end_s else 0.0
     return Lanes(
-        title="One micro-batch in the steady state",
+        title=f"One {words.cycle(plan)} in the steady state",
         description=f"{time(line.pass_s)} long, of it {time(stall_s)} of waiting.",
         lanes=tuple(found),
         end_s=end_s,
@@ -129,7 +129,7 @@ def table(plan: Plan, line: Timeline, found: Sequence[Wait]) -> Table:
     held = {wait.access: wait for wait in found}
     return Table(
         id="accesses",
-        caption="The micro-batch, access by access",
+        caption=f"The {words.cycle(plan)}, access by access",
         head=("access", "phase", "module", "begins", "computes", "waited", "for"),
         rows=tuple(
             Row(
@@ -152,7 +152,7 @@ def table(plan: Plan, line: Timeline, found: Sequence[Wait]) -> Table:
     )
 
 
-def stalled(blocks: Sequence[BlockFact], found: Sequence[Wait], record: RunRecord | None) -> Table | None:
+def stalled(plan: Plan, blocks: Sequence[BlockFact], found: Sequence[Wait], record: RunRecord | None) -> Table | None:
     """Return what was waited for by layer, the longest first: predicted, and as it was measured. None where nothing
     was.
     """
@@ -171,14 +171,14 @@ def stalled(blocks: Sequence[BlockFact], found: Sequence[Wait], record: RunRecor
             causes.setdefault(name, set()).add(_CHANNELS["disk" if blocks[row.block].home == "disk" else "h2d"])
     if not said and not seen:
         return None
-    passes = max(1, record.passes) if record is not None else 1
+    passes = (max(1, record.passes) if record is not None else 1) / plan.group
     head: tuple[str, ...] = ("layer", "load", "predicted", "share")
     if record is not None:
         head += ("measured", "loads of the run", "misses")
     names = sorted({*said, *seen}, key=lambda name: (-seen.get(name, (0.0,))[0], -said.get(name, 0.0), name))
     return Table(
         id="waits",
-        caption="What the compute waits for in a micro-batch, by layer",
+        caption=f"What the compute waits for in a {words.cycle(plan)}, by layer",
         head=head,
         rows=tuple(_stalled_row(name, said, seen, causes, passes, record is not None) for name in names),
         texts=frozenset({1}),
@@ -191,7 +191,7 @@ def _stalled_row(
     said: Mapping[str, float],
     seen: Mapping[str, tuple[float, int, int]],
     causes: Mapping[str, Iterable[str]],
-    passes: int,
+    passes: float,
     measured: bool,
 ) -> Row:
     total = sum(said.values())
@@ -199,7 +199,7 @@ def _stalled_row(
     cells: tuple[str, ...] = (
         ", ".join(sorted(causes[name])),
         time(stall),
-        NONE if stall is None else percent(stall / total),
+        NONE if stall is None else words.percent(stall / total),
     )
     if measured:
         waited, loads, misses = seen.get(name, (0.0, 0, 0))
@@ -213,8 +213,9 @@ def _waited(plan: Plan, wait: Wait | None) -> str:
     return wait.channel if wait.block is None else f"{plan.table.blocks[wait.block].name} ({wait.channel})"
 
 
-def _busy(busy_s: float, end_s: float) -> str:
-    return f"{time(busy_s)}, {percent(busy_s / end_s)} of the micro-batch" if end_s else time(busy_s)
+def _busy(plan: Plan, busy_s: float, end_s: float) -> str:
+    share = f", {words.percent(busy_s / end_s)} of the {words.cycle(plan)}" if end_s else ""
+    return f"{time(busy_s)}{share}"
 
 
 def _sum(spans: Iterable[tuple[float, float]]) -> float:

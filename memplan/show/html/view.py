@@ -66,6 +66,8 @@ class Page:
     figures: Table
     notes: tuple[str, ...]
     version: str
+    cycle: str
+    """What is repeated: a micro-batch, or a group of them."""
 
 
 def page(plan: Plan, record: RunRecord | None, points: Sequence[Point], machine: Machine | None) -> Page:
@@ -98,10 +100,10 @@ def page(plan: Plan, record: RunRecord | None, points: Sequence[Point], machine:
         phases=_phases(plan),
         lanes=times.lanes(plan, line),
         accesses=times.table(plan, line, waits),
-        waits=times.stalled(known.blocks, waits, record),
-        strip=blocks.strip(layers),
+        waits=times.stalled(plan, known.blocks, waits, record),
+        strip=blocks.strip(plan, layers),
         homes=blocks.homes(known.blocks),
-        layers=blocks.runs(layers),
+        layers=blocks.runs(plan, layers),
         blocks=blocks.table(plan, known.blocks, layers),
         frontier=frontier(plan, points, None if machine is None else machine.device_bytes) if points else None,
         run="" if record is None else words.run(record, RICH),
@@ -110,6 +112,7 @@ def page(plan: Plan, record: RunRecord | None, points: Sequence[Point], machine:
         figures=_figures(plan, machine),
         notes=words.notes(plan, record),
         version=__version__,
+        cycle=words.cycle(plan),
     )
 
 
@@ -126,11 +129,10 @@ def _key_figures(plan: Plan, known: Facts, seen: Measured | None) -> tuple[tuple
     if seen is not None and seen.pass_s is not None:
         error = seen.errors.get("pass_s")
         beside = "" if error is None else f"prediction {words.percent(error, '+')}"
-        found.append(("micro-batch, measured", time(seen.pass_s), beside))
+        found.append((f"{words.cycle(plan)}, measured", time(seen.pass_s), beside))
     if known.bound_gap is not None:
-        found.append(
-            ("above the lower bound", words.gap_up(known.bound_gap), f"of {time(prediction.bound_s)} per micro-batch")
-        )
+        least = f"of {time(prediction.bound_s)} per {words.cycle(plan)}"
+        found.append(("above the lower bound", words.gap_up(known.bound_gap), least))
     return tuple(found)
 
 
@@ -168,7 +170,7 @@ def _time(plan: Plan, known: Facts, seen: Measured | None) -> Table:
             shown = NONE if error is None else words.percent(error, "+")
             rows.append(Row(name=f"{kind} peak", cells=(format_bytes(predicted), size(there), shown)))
     head = ("what", "predicted", *(("measured", "error") if seen is not None else ()))
-    return Table(id="time", caption="Times and traffic of a micro-batch", head=head, rows=tuple(rows))
+    return Table(id="time", caption=f"Times and traffic of a {words.cycle(plan)}", head=head, rows=tuple(rows))
 
 
 def _phases(plan: Plan) -> tuple[tuple[str, float], ...]:
@@ -187,7 +189,7 @@ def _sources(plan: Plan, record: RunRecord | None, machine: Machine | None) -> t
             ("measured", f"In a run on {record.device}: the medians of its micro-batches, its greatest bytes.")
         )
         found.append(("error", "Predicted against measured: above 0 where more was predicted."))
-    found.append(("lower bound", "No plan of these blocks within this vram has a shorter micro-batch."))
+    found.append(("lower bound", f"No plan of these blocks within this vram has a shorter {words.cycle(plan)}."))
     if machine is None:
         found.append(
             ("figures", f"The profile {plan.hardware} is not at hand as it was: these are the rates in the plan.")

@@ -12,14 +12,14 @@ import torch
 from torch import nn
 
 from memplan import api
-from memplan.errors import CheckpointError, InputError, ModelError, PlanMismatchError, first_line
+from memplan.errors import CheckpointError, InputError, ModelError, first_line
 from memplan.model.adapters import with_adapter
 from memplan.model.checkpoint import StoredTensor
 from memplan.model.meta_model import from_configuration
 from memplan.model.names import canonical, stored_name
 from memplan.program.check.judge import require
 from memplan.program.schema import Plan
-from memplan.run.attach import attach
+from memplan.run.attach import attach, device_of
 from memplan.run.handle import Handle
 from memplan.run.memory.arena import dtype_of, is_placeholder
 from memplan.run.memory.disk import DiskReader
@@ -75,9 +75,7 @@ def load(
     skeleton = from_configuration(path, _dtype_of(plan), attention, buffers=True, plain=True)
     if skeleton.folder is None:
         raise CheckpointError(f"{path} is no folder with a checkpoint: give one with config.json and safetensors")
-    device = torch.device(plan.table.device)
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise PlanMismatchError(f"the plan was made for a CUDA device ({plan.hardware!r}), and torch sees none here")
+    device = device_of(plan)
     model = skeleton.model
     put_placeholders(model, skeleton.folder, device)
     buffers = {id(buffer) for buffer in model.buffers()}

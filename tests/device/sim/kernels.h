@@ -8,6 +8,7 @@
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/ops/_local_scalar_dense.h>
 #include <ATen/ops/empty.h>
+#include <ATen/ops/histc.h>
 #include <torch/library.h>
 
 #include "generator.h"
@@ -219,6 +220,29 @@ inline void fallback(const c10::OperatorHandle& op, Stack* stack) {
     }
   });
   for (auto& value : out) stack->push_back(std::move(value));
+}
+
+// A device has convolutions under names of their own; the CPU's are run.
+inline void convolution(const c10::OperatorHandle&, Stack* stack) {
+  static const auto op = c10::Dispatcher::singleton().findSchemaOrThrow("aten::convolution", "");
+  fallback(op, stack);
+}
+
+inline void convolution_backward(const c10::OperatorHandle& given, Stack* stack) {
+  static const auto op = c10::Dispatcher::singleton().findSchemaOrThrow("aten::convolution_backward", "");
+  const auto begin = stack->end() - static_cast<std::ptrdiff_t>(given.schema().arguments().size());
+  const auto weight = begin[2].toTensor();
+  const auto bias = std::vector<int64_t>{begin[6].toBool() ? weight.size(1) * begin[8].toInt() : weight.size(0)};
+  stack->insert(begin + 3, c10::IValue(bias));
+  fallback(op, stack);
+}
+
+// GPUs count integers too, which the CPU does not: as floats, exact below 2^24.
+inline at::Tensor histc(const at::Tensor& self, int64_t bins, const at::Scalar& low, const at::Scalar& high) {
+  const auto values = self.is_floating_point() ? self : self.to(at::kFloat);
+  auto counts = at::empty({bins}, values.options());
+  at::histc_out(counts, values, bins, low, high);
+  return counts.to(self.scalar_type());
 }
 
 inline at::Scalar local_scalar(const at::Tensor& self) {

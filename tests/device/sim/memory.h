@@ -47,6 +47,7 @@ class Memory {
 
   size_t limit = size_t{8} << 30;
   size_t allocated = 0, allocated_peak = 0, reserved = 0, reserved_peak = 0;
+  size_t requested = 0, requested_peak = 0;  // without what is rounded up
 
   bool holds(const void* address) const {
     const auto* held = static_cast<const char*>(address);
@@ -59,10 +60,10 @@ class Memory {
     return holds(address) ? held - base_ + alias_ : held;
   }
 
-  void* allocate(size_t requested, int stream) {
-    if (requested == 0) return nullptr;
+  void* allocate(size_t wanted, int stream) {
+    if (wanted == 0) return nullptr;
     const Lock lock;
-    const size_t size = (requested + kAlign - 1) / kAlign * kAlign;
+    const size_t size = (wanted + kAlign - 1) / kAlign * kAlign;
     settle();
     auto found = best(size, stream);
     if (!found && reserved + size > limit) {
@@ -74,15 +75,17 @@ class Memory {
     if (!found) found = best(size, kNobody);
     if ((*found)->second.stream == kNobody && reserved + size > limit) {
       TORCH_CHECK_WITH(
-          OutOfMemoryError, false, "the simulated device is out of memory: ", requested, " bytes were asked for, of ",
+          OutOfMemoryError, false, "the simulated device is out of memory: ", wanted, " bytes were asked for, of ",
           limit, " bytes ", allocated, " are allocated");
     }
     auto block = split(*found, size);
     if (block->second.stream == kNobody) reserved += size;
     block->second.stream = stream;
     block->second.is_live = true;
-    block->second.requested = requested;
+    block->second.requested = wanted;
     allocated += size;
+    requested += wanted;
+    requested_peak = std::max(requested_peak, requested);
     allocated_peak = std::max(allocated_peak, allocated);
     reserved_peak = std::max(reserved_peak, reserved);
     poison(block, stream);
@@ -96,6 +99,7 @@ class Memory {
     auto& held = block->second;
     held.is_live = false;
     allocated -= held.size;
+    requested -= held.requested;
     for (const int stream : held.used_on) held.awaited.push_back(Streams::get().record(stream));
     held.used_on.clear();
     if (held.awaited.empty()) {  // its own stream may have it at once

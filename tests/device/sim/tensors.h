@@ -61,6 +61,9 @@ class DeviceMemory final : public c10::DeviceAllocator {
     auto& reserved = stats.reserved_bytes[0];
     reserved.current = static_cast<int64_t>(memory.reserved);
     reserved.peak = static_cast<int64_t>(memory.reserved_peak);
+    auto& requested = stats.requested_bytes[0];
+    requested.current = static_cast<int64_t>(memory.requested);
+    requested.peak = static_cast<int64_t>(memory.requested_peak);
     return stats;
   }
   void resetAccumulatedStats(c10::DeviceIndex) override {}
@@ -68,6 +71,7 @@ class DeviceMemory final : public c10::DeviceAllocator {
     auto& memory = Memory::get();
     memory.allocated_peak = memory.allocated;
     memory.reserved_peak = memory.reserved;
+    memory.requested_peak = memory.requested;
   }
   std::pair<size_t, size_t> getMemoryInfo(c10::DeviceIndex) override {
     const auto& memory = Memory::get();
