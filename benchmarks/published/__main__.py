@@ -109,8 +109,16 @@ def _priced(run: Run, shape: Any, hardware: Any, head_tokens: int = 0) -> tuple[
         ids = torch.zeros(shape, dtype=torch.long, device="meta")
         batch = {"input_ids": ids, "logits_to_keep": torch.arange(head_tokens)}
         loss = _loss_of_some
+    elif run.shifts_logits:
+        batch, loss = {"input_ids": torch.zeros(shape, dtype=torch.long, device="meta")}, _loss_of_shifted
     graph = analyze(model, batch, short=short, optimizer=run.optimizer, loss=loss)
     return graph, cost_table(graph, hardware), trained
+
+
+def _loss_of_shifted(output: Any) -> torch.Tensor:
+    """Copy the logits in float32 to leave the last out, as transformers did until December 2024."""
+    shifted = output.logits.float()[..., :-1, :].contiguous().flatten(0, 1)
+    return torch.nn.functional.cross_entropy(shifted, shifted.new_zeros(len(shifted), dtype=torch.long))
 
 
 def _loss_of_some(output: Any) -> torch.Tensor:
