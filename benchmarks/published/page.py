@@ -15,7 +15,7 @@ DOCS = Path(__file__).parents[2] / "docs"
 PAGE, PICTURE = DOCS / "published.md", DOCS / "figures" / "published.svg"
 OUTLIER = 0.04
 SIDE, EDGE = 420, 40
-COLOURS = ("#1b6ca8", "#d1495b", "#2a9d4f", "#8d5fd3", "#e08e2b", "#555555")
+COLOURS = ("#1b6ca8", "#d1495b", "#2a9d4f", "#8d5fd3", "#e08e2b", "#555555", "#20a4a4", "#b5179e")
 
 CAUSES = """\
 ## Why rows are off, or were
@@ -55,6 +55,7 @@ def page(found: dict[str, Any]) -> str:
         "as they were run, whole on the card, from the model's configuration alone; nothing ran. Written by",
         f"`python -m benchmarks.published --keep` and `python -m benchmarks.published.page`: {found['date']},",
         f"{found['commit']}, torch {found['torch']}, transformers {found['transformers']}, PEFT {found['peft']}.",
+        *([found["note"]] if "note" in found else []),
         "",
         "![Predicted against published](figures/published.svg)",
         "",
@@ -83,10 +84,14 @@ def page(found: dict[str, Any]) -> str:
         lines.append(f"| {row['source']} | {row['name']} | {memory} | {row['memory_error']:+.1%} | {timed} |")
     outliers = [row for row in found["rows"] if abs(row["memory_error"]) > OUTLIER]
     if outliers:
-        lines += ["", f"More than {OUTLIER:.0%} off:", ""]
+        lines += [
+            "",
+            f"More than {OUTLIER:.0%} off; what is said of a row is how it was planned or run, and no cause that was shown:",
+            "",
+        ]
         lines += [
             f"- {row['source']}, {row['name']} ({row['memory_error']:+.1%}): "
-            + ("; ".join(row["causes"]) or "its cause is not shown yet")
+            + ("; ".join(row["causes"]) or "nothing is known")
             for row in outliers
         ]
     return "\n".join(lines) + "\n"
