@@ -86,7 +86,7 @@ def page(found: dict[str, Any]) -> str:
     if outliers:
         lines += [
             "",
-            f"More than {OUTLIER:.0%} off; what is said of a row is how it was planned or run, and no cause that was shown:",
+            f"More than {OUTLIER:.0%} off. What is said is how a row was planned; no cause of it was shown:",
             "",
         ]
         lines += [
