@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from memplan.device_kinds import is_apart
 from memplan.errors import InputError
 from memplan.hardware.machine import DEVICE_RESERVE_BYTES
 from memplan.hardware.profile import Figure, HardwareProfile
@@ -16,7 +17,7 @@ def require_vram(profile: HardwareProfile, vram_bytes: int) -> None:
     so.
     """
     most = most_vram_bytes(profile)
-    if profile.device == "cpu" or vram_bytes <= most:
+    if not is_apart(profile.device) or vram_bytes <= most:
         return
     usual = format_bytes(max(0, int(profile.device_bytes.value) - DEVICE_RESERVE_BYTES))
     raise InputError(
@@ -35,7 +36,7 @@ def beyond(profile: HardwareProfile, vram_bytes: int, ram_bytes: int) -> tuple[s
     found = []
     usual = int(profile.device_bytes.value)
     if vram_bytes > usual:
-        if profile.device == "cpu":
+        if not is_apart(profile.device):
             found.append(
                 f"The vram is more than the {format_bytes(usual)} of RAM of {profile.name}, whose CPU is the compute "
                 "device: it fits on another machine alone. Give that one's card (hardware) for its times."

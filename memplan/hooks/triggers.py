@@ -152,6 +152,8 @@ class Triggers:
         handed out that tensor.
         """
         self._watcher = watcher
+        self.modules = modules
+        """The trigger modules by name."""
         self.turns: Turns | None = None
         """Who is asked before each access, where micro-batches take turns."""
         self._taps = taps

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -15,10 +16,15 @@ from memplan.model.weights import mark_adapters
 from memplan.program.check.judge import require
 from memplan.program.schema import Plan
 from memplan.program.support import require_supported
+from memplan.ranks.data_parallel import leave_alone
+from memplan.ranks.session import Session, announce, session, stage
+from memplan.ranks.world import unknown_ranks, world
+from memplan.run.agreement import require_same
 from memplan.run.handle import Handle, handle_of
 from memplan.run.memory.home import Checkpoint
 from memplan.run.memory.limit import limit, others_bytes
 from memplan.run.memory.storage_aliases import Watched, refuse_gaps, refuse_shared
+from memplan.run.modules.guard import managed
 from memplan.run.modules.install import install
 from memplan.run.modules.match_model import match_weights, stored_tensors, trigger_modules
 from memplan.run.tiers import Files, Tiers
@@ -57,6 +63,7 @@ def attach(
 
     Raises InputError, PlanCheckError, PlanMismatchError, ModelError, CheckpointError; the model then is as it was.
     """
+    announce(world())
     given: tuple[object, object] = (model, plan)
     if not isinstance(given[0], nn.Module) or not isinstance(given[1], Plan):
         raise InputError(
@@ -67,7 +74,7 @@ def attach(
     return attach_on(
         model,
         plan,
-        device_of(plan),
+        device_of_rank(model, device_of(plan)),
         checkpoint=checkpoint,
         checked=checked,
         traced=traced,
@@ -76,6 +83,16 @@ def attach(
         progress=progress,
         replan=replan,
     )
+
+
+def device_of_rank(model: nn.Module, device: torch.device) -> torch.device:
+    """Return where a model is trained: ``device``, or of several ranks where this one has what it trains, which may
+    never have made its device the current one.
+    """
+    if world() is None:
+        return device
+    trained = (parameter.device for parameter in model.parameters() if parameter.requires_grad)
+    return next((found for found in trained if found.type == device.type), device)
 
 
 def device_of(plan: Plan) -> torch.device:
@@ -103,6 +120,41 @@ def attach_on(
     replan: Callable[[Plan, int], Plan] | None = None,
 ) -> Handle:
     """As :func:`attach`, on ``device``: a plan that was made for a GPU runs on the CPU too, where nothing is pinned."""
+    unknown = unknown_ranks()
+    if unknown is not None:
+        raise InputError(f"attach was called, but {unknown}")
+    leave_alone(managed)
+    ranks = session("put a plan to work")
+    with contextlib.nullcontext() if ranks is None else ranks.telling("putting the plan to work"):
+        return _attached(
+            model,
+            plan,
+            device,
+            ranks,
+            checkpoint=checkpoint,
+            checked=checked,
+            traced=traced,
+            cache=cache,
+            verify=verify,
+            progress=progress,
+            replan=replan,
+        )
+
+
+def _attached(
+    model: nn.Module,
+    plan: Plan,
+    device: torch.device,
+    ranks: Session | None,
+    *,
+    checkpoint: str | Path | Checkpoint | None,
+    checked: bool,
+    traced: bool,
+    cache: str | Path | None,
+    verify: bool,
+    progress: Callable[[int], None] | None,
+    replan: Callable[[Plan, int], Plan] | None,
+) -> Handle:
     require_supported(plan)
     if handle_of(model) is not None:
         raise ModelError("the model is under a plan already: detach() that one first")
@@ -113,11 +165,14 @@ def attach_on(
     refuse_shared(model, weights)
     watched = Watched(weights)
     files = Files(stored=stored_tensors(model, checkpoint), cache=_cache(cache), verify=verify)
+    if ranks is not None:
+        require_same(ranks, plan, weights, files.stored)
     with Undo() as modes, Undo() as undo:
         # A Ctrl-C on the way in or out of a no_grad leaves it on.
         modes.callback(torch.set_grad_enabled, torch.is_grad_enabled())
-        others = others_bytes(model, device)
-        tiers = Tiers(model, plan, device, weights, files, undo, poisoned=checked, progress=progress)
+        with stage(ranks, "filling the homes of blocks"):
+            others = others_bytes(model, device)
+            tiers = Tiers(model, plan, device, weights, files, undo, poisoned=checked, progress=progress, ranks=ranks)
         with defer_sigint():
             undo.callback(forget_compiled)
             forget_compiled()
@@ -125,7 +180,12 @@ def attach_on(
             limit(model, plan, device, others, undo)
             reset_peaks(device)
             handle = Handle(model, runs, undo, replan)
-    watched.tell(model)
+    try:
+        with stage(ranks, "attaching"):
+            watched.tell(model)
+    except BaseException:
+        handle.detach()
+        raise
     return handle
 
 

@@ -21,6 +21,8 @@ from memplan.model.live_storages import StorageLedger
 from memplan.program.page_lock import page_locked_bytes
 from memplan.program.record import RunRecord
 from memplan.program.schema import Plan
+from memplan.ranks.data_parallel import Broadcast, why_not_repeatable, wrapper_of
+from memplan.ranks.world import world
 from memplan.run.modules.guard import guard_of
 from memplan.run.recovery import Before, Room, is_out_of_memory
 from memplan.run.runtime import Runtime
@@ -171,6 +173,7 @@ class Handle:
         """Have the same blocks run under another plan. On failure the model is detached."""
         assert self._runtime is not None
         assert self._install is not None
+        self._refuse_in_turns("change()")
         tiers = self._runtime.tiers
         try:
             with defer_sigint():
@@ -200,10 +203,22 @@ class Handle:
             return run()  # of what is trained beside the model the gradients are not known
         if runtime.accumulation is not None and runtime.accumulation.takes_turns:
             return run()  # there are gradients of others by now, which would be lost
+        wrapper = wrapper_of(self.model)
+        if wrapper is not None and (why := why_not_repeatable(wrapper)) is not None:
+            return self._not_repeated(run, why)
         if self._before is None:
             limit, plan = self.plan.budgets.page_lock_bytes, self.plan
             self._before = Room(None if limit is None else max(0, limit - page_locked_bytes(plan)))
         before = Before(self.model, self._before)
+        if wrapper is None:
+            return self._repeated(run, before, tries)
+        with Broadcast(wrapper, before.note_buffers) as broadcast:
+            return self._repeated(run, before, tries, broadcast.repeat)
+
+    def _repeated(
+        self, run: Callable[[], Result], before: Before, tries: int, again: Callable[[], None] = lambda: None
+    ) -> Result:
+        """As ``micro_batch``. ``again``: called before each try but the first."""
         while True:
             try:
                 return run()
@@ -219,6 +234,22 @@ class Handle:
             tries -= 1
             before.restore()
             self._take_less(said)
+            again()
+
+    def _not_repeated(self, run: Callable[[], Result], why: str) -> Result:
+        """Return ``run()``, of which the other ranks do a part. Raises RunError where memory runs out."""
+        try:
+            return run()
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            ranks = world()
+            taken = self.plan.prediction.peaks.vram_bytes
+            raise RunError(
+                f"rank {0 if ranks is None else ranks.rank} ran out of device memory ({first_line(error)}) under a "
+                f"plan for {format_bytes(taken)}, and the micro-batch cannot be repeated on one rank: {why}. Start "
+                f"anew with vram of {format_bytes(int(taken * _SMALLER))} ({int(taken * _SMALLER)}B) at most"
+            ) from error
 
     def accumulate(self, run: Callable[[Batch], Result], batches: Iterable[Batch]) -> list[Result]:
         """Return ``run(batch)`` of each of ``batches``, a forward and backward of one micro-batch each, in order.
@@ -291,8 +322,10 @@ class Handle:
     def detach(self) -> nn.Module:
         """Give the model back as it was and return it: the same parameters with their weights, no hooks.
 
-        A forward before it can have no backward after it. Raises TransferError where a block cannot be read from disk.
+        A forward before it can have no backward after it. Raises TransferError where a block cannot be read from disk,
+        RunError in micro-batches that take turns.
         """
+        self._refuse_in_turns("detach()")
         runtime = self._runtime
         if runtime is not None:
             with defer_sigint():
@@ -302,6 +335,15 @@ class Handle:
                     runtime.undo.close()
                 drop_hooks_that_stayed()
         return self.model
+
+    def _refuse_in_turns(self, what: str) -> None:
+        """Raise RunError where others are in their middle."""
+        runtime = self._runtime
+        if runtime is not None and runtime.accumulation is not None and runtime.accumulation.takes_turns:
+            raise RunError(
+                f"{what} was called in a micro-batch while others take turns with it: call it once accumulate() has "
+                "returned"
+            )
 
     def __enter__(self) -> Handle:
         return self

@@ -87,6 +87,12 @@ class Before:
         self._buffers = [(module, name, buffer, copy(buffer)) for module, name, buffer in buffers]
         self._random = RandomStates()
 
+    def note_buffers(self) -> None:
+        """Have the buffers of now be those that were before."""
+        with torch.no_grad():
+            for _, _, buffer, value in self._buffers:
+                value.copy_(buffer)
+
     def restore(self) -> None:
         """Have all of it as it was."""
         with torch.no_grad():

@@ -4,13 +4,14 @@ changes.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import ExitStack
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import torch
 from torch import nn
 
@@ -20,10 +21,12 @@ from memplan.errors import CheckpointError, RunError
 from memplan.model.weights import Weight, plain_parts, small_tensors
 from memplan.program.page_lock import is_state_locked, pageable_items
 from memplan.program.schema import STAGING_BYTES, Address, Channel, Plan, Tier
+from memplan.ranks.session import Session
 from memplan.run.memory.arena import Arena, Placeholders, dtype_of, view
 from memplan.run.memory.disk import DiskReader, Extent
 from memplan.run.memory.home import Checkpoint, Home, Weights
 from memplan.run.memory.prefault import touch_ahead
+from memplan.run.memory.shared_arena import shared_arenas
 from memplan.run.modules.embedding_rows import as_seen_from, read_in_place
 from memplan.run.modules.optimizer_state import OptimizerState, has_room_aside
 from memplan.run.schedule.streamed import Streamed
@@ -57,9 +60,11 @@ class Tiers:
         *,
         poisoned: bool = False,
         progress: Callable[[int], None] | None = None,
+        ranks: Session | None = None,
     ) -> None:
         """Bring every block of ``model`` to its home. ``undo`` gives them back, and what else was begun, where that
         fails as well. ``poisoned``: the device arena is NaN until blocks come. ``progress``: as for ``attach``.
+        ``ranks``: with whom one copy a node is shared of what is on the host; each then calls this.
 
         Raises RunError where an arena cannot be had, CheckpointError where files are not what they must be.
         """
@@ -67,7 +72,10 @@ class Tiers:
         self.weights = weights
         self._files = files
         self._poisoned = poisoned
-        self.host = host_arenas(plan, device)
+        self._ranks = ranks
+        self._shared = {} if ranks is None else shared_arenas(plan, device, ranks)
+        """By arena, of what several ranks read in one memory. Activations and what is written to are each rank's."""
+        self.host = host_arenas(plan, device, self._shared)
         """By arena. Empty once another plan was taken over: what is on the host then lies where it can."""
         self.lent: dict[int, list[Any]] = {}
         """What direct access has handed out under the plan before, by block."""
@@ -147,8 +155,12 @@ class Tiers:
         for address in self.plan.addresses:
             item, tier = self.plan.items[address.item], tiers[address.arena]
             arena = self.arena if tier == "device" else self.host.get(address.arena)
-            if item.kind == "weights" and item.home == tier and arena is not None:
-                found[item.block] = arena.part(address.offset_bytes, address.size_bytes)
+            if item.kind == "weights" and item.home == tier:
+                if tier == "host" and address.arena in self._shared:
+                    if self._fills(item.block):
+                        found[item.block] = self._shared[address.arena].filling(address)
+                elif arena is not None:
+                    found[item.block] = arena.part(address.offset_bytes, address.size_bytes)
         return [found[block.id] for block in self.plan.table.blocks if block.id in found]
 
     def own_home(self, block: int, *, bounded: bool = True) -> None:
@@ -191,8 +203,8 @@ class Tiers:
                 "cache"
             )
         cache = BlockCache(files.cache)
-        if packed:
-            cache.require_room(sum(block.size_bytes for block in packed))
+        there = self._packed_by_first(packed, cache, origin)
+        self._fill_shared(origin, places)
         for block in plan.table.blocks:
             home, slot = homes[block.id], slots.get(block.id)
             source: Source
@@ -202,14 +214,16 @@ class Tiers:
                 source = HostSource(slot)
             elif home == "host":
                 at = places[block.id]
-                kept = self.host[at.arena].part(at.offset_bytes, block.size_bytes)
-                origin.fill(block, kept)
-                source = HostSource(kept)
+                if at.arena in self._shared:
+                    source = self._shared[at.arena].source(at)
+                else:
+                    kept = self.host[at.arena].part(at.offset_bytes, block.size_bytes)
+                    origin.fill(block, kept)
+                    source = HostSource(kept)
             else:
                 extents = own[block.id]
                 if extents is None:
-                    pieces, twice = partial(origin.layout, block), origin.is_held(block)
-                    path, expected = cache.put(pieces, block.size_bytes, _about(plan, block), twice=twice)
+                    path, expected = there[block.id]
                     source = self._packed(path, block, expected if files.verify else None)
                 else:
                     self.reader.open(extent for extent, _ in extents)
@@ -221,6 +235,53 @@ class Tiers:
                 undo.callback(kept_home.give_back)
                 self._point(kept_home, slot, in_place=block.id in in_place)
         origin.finish()
+
+    def _fill_shared(self, origin: Weights, places: Mapping[int, Address]) -> None:
+        """Fill what the ranks of this node share, each its part, while every rank still has its model as it was."""
+        if not self._shared:
+            return
+        assert self._ranks is not None
+        with self._ranks.stage("filling shared memory"):
+            for block in self.plan.table.blocks:
+                at = places.get(block.id)
+                if at is not None and at.arena in self._shared and self._fills(block.id):
+                    origin.fill(block, self._shared[at.arena].filling(at))
+            origin.finish()
+        for shared in self._shared.values():
+            shared.filled()
+
+    def _fills(self, block: int) -> bool:
+        """Whether this rank fills a block of what its node shares."""
+        assert self._ranks is not None
+        return block % len(self._ranks.node) == self._ranks.place
+
+    def _packed_by_first(
+        self, blocks: tuple[Block, ...], cache: BlockCache, origin: Weights
+    ) -> dict[int, tuple[Path, str]]:
+        """Pack blocks into the cache, where they are not there, on one rank of a node; return their files and
+        checksums.
+        """
+        ranks = self._ranks
+        found: dict[int, tuple[Path, str]] = {}
+
+        def pack(blocks: Sequence[Block]) -> None:
+            if blocks:
+                cache.require_room(sum(block.size_bytes for block in blocks))
+            for block in blocks:
+                pieces, twice = partial(origin.layout, block), origin.is_held(block)
+                found[block.id] = cache.put(pieces, block.size_bytes, _about(self.plan, block), twice=twice)
+
+        with nullcontext() if ranks is None else ranks.telling("packing blocks"):
+            if ranks is None or ranks.place == 0:
+                pack(blocks)
+        if ranks is None:
+            return found
+        told = {block: (str(path), expected) for block, (path, expected) in found.items()}
+        records = ranks.gather("packing blocks", msgspec.json.encode(told))
+        of_first = msgspec.json.decode(records[ranks.node[0].rank], type=dict[int, tuple[str, str]])
+        found = {block: (Path(path), expected) for block, (path, expected) in of_first.items()}
+        pack([block for block in blocks if block.id not in found])  # the first reads them from files that are not here
+        return found
 
     def _take_the_rest(self, model: nn.Module, undo: ExitStack) -> None:
         """Move to the device what no block holds: adapters, buffers, small tensors."""
@@ -323,12 +384,15 @@ class Tiers:
         return DiskSource(((extent, 0),), self.reader, block.name, expected)
 
 
-def host_arenas(plan: Plan, device: torch.device) -> dict[int, Arena]:
-    """Return the host arenas of a plan by number: page-locked unless the plan has them pageable, or for the CPU."""
+def host_arenas(plan: Plan, device: torch.device, apart: Collection[int] = ()) -> dict[int, Arena]:
+    """Return the host arenas of a plan by number: page-locked unless the plan has them pageable, or for the CPU.
+
+    ``apart``: those that there are already.
+    """
     return {
         arena.id: Arena(arena.size_bytes, torch.device("cpu"), pinned=is_apart(device) and not arena.pageable)
         for arena in plan.arenas
-        if arena.tier == "host"
+        if arena.tier == "host" and arena.id not in apart
     }
 
 

@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
+from memplan.device_kinds import is_apart
 from memplan.show.glyphs import Glyphs
 from memplan.units import format_bytes
 
@@ -82,7 +83,7 @@ def speed(facts: Facts) -> str:
 
 def binds(plan: Plan, glyphs: Glyphs) -> str:
     """Return what sets the time of a micro-batch."""
-    names = _CPU_BINDS if plan.table.device == "cpu" else _BINDS
+    names = _CPU_BINDS if not is_apart(plan.table.device) else _BINDS
     return names.get(plan.prediction.binds, f"{glyphs.safe(plan.prediction.binds)}-bound")
 
 
@@ -168,7 +169,7 @@ def place(plan: Plan, index: int, glyphs: Glyphs) -> str:
 def ram_by_lock(plan: Plan, facts: Facts) -> list[tuple[str, int]]:
     """Return the bytes of the ram peak that are pinned for a GPU, and those that are not."""
     ram = plan.prediction.peaks.ram_bytes
-    if plan.table.device == "cpu" or not ram:
+    if not is_apart(plan.table.device) or not ram:
         return []
     return [("pinned", facts.page_locked_bytes), ("pageable", ram - facts.page_locked_bytes)]
 

@@ -66,6 +66,34 @@ def positions() -> tuple[object, ...]:
     return ctypes.string_at(id(python) + _HEADER_BYTES, _PYTHONS_BYTES), numpys
 
 
+def kernels() -> tuple[bool, bool, bool, bool, str]:
+    """Return which attention kernels torch may take, and how precise products of float32 are."""
+    cuda = torch.backends.cuda
+    allowed = (
+        cuda.flash_sdp_enabled(),
+        cuda.mem_efficient_sdp_enabled(),
+        cuda.math_sdp_enabled(),
+        cuda.cudnn_sdp_enabled(),
+    )
+    return (*allowed, torch.get_float32_matmul_precision())
+
+
+def settings() -> tuple[object, ...]:
+    """Return torch's settings that the whole process shares, by which the same call may compute another result."""
+    cudnn = torch.backends.cudnn
+    return (
+        torch.get_default_dtype(),
+        torch.are_deterministic_algorithms_enabled(),
+        torch.is_deterministic_algorithms_warn_only_enabled(),
+        torch.is_anomaly_enabled(),
+        torch.is_anomaly_check_nan_enabled(),
+        cudnn.enabled,
+        cudnn.benchmark,
+        cudnn.deterministic,
+        *kernels(),
+    )
+
+
 @contextlib.contextmanager
 def settings_kept() -> Iterator[None]:
     """Leave what of torch's settings a forward may change, and the environment, as they were."""

@@ -19,7 +19,7 @@ from torch import nn
 
 from memplan.errors import RunError
 from memplan.state import containers, data_writes, optimizer_steps
-from memplan.state.process_state import positions
+from memplan.state.process_state import kernels, positions
 
 _ATOMS = frozenset({int, float, bool, str, bytes, type(None), complex, torch.dtype, torch.device, torch.Size})
 _TORCHS = frozenset(nn.Module().__dict__)
@@ -247,7 +247,7 @@ class Now:
         self.modules = held.modules
         self._name = name
         self._state = held.state(given)
-        self._kernels = _kernels()
+        self._kernels = kernels()
         self._count, self._writes = writes, writes()
         self._trained: list[nn.Parameter] = []
         self._others: list[torch.Tensor] = []
@@ -299,7 +299,7 @@ class Now:
                 f"a tensor that {self._name} was called with was written to between its forward and its backward, in "
                 f"which the plan runs it once more: write to a copy, or after backward(), or {_KEEP}"
             )
-        had_kernels = _kernels()
+        had_kernels = kernels()
         flags = [(parameter, flag) for parameter, flag in self._flags if parameter.requires_grad != flag]
         drawn = positions()
         try:
@@ -320,19 +320,8 @@ class Now:
                 )
 
 
-def _kernels() -> tuple[bool, bool, bool, bool, str]:
-    cuda = torch.backends.cuda
-    allowed = (
-        cuda.flash_sdp_enabled(),
-        cuda.mem_efficient_sdp_enabled(),
-        cuda.math_sdp_enabled(),
-        cuda.cudnn_sdp_enabled(),
-    )
-    return (*allowed, torch.get_float32_matmul_precision())
-
-
 def _set_kernels(given: tuple[bool, bool, bool, bool, str]) -> None:
-    if given == _kernels():
+    if given == kernels():
         return
     flash, efficient, math, cudnn, precision = given
     torch.backends.cuda.enable_flash_sdp(flash)

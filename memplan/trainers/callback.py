@@ -12,9 +12,12 @@ from memplan import api
 from memplan.errors import InputError
 from memplan.hooks.compiled import WAY_OUT
 from memplan.model.calls import Step
+from memplan.queries.one_plan import one_plan
+from memplan.ranks.world import world
 from memplan.request import PlanOptions, completed
 from memplan.run.handle import Handle, handle_of
 from memplan.trainers.hf_trainer import check_early, put_under, said_by
+from memplan.trainers.launch import one_by_one
 from memplan.trainers.loading.deferred_placement import wait, waits
 from memplan.trainers.log_callback import Telling
 from memplan.trainers.other_models import Scope
@@ -36,7 +39,7 @@ class MemplanCallback(TrainerCallback):
     optimizer and autocast, and the folder that the model came from; ``gains`` are not looked at.
 
     Raises InputError for options that cannot be used. Training raises what ``plan`` and ``attach`` raise, and
-    InputError for what only one process, one device and uncompiled models can have; the model then is as it was.
+    InputError for what only one device a process and uncompiled models can have; the model then is as it was.
     """
 
     def __init__(self, *, checked: bool = False, lines: bool = False, **options: Unpack[PlanOptions]) -> None:
@@ -86,12 +89,12 @@ class MemplanCallback(TrainerCallback):
         optimizer: torch.optim.Optimizer | None,
     ) -> None:
         options = completed(
-            self._options,
+            one_by_one(self._options),
             **said_by(args, model),
             steps=state.max_steps or None,
             autocast="bf16" if args.bf16 else "fp16" if args.fp16 else None,
         )
-        plan = api.plan(model, step, **options)
+        plan = one_plan(model, lambda given: api.plan(model, step, **given), options, step)
         checkpoint = self._options.get("checkpoint")
         self.handle = put_under(model, plan, Scope(), checked=self._checked, checkpoint=checkpoint)
         if optimizer is not None:
@@ -103,10 +106,10 @@ class MemplanCallback(TrainerCallback):
 def _require_served(args: TrainingArguments) -> None:
     if args.deepspeed or args.fsdp:
         raise InputError("MemplanCallback was to place the model, but DeepSpeed or FSDP does: leave one of them out")
-    if args.world_size > 1 or args.n_gpu > 1:
+    if args.n_gpu > 1 or (args.world_size > 1 and world() is None):
         raise InputError(
-            "MemplanCallback serves one process and one device, and the trainer uses several: set "
-            "CUDA_VISIBLE_DEVICES to one, and start one process"
+            "MemplanCallback serves one device a process, and the trainer uses several: set CUDA_VISIBLE_DEVICES to "
+            "one, or start a process for each (torchrun)"
         )
     if args.torch_compile:
         raise InputError(f"the trainer compiles its model as a whole: leave torch_compile out, and {WAY_OUT}")

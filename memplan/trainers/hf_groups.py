@@ -101,6 +101,8 @@ def reason_against(trainer: Trainer) -> str | None:
     from transformers import Trainer, TrainerCallback
     from transformers.training_args import OptimizerNames
 
+    if trainer.args.world_size > 1:  # DDP sums gradients in the last one's backward, under a context of its own
+        return "several processes train together"
     kind = type(trainer)
     if kind._prepare_inputs is not Trainer._prepare_inputs:  # GRPO generates there, with the model as it is by then
         return f"{kind.__name__} prepares its micro-batches itself, one by one"

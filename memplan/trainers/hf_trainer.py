@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 import math
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -13,20 +12,20 @@ import torch
 from torch import nn
 
 from memplan import api
-from memplan.errors import CheckpointError, InputError
+from memplan.errors import InputError
 from memplan.hooks.compiled import WAY_OUT, call_of, replace_call
 from memplan.hooks.nested import tensors_in
 from memplan.model.calls import Call, Step
-from memplan.model.checkpoint import StoredTensor, read_checkpoint
-from memplan.model.meta_model import keep_in_float32
 from memplan.program.schema import Plan
+from memplan.queries.one_plan import planning
+from memplan.ranks.world import world
 from memplan.request import PlanOptions, Request, completed, refuse_beside_plan
-from memplan.run.attach import attach
+from memplan.run.attach import attach, device_of_rank
 from memplan.run.handle import Handle
-from memplan.run.memory.arena import dtype_of
 from memplan.state.process_state import random_states_kept
 from memplan.state.snapshot import unchanged
 from memplan.trainers.hf_groups import GroupedSteps
+from memplan.trainers.launch import one_by_one
 from memplan.trainers.loading.deferred_placement import arrived, not_waiting
 from memplan.trainers.loading.load import at_detach
 from memplan.trainers.loading.mapped_weights import folder_of, is_mapped, release_mapped
@@ -36,24 +35,6 @@ from memplan.trainers.other_models import Scope
 
 if TYPE_CHECKING:
     from transformers import Trainer
-
-_LOADING = {
-    "config",
-    "dtype",
-    "torch_dtype",
-    "attn_implementation",
-    "local_files_only",
-    "low_cpu_mem_usage",
-    "use_cache",
-}
-_PASSED_BY_AUTO = {
-    "_from_auto",
-    "_commit_hash",
-    "adapter_kwargs",
-    "use_safetensors",
-    "trust_remote_code",
-    "code_revision",
-}
 
 
 def wrap(
@@ -120,6 +101,8 @@ def wrap_within(
         if args.gradient_checkpointing:
             undo.callback(_checkpoint_activations(model, args.gradient_checkpointing_kwargs))
         if plan is None:
+            if args.auto_find_batch_size:  # which has steps of its own
+                options["group"] = one_by_one(options)["group"]
             plan = _plan(trainer, scope, batch, **options)
         handle = put_under(model, plan, scope, checked=checked, checkpoint=options.get("checkpoint"))
         undo.pop_all()
@@ -145,11 +128,21 @@ def placed_by_others(trainer: Trainer) -> str | None:
     """Return who else places a trainer's model or copies it, if someone does."""
     if trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled:
         return "DeepSpeed or FSDP places the model"
-    if trainer.args.world_size > 1:
-        return "it serves one process, and this is one of several"
+    if trainer.args.world_size > 1 and world() is None:
+        return "this is one of several processes that torch.distributed does not know"
+    if splits(getattr(trainer, "accelerator", None)):
+        return "accelerate's parallelism_config splits the model"
     if trainer.args.n_gpu > 1:
         return "the trainer copies the model to several devices: let it see one"
     return None
+
+
+def splits(accelerator: Any) -> bool:
+    """Whether an accelerator splits a model, or what goes through it, over ranks (tensor or context parallel)."""
+    config = getattr(accelerator, "parallelism_config", None)
+    return config is not None and any(
+        getattr(config, f"{kind}_enabled", False) for kind in ("tp", "cp", "sp", "dp_shard")
+    )
 
 
 def compiles(trainer: Trainer) -> bool:
@@ -175,12 +168,21 @@ def _plan(
 ) -> Plan:
     """Return a plan of what the trainer will do, but for what the options say."""
     args = trainer.args
-    first, steps = _first_call(trainer) if batch is None else (batch, _steps(args, None))
+    ranks = planning()
+    with contextlib.nullcontext() if ranks is None else ranks.telling("looking at the largest micro-batch"):
+        first, steps = _first_call(trainer) if batch is None else (batch, _steps(args, None))
     model: Any = trainer.model
     asked = completed(options, **said_by(args, model), steps=steps)
     own = options.get("autocast") is None
     with _autocast_as_in_training(model, trainer.accelerator) if own else contextlib.nullcontext():
-        return scope.plan(model, lambda within: api.plan(model, first, **within), asked, models_beside(trainer))
+        return scope.plan(
+            model,
+            lambda within: api.plan(model, first, **within),
+            asked,
+            models_beside(trainer),
+            call=first,
+            ranks=ranks,
+        )
 
 
 def said_by(args: Any, model: nn.Module) -> dict[str, Any]:
@@ -225,7 +227,8 @@ def put_under(
 
     Raises what ``attach`` raises; the model then is as it was.
     """
-    give_back = release_mapped(model, torch.device(plan.table.device)) if is_mapped(model) else None
+    device = device_of_rank(model, torch.device(plan.table.device))
+    give_back = release_mapped(model, device) if is_mapped(model) else None
     try:
         files = checkpoint or checkpoint_of(model)
         handle = attach(model, plan, checkpoint=files, checked=checked, traced=traced, replan=api.smaller)
@@ -297,6 +300,8 @@ def _first_call(trainer: Trainer) -> tuple[Call, int | None]:
     with random_states_kept(), unchanged(**looked_at):
         try:
             loader = trainer.get_train_dataloader()
+            if world() is not None and getattr(loader, "rng_types", None):
+                loader.rng_types = None  # else the ranks' random states are made one as it begins, all at once
             batch = longest_batch(loader) or next(iter(loader))
             call = _call_of_loss(trainer, batch)
             steps = _steps(trainer.args, loader)
@@ -359,57 +364,3 @@ def loss_of(output: Any) -> torch.Tensor:
         return held
     made = [tensor for tensor in tensors_in(output) if tensor.is_floating_point() and tensor.requires_grad]
     return torch.stack([tensor.float().square().mean() for tensor in made]).sum()
-
-
-def not_served(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[str]:
-    """Return what of the arguments of ``from_pretrained`` is not understood here."""
-    unknown = sorted(
-        name for name, value in kwargs.items() if value is not None and name not in _LOADING | _PASSED_BY_AUTO
-    )
-    if kwargs.get("trust_remote_code"):
-        unknown.append("trust_remote_code")
-    if isinstance(kwargs.get("config"), (str, Path)) or isinstance(kwargs.get("dtype"), dict):
-        unknown.append("a path as config, or a dtype for each part")
-    return ["positional arguments"] * bool(args) + unknown
-
-
-def skeleton_of(cls: Any, folder: Path, kwargs: Mapping[str, Any], *, name: str | None = None) -> Any:
-    """Return the model that ``from_pretrained`` would, with its parameters on ``meta``, in evaluation mode.
-
-    ``name``: what it says it came from (default: the folder).
-    """
-    from accelerate import init_empty_weights
-
-    stored = read_checkpoint(folder)
-    config = kwargs.get("config")
-    if config is not None:
-        config = copy.deepcopy(config)
-    elif not (folder / "config.json").is_file():
-        raise CheckpointError(f"{folder} holds no config.json: without it the model's shape is not known")
-    else:
-        wanted = {} if kwargs.get("use_cache") is None else {"use_cache": kwargs["use_cache"]}
-        config = cls.config_class.from_pretrained(folder, **wanted)
-    config._name_or_path = name or str(folder)  # the model keeps it apart as it is built
-    dtype = _dtype(kwargs.get("dtype") or kwargs.get("torch_dtype"), config, stored)
-    more = {"attn_implementation": kwargs["attn_implementation"]} if kwargs.get("attn_implementation") else {}
-    with torch.random.fork_rng(devices=[]), init_empty_weights(include_buffers=False):
-        model = cls._from_config(config, dtype=dtype, **more)
-    keep_in_float32(model, dtype)
-    model.tie_weights()
-    if model.can_generate() and (folder / "generation_config.json").is_file():
-        from transformers import GenerationConfig
-
-        model.generation_config = GenerationConfig.from_pretrained(folder)
-    return model.eval()
-
-
-def _dtype(given: Any, config: Any, stored: Mapping[str, StoredTensor]) -> torch.dtype:
-    if isinstance(given, torch.dtype):
-        return given
-    if isinstance(given, str) and given != "auto":
-        return dtype_of(given)
-    held = getattr(config, "dtype", None)
-    if held is not None:
-        return dtype_of(held) if isinstance(held, str) else held
-    floats = [t.dtype for t in stored.values() if t.dtype.startswith(("float", "bfloat"))]
-    return dtype_of(floats[0]) if floats else torch.float32

@@ -1,6 +1,6 @@
 """What ``memplan run`` was asked for, handed on to every Python that it starts, and telling the user of it.
 
-Nothing but the standard library is imported here.
+Nothing but the standard library is needed here.
 """
 
 from __future__ import annotations
@@ -12,6 +12,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
+
+from memplan.ranks.world import is_first
 
 VARIABLE = "MEMPLAN_RUN"
 PROCESS = "MEMPLAN_RUN_PROCESS"
@@ -51,8 +53,22 @@ def settings() -> Settings:
 
 
 def say(text: str) -> None:
-    """Tell the user, apart from what the script itself prints."""
-    print(f"memplan: {text}", file=sys.stderr, flush=True)  # noqa: T201
+    """Tell the user, apart from what the script itself prints; of several ranks the first does."""
+    if is_first():
+        print(f"memplan: {text}", file=sys.stderr, flush=True)  # noqa: T201
+
+
+def one_by_one(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Return options without groups of micro-batches, where whoever trains runs them one by one; say so where groups
+    were asked for.
+    """
+    if options.get("group") not in (None, 1) and not Seen.group:
+        Seen.group = True
+        say(
+            "group has no effect: this loop runs its micro-batches one by one, so each loads weights for itself. "
+            "Have handle.accumulate(run, batches) run those of a step (docs/howto/loop.md), or use a Trainer"
+        )
+    return {**options, "group": 1}
 
 
 def saw_model() -> None:
@@ -76,4 +92,5 @@ class Seen:
     model = False
     training = False
     served = False
+    group = False
     error = False

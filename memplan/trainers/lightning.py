@@ -8,6 +8,7 @@ from typing import Any, Unpack
 
 import torch
 from lightning import Callback, LightningModule, Trainer
+from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy
 from torch import nn
 
 from memplan import api
@@ -15,13 +16,15 @@ from memplan.errors import InputError
 from memplan.hooks.compiled import replace_call
 from memplan.model.calls import Call
 from memplan.program.schema import Plan
+from memplan.queries.one_plan import one_plan
 from memplan.request import PlanOptions, completed
 from memplan.run.attach import attach
 from memplan.run.handle import Handle, handle_of
 from memplan.state.process_state import random_states_kept
 from memplan.state.snapshot import unchanged
 from memplan.trainers.hf_trainer import Called, check_early, loss_of
-from memplan.trainers.loading.deferred_placement import waits
+from memplan.trainers.launch import one_by_one
+from memplan.trainers.loading.deferred_placement import forget, move, waits
 from memplan.trainers.loading.mapped_weights import folder_of
 from memplan.trainers.loading.stored import checkpoint_of
 from memplan.trainers.longest_batch import longest_batch
@@ -67,18 +70,22 @@ class Placement(Callback):
         """Place it, before anything is moved."""
         if stage != "fit" or handle_of(pl_module) is not None:
             return
-        if trainer.world_size > 1:
-            raise InputError("the trainer runs several processes, and memplan serves one: give it devices=1")
+        if trainer.world_size > 1 and not _is_ddp(trainer):
+            raise InputError(
+                f"the trainer's strategy is {type(trainer.strategy).__name__}, and memplan serves several processes "
+                'with DDP alone: give it strategy="ddp", or devices=1'
+            )
         model, call = _first_call(trainer, pl_module)
         options = completed(
-            self._options,
+            one_by_one(self._options),
             accumulation=trainer.accumulate_grad_batches,
             autocast=_AUTOCAST.get(str(trainer.precision)),
             loss=loss_of,
             checkpoint=folder_of(model),
             gains=False,
         )
-        plan = self._plan or api.plan(model, self._batch or call, **options)
+        batch = self._batch or call
+        plan = self._plan or one_plan(model, lambda given: api.plan(model, batch, **given), options, batch)
         files = self._options.get("checkpoint") or checkpoint_of(model)
         self.handle = attach(model, plan, checkpoint=files, checked=self._checked, replan=api.smaller)
 
@@ -101,12 +108,22 @@ class PlacementAtFirstCall(Callback):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Have it wait for that, where it does not already."""
-        from memplan.trainers.serve_loop import serve_model
+        from memplan.trainers.serve_loop import say_aside, serve_model
 
+        if stage == "fit" and trainer.world_size > 1 and not _is_ddp(trainer):
+            forget(pl_module)
+            move(pl_module)
+            say_aside(f"Lightning's {type(trainer.strategy).__name__} places the model")
+            return
         if stage == "fit" and handle_of(pl_module) is None and not waits(pl_module):
             for module in frozen_within(pl_module):
                 serve_model(module)
                 break
+
+
+def _is_ddp(trainer: Trainer) -> bool:
+    """Whether a trainer has whole models on its ranks, whose gradients are summed; DeepSpeed's is a DDPStrategy too."""
+    return isinstance(trainer.strategy, DDPStrategy) and not isinstance(trainer.strategy, DeepSpeedStrategy)
 
 
 def _first_call(trainer: Trainer, pl_module: LightningModule) -> tuple[nn.Module, Call]:

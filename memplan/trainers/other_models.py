@@ -13,8 +13,11 @@ from torch import nn
 
 from memplan import api
 from memplan.case import case_of_plan, profile_of, ram_of, vram_of
+from memplan.device_kinds import is_apart
 from memplan.errors import DoesNotFitError
 from memplan.program.schema import Plan
+from memplan.queries.one_plan import one_plan
+from memplan.ranks.session import Session
 from memplan.request import Sizes
 from memplan.run.handle import Handle
 from memplan.run.memory.arena import is_placeholder
@@ -46,17 +49,39 @@ class Scope:
         planned: Callable[[dict[str, Any]], Plan],
         options: Mapping[str, Any],
         more: Iterable[nn.Module] = (),
+        *,
+        call: object = None,
+        ranks: Session | None = None,
     ) -> Plan:
         """Return the plan that is ``planned`` within what others leave of the budgets among ``options``.
 
         A model under a plan takes what that predicts. One that is only read (a reference, a teacher, a reward) takes
         vram where it lies on the compute device or was asked to, and RAM else, as much as there is: beyond that the
         kernel reads a mapped one from its files again. One that waits to be trained takes nothing yet. ``more``: models
-        that ``from_pretrained`` may not have given. Raises DoesNotFitError, which names the others.
+        that ``from_pretrained`` may not have given. ``call``: what the model is called with: of several ranks
+        the one with the largest plans for all. ``ranks``: as for ``one_plan``. Raises DoesNotFitError, which names the
+        others; RankError.
         """
+        only_to_come = Sizes.of(options).vram_bytes is None
+
+        def within(given: dict[str, Any]) -> Plan:
+            return self._plan(model, planned, given, more, only_to_come=only_to_come)
+
+        return one_plan(model, within, options, call, ranks)
+
+    def _plan(
+        self,
+        model: nn.Module,
+        planned: Callable[[dict[str, Any]], Plan],
+        options: Mapping[str, Any],
+        more: Iterable[nn.Module],
+        *,
+        only_to_come: bool,
+    ) -> Plan:
+        """``only_to_come``: as for ``_taken``."""
         profile = profile_of(options.get("hardware", "auto"))
         sizes = Sizes.of(options)
-        taken = self._taken(model, profile.device, more, only_to_come=sizes.vram_bytes is None)
+        taken = self._taken(model, profile.device, more, only_to_come=only_to_come)
         if not taken.names:
             return planned(dict(options))
         vram_bytes, ram_bytes = vram_of(sizes, profile), ram_of(sizes, profile)
@@ -144,9 +169,9 @@ class Scope:
                 if id(tensor) in seen:
                     continue
                 seen.add(id(tensor))
-                if device != "cpu" and tensor.device.type == device:
+                if is_apart(device) and tensor.device.type == device:
                     vram += 0 if only_to_come else _size(tensor)
-                elif device != "cpu" and asked is not None and asked.type == device:
+                elif is_apart(device) and asked is not None and asked.type == device:
                     vram += _size(tensor)
                 elif tensor.device.type == "cpu":
                     ram += _size(tensor)

@@ -8,7 +8,6 @@ from __future__ import annotations
 import atexit
 import gc
 import io
-import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -27,6 +26,9 @@ from memplan.hooks.compiled import IN_SCRIPT
 from memplan.model.calls import Step
 from memplan.program.record import RunRecord
 from memplan.program.schema import Plan
+from memplan.queries.one_plan import agreed
+from memplan.ranks.session import RankError, session, stage
+from memplan.ranks.world import is_first, unknown_ranks, world
 from memplan.request import completed
 from memplan.run.handle import Handle, handle_of
 from memplan.show.log_lines import begin_lines, end_lines
@@ -38,7 +40,7 @@ from memplan.trainers.hf_trainer import (
     models_beside,
     put_under,
 )
-from memplan.trainers.launch import saw_decision, say, settings
+from memplan.trainers.launch import one_by_one, saw_decision, say, settings
 from memplan.trainers.loading.deferred_placement import (
     Again,
     forget,
@@ -91,7 +93,7 @@ def serve_optimizer(optimizer: torch.optim.Optimizer) -> None:
     long as that takes a fiftieth of the time: some scripts make an optimizer for each parameter.
     """
     global _looked_s
-    if is_distributed() or int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    if is_distributed() or unknown_ranks() is not None:
         return
     trained = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
     for handle in list(_HANDLES):
@@ -131,6 +133,10 @@ def _trained_in_part(trained: set[int]) -> Iterator[nn.Module]:
     for model in modules:
         if id(model) in within or isinstance(model, torch.jit.ScriptModule) or "_modules" not in model.__dict__:
             continue
+        if isinstance(model, nn.parallel.DistributedDataParallel):
+            model = model.module
+        if is_split(model):
+            continue
         if is_trained_in_part(model) and any(id(parameter) in trained for parameter in model.parameters()):
             yield model
 
@@ -146,7 +152,7 @@ def _place_for_loop(model: nn.Module, step: Step) -> Again | None:
     the others need is known once they are called.
     """
     free_dropped(model)
-    why = nothing_to_do(model)
+    why = agreed(nothing_to_do(model))
     if why is None:
         unplaced = _UNPLACED.take(model)
         more = {} if unplaced is None else {"vram": 0}  # to know what both need
@@ -176,7 +182,8 @@ def _place_for_loop(model: nn.Module, step: Step) -> Again | None:
         _ASIDE[model] = _trained_ids(model)
         say_aside(why)
         return None
-    return None if settings().plan else partial(_place_again, model)
+    # What the first step calls may differ between ranks, and one of them would wait for the others in vain.
+    return None if settings().plan or world() is not None else partial(_place_again, model)
 
 
 def free_dropped(model: nn.Module) -> None:
@@ -210,7 +217,7 @@ def _planned(model: nn.Module, step: Step, more: Mapping[str, Any], *, is_first:
     from accelerate.state import GradientState
 
     options = completed(
-        settings().options,
+        one_by_one(settings().options),
         accumulation=int(GradientState().num_steps) if GradientState._shared_state else 1,
         loss=loss_of,
         checkpoint=folder_of(model),
@@ -218,7 +225,7 @@ def _planned(model: nn.Module, step: Step, more: Mapping[str, Any], *, is_first:
     )
     others = _others(model)
     within = SCOPE.share_of_ram(model, others, {**options, **more})
-    plan = SCOPE.plan(model, lambda within: api.plan(model, step, **within), within)
+    plan = SCOPE.plan(model, lambda within: api.plan(model, step, **within), within, call=step)
     return plan_of_least(plan) if others or (is_first and step.reads_rest) else plan
 
 
@@ -267,14 +274,21 @@ def _place_again(model: nn.Module, step: Step, differs: bool) -> None:
 _UNPLACED = Unplaced()
 
 
+def is_split(model: nn.Module) -> bool:
+    """Whether FSDP or tensor parallelism has split a model's weights over processes."""
+    return any(type(parameter).__name__ in ("DTensor", "FlatParameter") for parameter in model.parameters())
+
+
 def nothing_to_do(model: nn.Module) -> str | None:
     frozen = [not parameter.requires_grad for parameter in model.parameters()]
     if not any(frozen):
         return "nothing in the model is frozen, so there is nothing to stream"
     if not all(isinstance(parameter, nn.Parameter) for parameter in model.parameters()):
         return "it is called with other tensors in the place of its parameters (torch.func.functional_call)"
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        return "it serves one process, and this is one of several"
+    if is_split(model):
+        return "FSDP or tensor parallelism splits its weights over processes"
+    if (unknown := unknown_ranks()) is not None:
+        return unknown
     if any(hasattr(module, "_hf_hook") for module in model.modules()):
         return "accelerate offloads the model already (device_map)"
     return "unsloth offloads by itself" if "unsloth" in sys.modules else None
@@ -287,10 +301,12 @@ def served(model: nn.Module, planned: Callable[[], Plan], attach: Callable[[Plan
     try:
         try:
             with progress("memplan: planning"):
-                plan = Plan.load(file) if file else _with_room(planned)
+                plan = _loaded(file) if file else _with_room(planned)
         except MemplanError:
             raise
         except Exception as error:  # the trace runs the script's own code, and the script is to run all the same
+            if world() is not None:  # the other ranks know no more than that this one has failed
+                raise
             return f"the model cannot be planned for ({type(error).__name__}: {error})"
         if all(residence.begins == "always" for residence in plan.residences):
             return "the whole model fits"
@@ -300,10 +316,18 @@ def served(model: nn.Module, planned: Callable[[], Plan], attach: Callable[[Plan
     except (DoesNotFitError, TooSlowError):
         raise
     except MemplanError as error:
+        if isinstance(error, RankError) and not error.is_expected:  # that rank ends
+            raise
         return str(error)
     for line in begin_lines(plan):
         say(line)
     return None
+
+
+def _loaded(file: str) -> Plan:
+    """Return the plan of a file, which every rank must be able to read."""
+    with stage(session("load a plan"), "reading the plan"):
+        return Plan.load(file)
 
 
 def _with_room(planned: Callable[[], Plan]) -> Plan:
@@ -336,6 +360,8 @@ def _report_all() -> None:
 
 def report(*measured: tuple[Plan, RunRecord]) -> None:
     """Tell what was measured, at the end, of one model after the other."""
+    if not is_first():
+        return
     file = settings().report
     text = io.StringIO()
     for plan, record in measured:

@@ -14,6 +14,7 @@ from weakref import ref
 from torch import nn
 
 from memplan.hooks.compiled import IN_SCRIPT
+from memplan.queries.one_plan import agreed
 from memplan.run.handle import handle_of
 from memplan.trainers.hf_trainer import (
     compiles,
@@ -142,6 +143,7 @@ def _place(trainer: Trainer) -> None:
         return  # placed at its first call, as for a loop
     if why is None and not is_trained_in_part(model):
         why = "nothing in the model is trained"
+    why = agreed(why)
     with not_waiting(model):
         if why is None:
             asked = settings()

@@ -6,22 +6,25 @@ from functools import cache
 
 import pytest
 import torch
+from msgspec.structs import replace
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from memplan.run.attach import attach_on
-from tests.device.test_run import CUDA
-from tests.device.test_sim import batches, on_host
 from tests.run import test_parity
 from tests.run.test_parity import plan_for
+from tests.support import devices
 from tests.support.groups import in_groups, train_in_groups
-from tests.support.training import assert_equal, make, train
+from tests.support.training import CPU, assert_equal, make, train
 
 SIM = torch.device("sim", 0)
+APART = devices.Apart("sim")
+batches, on_host = APART.batches, devices.at_home
+PROFILE = replace(CPU, name="test-sim", device="sim")
 
 
 @pytest.fixture(autouse=True)
 def plans_for_a_gpu(monkeypatch):
-    monkeypatch.setattr(test_parity, "CPU", CUDA)
+    monkeypatch.setattr(test_parity, "CPU", PROFILE)
 
 
 @cache

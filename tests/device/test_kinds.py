@@ -64,7 +64,7 @@ def lowered():
     ("family", "precision"),
     [
         ("mixtral-experts", "float32"), ("llama", "autocast"),
-        *(full(family, "float32") for family in ("qwen3", "gemma2", "bloom", "mixtral-attention", "zamba2")),
+        *(full(family, "float32") for family in ("qwen3", "gemma2", "bloom", "mixtral-attention")),
         *(full(family, "autocast") for family in ("mixtral-attention", "t5", "plain")),
         *(full(family, "bfloat16") for family in ("llama", "t5", "plain")),
     ],

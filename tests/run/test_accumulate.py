@@ -16,6 +16,7 @@ import pytest
 import torch
 from msgspec.structs import replace
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
 from memplan.errors import PlanCheckError, PlanMismatchError, RunError, TransferError
@@ -240,6 +241,141 @@ def test_where_turns_cannot_be_taken(how, caplog):
     assert "one by one" in caplog.text
 
 
+def run_with_kernels(model):
+    def run(batch):
+        with sdpa_kernel(SDPBackend.MATH):
+            loss = loss_of(model(**batch))
+        loss.backward()
+        return loss.detach().clone()
+
+    return run
+
+
+def run_with_seed(model):
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.1
+
+    def run(batch):
+        torch.manual_seed(0)
+        return one_of("llama")(model, batch)
+
+    return run
+
+
+def run_with_features(model):
+    kept = {}
+    layer = model.get_submodule("base_model.model.model.layers.2.mlp")
+    layer.register_forward_hook(lambda module, args, output: kept.update(last=output.detach()))
+
+    def run(batch):
+        loss = loss_of(model(**batch)) * (1 + kept["last"].pow(2).mean())
+        loss.backward()
+        return loss.detach().clone()
+
+    return run
+
+
+def run_with_count(model):
+    count = 0
+
+    def scaled(module, of_inputs, of_outputs):
+        nonlocal count
+        count += 1
+        return tuple(None if part is None else part * (1 + 0.01 * count) for part in of_inputs)
+
+    for layer in model.base_model.model.model.layers:
+        layer.mlp.register_full_backward_hook(scaled)
+    return lambda batch: one_of("llama")(model, batch)
+
+
+@pytest.mark.parametrize(
+    ("made", "why"),
+    [
+        (run_with_kernels, "settings of torch's"),
+        (run_with_seed, "random numbers"),
+        (run_with_features, "a hook keeps"),
+        (run_with_count, "a hook keeps"),
+    ],
+)
+def test_what_a_script_keeps_has_them_go_one_by_one(made, why, caplog):
+    alone, model = make("llama", dropout=1e-9), make("llama", dropout=1e-9)
+    kernels = torch.backends.cuda.flash_sdp_enabled()
+    for one in (alone, model):
+        for module in one.modules():
+            if isinstance(module, nn.Dropout):
+                module.p = 0.0
+    run = made(alone)
+    whole = [run(batch) for batch in seeds(8)]
+    with attached(model) as handle, caplog.at_level(logging.WARNING, "memplan"):
+        assert all(map(torch.equal, whole, handle.accumulate(made(model), seeds(8))))
+        for (name, a), (_, b) in zip(alone.named_parameters(), model.named_parameters(), strict=True):
+            assert not a.requires_grad or torch.equal(a.grad, b.grad), name
+    assert torch.backends.cuda.flash_sdp_enabled() == kernels
+    assert why in caplog.text
+
+
+class Twice(Decoder):
+    """Its last layer is its first."""
+
+    def __init__(self, width=48):
+        super().__init__((PlainLayer(width, 0.0) for _ in range(4)), width)
+        self.head = nn.Identity()
+
+    def forward(self, input_ids):
+        return self.layers[0](super().forward(input_ids))
+
+
+def test_casts_of_a_weight_that_is_used_twice(caplog):
+    """One micro-batch leaves autocast, which forgets the casts of all, while another is between the two."""
+
+    def made():
+        torch.manual_seed(0)
+        return Twice().train()
+
+    def casts():
+        return torch.autocast("cpu", torch.bfloat16)
+
+    whole = train(made(), "plain", steps=1, accumulation=8, around_forward=casts)
+    model = made()
+    with attached(model, "plain") as handle, caplog.at_level(logging.WARNING, "memplan"):
+        assert_equal(whole, train_in_groups(model, "plain", handle, steps=1, around_forward=casts))
+    assert "autocast has casts" in caplog.text
+
+
+def test_batches_that_are_made_with_random_numbers():
+    """Each is made once the one before it has run, as in a loop."""
+
+    def drawn():
+        for batch in seeds(8):
+            batch["input_ids"] = torch.where(torch.rand(batch["input_ids"].shape) < 0.2, 5, batch["input_ids"])
+            yield batch
+
+    def run_of(model, runs):
+        torch.manual_seed(5)
+        return runs(lambda batch: one_of("llama")(model, batch), drawn())
+
+    whole = run_of(make("llama", dropout=0.1), lambda one, batches: [one(batch) for batch in batches])
+    model = make("llama", dropout=0.1)
+    with attached(model) as handle:
+        assert all(map(torch.equal, whole, run_of(model, handle.accumulate)))
+
+
+def test_a_handle_that_is_left_by_one_of_several():
+    model, one = make("llama"), one_of("llama")
+    with attached(model) as handle:
+        learned(model, handle)
+
+        def run(batch):
+            if threading.current_thread().name == "memplan-lane-2":
+                handle.detach()
+            return one(model, batch)
+
+        with pytest.raises(RunError, match=r"detach\(\) was called in a micro-batch"):
+            handle.accumulate(run, seeds(4))
+        assert_goes_on(model, handle)
+
+
 # ---- lanes that leave the common way --------------------------------------------------------------------------------
 
 
@@ -437,12 +573,12 @@ def test_an_error_in_one_lane(where, lane):
             ended.append("over")
 
     with attached(model, checked=True) as handle:
-        learned(model, handle)
         hook = None
         if where == "forward":
             hook = layer.self_attn.register_forward_hook(fails)
         elif where == "backward":
             hook = layer.self_attn.q_proj.lora_A.default.weight.register_hook(fails)
+        learned(model, handle)
         with pytest.raises(ValueError, match=f"lane {lane}"):
             handle.accumulate(run, batches)
         if hook is not None:
@@ -559,8 +695,8 @@ def test_another_thread_is_refused():
             thread.join()
 
     with attached(model) as handle:
-        learned(model, handle)
         hook = model.get_submodule("base_model.model.model.layers.3.self_attn").register_forward_pre_hook(within)
+        learned(model, handle)
         handle.accumulate(lambda batch: one(model, batch), seeds(4))
         hook.remove()
         assert len(refused) == 1

@@ -29,7 +29,7 @@ from memplan.program.check import page_locks as check_page_locks
 from memplan.program.check.judge import require
 from memplan.program.schema import Budgets, Workload
 from memplan.run.attach import attach_on
-from memplan.run.transfer import transfer
+from memplan.run.transfer import streams
 from memplan.units import GIB
 from tests.support.graphs import graph_of
 from tests.support.training import CPU, KINDS, assert_equal, batch_of, loss_of, make, train, whole_run
@@ -43,7 +43,7 @@ CHOICES = ("choose", "keep", "recompute", "offload", "any")
 @pytest.fixture(autouse=True, scope="module")
 def small_sizes():
     with pytest.MonkeyPatch.context() as patch:
-        for module in (page_lock, check_page_locks, transfer):
+        for module in (page_lock, check_page_locks, streams):
             patch.setattr(module, "RING_BYTES", RING_BYTES)
         patch.setattr(pieces, "LEAST_BYTES", RING_BYTES)
         patch.setattr(pieces, "LATENCIES", 0)

@@ -22,6 +22,7 @@ from trl import DPOConfig, DPOTrainer, RewardConfig, RewardTrainer, SFTConfig, S
 
 import memplan
 from memplan.errors import DoesNotFitError, RunError
+from memplan.trainers import launch
 from memplan.units import MIB
 from tests.support.training import CPU
 
@@ -230,3 +231,12 @@ def test_micro_batches_that_nobody_asks_for_are_refused(kind, folder, tmp_path):
     trainer.training_step(trainer.model, window[0])
     with pytest.raises(RunError, match="2 of whose micro-batches had run ahead"):
         trainer.training_step(trainer.model, samples[0] | {"other": None})
+
+
+def test_a_loop_that_goes_one_by_one_says_so_once(monkeypatch, capfd):
+    monkeypatch.setattr(launch.Seen, "group", False)
+    assert launch.one_by_one({"vram": 1}) == {"vram": 1, "group": 1}
+    assert not capfd.readouterr().err
+    for _ in range(2):
+        assert launch.one_by_one({"group": "auto"}) == {"group": 1}
+    assert capfd.readouterr().err.count("handle.accumulate") == 1

@@ -10,8 +10,8 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
 
 from memplan.run.memory.arena import is_placeholder
-from memplan.trainers.hf_trainer import skeleton_of
 from memplan.trainers.loading import mapped_weights as mapped
+from memplan.trainers.loading.hf_transformers import skeleton_of
 from memplan.trainers.loading.mapped_weights import map_weights, release_mapped
 
 

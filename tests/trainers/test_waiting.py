@@ -14,9 +14,9 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoConfig, LlamaForCausalLM
 
 import memplan
-from memplan.trainers.hf_trainer import skeleton_of
 from memplan.trainers.loading.deferred_placement import ask, asked_device, forget, move, tell_device, wait, waits
 from memplan.trainers.loading.entries import MOST_CALLS
+from memplan.trainers.loading.hf_transformers import skeleton_of
 from memplan.trainers.loading.mapped_weights import folder_of, is_mapped, map_weights
 from tests.support.training import CPU
 

@@ -59,28 +59,31 @@ class Accumulation:
         if not self._is_running.acquire(blocking=False):
             return self._one_by_one(run, batches, "it is called within itself")
         try:
-            results: list[Any] = []
-            given = iter(batches)
-            while group := list(islice(given, self._size)):
-                results += self._group(run, group)
-            return results
+            return list(self._results(run, iter(batches)))
         finally:
             self._is_running.release()
 
-    def _group(self, run: Callable[[Any], Any], batches: list[Any]) -> Iterator[Any]:
-        while batches:
-            in_the_way, count = self._habits.in_the_way(), 1
+    def _results(self, run: Callable[[Any], Any], given: Iterator[Any]) -> Iterator[Any]:
+        ahead: list[Any] = []
+        """Micro-batches that were taken and have not run."""
+        while True:
+            in_the_way = self._habits.in_the_way()
+            # What makes them may draw the random numbers that a run draws: one at a time, unless they take turns.
+            size = self._size if in_the_way == "" else 1
+            ahead += islice(given, max(size - len(ahead), 0))
+            if not ahead:
+                return
+            count = 1
             if in_the_way:
-                count = len(batches)
-                yield from self._one_by_one(run, batches, in_the_way)
-            elif in_the_way is None or not (advances := self._habits.advances(batches)):
-                yield self._habits.look(run, batches[0])
+                yield from self._one_by_one(run, ahead[:1], in_the_way)
+            elif in_the_way is None or not (advances := self._habits.advances(ahead[:size])):
+                yield self._habits.look(run, ahead[0])
             elif len(advances) == 1:
-                yield run(batches[0])
+                yield run(ahead[0])
             else:
                 count = len(advances)
-                yield from self._in_turns(run, batches[:count], advances)
-            batches = batches[count:]
+                yield from self._in_turns(run, ahead[:count], advances)
+            del ahead[:count]
 
     def _one_by_one(self, run: Callable[[Any], Any], batches: Iterable[Any], in_the_way: str) -> list[Any]:
         if in_the_way not in self._said:

@@ -1,14 +1,15 @@
 """What a pass does that would be another where micro-batches take turns: looked at while one runs by itself.
 
 [Note: what is in the way] What one micro-batch leaves for the next is there too early, or too late: random numbers that
-were drawn, attributes and buffers that a pass changes, or changes and puts back (adapters that are off for a reference
-pass), an optimizer that steps within backward. A pass of which that is not known goes by itself, and is looked at; so
-does the next one where something was in the way, since first passes do what others do not.
+were drawn; attributes, buffers and settings of torch's that a pass changes, or changes and puts back (adapters that are
+off for a reference pass); what hooks of the script keep; casts of a weight that autocast makes once for several uses,
+until any thread leaves it; an optimizer that steps within backward. A pass of which that is not known goes by itself,
+and is looked at; so does the next one where something was in the way, since first passes do what others do not.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from itertools import takewhile
 from typing import Any
 
@@ -19,8 +20,10 @@ from memplan.errors import RunError
 from memplan.hooks.compiled import is_compiled, untraced_deep
 from memplan.hooks.triggers import Triggers
 from memplan.run.lanes.device_numbers import DeviceNumbers, shapes_of
+from memplan.run.lanes.hooked import HookState, count_hooks
+from memplan.run.lanes.inherited import casting
 from memplan.run.transfer.device import is_apart
-from memplan.state.process_state import positions
+from memplan.state.process_state import positions, settings
 from memplan.state.setting import Held
 
 TRIES = 3
@@ -40,6 +43,7 @@ class Habits:
         self._triggers = triggers
         self.numbers = DeviceNumbers(device) if is_apart(device) else None
         self._has_experts = has_experts
+        self._kinds = casting(device)
         self._modules = tuple(model.modules())
         self._is_whole = is_compiled(model)
         self._known: str | None = None
@@ -64,7 +68,7 @@ class Habits:
         if torch._C._functorch.peek_interpreter_stack() is not None:
             return "it is called within a transform of torch.func"
         if torch.distributed.is_available() and torch.distributed.is_initialized():
-            return "several processes train together"
+            return "torch.distributed is in use, whose DDP sums gradients in each backward"
         if any(p._post_accumulate_grad_hooks for p in self._model.parameters() if p.requires_grad):
             return "a hook takes each gradient as soon as it is there (an optimizer within backward)"
         return self._known
@@ -74,7 +78,7 @@ class Habits:
         numbers, shapes = self.numbers, shapes_of(batch)
         begin = (0, 0) if numbers is None else numbers.at()
         trained = [p for p in self._model.parameters() if p.requires_grad]
-        seen = _Pass(self._modules, self._drawn, trained, self._triggers.own_hooks())
+        seen = _Pass(self._modules, self._drawn, numbers, trained, self._triggers, self._kinds)
         self._triggers.turns = seen
         try:
             result = run(batch)
@@ -131,19 +135,34 @@ class Habits:
 
 
 class Flags:
-    """What modules have of plain values: whether they train, which adapter is active, and the like."""
+    """What modules have of plain values: whether they train, which adapter is active, and the like; how many hooks the
+    script has on them; and settings of torch's.
+    """
 
     def __init__(self, modules: Sequence[nn.Module]) -> None:
         self._places = [
             (module.__dict__, name, value)
             for module in modules
             for name, value in module.__dict__.items()
-            if type(value) in _PLAIN or (type(value) is list and all(type(part) in _PLAIN for part in value))
+            if type(value) in _PLAIN
         ]
+        self._lists = [
+            (module.__dict__, name, value.copy())
+            for module in modules
+            for name, value in module.__dict__.items()
+            if type(value) is list and all(type(part) in _PLAIN for part in value)
+        ]
+        self._modules = modules
+        self._settings, self._hooks = settings(), count_hooks(modules)
 
     def is_changed(self) -> bool:
         """Whether any is another now."""
-        return any((now := held.get(name)) is not value and now != value for held, name, value in self._places)
+        return (
+            any((now := held.get(name)) is not value and now != value for held, name, value in self._places)
+            or any(held.get(name) != value for held, name, value in self._lists)
+            or settings() != self._settings
+            or count_hooks(self._modules) != self._hooks
+        )
 
 
 class _Pass:
@@ -153,24 +172,44 @@ class _Pass:
         self,
         modules: Sequence[nn.Module],
         drawn: Callable[[], tuple[object, ...]],
+        numbers: DeviceNumbers | None,
         trained: Sequence[nn.Parameter],
-        ignored: frozenset[int],
+        triggers: Triggers,
+        kinds: Sequence[str],
     ) -> None:
-        self._ignored = ignored
+        """``kinds``: of devices that autocast may be on for."""
+        self._kinds = kinds
+        self._ignored = triggers.own_hooks()
         self._modules = modules
         self._drawn_now = drawn
         self._held = Held(modules)
         self._state = self._held.state()
+        self._hooked = HookState(modules, trained)
+        self._settings = settings()
         self._buffers = _versions(modules)
         self._drawn = drawn()
+        self._numbers = numbers
+        self._at = (0, 0) if numbers is None else numbers.at()
         self._is_changed = False
         self._given = [0] * len(trained)
         self._hooks = [p.register_hook(self._counts(place)) for place, p in enumerate(trained)]
         self._way = ""
+        self._casting: set[int] = set()
+        """Trained parameters that were there to be cast by autocast, by their ids."""
+        self._own = _to_cast(triggers.modules)
 
     def before_forward(self, module: str, *, in_backward: bool) -> None:
-        if not in_backward and not self._is_changed:
+        if in_backward:
+            return
+        if not self._is_changed:
             self._look()
+        if not self._way:
+            self._look_at_process()
+        if torch.is_autocast_cache_enabled() and any(map(torch.is_autocast_enabled, self._kinds)):
+            own = self._own[module]
+            if own & self._casting:
+                self._way = "autocast has casts of a weight that several layers, or passes, of a micro-batch share"
+            self._casting |= own
 
     def before_backward(self, module: str, call: int) -> None:
         pass
@@ -178,6 +217,18 @@ class _Pass:
     @untraced_deep
     def _look(self) -> None:
         self._is_changed = self._held.is_changed() or self._state.is_changed(self._ignored)
+
+    @untraced_deep
+    def _look_at_process(self) -> None:
+        before, self._at = self._at, (0, 0) if self._numbers is None else self._numbers.at()
+        if self._drawn_now() != self._drawn:
+            self._way = "a micro-batch draws random numbers (dropout)"
+        elif self._at[0] != before[0] or self._at < before:
+            self._way = "a micro-batch seeds a device's random numbers"
+        elif settings() != self._settings:
+            self._way = "a micro-batch changes settings of torch's"
+        elif self._hooked.is_changed():
+            self._way = "a hook keeps what it sees of a micro-batch"
 
     def _counts(self, place: int) -> Callable[[torch.Tensor], None]:
         def count(gradient: torch.Tensor) -> None:
@@ -192,9 +243,11 @@ class _Pass:
         self._look_last()
 
     def _look_last(self) -> None:
-        if self._drawn_now() != self._drawn:
-            self._way = "a micro-batch draws random numbers (dropout)"
-        elif _versions(self._modules) != self._buffers:
+        if not self._way:
+            self._look_at_process()
+        if self._way:
+            return
+        if _versions(self._modules) != self._buffers:
             self._way = "a micro-batch writes to buffers"
         elif any(times > 1 for times in self._given):
             self._way = "a micro-batch gives parameters more than one gradient each"
@@ -217,3 +270,15 @@ def _versions(modules: Sequence[nn.Module]) -> list[tuple[int, int]]:
         for buffer in module._buffers.values()
         if buffer is not None
     ]
+
+
+def _to_cast(modules: Mapping[str, nn.Module]) -> dict[str, set[int]]:
+    """Return, by trigger, the ids of its parameters that autocast keeps casts of, and that no trigger within it has."""
+    triggers = set(modules.values())
+    found = {}
+    for name, module in modules.items():
+        others = [part for part in module.modules() if part in triggers and part is not module]
+        inner = {id(p) for part in others for p in part.parameters()}
+        mine = (p for p in module.parameters() if p.requires_grad and p.dtype == torch.float32)
+        found[name] = {id(p) for p in mine if id(p) not in inner}
+    return found

@@ -39,7 +39,7 @@ class Inherited:
         self._dispatched = list(_get_current_dispatch_mode_stack())
         self._default_device = getattr(torch._GLOBAL_DEVICE_CONTEXT, "device_context", None)
         self._casts = {
-            kind: (torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)) for kind in _casting(device)
+            kind: (torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)) for kind in casting(device)
         }
         self._caches_casts = torch.is_autocast_cache_enabled()
         self._casting_depth = torch.autocast_increment_nesting() - 1
@@ -89,9 +89,9 @@ class Inherited:
                 torch._C._pop_torch_function_stack()
 
 
-def _casting(device: torch.device) -> set[str]:
+def casting(device: torch.device) -> tuple[str, ...]:
     """Return the kinds of devices that autocast may be on for."""
-    return {"cpu", device.type}
+    return ("cpu", device.type) if is_apart(device) else ("cpu",)
 
 
 def _saved_tensor_hooks() -> list[tuple[Any, Any]]:

@@ -218,7 +218,8 @@ class Home:
     def _raw(self, tensor: Tensor) -> torch.Tensor:
         begin, end = tensor.offset_bytes, tensor.offset_bytes + tensor.size_bytes
         if isinstance(self.source, HostSource):
-            return own_storage(self.source.part[begin:end])
+            lies = self.source.part if self.source.handed_out is None else self.source.handed_out
+            return own_storage(lies[begin:end])
         for extent, offset in self.source.extents:
             if offset <= begin and end <= offset + extent.size_bytes:
                 part = Extent(
@@ -251,14 +252,15 @@ class Home:
 
     @property
     def is_writable(self) -> bool:
-        """Whether the home is memory; else it is files."""
-        return isinstance(self.source, HostSource)
+        """Whether the home is memory of this process's own; else it is files, or pinned memory that ranks share."""
+        return isinstance(self.source, HostSource) and self.source.handed_out is None
 
     @property
     def files(self) -> str:
         """The files that it is in, for messages."""
-        extents = () if isinstance(self.source, HostSource) else self.source.extents
-        return ", ".join(sorted({extent.path for extent, _ in extents}))
+        if isinstance(self.source, HostSource):
+            return "" if self.source.handed_out is None else "pinned memory that several ranks read"
+        return ", ".join(sorted({extent.path for extent, _ in self.source.extents}))
 
     def write(self, tensor: Tensor, value: torch.Tensor) -> None:
         """Have one tensor be ``value``, of the same shape and dtype, from now on. The home must be writable."""

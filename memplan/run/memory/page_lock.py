@@ -19,10 +19,13 @@ import weakref
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from memplan.run.transfer.device import pin_pages, pinning, pins_pages, unpin_pages
 from memplan.run.transfer.interrupts import defer_sigint
 from memplan.run.transfer.worker import Worker
+
+Bytes = NDArray[np.uint8]
 
 
 def page_locked(size_bytes: int) -> torch.Tensor:
@@ -36,7 +39,22 @@ def page_locked(size_bytes: int) -> torch.Tensor:
         held = np.frombuffer(mmap.mmap(-1, size_bytes), np.uint8)
     except OSError as error:
         raise RuntimeError(str(error)) from error
-    address = held.ctypes.data
+    return torch.from_numpy(_locked(held, device))
+
+
+def lock_pages(held: torch.Tensor) -> torch.Tensor:
+    """Return memory that is there (uint8, from the beginning of a page) page-locked, without a copy. Raises
+    RuntimeError where it is refused.
+    """
+    device = pinning()
+    if not pins_pages(device):
+        raise RuntimeError(f"{device.type} pins no memory that is there already")
+    return torch.from_numpy(_locked(held.numpy().view(), device))
+
+
+def _locked(held: Bytes, device: torch.device) -> Bytes:
+    """Return memory page-locked for as long as the array that is returned is held."""
+    address, size_bytes = held.ctypes.data, held.nbytes
     with defer_sigint():  # what is registered must be unregistered before it goes
         worker = Worker("memplan-page-lock")
         try:
@@ -45,7 +63,7 @@ def page_locked(size_bytes: int) -> torch.Tensor:
             worker.close()
         # Of the array, not of the pages: those are unmapped before anyone hears that they go.
         weakref.finalize(held, _unregister, address, device, os.getpid()).atexit = False
-    return torch.from_numpy(held)
+    return held
 
 
 def _unregister(address: int, device: torch.device, process: int) -> None:

@@ -191,6 +191,11 @@ class Guard:
         """Act on the module as though it had none of the managed weights."""
         without(self._module, self._hidden, act)
 
+    @property
+    def kept(self) -> Iterable[int]:
+        """The ids of all managed tensors of the model."""
+        return self._kept
+
     def remove(self) -> None:
         """Step aside."""
         self._hook.remove()
@@ -223,6 +228,14 @@ def guard_of(module: nn.Module) -> Guard | None:
     """Return what stands before a module, or None."""
     stands = getattr(module.__dict__.get("_apply"), "__self__", None)
     return stands if isinstance(stands, Guard) else None
+
+
+def managed(model: nn.Module) -> set[int]:
+    """Return the ids of a model's parameters and buffers whose bytes are streamed, in whole or in part."""
+    guards = [guard for module in model.modules() if (guard := guard_of(module)) is not None]
+    kept = {key for guard in guards for key in guard.kept}
+    tensors = (*model.parameters(), *model.buffers()) if kept else ()
+    return {id(tensor) for tensor in tensors if any(id(part) in kept for part in wrapped_parts(tensor))}
 
 
 def _refuse_copy(*args: object) -> NoReturn:

@@ -35,10 +35,13 @@ Piece = tuple[int, int, Callable[[Bytes], None]]
 
 
 class HostSource:
-    """A block's bytes in the host arena."""
+    """A block's bytes in the host arena. ``handed_out``: the same, as who may write to them gets them; None: ``part``
+    itself is written to.
+    """
 
-    def __init__(self, part: torch.Tensor) -> None:
+    def __init__(self, part: torch.Tensor, handed_out: torch.Tensor | None = None) -> None:
         self.part = part
+        self.handed_out = handed_out
 
     def pieces(self, most_bytes: int) -> Iterator[Piece]:
         """Yield the block's layout piece by piece."""

@@ -14,9 +14,9 @@ from torch import nn
 
 from memplan.errors import CheckpointError, InputError, ModelError
 from memplan.model.checkpoint import has_checkpoint
-from memplan.trainers.hf_trainer import not_served, skeleton_of
 from memplan.trainers.launch import say
 from memplan.trainers.loading import hf_diffusers as diffusers
+from memplan.trainers.loading.hf_transformers import not_served, skeleton_of
 from memplan.trainers.loading.mapped_weights import map_weights
 
 if TYPE_CHECKING:

@@ -24,6 +24,9 @@ from torch import nn
 
 from memplan.hardware.machine import cache_folder
 from memplan.model.checkpoint import StoredTensor
+from memplan.ranks.data_parallel import leave_alone
+from memplan.ranks.session import announce
+from memplan.ranks.world import world
 from memplan.run.memory.arena import Placeholders, dtype_of, is_placeholder
 from memplan.run.memory.disk import DiskReader
 from memplan.run.memory.home import Stored, as_bytes
@@ -42,6 +45,8 @@ def map_weights(model: nn.Module, folder: str | Path) -> None:
     What is cast or converted is mapped from a file of its own, without a name, which goes with the model. Raises
     CheckpointError where the checkpoint is not the model's; the model then is as it was.
     """
+    leave_alone(left_alone)
+    announce(world())
     with contextlib.ExitStack() as files:
         casts = _Casts(files)
         put_weights(model, folder, lambda reader, meta, stored: casts.read(reader, stored, meta.dtype), heads=True)
@@ -162,6 +167,27 @@ def release_mapped(model: nn.Module, device: torch.device) -> Callable[[], None]
         away.clear()
 
     return undo
+
+
+def left_alone(model: nn.Module) -> list[int]:
+    """Return the ids of the frozen weights of a model that DDP is not to broadcast: the files' own bytes, which are the
+    same on every rank, and what waits on the host while the rest is on a device, where DDP takes one kind alone.
+
+    What a script has changed of the others is broadcast as ever. What ranks have differently is found at attach.
+    """
+    mapped = [p for p in model.parameters() if not p.requires_grad and isinstance(origin_of(p), StoredTensor)]
+    areas = _file_areas() if mapped and _ON_LINUX else []
+    kinds = {parameter.device.type for parameter in model.parameters() if parameter.requires_grad}
+    return [
+        id(parameter)
+        for parameter in model.parameters()
+        if not parameter.requires_grad
+        and (origin := origin_of(parameter)) is not None
+        and (
+            (isinstance(origin, StoredTensor) and _is_as_stored(parameter, origin, areas))
+            or bool(kinds - {parameter.device.type})
+        )
+    ]
 
 
 class _Area(NamedTuple):

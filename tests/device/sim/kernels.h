@@ -4,6 +4,8 @@
 // Where an operator has none, or its result is a value or has a shape that depends on values, the host waits for it.
 #pragma once
 
+#include <dlfcn.h>
+
 #include <ATen/CPUGeneratorImpl.h>
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/ops/_local_scalar_dense.h>
@@ -66,13 +68,31 @@ inline bool is_random(const c10::OperatorHandle& op) {
   return false;
 }
 
-// Run the CPU's kernel; its random numbers are those of ``seed``, whichever generator it takes them from.
+// The interpreter, for as long as this is: no other thread of Python's sees what is done meanwhile.
+class Interpreter {
+ public:
+  Interpreter() : state_(ensure()()) {}
+  ~Interpreter() { release()(state_); }
+  Interpreter(const Interpreter&) = delete;
+  Interpreter& operator=(const Interpreter&) = delete;
+
+ private:
+  using Ensure = int (*)();
+  using Release = void (*)(int);
+  static Ensure ensure() { return reinterpret_cast<Ensure>(dlsym(RTLD_DEFAULT, "PyGILState_Ensure")); }
+  static Release release() { return reinterpret_cast<Release>(dlsym(RTLD_DEFAULT, "PyGILState_Release")); }
+  int state_;
+};
+
+// Run the CPU's kernel; its random numbers are those of ``seed``, whichever generator it takes them from. Most take the
+// host's own, which another thread that waits for this work must not lend while the script seeds or reads it.
 inline void run_on_cpu(const c10::OperatorHandle& op, Stack& stack, std::optional<uint64_t> seed) {
   const Below below;
   if (!seed) {
     op.redispatchBoxed(c10::DispatchKeySet(c10::DispatchKey::CPU), &stack);
     return;
   }
+  const Interpreter interpreter;
   const auto held = at::check_generator<at::CPUGeneratorImpl>(at::detail::getDefaultCPUGenerator())->clone();
   auto fresh = at::detail::createCPUGenerator(*seed);
   const auto restore = [](const c10::GeneratorImpl& state) {
