@@ -111,14 +111,19 @@ def _priced(run: Run, shape: Any, hardware: Any, head_tokens: int = 0) -> tuple[
         loss = _loss_of_some
     elif run.shifts_logits:
         batch, loss = {"input_ids": torch.zeros(shape, dtype=torch.long, device="meta")}, _loss_of_shifted
-    graph = analyze(model, batch, short=short, optimizer=run.optimizer, loss=loss)
+    graph = analyze(model, batch, short=short, optimizer=run.optimizer, loss=loss, device=hardware.device)
     return graph, cost_table(graph, hardware), trained
 
 
 def _loss_of_shifted(output: Any) -> torch.Tensor:
-    """Copy the logits in float32 to leave the last out, as transformers did until December 2024."""
-    shifted = output.logits.float()[..., :-1, :].contiguous().flatten(0, 1)
-    return torch.nn.functional.cross_entropy(shifted, shifted.new_zeros(len(shifted), dtype=torch.long))
+    """Copy the logits in float32 to leave the last out, as transformers did until December 2024, and hold the output,
+    with the logits in float32, while backward runs, as fsdp_qlora's loop does (``train.py``: ``output = None`` after).
+    """
+    output.logits = output.logits.float()
+    shifted = output.logits[..., :-1, :].contiguous().flatten(0, 1)
+    loss: Any = torch.nn.functional.cross_entropy(shifted, shifted.new_zeros(len(shifted), dtype=torch.long))
+    loss.output = output
+    return loss  # type: ignore[no-any-return]
 
 
 def _loss_of_some(output: Any) -> torch.Tensor:
@@ -128,29 +133,36 @@ def _loss_of_some(output: Any) -> torch.Tensor:
 
 @contextlib.contextmanager
 def _as_it_was(run: Run) -> Iterator[Callable[[], dict[int, int]]]:
-    """Have bitsandbytes keep what it kept when a run was made: the input of each 4-bit product, as an attribute.
+    """Have bitsandbytes multiply as it did when a run was made, and keep what it kept: the input of each 4-bit product,
+    as an attribute.
 
-    Autograd does not let go of an attribute as backward goes by, and LitGPT's loop holds the loss of one micro-batch
-    until that of the next is there: so there are those of two in each forward. Yields what gives the bytes of the
-    former, by trace.
+    A weight is dequantized whole to the dtype that it was quantized from, and converted. Autograd does not let go of an
+    attribute as backward goes by, and LitGPT's loop holds the logits of one micro-batch, and so its graph, until those
+    of the next are there: inputs of two are alive in each forward. Yields what gives the bytes of the former, by trace.
     """
     kept: dict[int, dict[int, int]] = {}
     if not run.keeps_inputs:
         yield dict
         return
     from bitsandbytes.autograd._functions import MatMul4Bit
+    from bitsandbytes.functional import dequantize_4bit
 
-    forward, modes = MatMul4Bit.forward, []
+    modes = []
 
-    def keeping(ctx: Any, given: Any, *rest: Any, **more: Any) -> Any:
-        ctx.given = given
-        mode = getattr(given, "fake_mode", None)
-        modes.append(mode)  # lest its id is another's later
-        storage = given.untyped_storage()
-        kept.setdefault(id(mode), {})[storage._cdata] = storage.nbytes()
-        return forward(ctx, given, *rest, **more)
+    def forward(ctx: Any, given: Any, packed: Any, out: Any = None, bias: Any = None, quant_state: Any = None) -> Any:
+        packed = packed.view(-1, 1)
+        weight = dequantize_4bit(packed, quant_state).to(given.dtype)
+        ctx.is_empty, ctx.state, ctx.tensors = False, quant_state, (None, packed)
+        ctx.dtype_A, ctx.dtype_B, ctx.dtype_bias = given.dtype, packed.dtype, None if bias is None else bias.dtype
+        if any(ctx.needs_input_grad[:2]):
+            ctx.tensors = (given, packed)
+            mode = getattr(given, "fake_mode", None)
+            modes.append(mode)  # lest its id is another's later
+            storage = given.untyped_storage()
+            kept.setdefault(id(mode), {})[storage._cdata] = storage.nbytes()
+        return torch.nn.functional.linear(given, weight, bias)
 
-    with patch.object(MatMul4Bit, "forward", staticmethod(keeping)):
+    with patch.object(MatMul4Bit, "forward", staticmethod(forward)):
         yield lambda: {mode: sum(sizes.values()) for mode, sizes in kept.items()}
 
 

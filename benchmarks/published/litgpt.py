@@ -70,6 +70,7 @@ def _quantized(model: nn.Module, dtype: torch.dtype) -> None:
                         quant_type="nf4",
                     )
                 made.to(dtype).requires_grad_(False)
+                made.weight.data = made.weight.data.half()  # Lightning's plugin quantizes from that, whatever it was
                 module._modules[name] = made
     from memplan.model.quantization import _with_bitsandbytes
 

@@ -37,6 +37,7 @@ from memplan.analyze.repeat.unroll import (
     with_gradients,
     with_whole_names,
 )
+from memplan.analyze.trace.draws import dropout_of
 from memplan.analyze.trace.fake import (
     caches_empty,
     eager_transformers,
@@ -76,6 +77,7 @@ def analyze(
     loss: Callable[[Any], torch.Tensor] | None = None,
     offload: bool | Literal["try"] = False,
     autocast: object = None,
+    device: str = "cpu",
     short: bool = False,
     runs: Sequence[Run] = (),
     notes: tuple[str, ...] = (),
@@ -83,13 +85,14 @@ def analyze(
     """Return what a training pass of ``model`` on ``batch`` reads, keeps and costs.
 
     ``model``: on any device, ``meta`` included. ``batch``: see :func:`batch_for`. ``autocast``: a dtype or its name
-    ("bf16", "fp16"), where the forward will run so; None: as the caller's own autocast, which counts. ``accumulation``:
-    passes of a step; where there are several, gradients are there from the first access on. ``loss``: from the model's
-    output to a scalar, where the output holds none. ``offload``: look also at what would be saved of each layer where
-    that is offloaded (a trace more); ``"try"``: without a word where that cannot be. ``short``: of layers that are
-    alike trace a few, see ``periodic.py``; for models that were built from a configuration it knows. ``runs``: stacks
-    of which the model holds what is traced alone; then NotPeriodicError tells that the whole is needed. ``notes``: what
-    to say of the model besides.
+    ("bf16", "fp16"), where the forward will run so; None: as the caller's own autocast, which counts. ``device``: the
+    kind of device it will run on, whose own operators count. ``accumulation``: passes of a step; where there are
+    several, gradients are there from the first access on. ``loss``: from the model's output to a scalar, where the
+    output holds none. ``offload``: look also at what would be saved of each layer where that is offloaded (a trace
+    more); ``"try"``: without a word where that cannot be. ``short``: of layers that are alike trace a few, see
+    ``periodic.py``; for models that were built from a configuration it knows. ``runs``: stacks of which the model holds
+    what is traced alone; then NotPeriodicError tells that the whole is needed. ``notes``: what to say of the model
+    besides.
 
     Raises ModelError for a model that cannot be placed or traced, InputError for a batch or an optimizer that cannot
     be used. The model is unchanged.
@@ -104,7 +107,14 @@ def analyze(
     check_model(model, [(one.args, one.kwargs) for one in call.calls])
     note_traced(model)
     look = partial(
-        _look, model, call, accumulates=accumulation > 1, loss=loss, autocast_dtype=autocast_dtype, offload=offload
+        _look,
+        model,
+        call,
+        accumulates=accumulation > 1,
+        loss=loss,
+        autocast_dtype=autocast_dtype,
+        device=device,
+        offload=offload,
     )
     seen = None
     if runs:
@@ -190,13 +200,21 @@ def _look(
     accumulates: bool,
     loss: Callable[[Any], torch.Tensor] | None,
     autocast_dtype: torch.dtype | None,
+    device: str,
     offload: bool | Literal["try"],
 ) -> _Seen:
     """Trace the model as it is, and with its layers' activations under the other policies."""
     snapshot = Snapshot(model=model, loss=loss, calls=call.calls)
     # In a context of its own: what a forward sets of the context variables stays there.
     trace = partial(
-        _trace_apart, model, call, snapshot=snapshot, accumulates=accumulates, loss=loss, autocast_dtype=autocast_dtype
+        _trace_apart,
+        model,
+        call,
+        snapshot=snapshot,
+        accumulates=accumulates,
+        loss=loss,
+        autocast_dtype=autocast_dtype,
+        device=device,
     )
 
     def traced_apart(routed: frozenset[str]) -> tuple[tuple[Unit, ...], tuple[Draft, ...], Traced]:
@@ -278,9 +296,11 @@ def _trace(
     accumulates: bool,
     loss: Callable[[Any], torch.Tensor] | None,
     autocast_dtype: torch.dtype | None,
+    device: str,
     policies: Mapping[str, Activations] = MappingProxyType({}),
 ) -> Traced:
     """Run one forward and backward on fake tensors. ``autocast_dtype``: what autocast has the forward compute in.
+    ``device``: kind of device whose operators are to be seen.
     ``policies``: units whose activations are not kept, by name.
     """
     mode = FakeTensorMode(allow_non_fake_inputs=True)
@@ -299,6 +319,7 @@ def _trace(
         undo.enter_context(outside_saving())
         undo.enter_context(outside_autocast())  # it is for the forward alone
         undo.enter_context(torch.compiler.set_stance("force_eager"))
+        undo.enter_context(dropout_of(device))
         if torch.get_default_device().type != "cpu":
             undo.enter_context(torch.device("cpu"))
         inputs = batch.faked(mode)
