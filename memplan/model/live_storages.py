@@ -52,9 +52,9 @@ class StorageLedger(TorchDispatchMode):
         """Greatest live bytes in each segment; a segment begins with what is alive then."""
         self.spans: dict[tuple[int, int], int] = {}
         """Bytes of the dead by the segments of birth and death."""
-        self.events: list[tuple[int, int]] | None = None
-        """Where there is a list, births and deaths in their order: the storage's number and its bytes, less than none
-        where it dies.
+        self.events: list[tuple[int, int, int]] | None = None
+        """Where there is a list, births and deaths in their order: the segment, the storage's number and its bytes,
+        less than none where it dies.
         """
         self._births = 0
         self._segment = 0
@@ -210,12 +210,12 @@ class StorageLedger(TorchDispatchMode):
     def _is_born(self, size_bytes: int) -> int:
         self._births += 1
         if self.events is not None:
-            self.events.append((self._births, size_bytes))
+            self.events.append((self._segment, self._births, size_bytes))
         return self._births
 
     def _died(self, number: int, size_bytes: int) -> None:
         if self.events is not None:
-            self.events.append((number, -size_bytes))
+            self.events.append((self._segment, number, -size_bytes))
 
     def _segment_ends(self) -> None:
         self.segment_peaks[self._segment] = max(self.segment_peaks.get(self._segment, 0), self._segment_peak)

@@ -141,7 +141,6 @@ def assemble(
     return LayerGraph(
         model="",
         fingerprint="",
-        fragmentation_bytes=max(kept.fragmentation_bytes, recomputed.fragmentation_bytes),
         blocks=blocks,
         accesses=tuple(accesses),
         lifetimes=lifetimes.all,

@@ -47,7 +47,6 @@ class Recorder(StorageLedger):
     ) -> None:
         """``frozen``: the block of each frozen storage by its address."""
         super().__init__(ignore)
-        self.events = []
         self.log = AccessLog(self.begin_segment)
         self.values = Values()
         self.work: list[Work] = [Work()]

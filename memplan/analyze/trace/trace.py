@@ -37,6 +37,7 @@ from memplan.analyze.repeat.unroll import (
     with_gradients,
     with_whole_names,
 )
+from memplan.analyze.repeat.whole_events import Event, whole_events
 from memplan.analyze.trace.draws import dropout_of
 from memplan.analyze.trace.fake import (
     caches_empty,
@@ -49,6 +50,7 @@ from memplan.analyze.trace.offloads import Offloads
 from memplan.analyze.trace.recorder import Recorder
 from memplan.analyze.trace.stateful import refuse_replaced, stateful_at_first, stateful_twice, watch_draws
 from memplan.analyze.trace.traced import Traced
+from memplan.device_kinds import is_apart
 from memplan.errors import InputError, MemplanError, ModelError, type_and_line
 from memplan.hooks import offload as offloading
 from memplan.hooks import recompute
@@ -127,8 +129,9 @@ def analyze(
     if runs and accumulation > 1:
         more = trained_bytes(model, left_out) - trained_bytes(model)
         seen = dataclasses.replace(seen, graph=with_gradients(seen.graph, more))
+    fragmentation = max((fragmentation_bytes(event[1:] for event in events) for events in seen.passes), default=0)
     return complete(
-        seen.graph,
+        replace(seen.graph, fragmentation_bytes=fragmentation),
         model,
         call,
         kept=seen.kept,
@@ -158,6 +161,8 @@ class _Seen:
     kept: Traced
     ran_again: int
     notes: tuple[str, ...]
+    passes: tuple[Sequence[Event], ...] = ()
+    """Births and deaths of the traces in which all is kept and all is recomputed."""
     times: Callable[[str], int] = lambda module: 1
     """For how many modules a traced one stands."""
 
@@ -184,13 +189,16 @@ def _looked_at_short(model: nn.Module, call: Batch, look: Callable[[], _Seen], *
 
 def _counted_for_all(seen: _Seen, runs: Sequence[Run]) -> _Seen:
     """Return what was seen of a few layers as of all. Raises NotPeriodicError."""
-    graph, ran_again = seen.graph, sorted(seen.kept.ran_again)
+    graph, ran_again, passes = seen.graph, sorted(seen.kept.ran_again), seen.passes
     for run in runs:
+        passes = tuple(whole_events(events, graph, run) or events for events in passes)
         stateful = with_whole_names(graph.stateful, run)
         graph, ran_again = replace(extended(graph, run), stateful=stateful), whole_names(ran_again, run)
     place = {module: index for index, module in enumerate(graph.recomputable)}
     graph = replace(graph, stateful=tuple(sorted(graph.stateful, key=lambda layer: place[layer.module])))
-    return dataclasses.replace(seen, graph=graph, ran_again=len(ran_again), times=partial(times, runs=runs))
+    return dataclasses.replace(
+        seen, graph=graph, ran_again=len(ran_again), passes=passes, times=partial(times, runs=runs)
+    )
 
 
 def _look(
@@ -279,7 +287,8 @@ def _look(
         graph,
         stateful=tuple(Stateful(module=name, reason=stateful[name]) for name in recomputable if name in stateful),
     )
-    return _Seen(graph=graph, kept=kept, ran_again=len(kept.ran_again), notes=tuple(notes))
+    passes = (kept.events,) if again is kept else (kept.events, again.events)
+    return _Seen(graph=graph, kept=kept, ran_again=len(kept.ran_again), notes=tuple(notes), passes=passes)
 
 
 def _trace_apart(*args: Any, **options: Any) -> Traced:
@@ -352,6 +361,7 @@ def _trace(
                     parameter.grad = torch.empty_like(parameter)
                     recorder.add(parameter.grad)
                     undo.callback(parameter.register_post_accumulate_grad_hook(partial(_note, made, recorder)).remove)
+        recorder.events = [] if is_apart(device) else None  # for the allocator of such a device
         _notice_recomputes(units, ran_again)
         drawn = watch_draws(units)
         offloads = Offloads(recorder, mode)
@@ -397,6 +407,8 @@ def _trace(
         ]
         outside = [other for other, version in zip(others, versions, strict=True) if _was_written(other.grad, version)]
         outside += [parameter for parameter, _ in recorder.strangers.values() if parameter.grad is not None]
+        owner, events = recorder.log.access_of(), recorder.events or []
+        born = {number for _, number, size in events if size > 0}
         # Copies: what is left dies as soon as this returns, which is no part of the step.
         return Traced(
             recorder=recorder,
@@ -409,7 +421,7 @@ def _trace(
             stateful={**drawn, **recorder.stateful},
             state=state,
             outside=tuple((tuple(parameter.shape), parameter.element_size()) for parameter in outside),
-            fragmentation_bytes=fragmentation_bytes(recorder.events or ()),
+            events=[(owner[segment], number, size) for segment, number, size in events if size and number in born],
             updated=updated,
         )
 
