@@ -20,7 +20,7 @@ SCORER_BYTES = 86_580_480 * 4 + 14 * 512 * 7680 * 2
 DINOv2-base in float32, and the embeddings of 14 prompts."""
 BEFORE_1270 = (
     "bitsandbytes before its pull request 1270 (July 2024) keeps the input of each 4-bit product, from one micro-batch "
-    "to the next"
+    "to the next, which is counted as long as the longest"
 )
 
 
