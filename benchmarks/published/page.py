@@ -100,8 +100,8 @@ def page(found: dict[str, Any]) -> str:
     if outliers:
         lines += [
             "",
-            f"More than {OUTLIER:.0%} off. What is said is how a row was planned; what is not above has no cause that was "
-            "shown:",
+            f"More than {OUTLIER:.0%} off. What is said is how a row was planned; what is not said above has no cause "
+            "that was shown:",
             "",
         ]
         lines += [
