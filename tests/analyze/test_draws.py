@@ -83,3 +83,24 @@ def test_dropout_on_a_gpu_keeps_a_byte_an_element(dtype):
     assert kept["cpu"] - kept["cuda"] == 4 * WIDTH * (dtype.itemsize - 1)
     model.eval()
     assert analyze(model, batch, loss=lambda out: out.float().sum(), device="cuda").lifetimes
+
+
+class Attending(nn.Module):
+    def __init__(self, dropout):
+        super().__init__()
+        self.frozen = nn.Linear(WIDTH, WIDTH).requires_grad_(False)
+        self.adapter = nn.Linear(WIDTH, WIDTH)
+        self.dropout = dropout
+
+    def forward(self, x):
+        x = self.adapter(x).unflatten(-1, (2, WIDTH // 2)).transpose(-2, -3)
+        x = nn.functional.scaled_dot_product_attention(x, x, x, None, self.dropout, is_causal=True)
+        return self.frozen(x.transpose(-2, -3).flatten(-2))
+
+
+def test_attention_that_drops_keeps_no_scores_on_a_gpu():
+    batch, kept = {"x": torch.rand(1, 64, WIDTH)}, {}
+    for device, dropout in (("cpu", 0.1), ("cuda", 0.1), ("cuda", 0.0)):
+        lives = analyze(Attending(dropout), batch, loss=lambda out: out.sum(), device=device).lifetimes
+        kept[device, dropout] = sum(life.size_bytes for life in lives if life.kind == "activations")
+    assert kept["cuda", 0.1] == kept["cuda", 0.0] < kept["cpu", 0.1] - 2 * 64 * 64 * 4

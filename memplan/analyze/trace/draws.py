@@ -16,6 +16,7 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
+from torch.nn import functional
 
 from memplan.device_kinds import is_apart
 
@@ -68,7 +69,9 @@ def dropout_of(device: str) -> Iterator[None]:
     """Within it dropout runs, and saves for backward, what it does on a kind of device.
 
     A CPU keeps a mask in the input's dtype, a GPU one of a byte an element (``native_dropout``; see
-    ``is_fused_kernel_acceptable`` in torch's ``aten/src/ATen/native/Dropout.cpp``). Fake tensors are of the CPU.
+    ``is_fused_kernel_acceptable`` in torch's ``aten/src/ATen/native/Dropout.cpp``). Attention that drops is one kernel
+    on a GPU (its flash and memory-efficient ones take ``dropout_p``), and on a CPU many, with all scores: there it is
+    seen as it would be without. Fake tensors are of the CPU.
     """
     if not is_apart(device):
         yield
@@ -79,6 +82,20 @@ def dropout_of(device: str) -> Iterator[None]:
             return torch.native_dropout(tensor, p, train)[0]
         return kept(tensor, p, train)
 
-    kept = torch.dropout
-    with patch.object(torch._VF, "dropout", dropout), patch.object(torch, "dropout", dropout):
+    def attention(
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attn_mask: torch.Tensor | None = None,
+        dropout_p: float = 0.0,
+        **more: Any,
+    ) -> torch.Tensor:
+        return kept_attention(query, key, value, attn_mask, 0.0 if dropout_p < 1 else dropout_p, **more)
+
+    kept, kept_attention = torch.dropout, functional.scaled_dot_product_attention
+    with (
+        patch.object(torch._VF, "dropout", dropout),
+        patch.object(torch, "dropout", dropout),
+        patch.object(functional, "scaled_dot_product_attention", attention),
+    ):
         yield
