@@ -7,12 +7,15 @@ figure, show besides. On a CPU there are none.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import TYPE_CHECKING
 
 from memplan.analyze.graph import LayerGraph
 from memplan.cost.table import Reserved
-from memplan.hardware.profile import HardwareProfile
 from memplan.model.caching_allocator import CachingAllocator
 from memplan.units import MIB
+
+if TYPE_CHECKING:
+    from memplan.hardware.profile import HardwareProfile
 
 WORKSPACE_BYTES = 4096 * 1024 * 2 + 16 * 1024 * 8
 """Of cuBLAS by handle and stream, unless ``CUBLAS_WORKSPACE_CONFIG`` says otherwise: ``:4096:2:16:8`` (torch's notes on
