@@ -332,11 +332,12 @@ def test_a_step_that_is_stopped_after_its_first_micro_batch(kind, folder, tmp_pa
 @pytest.mark.parametrize("kind", ["trainer"])
 def test_micro_batches_that_nobody_asks_for_are_refused(kind, folder, tmp_path):
     """Their gradients are among the others already."""
-    trainer = wrapped(build(kind, folder, tmp_path, accumulation=3), 3)
-    samples = [trainer.data_collator([row]) for row in list(trainer.train_dataset)[:3]]
-    window, _ = trainer.get_batch_samples(iter(samples), 3, trainer.args.device)
-    trainer.current_gradient_accumulation_steps = 3  # as train() sets it
-    trainer.training_step(trainer.model, window[0])
+    trainer = wrapped(build(kind, folder, tmp_path, accumulation=4), 3)
+    samples = [trainer.data_collator([row]) for row in list(trainer.train_dataset)[:4]]
+    window, _ = trainer.get_batch_samples(iter(samples), 4, trainer.args.device)
+    trainer.current_gradient_accumulation_steps = 4  # as train() sets it
+    for turn in range(2):  # the first by itself
+        trainer.training_step(trainer.model, window[turn])
     with pytest.raises(RunError, match="2 of whose micro-batches had run ahead"):
         trainer.training_step(trainer.model, samples[0] | {"other": None})
 
