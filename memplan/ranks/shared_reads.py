@@ -52,7 +52,8 @@ _ORDER = 4
 """A rank's threads take entries out of order by so many at most."""
 _DEADLINE_S = 60.0
 _LOCK_DEADLINE_S = 5.0
-_POLL_S = 0.0003
+_POLL_S, _LAST_POLL_S = 0.0003, 0.005
+"""Who waits long looks less often: the thread that trains needs the interpreter too."""
 
 
 class _LostError(Exception):
@@ -63,7 +64,9 @@ class SharedReads:
     """The ring, as one rank sees it."""
 
     def __init__(self, descriptor: int, size_bytes: int, *, place: int, ranks: int) -> None:
-        """``size_bytes``: as ``_size_bytes`` has it. ``place``: which of its node's ``ranks`` this is."""
+        """``descriptor``: a file of ``size_bytes`` zeros, as :func:`shared_reads` makes it. ``place``: which of its
+        node's ``ranks`` this is.
+        """
         self._place, self._ranks = place, ranks
         self._descriptor = os.dup(descriptor)
         self._end = weakref.finalize(self, os.close, self._descriptor)
@@ -156,6 +159,7 @@ class SharedReads:
         """
         until = time.monotonic() + _DEADLINE_S
         waited: _Waited = {}
+        pause = _POLL_S
         while time.monotonic() < until:
             with self._locked():
                 entry = self._found(key)
@@ -169,7 +173,8 @@ class SharedReads:
                 begin = self._room(span_bytes, waited)
                 if begin is not None:
                     return self._made(key, begin, span_bytes), True
-            time.sleep(_POLL_S)
+            time.sleep(pause)
+            pause = min(1.5 * pause, _LAST_POLL_S)
         return None
 
     def _is_in_front(self) -> bool:

@@ -406,3 +406,5 @@ def test_pinned_memory_is_shared_and_who_writes_to_it_does_so_alone(ranks, tmp_p
         assert re.search(r"pinned and shared [1-9]\d* True", out)
         assert "written True True" in out
         assert "same True" in out
+    read = [tuple(map(int, re.search(r"read (\d+) of (\d+)", out).groups())) for out in done.stdout]
+    assert 0 < sum(one for one, _ in read) <= read[0][1]  # by way of what they share, which has room for all
