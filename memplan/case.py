@@ -20,7 +20,7 @@ from memplan.hardware.profile import HardwareProfile, load, page_lock_limit_byte
 from memplan.model import models
 from memplan.model.checkpoint import has_checkpoint
 from memplan.program.schema import RING_BYTES, STAGING_BYTES, Budgets, Plan, StateHome, Tier, Workload
-from memplan.request import TIERS, TRAINERS, LossKind, Request, Sizes, Training
+from memplan.request import TIERS, LossKind, Request, Sizes, Training
 from memplan.units import align_up, format_bytes
 
 if TYPE_CHECKING:
@@ -273,9 +273,8 @@ def _budgets(sizes: Sizes, profile: HardwareProfile, lies_in: str | Path | None)
 
 
 def _analysis(request: Request, device: str) -> tuple[Analysis, Path | None]:
-    """Return what is known of a model and a batch, from before where it was kept, and where the checkpoint lies.
-
-    ``device``: its kind: TRL's loss takes other memory where it has kernels.
+    """Return what is known of a model and a batch on a kind of device, from before where it was kept, and where the
+    checkpoint lies.
     """
     from memplan.analyze import graph_cache as kept
 
@@ -283,11 +282,12 @@ def _analysis(request: Request, device: str) -> tuple[Analysis, Path | None]:
     built, choices = request.build.keywords(), request.choices
     options: dict[str, Any] = {
         **_trained(request),
+        "device": device,
         "accumulation": request.training.accumulation,
         "offload": "try" if choices.offload_where_best else "offload" in choices.activations.values(),
     }
     trainer, kind = request.training.trained_by, request.training.loss_kind
-    by = {"loss_kind": kind} if trainer == TRAINERS[0] else {"trainer": trainer, "device": device}
+    by = {"trainer": trainer, "loss_kind": kind}
     key = None if loss is not None else kept.key_of(model, batch, {**built, **options, **by})
     folder = machine.cache_path() / kept.FOLDER
     if key is not None and (found := kept.recall(folder, key)) is not None:
