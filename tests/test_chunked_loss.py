@@ -251,16 +251,20 @@ def trainer_of(out, **more):
     return Trainer(model=model_of(), args=arguments, train_dataset=Rows(), eval_dataset=Rows())
 
 
-def test_a_trainer_that_is_wrapped(tmp_path):
-    alone = trainer_of(tmp_path)
+@pytest.mark.parametrize("more", [{}, {"bf16": True}], ids=str)
+def test_a_trainer_that_is_wrapped(more, tmp_path):
+    alone = trainer_of(tmp_path, **more)
     undo = chunk_loss(alone.model)
     alone.train()
     expected, loss = adapter_of(alone.model), alone.evaluate()["eval_loss"]
     undo()
-    trainer = trainer_of(tmp_path)
+    trainer = trainer_of(tmp_path, **more)
     memplan.wrap(trainer, vram="1GiB", loss="chunked", pins={"lm_head": "host"}, **BUDGETS)
     trainer.train()
     assert all(torch.equal(value, expected[name]) for name, value in adapter_of(trainer.model).items())
     assert trainer.evaluate()["eval_loss"] == loss
+
+
+def test_a_trainer_with_another_loss_is_refused(tmp_path):
     with pytest.raises(ModelError, match="without labels"):
         memplan.wrap(trainer_of(tmp_path, label_smoothing_factor=0.1), vram="1GiB", loss="chunked", **BUDGETS)

@@ -80,6 +80,8 @@ class PendingLogits(torch.Tensor):
                 return func(*args, **(kwargs or {}))
         mine = next((arg for arg in args if isinstance(arg, PendingLogits)), None)
         others = [arg for arg in args if arg is not mine]
+        if name == "float" and mine is not None and mine.hidden is None:  # accelerate does so with all that comes out
+            return PendingLogits.of(None, tuple(mine.shape), mine, torch.float32)
         if mine is None or mine.hidden is None or name not in _STEPS or kwargs or not all(map(_is_number, others)):
             raise RunError(
                 f"the logits were read (by {name}), but under a chunked loss they are not made: take the loss from the "
