@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,14 +13,14 @@ from msgspec.structs import replace
 
 from memplan.cost.group import grouped, sizes
 from memplan.device_kinds import is_apart
-from memplan.errors import InputError, ModelError
+from memplan.errors import InputError, ModelError, RunError
 from memplan.hardware import machine
 from memplan.hardware.budgets import beyond, require_vram
 from memplan.hardware.profile import HardwareProfile, load, page_lock_limit_bytes
 from memplan.model import models
 from memplan.model.checkpoint import has_checkpoint
 from memplan.program.schema import RING_BYTES, STAGING_BYTES, Budgets, Plan, StateHome, Tier, Workload
-from memplan.request import TIERS, Request, Sizes
+from memplan.request import TIERS, LossKind, Request, Sizes, Training
 from memplan.units import align_up, format_bytes
 
 if TYPE_CHECKING:
@@ -186,6 +186,7 @@ def case_of(request: Request) -> Case:
             steps=training.steps,
             examples=training.examples,
             epochs=training.epochs,
+            loss=training.loss_kind,
         ),
         hardware=profile.name,
         pins=_pins(choices.pins, {block.name: block.id for block in graph.blocks}),
@@ -195,13 +196,14 @@ def case_of(request: Request) -> Case:
             *request.notes,
             *graph.notes,
             *cost_notes(graph, profile, times),
+            *_loss_notes(training.loss_kind, graph),
             *machine.notes(profile, lies_in),
             *beyond(profile, budgets.vram_bytes, budgets.ram_bytes),
             *_margin(sizes),
         ),
         elastic=choices.elastic,
         optimizer_state=choices.optimizer_state,
-        groups=_groups(training.groups, table, asked),
+        groups=_groups(training, table, asked),
     )
 
 
@@ -224,6 +226,22 @@ def _margin(sizes: Sizes) -> tuple[str, ...]:
     return (
         f"Of the vram {format_bytes(sizes.margin_bytes)} are left free (margin): the budget is what is left. On a GPU "
         "torch may reserve that much beside it, and no more.",
+    )
+
+
+def _loss_notes(kind: LossKind, graph: LayerGraph) -> tuple[str, ...]:
+    head = next((block for block in graph.blocks if block.kind == "head"), None)
+    if kind == "full" or head is None:
+        return ()
+    from memplan.hooks.chunked_loss import chunk_tokens
+
+    vocabulary, width = max((tensor.shape for tensor in head.tensors), key=len)
+    tokens = chunk_tokens(vocabulary, width, graph.tokens, kind)
+    whole, part = (format_bytes(4 * vocabulary * count) for count in (graph.tokens, tokens))
+    whose = "memplan's own, whose bits differ from the full loss" if kind == "chunked" else "as Liger's fused loss"
+    return (
+        f"The loss is computed for {tokens:,} tokens at a time ({whose}): logits in float32 take {part} in place of "
+        f"{whole}, and so does each copy of them.",
     )
 
 
@@ -268,26 +286,40 @@ def _analysis(request: Request, device: str) -> tuple[Analysis, Path | None]:
         "accumulation": request.training.accumulation,
         "offload": "try" if choices.offload_where_best else "offload" in choices.activations.values(),
     }
-    key = None if loss is not None else kept.key_of(model, batch, {**built, **options})
+    trainer, kind = request.training.trained_by, request.training.loss_kind
+    by = {"trainer": trainer, "loss_kind": kind}
+    key = None if loss is not None else kept.key_of(model, batch, {**built, **options, **by})
     folder = machine.cache_path() / kept.FOLDER
     if key is not None and (found := kept.recall(folder, key)) is not None:
         return found, models.folder_of(model)
 
     from memplan.analyze.inputs.prepare import describe, prepare
+    from memplan.analyze.inputs.trainer_settings import called_by
     from memplan.analyze.repeat.unroll import NotPeriodicError
     from memplan.analyze.trace.trace import analyze
+    from memplan.hooks.chunked_loss import in_chunks
+    from memplan.hooks.tiled_heads import tiles_by_kernels
 
     with _unchanged(request):
         prepared = prepare(model, **built, short_for=batch)
         notes = (*prepared.notes, *_as_quantized(model, prepared.model, request.build.kbit, options["autocast"]))
         options |= {"loss": loss, "name": prepared.name, "short": prepared.short, "notes": notes}
+
+        def look(runs: tuple[Any, ...]) -> LayerGraph:
+            called = called_by(trainer, prepared.model, batch)
+            with in_chunks(prepared.model, kind), tiles_by_kernels() if is_apart(device) else nullcontext():
+                try:
+                    return analyze(prepared.model, called, runs=runs, **options)
+                except RunError as error:  # of the chunked loss, which says why it cannot be this model's
+                    raise ModelError(str(error)) from error
+
         try:
-            graph = analyze(prepared.model, batch, runs=prepared.runs, **options)
+            graph = look(prepared.runs)
         except (ModelError, NotPeriodicError):
             if not prepared.runs:
                 raise
             prepared = prepare(model, **built)
-            graph = analyze(prepared.model, batch, **options)
+            graph = look(())
         found = kept.Analysis(graph=graph, shapes=prepared.shapes(batch), adapter=describe(prepared.model))
     if key is not None:
         kept.keep(folder, key, found)
@@ -320,20 +352,24 @@ def _times(request: Request, graph: LayerGraph, profile: HardwareProfile, room_b
     """Return the times of the graph's accesses on this machine."""
     from memplan.analyze.blocks.measure import measure
     from memplan.analyze.inputs.prepare import prepare
+    from memplan.analyze.inputs.trainer_settings import called_by
+    from memplan.hooks.chunked_loss import in_chunks
 
     with _unchanged(request):
         prepared = prepare(request.model, **request.build.keywords(), buffers=True)
-        return measure(
-            prepared.model,
-            request.batch,
-            graph,
-            device=profile.device,
-            room_bytes=room_bytes,
-            loss=request.training.loss,
-            short=prepared.short,
-            progress=request.progress,
-            **_trained(request),
-        )
+        called = called_by(request.training.trained_by, prepared.model, request.batch)
+        with in_chunks(prepared.model, request.training.loss_kind):
+            return measure(
+                prepared.model,
+                called,
+                graph,
+                device=profile.device,
+                room_bytes=room_bytes,
+                loss=request.training.loss,
+                short=prepared.short,
+                progress=request.progress,
+                **_trained(request),
+            )
 
 
 def _staging_bytes(device: str) -> int:
@@ -341,9 +377,12 @@ def _staging_bytes(device: str) -> int:
     return STAGING_BYTES + (RING_BYTES if is_apart(device) else 0)
 
 
-def _groups(groups: tuple[int, ...], table: CostTable, asked: Mapping[str, Activations]) -> tuple[int, ...]:
+def _groups(training: Training, table: CostTable, asked: Mapping[str, Activations]) -> tuple[int, ...]:
     """Return the sizes of groups that can pass. Raises InputError where one was asked for that cannot."""
-    if table.turn_around is None:
+    groups = training.groups
+    if training.loss_kind == "chunked":
+        why = "a chunked loss is computed by one micro-batch after the other"
+    elif table.turn_around is None:
         why = "the last module of its forward is not the first of its backward"
     elif "offload" in asked.values():
         why = "activations were to be offloaded, and each micro-batch of a group would have its own"

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypedDict, cast
+from typing import TYPE_CHECKING, Any, Literal, TypedDict, cast
 
 from memplan.analyze.blocks.optimizers import optimizer_name
 from memplan.cost.group import sizes
@@ -25,6 +25,10 @@ if TYPE_CHECKING:
 TIERS: tuple[Tier, ...] = ("device", "host", "disk")
 STATE_HOMES: tuple[StateHome, ...] = ("device", "host")
 ACTIVATIONS: tuple[Activations, ...] = ("keep", "recompute", "offload")
+LossKind = Literal["full", "chunked", "fused"]
+LOSSES: tuple[LossKind, ...] = ("full", "chunked", "fused")
+Trainer = Literal["transformers", "trl-sft", "trl-dpo"]
+TRAINERS: tuple[Trainer, ...] = ("transformers", "trl-sft", "trl-dpo")
 AUTO = "auto"
 DEFAULT_GROUP: int | str = 1
 """Of the option ``group``, here alone: ``"auto"`` once what trains under a plan passes groups unless told otherwise."""
@@ -92,8 +96,13 @@ class PlanOptions(TypedDict, total=False):
     """Optimizer whose state is counted: a transformers ``optim`` name, or ``"adamw"`` (the default), ``"sgd"``,
     ``"momentum"`` and others.
     """
-    loss: Callable[[Any], Any] | None
-    """From the model's output to a scalar, where the output holds none."""
+    loss: Callable[[Any], Any] | str | None
+    """From the model's output to a scalar, where the output holds none. Or a word: ``"chunked"``, the model's own loss
+    of labels for a few tokens at a time, which is opt-in since its bits differ; ``"fused"``, planned as Liger's fused
+    linear cross entropy takes it, to look at; ``"full"``, the default."""
+    trained_by: str | None
+    """``"transformers"`` (the default), ``"trl-sft"`` or ``"trl-dpo"``, for a model that is built from its
+    configuration: what the trainer calls it with, as the installed TRL does."""
     pins: Mapping[str, str] | None
     """Tier by block name: ``"device"``, ``"host"`` or ``"disk"``. A block may be named by its last parts, such as
     ``layers.3``."""
@@ -171,6 +180,8 @@ class Training:
     """By the name that memplan knows."""
     autocast: Any
     loss: Callable[[Any], Any] | None
+    loss_kind: LossKind
+    trained_by: Trainer
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -253,6 +264,8 @@ class Request:
         pins = _pins(given.get("pins"))
         optimizer = optimizer_name(optimizer or "adamw")
         optimizer_state = _optimizer_state(given.get("optimizer_state"), optimizer)
+        loss, loss_kind = _loss(given.get("loss"))
+        trained_by = _trained_by(given.get("trained_by"), model, loss, loss_kind)
         said = _understood(model, given)
         if autocast is not None:
             autocast_name(autocast)
@@ -268,7 +281,9 @@ class Request:
                 epochs=epochs,
                 optimizer=optimizer,
                 autocast=autocast,
-                loss=given.get("loss"),
+                loss=loss,
+                loss_kind=loss_kind,
+                trained_by=trained_by,
             ),
             build=Build(
                 adapter=given.get("adapter"),
@@ -326,6 +341,8 @@ def refuse_beside_plan(options: Mapping[str, Any]) -> None:
 
 def completed(options: Mapping[str, Any], **said: Any) -> dict[str, Any]:
     """Return options with what a trainer says itself in place of those that were left out."""
+    if options.get("loss") == "full":  # the trainer knows what it makes of the output
+        options = {name: value for name, value in options.items() if name != "loss"}
     if "examples" in options or "epochs" in options:
         said.pop("steps", None)  # they are to be counted
     return {**said, **options}
@@ -420,6 +437,31 @@ def _pins(given: Mapping[str, str] | None) -> dict[str, Tier]:
             raise InputError(f"the pin {name}={word} names the tier {word!r}: give one of {', '.join(TIERS)}")
         found[name] = tier
     return found
+
+
+def _loss(given: object) -> tuple[Callable[[Any], Any] | None, LossKind]:
+    """Return the loss that was given as a function, and of what kind the model's own is."""
+    if given is None or callable(given):
+        return given, "full"
+    kind = next((kind for kind in LOSSES if kind == given), None)
+    if kind is None:
+        raise InputError(f"the loss was given as {given!r}: give a function, or one of {', '.join(LOSSES)}")
+    return None, kind
+
+
+def _trained_by(given: object, model: Any, loss: object, kind: LossKind) -> Trainer:
+    known = next((trainer for trainer in TRAINERS if trainer == (given or TRAINERS[0])), None)
+    if known is None:
+        raise InputError(f"the trainer was given as {given!r}: give one of {', '.join(TRAINERS)}")
+    if known != TRAINERS[0]:
+        if callable(getattr(model, "named_parameters", None)):
+            raise InputError(
+                f"the trainer was given with a {type(model).__name__} that is built already: give its configuration or "
+                "name, or the trainer itself to memplan.wrap"
+            )
+        if loss is not None or kind != "full":
+            raise InputError(f"a loss was given with the trainer {known}, which has its own: leave one of them out")
+    return known
 
 
 def _optimizer_state(given: str | None, optimizer: str) -> StateHome | None:

@@ -35,10 +35,11 @@ ENTRANCES = {
     "placing": (placing, memplan.placing),
     "Placement": (lightning, lightning.Placement),
 }
-NOT_SAID = {"loss", "progress"}
-"""Functions: a command line cannot say them."""
+NOT_SAID = {"progress"}
+"""A function: a command line cannot say it."""
 NOT_OF_A_SCRIPT = {
     "adapter", "dtype", "attention", "quantization", "qlora", "kbit", "gradient_checkpointing", "examples", "epochs",
+    "loss", "trained_by",
 }  # fmt: skip
 """A script makes its model and its batches itself."""
 NOT_ASKED = {"max_step_s", "gains"}

@@ -36,7 +36,7 @@ ours = False
 
 _LIBRARIES = (
     "torch", "transformers", "peft", "accelerate", "torchao", "bitsandbytes", "kernels", "flash-attn",
-    "flash-linear-attention", "causal-conv1d", "mamba-ssm", "triton", "xformers",
+    "flash-linear-attention", "causal-conv1d", "mamba-ssm", "triton", "xformers", "trl",
 )  # fmt: skip
 """What is traced, and what those take up where it is there."""
 

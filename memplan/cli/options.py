@@ -13,7 +13,7 @@ import click
 
 from memplan.cli.defaults import from_file, variable
 from memplan.model.arguments import ALL_LINEAR, DEFAULT_TARGETS
-from memplan.request import ACTIVATIONS, ANY, AUTO, STATE_HOMES, TIERS, tier_of
+from memplan.request import ACTIVATIONS, ANY, AUTO, LOSSES, STATE_HOMES, TIERS, TRAINERS, tier_of
 from memplan.units import parse_size
 
 if TYPE_CHECKING:
@@ -216,6 +216,23 @@ OPTIONS: dict[str, Row] = {
             "with a script "
             "its trainer's]",
         )
+    ),
+    "loss": Row(
+        _option(
+            "--loss",
+            type=click.Choice(LOSSES),
+            help="Logits of all tokens at once, in memplan's chunks, or as Liger's fused loss.  [default: full]",
+        ),
+        with_script=False,
+    ),
+    "trained_by": Row(
+        _option(
+            "--trainer",
+            "trained_by",
+            type=click.Choice(TRAINERS),
+            help="What the model is called with, as this trainer's loss does.  [default: transformers]",
+        ),
+        with_script=False,
     ),
     "pins": Row(
         _option("--pin", "pins", multiple=True, metavar="BLOCK=TIER", help="Such as layers.3=device. Repeatable."),

@@ -33,6 +33,11 @@ from memplan.units import parse_size
 )
 @click.option("--log", is_flag=True, help="Add what memplan measures to what transformers' Trainer logs.")
 @click.option("--lines", is_flag=True, help="Print one line per step, with transformers' Trainer.")
+@click.option(
+    "--chunked-loss",
+    is_flag=True,
+    help="Compute the model's loss for a few tokens at a time: less memory, other bits.",
+)
 @click.argument("command", nargs=-1, required=True, type=click.UNPROCESSED)
 def run(
     plan_file: Path | None,
@@ -40,6 +45,7 @@ def run(
     trace_file: Path | None,
     log: bool,
     lines: bool,
+    chunked_loss: bool,
     command: tuple[str, ...],
     **said: Any,
 ) -> int:
@@ -49,7 +55,7 @@ def run(
     why. Options here override the script's trainer settings. The exit code is the script's own, whatever it
     is: 1 may be the script's too. Where memplan cannot start it, 2.
     """
-    options = _checked(given(said))
+    options = _checked(given(said) | ({"loss": "chunked"} if chunked_loss else {}))
     words = {word: Path(word) for word in command if os.path.isfile(word)}
     profile = options.get("hardware", "auto")
     its = {"--plan": plan_file, "--hardware": Path(profile) if os.path.isfile(profile) else None}

@@ -119,7 +119,7 @@ def _changes(
         if any(fitting(least, budgets) for least in fewer):
             yield _Change(0.0, f"let {group} of the step's micro-batches share a load, not {task.table.group} (group)")
             break
-    chunked = chunked_loss(task.table, workload.tokens)
+    chunked = chunked_loss(task.table, workload.tokens) if workload.loss == "full" else None
     if chunked is not None:
         needed = min(least.vram_bytes for least in _least_of(task._replace(table=chunked)))
         short = least_ram is None and least_vram is not None and needed < (1 - _WORTH) * least_vram
@@ -128,7 +128,7 @@ def _changes(
             how = "and give" if more else "which needs"
             yield _Change(
                 _LOSS_PRICE + _PRICES["vram"] * more / GIB,
-                f"compute the loss in chunks of {CHUNK_TOKENS} tokens (as fused losses do), {how} at least about "
+                f"compute the loss in chunks of {CHUNK_TOKENS} tokens (as loss='chunked' does), {how} at least about "
                 f"{format_bytes(int(needed))} of vram",
             )
 

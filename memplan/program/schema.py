@@ -70,6 +70,8 @@ class Workload(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Of an epoch, where ``steps`` are counted from them."""
     epochs: int | None = None
     """With ``examples``."""
+    loss: Literal["full", "chunked", "fused"] = "full"
+    """``chunked``: memplan's own, for a few tokens at a time; ``fused``: one that another library would bring."""
 
     @property
     def unit(self) -> str:

@@ -43,6 +43,6 @@ def _changes(plan: Plan) -> Iterator[tuple[Changed, int, CostTable, Budgets]]:
     if any(stay.channel == "h2d" for stay in plan.residences):
         faster = table.host_to_device_bytes_per_s + GIB
         yield "link", GIB, replace(table, host_to_device_bytes_per_s=faster), budgets
-    chunked = chunked_loss(table, plan.workload.tokens)
+    chunked = chunked_loss(table, plan.workload.tokens) if plan.workload.loss == "full" else None
     if chunked is not None:
         yield "loss", CHUNK_TOKENS, chunked, budgets

@@ -156,6 +156,11 @@ def _attached(
     replan: Callable[[Plan, int], Plan] | None,
 ) -> Handle:
     require_supported(plan)
+    if plan.workload.loss == "fused":
+        raise InputError(
+            "the plan was made for a fused loss (loss='fused'), to look at: what has one patches the model itself, so "
+            "plan for the trainer that does (memplan.wrap, memplan run), or give loss='chunked'"
+        )
     if handle_of(model) is not None:
         raise ModelError("the model is under a plan already: detach() that one first")
     mark_adapters(model)

@@ -17,7 +17,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from memplan.analyze.inputs.batch import base_of, batch_for, is_shape
 from memplan.errors import InputError, ModelError, first_line
+from memplan.hooks.tiled_heads import fused_head, head_of_outputs
+from memplan.model.calls import Call
 
 NO_CACHE = (
     "Planned as transformers' Trainer trains it, without a key-value cache (it sets config.use_cache to False): a "
@@ -45,6 +48,34 @@ def as_in_training(model: nn.Module) -> tuple[str, ...]:
 def _has_own_cache(module: nn.Module, outer: object) -> bool:
     config = getattr(module, "config", None)
     return hasattr(config, "model_type") and config is not outer and bool(getattr(config, "use_cache", None))
+
+
+def called_by(trainer: str, model: nn.Module, batch: Any) -> Any:
+    """Return what a trainer's loss calls a model of ours with, for a (batch, sequence) shape, in which a pair of DPO
+    counts as one sequence; the model then has what the trainer adds to it. ``batch`` where that is nothing.
+
+    Raises InputError where TRL is not installed, or the model has no head that it could give its tiles.
+    """
+    if not trainer.startswith("trl-"):
+        return batch
+    try:
+        add = fused_head()
+    except (ImportError, AttributeError) as error:
+        raise InputError(
+            f"the trainer was given as {trainer}, but the TRL that is installed has none of its fused heads "
+            f"({first_line(error)}): install trl 1.16 or later, or leave trainer out"
+        ) from error
+    if not isinstance(batch, (tuple, list)) or not is_shape(batch):
+        raise InputError(f"the trainer {trainer} is planned for texts: give the batch as (batch, sequence)")
+    base = base_of(model)
+    head = head_of_outputs(base)
+    if head is None:
+        raise InputError(f"{type(base).__name__} has no linear head over a vocabulary, which {trainer} trains with")
+    outputs = ("log_probs", "entropy", "is_top1") if trainer == "trl-sft" else ("log_probs",)
+    rows = batch[0] if trainer == "trl-sft" else 2 * batch[0]  # the chosen ones and the rejected
+    call = batch_for(model, (rows, *batch[1:])).calls[0]
+    add(base, outputs=outputs)
+    return Call(**call.kwargs, fused_lm_head=True)
 
 
 def with_checkpointing(model: nn.Module, *, kbit: bool, wanted: bool | None) -> None:

@@ -56,6 +56,7 @@ from memplan.hooks import offload as offloading
 from memplan.hooks import recompute
 from memplan.hooks.flows import leaves_behind
 from memplan.hooks.late_hooks import note_traced
+from memplan.hooks.tiled_heads import serve_tiles
 from memplan.hooks.triggers import Triggers, in_backward
 from memplan.model.caching_allocator import fragmentation_bytes
 from memplan.model.live_storages import storage_of
@@ -370,6 +371,7 @@ def _trace(
                 undo.callback(recompute.wrap(unit.module))
             elif policies.get(unit.name) == "offload":
                 undo.callback(offloading.wrap(unit.module, unit.name, offloads.beginning(unit.name)))
+        undo.callback(serve_tiles(model))
         undo.callback(Triggers({unit.name: unit.module for unit in units}, recorder.log).remove)
         try:
             with mode, recorder:

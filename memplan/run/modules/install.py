@@ -13,10 +13,12 @@ from torch import nn
 
 from memplan.analyze.graph import Tensor
 from memplan.hooks import offload, recompute
+from memplan.hooks.chunked_loss import chunk_loss
 from memplan.hooks.compiled import hides_hooks, is_compiled, watch_captures
 from memplan.hooks.late_hooks import Calls, LateHooks
 from memplan.hooks.same_again import SameAgain, Turns
 from memplan.hooks.taps import Taps
+from memplan.hooks.tiled_heads import serve_tiles
 from memplan.hooks.triggers import Triggers, Watcher
 from memplan.model.weights import frozen_weights, is_quantized, keep_layout
 from memplan.program.page_lock import is_ring_locked
@@ -62,6 +64,8 @@ def install(
     """
     plan, device = tiers.plan, tiers.device
     with Undo() as undo:
+        if plan.workload.loss == "chunked":
+            undo.callback(chunk_loss(model))  # while its weights are what they are
         spans = Spans(device, _names(plan)) if traced else None
         transfers: Transfers = (
             StreamTransfers(
@@ -147,6 +151,7 @@ def _hook(
     look = None if runtime.copies is None else runtime.copies.look
     hooks = Triggers(triggers, watcher, within, _around(model, triggers), taps, look)
     undo.callback(hooks.remove)
+    undo.callback(serve_tiles(model))
     for module in model.modules():
         undone = show_first_layer(module)  # outside of what watches that layer
         if undone is not None:
