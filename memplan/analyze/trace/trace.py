@@ -62,6 +62,7 @@ from memplan.state.snapshot import Snapshot
 _DEEPEST = 8
 """Levels of containers within containers that are taken apart."""
 
+_NONE: Mapping[str, nn.Module] = MappingProxyType({})
 _STEP_RUNS = "check that one training step of it runs"
 
 
@@ -77,6 +78,7 @@ def analyze(
     autocast: object = None,
     short: bool = False,
     runs: Sequence[Run] = (),
+    parts: bool = False,
     notes: tuple[str, ...] = (),
 ) -> LayerGraph:
     """Return what a training pass of ``model`` on ``batch`` reads, keeps and costs.
@@ -87,8 +89,9 @@ def analyze(
     output to a scalar, where the output holds none. ``offload``: look also at what would be saved of each layer where
     that is offloaded (a trace more); ``"try"``: without a word where that cannot be. ``short``: of layers that are
     alike trace a few, see ``periodic.py``; for models that were built from a configuration it knows. ``runs``: stacks
-    of which the model holds what is traced alone; then NotPeriodicError tells that the whole is needed. ``notes``: what
-    to say of the model besides.
+    of which the model holds what is traced alone; then NotPeriodicError tells that the whole is needed. ``parts``:
+    layers are in parts, each with a block and accesses of its own, and recomputed as a whole. ``notes``: what to say of
+    the model besides.
 
     Raises ModelError for a model that cannot be placed or traced, InputError for a batch or an optimizer that cannot
     be used. The model is unchanged.
@@ -103,8 +106,9 @@ def analyze(
     check_model(model, [(one.args, one.kwargs) for one in call.calls])
     note_traced(model)
     look = partial(
-        _look, model, call, accumulates=accumulation > 1, loss=loss, autocast_dtype=autocast_dtype, offload=offload
-    )
+        _look, model, call, accumulates=accumulation > 1, loss=loss, autocast_dtype=autocast_dtype, offload=offload,
+        parts=parts,
+    )  # fmt: skip
     seen = None
     if runs:
         seen = _counted_for_all(look(), runs)
@@ -121,7 +125,7 @@ def analyze(
         model,
         call,
         kept=seen.kept,
-        ran_again=seen.ran_again,
+        ran_again=len(seen.ran_again),
         times=seen.times,
         optimizer=optimizer,
         name=name or type(base_of(model)).__name__,
@@ -145,7 +149,8 @@ class _Seen:
 
     graph: LayerGraph
     kept: Traced
-    ran_again: int
+    ran_again: tuple[str, ...]
+    """Layers that the model checkpoints itself."""
     notes: tuple[str, ...]
     times: Callable[[str], int] = lambda module: 1
     """For how many modules a traced one stands."""
@@ -173,13 +178,13 @@ def _looked_at_short(model: nn.Module, call: Batch, look: Callable[[], _Seen], *
 
 def _counted_for_all(seen: _Seen, runs: Sequence[Run]) -> _Seen:
     """Return what was seen of a few layers as of all. Raises NotPeriodicError."""
-    graph, ran_again = seen.graph, sorted(seen.kept.ran_again)
+    graph, ran_again = seen.graph, list(seen.ran_again)
     for run in runs:
         stateful = with_whole_names(graph.stateful, run)
         graph, ran_again = replace(extended(graph, run), stateful=stateful), whole_names(ran_again, run)
     place = {module: index for index, module in enumerate(graph.recomputable)}
     graph = replace(graph, stateful=tuple(sorted(graph.stateful, key=lambda layer: place[layer.module])))
-    return dataclasses.replace(seen, graph=graph, ran_again=len(ran_again), times=partial(times, runs=runs))
+    return dataclasses.replace(seen, graph=graph, ran_again=tuple(ran_again), times=partial(times, runs=runs))
 
 
 def _look(
@@ -190,6 +195,7 @@ def _look(
     loss: Callable[[Any], torch.Tensor] | None,
     autocast_dtype: torch.dtype | None,
     offload: bool | Literal["try"],
+    parts: bool,
 ) -> _Seen:
     """Trace the model as it is, and with its layers' activations under the other policies."""
     snapshot = Snapshot(model=model, loss=loss, calls=call.calls)
@@ -198,13 +204,17 @@ def _look(
         _trace_apart, model, call, snapshot=snapshot, accumulates=accumulates, loss=loss, autocast_dtype=autocast_dtype
     )
 
-    def traced_apart(routed: frozenset[str]) -> tuple[tuple[Unit, ...], tuple[Draft, ...], Traced]:
-        """Trace the model as it is, with its containers and the ``routed`` layers taken apart."""
+    def traced_apart(
+        routed: frozenset[str], in_parts: frozenset[str] = frozenset(), again: Mapping[str, nn.Module] = _NONE
+    ) -> tuple[tuple[Unit, ...], tuple[Draft, ...], Traced]:
+        """Trace the model as it is, with its containers, the ``routed`` layers and those ``in_parts`` taken apart, and
+        the modules of ``again`` recomputed.
+        """
         containers: frozenset[str] = frozenset()
         for _ in range(_DEEPEST):
-            units = find_units(model, containers, routed)
+            units = find_units(model, containers, routed, in_parts)
             drafts = draft_blocks(units)
-            kept = trace(units, drafts)
+            kept = trace(units, drafts, again=again)
             found = _containers(units, drafts, kept.recorder)
             if found <= containers:
                 break
@@ -226,11 +236,12 @@ def _look(
         routed -= too_much
     recomputable = _recomputable(units, kept)
     notes: list[str] = []
+    in_parts: Mapping[str, nn.Module] = _NONE
 
     def traced(policy: Activations, done: str, names: Iterable[str]) -> Traced | None:
         """Trace with the layers of these names under another policy; None where that cannot be."""
         try:
-            found = trace(units, drafts, policies=dict.fromkeys(names, policy))
+            found = trace(units, drafts, policies=dict.fromkeys(names, policy), again=in_parts)
         except ModelError as error:
             why = str(error).removesuffix(f": {_STEP_RUNS}")
         else:
@@ -255,12 +266,32 @@ def _look(
         stateful |= found
         again = kept
     assert again is not None
+    ran_again = tuple(sorted(kept.ran_again))
+    if parts:
+        alone = kept.ran_again.union(recomputable) - routed - stateful.keys()
+        layers = {unit.name: unit.module for unit in units if unit.kind == "layer" and unit.name in alone}
+        while layers:
+            wrapped = {name: module for name, module in layers.items() if name in recomputable}
+            apart = traced_apart(routed, frozenset(layers), wrapped)
+            whole = pinned_layers(frozenset(layers), drafts, apart[1])
+            if not whole:
+                units, drafts, kept = apart
+                in_parts, recomputable = wrapped, tuple(name for name in recomputable if name not in layers)
+                names = [name for name in recomputable if name not in stateful]
+                again = (traced("recompute", "recomputed", names) if names else None) or kept
+                recomputable = recomputable if again is not kept else ()
+                offloaded = traced("offload", "offloaded", recomputable) if offload and recomputable else None
+                break
+            layers = {name: module for name, module in layers.items() if name not in whole}
+        if not layers:
+            notes.append("No layer can be taken apart: their weights are read outside of the modules that have them.")
     graph = assemble(model, drafts, kept=kept, recomputed=again, offloaded=offloaded, recomputable=recomputable)
     graph = replace(
         graph,
         stateful=tuple(Stateful(module=name, reason=stateful[name]) for name in recomputable if name in stateful),
+        checkpointed=tuple(in_parts),
     )
-    return _Seen(graph=graph, kept=kept, ran_again=len(kept.ran_again), notes=tuple(notes))
+    return _Seen(graph=graph, kept=kept, ran_again=ran_again, notes=tuple(notes))
 
 
 def _trace_apart(*args: Any, **options: Any) -> Traced:
@@ -278,9 +309,10 @@ def _trace(
     loss: Callable[[Any], torch.Tensor] | None,
     autocast_dtype: torch.dtype | None,
     policies: Mapping[str, Activations] = MappingProxyType({}),
+    again: Mapping[str, nn.Module] = MappingProxyType({}),
 ) -> Traced:
     """Run one forward and backward on fake tensors. ``autocast_dtype``: what autocast has the forward compute in.
-    ``policies``: units whose activations are not kept, by name.
+    ``policies``: units whose activations are not kept, by name. ``again``: layers in parts that are recomputed.
     """
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     mode.cache_enabled = False  # what it makes anew does not share memory as what it was made of did
@@ -333,6 +365,8 @@ def _trace(
         _notice_recomputes(units, ran_again)
         drawn = watch_draws(units)
         offloads = Offloads(recorder, mode)
+        for layer in again.values():
+            undo.callback(recompute.wrap(layer))
         for unit in units:
             if policies.get(unit.name) == "recompute":
                 undo.callback(recompute.wrap(unit.module))

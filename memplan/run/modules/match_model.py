@@ -105,6 +105,17 @@ def trigger_modules(model: nn.Module, plan: Plan) -> dict[str, nn.Module]:
     return triggers
 
 
+def recomputed_modules(model: nn.Module, plan: Plan) -> dict[str, nn.Module]:
+    """Return the modules that the plan runs again in backward, by name, in the plan's order. Raises PlanMismatchError
+    where one is lacking.
+    """
+    modules, again = modules_by_name(model), plan.recomputed()
+    for name in plan.table.checkpointed:
+        if name not in modules:
+            raise PlanMismatchError(f"the plan recomputes the module {name}, which this model lacks: make a new plan")
+    return {name: modules[name] for name in (*plan.policies(), *plan.table.checkpointed) if name in again}
+
+
 def stored_tensors(model: nn.Module, checkpoint: str | Path | Checkpoint | None) -> dict[str, Stored]:
     """Return the tensors of a checkpoint by canonical name; empty where there is none."""
     found: Checkpoint
