@@ -263,6 +263,7 @@ def _analysis(request: Request) -> tuple[Analysis, Path | None]:
     options: dict[str, Any] = {
         **_trained(request),
         "accumulation": request.training.accumulation,
+        "parts": choices.parts,
         "offload": "try" if choices.offload_where_best else "offload" in choices.activations.values(),
     }
     key = None if loss is not None else kept.key_of(model, batch, {**built, **options})

@@ -92,7 +92,7 @@ def trigger_modules(model: nn.Module, plan: Plan) -> dict[str, nn.Module]:
     """Return the modules whose calls announce accesses, by name. Raises PlanMismatchError where one is lacking."""
     modules = modules_by_name(model)  # as the analyzer has them: the wrapper, not what it wraps
     wanted = dict.fromkeys(access.module for access in plan.table.accesses if access.module)
-    missing = [name for name in wanted if name not in modules]
+    missing = [name for name in (*wanted, *plan.table.checkpointed) if name not in modules]
     if missing:
         raise PlanMismatchError(f"the plan watches the module {missing[0]}, which this model lacks: make a new plan")
     triggers = {name: modules[name] for name in wanted}
@@ -106,13 +106,8 @@ def trigger_modules(model: nn.Module, plan: Plan) -> dict[str, nn.Module]:
 
 
 def recomputed_modules(model: nn.Module, plan: Plan) -> dict[str, nn.Module]:
-    """Return the modules that the plan runs again in backward, by name, in the plan's order. Raises PlanMismatchError
-    where one is lacking.
-    """
+    """Return the modules that the plan runs again in backward, by name, in the plan's order."""
     modules, again = modules_by_name(model), plan.recomputed()
-    for name in plan.table.checkpointed:
-        if name not in modules:
-            raise PlanMismatchError(f"the plan recomputes the module {name}, which this model lacks: make a new plan")
     return {name: modules[name] for name in (*plan.policies(), *plan.table.checkpointed) if name in again}
 
 
