@@ -115,7 +115,7 @@ def profile(flops_per_s: float, bytes_per_s: float) -> HardwareProfile:
 def compare(batch: torch.Tensor, share: float, pairs: int) -> dict[str, float]:
     """Time passes with a link on which a layer takes ``share`` of a layer's sweep of compute."""
     whole, planned = build(), build()
-    options = {"vram": "4GiB", "ram": "4GiB", "loss": loss_of, "pins": {str(i): "host" for i in range(DEPTH)}}
+    options = {"vram": "80MiB", "ram": "4GiB", "loss": loss_of, "pins": {str(i): "host" for i in range(DEPTH)}}
     unit = memplan.plan(planned, {"input": batch}, hardware=profile(1.0, 1.0), **options)
     compute_s = statistics.median(one_pass(whole, batch) for _ in range(6))
     layer_bytes = unit.table.blocks[0].size_bytes

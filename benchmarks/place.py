@@ -1,6 +1,6 @@
 """Plans of real models beside the bound: how far each is from what any plan could do, and how long it takes to find it.
 
-    python -m benchmarks.place [--only TEXT] [--tokens N] [--graphs FOLDER] [--elastic] [--tight] [--keep]
+    python -m benchmarks.place [--only TEXT] [--tokens N] [--graphs FOLDER] [--elastic] [--tight [--parts]] [--keep]
     python -m benchmarks.place --ablate FILE [--every N] [--only TEXT] [--graphs FOLDER] [--keep]
 
 Models (from shapes alone) x dtypes x cards x tokens x budgets from the least feasible to all. ``bound``: the window
@@ -8,10 +8,10 @@ bound at the plan's granularity, room as it is at each access. ``--graphs``: whe
 next. ``one arena``: the same bound where the room is that of the access with the least. ``all kept``, ``all
 recomputed``: the same solver without that choice. Cases in which the bound is within 2% of the compute ("compute
 hides") are counted apart from the others ("the link binds"): of the former nearly any plan is near the bound.
-``--tight``: the budgets of ``TIGHT`` alone, in which little fits. ``joint``: the same solver with the choice of
-offloading too; for it there are budgets besides from where both of those fit to all, and two at and above the least
-that works with it where nothing else fits. A table for people; the last line is JSON. ``--ablate``: see
-``benchmarks/ablation.py``.
+``--tight``: the budgets of ``TIGHT`` alone, in which little fits; ``--parts``: with layers in parts. ``joint``: the
+same solver with the choice of offloading too; for it there are budgets besides from where both of those fit to all, and
+two at and above the least that works with it where nothing else fits. A table for people; the last line is JSON.
+``--ablate``: see ``benchmarks/ablation.py``.
 """
 
 from __future__ import annotations
@@ -78,9 +78,15 @@ ALONE: tuple[Activations, ...] = ("keep", "recompute")
 RAM_BYTES = 2 << 40
 
 
-def graph_of(name: str, quantization: str, shape: tuple[int, int], folder: Path | None) -> LayerGraph:
-    """Return the analysis of a model, from ``folder`` where it lies there."""
-    path = None if folder is None else folder / f"{name}-{quantization or 'bf16'}-{shape[0]}x{shape[1]}.json"
+def graph_of(
+    name: str, quantization: str, shape: tuple[int, int], folder: Path | None, *, parts: bool = False
+) -> LayerGraph:
+    """Return the analysis of a model, from ``folder`` where it lies there. ``parts``: with its layers in parts."""
+    path = (
+        None
+        if folder is None
+        else folder / f"{'parts-' * parts}{name}-{quantization or 'bf16'}-{shape[0]}x{shape[1]}.json"
+    )
     if path is not None and path.is_file():
         return msgspec.json.decode(path.read_bytes(), type=LayerGraph)
     from memplan.analyze.inputs.prepare import prepare
@@ -98,9 +104,11 @@ def graph_of(name: str, quantization: str, shape: tuple[int, int], folder: Path 
         given = {"adapter": lora, "dtype": "bfloat16", "quantization": quantization or None}
         prepared = prepare(name, **given, short_for=shape)
         try:
-            graph = analyze(prepared.model, shape, runs=prepared.runs, name=name, short=prepared.short, offload="try")
+            graph = analyze(
+                prepared.model, shape, runs=prepared.runs, name=name, short=prepared.short, offload="try", parts=parts
+            )
         except NotPeriodicError:  # T5's first layer is not like the others
-            graph = analyze(prepare(name, **given).model, shape, name=name, offload="try")
+            graph = analyze(prepare(name, **given).model, shape, name=name, offload="try", parts=parts)
     if path is not None:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(msgspec.json.encode(graph))
@@ -286,10 +294,13 @@ def main() -> int:
         "--elastic", action="store_true", help="plans whose device arena gives bytes back for part of a pass"
     )
     options.add_argument("--tight", action="store_true", help="the budgets in which little fits alone")
+    options.add_argument("--parts", action="store_true", help="with --tight: layers in parts")
     options.add_argument("--keep", action="store_true", help="keep the result in benchmarks/results")
     options.add_argument("--ablate", type=Path, help="leave out each generator in turn; the file that keeps results")
     options.add_argument("--every", type=int, default=1, help="with --ablate: every so many-th case alone")
     given = options.parse_args()
+    if given.parts and not given.tight:
+        options.error("--parts is for --tight alone")
     warnings.simplefilter("ignore")
     if given.ablate is not None:
         from benchmarks.ablation import ablate
@@ -309,7 +320,7 @@ def main() -> int:
                 case = f"{name} {quantization or 'bf16'}"
                 if given.only not in case or given.tokens not in (None, shape[0] * shape[1]):
                     continue
-                graph = graph_of(name, quantization, shape, given.graphs)
+                graph = graph_of(name, quantization, shape, given.graphs, parts=given.parts)
                 workload = Workload(
                     batch={"input_ids": shape}, tokens=graph.tokens, accumulation=1, optimizer="adamw", adapter="LoRA"
                 )
@@ -324,6 +335,7 @@ def main() -> int:
                         "card": card,
                         "tokens": graph.tokens,
                         "rows": shape[0],
+                        "least_vram_bytes": least,
                     }
                     asked: list[tuple[float | None, int]] = []
                     if shape in usual:
@@ -365,6 +377,7 @@ def main() -> int:
     result = {
         "benchmark": "place",
         "elastic": given.elastic,
+        "parts": given.parts,
         "cases": len(fitting),
         "does_not_fit": len(rows) - len(fitting),
         **split,
@@ -391,7 +404,7 @@ def main() -> int:
     print(f"gap: median {result['median']:.2%}, worst {result['worst']:.2%}; slowest {result['slowest_s']:.2f} s")
     print_by_bound(split)
     if given.keep:
-        print(keep(result, "place" + "-tight" * given.tight + "-elastic" * given.elastic))
+        print(keep(result, "place" + "-tight" * given.tight + "-parts" * given.parts + "-elastic" * given.elastic))
     print(json.dumps({**about(), **result}))
     return 0
 

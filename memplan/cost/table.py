@@ -43,6 +43,15 @@ class AccessRow(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
         return self.transient_recompute_bytes if policy == "recompute" else self.transient_offload_bytes
 
 
+class Reserved(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What a CUDA device reserves beyond what is alive (:mod:`memplan.cost.reserved`); it is in no peak."""
+
+    what: str
+    size_bytes: int
+    source: str
+    """Where its constants come from."""
+
+
 class CostTable(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Everything the placement may know of the model and the machine."""
 
@@ -67,6 +76,7 @@ class CostTable(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     group: int = 1
     """Micro-batches that pass each access one after another before any of them goes on (:mod:`memplan.cost.group`);
     rows and lifetimes are those of one of them."""
+    reserved: tuple[Reserved, ...] = ()
 
     @property
     def state_on_host_bytes(self) -> int:

@@ -65,6 +65,23 @@ def room_bytes(tensor: torch.Tensor) -> int:
     return align_up(tensor.nbytes, _ALIGNMENT_BYTES)
 
 
+class _Oldest:
+    """A graph of one node, older than what comes after it, to know when a device's thread is through with all of that.
+
+    torch's engine runs backward of a device in a thread of that device. Where it fails the caller is told first, and
+    the thread lets go of the graph then: it may be the last to hold it, and with it the arena that its tensors are
+    views of, while another arena is to be had. It takes the latest nodes first, so this one comes after them.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        with torch.inference_mode(False), torch.enable_grad():
+            self._leaf = torch.empty(0, device=device, requires_grad=True)
+            self._node = self._leaf.view(0)
+
+    def backward(self) -> None:
+        torch.autograd.grad(self._node, self._leaf, torch.empty_like(self._leaf), retain_graph=True)
+
+
 class Before:
     """The state that a forward and backward change: gradients of what is trained, buffers, random numbers."""
 
@@ -86,6 +103,7 @@ class Before:
         self._gradients = [(p, None if p.grad is None else copy(p.grad)) for p in trained]
         self._buffers = [(module, name, buffer, copy(buffer)) for module, name, buffer in buffers]
         self._random = RandomStates()
+        self._oldest = [_Oldest(device) for device in {p.device for p in trained} if is_apart(device)]
 
     def note_buffers(self) -> None:
         """Have the buffers of now be those that were before."""
@@ -107,3 +125,5 @@ class Before:
                 buffer.copy_(value)
                 module._buffers[name] = buffer  # a forward may have put another in its place
         self._random.restore()
+        for oldest in self._oldest:
+            oldest.backward()

@@ -8,7 +8,7 @@ import pytest
 from msgspec.structs import replace
 
 from memplan.analyze.graph import Fixed, Lifetime, Rows
-from memplan.cost.group import copies_at, grouped, sizes
+from memplan.cost.group import copies_at, grouped, size_beside_gradients, sizes
 from memplan.place.problem import Memory
 from memplan.place.solve import place
 from memplan.program.check.groups import device_bytes
@@ -115,10 +115,53 @@ def test_gradients_are_there_from_where_a_micro_batch_made_them():
 
     assert gradients(grouped(table, 2, 4)) == gradients(grouped(table, 1, 4)) == {0: 70}
     sole = grouped(table, 4, 4)
-    assert gradients(sole) == {0: 10, **made}
-    assert {life.last for life in sole.lifetimes if life.kind == "gradients"} == {last}
+    lasting = {life.born: life.size_bytes for life in sole.lifetimes if life.kind == "gradients" and life.last == last}
+    assert lasting == {0: 10, **made}
     for group in (1, 2):
         assert gradients(grouped(sole, group, 4)) == {0: 70}
     # What the first access has is said once for each policy, where its module has a choice.
     each = tuple(replace(before, policy=policy) for policy in POLICIES)
     assert gradients(grouped(replace(table, lifetimes=(*lives, *each)), 4, 4)) == {0: 10, **made}
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_a_smaller_group_behind_the_first_has_all_gradients(seed):
+    """So has the second micro-batch of a run, whose first goes by itself: what is counted is enough for both."""
+    rng = random.Random(seed)
+    table, group = random_table(rng), rng.choice((2, 3, 4, 8))
+    accumulation = rng.randint(group, 2 * group - 1)
+    others = tuple(life for life in table.lifetimes if life.kind != "gradients")
+    made = {row.index: rng.randint(0, 400) for row in table.accesses}
+    rows = tuple(replace(row, gradient_bytes=made[row.index]) for row in table.accesses)
+    last = len(rows) - 1
+    all_there = Lifetime(kind="gradients", born=0, last=last, size_bytes=sum(made.values()), policy="any")
+    table = replace(table, accesses=rows, lifetimes=(*others, all_there))
+    policies = {module: rng.choice(POLICIES) for module in table.recomputable}
+
+    found = grouped(table, group, accumulation)
+    each = [replace(all_there, born=born, size_bytes=size) for born, size in made.items()]
+    first = replace(table, lifetimes=(*others, *each))
+    behind = bytes_of_turns(table, policies, max(1, accumulation - group))
+    wanted = list(map(max, bytes_of_turns(first, policies, group), behind))
+    assert grouped(found, group, accumulation).lifetimes == found.lifetimes
+    assert grouped(found, 1, accumulation).device_bytes(policies) == table.device_bytes(policies)
+    bytes_ = found.device_bytes(policies)
+    assert all(map(int.__ge__, bytes_, wanted))
+    size = size_beside_gradients(found, policies, at_each=True)
+    assert max(1, accumulation - group) <= size <= group
+    assert all(map(int.__le__, bytes_of_turns(table, policies, size), bytes_))
+    more = size_beside_gradients(found, policies, at_each=False)
+    assert size <= more
+    assert max(bytes_of_turns(table, policies, more)) <= max(bytes_)
+
+    plan = place(make_table([MIB] * len(table.blocks)), budgets(1 << 30), **NAMES)
+    plan = replace(
+        plan,
+        table=found,
+        group=group,
+        activations=tuple(replace(one, activations=policies[one.module]) for one in plan.activations),
+        workload=replace(plan.workload, accumulation=accumulation),
+    )
+    assert device_bytes(plan) == bytes_
+    short = replace(found, lifetimes=(*others, *each))  # the judge finds by itself what is missing
+    assert all(map(int.__ge__, device_bytes(replace(plan, table=short)), behind))

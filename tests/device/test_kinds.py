@@ -51,6 +51,9 @@ def family_of(family: str, precision: str) -> nn.Module:
 
 @cache
 def whole_family(family: str, precision: str):
+    """On the CPU; on the device itself where autocast lowers other operators there (a GPU's)."""
+    if precision == "autocast":
+        return SIM.train(family_of(family, precision).to(SIM.device), family, around_forward=lowered)
     return SIM.whole(family_of(family, precision), family, around_forward=families.around(precision))
 
 

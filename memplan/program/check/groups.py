@@ -17,7 +17,7 @@ def group_faults(plan: Plan) -> Iterator[str]:
         return
     if plan.group > plan.workload.accumulation:
         yield f"a group has {plan.group} micro-batches, a step {plan.workload.accumulation}"
-    if plan.group < plan.workload.accumulation and any(
+    if 2 * plan.group <= plan.workload.accumulation and any(
         life.kind == "gradients" and life.born for life in plan.table.lifetimes
     ):
         yield f"the gradients of {plan.group} micro-batches are there for the next ones from the first access on"
@@ -60,32 +60,45 @@ def group_faults(plan: Plan) -> Iterator[str]:
 
 def device_bytes(plan: Plan) -> list[int]:
     """Return the most device bytes at each access, frozen weights apart: of each micro-batch what it has, while one
-    passes and the others wait before it or behind it.
+    passes and the others wait before it or behind it, in whichever group of a step has most.
     """
     table, policies, length = plan.table, plan.policies(), len(plan.table.accesses)
     its, shared, between = [0] * (length + 1), [0] * (length + 1), [0] * (length + 1)
+    given = [0] * (length + 1)
     for life in table.lifetimes:
         if life.policy not in ("any", policies.get(table.accesses[life.born].module, "keep")):
             continue
         alive = its if life.kind == "activations" else shared
         alive[life.born] += life.size_bytes
         alive[life.last + 1] -= life.size_bytes
+        if life.kind == "gradients":
+            given[life.born] += life.size_bytes
+            given[life.last + 1] -= life.size_bytes
         if life.kind == "activations":
             between[life.born + 1] += life.size_bytes  # it waits before the next access with this,
             between[life.last + 1] -= life.size_bytes  # and before the last one that holds it still
     its, shared, between = list(accumulate(its)), list(accumulate(shared)), list(accumulate(between))
-    fixed = sum(row.size_bytes * (plan.group if row.kind == "batch" else 1) for row in table.fixed)
+    given = list(accumulate(given))
+    fixed = sum(row.size_bytes for row in table.fixed if row.kind != "batch")
+    batch = sum(row.size_bytes for row in table.fixed if row.kind == "batch")
     passing = []
     for row in table.accesses:
         policy = policies.get(row.module, "keep")
         transient = {"keep": row.transient_bytes, "recompute": row.transient_recompute_bytes}
         passing.append(its[row.index] + shared[row.index] + transient.get(policy, row.transient_offload_bytes))
     visit = _turn_around(plan) if plan.group > 1 else None
-    found = []
-    for index in range(length):
-        first, last = visit if visit is not None and visit[0] <= index <= visit[1] else (index, index)
-        waiting = [turn * between[last + 1] + (plan.group - 1 - turn) * between[first] for turn in range(plan.group)]
-        found.append(fixed + max(passing[first : last + 1]) + max(waiting))
+    # A smaller group behind the first one has each gradient from its first access on; so has the second micro-batch of
+    # all, as the first is looked at by itself.
+    sizes, rest = [(plan.group, [0] * length)], plan.workload.accumulation - plan.group
+    if 0 <= rest < plan.group > 1:
+        sizes.append((max(1, rest), [max(given) - there for there in given[:length]]))
+    found = [0] * length
+    for size, more in sizes:
+        for index in range(length):
+            first, last = visit if visit is not None and visit[0] <= index <= visit[1] else (index, index)
+            waiting = [turn * between[last + 1] + (size - 1 - turn) * between[first] for turn in range(size)]
+            most = max(passing[at] + more[at] for at in range(first, last + 1))
+            found[index] = max(found[index], fixed + size * batch + most + max(waiting))
     return found
 
 

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from memplan.cost.group import size_beside_gradients
 from memplan.hooks.triggers import Triggers
 from memplan.program.schema import Plan
 from memplan.run.lanes.gradient_order import GradientOrder
@@ -38,6 +39,10 @@ class Accumulation:
         """``modules``: the plan's trigger modules by name. ``spans``: who notes them, in traced mode alone."""
         self._model = model
         self._size = plan.group
+        comes_and_goes = any(segment.absent for arena in plan.arenas for segment in arena.segments)
+        self._beside_gradients = (
+            size_beside_gradients(plan.table, plan.policies(), at_each=comes_and_goes) if plan.group > 1 else 1
+        )
         self._triggers = triggers
         self._conductor = conductor
         self._device = device
@@ -66,10 +71,12 @@ class Accumulation:
     def _results(self, run: Callable[[Any], Any], given: Iterator[Any]) -> Iterator[Any]:
         ahead: list[Any] = []
         """Micro-batches that were taken and have not run."""
+        is_first = True
         while True:
             in_the_way = self._habits.in_the_way()
             # What makes them may draw the random numbers that a run draws: one at a time, unless they take turns.
-            size = self._size if in_the_way == "" else 1
+            size = self._largest(is_first=is_first) if in_the_way == "" else 1
+            is_first = False
             ahead += islice(given, max(size - len(ahead), 0))
             if not ahead:
                 return
@@ -85,10 +92,26 @@ class Accumulation:
                 yield from self._in_turns(run, ahead[:count], advances)
             del ahead[:count]
 
+    def _largest(self, *, is_first: bool) -> int:
+        """Return how many may take turns now: fewer where the plan counts on gradients that are yet to be made."""
+        size = self._beside_gradients
+        if size == self._size or all(p.grad is None for p in self._model.parameters() if p.requires_grad):
+            return self._size
+        if is_first:
+            self._say(
+                f"groups have {size} micro-batches in place of {self._size}: gradients are there before the first one, "
+                "and the plan has no room for them; let zero_grad() set them to None, and give accumulate() all "
+                "micro-batches of a step at once"
+            )
+        return size
+
+    def _say(self, what: str) -> None:
+        if what not in self._said:
+            self._said.add(what)
+            _LOG.warning("%s", what)
+
     def _one_by_one(self, run: Callable[[Any], Any], batches: Iterable[Any], in_the_way: str) -> list[Any]:
-        if in_the_way not in self._said:
-            self._said.add(in_the_way)
-            _LOG.warning("micro-batches run one by one, each with loads of its own: %s", in_the_way)
+        self._say(f"micro-batches run one by one, each with loads of its own: {in_the_way}")
         return [run(batch) for batch in batches]
 
     def _in_turns(self, run: Callable[[Any], Any], batches: list[Any], advances: list[int]) -> list[Any]:

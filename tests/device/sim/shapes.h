@@ -84,6 +84,21 @@ inline bool append_value(std::string& key, const IValue& value) {
   return true;
 }
 
+// Means and deviations are float32 on the meta device; the CPU's backward wants them as its forward gives them: in the
+// input's dtype, unless that is lower than the weight's.
+inline void statistics_as_on_the_cpu(const c10::OperatorHandle& op, const Stack& given, Stack& results) {
+  const auto& name = op.operator_name().name;
+  if (name != "aten::native_layer_norm" && name != "aten::native_group_norm") return;
+  const auto& weight = given[name == "aten::native_layer_norm" ? 2 : 1];
+  const auto dtype = given[0].toTensor().scalar_type();
+  const bool is_mixed = weight.isTensor() && weight.toTensor().defined() && weight.toTensor().scalar_type() != dtype;
+  for (const size_t index : {1, 2}) {
+    const auto& held = results[index].toTensor();
+    const auto wanted = is_mixed ? at::kFloat : dtype;
+    results[index] = at::Tensor(at::detail::empty_strided_meta(held.sizes(), held.strides(), wanted));
+  }
+}
+
 inline std::optional<Stack> ask_shapes(const c10::OperatorHandle& op, const Stack& given) {
   Stack stack;
   for (const auto& value : given) {
@@ -95,6 +110,7 @@ inline std::optional<Stack> ask_shapes(const c10::OperatorHandle& op, const Stac
   } catch (const std::exception&) {
     return std::nullopt;
   }
+  statistics_as_on_the_cpu(op, given, stack);
   return stack;
 }
 
