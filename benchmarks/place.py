@@ -1,14 +1,17 @@
 """Plans of real models beside the bound: how far each is from what any plan could do, and how long it takes to find it.
 
-    python -m benchmarks.place [--only TEXT] [--tokens N] [--graphs FOLDER] [--elastic] [--keep]
+    python -m benchmarks.place [--only TEXT] [--tokens N] [--graphs FOLDER] [--elastic] [--tight [--parts]] [--keep]
     python -m benchmarks.place --ablate FILE [--every N] [--only TEXT] [--graphs FOLDER] [--keep]
 
 Models (from shapes alone) x dtypes x cards x tokens x budgets from the least feasible to all. ``bound``: the window
 bound at the plan's granularity, room as it is at each access. ``--graphs``: where analyses are kept from one run to the
 next. ``one arena``: the same bound where the room is that of the access with the least. ``all kept``, ``all
-recomputed``: the same solver without that choice. ``joint``: the same solver with the choice of offloading too; for it
-there are budgets besides from where both of those fit to all, and two at and above the least that works with it where
-nothing else fits. A table for people; the last line is JSON. ``--ablate``: see ``benchmarks/ablation.py``.
+recomputed``: the same solver without that choice. Cases in which the bound is within 2% of the compute ("compute
+hides") are counted apart from the others ("the link binds"): of the former nearly any plan is near the bound.
+``--tight``: the budgets of ``TIGHT`` alone, in which little fits; ``--parts``: with layers in parts. ``joint``: the
+same solver with the choice of offloading too; for it there are budgets besides from where both of those fit to all, and
+two at and above the least that works with it where nothing else fits. A table for people; the last line is JSON.
+``--ablate``: see ``benchmarks/ablation.py``.
 """
 
 from __future__ import annotations
@@ -58,6 +61,16 @@ LONG = {"llama-3.1-8b": (1, 8192), "qwen3-14b": (1, 8192)}
 """A sequence besides in which activations matter more."""
 SHARES = (0.0, 0.1, 0.25, 0.5, 0.75, 0.9, 1.0)
 """Budgets: from the least that works to what holds everything."""
+TIGHT = {
+    "llama-3.1-8b": (6, 9),
+    "llama-3.1-70b": (16, 24, 40, 60, 80),
+    "mixtral-8x7b": (12, 24, 40, 60),
+    "llama-3.1-405b": (22,),
+}
+"""Budgets in GiB besides, for bfloat16 weights: mostly the link binds there."""
+TIGHT_SHAPES = ((1, 1024), (1, 2048))
+HIDDEN = 1.02
+"""Up to this bound beside the compute, compute hides the link."""
 BOTH_SHARES = (0.0, 0.1, 0.25, 0.5, 0.75, 1.0)
 """Budgets for the joint choice: from the least in which all kept and all recomputed both fit to what holds everything.
 """
@@ -65,9 +78,15 @@ ALONE: tuple[Activations, ...] = ("keep", "recompute")
 RAM_BYTES = 2 << 40
 
 
-def graph_of(name: str, quantization: str, shape: tuple[int, int], folder: Path | None) -> LayerGraph:
-    """Return the analysis of a model, from ``folder`` where it lies there."""
-    path = None if folder is None else folder / f"{name}-{quantization or 'bf16'}-{shape[0]}x{shape[1]}.json"
+def graph_of(
+    name: str, quantization: str, shape: tuple[int, int], folder: Path | None, *, parts: bool = False
+) -> LayerGraph:
+    """Return the analysis of a model, from ``folder`` where it lies there. ``parts``: with its layers in parts."""
+    path = (
+        None
+        if folder is None
+        else folder / f"{'parts-' * parts}{name}-{quantization or 'bf16'}-{shape[0]}x{shape[1]}.json"
+    )
     if path is not None and path.is_file():
         return msgspec.json.decode(path.read_bytes(), type=LayerGraph)
     from memplan.analyze.inputs.prepare import prepare
@@ -83,11 +102,13 @@ def graph_of(name: str, quantization: str, shape: tuple[int, int], folder: Path 
         )
     else:
         given = {"adapter": lora, "dtype": "bfloat16", "quantization": quantization or None}
-        prepared = prepare(name, **given, short=True)
+        prepared = prepare(name, **given, short_for=shape)
         try:
-            graph = analyze(prepared.model, shape, runs=prepared.runs, name=name, short=prepared.short, offload="try")
+            graph = analyze(
+                prepared.model, shape, runs=prepared.runs, name=name, short=prepared.short, offload="try", parts=parts
+            )
         except NotPeriodicError:  # T5's first layer is not like the others
-            graph = analyze(prepare(name, **given).model, shape, name=name, offload="try")
+            graph = analyze(prepare(name, **given).model, shape, name=name, offload="try", parts=parts)
     if path is not None:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(msgspec.json.encode(graph))
@@ -211,6 +232,59 @@ def joint_summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def by_bound(rows: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Return how far the plans are above the bound: where compute hides the link, and where the link binds."""
+    found = {}
+    for label, binds in (("compute_hides", False), ("link_binds", True)):
+        of = [row for row in rows if (row["bound_s"] > HIDDEN * row["compute_s"]) == binds]
+        gaps = sorted(row["gap"] for row in of)
+        found[label] = {
+            "cases": len(of),
+            "median": statistics.median(gaps) if gaps else None,
+            "nine_in_ten": gaps[-(-9 * len(gaps) // 10) - 1] if gaps else None,
+            "worst": max(gaps, default=None),
+            "slowest_s": max((row["solved_s"] for row in of), default=None),
+        }
+    return found
+
+
+def print_by_bound(split: dict[str, dict[str, Any]]) -> None:
+    """Print the two columns."""
+    shown = Table("gap to the bound", *(label.replace("_", " ") for label in split), box=None)
+    for figure in ("cases", "median", "nine_in_ten", "worst", "slowest_s"):
+        cells = ["-" if of[figure] is None else f"{of[figure]:{FIGURES.get(figure, '.2%')}}" for of in split.values()]
+        shown.add_row(figure.replace("_", " "), *cells)
+    Console().print(shown)
+
+
+FIGURES = {"cases": "d", "slowest_s": ".2f"}
+"""How figures that are no shares are written."""
+
+
+def one_row(
+    table: CostTable, share: float | None, vram: int, names: dict[str, Any], labels: dict[str, Any], elastic: bool
+) -> dict[str, Any]:
+    """Return a plan's figures; where nothing fits in ``vram``, ``gap`` is None."""
+    budgets = Budgets(vram_bytes=vram, ram_bytes=RAM_BYTES, disk_bytes=0)
+    began = time.perf_counter()
+    row = labels | {
+        "share": share, "vram_bytes": vram, "gap": None, "blocks": len(table.blocks), "recomputed": 0,
+        "layers": sum(block.kind == "layer" for block in table.blocks),
+    }  # fmt: skip
+    try:
+        plan = place(table, budgets, elastic=elastic, **names)
+    except DoesNotFitError:
+        return row | {"solved_s": time.perf_counter() - began}
+    took = time.perf_counter() - began
+    said = plan.prediction
+    return row | {
+        "pass_s": said.pass_s, "bound_s": said.bound_s, "compute_s": said.compute_s,
+        "gap": said.pass_s / said.bound_s - 1, "solved_s": took, "one_arena_bound_s": one_arena_bound_s(plan),
+        "loads": said.loads_per_pass, "blocks": len(plan.table.blocks),
+        "recomputed": sum(p.activations == "recompute" for p in plan.activations),
+    }  # fmt: skip
+
+
 def main() -> int:
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     options.add_argument("--only", default="", help="models whose name holds this")
@@ -219,10 +293,14 @@ def main() -> int:
     options.add_argument(
         "--elastic", action="store_true", help="plans whose device arena gives bytes back for part of a pass"
     )
+    options.add_argument("--tight", action="store_true", help="the budgets in which little fits alone")
+    options.add_argument("--parts", action="store_true", help="with --tight: layers in parts")
     options.add_argument("--keep", action="store_true", help="keep the result in benchmarks/results")
     options.add_argument("--ablate", type=Path, help="leave out each generator in turn; the file that keeps results")
     options.add_argument("--every", type=int, default=1, help="with --ablate: every so many-th case alone")
     given = options.parse_args()
+    if given.parts and not given.tight:
+        options.error("--parts is for --tight alone")
     warnings.simplefilter("ignore")
     if given.ablate is not None:
         from benchmarks.ablation import ablate
@@ -236,11 +314,13 @@ def main() -> int:
     )
     for name, kinds in MODELS.items():
         for quantization in kinds:
-            for shape in (*SHAPES, *([LONG[name]] if name in LONG else [])):
+            usual = () if given.tight else (*SHAPES, *([LONG[name]] if name in LONG else []))
+            tight = () if quantization else tuple(gib << 30 for gib in TIGHT.get(name, ()))
+            for shape in dict.fromkeys((*usual, *(TIGHT_SHAPES if tight else ()))):
                 case = f"{name} {quantization or 'bf16'}"
                 if given.only not in case or given.tokens not in (None, shape[0] * shape[1]):
                     continue
-                graph = graph_of(name, quantization, shape, given.graphs)
+                graph = graph_of(name, quantization, shape, given.graphs, parts=given.parts)
                 workload = Workload(
                     batch={"input_ids": shape}, tokens=graph.tokens, accumulation=1, optimizer="adamw", adapter="LoRA"
                 )
@@ -255,46 +335,38 @@ def main() -> int:
                         "card": card,
                         "tokens": graph.tokens,
                         "rows": shape[0],
+                        "least_vram_bytes": least,
                     }
-                    joint += [labels | row for row in joint_rows(with_offload, table, whole, names)]
-                    for share in SHARES:
-                        vram = int(least + share * (whole - least))
-                        budgets = Budgets(vram_bytes=vram, ram_bytes=RAM_BYTES, disk_bytes=0)
-                        began = time.perf_counter()
-                        plan = place(table, budgets, elastic=given.elastic, **names)
-                        took = time.perf_counter() - began
-                        said = plan.prediction
-                        gap = said.pass_s / said.bound_s - 1
-                        flat_s = one_arena_bound_s(plan)
-                        rows.append(
-                            {
-                                "model": name, "dtype": quantization or "bf16", "card": card, "tokens": graph.tokens,
-                                "share": share, "vram_bytes": vram, "pass_s": said.pass_s, "bound_s": said.bound_s,
-                                "compute_s": said.compute_s, "gap": gap, "solved_s": took,
-                                "one_arena_bound_s": flat_s, "loads": said.loads_per_pass,
-                                "layers": sum(block.kind == "layer" for block in table.blocks),
-                                "blocks": len(plan.table.blocks),
-                                "recomputed": sum(p.activations == "recompute" for p in plan.activations),
-                            }
-                        )  # fmt: skip
+                    asked: list[tuple[float | None, int]] = []
+                    if shape in usual:
+                        joint += [labels | row for row in joint_rows(with_offload, table, whole, names)]
+                        asked += [(share, int(least + share * (whole - least))) for share in SHARES]
+                    if shape in TIGHT_SHAPES:
+                        asked += [(None, vram) for vram in tight]
+                    for share, vram in asked:
+                        rows.append(one_row(table, share, vram, names, labels, given.elastic))
+                        row = rows[-1]
                         cells = [
                             name,
                             quantization or "bf16",
                             card,
                             str(graph.tokens),
                             f"{vram / 2**30:.1f}",
-                            f"{said.pass_s:.3f}",
-                            f"{gap:.2%}",
-                            f"{said.pass_s / flat_s - 1:.2%}",
-                            f"{took:.2f}",
-                            str(len(plan.table.blocks)),
-                            str(rows[-1]["recomputed"]),
+                            "-" if row["gap"] is None else f"{row['pass_s']:.3f}",
+                            "does not fit" if row["gap"] is None else f"{row['gap']:.2%}",
+                            "-" if row["gap"] is None else f"{row['pass_s'] / row['one_arena_bound_s'] - 1:.2%}",
+                            f"{row['solved_s']:.2f}",
+                            str(row["blocks"]),
+                            str(row["recomputed"]),
+                            f"least {least / 2**30:.2f} GiB",
                         ]
-                        shown.add_row(*cells[:-1])
+                        shown.add_row(*cells[:-2])
                         print(*cells, file=sys.stderr, flush=True)
     Console().print(shown)
-    gaps = [row["gap"] for row in rows]
-    flat = [row["pass_s"] / row["one_arena_bound_s"] - 1 for row in rows]
+    fitting = [row for row in rows if row["gap"] is not None]
+    gaps = [row["gap"] for row in fitting]
+    flat = [row["pass_s"] / row["one_arena_bound_s"] - 1 for row in fitting]
+    split = by_bound(fitting)
     kinds_of = sorted({(row["rows"], row["tokens"] // row["rows"]) for row in joint})
     by_shape = {
         f"{count}x{length}": joint_summary(
@@ -305,7 +377,10 @@ def main() -> int:
     result = {
         "benchmark": "place",
         "elastic": given.elastic,
-        "cases": len(rows),
+        "parts": given.parts,
+        "cases": len(fitting),
+        "does_not_fit": len(rows) - len(fitting),
+        **split,
         "median": statistics.median(gaps),
         "worst": max(gaps),
         "slowest_s": max(row["solved_s"] for row in rows),
@@ -327,8 +402,9 @@ def main() -> int:
             "offloading alone"
         )
     print(f"gap: median {result['median']:.2%}, worst {result['worst']:.2%}; slowest {result['slowest_s']:.2f} s")
+    print_by_bound(split)
     if given.keep:
-        print(keep(result, "place"))
+        print(keep(result, "place" + "-tight" * given.tight + "-parts" * given.parts + "-elastic" * given.elastic))
     print(json.dumps({**about(), **result}))
     return 0
 

@@ -34,8 +34,8 @@ def plan(model: Any, batch: Any, **options: Unpack[PlanOptions]) -> Plan:
     model that is given by its configuration is built (``adapter``, ``dtype``, ``attention``, ``quantization``,
     ``qlora``, ``kbit``, ``gradient_checkpointing``); the training (``autocast``, ``accumulation``, ``group``,
     ``steps``, or ``examples`` and ``epochs``, ``optimizer``, ``loss``, ``trained_by``); the placement (``pins``,
-    ``activations``, ``elastic``, ``optimizer_state``, ``checkpoint``); what is looked at (``measure``, ``max_step_s``,
-    ``gains``, ``progress``).
+    ``activations``, ``elastic``, ``blocks``, ``optimizer_state``, ``checkpoint``); what is looked at (``measure``,
+    ``max_step_s``, ``gains``, ``progress``).
     :class:`memplan.PlanOptions` says what each takes and is when it is left out, and so does
     ``docs/reference/options.md``.
 

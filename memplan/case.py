@@ -284,6 +284,7 @@ def _analysis(request: Request, device: str) -> tuple[Analysis, Path | None]:
         **_trained(request),
         "device": device,
         "accumulation": request.training.accumulation,
+        "parts": choices.parts,
         "offload": "try" if choices.offload_where_best else "offload" in choices.activations.values(),
     }
     trainer, kind = request.training.trained_by, request.training.loss_kind

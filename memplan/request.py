@@ -32,6 +32,7 @@ TRAINERS: tuple[Trainer, ...] = ("transformers", "trl-sft", "trl-dpo")
 AUTO = "auto"
 DEFAULT_GROUP: int | str = 1
 """Of the option ``group``, here alone: ``"auto"`` once what trains under a plan passes groups unless told otherwise."""
+GRAINS = ("layers", "parts")
 ANY = "any"
 """Activations that may be offloaded too, where that is fastest."""
 
@@ -113,6 +114,9 @@ class PlanOptions(TypedDict, total=False):
     elastic: bool | None
     """Let weights use memory that activations leave free, for as long as they do. None: on the CPU alone, until
     validated on a GPU."""
+    blocks: str
+    """``"layers"``, the default: a layer's weights come together. ``"parts"``: those of each module in a layer come by
+    themselves, and every layer is recomputed as a whole (one extra trace): for budgets with no room for two layers."""
     optimizer_state: str | None
     """``"device"``, or ``"host"`` for RAM between steps, from where it is brought for each step of the optimizer and
     sent back. None: whichever makes a step shorter (on the CPU: on the device)."""
@@ -211,6 +215,8 @@ class Choices:
     offload_where_best: bool
     """Whether layers for which nothing is asked may be offloaded too (``"any"``)."""
     elastic: bool | None
+    parts: bool
+    """Whether layers are in parts."""
     optimizer_state: StateHome | None
     measure: bool
     max_step_s: float | None
@@ -251,6 +257,8 @@ class Request:
                 f"accumulation was given as {accumulation!r}: give a whole number of micro-batches, at least 1"
             )
         groups = _groups(given.get("group", DEFAULT_GROUP), accumulation)
+        if parts := _parts(given):
+            groups = groups[:1]
         qlora, kbit, autocast, optimizer = (
             given.get("qlora", False), given.get("kbit"), given.get("autocast"), given.get("optimizer"),
         )  # fmt: skip
@@ -298,6 +306,7 @@ class Request:
                 activations=activations,
                 offload_where_best=given.get("activations") == ANY,
                 elastic=given.get("elastic"),
+                parts=parts,
                 optimizer_state=optimizer_state,
                 measure=given.get("measure", False),
                 max_step_s=max_step_s,
@@ -410,6 +419,25 @@ def _groups(given: object, accumulation: int) -> tuple[int, ...]:
     if isinstance(given, bool) or not isinstance(given, int) or given < 1:
         raise InputError(f"group was given as {given!r}: give a number of micro-batches, 1 or more, or {AUTO}")
     return (min(given, accumulation),)
+
+
+def _parts(given: PlanOptions) -> bool:
+    """Return whether layers are to be in parts."""
+    blocks = given.get("blocks", GRAINS[0])
+    if blocks not in GRAINS:
+        raise InputError(f"the blocks were given as {blocks!r}: give one of {', '.join(GRAINS)}")
+    if blocks == GRAINS[0]:
+        return False
+    group = given.get("group", DEFAULT_GROUP)
+    if group not in (1, AUTO):
+        raise InputError(
+            f"layers in parts cannot be shared by a group of {group} micro-batches: leave group or blocks out"
+        )
+    if given.get("activations") is not None:
+        raise InputError("layers in parts are recomputed as a whole: leave activations or blocks out")
+    if given.get("measure"):
+        raise InputError("the times of layers in parts cannot be measured: leave measure or blocks out")
+    return True
 
 
 def _activations(given: str | Mapping[str, str] | None) -> dict[str, Activations]:

@@ -147,6 +147,8 @@ class LayerGraph(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     recomputable: tuple[str, ...]
     """Trigger modules that memplan may recompute: elements of stacks that the model does not checkpoint itself. What
     they save may be offloaded instead where their forward's ``offload_bytes`` say so."""
+    checkpointed: tuple[str, ...] = ()
+    """Layers in parts: modules within each have the accesses, and every plan recomputes it whole."""
     stateful: tuple[Stateful, ...] = ()
     """Those of them that may not be recomputed all the same: they may be offloaded."""
     tokens: int

@@ -13,7 +13,7 @@ import click
 
 from memplan.cli.defaults import from_file, variable
 from memplan.model.arguments import ALL_LINEAR, DEFAULT_TARGETS
-from memplan.request import ACTIVATIONS, ANY, AUTO, LOSSES, STATE_HOMES, TIERS, TRAINERS, tier_of
+from memplan.request import ACTIVATIONS, ANY, AUTO, GRAINS, LOSSES, STATE_HOMES, TIERS, TRAINERS, tier_of
 from memplan.units import parse_size
 
 if TYPE_CHECKING:
@@ -252,6 +252,15 @@ OPTIONS: dict[str, Row] = {
             default=None,
             help="Let weights use memory that activations leave free.  [default: on the CPU only, until validated on a "
             "GPU]",
+        )
+    ),
+    "blocks": Row(
+        _option(
+            "--blocks",
+            type=click.Choice(GRAINS),
+            default=GRAINS[0],
+            show_default=True,
+            help="What comes at once; parts: each module of a layer by itself, for budgets below two layers.",
         )
     ),
     "optimizer_state": Row(

@@ -119,6 +119,7 @@ def cost_table(graph: LayerGraph, hardware: HardwareProfile, times: Times | None
         lifetimes=graph.lifetimes,
         fixed=(*graph.fixed, context),
         recomputable=graph.recomputable,
+        checkpointed=graph.checkpointed,
         device=hardware.device,
         host_to_device_bytes_per_s=to_device,
         device_to_host_bytes_per_s=hardware.device_to_host_bytes_per_s.value,

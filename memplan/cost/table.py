@@ -60,6 +60,8 @@ class CostTable(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     lifetimes: tuple[Lifetime, ...]
     fixed: tuple[Fixed, ...]
     recomputable: tuple[str, ...]
+    checkpointed: tuple[str, ...] = ()
+    """Layers that every plan recomputes, the time of which is in the accesses of the modules within them."""
     device: str
     """Its kind, by torch's name: ``"cpu"``, ``"cuda"`` (ROCm too) or ``"xpu"``."""
     host_to_device_bytes_per_s: float

@@ -37,14 +37,15 @@ def window_bound(problem: Problem, times_s: Sequence[float], nonweight_bytes: By
     length = problem.length
     times = np.asarray(times_s, dtype=np.float64)
     starts = np.arange(0, length, -(-length // _MOST_STARTS))
-    # ends[p, j]: longest path from the end of access p to the end of access p + j
-    ends = np.zeros((len(starts), length + 1))
-    for ahead in range(1, length + 1):
-        between = np.arange(ahead)
-        waited = ends[:, :ahead] + windows[(starts[:, None] + between) % length, ahead - between]
-        begin = np.maximum(ends[:, ahead - 1], waited.max(axis=1))
-        ends[:, ahead] = begin + times[(starts + ahead) % length]
-    return float(ends[:, length].max())
+    # The longest paths from the end of access p (row): ``ends`` to the end of access p + ahead, ``begins`` to the start
+    # of each behind it. From each access on to all later ones, so that the windows are read row by row.
+    ends = np.zeros(len(starts))
+    begins = np.zeros((len(starts), length + 1))
+    for ahead in range(length):
+        later = begins[:, ahead + 1 :]
+        np.maximum(later, ends[:, None] + windows[(starts + ahead) % length, 1 : length - ahead + 1], out=later)
+        ends = np.maximum(begins[:, ahead + 1], ends) + times[(starts + ahead + 1) % length]
+    return float(ends.max())
 
 
 def _windows(problem: Problem, room_bytes: list[int], disk_used: bool) -> Seconds:
@@ -57,20 +58,24 @@ def _windows(problem: Problem, room_bytes: list[int], disk_used: bool) -> Second
     sizes = [block.size_bytes for block in table.blocks]
     # Rows may be read where they lie: they need no room.
     reads = [tuple(b for b in dict.fromkeys(a.blocks) if not a.reads_rows_of(b)) for a in table.accesses]
+    before: dict[int, int] = {}
+    """By block the last access that read it, from one pass on into the next."""
+    found: list[tuple[int, int, int]] = []
+    for at in range(2 * length):
+        for block in reads[at % length]:
+            if at >= length:
+                found.append((at - length, at - before[block], sizes[block]))
+            before[block] = at
+    readings = np.asarray(found, dtype=np.int64).reshape(-1, 3)
+    accesses, distances, bytes_read = readings[:, 0], readings[:, 1], readings[:, 2].astype(np.float64)
     windows = np.zeros((length, length + 1))
     for p in range(length):
-        needed: set[int] = set()
-        own = set(reads[p])
-        short = sum(sizes[block] for block in own) - room_bytes[p]
-        for span in range(1, length + 1):
-            for block in reads[(p + span) % length]:
-                if block not in needed:
-                    needed.add(block)
-                    if block not in own:
-                        short += sizes[block]
-            if short > 0:
-                wait_s = short / together
-                if disk_used:
-                    wait_s = max(wait_s, (short - ram_bytes) / disk)
-                windows[p, span] = wait_s
+        spans = (accesses - p - 1) % length + 1
+        is_new = distances > spans  # neither p nor any access since reads it: p's own is there
+        own = sum(sizes[block] for block in reads[p]) - room_bytes[p]
+        short = own + np.bincount(spans[is_new], weights=bytes_read[is_new], minlength=length + 1).cumsum()
+        waits_s = short / together
+        if disk_used:
+            waits_s = np.maximum(waits_s, (short - ram_bytes) / disk)
+        windows[p, 1:] = np.where(short > 0, waits_s, 0.0)[1:]
     return windows

@@ -324,6 +324,19 @@ class Plan(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
         """Return the activation policy of each recomputable module."""
         return {policy.module: policy.activations for policy in self.activations}
 
+    def recomputed(self) -> frozenset[str]:
+        """Return the modules whose forward memplan runs again in backward: those of this policy, and layers in
+        parts.
+        """
+        chosen = (policy.module for policy in self.activations if policy.activations == "recompute")
+        return frozenset((*chosen, *self.table.checkpointed))
+
+    def recomputed_triggers(self) -> frozenset[str]:
+        """Return those of the modules with accesses that run again in backward, by themselves or within a layer."""
+        again = self.recomputed()
+        layers = tuple(f"{layer}." for layer in self.table.checkpointed)
+        return again | {access.module for access in self.table.accesses if access.module.startswith(layers)}
+
     def home_of(self, block: int) -> Tier:
         """Return the tier where the block's permanent copy lies."""
         for item in self.items:

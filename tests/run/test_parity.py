@@ -20,13 +20,13 @@ from tests.support.graphs import graph_of
 from tests.support.training import CPU, EVERY_WAY, KINDS, assert_equal, batch_of, loss_of, make, train, whole_run
 
 
-def plan_for(model, kind, *, share=0.4, accumulation=1, tiers="all", offload=()):
+def plan_for(model, kind, *, share=0.4, accumulation=1, tiers="all", offload=(), **options):
     """A plan with ``share`` of the way from the least vram to all of it, homes on every tier; made once in a process.
 
     The stages are called one by one, so that the model is traced once. ``offload``: layers whose activations are
-    offloaded, or ``"all"``.
+    offloaded, or ``"all"``. ``options``: of the analysis.
     """
-    graph = graph_of(model, batch_of(kind), loss_of, accumulation=accumulation, offload=bool(offload))
+    graph = graph_of(model, batch_of(kind), loss_of, accumulation=accumulation, offload=bool(offload), **options)
     offloaded = tuple(graph.recomputable if offload == "all" else offload)
     key = (id(graph), CPU.name, share, accumulation, tiers, offloaded)  # graphs stay to the end
     if key not in _plans:
@@ -75,17 +75,17 @@ def compare(
     offload=(),
     tmp_path=None,
     make=make,
+    **more,
 ):
     """Train whole and planned; return the handle of the planned run, which is still attached."""
     options = {"checkpointing": checkpointing, "dropout": dropout}
     whole = whole_run(kind, make=make, accumulation=accumulation, **options)
     model = make(kind, **options)
-    plan = plan_for(model, kind, accumulation=accumulation, share=share, offload=offload)
+    plan = plan_for(model, kind, accumulation=accumulation, share=share, offload=offload, **more)
     handle = attach(model, plan, checked=checked, cache=tmp_path)
     planned = train(model, kind, accumulation=accumulation)
     assert_equal(whole, planned)
-    again = {policy.module for policy in plan.activations if policy.activations == "recompute"}
-    assert_forwards(whole, planned, again, steps=3 * accumulation)
+    assert_forwards(whole, planned, plan.recomputed(), steps=3 * accumulation)
     return handle
 
 

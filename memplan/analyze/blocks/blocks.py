@@ -7,6 +7,7 @@ is not chosen need not be loaded (``experts.py`` says which layers these are).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -23,6 +24,9 @@ from memplan.units import align_up, format_bytes
 
 _SMALL = 8
 """A part of a layer with experts is worth loads of its own from this fraction of its largest expert on."""
+
+_SMALL_PART = 256
+"""A module of a layer in parts from this fraction of the layer on: below are norms and routers, which stay."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -129,12 +133,16 @@ def check_model(model: nn.Module, given: object) -> None:
 
 
 def find_units(
-    model: nn.Module, containers: frozenset[str] = frozenset(), routed: frozenset[str] = frozenset()
+    model: nn.Module,
+    containers: frozenset[str] = frozenset(),
+    routed: frozenset[str] = frozenset(),
+    in_parts: frozenset[str] = frozenset(),
 ) -> tuple[Unit, ...]:
     """Return the trigger modules in module order.
 
     ``containers``: units whose forward is never called though their weights are read: their children are units.
-    ``routed``: layers that choose among experts: their parts are units, down to each expert.
+    ``routed``: layers that choose among experts: their parts are units, down to each expert. ``in_parts``: layers of
+    which each module with frozen weights of its own is a unit.
     """
     outermost = modules_by_name(model)
     units: list[Unit] = []
@@ -150,6 +158,8 @@ def find_units(
         elif canonical(name) in routed:
             experts = [child for held in expert_lists(module) for child in held.children()]
             apart(name, module, stack, max(_frozen_bytes(expert) for expert in experts) // _SMALL)
+        elif canonical(name) in in_parts:
+            parts(name, module, stack, _frozen_bytes(module) // _SMALL_PART)
         else:
             whole(name, module, stack, "layer")
 
@@ -173,12 +183,20 @@ def find_units(
             else:
                 whole(inner, child, stack, "layer" if _frozen_bytes(child) >= least_bytes else "other")
 
-    def own(name: str, module: nn.Module, stack: str) -> None:
+    def parts(name: str, module: nn.Module, stack: str, least_bytes: int) -> None:
+        own(name, module, stack, least_bytes)
+        for part, child in module.named_children():
+            if id(child) not in seen:
+                parts(f"{name}.{part}", child, stack, least_bytes)
+
+    def own(name: str, module: nn.Module, stack: str, layer_from_bytes: float = math.inf) -> None:
         seen.add(id(module))
         frozen = frozen_weights(name, module, deep=False)
         if frozen:
             unit = canonical(name)
             kind: BlockKind = "embedding" if isinstance(module, nn.Embedding) else "other"
+            if sum(w.tensor.numel() * w.tensor.element_size() for w in frozen) >= layer_from_bytes:
+                kind = "layer"
             units.append(Unit(name=unit, module=outermost[unit], kind=kind, stack=stack, weights=frozen))
 
     def walk(name: str, module: nn.Module) -> None:

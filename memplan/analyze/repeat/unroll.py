@@ -168,6 +168,7 @@ class _Extension:
             accesses=tuple(_renumbered(access, new) for access in accesses),
             lifetimes=lifetimes,
             recomputable=tuple(self._named.whole(self._graph.recomputable)),
+            checkpointed=tuple(self._named.whole(self._graph.checkpointed)),
         )
 
     # ---- where things are

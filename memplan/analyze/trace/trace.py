@@ -67,6 +67,7 @@ from memplan.state.snapshot import Snapshot
 _DEEPEST = 8
 """Levels of containers within containers that are taken apart."""
 
+_NONE: Mapping[str, nn.Module] = MappingProxyType({})
 _STEP_RUNS = "check that one training step of it runs"
 
 
@@ -83,6 +84,7 @@ def analyze(
     device: str = "cpu",
     short: bool = False,
     runs: Sequence[Run] = (),
+    parts: bool = False,
     notes: tuple[str, ...] = (),
 ) -> LayerGraph:
     """Return what a training pass of ``model`` on ``batch`` reads, keeps and costs.
@@ -94,8 +96,8 @@ def analyze(
     output holds none. ``offload``: look also at what would be saved of each layer where that is offloaded (a trace
     more); ``"try"``: without a word where that cannot be. ``short``: of layers that are alike trace a few, see
     ``periodic.py``; for models that were built from a configuration it knows. ``runs``: stacks of which the model holds
-    what is traced alone; then NotPeriodicError tells that the whole is needed. ``notes``: what to say of the model
-    besides.
+    what is traced alone; then NotPeriodicError tells that the whole is needed. ``parts``: layers are in parts, each
+    with a block and accesses of its own, and recomputed as a whole. ``notes``: what to say of the model besides.
 
     Raises ModelError for a model that cannot be placed or traced, InputError for a batch or an optimizer that cannot
     be used. The model is unchanged.
@@ -118,6 +120,7 @@ def analyze(
         autocast_dtype=autocast_dtype,
         device=device,
         offload=offload,
+        parts=parts,
     )
     seen = None
     if runs:
@@ -136,7 +139,7 @@ def analyze(
         model,
         call,
         kept=seen.kept,
-        ran_again=seen.ran_again,
+        ran_again=len(seen.ran_again),
         times=seen.times,
         optimizer=optimizer,
         name=name or type(base_of(model)).__name__,
@@ -160,7 +163,8 @@ class _Seen:
 
     graph: LayerGraph
     kept: Traced
-    ran_again: int
+    ran_again: tuple[str, ...]
+    """Layers that the model checkpoints itself."""
     notes: tuple[str, ...]
     passes: tuple[Sequence[Event], ...] = ()
     """Births and deaths of the traces in which all is kept and all is recomputed."""
@@ -190,7 +194,7 @@ def _looked_at_short(model: nn.Module, call: Batch, look: Callable[[], _Seen], *
 
 def _counted_for_all(seen: _Seen, runs: Sequence[Run]) -> _Seen:
     """Return what was seen of a few layers as of all. Raises NotPeriodicError."""
-    graph, ran_again, passes = seen.graph, sorted(seen.kept.ran_again), seen.passes
+    graph, ran_again, passes = seen.graph, list(seen.ran_again), seen.passes
     for run in runs:
         passes = tuple(whole_events(events, graph, run) or events for events in passes)
         stateful = with_whole_names(graph.stateful, run)
@@ -198,7 +202,7 @@ def _counted_for_all(seen: _Seen, runs: Sequence[Run]) -> _Seen:
     place = {module: index for index, module in enumerate(graph.recomputable)}
     graph = replace(graph, stateful=tuple(sorted(graph.stateful, key=lambda layer: place[layer.module])))
     return dataclasses.replace(
-        seen, graph=graph, ran_again=len(ran_again), passes=passes, times=partial(times, runs=runs)
+        seen, graph=graph, ran_again=tuple(ran_again), passes=passes, times=partial(times, runs=runs)
     )
 
 
@@ -211,6 +215,7 @@ def _look(
     autocast_dtype: torch.dtype | None,
     device: str,
     offload: bool | Literal["try"],
+    parts: bool,
 ) -> _Seen:
     """Trace the model as it is, and with its layers' activations under the other policies."""
     snapshot = Snapshot(model=model, loss=loss, calls=call.calls)
@@ -226,13 +231,17 @@ def _look(
         device=device,
     )
 
-    def traced_apart(routed: frozenset[str]) -> tuple[tuple[Unit, ...], tuple[Draft, ...], Traced]:
-        """Trace the model as it is, with its containers and the ``routed`` layers taken apart."""
+    def traced_apart(
+        routed: frozenset[str], in_parts: frozenset[str] = frozenset(), again: Mapping[str, nn.Module] = _NONE
+    ) -> tuple[tuple[Unit, ...], tuple[Draft, ...], Traced]:
+        """Trace the model as it is, with its containers, the ``routed`` layers and those ``in_parts`` taken apart, and
+        the modules of ``again`` recomputed.
+        """
         containers: frozenset[str] = frozenset()
         for _ in range(_DEEPEST):
-            units = find_units(model, containers, routed)
+            units = find_units(model, containers, routed, in_parts)
             drafts = draft_blocks(units)
-            kept = trace(units, drafts)
+            kept = trace(units, drafts, again=again)
             found = _containers(units, drafts, kept.recorder)
             if found <= containers:
                 break
@@ -254,11 +263,12 @@ def _look(
         routed -= too_much
     recomputable = _recomputable(units, kept)
     notes: list[str] = []
+    in_parts: Mapping[str, nn.Module] = _NONE
 
     def traced(policy: Activations, done: str, names: Iterable[str]) -> Traced | None:
         """Trace with the layers of these names under another policy; None where that cannot be."""
         try:
-            found = trace(units, drafts, policies=dict.fromkeys(names, policy))
+            found = trace(units, drafts, policies=dict.fromkeys(names, policy), again=in_parts)
         except ModelError as error:
             why = str(error).removesuffix(f": {_STEP_RUNS}")
         else:
@@ -283,13 +293,33 @@ def _look(
         stateful |= found
         again = kept
     assert again is not None
+    ran_again = tuple(sorted(kept.ran_again))
+    if parts:
+        alone = kept.ran_again.union(recomputable) - routed - stateful.keys()
+        layers = {unit.name: unit.module for unit in units if unit.kind == "layer" and unit.name in alone}
+        while layers:
+            wrapped = {name: module for name, module in layers.items() if name in recomputable}
+            apart = traced_apart(routed, frozenset(layers), wrapped)
+            whole = pinned_layers(frozenset(layers), drafts, apart[1])
+            if not whole:
+                units, drafts, kept = apart
+                in_parts, recomputable = wrapped, tuple(name for name in recomputable if name not in layers)
+                names = [name for name in recomputable if name not in stateful]
+                again = (traced("recompute", "recomputed", names) if names else None) or kept
+                recomputable = recomputable if again is not kept else ()
+                offloaded = traced("offload", "offloaded", recomputable) if offload and recomputable else None
+                break
+            layers = {name: module for name, module in layers.items() if name not in whole}
+        if not layers:
+            notes.append("No layer can be taken apart: their weights are read outside of the modules that have them.")
     graph = assemble(model, drafts, kept=kept, recomputed=again, offloaded=offloaded, recomputable=recomputable)
     graph = replace(
         graph,
         stateful=tuple(Stateful(module=name, reason=stateful[name]) for name in recomputable if name in stateful),
+        checkpointed=tuple(in_parts),
     )
     passes = (kept.events,) if again is kept else (kept.events, again.events)
-    return _Seen(graph=graph, kept=kept, ran_again=len(kept.ran_again), notes=tuple(notes), passes=passes)
+    return _Seen(graph=graph, kept=kept, ran_again=ran_again, notes=tuple(notes), passes=passes)
 
 
 def _trace_apart(*args: Any, **options: Any) -> Traced:
@@ -308,10 +338,11 @@ def _trace(
     autocast_dtype: torch.dtype | None,
     device: str,
     policies: Mapping[str, Activations] = MappingProxyType({}),
+    again: Mapping[str, nn.Module] = MappingProxyType({}),
 ) -> Traced:
     """Run one forward and backward on fake tensors. ``autocast_dtype``: what autocast has the forward compute in.
-    ``device``: kind of device whose operators are to be seen.
-    ``policies``: units whose activations are not kept, by name.
+    ``device``: kind of device whose operators are to be seen. ``policies``: units whose activations are not kept, by
+    name. ``again``: layers in parts that are recomputed.
     """
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     mode.cache_enabled = False  # what it makes anew does not share memory as what it was made of did
@@ -366,6 +397,8 @@ def _trace(
         _notice_recomputes(units, ran_again)
         drawn = watch_draws(units)
         offloads = Offloads(recorder, mode)
+        for layer in again.values():
+            undo.callback(recompute.wrap(layer))
         for unit in units:
             if policies.get(unit.name) == "recompute":
                 undo.callback(recompute.wrap(unit.module))

@@ -31,6 +31,7 @@ from memplan.run.memory.home import Home
 from memplan.run.modules.embedding_rows import look_up_on_host, read_in_place
 from memplan.run.modules.encoder_fast_path import hide_hooks, show_first_layer
 from memplan.run.modules.guard import Guard
+from memplan.run.modules.match_model import recomputed_modules
 from memplan.run.modules.offloaded_activations import Offloaded, offloaded_activations
 from memplan.run.runtime import Runtime
 from memplan.run.schedule.conductor import Conductor
@@ -126,13 +127,12 @@ def _hook(
             undone = keeping(module)
             if undone is not None:
                 undo.callback(undone)
-    again = [policy.module for policy in plan.activations if policy.activations == "recompute"]
     turns = Turns(tiers.arena.addresses.holds)
-    for name in again:
-        undo.callback(data_writes.watch(triggers[name]))
-        undo.callback(optimizer_steps.watch(triggers[name]))
+    for name, module in recomputed_modules(model, plan).items():
+        undo.callback(data_writes.watch(module))
+        undo.callback(optimizer_steps.watch(module))
         same = SameAgain(name, turns)
-        undo.callback(recompute.wrap(triggers[name], _setting_kept(name, triggers[name], runtime, same)))
+        undo.callback(recompute.wrap(module, _setting_kept(name, module, runtime, same)))
     offloads = conductor.loader.offloads
     for held in offloads.by_key.values():
         undo.callback(offload.wrap(triggers[held.module], held.module, offloads.beginning(held.key)))
@@ -192,7 +192,7 @@ def _around(model: nn.Module, triggers: Mapping[str, nn.Module]) -> list[nn.Modu
 
 def _kept_reads(plan: Plan, triggers: Mapping[str, nn.Module], tiers: Tiers) -> dict[str, nn.Module]:
     """Return the triggers that read streamed blocks, and are not run again in backward."""
-    again = {policy.module for policy in plan.activations if policy.activations == "recompute"}
+    again = plan.recomputed_triggers()
     reads = {a.module for a in plan.table.accesses if any(block in tiers.streamed for block in a.blocks)} - again
     return {name: trigger for name, trigger in triggers.items() if name in reads}
 
@@ -253,7 +253,13 @@ def _setting_kept(name: str, module: nn.Module, runtime: Runtime, same: SameAgai
     plan, and looks whether it is the ``same``.
     """
     tiers = runtime.tiers
-    reads = {block for access in tiers.plan.table.accesses if access.module == name for block in access.blocks}
+    parts = f"{name}."
+    reads = {
+        block
+        for access in tiers.plan.table.accesses
+        if access.module == name or access.module.startswith(parts)
+        for block in access.blocks
+    }
     streamed = [tiers.streamed[block] for block in reads if block in tiers.streamed]
     apart = frozenset(id(tensor) for one in tiers.streamed.values() for tensor, _, _ in one.pointers)
     written, loader = runtime.direct.written, runtime.conductor.loader
@@ -283,7 +289,7 @@ def _setting_kept(name: str, module: nn.Module, runtime: Runtime, same: SameAgai
 
 def _note_recomputed(plan: Plan, tiers: Tiers) -> None:
     """Note which blocks' forwards the plan runs a second time in backward."""
-    again = {policy.module for policy in plan.activations if policy.activations == "recompute"}
+    again = plan.recomputed_triggers()
     for access in plan.table.accesses:
         if access.module in again:
             for block in access.blocks:

@@ -92,7 +92,7 @@ def trigger_modules(model: nn.Module, plan: Plan) -> dict[str, nn.Module]:
     """Return the modules whose calls announce accesses, by name. Raises PlanMismatchError where one is lacking."""
     modules = modules_by_name(model)  # as the analyzer has them: the wrapper, not what it wraps
     wanted = dict.fromkeys(access.module for access in plan.table.accesses if access.module)
-    missing = [name for name in wanted if name not in modules]
+    missing = [name for name in (*wanted, *plan.table.checkpointed) if name not in modules]
     if missing:
         raise PlanMismatchError(f"the plan watches the module {missing[0]}, which this model lacks: make a new plan")
     triggers = {name: modules[name] for name in wanted}
@@ -103,6 +103,12 @@ def trigger_modules(model: nn.Module, plan: Plan) -> dict[str, nn.Module]:
             f"one by one: {WAY_OUT}"
         )
     return triggers
+
+
+def recomputed_modules(model: nn.Module, plan: Plan) -> dict[str, nn.Module]:
+    """Return the modules that the plan runs again in backward, by name, in the plan's order."""
+    modules, again = modules_by_name(model), plan.recomputed()
+    return {name: modules[name] for name in (*plan.policies(), *plan.table.checkpointed) if name in again}
 
 
 def stored_tensors(model: nn.Module, checkpoint: str | Path | Checkpoint | None) -> dict[str, Stored]:

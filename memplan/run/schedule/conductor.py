@@ -56,7 +56,7 @@ class Conductor:
         self._direct = direct
         self.entrances = entrances
         self._process = os.getpid()
-        self._recomputed = frozenset(p.module for p in plan.activations if p.activations == "recompute")
+        self._recomputed = plan.recomputed_triggers()
         self._forward_of: int | None = None  # the thread whose forward is under way
         self._used_by = 0  # the thread whose access was the last to begin
         self._closed = False
