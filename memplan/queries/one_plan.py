@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import mmap
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -15,10 +16,12 @@ from torch import nn
 from memplan.case import profile_of, ram_of, vram_of
 from memplan.device_kinds import is_apart
 from memplan.errors import InputError
+from memplan.hardware.machine import cache_path
 from memplan.hooks.nested import tensors_in
 from memplan.model.calls import Call, Step
 from memplan.program import codec
 from memplan.program.schema import Plan
+from memplan.ranks.restart import left_vram
 from memplan.ranks.session import RankError, Session, session
 from memplan.ranks.shared_memory import shared_memory
 from memplan.ranks.world import unknown_ranks
@@ -77,10 +80,10 @@ def one_plan(
         if is_first:
             profile_of(hardware)  # from here on it is known
     with ranks.telling("looking at the budgets"):
-        profile, sizes = profile_of(hardware), Sizes.of(options)
+        profile, sizes, left = profile_of(hardware), Sizes.of(options), left_vram(cache_path())
         own = _Own(
             model=_signature(model),
-            vram_bytes=vram_of(sizes, profile),
+            vram_bytes=min(vram_of(sizes, profile), left if left is not None else sys.maxsize),
             ram_bytes=ram_of(sizes, profile),
             numbers=sum(tensor.numel() for tensor in _tensors(call)),
         )

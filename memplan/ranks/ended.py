@@ -33,6 +33,11 @@ def tell_who_ended(ranks: World, ended: Callable[[], int | None]) -> None:
     _Hook.process = os.getpid()
 
 
+def first_ended(ranks: World) -> str | None:
+    """Return which rank was the first to end by an error that it has noted, and by which; None so far."""
+    return ranks.store.get(_FIRST).decode() if ranks.store.check([_FIRST]) else None
+
+
 class _Hook:
     """What the hook goes by: the ranks of now, since a process group may be made anew."""
 

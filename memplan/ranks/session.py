@@ -22,7 +22,7 @@ from typing import Any
 import msgspec
 
 from memplan.errors import DoesNotFitError, MemplanError, RunError, type_and_line
-from memplan.ranks.ended import tell_who_ended
+from memplan.ranks.ended import first_ended, tell_who_ended
 from memplan.ranks.world import Node, World, this_node, world
 
 _NUMBERS = itertools.count()
@@ -222,6 +222,10 @@ class Session:
             pause = min(_LAST_POLL_S, pause * 1.5)
             if pause < _LAST_POLL_S:
                 continue
+            said = first_ended(self._ranks)  # on whatever node
+            if said is not None and not is_there():
+                self._raise_of_others()
+                raise RankError(f"{said}, while rank {self.rank} was {doing}: no rank goes on")
             ended = self._ended()
             if ended is not None and not is_there():
                 self._raise_of_others()
@@ -305,7 +309,7 @@ def _ended(ranks: World, known: dict[int, Member]) -> int | None:
     _look_for(ranks, known)
     own = this_node(ranks.rank)
     others = (member for member in known.values() if member.rank != ranks.rank and member.node == own)
-    return next((member.rank for member in others if _is_gone(member.pid)), None)
+    return next((member.rank for member in others if is_gone(member.pid)), None)
 
 
 def _look_for(ranks: World, known: dict[int, Member]) -> None:
@@ -335,7 +339,7 @@ def _versions() -> str:
     return f"memplan {version('memplan')} with torch {torch.__version__}"
 
 
-def _is_gone(pid: int) -> bool:
+def is_gone(pid: int) -> bool:
     """Whether a process of this node is there no more, or is dead and nobody has looked."""
     try:
         with open(f"/proc/{pid}/stat", "rb") as file:

@@ -14,6 +14,8 @@ from __future__ import annotations
 
 import mmap
 import os
+from collections.abc import Callable
+from typing import TypeVar
 
 import msgspec
 import numpy as np
@@ -41,13 +43,25 @@ class _Offer(msgspec.Struct, frozen=True):
     descriptor: int = -1
 
 
+T = TypeVar("T")
+
+
 def shared_memory(ranks: Session, size_bytes: int) -> SharedMemory | None:
     """Return so many bytes (at least one) that the ranks of this node share; None where one of them cannot.
 
     Every rank calls this, with a size that is the same within its node. Raises RankError.
     """
+    return shared(ranks, size_bytes, SharedMemory)
+
+
+def shared(ranks: Session, size_bytes: int, made_of: Callable[[int, int], T]) -> T | None:
+    """Return what ``made_of`` makes on each rank of so many bytes that a node shares; None where one of them cannot.
+
+    ``made_of``: called with a file descriptor, which is closed afterwards, and the size. Every rank calls this, with a
+    size that is the same within its node. Raises RankError.
+    """
     offer, own = _Offer(pid=os.getpid()), -1
-    made: SharedMemory | None = None
+    made: T | None = None
     try:
         if ranks.place == 0 and len(ranks.node) > 1 and hasattr(os, "memfd_create"):
             try:
@@ -58,7 +72,14 @@ def shared_memory(ranks: Session, size_bytes: int) -> SharedMemory | None:
                 pass  # the others see that there is none
         offers = ranks.gather("offering shared memory", msgspec.msgpack.encode(offer))
         offered = msgspec.msgpack.decode(offers[ranks.node[0].rank], type=_Offer)
-        made = _opened(offered, size_bytes)
+        descriptor = _opened(offered, size_bytes)
+        if descriptor is not None:
+            try:
+                made = made_of(descriptor, size_bytes)
+            except OSError:
+                pass  # there is no room to map it
+            finally:
+                os.close(descriptor)
         # Also: the descriptor stays until all have opened it.
         opened = ranks.gather("opening shared memory", b"" if made is None else b"1")
     finally:
@@ -67,19 +88,18 @@ def shared_memory(ranks: Session, size_bytes: int) -> SharedMemory | None:
     return made if all(opened[member.rank] for member in ranks.node) else None
 
 
-def _opened(offer: _Offer, size_bytes: int) -> SharedMemory | None:
+def _opened(offer: _Offer, size_bytes: int) -> int | None:
+    """Return a descriptor of what is offered, or None where this process cannot open it."""
     if offer.descriptor < 0:
         return None
     try:
         descriptor = os.open(f"/proc/{offer.pid}/fd/{offer.descriptor}", os.O_RDWR | os.O_CLOEXEC)
     except OSError:
         return None
-    try:
-        return SharedMemory(descriptor, size_bytes) if os.fstat(descriptor).st_size == size_bytes else None
-    except OSError:
-        return None
-    finally:
-        os.close(descriptor)
+    if os.fstat(descriptor).st_size == size_bytes:
+        return descriptor
+    os.close(descriptor)
+    return None
 
 
 def _mapped(descriptor: int, size_bytes: int, kind: int) -> torch.Tensor:

@@ -31,8 +31,18 @@ def world() -> World | None:
     if dist.get_backend() == "fake":  # stands for ranks that there are none of
         return None
     _Known.rank = dist.get_rank()
-    store = dist.PrefixStore("memplan", dist.distributed_c10d._get_default_store())
+    store = dist.PrefixStore(_prefix(), dist.distributed_c10d._get_default_store())
     return World(rank=dist.get_rank(), size=dist.get_world_size(), store=store)
+
+
+def _prefix() -> str:
+    """Return what memplan's names in the store begin with.
+
+    A launcher that starts its ranks anew may keep the store, with all that those before have said there. On one node
+    it counts the starts; of several nodes each counts its own, so that they would not meet.
+    """
+    start = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") if os.environ.get("GROUP_WORLD_SIZE") == "1" else "0"
+    return f"memplan {start}"
 
 
 def launched_size() -> int:

@@ -16,12 +16,14 @@ from msgspec.structs import replace
 from torch import nn
 
 from memplan.errors import DoesNotFitError, RunError, first_line
+from memplan.hardware.machine import cache_path
 from memplan.hooks.recompute import drop_hooks_that_stayed
 from memplan.model.live_storages import StorageLedger
 from memplan.program.page_lock import page_locked_bytes
 from memplan.program.record import RunRecord
 from memplan.program.schema import Plan
 from memplan.ranks.data_parallel import Broadcast, why_not_repeatable, wrapper_of
+from memplan.ranks.restart import leave_vram
 from memplan.ranks.world import world
 from memplan.run.modules.guard import guard_of
 from memplan.run.recovery import Before, Room, is_out_of_memory
@@ -245,10 +247,13 @@ class Handle:
                 raise
             ranks = world()
             taken = self.plan.prediction.peaks.vram_bytes
+            smaller = int(taken * _SMALLER)
+            is_left = leave_vram(cache_path(), smaller)
             raise RunError(
                 f"rank {0 if ranks is None else ranks.rank} ran out of device memory ({first_line(error)}) under a "
-                f"plan for {format_bytes(taken)}, and the micro-batch cannot be repeated on one rank: {why}. Start "
-                f"anew with vram of {format_bytes(int(taken * _SMALLER))} ({int(taken * _SMALLER)}B) at most"
+                f"plan for {format_bytes(taken)}, and the micro-batch cannot be repeated on one rank: {why}. "
+                + ("The launcher's restart plans for" if is_left else "Start anew with")
+                + f" vram of {format_bytes(smaller)} ({smaller}B) at most"
             ) from error
 
     def accumulate(self, run: Callable[[Batch], Result], batches: Iterable[Batch]) -> list[Result]:

@@ -22,6 +22,7 @@ from memplan.model.weights import Weight, plain_parts, small_tensors
 from memplan.program.page_lock import is_state_locked, pageable_items
 from memplan.program.schema import STAGING_BYTES, Address, Channel, Plan, Tier
 from memplan.ranks.session import Session
+from memplan.ranks.shared_reads import shared_reads
 from memplan.run.memory.arena import Arena, Placeholders, dtype_of, view
 from memplan.run.memory.disk import DiskReader, Extent
 from memplan.run.memory.home import Checkpoint, Home, Weights
@@ -34,6 +35,9 @@ from memplan.run.transfer.device import empty_cache, is_apart, reads
 from memplan.run.transfer.interrupts import Undo, defer_sigint
 from memplan.run.transfer.transfer import DiskSource, HostSource, Source
 from memplan.units import format_bytes
+
+RING_BYTES = STAGING_BYTES // 2
+"""What each rank gives of its staging to the ring through which a node's ranks read files."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -84,6 +88,10 @@ class Tiers:
         self.plan, self.arena = plan, self._device_arena(plan)
         self.reader = DiskReader()
         undo.callback(self.reader.close)
+        if ranks is not None and any(item.home == "disk" for item in plan.items):
+            ring = shared_reads(ranks, RING_BYTES)
+            if ring is not None:
+                self.reader.share(ring, RING_BYTES)
         self.placeholders = Placeholders(device)
         self.homes: dict[int, Home] = {}
         self.own_homes: set[int] = set()

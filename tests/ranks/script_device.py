@@ -27,6 +27,9 @@ def main():
         plan = plan_for(model, "llama", share=0.0, offload=("model.layers.1",))
         with attach(model, plan, checked=True, cache=Path(sys.argv[1])) as handle:
             run = apart.train(model, "llama")
+            on_disk = {item.block for item in plan.items if item.home == "disk"}
+            size_bytes = sum(block.size_bytes for block in plan.table.blocks if block.id in on_disk)
+            print("read", inside.bytes_read_from_disk(handle), "of", size_bytes, flush=True)
             sources = [home.source for home in inside.tiers(handle).homes.values() if hasattr(home.source, "part")]
             shared = [source for source in sources if source.handed_out is not None]
             print("pinned and shared", len(shared), all(source.part.is_pinned() for source in shared), flush=True)

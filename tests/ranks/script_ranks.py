@@ -1,5 +1,7 @@
 """A script for several ranks: ``python script_ranks.py FOLDER OUT KIND [VRAM RAM]``.
 
+Several kinds, and the VRAM of each, may be given with commas between them: they are trained in turn.
+
 KIND: ``trainer`` (transformers' Trainer), ``accelerate`` or ``ddp`` (loops), ``lightning``; what follows a ``+`` has it
 do more, each in ``MORE``. With VRAM memplan's own lines are used; without, none.
 """
@@ -19,6 +21,9 @@ from safetensors.torch import load_file, save_file
 from torch.nn.parallel import DistributedDataParallel
 from transformers import AutoConfig, AutoModelForCausalLM, Trainer, TrainingArguments
 
+from memplan.run import tiers
+from tests.support import inside
+
 MORE = {
     "accumulated": "micro-batches of which every second sums gradients, the first under no_sync",
     "checkpointing": "gradient checkpointing",
@@ -26,6 +31,7 @@ MORE = {
     "unused": "DDP's find_unused_parameters",
     "quiet": "DDP's buffers are not broadcast",
     "disk": "layers have their homes on disk, in the checkpoint's own files",
+    "resident": "two layers have theirs on the device",
     "packed": "so they have, and are packed: the script has changed them all",
     "checked": "the checked mode",
     "uneven": "rank 0 has one micro-batch more, within DDP's join",
@@ -44,7 +50,8 @@ MORE = {
     "callback": "MemplanCallback in place of it",
     "thinned": "rank 1 trains fewer parameters",
     "replanned": "rank 1 is given another plan",
-    "killed": "rank 1 is killed with -9 in its second micro-batch",
+    "killed": "rank 1 is killed with -9 in its second micro-batch, unless it was started anew",
+    "felled": "all ranks are, in theirs",
     "faulted": "rank 1 raises in its second micro-batch",
     "crowded": "rank 1 runs out of memory in its second micro-batch, once",
 }
@@ -74,6 +81,8 @@ def options(given, more):
     found = {"vram": vram, "ram": ram, "hardware": os.environ["PROFILE"]}
     if {"disk", "packed"} & set(more):
         found |= {"pins": {f"model.layers.{index}": "disk" for index in range(4)}, "disk": "64MiB"}
+    if "resident" in more:
+        found |= {"pins": {f"model.layers.{index}": "device" for index in (1, 2)}}
     return found | {"checked": True} if "checked" in more else found
 
 
@@ -154,7 +163,8 @@ def micro_batches(rank, more):
 
 
 def ddp(folder, out, more, asked):
-    dist.init_process_group("gloo")
+    if not dist.is_initialized():
+        dist.init_process_group("gloo")
     rank = dist.get_rank()
     model = adapted(folder, more)
     handle = None
@@ -187,9 +197,9 @@ def ddp(folder, out, more, asked):
             if "written" in more and number == 1:
                 with torch.no_grad():
                     model.get_base_model().model.layers[1].mlp.up_proj.base_layer.weight.mul_(1.5)
-            if "killed" in more and rank == 1 and number == 1:
+            if number == 1 and (("killed" in more and rank == 1 and not is_restarted()) or "felled" in more):
                 os.kill(os.getpid(), 9)
-            if "faulted" in more and rank == 1 and number == 1:
+            if "faulted" in more and rank == int(os.environ.get("FAULTY", "1")) and number == 1:
                 raise ValueError("something of the script's own")
 
             def run(number=number):
@@ -216,6 +226,7 @@ def ddp(folder, out, more, asked):
     save(model, out)
     if handle is not None:
         print("streamed", handle.record.loads > 0, handle.recoveries, flush=True)
+        print("read", inside.bytes_read_from_disk(handle), flush=True)
         handle.detach()
         del handle
         gc.collect()
@@ -247,6 +258,20 @@ def accelerate(folder, out, more, asked):
         print("streamed", handle.record.loads > 0, flush=True)
 
 
+def is_restarted():
+    return os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
+
+
+class Crowded(Trainer):
+    """Rank 1 runs out of memory in its second micro-batch, unless it was started anew."""
+
+    def compute_loss(self, model, inputs, *args, **kwargs):
+        loss = super().compute_loss(model, inputs, *args, **kwargs)
+        if self.state.global_step == 1 and self.args.process_index == 1 and not is_restarted():
+            raise torch.OutOfMemoryError("out of memory, it says")
+        return loss
+
+
 def trainer(folder, out, more, asked):
     import memplan
 
@@ -263,7 +288,8 @@ def trainer(folder, out, more, asked):
         callbacks.append(MemplanCallback(**asked))
     is_placed = asked and not {"wrapped", "callback", "grouped"} & set(more)
     with memplan.placing(**asked) if is_placed else contextlib.nullcontext():
-        made = Trainer(model=adapted(folder, more), args=args, train_dataset=Rows(), callbacks=callbacks)
+        kind = Crowded if "crowded" in more else Trainer
+        made = kind(model=adapted(folder, more), args=args, train_dataset=Rows(), callbacks=callbacks)
     if asked and "wrapped" in more:
         memplan.wrap(made, **asked)
     if asked and "grouped" in more:
@@ -276,6 +302,7 @@ def trainer(folder, out, more, asked):
     if asked:
         handle = callbacks[0].handle if callbacks else made.memplan
         print("streamed", handle.record.loads > 0, flush=True)
+        print("budget", handle.plan.budgets.vram_bytes, flush=True)
 
 
 def lightning(folder, out, more, asked):
@@ -343,11 +370,15 @@ def fault(where):
 def main():
     if os.environ.get("FAULT") and os.environ["RANK"] == os.environ.get("FAULTY", "1"):
         fault(os.environ["FAULT"])
-    folder, out, kind, *given = sys.argv[1:]
-    kind, *more = kind.split("+")
-    assert set(more) <= set(MORE), more
+    folder, out, kinds, *given = sys.argv[1:]
     torch.set_num_threads(1)
-    globals()[kind](folder, out, more, options(given, more))
+    tiers.RING_BYTES = int(os.environ.get("RING", tiers.RING_BYTES))
+    for number, kind in enumerate(kinds.split(",")):
+        kind, *more = kind.split("+")
+        assert set(more) <= set(MORE), more
+        print("case", number, flush=True)
+        asked = options([given[0].split(",")[number], *given[1:]] if given else given, more)
+        globals()[kind](folder, f"{out}/{number}" if "," in kinds else out, more, asked)
     if dist.is_initialized():
         dist.destroy_process_group()
 

@@ -9,6 +9,7 @@ once one has failed, unless ``alone`` is asked for.
 from __future__ import annotations
 
 import atexit
+import ctypes
 import gc
 import importlib
 import json
@@ -52,13 +53,26 @@ class Spawned:
         )  # fmt: skip
 
     def run(
-        self, script: Path, *arguments: object, ranks: int = 2, timeout_s: float = 90, alone: bool = False, **env: str
+        self,
+        script: Path,
+        *arguments: object,
+        ranks: int = 2,
+        timeout_s: float = 90,
+        alone: bool = False,
+        nodes: Nodes | None = None,
+        **env: str,
     ) -> Ran:
-        """Run a script. Raises TimeoutError, and ends all, where it takes longer."""
+        """Run a script; with ``nodes`` each rank on one of them. Raises TimeoutError, and ends all, where it takes
+        longer.
+        """
         self._count += 1
         base = str(self._folder / str(self._count))
         argv = [str(script), *map(str, arguments)]
         job = {"argv": argv, "base": base, "environment": env, "ranks": ranks, "alone": alone, "timeout_s": timeout_s}
+        job |= {"networks": [], "address": "127.0.0.1"}
+        if nodes is not None:
+            job |= {"networks": nodes.networks, "address": nodes.address}
+            job["environment"] = env | {"GLOO_SOCKET_IFNAME": nodes.link}
         assert self._process.stdin is not None
         assert self._process.stdout is not None
         self._process.stdin.write(json.dumps(job) + "\n")
@@ -82,12 +96,41 @@ class Spawned:
         self._log.close()
 
 
+@dataclass(frozen=True)
+class Nodes:
+    """Network namespaces that are joined by a link, which has the same name in each. ``address``: of the first."""
+
+    networks: list[str]
+    link: str
+    address: str
+
+
+def _enter(network: str) -> None:
+    """Be in a network namespace, and the first process of a process namespace: a fork is, and this one waits for it."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    descriptor = os.open(f"/run/netns/{network}", os.O_RDONLY)
+    if libc.setns(descriptor, _NEW_NETWORK) or libc.unshare(_NEW_PROCESSES):
+        raise OSError(ctypes.get_errno(), "no namespaces")
+    os.close(descriptor)
+    child = os.fork()
+    if child:
+        signal.signal(signal.SIGTERM, lambda *_: os.kill(child, signal.SIGKILL))
+        os._exit(1 if os.waitpid(child, 0)[1] else 0)
+    libc.prctl(_DIES_WITH_PARENT, signal.SIGKILL)
+
+
+_NEW_NETWORK, _NEW_PROCESSES = 0x40000000, 0x20000000
+_DIES_WITH_PARENT = 1
+
+
 def _become(job: dict[str, Any], rank: int, environment: dict[str, str]) -> NoReturn:
     """Become the script on one rank."""
     for number, name in ((1, "out"), (2, "err")):
         file = os.open(f"{job['base']}.{rank}.{name}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
         os.dup2(file, number)
         os.close(file)
+    if job["networks"]:
+        _enter(job["networks"][rank])
     os.environ.update(environment)
     sys.argv = job["argv"]
     code = 0
@@ -114,7 +157,7 @@ def _ranks(job: dict[str, Any]) -> tuple[list[int | None], list[float]]:
     children = []
     for rank in range(size):
         names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size, "MASTER_PORT": port}
-        env = {name: str(value) for name, value in names.items()} | {"MASTER_ADDR": "127.0.0.1"} | job["environment"]
+        env = {name: str(value) for name, value in names.items()} | {"MASTER_ADDR": job["address"]} | job["environment"]
         child = os.fork()
         if child == 0:
             _become(job, rank, env)

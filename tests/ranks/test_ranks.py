@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 import subprocess
 import sys
@@ -19,6 +20,23 @@ OTHERS = 30
 """Seconds until the others have ended too, once one rank has failed."""
 
 WAYS = ("asked", "run")
+GRID = [
+    "ddp+resident+checked",
+    "ddp+accumulated+checkpointing",
+    "ddp+disk+static",
+    "ddp+resident+unused+checkpointing",
+    "ddp+quiet+accumulated+disk",
+    "ddp+packed+evaluated+checkpointing",
+    "ddp+resident+static+checkpointing",
+    "ddp+unused+disk",
+    "ddp+quiet+checkpointing",
+    "ddp+resident+quiet+accumulated",
+    "ddp+packed+unused+accumulated",
+    "ddp+disk+checkpointing+accumulated",
+]
+"""Every two of: where homes are, checkpointing, accumulation under no_sync, DDP's own settings (of which torch has no
+static graph with no_sync before the first sum). The first six are quick.
+"""
 CASES = [
     "ddp",
     "ddp+accumulated+disk+checked",
@@ -40,6 +58,13 @@ CASES = [
 ]
 
 
+def vram_for(kind):
+    """So much that something is streamed."""
+    if "resident" in kind:
+        return "1600KiB" if "checkpointing" in kind else "2MiB"
+    return next((VRAM[part] for part in kind.split("+") if part in VRAM), "2500KiB")
+
+
 def exact(done):
     return [[line for line in out.splitlines() if line.startswith(("loss", "eval"))] for out in done.stdout]
 
@@ -48,17 +73,19 @@ def adapter(folder):
     return (folder / "adapter.safetensors").read_bytes()
 
 
+def without(kind):
+    """What of a kind is not memplan's."""
+    of_memplan = ("disk", "resident", "checked", "late", "memory", "wrapped", "grouped", "callback")
+    return "+".join(part for part in kind.split("+") if part not in of_memplan)
+
+
 @pytest.fixture(scope="session")
 def whole(ranks, checkpoint, tmp_path_factory):
     """Runs a kind of script as whole DDP, once."""
     known = {}
 
     def run(kind):
-        kind = "+".join(
-            part
-            for part in kind.split("+")
-            if part not in ("disk", "checked", "late", "memory", "wrapped", "grouped", "callback")
-        )
+        kind = without(kind)
         if kind not in known:
             out = tmp_path_factory.mktemp("whole")
             done = ranks(SCRIPT, checkpoint, out, kind)
@@ -94,10 +121,37 @@ def test_a_script_as_it_is_trains_as_whole_ddp_and_shares_its_weights(whole, ran
         assert of_files == 0
 
 
+def cases(done):
+    """The losses that each rank tells of each case, of several that one launch trains in turn."""
+    found = []
+    for out in done.stdout:
+        told = [part.splitlines()[1:] for part in out.split("case ")[1:]]
+        found.append([[line for line in lines if line.startswith(("loss", "eval"))] for lines in told])
+    return [list(one) for one in zip(*found, strict=True)]
+
+
+@pytest.mark.parametrize("kinds", [GRID[:6], pytest.param(GRID[6:], marks=pytest.mark.full)], ids=["quick", "more"])
+def test_one_launch_after_another_model_trains_as_whole_ddp(ranks, checkpoint, tmp_path, kinds):
+    vrams = ",".join(vram_for(kind) for kind in kinds)
+    whole = ranks(SCRIPT, checkpoint, tmp_path / "whole", ",".join(map(without, kinds)))
+    assert whole.codes == [0, 0], whole.stderr
+    asked = SCRIPT, checkpoint, tmp_path / "run", ",".join(kinds), vrams, "64MiB"
+    done = ranks(*asked, MEMPLAN_CACHE=str(tmp_path / "cache"))
+    assert done.codes == [0, 0], [text[-3000:] for text in done.stderr]
+    assert len(cases(done)) == len(kinds)
+    for number, (kind, its, wholes) in enumerate(zip(kinds, cases(done), cases(whole), strict=True)):
+        assert its == wholes, kind
+        assert len(its[0]) >= 3
+        assert adapter(tmp_path / "run" / str(number)) == adapter(tmp_path / "whole" / str(number)), kind
+    for out in done.stdout:
+        assert out.count("streamed True") == len(kinds)
+        assert out.count("left 0") == len(kinds)
+
+
 @pytest.mark.full
 @pytest.mark.parametrize("kind", CASES)
 def test_memplans_own_lines_train_as_whole_ddp(whole, ranks, checkpoint, tmp_path, kind):
-    vram = next((VRAM[part] for part in kind.split("+") if part in VRAM), "2500KiB")
+    vram = vram_for(kind)
     done = ranks(SCRIPT, checkpoint, tmp_path, kind, vram, "64MiB", MEMPLAN_CACHE=str(tmp_path / "cache"))
     same_as_whole(whole, kind, done, tmp_path)
     assert all("streamed True" in out for out in done.stdout)
@@ -112,7 +166,7 @@ def test_memplans_own_lines_train_as_whole_ddp(whole, ranks, checkpoint, tmp_pat
     "kind", ["ddp", "ddp+written", "ddp+built", "accelerate+accumulated", "trainer+checkpointing", "lightning"]
 )
 def test_scripts_as_they_are(whole, ranks_under, checkpoint, tmp_path, kind):
-    vram = next((VRAM[part] for part in kind.split("+") if part in VRAM), "2500KiB")
+    vram = vram_for(kind)
     done = ranks_under(vram, SCRIPT, checkpoint, tmp_path, kind)
     same_as_whole(whole, kind, done, tmp_path)
     assert "streamed from" in done.stderr[0]
@@ -163,12 +217,57 @@ def test_a_fault_on_one_rank_ends_all(ranks, ranks_under, checkpoint, tmp_path, 
 
 
 @pytest.mark.full
+@pytest.mark.parametrize("kind", ["trainer+memory", "ddp+disk+accumulated"])
+def test_two_nodes_train_as_whole_ddp(whole, ranks, nodes, checkpoint, tmp_path, kind):
+    """They are network and process namespaces of one machine: ranks that meet over a link, and share nothing."""
+    done = ranks(SCRIPT, checkpoint, tmp_path, kind, "2500KiB", "64MiB", nodes=nodes)
+    same_as_whole(whole, kind, done, tmp_path)
+    if "memory" in kind:
+        assert all(resident == 0 for resident, *_ in memory(done))
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("faulty", [0, 1])
+@pytest.mark.parametrize("where", ["plans", "maps", "fills", "packs", "attaches", "trains"])
+def test_a_fault_on_one_node_ends_the_other(ranks, nodes, checkpoint, tmp_path, where, faulty):
+    kind = {"packs": "trainer+packed", "trains": "ddp+faulted"}.get(where, "trainer")
+    fault = {"FAULTY": str(faulty), "MEMPLAN_CACHE": str(tmp_path / "cache"), "alone": True, "nodes": nodes}
+    if where != "trains":
+        fault["FAULT"] = where
+    done = ranks(SCRIPT, checkpoint, tmp_path, kind, "2500KiB", "64MiB", **fault)
+    assert all(done.codes), done.stderr
+    assert max(done.seconds) - min(done.seconds) < OTHERS
+    told = done.stderr[1 - faulty]
+    # Who keeps the store takes it along, where it fails in training.
+    assert f"rank {faulty}" in told, told[-2000:]
+
+
+@pytest.mark.full
 @pytest.mark.parametrize("how", ["apart", "unshared"])
 def test_where_memory_cannot_be_shared_each_has_its_own(whole, ranks, checkpoint, tmp_path, how):
     done = ranks(SCRIPT, checkpoint, tmp_path, "trainer+memory", "2500KiB", "64MiB", FAULT=how)
     same_as_whole(whole, "trainer", done, tmp_path)
     assert all(resident == 0 for resident, *_ in memory(done))
     assert all(("cannot share memory" in text) == (how == "unshared") for text in done.stderr)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("kind", ["ddp+disk+accumulated", "ddp+packed"])
+def test_a_node_reads_its_disk_as_one_rank_does(whole, ranks, checkpoint, tmp_path, kind):
+    def read(count, out):
+        asked = checkpoint, tmp_path / out, kind, "2500KiB", "64MiB"
+        done = ranks(SCRIPT, *asked, ranks=count, RING="262144", MEMPLAN_CACHE=str(tmp_path / "cache"))
+        assert not any(done.codes), done.stderr
+        return done, [int(re.search(r"read (\d+)", text)[1]) for text in done.stdout]
+
+    read(1, "packed")  # from here on what has to be packed is there
+    _, one = read(1, "one")
+    done, two = read(2, "two")
+    same_as_whole(whole, kind, done, tmp_path / "two")
+    blocks = 4 * (96 << 10)
+    assert one[0] > 5 * blocks  # they are loaded over and over
+    assert sum(two) <= 1.1 * one[0]
+    assert sum(two) > 0.5 * one[0]
 
 
 @pytest.mark.full
@@ -198,6 +297,50 @@ def test_memory_that_runs_out_where_gradients_are_summed_is_an_error(ranks, chec
     assert all(done.codes)
     assert "rank 1 ran out of device memory" in done.stderr[1]
     assert "B) at most" in done.stderr[1]
+
+
+@pytest.mark.full
+def test_a_restart_goes_on_with_what_one_that_ran_out_of_memory_has_left(whole, ranks, checkpoint, tmp_path):
+    asked = SCRIPT, checkpoint, tmp_path, "trainer+crowded", "2500KiB", "64MiB"
+    more = {"TORCHELASTIC_MAX_RESTARTS": "1", "MEMPLAN_CACHE": str(tmp_path / "cache")}
+    done = ranks(*asked, **more, TORCHELASTIC_RESTART_COUNT="0")
+    assert all(done.codes)
+    smaller = int(re.search(r"The launcher's restart plans for vram of .* \((\d+)B\)", done.stderr[1])[1])
+    done = ranks(*asked, **more, TORCHELASTIC_RESTART_COUNT="1")
+    same_as_whole(whole, "trainer", done, tmp_path)
+    assert [re.search(r"budget (\d+)", text)[1] for text in done.stdout] == [str(smaller)] * 2
+    fresh = ranks(*asked, **more, TORCHELASTIC_RESTART_COUNT="0")
+    assert "restart plans for" in fresh.stderr[1]  # a run of its own begins with its own budget
+    assert str(smaller) in fresh.stderr[1]
+
+
+def processes_of(mark):
+    """The processes that have a line in their environment."""
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            if mark.encode() in (folder / "environ").read_bytes():
+                found.append(folder)
+    return found
+
+
+@pytest.mark.full
+@pytest.mark.parametrize(("who", "restarts"), [("killed", 1), ("killed", 0), ("felled", 0)])
+def test_who_is_killed_leaves_nothing_and_a_restart_trains_anew(whole, checkpoint, hardware, tmp_path, who, restarts):
+    mark = f"MEMPLAN_TEST={tmp_path}"
+    command = [
+        sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone", "--max-restarts",
+        str(restarts), SCRIPT, checkpoint, tmp_path, f"ddp+disk+{who}", "2500KiB", "64MiB",
+    ]  # fmt: skip
+    # Else gloo finds what the ranks before have left in the launcher's store, and may fail to connect (torch 2.13).
+    own_store = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
+    env = clean() | {"PROFILE": str(hardware)} | own_store | dict([mark.split("=")])
+    done = subprocess.run(command, capture_output=True, text=True, env=env, timeout=200, check=False)
+    assert (done.returncode == 0) == bool(restarts), done.stderr[-3000:]
+    assert "-9" in done.stderr
+    if restarts:
+        assert adapter(tmp_path) == whole("ddp")[1]
+    assert processes_of(mark) == []  # memory without a name goes with the last of them
 
 
 @pytest.mark.full
@@ -263,3 +406,5 @@ def test_pinned_memory_is_shared_and_who_writes_to_it_does_so_alone(ranks, tmp_p
         assert re.search(r"pinned and shared [1-9]\d* True", out)
         assert "written True True" in out
         assert "same True" in out
+    read = [tuple(map(int, re.search(r"read (\d+) of (\d+)", out).groups())) for out in done.stdout]
+    assert 0 < sum(one for one, _ in read) <= read[0][1]  # by way of what they share, which has room for all

@@ -10,6 +10,7 @@ import torch.distributed as dist
 
 from memplan.errors import DoesNotFitError, InputError
 from memplan.ranks import session as sessions
+from memplan.ranks import world as worlds
 from memplan.ranks.session import RankError, Session
 from memplan.ranks.world import World
 
@@ -117,7 +118,7 @@ def test_who_does_not_come_is_named(monkeypatch):
 
 def test_who_has_ended_is_named_at_once(monkeypatch):
     gone = [False]
-    monkeypatch.setattr(sessions, "_is_gone", lambda pid: gone[0])
+    monkeypatch.setattr(sessions, "is_gone", lambda pid: gone[0])
 
     def ends(world):
         sessions.announce(world)
@@ -126,6 +127,36 @@ def test_who_has_ended_is_named_at_once(monkeypatch):
     became, seconds = together(lambda world: Session(world, "try"), ends)
     assert "rank 1 has ended" in str(became[0])
     assert seconds < 10  # of these are some for others to hear it
+
+
+def test_who_ended_by_an_error_before_it_came_is_named_wherever_it_ran():
+    """Its node is another, whose processes nobody here sees."""
+
+    def ends(world):
+        world.store.compare_set("first to fail", "", "rank 1 ended by ValueError: no such file")
+
+    became, seconds = together(lambda world: Session(world, "try"), ends)
+    assert isinstance(became[0], RankError)
+    assert "rank 1 ended by ValueError: no such file, while rank 0 was meeting the other ranks" in str(became[0])
+    assert seconds < 3
+
+
+def test_ranks_that_are_started_anew_do_not_hear_those_before(monkeypatch):
+    """Their launcher's store is the same."""
+    store = dist.HashStore()
+    monkeypatch.setattr(dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(dist, "get_world_size", lambda: 2)
+    monkeypatch.setattr(dist, "get_rank", lambda: 0)
+    monkeypatch.setattr(dist, "get_backend", lambda: "gloo")
+    monkeypatch.setattr(dist.distributed_c10d, "_get_default_store", lambda: store)
+    monkeypatch.setattr(worlds._Known, "rank", None)
+    monkeypatch.setenv("GROUP_WORLD_SIZE", "1")
+    for start in ("0", "1", "2"):
+        monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", start)
+        ranks = worlds.world()
+        assert not ranks.store.check(["process 0"])
+        sessions.announce(ranks)
+        assert worlds.world().store.check(["process 0"])
 
 
 def test_they_must_have_come_for_the_same():

@@ -24,6 +24,11 @@ def tiers(handle: Handle) -> Tiers:
     return handle._runtime.tiers
 
 
+def bytes_read_from_disk(handle: Handle) -> int:
+    """By this process itself, for the homes of blocks and for loads."""
+    return tiers(handle).reader.read_bytes
+
+
 def device_arena(handle: Handle) -> Arena:
     return tiers(handle).arena
 

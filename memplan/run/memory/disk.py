@@ -15,6 +15,8 @@ import threading
 import weakref
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -24,13 +26,13 @@ from numpy.typing import NDArray
 
 from memplan.errors import CheckpointError, TransferError
 from memplan.program.schema import STAGING_BYTES
+from memplan.ranks.shared_reads import SharedReads
 from memplan.run.transfer.worker import Job
 from memplan.units import align_up
 
 _READERS = 4
 _PAGE_BYTES = 4096
 _BOUNCE_BYTES = STAGING_BYTES // _READERS
-_PIECE_BYTES = _BOUNCE_BYTES - 2 * _PAGE_BYTES
 
 Bytes = NDArray[np.uint8]
 
@@ -63,6 +65,7 @@ class _File:
                 raise
         stat = os.fstat(self.buffered)
         self.size_bytes, self._changed_ns = stat.st_size, stat.st_mtime_ns
+        self.identity = stat.st_dev, stat.st_ino, stat.st_mtime_ns
 
     def unchanged(self) -> bool:
         stat = os.fstat(self.buffered)
@@ -72,6 +75,24 @@ class _File:
         os.close(self.buffered)
         if self.direct is not None:
             os.close(self.direct)
+
+
+@dataclass(frozen=True, slots=True)
+class _Span:
+    """Whole pages of a file around bytes that are asked for. ``skipped_bytes`` come before these; ``needed_bytes``:
+    up to their end.
+    """
+
+    begin: int
+    size_bytes: int
+    skipped_bytes: int
+    needed_bytes: int
+
+    @staticmethod
+    def around(file: _File, offset: int, size_bytes: int) -> _Span:
+        begin = offset // _PAGE_BYTES * _PAGE_BYTES
+        end = min(align_up(offset + size_bytes, _PAGE_BYTES), align_up(file.size_bytes, _PAGE_BYTES))
+        return _Span(begin, end - begin, offset - begin, offset - begin + size_bytes)
 
 
 class Reading:
@@ -104,7 +125,19 @@ class DiskReader:
         self._pool = ThreadPoolExecutor(_READERS, thread_name_prefix="memplan-disk")
         self._files: dict[str, _File] = {}
         self._local = threading.local()
+        self._bounce_bytes = _BOUNCE_BYTES
+        self._shared: SharedReads | None = None
+        self._counting = threading.Lock()
+        self.read_bytes = 0
+        """What this process itself has read from files."""
         weakref.finalize(self, _close, self._files)
+
+    def share(self, ring: SharedReads, rank_bytes: int) -> None:
+        """Have reads that are ``shared`` from now on go through the ring of several ranks, whose ``rank_bytes`` are
+        taken off this reader's own buffers: nothing may have been read yet.
+        """
+        self._shared = ring
+        self._bounce_bytes = (STAGING_BYTES - rank_bytes) // _READERS
 
     def open(self, extents: Iterable[Extent]) -> None:
         """Open the files and check that each extent lies within its file. Raises CheckpointError."""
@@ -118,22 +151,25 @@ class DiskReader:
                     f"{extent.file_offset_bytes + extent.size_bytes}: the file is truncated; fetch it again"
                 )
 
-    def read(self, extents: Iterable[tuple[Extent, Bytes]], what: str) -> None:
+    def read(self, extents: Iterable[tuple[Extent, Bytes]], what: str, *, shared: bool = False) -> None:
         """Fill each destination (uint8, of the extent's size) from its extent; ``what`` names the block in errors.
+        ``shared``: the other ranks of a node are about to read the same.
 
         Raises TransferError where a file has changed or cannot be read.
         """
-        self.begin(extents, what).wait()
+        self.begin(extents, what, shared=shared).wait()
 
-    def begin(self, extents: Iterable[tuple[Extent, Bytes]], what: str) -> Reading:
+    def begin(self, extents: Iterable[tuple[Extent, Bytes]], what: str, *, shared: bool = False) -> Reading:
         """Start what ``read`` does, behind what was begun before. Raises TransferError where a file has changed."""
         pieces = []
         checked: dict[str, _File] = {}
+        most_bytes = self._bounce_bytes - 2 * _PAGE_BYTES
+        read = self._piece if self._shared is None or not shared else self._shared_piece
         for extent, destination in extents:
             file = checked.get(extent.path) or checked.setdefault(extent.path, self._unchanged(extent, what))
-            for start in range(0, extent.size_bytes, _PIECE_BYTES):
-                stop = min(start + _PIECE_BYTES, extent.size_bytes)
-                pieces.append(Job(self._piece, file, extent.file_offset_bytes + start, destination[start:stop]))
+            for start in range(0, extent.size_bytes, most_bytes):
+                stop = min(start + most_bytes, extent.size_bytes)
+                pieces.append(Job(read, file, extent.file_offset_bytes + start, destination[start:stop]))
                 self._pool.submit(pieces[-1].run)
         return Reading(pieces, what)
 
@@ -160,18 +196,32 @@ class DiskReader:
         return file
 
     def _piece(self, file: _File, offset: int, destination: Bytes) -> None:
-        begin = offset // _PAGE_BYTES * _PAGE_BYTES
-        span = min(align_up(offset + len(destination), _PAGE_BYTES), align_up(file.size_bytes, _PAGE_BYTES)) - begin
-        buffer = self._bounce()
-        needed = offset - begin + len(destination)
-        got = self._first(file, memoryview(buffer)[:span], begin)
-        while got < needed:  # the file's end, or a file system that reads short
-            count = os.preadv(file.buffered, [memoryview(buffer)[got:needed]], begin + got)
+        span = _Span.around(file, offset, len(destination))
+        buffer = memoryview(self._bounce())
+        self._fetch(file, span, buffer)
+        copy_bytes(destination, np.frombuffer(buffer, np.uint8, len(destination), span.skipped_bytes))
+
+    def _shared_piece(self, file: _File, offset: int, destination: Bytes) -> None:
+        assert self._shared is not None
+        span = _Span.around(file, offset, len(destination))
+
+        def use(buffer: memoryview) -> None:
+            copy_bytes(destination, np.frombuffer(buffer, np.uint8, len(destination), span.skipped_bytes))
+
+        key = (*file.identity, offset, len(destination))
+        if not self._shared.read(key, span.size_bytes, partial(self._fetch, file, span), use):
+            self._piece(file, offset, destination)
+
+    def _fetch(self, file: _File, span: _Span, buffer: memoryview) -> None:
+        """Read a span into the beginning of a buffer that starts at a page."""
+        got = self._first(file, buffer[: span.size_bytes], span.begin)
+        while got < span.needed_bytes:  # the file's end, or a file system that reads short
+            count = os.preadv(file.buffered, [buffer[got : span.needed_bytes]], span.begin + got)
             if count == 0:
-                raise EOFError(f"{file.path} ends at byte {begin + got}")
+                raise EOFError(f"{file.path} ends at byte {span.begin + got}")
             got += count
-        source = np.frombuffer(buffer, np.uint8, len(destination), offset - begin)
-        copy_bytes(destination, source)
+        with self._counting:
+            self.read_bytes += span.needed_bytes
 
     @staticmethod
     def _first(file: _File, buffer: memoryview, begin: int) -> int:
@@ -186,12 +236,15 @@ class DiskReader:
     def _bounce(self) -> mmap.mmap:
         buffer: mmap.mmap | None = getattr(self._local, "buffer", None)
         if buffer is None:
-            buffer = self._local.buffer = mmap.mmap(-1, _BOUNCE_BYTES)
+            buffer = self._local.buffer = mmap.mmap(-1, self._bounce_bytes)
         return buffer
 
     def close(self) -> None:
         """End the threads and close the files."""
         self._pool.shutdown(wait=True)  # a piece that is cancelled would be waited for in vain
+        if self._shared is not None:
+            self._shared.leave()
+            self._shared = None
         _close(self._files)
 
 

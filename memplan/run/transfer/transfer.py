@@ -62,11 +62,12 @@ class DiskSource:
         self.block = block
         self.expected = expected
 
-    def read(self, destination: Bytes) -> None:
-        """Fill the block's layout. Raises TransferError."""
+    def read(self, destination: Bytes, *, shared: bool = False) -> None:
+        """Fill the block's layout; ``shared`` as for the reader. Raises TransferError."""
         self.reader.read(
             ((extent, destination[offset : offset + extent.size_bytes]) for extent, offset in self.extents),
             f"the block {self.block}",
+            shared=shared,
         )
         if self.expected is not None:
             found = checksum()
@@ -74,14 +75,14 @@ class DiskSource:
             self.verify(found.hexdigest())
 
     def pieces(self, most_bytes: int) -> Iterator[Piece]:
-        """Yield the block's layout piece by piece, without what lies between its tensors.
+        """Yield the block's layout piece by piece, without what lies between its tensors; ranks read them together.
 
         Its first read is compared with its checksum once the last piece was read. Raises TransferError.
         """
         found = checksum() if self.expected is not None else None
 
         def read(destination: Bytes, part: Extent) -> None:
-            self.reader.read([(part, destination)], f"the block {self.block}")
+            self.reader.read([(part, destination)], f"the block {self.block}", shared=True)
             if found is not None:
                 found.update(destination.data)
 
@@ -198,7 +199,7 @@ class CpuTransfers:
         if isinstance(source, HostSource):
             copy_bytes(destination, source.part.numpy())
         else:
-            source.read(destination)
+            source.read(destination, shared=True)
 
     def wait(self, ticket: Ticket, block: int) -> float:
         assert isinstance(ticket, Job)
