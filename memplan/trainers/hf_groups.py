@@ -10,6 +10,7 @@ import copy
 import dis
 from collections import deque
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from types import CodeType, FunctionType
 from typing import TYPE_CHECKING, Any
 
@@ -71,13 +72,24 @@ class GroupedSteps:
         def run(batch: Any) -> torch.Tensor:
             return self._step(model, copy.copy(batch), *args, **kwargs)
 
+        name = type(trainer).__name__
         if self._kept is None and handle.plan.group > 1:
             held = _held(trainer)
-            first = handle.micro_batch(lambda: handle.accumulate(run, group[:1]))[0]
-            is_changed = held.is_changed()
-            self._kept = f"{type(trainer).__name__} or its loss function keeps something of each" if is_changed else ""
+            with _reads_noted() as reads:
+                first = handle.micro_batch(lambda: handle.accumulate(run, group[:1]))[0]
+            self._kept = f"{name} or its loss function keeps something of each" if held.is_changed() else ""
+            if reads:
+                self._kept = f"{name}, or what it calls, asks which micro-batch is the last of a step (sync_gradients)"
             return first
-        first, *others = handle.micro_batch(lambda: handle.accumulate(run, group))
+        with _reads_noted() as reads:
+            first, *others = handle.micro_batch(lambda: handle.accumulate(run, group))
+        if reads and others:
+            self._kept = "in an earlier group it was asked which micro-batch is the last of a step (sync_gradients)"
+            raise RunError(
+                f"{name}, or what it calls, asked which micro-batch is the last of a step (sync_gradients) in a group, "
+                "where none is, and had not asked in the first one: its gradients are not those of one by one. Resume "
+                "from the last checkpoint, or use group=1"
+            )
         self._done.extend(others)
         return first
 
@@ -125,6 +137,37 @@ def reason_against(trainer: Trainer) -> str | None:
         if type(callback).on_substep_end is not TrainerCallback.on_substep_end:
             return f"{type(callback).__name__} is called after each micro-batch"
     return None
+
+
+class _NotedReads:
+    """Stands for ``sync_gradients`` of accelerate's state, which the loop sets before each micro-batch."""
+
+    def __init__(self, reads: list[bool]) -> None:
+        self._reads = reads
+
+    def __get__(self, state: Any, kind: type | None = None) -> Any:
+        self._reads.append(True)
+        return state.__dict__["sync_gradients"]
+
+    def __set__(self, state: Any, value: bool) -> None:
+        state.__dict__["sync_gradients"] = value
+
+
+@contextmanager
+def _reads_noted() -> Iterator[list[bool]]:
+    """Yield a list that is empty until somebody asks, within, whether a micro-batch is the last of its step."""
+    from accelerate.state import GradientState
+
+    reads: list[bool] = []
+    before = GradientState.__dict__.get("sync_gradients")  # of a trainer that trains within another's step
+    GradientState.sync_gradients = _NotedReads(reads)
+    try:
+        yield reads
+    finally:
+        if before is None:
+            del GradientState.sync_gradients
+        else:
+            GradientState.sync_gradients = before
 
 
 _LIBRARIES = ("accelerate", "builtins", "transformers", "trl")

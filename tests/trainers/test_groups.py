@@ -213,8 +213,37 @@ class Last(Trainer):
         return loss * (2.0 if self.accelerator.sync_gradients else 1.0)
 
 
+def is_last(trainer):
+    return trainer.accelerator.sync_gradients
+
+
+class LastByAnother(Trainer):
+    """The same, by a function that it calls."""
+
+    def compute_loss(self, model, inputs, **more):
+        loss = super().compute_loss(model, inputs, **more)
+        return loss * (2.0 if is_last(self) else 1.0)
+
+
+class LastLater(Trainer):
+    """The same, from its second step on."""
+
+    def compute_loss(self, model, inputs, **more):
+        loss = super().compute_loss(model, inputs, **more)
+        return loss * (2.0 if self.state.global_step and is_last(self) else 1.0)
+
+
 @pytest.mark.parametrize("kind", ["trainer"])
-@pytest.mark.parametrize("trainer", [Counted, Last])
+def test_a_group_that_asks_which_is_the_last_is_refused(kind, folder, tmp_path):
+    trainer = wrapped(build(kind, folder, tmp_path, accumulation=3, trainer=LastLater), 3)
+    with pytest.raises(RunError, match="sync_gradients"):
+        trainer.train()
+    assert trainer.state.global_step == 1
+    assert type(trainer.accelerator.gradient_state).__dict__.get("sync_gradients") is None
+
+
+@pytest.mark.parametrize("kind", ["trainer"])
+@pytest.mark.parametrize("trainer", [Counted, Last, LastByAnother])
 def test_what_hangs_on_which_micro_batch_it_is_goes_one_by_one(kind, trainer, folder, tmp_path, capfd):
     compared(kind, folder, tmp_path, accumulation=3, group=3, shares=False, trainer=trainer, max_steps=2)
     assert trainer.__name__ in capfd.readouterr().err
