@@ -39,6 +39,7 @@ NOT_SAID = {"loss", "progress"}
 """Functions: a command line cannot say them."""
 NOT_OF_A_SCRIPT = {
     "adapter", "dtype", "attention", "quantization", "qlora", "kbit", "gradient_checkpointing", "examples", "epochs",
+    "gpus", "nodes",
 }  # fmt: skip
 """A script makes its model and its batches itself."""
 NOT_ASKED = {"max_step_s", "gains"}
