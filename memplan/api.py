@@ -32,10 +32,10 @@ def plan(model: Any, batch: Any, **options: Unpack[PlanOptions]) -> Plan:
     ``memplan.Call(ids, attention_mask=mask)`` (as both), or a shape: (batch, sequence), or (batch,) for images.
     ``options``: budgets and the machine (``vram``, ``margin``, ``ram``, ``disk``, ``page_lock``, ``hardware``); how a
     model that is given by its configuration is built (``adapter``, ``dtype``, ``attention``, ``quantization``,
-    ``qlora``, ``kbit``, ``gradient_checkpointing``); the training (``autocast``, ``accumulation``, ``group``, ``gpus``, ``nodes``, ``network``,
-    ``steps``, or ``examples`` and ``epochs``, ``optimizer``, ``loss``); the placement (``pins``, ``activations``,
-    ``elastic``, ``optimizer_state``, ``checkpoint``); what is looked at (``measure``, ``max_step_s``, ``gains``,
-    ``progress``).
+    ``qlora``, ``kbit``, ``gradient_checkpointing``); the training (``autocast``, ``accumulation``, ``group``,
+    ``steps``, or ``examples`` and ``epochs``, ``optimizer``, ``loss``); its ranks (``gpus``, ``nodes``, ``network``);
+    the placement (``pins``, ``activations``, ``elastic``, ``optimizer_state``, ``checkpoint``); what is looked at
+    (``measure``, ``max_step_s``, ``gains``, ``progress``).
     :class:`memplan.PlanOptions` says what each takes and is when it is left out, and so does
     ``docs/reference/options.md``.
 

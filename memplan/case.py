@@ -163,7 +163,7 @@ def case_of(request: Request) -> Case:
         )
     if sizes.vram_bytes is not None:
         require_vram(profile, sizes.vram_bytes)
-    analysis, folder = _analysis(request)
+    analysis, folder = _analysis(request, profile.device)
     graph = analysis.graph
     lies_in = request.checkpoint or folder
     budgets = _budgets(sizes, profile, lies_in)
@@ -258,14 +258,17 @@ def _budgets(sizes: Sizes, profile: HardwareProfile, lies_in: str | Path | None)
     )
 
 
-def _analysis(request: Request) -> tuple[Analysis, Path | None]:
-    """Return what is known of a model and a batch, from before where it was kept, and where the checkpoint lies."""
+def _analysis(request: Request, device: str) -> tuple[Analysis, Path | None]:
+    """Return what is known of a model and a batch on a kind of device, from before where it was kept, and where the
+    checkpoint lies.
+    """
     from memplan.analyze import graph_cache as kept
 
     model, batch, loss = request.model, request.batch, request.training.loss
     built, choices = request.build.keywords(), request.choices
     options: dict[str, Any] = {
         **_trained(request),
+        "device": device,
         "accumulation": request.training.accumulation,
         "offload": "try" if choices.offload_where_best else "offload" in choices.activations.values(),
     }

@@ -73,6 +73,8 @@ class Access(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Those of them of which it reads rows only: they may be read where they are on the host."""
     flops: int
     """Of matrix products and attention. In backward without any recompute of the model's own choice included."""
+    float32_flops: int = 0
+    """Of those, what is computed in float32, whatever the dtype of most: adapters' own products."""
     matmul_bytes: int
     """Bytes read and written by those."""
     other_bytes: int
@@ -152,6 +154,9 @@ class LayerGraph(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     trainable_bytes: int
     matmul_dtype: str
     """dtype of the matrix products that hold most FLOPs."""
+    fragmentation_bytes: int = 0
+    """What torch's caching allocator of a CUDA device holds at the peak beyond what is alive, weights apart: the pass
+    replayed on it (:mod:`memplan.model.caching_allocator`), activations kept or recomputed, whichever is more."""
     notes: tuple[str, ...] = ()
     """What the reader of a report should know, one sentence each."""
 

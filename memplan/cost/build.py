@@ -5,13 +5,23 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from memplan.analyze.graph import Access, Fixed, LayerGraph
+from memplan.cost.reserved import reserved
 from memplan.cost.table import AccessRow, CostTable
 from memplan.cost.time import access_seconds
 from memplan.device_kinds import is_apart
 
 if TYPE_CHECKING:
     from memplan.analyze.blocks.measure import Times
-    from memplan.hardware.profile import HardwareProfile
+    from memplan.hardware.profile import Figure, HardwareProfile
+
+ACHIEVED = 0.85
+"""Of a datasheet's rates, what large products and large copies reach: an H200 NVL was measured at 836 of 989 TFLOP/s in
+float16; cuBLAS on an L20 at 105 to 115 of 119.5 (CUDA-Learn-Notes, hgemm). Rates that were measured count as they are.
+"""
+
+OPERATOR_S = 13e-6
+"""Time of a GPU's host for an operator of a training step where a profile does not say: ``memplan calibrate`` on a
+server's Xeon, 2026-11-30, torch 2.13."""
 
 STEP_SHARE = 0.25
 """Of ``operator_s``, what an operator of the optimizer's takes: no module around it, no autograd. Measured on a CPU."""
@@ -35,10 +45,14 @@ def cost_table(graph: LayerGraph, hardware: HardwareProfile, times: Times | None
     :func:`notes`.
     """
     rates = hardware.matmul_flops_per_s
-    flops_per_s = rates.get(graph.matmul_dtype, rates[FALLBACK_DTYPE]).value
+    flops_per_s = achieved(rates.get(graph.matmul_dtype, rates[FALLBACK_DTYPE]))
+    float32_costs = flops_per_s / achieved(rates[FALLBACK_DTYPE]) - 1
+    """What a FLOP in float32 costs beyond one in the dtype of most, in such FLOPs."""
 
-    operator_s = 0.0 if hardware.operator_s is None else hardware.operator_s.value
+    bytes_per_s = achieved(hardware.memory_bytes_per_s)
     runs_ahead = is_apart(hardware.device)
+    unknown_s = OPERATOR_S if runs_ahead else 0.0
+    operator_s = unknown_s if hardware.operator_s is None else hardware.operator_s.value
 
     def seconds(
         *, flops: int, matmul_bytes: int, other_bytes: int, kernels: int, operator_s: float = operator_s
@@ -49,7 +63,7 @@ def cost_table(graph: LayerGraph, hardware: HardwareProfile, times: Times | None
             other_bytes=other_bytes,
             kernels=kernels,
             flops_per_s=flops_per_s,
-            bytes_per_s=hardware.memory_bytes_per_s.value,
+            bytes_per_s=bytes_per_s,
             launch_s=hardware.launch_s.value,
             operator_s=operator_s,
             runs_ahead=runs_ahead,
@@ -61,7 +75,7 @@ def cost_table(graph: LayerGraph, hardware: HardwareProfile, times: Times | None
             each_s *= STEP_SHARE
             kernels = -(-kernels // FOREACH) if runs_ahead else kernels
         return seconds(
-            flops=access.flops,
+            flops=access.flops + int(max(0.0, float32_costs) * access.float32_flops),
             matmul_bytes=access.matmul_bytes,
             other_bytes=access.other_bytes,
             kernels=kernels,
@@ -91,7 +105,7 @@ def cost_table(graph: LayerGraph, hardware: HardwareProfile, times: Times | None
             transient_recompute_bytes=access.transient_recompute_bytes,
             transient_offload_bytes=access.transient_offload_bytes,
             offload_bytes=access.offload_bytes,
-            offload_s=2 * access.offload_bytes / hardware.memory_bytes_per_s.value,  # read once, written once
+            offload_s=2 * access.offload_bytes / bytes_per_s,  # read once, written once
             weight_copy_bytes=access.weight_copy_bytes,
             gradient_bytes=access.gradient_bytes,
         )
@@ -114,7 +128,13 @@ def cost_table(graph: LayerGraph, hardware: HardwareProfile, times: Times | None
         if is_apart(hardware.device)
         else None,
         duplex_factor=1.0 if duplex is None else min(1.0, duplex.value),
+        reserved=reserved(graph, hardware),
     )
+
+
+def achieved(rate: Figure) -> float:
+    """Return what is reached of a rate."""
+    return rate.value * (ACHIEVED if rate.kind == "datasheet" else 1)
 
 
 def notes(graph: LayerGraph, hardware: HardwareProfile, times: Times | None = None) -> tuple[str, ...]:

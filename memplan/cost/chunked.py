@@ -9,13 +9,13 @@ from memplan.cost.table import CostTable
 CHUNK_TOKENS = 1024
 
 
-def chunked_loss(table: CostTable, tokens: int) -> CostTable | None:
+def chunked_loss(table: CostTable, tokens: int, chunk_tokens: int = CHUNK_TOKENS) -> CostTable | None:
     """Return the rows of a pass over ``tokens`` whose logits, their gradient and what the loss makes of them exist for
-    one chunk of :data:`CHUNK_TOKENS` at a time; None where there is one chunk, or no loss apart from the model.
+    one chunk at a time; None where there is one chunk, or no loss apart from the model.
 
     The head runs once more, since the logits of a chunk are made again for its gradient.
     """
-    chunks = -(-tokens // CHUNK_TOKENS)
+    chunks = -(-tokens // chunk_tokens)
     at = next((row.index for row in table.accesses if row.kind == "loss"), None)
     if chunks < 2 or at is None:
         return None

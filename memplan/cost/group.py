@@ -39,12 +39,14 @@ def grouped(table: CostTable, group: int, accumulation: int) -> CostTable:
 
 def _gradients(table: CostTable, group: int, accumulation: int) -> list[Lifetime]:
     given = [life for life in table.lifetimes if life.kind == "gradients"]
+    last = max((life.last for life in given), default=0)
     totals = Counter[str]()
     for life in given:
-        totals[life.policy] += life.size_bytes
+        if life.last == last:  # others are a smaller group's, where these are rows of groups
+            totals[life.policy] += life.size_bytes
     of_all = totals.pop("any", 0)
     # What the first access has from the beginning is said once for each policy where its module has a choice.
-    total, last = of_all + max(totals.values(), default=0), max((life.last for life in given), default=0)
+    total = of_all + max(totals.values(), default=0)
     is_first = accumulation < 2 * group  # no other of its size is behind it
     made = [(row.index, row.gradient_bytes) for row in table.accesses if row.gradient_bytes] if is_first else []
     before = total - sum(size_bytes for _, size_bytes in made)

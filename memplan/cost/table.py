@@ -44,6 +44,15 @@ class AccessRow(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
         return self.transient_recompute_bytes if policy == "recompute" else self.transient_offload_bytes
 
 
+class Reserved(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What a CUDA device reserves beyond what is alive (:mod:`memplan.cost.reserved`); it is in no peak."""
+
+    what: str
+    size_bytes: int
+    source: str
+    """Where its constants come from."""
+
+
 class CostTable(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Everything the placement may know of the model and the machine."""
 
@@ -68,6 +77,7 @@ class CostTable(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     rows and lifetimes are those of one of them."""
     ranks: Ranks = Ranks()
     """Processes that train under the plan. Rates are those with all of a node loading at once."""
+    reserved: tuple[Reserved, ...] = ()
 
     @property
     def state_on_host_bytes(self) -> int:

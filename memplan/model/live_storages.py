@@ -26,11 +26,13 @@ from memplan.model.weights import is_wrapper_type, plain_parts, small_tensors
 class Held:
     """One storage that is alive."""
 
-    __slots__ = ("born", "reference", "size_bytes")
+    __slots__ = ("born", "number", "reference", "size_bytes")
 
     def __init__(self, born: int, size_bytes: int) -> None:
         self.born = born
         """Segment in which it was first seen."""
+        self.number = 0
+        """Of its birth, counted from 1."""
         self.size_bytes = size_bytes
         self.reference: weakref.ref[torch.UntypedStorage] | None = None
 
@@ -50,6 +52,11 @@ class StorageLedger(TorchDispatchMode):
         """Greatest live bytes in each segment; a segment begins with what is alive then."""
         self.spans: dict[tuple[int, int], int] = {}
         """Bytes of the dead by the segments of birth and death."""
+        self.events: list[tuple[int, int, int]] | None = None
+        """Where there is a list, births and deaths in their order: the segment, the storage's number and its bytes,
+        less than none where it dies.
+        """
+        self._births = 0
         self._segment = 0
         self._segment_peak = 0
         self._looks_away = False
@@ -105,6 +112,8 @@ class StorageLedger(TorchDispatchMode):
         if size_bytes:
             self._grow(size_bytes)
             self.live_bytes -= size_bytes
+            number = self._is_born(size_bytes)
+            self._died(number, size_bytes)
 
     def hold(self, size_bytes: int) -> None:
         """Count bytes that are no storage of their own from now on; less than none where they go."""
@@ -175,6 +184,7 @@ class StorageLedger(TorchDispatchMode):
             held = Held(self._segment, size_bytes)
             held.reference = weakref.ref(storage, self._death_of(key))
             self._held[key] = held
+            held.number = self._is_born(size_bytes)
             self._grow(size_bytes)
         elif held.size_bytes != size_bytes:  # resized in place
             self._grow(size_bytes - held.size_bytes)
@@ -191,10 +201,21 @@ class StorageLedger(TorchDispatchMode):
         def died(_: object) -> None:
             held = self._held.pop(key)
             self.live_bytes -= held.size_bytes
+            self._died(held.number, held.size_bytes)
             span = (held.born, self._segment)
             self.spans[span] = self.spans.get(span, 0) + held.size_bytes
 
         return died
+
+    def _is_born(self, size_bytes: int) -> int:
+        self._births += 1
+        if self.events is not None:
+            self.events.append((self._segment, self._births, size_bytes))
+        return self._births
+
+    def _died(self, number: int, size_bytes: int) -> None:
+        if self.events is not None:
+            self.events.append((self._segment, number, -size_bytes))
 
     def _segment_ends(self) -> None:
         self.segment_peaks[self._segment] = max(self.segment_peaks.get(self._segment, 0), self._segment_peak)

@@ -95,6 +95,9 @@ def memory_rows(
     limits = (budgets.vram_bytes, budgets.ram_bytes, budgets.disk_bytes)
     vram, ram, disk = (top or None for top in tops)
     yield MemoryRow(label="peak", cells=(vram, ram, disk), rank="sum", begins=True)
+    for line in plan.table.reserved:
+        if line.size_bytes:
+            yield MemoryRow(label=f"besides {line.what}", cells=(line.size_bytes, None, None), rank="part")
     for name, part in words.ram_by_lock(plan, facts):
         yield MemoryRow(label=f"of it {name}", cells=(None, part, None), rank="part")
     vram, ram, disk = (None if limit is None else limit - top for top, limit in zip(tops, limits, strict=True))

@@ -7,14 +7,17 @@ to ``training_step``. The first of a group runs them all, the others return what
 from __future__ import annotations
 
 import copy
+import dis
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from types import CodeType, FunctionType
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from memplan.errors import RunError
 from memplan.run.handle import Handle
+from memplan.run.lanes.hooked import HookState
 from memplan.trainers.launch import say
 
 if TYPE_CHECKING:
@@ -34,6 +37,8 @@ class GroupedSteps:
         self._done: deque[torch.Tensor] = deque()
         """What those of them gave that were run ahead of their turn."""
         self._is_said = False
+        self._kept: str | None = None
+        """What is in the way of its own code's making, or nothing; None before the first micro-batch."""
         trainer.__dict__["get_batch_samples"] = self.batches
         trainer.__dict__["training_step"] = self.step
 
@@ -66,6 +71,12 @@ class GroupedSteps:
         def run(batch: Any) -> torch.Tensor:
             return self._step(model, copy.copy(batch), *args, **kwargs)
 
+        if self._kept is None and handle.plan.group > 1:
+            held = _held(trainer)
+            first = handle.micro_batch(lambda: handle.accumulate(run, group[:1]))[0]
+            is_changed = held.is_changed()
+            self._kept = f"{type(trainer).__name__} or its loss function keeps something of each" if is_changed else ""
+            return first
         first, *others = handle.micro_batch(lambda: handle.accumulate(run, group))
         self._done.extend(others)
         return first
@@ -75,8 +86,8 @@ class GroupedSteps:
         control = self._trainer.control
         if self._handle.plan.group == 1 or control.should_training_stop or control.should_epoch_stop:
             return 1  # no other comes after this one
-        reason = reason_against(self._trainer)
-        if reason is None:
+        reason = reason_against(self._trainer) or self._kept
+        if not reason:
             return self._handle.plan.group
         if not self._is_said:
             self._is_said = True
@@ -106,9 +117,48 @@ def reason_against(trainer: Trainer) -> str | None:
     kind = type(trainer)
     if kind._prepare_inputs is not Trainer._prepare_inputs:  # GRPO generates there, with the model as it is by then
         return f"{kind.__name__} prepares its micro-batches itself, one by one"
+    if "sync_gradients" in {name for cls in _kinds(kind, own=True) for code in _codes(cls) for name in code.co_names}:
+        return f"{kind.__name__} asks which micro-batch is the last of a step (sync_gradients)"
     if trainer.args.optim in (OptimizerNames.LOMO, OptimizerNames.ADALOMO):
         return f"the optimizer {trainer.args.optim} steps in each backward"
     for callback in trainer.callback_handler.callbacks:
         if type(callback).on_substep_end is not TrainerCallback.on_substep_end:
             return f"{type(callback).__name__} is called after each micro-batch"
     return None
+
+
+_LIBRARIES = ("accelerate", "builtins", "transformers", "trl")
+
+
+def _held(trainer: Trainer) -> HookState:
+    """Return what a trainer's own code and its loss function hold: objects that they name, and the attributes, of the
+    trainer and of its own classes, that they name and no library's code sets.
+    """
+    own = _kinds(type(trainer), own=True)
+    named = {name for kind in own for code in _codes(kind) for name in code.co_names}
+    libraries = {
+        step.argval
+        for kind in (_kinds(type(trainer), own=False) if named else ())
+        for code in _codes(kind)
+        for step in dis.get_instructions(code)
+        if step.opname == "STORE_ATTR"
+    }
+    functions = [value for kind in own for value in vars(kind).values() if isinstance(value, FunctionType)]
+    places = [trainer.__dict__, *map(vars, own)]
+    attributes = [(place, name) for place in places for name in sorted(named - libraries)]
+    return HookState((trainer.compute_loss_func, *functions), attributes)
+
+
+def _kinds(kind: type, *, own: bool) -> list[type]:
+    """Return a trainer's classes that are the script's ``own``, or those of libraries."""
+    return [one for one in kind.__mro__ if (one.__module__.partition(".")[0] not in _LIBRARIES) == own]
+
+
+def _codes(kind: type) -> Iterator[CodeType]:
+    """Yield the code of a class's functions."""
+    for value in vars(kind).values():
+        function = value.fget if isinstance(value, property) else getattr(value, "__func__", value)
+        waiting = [code] if (code := getattr(function, "__code__", None)) is not None else []
+        while waiting:
+            yield (code := waiting.pop())
+            waiting += [inner for inner in code.co_consts if isinstance(inner, CodeType)]

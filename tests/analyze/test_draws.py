@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 import memplan
+from memplan.analyze.trace.trace import analyze
 from tests.support.training import CPU
 
 WIDTH = 16
@@ -58,3 +59,48 @@ def test_a_choice_is_one_of_those_that_there_are(choose, count):
     model(**batch)
     plan = memplan.plan(model, batch, vram="1GiB", ram="1GiB", hardware=CPU, loss=lambda out: out.sum(), gains=False)
     assert [block.name for block in plan.table.blocks if block.kind in ("other", "layer", "head")]
+
+
+class Dropping(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.frozen = nn.Linear(WIDTH, WIDTH).requires_grad_(False)
+        self.adapter = nn.Linear(WIDTH, WIDTH)
+        self.dropout = nn.Dropout(0.1)
+
+    def forward(self, x):
+        return self.frozen(self.dropout(self.adapter(x)))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_dropout_on_a_gpu_keeps_a_byte_an_element(dtype):
+    """A CPU's keeps as many as the input has: tests/device/test_sim.py has what torch does."""
+    model, batch = Dropping().to(dtype), {"x": torch.rand(4, WIDTH, dtype=dtype)}
+    kept = {}
+    for device in ("cpu", "cuda"):
+        lives = analyze(model, batch, loss=lambda out: out.float().sum(), device=device).lifetimes
+        kept[device] = sum(life.size_bytes for life in lives if life.kind == "activations")
+    assert kept["cpu"] - kept["cuda"] == 4 * WIDTH * (dtype.itemsize - 1)
+    model.eval()
+    assert analyze(model, batch, loss=lambda out: out.float().sum(), device="cuda").lifetimes
+
+
+class Attending(nn.Module):
+    def __init__(self, dropout):
+        super().__init__()
+        self.frozen = nn.Linear(WIDTH, WIDTH).requires_grad_(False)
+        self.adapter = nn.Linear(WIDTH, WIDTH)
+        self.dropout = dropout
+
+    def forward(self, x):
+        x = self.adapter(x).unflatten(-1, (2, WIDTH // 2)).transpose(-2, -3)
+        x = nn.functional.scaled_dot_product_attention(x, x, x, None, self.dropout, is_causal=True)
+        return self.frozen(x.transpose(-2, -3).flatten(-2))
+
+
+def test_attention_that_drops_keeps_no_scores_on_a_gpu():
+    batch, kept = {"x": torch.rand(1, 64, WIDTH)}, {}
+    for device, dropout in (("cpu", 0.1), ("cuda", 0.1), ("cuda", 0.0)):
+        lives = analyze(Attending(dropout), batch, loss=lambda out: out.sum(), device=device).lifetimes
+        kept[device, dropout] = sum(life.size_bytes for life in lives if life.kind == "activations")
+    assert kept["cuda", 0.1] == kept["cuda", 0.0] < kept["cpu", 0.1] - 2 * 64 * 64 * 4

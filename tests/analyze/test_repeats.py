@@ -136,8 +136,9 @@ def test_layers_may_be_left_out_before_the_adapter_is_added(targets, options):
     short, whole = prepare(config, **given, short_for=(2, 16)), prepare(config, **given)
     assert len(short.model.get_base_model().model.layers) == KEPT + 1
     assert describe(short.model) == describe(whole.model)
-    graph = analyze(short.model, (2, 16), runs=short.runs, **options)
-    assert graph == analyze(whole.model, (2, 16), **options)
+    graph = analyze(short.model, (2, 16), runs=short.runs, device="cuda", **options)
+    assert graph == analyze(whole.model, (2, 16), device="cuda", **options)
+    assert graph.fragmentation_bytes
     assert len(graph.blocks) == DEPTH + 3
 
 
@@ -157,10 +158,10 @@ def test_the_same_graph(make, options, monkeypatch):
     traced = []
     of_short = trace.extended
     monkeypatch.setattr(trace, "extended", lambda graph, run: traced.append(run) or of_short(graph, run))
-    graph = analyze(model, batch_of(kind_of(model)), loss=loss_of, short=True, **options)
+    graph = analyze(model, batch_of(kind_of(model)), loss=loss_of, short=True, device="cuda", **options)
     assert [name for name, _ in model.named_modules()] == before
     assert traced, "nothing was spared"
-    assert graph == analyze(model, batch_of(kind_of(model)), loss=loss_of, **options)
+    assert graph == analyze(model, batch_of(kind_of(model)), loss=loss_of, device="cuda", **options)
 
 
 class Odd(Decoder):
@@ -273,9 +274,9 @@ def test_types_that_are_traced_short(kind, monkeypatch):
     traced = []
     of_short = trace.extended
     monkeypatch.setattr(trace, "extended", lambda graph, run: traced.append(run) or of_short(graph, run))
-    graph = analyze(model, batch_of("llama"), short=True)
+    graph = analyze(model, batch_of("llama"), short=True, device="cuda")
     assert [run.period for run in traced] == [QUICK[kind]]
-    assert graph == analyze(model, batch_of("llama"))
+    assert graph == analyze(model, batch_of("llama"), device="cuda")
 
 
 @pytest.mark.full
@@ -284,7 +285,7 @@ def test_types_that_are_traced_short(kind, monkeypatch):
 def test_every_type_is_traced_short_or_whole(kind):
     """Nothing is known of a type but what its modules, its forward and the trace show."""
     model = of_type(kind, 24)
-    options = {"offload": kind in QUICK}
+    options = {"offload": kind in QUICK, "device": "cuda"}
     assert analyze(model, batch_of("llama"), short=True, **options) == analyze(model, batch_of("llama"), **options)
 
 

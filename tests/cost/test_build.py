@@ -6,9 +6,11 @@ import pytest
 from msgspec.structs import replace
 
 from memplan.analyze.graph import Access, Block, Fixed, LayerGraph, Lifetime
-from memplan.cost.build import cost_table, notes
+from memplan.cost.build import ACHIEVED, OPERATOR_S, cost_table, notes
+from memplan.cost.reserved import WORKSPACE_BYTES, rounding_bytes
 from memplan.cost.time import access_seconds
-from memplan.hardware.profile import Figure, HardwareProfile
+from memplan.hardware.profile import Figure, HardwareProfile, load
+from memplan.units import MIB
 
 RATE, BANDWIDTH, LAUNCH = 1e12, 1e11, 1e-6
 
@@ -117,3 +119,45 @@ def test_a_rate_that_is_missing_is_float32s_and_said():
     (note,) = notes(graph("float16"), profile())
     assert "float16" in note
     assert "float32" in note
+
+
+def test_a_datasheets_rates_are_not_reached_and_measured_ones_are():
+    def of(kind):
+        rates = {"float32": replace(figure(RATE), kind=kind)}
+        memory = replace(figure(BANDWIDTH), kind=kind)
+        known = replace(profile(), matmul_flops_per_s=rates, memory_bytes_per_s=memory)
+        return cost_table(graph(), known).accesses[0].time_s
+
+    assert of("measured") == of("assumed") == pytest.approx(1.1 + 0.001)
+    assert of("datasheet") == pytest.approx(1.1 / ACHIEVED + 0.001)
+
+
+def test_products_in_float32_cost_what_float32_does():
+    access = replace(graph().accesses[0], float32_flops=10**11)
+    mixed = replace(graph("bfloat16"), accesses=(access,))
+    time_s = cost_table(mixed, profile(bfloat16=10 * RATE)).accesses[0].time_s
+    assert time_s == pytest.approx(0.09 + 0.1 + 0.1 + 0.001)
+    slower = cost_table(mixed, profile(bfloat16=RATE / 2)).accesses[0].time_s  # float32 gains nothing there
+    assert slower == pytest.approx(2 + 0.1 + 0.001)
+
+
+def test_a_host_that_nobody_measured_takes_its_time_with_each_operator():
+    many = replace(graph(), accesses=(replace(graph().accesses[0], kernels=10**6),))
+    assert cost_table(many, profile()).accesses[0].time_s == pytest.approx(10**6 * OPERATOR_S)
+    known = replace(profile(), operator_s=figure(2e-5))
+    assert cost_table(many, known).accesses[0].time_s == pytest.approx(20)
+
+
+def test_what_is_reserved_beside_peaks():
+    made = replace(graph(), fragmentation_bytes=77)
+    lines = {line.what: line.size_bytes for line in cost_table(made, profile()).reserved}
+    assert lines == {"fragmentation": 77, "workspaces": 2 * WORKSPACE_BYTES}
+    hopper = {line.what: line.size_bytes for line in cost_table(made, load("h200")).reserved}
+    assert hopper["workspaces"] == 64 * MIB
+    assert cost_table(made, replace(profile(), device="cpu")).reserved == ()
+    assert all(line.source for line in cost_table(made, profile()).reserved)
+
+
+def test_weights_that_are_loaded_one_by_one_are_rounded_up():
+    assert rounding_bytes([20 * MIB, 21 * MIB]) == MIB
+    assert rounding_bytes([MIB // 2] * 3) == 2 * MIB - 3 * MIB // 2

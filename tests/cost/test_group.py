@@ -143,6 +143,8 @@ def test_a_smaller_group_behind_the_first_has_all_gradients(seed):
     first = replace(table, lifetimes=(*others, *each))
     behind = bytes_of_turns(table, policies, max(1, accumulation - group))
     wanted = list(map(max, bytes_of_turns(first, policies, group), behind))
+    assert grouped(found, group, accumulation).lifetimes == found.lifetimes
+    assert grouped(found, 1, accumulation).device_bytes(policies) == table.device_bytes(policies)
     bytes_ = found.device_bytes(policies)
     assert all(map(int.__ge__, bytes_, wanted))
     size = size_beside_gradients(found, policies, at_each=True)

@@ -308,3 +308,17 @@ def test_the_host_reads_its_own_memory():
     """So that the crash above is the device's doing."""
     held = torch.ones(4)
     assert len(ctypes.string_at(held.data_ptr(), 4)) == 4
+
+
+def test_dropout_keeps_a_byte_an_element():
+    """As on a GPU, and as plans for one count it; a CPU keeps a mask in the input's dtype."""
+    kept = {}
+    for device in ("cpu", "sim"):
+        saved = []
+        tensor = torch.ones(16, dtype=torch.bfloat16, device=device, requires_grad=True)
+        with torch.autograd.graph.saved_tensors_hooks(
+            lambda one, saved=saved: saved.append(one) or one, lambda one: one
+        ):
+            torch.nn.functional.dropout(tensor, 0.5)
+        kept[device] = [one.dtype for one in saved]
+    assert kept == {"cpu": [torch.bfloat16], "sim": [torch.bool]}

@@ -86,14 +86,14 @@ def finish(trainer, out, **how):
     return logs, (out / "adapter_model.safetensors").read_bytes()
 
 
-def wrapped(trainer, group, **more):
-    """Wrap a trainer in as much as is more than the least."""
+def wrapped(trainer, group, *, room=MIB // 4, **more):
+    """Wrap a trainer in so much more than the least."""
     options = {"ram": "1GiB", "hardware": CPU, "group": group, **more}
     if not trainer.args.gradient_checkpointing:
         options["activations"] = "recompute"
     with pytest.raises(DoesNotFitError) as caught:
         memplan.wrap(trainer, vram=1, **options)
-    memplan.wrap(trainer, vram=caught.value.least_vram_bytes + MIB // 4, **options)
+    memplan.wrap(trainer, vram=caught.value.least_vram_bytes + room, **options)
     return trainer
 
 
@@ -141,6 +141,7 @@ MORE = {
     "checkpointing": {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": False}},
     "noise": {"neftune_noise_alpha": 5.0},
     "non-finite losses are logged": {"logging_nan_inf_filter": False},
+    "cache emptied": {"torch_empty_cache_steps": 1},
 }
 
 
@@ -163,6 +164,113 @@ class Halved(Trainer):
 @pytest.mark.parametrize("kind", ["trainer"])
 def test_a_loss_of_its_own(kind, folder, tmp_path):
     compared(kind, folder, tmp_path, accumulation=4, group=2, trainer=Halved, checked=True)
+
+
+def loss_by_tokens(outputs, labels, num_items_in_batch=None):
+    logits = outputs.logits[:, :-1].flatten(0, 1)
+    return torch.nn.functional.cross_entropy(logits, labels[:, 1:].flatten(), reduction="sum") / num_items_in_batch
+
+
+class Weighted:
+    """A loss function that weighs each micro-batch by the one before it."""
+
+    def __init__(self):
+        self.before = 1.0
+
+    def __call__(self, outputs, labels, num_items_in_batch=None):
+        loss = loss_by_tokens(outputs, labels, num_items_in_batch) * self.before
+        self.before = 1.0 / (1.0 + loss.item())
+        return loss
+
+
+@pytest.mark.full
+@pytest.mark.parametrize(("function", "shares"), [(lambda: loss_by_tokens, True), (Weighted, False)])
+@pytest.mark.parametrize("kind", ["trainer"])
+def test_a_loss_function(kind, function, shares, folder, tmp_path):
+    class WithLoss(Trainer):
+        def __init__(self, **arguments):
+            super().__init__(**arguments, compute_loss_func=function())
+
+    compared(kind, folder, tmp_path, accumulation=4, group=4, shares=shares, trainer=WithLoss)
+
+
+class Counted(Trainer):
+    """Numbers its micro-batches before the forward, and weighs them by it afterwards."""
+
+    number = 0  # of the class, until the first
+
+    def compute_loss(self, model, inputs, **more):
+        self.number += 1
+        loss = super().compute_loss(model, inputs, **more)
+        return loss * self.number
+
+
+class Last(Trainer):
+    """Weighs a step's last micro-batch more."""
+
+    def compute_loss(self, model, inputs, **more):
+        loss = super().compute_loss(model, inputs, **more)
+        return loss * (2.0 if self.accelerator.sync_gradients else 1.0)
+
+
+@pytest.mark.parametrize("kind", ["trainer"])
+@pytest.mark.parametrize("trainer", [Counted, Last])
+def test_what_hangs_on_which_micro_batch_it_is_goes_one_by_one(kind, trainer, folder, tmp_path, capfd):
+    compared(kind, folder, tmp_path, accumulation=3, group=3, shares=False, trainer=trainer, max_steps=2)
+    assert trainer.__name__ in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("kind", ["trainer"])
+def test_a_group_that_runs_out_of_memory_is_repeated(kind, folder, tmp_path, monkeypatch):
+    whole = finish(build(kind, folder, tmp_path / "whole", accumulation=4), tmp_path / "whole")
+    trainer = wrapped(build(kind, folder, tmp_path / "grouped", accumulation=4), 4, room=2 * MIB)
+    compute_loss, calls = Trainer.compute_loss, iter(range(100))
+
+    def fails_once(*args, **more):
+        if next(calls) == 6:
+            assert trainer.memplan.record.passes < 8  # others of the group are under way
+            raise torch.OutOfMemoryError("out of memory")
+        return compute_loss(*args, **more)
+
+    monkeypatch.setattr(Trainer, "compute_loss", fails_once)
+    assert finish(trainer, tmp_path / "grouped") == whole
+    assert trainer.memplan.recoveries == 1
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("kind", ["trainer"])
+def test_trained_twice(kind, folder, tmp_path):
+    runs = []
+    for name in ("whole", "grouped"):
+        trainer = build(kind, folder, tmp_path / name, accumulation=4)
+        if name == "grouped":
+            wrapped(trainer, 4)
+        finish(trainer, tmp_path / name)
+        runs.append(finish(trainer, tmp_path / name))
+    assert runs[0] == runs[1]
+
+
+class Stream(torch.utils.data.IterableDataset):
+    """Ends in the middle of a step, which nobody knows before."""
+
+    def __init__(self, rows):
+        self.rows = rows
+
+    def __iter__(self):
+        return iter(self.rows[:10])
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("kind", ["trainer"])
+def test_a_stream_that_ends_early(kind, folder, tmp_path):
+    runs = []
+    for name in ("whole", "grouped"):
+        trainer = build(kind, folder, tmp_path / name, accumulation=4, max_steps=7)
+        trainer.train_dataset = Stream(trainer.train_dataset)
+        if name == "grouped":
+            wrapped(trainer, 4)
+        runs.append(finish(trainer, tmp_path / name))
+    assert runs[0] == runs[1]
 
 
 @pytest.mark.full
@@ -224,11 +332,12 @@ def test_a_step_that_is_stopped_after_its_first_micro_batch(kind, folder, tmp_pa
 @pytest.mark.parametrize("kind", ["trainer"])
 def test_micro_batches_that_nobody_asks_for_are_refused(kind, folder, tmp_path):
     """Their gradients are among the others already."""
-    trainer = wrapped(build(kind, folder, tmp_path, accumulation=3), 3)
-    samples = [trainer.data_collator([row]) for row in list(trainer.train_dataset)[:3]]
-    window, _ = trainer.get_batch_samples(iter(samples), 3, trainer.args.device)
-    trainer.current_gradient_accumulation_steps = 3  # as train() sets it
-    trainer.training_step(trainer.model, window[0])
+    trainer = wrapped(build(kind, folder, tmp_path, accumulation=4), 3)
+    samples = [trainer.data_collator([row]) for row in list(trainer.train_dataset)[:4]]
+    window, _ = trainer.get_batch_samples(iter(samples), 4, trainer.args.device)
+    trainer.current_gradient_accumulation_steps = 4  # as train() sets it
+    for turn in range(2):  # the first by itself
+        trainer.training_step(trainer.model, window[turn])
     with pytest.raises(RunError, match="2 of whose micro-batches had run ahead"):
         trainer.training_step(trainer.model, samples[0] | {"other": None})
 

@@ -122,6 +122,7 @@ def assemble(
                 blocks=tuple(sorted(ids_of.get(access.module, ()))),
                 rows=_rows(one, index, blocks, ids_of),
                 flops=work.flops,
+                float32_flops=work.float32_flops,
                 matmul_bytes=work.matmul_bytes,
                 other_bytes=work.other_bytes,
                 kernels=work.kernels,

@@ -137,6 +137,11 @@ def times(module: str, runs: Sequence[Run]) -> int:
     return next((run.count - KEPT + 1 for run in runs if _Names(run).period(module) == _ONE), 1)
 
 
+def period_of(module: str, run: Run) -> int | None:
+    """Return the period of a run, of those that were traced, that a module lies in."""
+    return _Names(run).period(module)
+
+
 class _Extension:
     def __init__(self, graph: LayerGraph, run: Run) -> None:
         self._graph = graph

@@ -3,14 +3,22 @@
 Where they decide (is this layer dropped, which block is left out) any of the range may come, so integers are spread
 evenly over it from its least on, and a permutation is the identity. A single fraction is the highest that there is:
 what is dropped by chance is kept.
+
+On a GPU dropout is another operator than on a CPU: see :func:`dropout_of`.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
+from unittest.mock import patch
 
 import torch
+from torch.nn import functional
+
+from memplan.device_kinds import is_apart
 
 _MOST_ELEMENTS = 1 << 20
 """Values of larger tensors are not made up: nobody asks for one of them."""
@@ -54,3 +62,40 @@ def _highest(args: tuple[Any, ...], dtype: torch.dtype, packet: Any) -> float:
         return float(low)
     below = torch.nextafter(torch.tensor(high, dtype=dtype), torch.tensor(-math.inf, dtype=dtype))
     return float(below)
+
+
+@contextmanager
+def dropout_of(device: str) -> Iterator[None]:
+    """Within it dropout runs, and saves for backward, what it does on a kind of device.
+
+    A CPU keeps a mask in the input's dtype, a GPU one of a byte an element (``native_dropout``; see
+    ``is_fused_kernel_acceptable`` in torch's ``aten/src/ATen/native/Dropout.cpp``). Attention that drops is one kernel
+    on a GPU (its flash and memory-efficient ones take ``dropout_p``), and on a CPU many, with all scores: there it is
+    seen as it would be without. Fake tensors are of the CPU.
+    """
+    if not is_apart(device):
+        yield
+        return
+
+    def dropout(tensor: torch.Tensor, p: float, train: bool) -> torch.Tensor:
+        if train and 0 < p < 1 and tensor.numel():
+            return torch.native_dropout(tensor, p, train)[0]
+        return kept(tensor, p, train)
+
+    def attention(
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attn_mask: torch.Tensor | None = None,
+        dropout_p: float = 0.0,
+        **more: Any,
+    ) -> torch.Tensor:
+        return kept_attention(query, key, value, attn_mask, 0.0 if dropout_p < 1 else dropout_p, **more)
+
+    kept, kept_attention = torch.dropout, functional.scaled_dot_product_attention
+    with (
+        patch.object(torch._VF, "dropout", dropout),
+        patch.object(torch, "dropout", dropout),
+        patch.object(functional, "scaled_dot_product_attention", attention),
+    ):
+        yield

@@ -15,6 +15,7 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
+from typing import Literal
 
 from memplan.analyze.graph import Activations, Lifetime, LifetimeKind
 from memplan.analyze.trace.accesses import Seen
@@ -49,7 +50,13 @@ class Lifetimes:
         handed = self._hand_on()
         self._shared = shared = tuple(self._hand_in(handed))
         lives = [life for policy in self._traced for life in self._of(policy)]
-        self.all = tuple(sorted([*lives, *shared], key=lambda life: (life.born, life.last, life.kind, life.policy)))
+        together: Counter[tuple[int, int, LifetimeKind, Literal["keep", "recompute", "offload", "any"]]] = Counter()
+        for life in (*lives, *shared):
+            together[life.born, life.last, life.kind, life.policy] += life.size_bytes
+        self.all = tuple(
+            Lifetime(kind=kind, born=born, last=last, size_bytes=size_bytes, policy=policy)
+            for (born, last, kind, policy), size_bytes in sorted(together.items())
+        )
 
     def spanning(self, index: int, policy: Activations) -> int:
         """Return the bytes of them that were alive in an access in the trace of a policy."""

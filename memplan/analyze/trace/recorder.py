@@ -26,12 +26,14 @@ class Work:
     """What the operators of one segment cost."""
 
     flops: int = 0
+    float32_flops: int = 0
     matmul_bytes: int = 0
     other_bytes: int = 0
     kernels: int = 0
 
     def add(self, other: Work) -> None:
         self.flops += other.flops
+        self.float32_flops += other.float32_flops
         self.matmul_bytes += other.matmul_bytes
         self.other_bytes += other.other_bytes
         self.kernels += other.kernels
@@ -133,10 +135,14 @@ class Recorder(StorageLedger):
         made = sum(size_bytes(tensor) for tensor in tensors((result,)))
         if known.is_matmul:
             counted = flops(func, args, given, result)
+            dtype = _product_dtype(args)
             work.flops += counted
-            self.touch(workspace_bytes(func, args))
-            work.matmul_bytes += moved + made
-            self.matmul_flops[self.segment, _product_dtype(args)] += counted
+            work.float32_flops += counted if dtype == "float32" else 0
+            dequantized_bytes = workspace_bytes(func, args)
+            self.touch(dequantized_bytes)
+            work.matmul_bytes += moved + made + dequantized_bytes
+            work.other_bytes += dequantized_bytes
+            self.matmul_flops[self.segment, dtype] += counted
         else:
             work.other_bytes += 2 * made if known.reads_rows else made if known.reads_shape_only else moved + made
         return result

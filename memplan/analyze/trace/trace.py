@@ -37,6 +37,8 @@ from memplan.analyze.repeat.unroll import (
     with_gradients,
     with_whole_names,
 )
+from memplan.analyze.repeat.whole_events import Event, whole_events
+from memplan.analyze.trace.draws import dropout_of
 from memplan.analyze.trace.fake import (
     caches_empty,
     eager_transformers,
@@ -48,12 +50,14 @@ from memplan.analyze.trace.offloads import Offloads
 from memplan.analyze.trace.recorder import Recorder
 from memplan.analyze.trace.stateful import refuse_replaced, stateful_at_first, stateful_twice, watch_draws
 from memplan.analyze.trace.traced import Traced
+from memplan.device_kinds import is_apart
 from memplan.errors import InputError, MemplanError, ModelError, type_and_line
 from memplan.hooks import offload as offloading
 from memplan.hooks import recompute
 from memplan.hooks.flows import leaves_behind
 from memplan.hooks.late_hooks import note_traced
 from memplan.hooks.triggers import Triggers, in_backward
+from memplan.model.caching_allocator import fragmentation_bytes
 from memplan.model.live_storages import storage_of
 from memplan.model.weights import once, trained_bytes
 from memplan.state.process_state import random_states_kept
@@ -75,6 +79,7 @@ def analyze(
     loss: Callable[[Any], torch.Tensor] | None = None,
     offload: bool | Literal["try"] = False,
     autocast: object = None,
+    device: str = "cpu",
     short: bool = False,
     runs: Sequence[Run] = (),
     notes: tuple[str, ...] = (),
@@ -82,13 +87,14 @@ def analyze(
     """Return what a training pass of ``model`` on ``batch`` reads, keeps and costs.
 
     ``model``: on any device, ``meta`` included. ``batch``: see :func:`batch_for`. ``autocast``: a dtype or its name
-    ("bf16", "fp16"), where the forward will run so; None: as the caller's own autocast, which counts. ``accumulation``:
-    passes of a step; where there are several, gradients are there from the first access on. ``loss``: from the model's
-    output to a scalar, where the output holds none. ``offload``: look also at what would be saved of each layer where
-    that is offloaded (a trace more); ``"try"``: without a word where that cannot be. ``short``: of layers that are
-    alike trace a few, see ``periodic.py``; for models that were built from a configuration it knows. ``runs``: stacks
-    of which the model holds what is traced alone; then NotPeriodicError tells that the whole is needed. ``notes``: what
-    to say of the model besides.
+    ("bf16", "fp16"), where the forward will run so; None: as the caller's own autocast, which counts. ``device``: the
+    kind of device it will run on, whose own operators count. ``accumulation``: passes of a step; where there are
+    several, gradients are there from the first access on. ``loss``: from the model's output to a scalar, where the
+    output holds none. ``offload``: look also at what would be saved of each layer where that is offloaded (a trace
+    more); ``"try"``: without a word where that cannot be. ``short``: of layers that are alike trace a few, see
+    ``periodic.py``; for models that were built from a configuration it knows. ``runs``: stacks of which the model holds
+    what is traced alone; then NotPeriodicError tells that the whole is needed. ``notes``: what to say of the model
+    besides.
 
     Raises ModelError for a model that cannot be placed or traced, InputError for a batch or an optimizer that cannot
     be used. The model is unchanged.
@@ -103,7 +109,14 @@ def analyze(
     check_model(model, [(one.args, one.kwargs) for one in call.calls])
     note_traced(model)
     look = partial(
-        _look, model, call, accumulates=accumulation > 1, loss=loss, autocast_dtype=autocast_dtype, offload=offload
+        _look,
+        model,
+        call,
+        accumulates=accumulation > 1,
+        loss=loss,
+        autocast_dtype=autocast_dtype,
+        device=device,
+        offload=offload,
     )
     seen = None
     if runs:
@@ -116,8 +129,9 @@ def analyze(
     if runs and accumulation > 1:
         more = trained_bytes(model, left_out) - trained_bytes(model)
         seen = dataclasses.replace(seen, graph=with_gradients(seen.graph, more))
+    fragmentation = max((fragmentation_bytes(event[1:] for event in events) for events in seen.passes), default=0)
     return complete(
-        seen.graph,
+        replace(seen.graph, fragmentation_bytes=fragmentation),
         model,
         call,
         kept=seen.kept,
@@ -147,6 +161,8 @@ class _Seen:
     kept: Traced
     ran_again: int
     notes: tuple[str, ...]
+    passes: tuple[Sequence[Event], ...] = ()
+    """Births and deaths of the traces in which all is kept and all is recomputed."""
     times: Callable[[str], int] = lambda module: 1
     """For how many modules a traced one stands."""
 
@@ -173,13 +189,16 @@ def _looked_at_short(model: nn.Module, call: Batch, look: Callable[[], _Seen], *
 
 def _counted_for_all(seen: _Seen, runs: Sequence[Run]) -> _Seen:
     """Return what was seen of a few layers as of all. Raises NotPeriodicError."""
-    graph, ran_again = seen.graph, sorted(seen.kept.ran_again)
+    graph, ran_again, passes = seen.graph, sorted(seen.kept.ran_again), seen.passes
     for run in runs:
+        passes = tuple(whole_events(events, graph, run) or events for events in passes)
         stateful = with_whole_names(graph.stateful, run)
         graph, ran_again = replace(extended(graph, run), stateful=stateful), whole_names(ran_again, run)
     place = {module: index for index, module in enumerate(graph.recomputable)}
     graph = replace(graph, stateful=tuple(sorted(graph.stateful, key=lambda layer: place[layer.module])))
-    return dataclasses.replace(seen, graph=graph, ran_again=len(ran_again), times=partial(times, runs=runs))
+    return dataclasses.replace(
+        seen, graph=graph, ran_again=len(ran_again), passes=passes, times=partial(times, runs=runs)
+    )
 
 
 def _look(
@@ -189,13 +208,21 @@ def _look(
     accumulates: bool,
     loss: Callable[[Any], torch.Tensor] | None,
     autocast_dtype: torch.dtype | None,
+    device: str,
     offload: bool | Literal["try"],
 ) -> _Seen:
     """Trace the model as it is, and with its layers' activations under the other policies."""
     snapshot = Snapshot(model=model, loss=loss, calls=call.calls)
     # In a context of its own: what a forward sets of the context variables stays there.
     trace = partial(
-        _trace_apart, model, call, snapshot=snapshot, accumulates=accumulates, loss=loss, autocast_dtype=autocast_dtype
+        _trace_apart,
+        model,
+        call,
+        snapshot=snapshot,
+        accumulates=accumulates,
+        loss=loss,
+        autocast_dtype=autocast_dtype,
+        device=device,
     )
 
     def traced_apart(routed: frozenset[str]) -> tuple[tuple[Unit, ...], tuple[Draft, ...], Traced]:
@@ -260,7 +287,8 @@ def _look(
         graph,
         stateful=tuple(Stateful(module=name, reason=stateful[name]) for name in recomputable if name in stateful),
     )
-    return _Seen(graph=graph, kept=kept, ran_again=len(kept.ran_again), notes=tuple(notes))
+    passes = (kept.events,) if again is kept else (kept.events, again.events)
+    return _Seen(graph=graph, kept=kept, ran_again=len(kept.ran_again), notes=tuple(notes), passes=passes)
 
 
 def _trace_apart(*args: Any, **options: Any) -> Traced:
@@ -277,9 +305,11 @@ def _trace(
     accumulates: bool,
     loss: Callable[[Any], torch.Tensor] | None,
     autocast_dtype: torch.dtype | None,
+    device: str,
     policies: Mapping[str, Activations] = MappingProxyType({}),
 ) -> Traced:
     """Run one forward and backward on fake tensors. ``autocast_dtype``: what autocast has the forward compute in.
+    ``device``: kind of device whose operators are to be seen.
     ``policies``: units whose activations are not kept, by name.
     """
     mode = FakeTensorMode(allow_non_fake_inputs=True)
@@ -298,6 +328,7 @@ def _trace(
         undo.enter_context(outside_saving())
         undo.enter_context(outside_autocast())  # it is for the forward alone
         undo.enter_context(torch.compiler.set_stance("force_eager"))
+        undo.enter_context(dropout_of(device))
         if torch.get_default_device().type != "cpu":
             undo.enter_context(torch.device("cpu"))
         inputs = batch.faked(mode)
@@ -330,6 +361,7 @@ def _trace(
                     parameter.grad = torch.empty_like(parameter)
                     recorder.add(parameter.grad)
                     undo.callback(parameter.register_post_accumulate_grad_hook(partial(_note, made, recorder)).remove)
+        recorder.events = [] if is_apart(device) else None  # for the allocator of such a device
         _notice_recomputes(units, ran_again)
         drawn = watch_draws(units)
         offloads = Offloads(recorder, mode)
@@ -375,6 +407,8 @@ def _trace(
         ]
         outside = [other for other, version in zip(others, versions, strict=True) if _was_written(other.grad, version)]
         outside += [parameter for parameter, _ in recorder.strangers.values() if parameter.grad is not None]
+        owner, events = recorder.log.access_of(), recorder.events or []
+        born = {number for _, number, size in events if size > 0}
         # Copies: what is left dies as soon as this returns, which is no part of the step.
         return Traced(
             recorder=recorder,
@@ -387,6 +421,7 @@ def _trace(
             stateful={**drawn, **recorder.stateful},
             state=state,
             outside=tuple((tuple(parameter.shape), parameter.element_size()) for parameter in outside),
+            events=[(owner[segment], number, size) for segment, number, size in events if size and number in born],
             updated=updated,
         )
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from memplan.analyze.graph import LifetimeKind
+from memplan.analyze.repeat.whole_events import Event
 from memplan.analyze.trace.recorder import Recorder
 
 
@@ -32,5 +33,7 @@ class Traced:
     """What the model's objects held at its end (``Snapshot.state``)."""
     outside: tuple[tuple[tuple[int, ...], int], ...]
     """Shape and bytes an element of each parameter that was trained and is none of the model's."""
+    events: Sequence[Event]
+    """Births and deaths in their order, where they are asked for."""
     updated: Mapping[int, str]
     """Ids of objects that held a tensor which was read and replaced, each with its name."""

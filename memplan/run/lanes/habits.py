@@ -20,7 +20,7 @@ from memplan.errors import RunError
 from memplan.hooks.compiled import is_compiled, untraced_deep
 from memplan.hooks.triggers import Triggers
 from memplan.run.lanes.device_numbers import DeviceNumbers, shapes_of
-from memplan.run.lanes.hooked import HookState, count_hooks
+from memplan.run.lanes.hooked import HookState, count_hooks, hooks_of
 from memplan.run.lanes.inherited import casting
 from memplan.run.transfer.device import is_apart
 from memplan.state.process_state import positions, settings
@@ -184,7 +184,7 @@ class _Pass:
         self._drawn_now = drawn
         self._held = Held(modules)
         self._state = self._held.state()
-        self._hooked = HookState(modules, trained)
+        self._hooked = HookState(hooks_of(modules, trained))
         self._settings = settings()
         self._buffers = _versions(modules)
         self._drawn = drawn()

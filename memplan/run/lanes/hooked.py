@@ -5,7 +5,7 @@ A loss that reads there what a hook has kept of the forward before it would find
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from types import CellType, FunctionType, MethodType
 from typing import Any
@@ -24,15 +24,19 @@ def count_hooks(modules: Iterable[nn.Module]) -> int:
 
 
 class HookState:
-    """What the hooks of modules and parameters hold when this is made."""
+    """What hooks, or other functions of the script, hold when this is made; and its objects."""
 
-    def __init__(self, modules: Iterable[nn.Module], trained: Sequence[nn.Parameter]) -> None:
+    def __init__(self, hooks: Iterable[Any], attributes: Iterable[tuple[Mapping[str, Any], str]] = ()) -> None:
+        """``attributes``: each by what has it (``vars``) and its name."""
         self._cells: list[tuple[CellType, object]] = []
-        self._globals: list[tuple[dict[str, Any], str, object]] = []
+        self._globals: list[tuple[Mapping[str, Any], str, object]] = []
         self._seen: dict[int, object] = {}
         self._values: list[object] = []
-        for hook in (*_hooks(modules), *_of_the_script(p._backward_hooks for p in trained)):
+        for hook in hooks:
             self._open(hook)
+        for held, name in attributes:
+            self._globals.append((held, name, held.get(name)))
+            self._open(held.get(name))
         self._state = Held(()).state(reached((self._values,), {})[0])
 
     def is_changed(self) -> bool:
@@ -71,6 +75,12 @@ class HookState:
                     self._open(value)
             elif not isinstance(value, nn.Module):
                 self._values.append(value)
+
+
+def hooks_of(modules: Iterable[nn.Module], trained: Sequence[nn.Parameter]) -> Iterator[Any]:
+    """Yield the hooks of modules and parameters that are not memplan's."""
+    yield from _hooks(modules)
+    yield from _of_the_script(parameter._backward_hooks for parameter in trained)
 
 
 def _hooks(modules: Iterable[nn.Module]) -> Iterator[Any]:
