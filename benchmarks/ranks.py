@@ -47,7 +47,7 @@ class Network:
         self._asked: queue.SimpleQueue[tuple[torch.Tensor, Any]] = queue.SimpleQueue()
         threading.Thread(target=self._serve, daemon=True).start()
 
-    def sum(self, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
+    def sum(self, bucket: Any) -> torch.futures.Future[torch.Tensor]:
         future: torch.futures.Future[torch.Tensor] = torch.futures.Future()
         self._asked.put((bucket.buffer(), future))
         return future
