@@ -2,10 +2,10 @@
 
     python -m benchmarks.scale [--models llama-3.1-8b …] [--keep]
 
-A micro-batch of 2,048 tokens on RTX 4090s; what 22 GiB of vram do not hold is in RAM, and on disk where a node's RAM
-does not hold it. 8 cards a node, each with its own PCIe 4.0 ×16, two behind one, or with NVLink beside it; 25 to 400 Gbit/s
-between nodes. What a row with NVLink has besides is a model of what is not built: each of a node's ranks loads its part
-and gathers the rest. A table for people; the last line is JSON.
+A micro-batch of 2,048 tokens on RTX 4090s (22 GiB of vram; 405B: L40S, 44 GiB). What these do not hold is in RAM,
+and on disk where a node's RAM does not hold it. 8 cards a node, each with its own PCIe 4.0 ×16, two behind one, or with
+NVLink beside it; 25 to 400 Gbit/s between nodes. What a row with NVLink has besides is a model of what is not built:
+each of a node's ranks loads its part and gathers the rest. A table for people; the last line is JSON.
 """
 
 from __future__ import annotations
@@ -28,9 +28,13 @@ from memplan.program.schema import Plan
 from memplan.request import Request
 from memplan.units import GIB
 
-MODELS = {"llama-3.1-8b": 64 * GIB, "llama-3.1-70b": 256 * GIB, "llama-3.1-405b": 512 * GIB}
-"""With the RAM of a node."""
-TOKENS, VRAM_BYTES = 2048, 22 * GIB
+MODELS = {
+    "llama-3.1-8b": ("rtx-4090", 22 * GIB, 64 * GIB),
+    "llama-3.1-70b": ("rtx-4090", 22 * GIB, 256 * GIB),
+    "llama-3.1-405b": ("l40s", 44 * GIB, 512 * GIB),
+}
+"""Each with its cards, their vram, and the RAM of a node."""
+TOKENS = 2048
 GPUS = (1, 2, 4, 8, 16, 64, 256, 1024)
 PER_NODE = 8
 NETWORKS_GBIT = (25, 100, 400)
@@ -42,9 +46,8 @@ HOST_MEMORY_BYTES_PER_S = 240e9
 """Assumed: eight channels of DDR4-3200 in two sockets at 60%."""
 
 
-def machine(gpus: int, sharing: int) -> HardwareProfile:
+def machine(card: HardwareProfile, gpus: int, sharing: int) -> HardwareProfile:
     """Return a node's profile, the link's rate with so many cards loading put in."""
-    card = load("rtx-4090")
     link = card.host_to_device_bytes_per_s
 
     def figure(value: float) -> Figure:
@@ -73,20 +76,22 @@ def limit(plan: Plan, link: float, sharing: int) -> str:
 
 def gathered_s(plan: Plan, link: float) -> float:
     """Return a micro-batch in s if each of a node's ranks loaded a part and gathered the rest: the longest of the
-    compute, its part over the link (eight parts over the RAM), and the gather.
+    compute, what the disk reads, its part over the link (all parts from the RAM), and the gather.
     """
     each, said = plan.ranks.per_node, plan.prediction
     rate = min(link, HOST_MEMORY_BYTES_PER_S / each)
     moved = said.loaded_bytes_per_pass
-    return max(said.compute_s, moved / each / rate, moved * (each - 1) / each / NVLINK_BYTES_PER_S)
+    disk = sum(plan.items[stay.item].size_bytes for stay in plan.residences if stay.channel == "disk")
+    disk_s = disk / plan.table.disk_bytes_per_s  # a node reads as much, however its ranks part it
+    return max(said.compute_s, disk_s, moved / each / rate, moved * (each - 1) / each / NVLINK_BYTES_PER_S)
 
 
-def rows_of(model: str, ram_bytes: int) -> list[dict[str, Any]]:
+def rows_of(model: str, card: str, vram_bytes: int, ram_bytes: int) -> list[dict[str, Any]]:
     """Return plans of one model, a row each."""
     adapter = {"rank": 16, "targets": "all-linear"}
     options = {
-        "hardware": "rtx-4090",
-        "vram": VRAM_BYTES,
+        "hardware": card,
+        "vram": vram_bytes,
         "ram": ram_bytes,
         "disk": 1 << 40,
         "adapter": adapter,
@@ -99,7 +104,9 @@ def rows_of(model: str, ram_bytes: int) -> list[dict[str, Any]]:
         for gpus in GPUS:
             ranks = Ranks(nodes=-(-gpus // PER_NODE), per_node=min(gpus, PER_NODE))
             for gbit in NETWORKS_GBIT if ranks.nodes > 1 else (0,):
-                table, _ = with_ranks(case.table, machine(ranks.per_node, sharing), ranks, gbit * 1e9 / 8 or None)
+                table, _ = with_ranks(
+                    case.table, machine(load(card), ranks.per_node, sharing), ranks, gbit * 1e9 / 8 or None
+                )
                 # All nodes place alike: what differs is the all-reduce, whose rows the same placement is given.
                 key = (table.host_to_device_bytes_per_s, ranks.per_node, ranks.count > 1)
                 if key not in plans:
@@ -132,8 +139,8 @@ def main() -> int:
     parser.add_argument("--models", nargs="+", default=list(MODELS), choices=list(MODELS))
     parser.add_argument("--keep", action="store_true")
     options = parser.parse_args()
-    rows = [row for model in options.models for row in rows_of(model, MODELS[model])]
-    table = Table(title=f"Micro-batches of {TOKENS:,} tokens, 22 GiB of vram a card, {PER_NODE} cards a node")
+    rows = [row for model in options.models for row in rows_of(model, *MODELS[model])]
+    table = Table(title=f"Micro-batches of {TOKENS:,} tokens, {PER_NODE} cards a node")
     for column in (
         "model",
         "cards",
