@@ -22,7 +22,7 @@ from memplan import request
 from memplan.analyze import graph
 from memplan.cli import group
 from memplan.cli.options import OPTIONS
-from memplan.cost import table
+from memplan.cost import ranks, table
 from memplan.hardware import profile
 from memplan.program import record, schema
 from memplan.run.attach import attach
@@ -64,7 +64,7 @@ FILES_PAGE = f"""# Plan, record and profile files
 not know is refused. Bytes and seconds, as each name ends.
 """
 KINDS = {"plan": "A plan", "record": "A record", "profile": "A hardware profile"}
-MODULES = (schema, record, profile, table, graph)
+MODULES = (schema, record, profile, table, ranks, graph)
 
 
 def plain(text: str) -> str:

@@ -33,9 +33,9 @@ def plan(model: Any, batch: Any, **options: Unpack[PlanOptions]) -> Plan:
     ``options``: budgets and the machine (``vram``, ``margin``, ``ram``, ``disk``, ``page_lock``, ``hardware``); how a
     model that is given by its configuration is built (``adapter``, ``dtype``, ``attention``, ``quantization``,
     ``qlora``, ``kbit``, ``gradient_checkpointing``); the training (``autocast``, ``accumulation``, ``group``,
-    ``steps``, or ``examples`` and ``epochs``, ``optimizer``, ``loss``, ``trained_by``); the placement (``pins``,
-    ``activations``, ``elastic``, ``blocks``, ``optimizer_state``, ``checkpoint``); what is looked at (``measure``,
-    ``max_step_s``, ``gains``, ``progress``).
+    ``steps``, or ``examples`` and ``epochs``, ``optimizer``, ``loss``, ``trained_by``); its ranks (``gpus``, ``nodes``,
+    ``network``); the placement (``pins``, ``activations``, ``elastic``, ``blocks``, ``optimizer_state``,
+    ``checkpoint``); what is looked at (``measure``, ``max_step_s``, ``gains``, ``progress``).
     :class:`memplan.PlanOptions` says what each takes and is when it is left out, and so does
     ``docs/reference/options.md``.
 

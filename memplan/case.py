@@ -19,6 +19,7 @@ from memplan.hardware.budgets import beyond, require_vram
 from memplan.hardware.profile import HardwareProfile, load, page_lock_limit_bytes
 from memplan.model import models
 from memplan.model.checkpoint import has_checkpoint
+from memplan.program.arrangements import with_arrangement, without_arrangement
 from memplan.program.schema import RING_BYTES, STAGING_BYTES, Budgets, Plan, StateHome, Tier, Workload
 from memplan.request import TIERS, LossKind, Request, Sizes, Training
 from memplan.units import align_up, format_bytes
@@ -72,7 +73,7 @@ class Case:
         within = replace(self.budgets, **budgets)
         more = {"pins": self.pins, "pieces": pieces, "elastic": self.elastic, **self._asked()}
         more |= {"optimizer_state": self.optimizer_state, "groups": self.groups}
-        return place(self.table, within, **more, **self._said())
+        return with_arrangement(place(self.table, within, **more, **self._said()))
 
     def pass_below_s(self, below_s: float) -> float | None:
         """Return the pass in s of the plan, whole blocks alone; None where it does not fit or takes ``below_s`` or
@@ -139,7 +140,7 @@ def case_of_plan(plan: Plan) -> Case:
         pins=plan.pins,
         activations=plan.asked,
         staging_bytes=_staging_bytes(plan.table.device),
-        notes=plan.notes,
+        notes=without_arrangement(plan.notes),
         elastic=plan.elastic,
         optimizer_state=plan.optimizer_state,
         groups=(plan.group,),
@@ -150,6 +151,7 @@ def case_of(request: Request) -> Case:
     """Look at the model and the batch of a request, and price them. Raises InputError."""
     from memplan.cost.build import cost_table
     from memplan.cost.build import notes as cost_notes
+    from memplan.cost.data_parallel import with_ranks
     from memplan.place.alternatives import state_away
 
     sizes, training, choices = request.sizes, request.training, request.choices
@@ -167,6 +169,7 @@ def case_of(request: Request) -> Case:
     budgets = _budgets(sizes, profile, lies_in)
     times = _times(request, graph, profile, budgets.vram_bytes) if choices.measure else None
     table = cost_table(graph, profile, times)
+    table, rank_notes = with_ranks(table, profile, training.ranks, training.network_bytes_per_s)
     if choices.optimizer_state == "host":
         table = state_away(table, budgets.page_lock_bytes)
     asked = _activations(choices.activations, graph)
@@ -197,6 +200,7 @@ def case_of(request: Request) -> Case:
             *graph.notes,
             *cost_notes(graph, profile, times),
             *_loss_notes(training.loss_kind, graph),
+            *rank_notes,
             *machine.notes(profile, lies_in),
             *beyond(profile, budgets.vram_bytes, budgets.ram_bytes),
             *_margin(sizes),

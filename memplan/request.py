@@ -13,9 +13,10 @@ from typing import TYPE_CHECKING, Any, Literal, TypedDict, cast
 
 from memplan.analyze.blocks.optimizers import optimizer_name
 from memplan.cost.group import sizes
+from memplan.cost.ranks import Ranks
 from memplan.errors import InputError
 from memplan.model.arguments import QLORA, Understood, autocast_name, like, understood
-from memplan.units import format_bytes, parse_size
+from memplan.units import format_bytes, parse_rate, parse_size
 
 if TYPE_CHECKING:
     from memplan.analyze.graph import Activations
@@ -50,7 +51,7 @@ class PlanOptions(TypedDict, total=False):
     """Of ``vram`` what is left free, for what no plan can know (fragmentation, other processes): 0 unless it is
     given."""
     ram: int | str | None
-    """Host memory, as ``vram``. None or ``"auto"``: what is available less a reserve."""
+    """Host memory of a node, as ``vram``. None or ``"auto"``: what is available less a reserve."""
     disk: int | str | None
     """Disk for packed blocks, as ``vram``. None: no disk beyond the checkpoint's own files."""
     page_lock: int | str | None
@@ -86,6 +87,13 @@ class PlanOptions(TypedDict, total=False):
     group: int | str
     """Micro-batches of a step that share each load: so many pass each layer one after another before it leaves, which
     :meth:`memplan.Handle.accumulate` does. 1 unless it is given; ``"auto"``: as many as make a step shortest."""
+    gpus: int
+    """Data-parallel ranks of a node, each with its own device: 1 unless it is given. ``vram`` is that of each,
+    ``ram`` and ``disk`` are the node's. Where ranks run already it is theirs."""
+    nodes: int
+    """Nodes of as many ranks each: 1 unless it is given."""
+    network: int | float | str | None
+    """Rate between two nodes: bytes a second, or text such as ``"10Gbit"``. None: 10 Gbit/s is assumed, and said."""
     steps: int | None
     """Total steps, to estimate run time."""
     examples: int | None
@@ -176,6 +184,9 @@ class Training:
     accumulation: int
     groups: tuple[int, ...]
     """Sizes of groups of micro-batches of which one is chosen, the smallest first."""
+    ranks: Ranks
+    network_bytes_per_s: float | None
+    """Between two nodes; None where nobody said."""
     steps: int | None
     """Of the whole run, as far as they are known: counted from the examples where those are given."""
     examples: int | None
@@ -259,6 +270,15 @@ class Request:
         groups = _groups(given.get("group", DEFAULT_GROUP), accumulation)
         if parts := _parts(given):
             groups = groups[:1]
+        ranks = _ranks(given)
+        if ranks.count > 1 and groups != (1,):
+            if given.get("group") != AUTO:
+                raise InputError(
+                    f"group was given as {given.get('group')}, but micro-batches that share loads go one by one on "
+                    "several ranks: leave group out"
+                )
+            groups = (1,)
+        network = given.get("network")
         qlora, kbit, autocast, optimizer = (
             given.get("qlora", False), given.get("kbit"), given.get("autocast"), given.get("optimizer"),
         )  # fmt: skip
@@ -284,6 +304,8 @@ class Request:
             training=Training(
                 accumulation=accumulation,
                 groups=groups,
+                ranks=ranks,
+                network_bytes_per_s=None if network is None else parse_rate(network, "network"),
                 steps=steps,
                 examples=given.get("examples"),
                 epochs=epochs,
@@ -438,6 +460,15 @@ def _parts(given: PlanOptions) -> bool:
     if given.get("measure"):
         raise InputError("the times of layers in parts cannot be measured: leave measure or blocks out")
     return True
+
+
+def _ranks(given: PlanOptions) -> Ranks:
+    """Return how many ranks train."""
+    counts: dict[str, Any] = {"gpus": given.get("gpus", 1), "nodes": given.get("nodes", 1)}
+    for what, count in counts.items():
+        if isinstance(count, bool) or not isinstance(count, int) or count < 1:
+            raise InputError(f"{what} were given as {count!r}: give a whole number, at least 1")
+    return Ranks(nodes=counts["nodes"], per_node=counts["gpus"])
 
 
 def _activations(given: str | Mapping[str, str] | None) -> dict[str, Activations]:

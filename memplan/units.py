@@ -59,6 +59,18 @@ def parse_size(size: int | float | str, what: str = "size") -> int:
     return int(size)
 
 
+def parse_rate(rate: int | float | str, what: str) -> float:
+    """Return ``rate`` in bytes a second: a count of them, or text such as ``"10Gbit"`` (of bits) or ``"1GB"`` (of
+    bytes), a second each. Raises SizeError for anything else, and for 0.
+    """
+    text = rate.lower().removesuffix("/s").strip() if isinstance(rate, str) else ""
+    is_bits = text.endswith("bit")
+    found = parse_size(text.removesuffix("it"), what) / 8 if is_bits else float(parse_size(text or rate, what))
+    if not found > 0:
+        raise SizeError(what, rate)
+    return found
+
+
 def align_up(size_bytes: int, alignment_bytes: int = ALIGNMENT_BYTES) -> int:
     """Return the least multiple of ``alignment_bytes`` that is not below ``size_bytes``."""
     return -(-size_bytes // alignment_bytes) * alignment_bytes

@@ -40,6 +40,7 @@ NOT_SAID = {"progress"}
 NOT_OF_A_SCRIPT = {
     "adapter", "dtype", "attention", "quantization", "qlora", "kbit", "gradient_checkpointing", "examples", "epochs",
     "loss", "trained_by",
+    "gpus", "nodes",
 }  # fmt: skip
 """A script makes its model and its batches itself."""
 NOT_ASKED = {"max_step_s", "gains"}

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 AccessKind = Literal["forward", "loss", "backward", "optimizer"]
 BlockKind = Literal["layer", "expert", "embedding", "head", "shared", "other"]
 Activations = Literal["keep", "recompute", "offload"]
-FixedKind = Literal["adapters", "optimizer", "buffers", "batch", "context"]
+FixedKind = Literal["adapters", "optimizer", "buffers", "batch", "context", "communication"]
 LifetimeKind = Literal["activations", "gradients", "optimizer"]
 
 

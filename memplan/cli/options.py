@@ -14,7 +14,7 @@ import click
 from memplan.cli.defaults import from_file, variable
 from memplan.model.arguments import ALL_LINEAR, DEFAULT_TARGETS
 from memplan.request import ACTIVATIONS, ANY, AUTO, GRAINS, LOSSES, STATE_HOMES, TIERS, TRAINERS, tier_of
-from memplan.units import parse_size
+from memplan.units import parse_rate, parse_size
 
 if TYPE_CHECKING:
     from types import ModuleType
@@ -44,6 +44,10 @@ def _size(option: str, words: Sequence[str] = ()) -> Callable[[str | None], int 
         return parse_size(given, option)
 
     return read
+
+
+def _rate(given: str | None) -> float | None:
+    return None if given is None else parse_rate(given, "--network")
 
 
 def _adapter(rank: int, names: str) -> dict[str, Any]:
@@ -192,6 +196,16 @@ OPTIONS: dict[str, Row] = {
             help="Micro-batches of a step that share each load; auto: as many as make a step shortest.  [default: 1]",
         ),
         _group,
+    ),
+    "gpus": Row(
+        _option("--gpus", metavar="N", type=COUNT, help="Ranks of a node, under DDP.  [default: 1]"), with_script=False
+    ),
+    "nodes": Row(
+        _option("--nodes", metavar="N", type=COUNT, help="Of so many ranks each.  [default: 1]"), with_script=False
+    ),
+    "network": Row(
+        _option("--network", metavar="RATE", help="Between two nodes.  [default: 10Gbit, assumed]"),
+        _rate,
     ),
     "steps": Row(
         _option(

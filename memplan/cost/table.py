@@ -8,6 +8,7 @@ from itertools import accumulate
 from msgspec import Struct
 
 from memplan.analyze.graph import AccessKind, Activations, Block, Fixed, Lifetime, Rows
+from memplan.cost.ranks import Ranks
 
 
 class AccessRow(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -76,6 +77,8 @@ class CostTable(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     group: int = 1
     """Micro-batches that pass each access one after another before any of them goes on (:mod:`memplan.cost.group`);
     rows and lifetimes are those of one of them."""
+    ranks: Ranks = Ranks()
+    """Processes that train under the plan. Rates are those with all of a node loading at once."""
     reserved: tuple[Reserved, ...] = ()
 
     @property

@@ -83,6 +83,10 @@ class HardwareProfile(Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     """The least that was refused. None where nothing was: then ``page_lock_bytes`` is as much as was tried, and no
     limit.
     """
+    host_to_device_of_ranks: dict[str, Figure] = {}
+    """Rate of each card from pinned RAM while so many of a node load at once, by their number."""
+    host_memory_bytes_per_s: Figure | None = None
+    """Of the RAM beside a card, reads and writes together, all channels."""
     disk_depth: Figure | None = None
     """Reads at once from which on the disk gave nine tenths of its best rate."""
     machine: str = ""
@@ -103,12 +107,18 @@ class HardwareProfile(Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
                 f"matmul_flops_per_s has {sorted(self.matmul_flops_per_s)}: give float32, and besides it only "
                 f"{' and '.join(_DTYPES[1:])}"
             )
+        for count in self.host_to_device_of_ranks:
+            if not (count.isascii() and count.isdecimal() and int(count) > 1):
+                raise HardwareError(
+                    f"host_to_device_of_ranks has {count!r}: give rates by a number of ranks, 2 or more"
+                )
         for where, figure in self._figures():
             _check(where, figure)
 
     def _figures(self) -> list[tuple[str, Figure]]:
         figures = [(name, getattr(self, name)) for name in self.__struct_fields__]
         figures += [(f"matmul_flops_per_s.{dtype}", figure) for dtype, figure in self.matmul_flops_per_s.items()]
+        figures += [(f"host_to_device_of_ranks.{n}", figure) for n, figure in self.host_to_device_of_ranks.items()]
         return [(where, figure) for where, figure in figures if isinstance(figure, Figure)]
 
 
@@ -164,6 +174,9 @@ def as_rows(profile: HardwareProfile) -> list[tuple[str, str, str]]:
         name = where.replace("matmul_flops_per_s.", "products in ")
         if name != where:
             text = f"{figure.value / 1e12:.3g} TFLOP/s"
+        elif name.startswith("host_to_device_of_ranks."):
+            name = f"host to device, {name.rpartition('.')[2]} ranks at once"
+            text = f"{format_bytes(int(figure.value))}/s"
         elif name.endswith("_bytes_per_s"):
             name, text = name.removesuffix("_bytes_per_s"), f"{format_bytes(int(figure.value))}/s"
         elif name in ("duplex_factor", "disk_depth"):

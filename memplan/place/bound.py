@@ -54,7 +54,7 @@ def _windows(problem: Problem, room_bytes: list[int], disk_used: bool) -> Second
     disk = table.disk_bytes_per_s
     beside = disk_used and not is_apart(table.device)  # else the disk's bytes cross the same link
     together = table.host_to_device_bytes_per_s + (disk if beside else 0.0)
-    ram_bytes = max(problem.ram_bytes - problem.staging_bytes, 0)
+    ram_bytes = max(problem.ram_bytes - table.ranks.node_bytes(0, problem.staging_bytes), 0)
     sizes = [block.size_bytes for block in table.blocks]
     # Rows may be read where they lie: they need no room.
     reads = [tuple(b for b in dict.fromkeys(a.blocks) if not a.reads_rows_of(b)) for a in table.accesses]

@@ -76,7 +76,7 @@ def recipes(problem: Problem, *, every: bool = True, tails: bool = False) -> Ite
     in_parts = any(len(bundle) > 1 for bundle in problem.bundles)
     may_be_disk = problem.budgets.disk_bytes is None or problem.budgets.disk_bytes > 0
     total = problem.room((*problem.movable, *problem.forced))
-    mixed = may_be_disk and problem.ram_bytes < total + problem.staging_bytes
+    mixed = may_be_disk and problem.ram_bytes < total + problem.table.ranks.node_bytes(0, problem.staging_bytes)
     mixed = mixed or "disk" in problem.pins.values()
     for times in _REGIONS if every else _REGIONS[:2]:
         recipe = LayoutRecipe(times, "bundle", 0, tails=tails)

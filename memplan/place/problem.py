@@ -70,7 +70,8 @@ class Problem:
     @property
     def ram_bytes(self) -> int:
         """The budget for weights and staging: what offloaded activations and the optimizer's state leave of it."""
-        return self.budgets.ram_bytes - self.saves.host_bytes - self.table.state_on_host_bytes
+        own = self.saves.host_bytes + self.table.state_on_host_bytes
+        return self.budgets.ram_bytes - self.table.ranks.node_bytes(0, own)
 
     @property
     def disk_may_help(self) -> bool:
@@ -98,9 +99,10 @@ class Problem:
         return state if is_state_locked(state, self.page_lock_bytes) else 0
 
     def staged_bytes(self, host_bytes: int, *, reads_disk: bool) -> int:
-        """Return the bytes of RAM for staging beside so many of weights."""
+        """Return a node's bytes of RAM for staging beside so many of weights."""
         is_pageable = self.is_pageable(host_bytes, reads_disk=reads_disk)
-        return rings_bytes(reads_disk=False, is_pageable=is_pageable) + (self.staging_bytes if reads_disk else 0)
+        each = rings_bytes(reads_disk=False, is_pageable=is_pageable) + (self.staging_bytes if reads_disk else 0)
+        return self.table.ranks.node_bytes(0, each)
 
     @property
     def free_modules(self) -> list[str]:

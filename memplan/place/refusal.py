@@ -213,7 +213,7 @@ def _fewer_targets(size_bytes: int) -> str:
 
 
 def _lacks_staging(task: Task) -> bool:
-    return task.budgets.disk_bytes != 0 and task.budgets.ram_bytes < task.staging_bytes
+    return task.budgets.disk_bytes != 0 and task.budgets.ram_bytes < task.table.ranks.node_bytes(0, task.staging_bytes)
 
 
 def _more(least_bytes: int, budget_bytes: int) -> str:

@@ -294,7 +294,14 @@ def _plan(solution: _Solution, asked: Mapping[str, Activations], said: PlanInfo,
     layout = lay_out(problem, arrangement)
     on_disk = arrangement.disk_bytes
     timeline = replay(table, layout.items, layout.residences, policies, layout.pageable)
-    staging = problem.staged_bytes(arrangement.host_bytes, reads_disk=on_disk > 0)
+    ranks, staging = table.ranks, problem.staged_bytes(arrangement.host_bytes, reads_disk=on_disk > 0)
+    ram_parts = {
+        "weights": arrangement.host_bytes,
+        "activations": ranks.node_bytes(0, saves.host_bytes),
+        "optimizer": ranks.node_bytes(0, table.state_on_host_bytes),
+        "staging": staging,
+    }
+    reduce_s = ranks.unhidden_s(timeline.access_end_s)
     tails = [arrangement.tail_bytes_at(index) for index in range(problem.length)]
     beside = nonweight + np.asarray(tails, dtype=np.int64)
     at = int(beside.argmax())
@@ -315,7 +322,8 @@ def _plan(solution: _Solution, asked: Mapping[str, Activations], said: PlanInfo,
         compute_s=timeline.compute_s,
         pass_s=timeline.pass_s,
         last_pass_s=last_pass_s,
-        step_s=full * timeline.pass_s + last_pass_s + _optimizer_s(table),
+        step_s=full * timeline.pass_s + last_pass_s + reduce_s + _optimizer_s(table),
+        reduce_s=reduce_s,
         bound_s=bound,
         stall_s=max(timeline.pass_s - timeline.compute_s, 0.0),
         binds=_binds(timeline),
@@ -325,17 +333,12 @@ def _plan(solution: _Solution, asked: Mapping[str, Activations], said: PlanInfo,
         rows_bytes_per_pass=arrangement.rows_bytes,
         peaks=Peaks(
             vram_bytes=arrangement.device_bytes + int(beside.max()),
-            ram_bytes=arrangement.host_bytes + saves.host_bytes + table.state_on_host_bytes + staging,
+            ram_bytes=sum(ram_parts.values()),
             disk_bytes=on_disk,
         ),
         vram_peak_at=at,
         vram_parts=parts,
-        ram_parts={
-            "weights": arrangement.host_bytes,
-            "activations": saves.host_bytes,
-            "optimizer": table.state_on_host_bytes,
-            "staging": staging,
-        },
+        ram_parts=ram_parts,
     )
     plan = Plan(
         schema_version=SCHEMA_VERSION,
@@ -349,7 +352,7 @@ def _plan(solution: _Solution, asked: Mapping[str, Activations], said: PlanInfo,
         residences=layout.residences,
         activations=tuple(ActivationPolicy(module=m, activations=p) for m, p in policies.items()),
         prediction=prediction,
-        staging_bytes=staging,
+        staging_bytes=staging // ranks.per_node,
         pins=dict(problem.pins),
         asked=dict(asked),
         elastic=elastic,

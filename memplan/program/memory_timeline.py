@@ -30,6 +30,7 @@ DEVICE_KINDS = (
     "buffers",
     "batch",
     "context",
+    "communication",
     *ACTIVATION_KINDS,
     "workspace",
 )
@@ -88,6 +89,8 @@ def timeline(plan: Plan) -> tuple[Moment, ...]:
     is_staged = on_disk or any(arena.pageable for arena in plan.arenas)
     host["optimizer"] = [plan.table.state_on_host_bytes] * len(rows)
     host["staging"] = [plan.staging_bytes if is_staged else 0] * len(rows)
+    each = plan.ranks.per_node  # weights lie on a node once, all else is each rank's; idle is room of activations
+    host |= {kind: [each * size for size in host[kind]] for kind in HOST_KINDS if kind != "weights"}
     vram = {kind: device.get(kind) or beside.get(kind) or [0] * len(rows) for kind in DEVICE_KINDS}
     return tuple(
         Moment(

@@ -15,6 +15,7 @@ from typing import Literal
 from msgspec import Struct
 
 from memplan.analyze.graph import Activations
+from memplan.cost.ranks import Ranks
 from memplan.cost.table import CostTable
 from memplan.program import codec
 from memplan.program.codec import SCHEMA_VERSION as SCHEMA_VERSION
@@ -29,6 +30,7 @@ VRAM_KINDS = (
     "buffers",
     "batch",
     "context",
+    "communication",
     "activations",
     "workspace",
 )
@@ -93,7 +95,7 @@ class Workload(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
 
 
 class Budgets(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Bytes that memplan may use of a tier."""
+    """Bytes that memplan may use of a tier: vram of a rank, RAM and disk of a node."""
 
     vram_bytes: int
     ram_bytes: int
@@ -220,7 +222,9 @@ class Prediction(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     last_pass_s: float = 0.0
     """Of the smaller group that a step ends with; 0 where there is none."""
     step_s: float
-    """``accumulation`` micro-batches and the optimizer."""
+    """``accumulation`` micro-batches, what of the all-reduce is not hidden, and the optimizer."""
+    reduce_s: float = 0.0
+    """Of several ranks: the part of the gradients' all-reduce that the last backward of a step does not hide."""
     bound_s: float
     """No plan of these blocks within this vram has a shorter pass (design: window bound)."""
     stall_s: float
@@ -239,10 +243,10 @@ class Prediction(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Access at which device memory peaks."""
     vram_parts: dict[str, int]
     """Device bytes at that access: weights (always there), slots, adapters, gradients, optimizer, buffers, batch,
-    context, activations, workspace. They sum to ``peaks.vram_bytes``."""
+    context, communication, activations, workspace. They sum to ``peaks.vram_bytes``."""
     ram_parts: dict[str, int]
-    """weights, activations (offloaded), optimizer (its state, where it waits there), staging. They sum to
-    ``peaks.ram_bytes``.
+    """Of a node: weights (one copy for all ranks), activations (offloaded), optimizer (its state, where it waits
+    there), staging, these three of every rank. They sum to ``peaks.ram_bytes``.
     """
 
 
@@ -277,7 +281,7 @@ class Plan(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """One for each module in ``table.recomputable``."""
     prediction: Prediction
     staging_bytes: int
-    """Host bytes through which the disk is read, and the ring of what is pageable; counted in ``ram``."""
+    """Host bytes of a rank through which the disk is read, and the ring of what is pageable; counted in ``ram``."""
     notes: tuple[str, ...] = ()
     pins: dict[int, Tier] = {}
     """Homes that were asked for, by block; the others were chosen."""
@@ -289,6 +293,11 @@ class Plan(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """What would make a micro-batch shorter, each alone, where that was looked at."""
     least_vram_bytes: int | None = None
     """The least vram for which there is a plan with the other budgets as given, where that was looked at."""
+
+    @property
+    def ranks(self) -> Ranks:
+        """Processes that train under it, each with its own device."""
+        return self.table.ranks
 
     @property
     def groups(self) -> tuple[int, int]:

@@ -7,6 +7,7 @@ made.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import accumulate
 
 from memplan.analyze.graph import Activations
 from memplan.cost.group import grouped
@@ -46,9 +47,11 @@ def _whole(plan: Plan, recomputed: frozenset[str]) -> Whole:
     # State that waits in RAM is among the bytes of the optimizer's step alone.
     state = table.state_on_host_bytes
     beside = zip(table.device_bytes(policies), table.accesses, strict=True)
+    times_s = durations(table, policies)
+    ends_s = list(accumulate(times_s))
     return Whole(
         vram_bytes=weights + max(size + (0 if row.kind == "optimizer" else state) for size, row in beside),
-        step_s=plan.workload.accumulation * sum(durations(table, policies)) + _optimizer_s(table),
+        step_s=plan.workload.accumulation * sum(times_s) + table.ranks.unhidden_s(ends_s) + _optimizer_s(table),
     )
 
 

@@ -10,7 +10,6 @@ from typing import Any
 
 import msgspec
 import torch
-from msgspec import structs
 from torch import nn
 
 from memplan.case import profile_of, ram_of, vram_of
@@ -26,9 +25,6 @@ from memplan.ranks.session import RankError, Session, session
 from memplan.ranks.shared_memory import shared_memory
 from memplan.ranks.world import unknown_ranks
 from memplan.request import Sizes
-
-_MOST_TRIES = 4
-"""Plans that are made until what each rank has of its own fits beside what they share."""
 
 
 class _Own(msgspec.Struct, frozen=True):
@@ -104,37 +100,16 @@ def one_plan(
     if sizes.ram_bytes is None:
         ram_bytes //= ranks.machine_share
     # The margin is taken off once more. Micro-batches of ranks share no loads: DDP sums gradients in the last one's.
-    given = {**options, "vram": vram_bytes + sizes.margin_bytes, "group": 1}
+    given = {**options, "vram": vram_bytes + sizes.margin_bytes, "group": 1, "ram": ram_bytes}
+    given |= {"gpus": count, "nodes": -(-ranks.size // count)}
+    if count > 1 and not shares:  # each rank is as a node of its own then
+        given |= {"gpus": 1, "nodes": ranks.size, "ram": ram_bytes // count}
     most = max(record.numbers for record in found)
     planner = next(rank for rank, record in enumerate(found) if record.numbers == most)
 
-    def make() -> bytes:
-        if not shares:
-            return codec.encode(planned({**given, "ram": ram_bytes // count}))
-        return codec.encode(_within_node(planned, given, ram_bytes, count))
-
-    made = ranks.from_one("planning", planner, make)
+    made = ranks.from_one("planning", planner, lambda: codec.encode(planned(given)))
     with ranks.stage("reading the plan"):
         return codec.decode(made, Plan, f"rank {planner}").judged()
-
-
-def _within_node(
-    planned: Callable[[dict[str, Any]], Plan], given: Mapping[str, Any], ram_bytes: int, count: int
-) -> Plan:
-    """Return a plan of one rank by which the ``count`` ranks of a node keep its RAM: its weights there lie once, what
-    else there is each has.
-    """
-    room = ram_bytes
-    for _ in range(_MOST_TRIES):
-        plan = planned({**given, "ram": room})
-        sizes = {block.id: block.size_bytes for block in plan.table.blocks}
-        once = sum(sizes[item.block] for item in plan.items if item.kind == "weights" and item.home == "host")
-        each = max(0, plan.prediction.peaks.ram_bytes - once)
-        if once + count * each <= ram_bytes:
-            note = f"Weights on the host are one copy for the {count} ranks of a node."
-            return structs.replace(plan, notes=(*plan.notes, note)) if once else plan
-        room = max(0, min(room - 1, ram_bytes - (count - 1) * each))
-    return planned({**given, "ram": ram_bytes // count})
 
 
 def _can_share(ranks: Session) -> bool:

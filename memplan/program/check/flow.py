@@ -11,6 +11,7 @@ from memplan.analyze.graph import Activations
 from memplan.cost.table import AccessRow
 from memplan.device_kinds import is_apart
 from memplan.program.check.page_locks import slow_items
+from memplan.program.check.ranks import unhidden_s
 from memplan.program.schema import Plan, Residence
 
 _MOST_PASSES = 64
@@ -29,21 +30,26 @@ def flow_faults(plan: Plan) -> Iterator[str]:
     one_s = _durations(plan)
     full, rest = divmod(plan.workload.accumulation, plan.group)
     every = [time_s * plan.group for time_s in one_s]
-    yield from _pass_faults(plan, every, said.pass_s, "a micro-batch" if plan.group == 1 else "a group")
+    ends: list[float] = []
+    yield from _pass_faults(plan, every, said.pass_s, "a micro-batch" if plan.group == 1 else "a group", ends)
     if rest:
-        yield from _pass_faults(plan, [time_s * rest for time_s in one_s], said.last_pass_s, "the last group")
+        yield from _pass_faults(plan, [time_s * rest for time_s in one_s], said.last_pass_s, "the last group", [])
     for what, stated, found in (
         ("compute", said.compute_s, sum(every)),
         ("stall", said.stall_s, max(said.pass_s - sum(every), 0.0)),
         ("the last group", said.last_pass_s, said.last_pass_s if rest else 0.0),
-        ("step", said.step_s, full * said.pass_s + said.last_pass_s + _optimizer_s(plan)),
+        ("all-reduce", said.reduce_s, min(unhidden_s(plan, ends), key=lambda s: abs(s - said.reduce_s), default=0.0)),
+        ("step", said.step_s, full * said.pass_s + said.last_pass_s + said.reduce_s + _optimizer_s(plan)),
     ):
         if abs(stated - found) > _SAME * max(said.pass_s, found):
             yield f"the prediction says {stated:.6g} s of {what}, the rows say {found:.6g} s"
 
 
-def _pass_faults(plan: Plan, durations: Sequence[float], stated: float, what: str) -> Iterator[str]:
-    """Yield why a pass whose accesses take ``durations`` in s can never end, or takes another time than is said."""
+def _pass_faults(plan: Plan, durations: Sequence[float], stated: float, what: str, ends: list[float]) -> Iterator[str]:
+    """Yield why a pass whose accesses take ``durations`` in s can never end, or takes another time than is said.
+
+    ``ends``: where the accesses' ends go, pass after pass.
+    """
     length = len(plan.table.accesses)
     queues = _queues(plan)
     places = {stay.id: (channel, turn) for channel, queue in queues.items() for turn, stay in enumerate(queue)}
@@ -59,7 +65,6 @@ def _pass_faults(plan: Plan, durations: Sequence[float], stated: float, what: st
         for stay in queue
     }
     ended: dict[str, list[float]] = {channel: [] for channel in queues}  # loads, pass after pass
-    ends: list[float] = []  # of accesses, pass after pass
     turns = {"": length, **{channel: len(queue) for channel, queue in queues.items()}}
 
     def is_brought(stay: Residence, turn: int) -> bool:

@@ -15,7 +15,8 @@ from memplan.program.check.flow import flow_faults
 from memplan.program.check.groups import device_bytes, group_faults
 from memplan.program.check.occupancy import absence_faults
 from memplan.program.check.offloads import offload_faults
-from memplan.program.check.page_locks import page_lock_faults, stages
+from memplan.program.check.page_locks import page_lock_faults
+from memplan.program.check.ranks import host_bytes, rank_faults
 from memplan.program.schema import Address, Item, Plan, Residence, Tier
 from memplan.units import ALIGNMENT_BYTES, format_bytes
 
@@ -29,7 +30,7 @@ def require(plan: Plan) -> None:
 
 def check(plan: Plan) -> tuple[str, ...]:
     """Return every fault of a plan, one sentence each; empty where it holds."""
-    references = tuple(_references(plan))
+    references = (*_references(plan), *rank_faults(plan))
     if references:  # nothing further can be looked up
         return references
     return (
@@ -350,7 +351,6 @@ def _until(stay: Residence, other: Residence) -> int:
 
 def _peaks(plan: Plan) -> Iterator[str]:
     table, budgets, stated = plan.table, plan.budgets, plan.prediction
-    host = sum(arena.size_bytes for arena in plan.arenas if arena.tier == "host")
     beside = device_bytes(plan)
 
     def bytes_at(index: int) -> int:
@@ -369,8 +369,7 @@ def _peaks(plan: Plan) -> Iterator[str]:
             f"{format_bytes(vram - budgets.vram_bytes)} over the budget of {format_bytes(budgets.vram_bytes)}"
         )
     on_disk = sum(item.size_bytes for item in plan.items if item.home == "disk")
-    state = sum(life.size_bytes for life in table.lifetimes if life.kind == "optimizer")
-    ram = host + state + (plan.staging_bytes if stages(plan) else 0)
+    ram = host_bytes(plan)
     if ram > budgets.ram_bytes:
         yield f"{format_bytes(ram)} of ram are needed, the budget is {format_bytes(budgets.ram_bytes)}"
     if budgets.disk_bytes is not None and on_disk > budgets.disk_bytes:

@@ -21,6 +21,7 @@ _TALLEST = 1.25
 _WEIGHTS, _TRAINED, _SAVED, _OTHER = "weights", "trained", "saved", "other"
 _KINDS: dict[str, tuple[str, int, str]] = {
     "context": (_OTHER, 0, "what CUDA and its libraries take"),
+    "communication": (_OTHER, 5, "DDP's buckets and NCCL's buffers"),
     "buffers": (_OTHER, 1, "buffers of the model"),
     "batch": (_OTHER, 2, "inputs of the micro-batch"),
     "staging": (_OTHER, 3, "through which the disk is read, and RAM that is not pinned"),
