@@ -101,11 +101,11 @@ def test_a_failure_half_way_leaves_the_model_as_it_was(model, plan, tmp_path, mo
     fill = home.Weights.fill
     calls = []
 
-    def failing(self, block, part):
+    def failing(self, block, part, **more):
         calls.append(block)
         if len(calls) > after:
             raise CheckpointError("the disk is gone")
-        fill(self, block, part)
+        fill(self, block, part, **more)
 
     monkeypatch.setattr(home.Weights, "fill", failing)
     with pytest.raises(CheckpointError, match="the disk is gone"):
@@ -184,7 +184,7 @@ def test_a_worker_that_fails_is_heard(model, plan, tmp_path, monkeypatch):
     handle = attach(model, plan, cache=tmp_path)
     read = DiskReader.read
 
-    def failing(self, extents, what):
+    def failing(self, extents, what, **more):
         extents = list(extents)
         raise TransferError(f"{what} could not be read from {extents[0][0].path}")
 
