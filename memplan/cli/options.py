@@ -272,8 +272,8 @@ OPTIONS: dict[str, Row] = {
         _option(
             "--blocks",
             type=click.Choice(GRAINS),
-            help="What comes at once; parts: each module of a layer by itself, for budgets below two layers.  [default: "
-            "layers]",
+            help="What comes at once; parts: each module of a layer by itself, for budgets below two layers.  "
+            "[default: layers]",
         )
     ),
     "optimizer_state": Row(
