@@ -13,6 +13,7 @@ import importlib
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 from weakref import WeakSet
 
@@ -27,12 +28,41 @@ _HEADS: list[WeakSet[nn.Module]] = []
 
 
 def call_within(module: nn.Module, function: Callable[..., Any], *args: Any) -> Any:
-    """Return ``function(*args)``, computed where a module's forward would be: its hooks run around it."""
+    """Return ``function(*args)``, computed where a module's forward would be: memplan's hooks on it run around it."""
     undo = replace_call(module, function)
     try:
-        return module(*args)
+        with _alone(module):
+            return module(*args)
     finally:
         undo()
+
+
+@contextmanager
+def _alone(module: nn.Module) -> Iterator[None]:
+    """Have a module's hooks be memplan's alone: the script's are of a call that its trainer does not make."""
+    places = [place for place in (module._forward_pre_hooks, module._forward_hooks) if place]
+    before = [list(place.items()) for place in places]
+    hidden = [{key: hook for key, hook in held if not _is_memplans(hook)} for held in before]
+    if not any(hidden):
+        yield
+        return
+    for place, others in zip(places, hidden, strict=True):
+        for key in others:
+            del place[key]
+    try:
+        yield
+    finally:
+        for place, held, others in zip(places, before, hidden, strict=True):
+            now = dict(place)
+            place.clear()
+            place.update({key: hook for key, hook in held if key in others or key in now})
+            place.update(now)
+
+
+def _is_memplans(hook: Any) -> bool:
+    while isinstance(hook, partial):
+        hook = hook.func
+    return str(getattr(hook, "__module__", "")).partition(".")[0] == "memplan"
 
 
 def base_of(model: nn.Module) -> Any:

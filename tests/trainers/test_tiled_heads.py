@@ -154,8 +154,13 @@ def test_models_that_share_trl_are_told_apart():
     one, other = (LlamaForCausalLM(KINDS["llama"][1]) for _ in range(2))
     undo = [serve_tiles(model) for model in (one, other)]
     calls = []
+
+    def note(module, args, output):
+        calls.append(module)
+
+    note.__module__ = "memplan.hooks"  # of others none is called
     for model in (one, other):
-        model.lm_head.register_forward_hook(lambda module, args, output: calls.append(module))
+        model.lm_head.register_forward_hook(note)
     undo.pop(0)()
     for model in (one, other):
         hidden = torch.randn(4, 64)
@@ -164,3 +169,20 @@ def test_models_that_share_trl_are_told_apart():
     assert calls == [other.lm_head]
     undo.pop()()
     assert utils._ChunkedLogProbFunction is before
+
+
+def test_hooks_of_the_script_on_a_head_that_is_not_called_are_not_called(tokenizer, tmp_path):
+    """One that would change what the head returns, had it been called, and one for backward."""
+    runs, calls = [], []
+    for planned in (False, True):
+        trainer = build("llama", tokenizer, tmp_path / str(planned))
+        head = trainer.model.get_base_model().lm_head
+        head.register_forward_hook(lambda *given: calls.append(given) or given[-1] * 2)
+        head.register_forward_pre_hook(lambda *given: calls.append(given))
+        if planned:
+            memplan.wrap(trainer, pins=PINS["host"], **BUDGETS)
+        runs.append(trained(trainer))
+        assert len(head._forward_hooks) >= 1
+    assert not calls
+    assert runs[0].keys() == runs[1].keys()
+    assert all(torch.equal(value, runs[1][name]) for name, value in runs[0].items())
