@@ -150,6 +150,15 @@ def test_logits_are_not_there_in_training_and_are_in_evaluation():
     undo()
 
 
+def test_a_hook_that_comes_later_is_refused():
+    model = model_of()
+    with memplan.attach(model, memplan.plan(model, batch_of(), vram="1GiB", loss="chunked", **BUDGETS)):
+        model(**batch_of()).loss.backward()
+        model.get_base_model().lm_head.register_forward_pre_hook(lambda module, args: (args[0] * 2,))
+        with pytest.raises(RunError, match="has hooks"):
+            model(**batch_of())
+
+
 def test_what_has_another_loss_is_refused_before_anything_is_computed():
     shape = {"vram": "1GiB", "loss": "chunked", **BUDGETS}
     t5 = make("t5")
@@ -162,6 +171,10 @@ def test_what_has_another_loss_is_refused_before_anything_is_computed():
         memplan.plan(model_of().half(), batch_of(), **shape)
     with pytest.raises(ModelError, match="no head that"):
         memplan.plan(make("plain"), {"input_ids": batch["input_ids"]}, **shape)
+    hooked = model_of()
+    hooked.get_base_model().lm_head.register_forward_hook(lambda module, args, output: output * 2)
+    with pytest.raises(ModelError, match="has hooks"):
+        memplan.plan(hooked, batch_of(), **shape)
     with pytest.raises(InputError, match="one of full, chunked, fused"):
         memplan.plan(model_of(), batch_of(), vram="1GiB", loss="liger")
     with pytest.raises(InputError, match="groups of 2"):

@@ -23,7 +23,7 @@ from torch.nn import functional
 
 from memplan.errors import ModelError, RunError
 from memplan.hooks.compiled import call_of, is_compiled, replace_call
-from memplan.hooks.tiled_heads import base_of, call_within, head_of_outputs
+from memplan.hooks.tiled_heads import base_of, call_within, head_of_outputs, is_hooked
 
 LossKind = Literal["chunked", "fused"]
 
@@ -218,6 +218,8 @@ def _checked_head(base: Any) -> nn.Linear:
         why = "its head is trained, whose gradient needs all logits"
     elif type(head.weight) is not nn.Parameter or not head.weight.is_floating_point():
         why = "its head is quantized"
+    elif is_hooked(head):
+        why = "its head has hooks, which would have no logits"
     elif head.weight.dtype == torch.float16:
         why = "it computes in float16, whose gradients are scaled before they come to the logits"
     elif is_compiled(head) or is_compiled(base):
@@ -247,6 +249,8 @@ class _StandIn(nn.Module):
 
     def forward(self, hidden: torch.Tensor) -> PendingLogits:
         head = self.__dict__["head"]
+        if is_hooked(head):
+            raise RunError("the head of a model whose loss is computed in chunks has hooks, which would have no logits")
         dtype = hidden.dtype
         if torch.is_autocast_enabled(hidden.device.type):
             dtype = torch.get_autocast_dtype(hidden.device.type)

@@ -59,6 +59,12 @@ def _alone(module: nn.Module) -> Iterator[None]:
             place.update(now)
 
 
+def is_hooked(module: nn.Module) -> bool:
+    """Whether a module has hooks that are not memplan's."""
+    places = (module._forward_pre_hooks, module._forward_hooks, module._backward_pre_hooks, module._backward_hooks)
+    return any(not _is_memplans(hook) for place in places for hook in place.values())
+
+
 def _is_memplans(hook: Any) -> bool:
     while isinstance(hook, partial):
         hook = hook.func
