@@ -35,9 +35,9 @@ from memplan.errors import (
 if TYPE_CHECKING:
     from memplan.api import attach, fit, frontier, materialise, memory_timeline, plan, report
     from memplan.model.calls import Call
+    from memplan.plan_options import PlanOptions
     from memplan.program.record import RunRecord
     from memplan.program.schema import Plan
-    from memplan.request import PlanOptions
     from memplan.run.handle import Handle, handle_of
     from memplan.trainers.hf_trainer import wrap
     from memplan.trainers.loading.load import load
@@ -85,7 +85,7 @@ _HOMES = {
     "Call": "memplan.model.calls",
     "Handle": "memplan.run.handle",
     "Plan": "memplan.program.schema",
-    "PlanOptions": "memplan.request",
+    "PlanOptions": "memplan.plan_options",
     "RunRecord": "memplan.program.record",
     "attach": "memplan.api",
     "fit": "memplan.api",

@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Any, TextIO, Unpack
 
 from msgspec.structs import replace
 
+from memplan.plan_options import PlanOptions
 from memplan.program.record import RunRecord
 from memplan.program.schema import Plan
-from memplan.request import PlanOptions, Request, refuse
+from memplan.request import Request, refuse
 
 if TYPE_CHECKING:
     from torch import nn

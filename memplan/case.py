@@ -20,8 +20,8 @@ from memplan.hardware.profile import HardwareProfile, load, page_lock_limit_byte
 from memplan.model import models
 from memplan.model.checkpoint import has_checkpoint
 from memplan.program.arrangements import with_arrangement, without_arrangement
-from memplan.program.schema import RING_BYTES, STAGING_BYTES, Budgets, Plan, StateHome, Tier, Workload
-from memplan.request import TIERS, LossKind, Request, Sizes, Training
+from memplan.program.schema import RING_BYTES, STAGING_BYTES, Budgets, LossKind, Plan, StateHome, Tier, Workload
+from memplan.request import TIERS, Request, Sizes, Training
 from memplan.units import align_up, format_bytes
 
 if TYPE_CHECKING:

@@ -15,8 +15,9 @@ from memplan import api
 from memplan.cli import group, main
 from memplan.cli.options import OPTIONS
 from memplan.errors import InputError, SizeError
+from memplan.plan_options import PlanOptions
 from memplan.queries import fit as fitting
-from memplan.request import NAMES, PlanOptions, Request, Sizes, completed
+from memplan.request import NAMES, Request, Sizes, completed
 from memplan.trainers import hf_trainer as transformers
 from memplan.trainers import lightning, placing
 from memplan.units import GIB

@@ -14,8 +14,9 @@ from benchmarks.versus.training import Setting
 from memplan.case import Case, case_of
 from memplan.errors import InputError, MemplanError, type_and_line
 from memplan.hardware.calibrate import current
+from memplan.plan_options import PlanOptions
 from memplan.program.schema import Plan
-from memplan.request import PlanOptions, Request
+from memplan.request import Request
 from memplan.units import format_bytes
 
 ROOM_BYTES = 4 << 40

@@ -96,7 +96,9 @@ class PendingLogits(torch.Tensor):
         return PendingLogits.of(mine.hidden, shape, mine.hidden, dtype, (*mine.steps, step))
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
         raise RunError(f"logits that are not made under a chunked loss were given to {func}")
 
     def __repr__(self) -> str:  # type: ignore[override]

@@ -13,7 +13,6 @@ import importlib
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import partial
 from typing import Any
 from weakref import WeakSet
 
@@ -21,6 +20,7 @@ import torch
 from torch import nn
 
 from memplan.hooks.compiled import replace_call, takes_no_hooks
+from memplan.hooks.owner import is_of
 
 _USER, _KERNELS, _NAME = "trl.trainer.utils", "trl.kernels.chunked_logprob", "_ChunkedLogProbFunction"
 _HEADS: list[WeakSet[nn.Module]] = []
@@ -42,7 +42,7 @@ def _alone(module: nn.Module) -> Iterator[None]:
     """Have a module's hooks be memplan's alone: the script's are of a call that its trainer does not make."""
     places = [place for place in (module._forward_pre_hooks, module._forward_hooks) if place]
     before = [list(place.items()) for place in places]
-    hidden = [{key: hook for key, hook in held if not _is_memplans(hook)} for held in before]
+    hidden = [{key: hook for key, hook in held if not is_of(hook, "memplan")} for held in before]
     if not any(hidden):
         yield
         return
@@ -62,13 +62,7 @@ def _alone(module: nn.Module) -> Iterator[None]:
 def is_hooked(module: nn.Module) -> bool:
     """Whether a module has hooks that are not memplan's."""
     places = (module._forward_pre_hooks, module._forward_hooks, module._backward_pre_hooks, module._backward_hooks)
-    return any(not _is_memplans(hook) for place in places for hook in place.values())
-
-
-def _is_memplans(hook: Any) -> bool:
-    while isinstance(hook, partial):
-        hook = hook.func
-    return str(getattr(hook, "__module__", "")).partition(".")[0] == "memplan"
+    return any(not is_of(hook, "memplan") for place in places for hook in place.values())
 
 
 def base_of(model: nn.Module) -> Any:

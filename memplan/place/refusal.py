@@ -128,7 +128,7 @@ def _changes(
             how = "and give" if more else "which needs"
             yield _Change(
                 _LOSS_PRICE + _PRICES["vram"] * more / GIB,
-                f"compute the loss in chunks of {CHUNK_TOKENS} tokens (as loss='chunked' does), {how} at least about "
+                f"compute the loss in chunks of {CHUNK_TOKENS} tokens (loss='chunked', in fewer), {how} at least about "
                 f"{format_bytes(int(needed))} of vram",
             )
 

@@ -47,6 +47,7 @@ where so much may be.
 """
 
 Tier = Literal["device", "host", "disk"]
+LossKind = Literal["full", "chunked", "fused"]
 StateHome = Literal["device", "host"]
 """Where the optimizer's state lies between steps."""
 Channel = Literal["h2d", "d2h", "disk"]
@@ -72,7 +73,7 @@ class Workload(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Of an epoch, where ``steps`` are counted from them."""
     epochs: int | None = None
     """With ``examples``."""
-    loss: Literal["full", "chunked", "fused"] = "full"
+    loss: LossKind = "full"
     """``chunked``: memplan's own, for a few tokens at a time; ``fused``: one that another library would bring."""
 
     @property

@@ -8,9 +8,10 @@ from typing import Any, Unpack
 
 from memplan.case import Case, case_of
 from memplan.errors import DoesNotFitError, InputError
+from memplan.plan_options import PlanOptions
 from memplan.program.results import Fit, Point, point_of
 from memplan.queries.frontier import ends_of, least_for
-from memplan.request import PlanOptions, Request, refuse
+from memplan.request import Request, refuse
 
 SLOWDOWN = 0.05
 """Of the step with everything on the device: the least vram is said for a step that is at most so much longer."""

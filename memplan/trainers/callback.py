@@ -12,9 +12,10 @@ from memplan import api
 from memplan.errors import InputError
 from memplan.hooks.compiled import WAY_OUT
 from memplan.model.calls import Step
+from memplan.plan_options import PlanOptions
 from memplan.queries.one_plan import one_plan
 from memplan.ranks.world import world
-from memplan.request import PlanOptions, completed
+from memplan.request import completed
 from memplan.run.handle import Handle, handle_of
 from memplan.trainers.hf_trainer import check_early, put_under, said_by
 from memplan.trainers.launch import one_by_one

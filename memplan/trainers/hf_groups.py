@@ -10,7 +10,7 @@ import copy
 import dis
 from collections import deque
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from types import CodeType, FunctionType
 from typing import TYPE_CHECKING, Any
 
@@ -81,9 +81,10 @@ class GroupedSteps:
             if reads:
                 self._kept = f"{name}, or what it calls, asks which micro-batch is the last of a step (sync_gradients)"
             return first
-        with _reads_noted() as reads:
+        noted = _reads_noted() if len(group) > 1 else nullcontext(list[bool]())
+        with noted as reads:
             first, *others = handle.micro_batch(lambda: handle.accumulate(run, group))
-        if reads and others:
+        if reads:
             self._kept = "in an earlier group it was asked which micro-batch is the last of a step (sync_gradients)"
             raise RunError(
                 f"{name}, or what it calls, asked which micro-batch is the last of a step (sync_gradients) in a group, "
@@ -129,8 +130,6 @@ def reason_against(trainer: Trainer) -> str | None:
     kind = type(trainer)
     if kind._prepare_inputs is not Trainer._prepare_inputs:  # GRPO generates there, with the model as it is by then
         return f"{kind.__name__} prepares its micro-batches itself, one by one"
-    if "sync_gradients" in {name for cls in _kinds(kind, own=True) for code in _codes(cls) for name in code.co_names}:
-        return f"{kind.__name__} asks which micro-batch is the last of a step (sync_gradients)"
     if trainer.args.optim in (OptimizerNames.LOMO, OptimizerNames.ADALOMO):
         return f"the optimizer {trainer.args.optim} steps in each backward"
     for callback in trainer.callback_handler.callbacks:

@@ -16,10 +16,11 @@ from memplan.errors import InputError
 from memplan.hooks.compiled import WAY_OUT, call_of, replace_call
 from memplan.hooks.nested import tensors_in
 from memplan.model.calls import Call, Step
+from memplan.plan_options import PlanOptions
 from memplan.program.schema import Plan
 from memplan.queries.one_plan import planning
 from memplan.ranks.world import world
-from memplan.request import PlanOptions, Request, completed, refuse_beside_plan
+from memplan.request import Request, completed, refuse_beside_plan
 from memplan.run.attach import attach, device_of_rank
 from memplan.run.handle import Handle
 from memplan.state.process_state import random_states_kept

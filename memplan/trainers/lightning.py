@@ -15,9 +15,10 @@ from memplan import api
 from memplan.errors import InputError
 from memplan.hooks.compiled import replace_call
 from memplan.model.calls import Call
+from memplan.plan_options import PlanOptions
 from memplan.program.schema import Plan
 from memplan.queries.one_plan import one_plan
-from memplan.request import PlanOptions, completed
+from memplan.request import completed
 from memplan.run.attach import attach
 from memplan.run.handle import Handle, handle_of
 from memplan.state.process_state import random_states_kept

@@ -15,8 +15,8 @@ from torch import nn
 
 from memplan.errors import DoesNotFitError, InputError
 from memplan.model.calls import Call, Step
+from memplan.plan_options import PlanOptions
 from memplan.program.schema import Plan
-from memplan.request import PlanOptions
 from memplan.run.handle import handle_of
 from memplan.trainers.hf_trainer import CallUnknownError, check_early, wrap_within
 from memplan.trainers.launch import say

@@ -95,11 +95,11 @@ def test_a_loss_in_chunks_where_the_loss_is_the_peak():
     needed = least_vram_bytes(chunked, budgets(0))
     error = refused(table, budgets(needed), workload=workload)
     assert error.suggestions[0].startswith(
-        "compute the loss in chunks of 1024 tokens (as loss='chunked' does), which needs at least"
+        "compute the loss in chunks of 1024 tokens (loss='chunked', in fewer), which needs at least"
     )
     assert place(chunked, budgets(needed), **NAMES)
     less = refused(table, budgets(needed - MIB), workload=workload)
-    assert "in chunks of 1024 tokens (as loss='chunked' does), and give at least about" in less.suggestions[0]
+    assert "in chunks of 1024 tokens (loss='chunked', in fewer), and give at least about" in less.suggestions[0]
     assert not any("chunks" in tip for tip in refused(table, budgets(needed)).suggestions)  # of 512 tokens: one chunk
 
 

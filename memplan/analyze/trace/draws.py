@@ -13,7 +13,6 @@ import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
-from unittest.mock import patch
 
 import torch
 from torch.nn import functional
@@ -64,6 +63,9 @@ def _highest(args: tuple[Any, ...], dtype: torch.dtype, packet: Any) -> float:
     return float(below)
 
 
+_ATTENTION = "scaled_dot_product_attention"
+
+
 @contextmanager
 def dropout_of(device: str) -> Iterator[None]:
     """Within it dropout runs, and saves for backward, what it does on a kind of device.
@@ -93,9 +95,12 @@ def dropout_of(device: str) -> Iterator[None]:
         return kept_attention(query, key, value, attn_mask, 0.0 if dropout_p < 1 else dropout_p, **more)
 
     kept, kept_attention = torch.dropout, functional.scaled_dot_product_attention
-    with (
-        patch.object(torch._VF, "dropout", dropout),
-        patch.object(torch, "dropout", dropout),
-        patch.object(functional, "scaled_dot_product_attention", attention),
-    ):
+    stand_ins = ((torch._VF, "dropout", dropout), (torch, "dropout", dropout), (functional, _ATTENTION, attention))
+    before = [(place, name, getattr(place, name)) for place, name, _ in stand_ins]
+    try:
+        for place, name, function in stand_ins:
+            setattr(place, name, function)
         yield
+    finally:
+        for place, name, function in before:
+            setattr(place, name, function)

@@ -151,7 +151,7 @@ class Accumulation:
 
 def _within_recomputed(plan: Plan, modules: Mapping[str, nn.Module]) -> frozenset[str]:
     """Return the triggers that others call, whose forwards memplan runs again."""
-    again = [policy.module for policy in plan.activations if policy.activations == "recompute"]
+    again = plan.recomputed()
     inner = {part for name in again if name in modules for part in modules[name].modules() if part is not modules[name]}
     return frozenset(name for name, module in modules.items() if module in inner)
 

@@ -12,6 +12,7 @@ from typing import Any
 
 from torch import nn
 
+from memplan.hooks.owner import is_of
 from memplan.state.setting import Held, reached
 
 _PLACES = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
@@ -93,9 +94,7 @@ def _of_the_script(places: Iterable[dict[int, Any] | None]) -> Iterator[Any]:
 
 def _is_own(hook: Any) -> bool:
     """Whether a hook is memplan's or torch's."""
-    while isinstance(hook, partial):
-        hook = hook.func
-    return str(getattr(hook, "__module__", "")).partition(".")[0] in ("memplan", "torch")
+    return is_of(hook, "memplan", "torch")
 
 
 def _content(cell: CellType) -> object:
